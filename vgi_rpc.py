@@ -2273,19 +2273,12 @@ class ServeStartHook(Protocol):
 
 @dataclass(frozen=True)
 class AuthContext:
-    """Who is calling.
+    """Who is calling."""
 
-    Attributes:
-        domain: The scheme or issuer that vouches, ``None`` for nobody.
-        authenticated: Whether anybody vouches.
-        principal: Name of the caller within the domain.
-        claims: Further facts, as the authenticator found them.
-    """
-
-    domain: str | None
-    authenticated: bool
-    principal: str | None = None
-    claims: Mapping[str, Any] = field(default_factory=dict)
+    domain: str | None  # the scheme or issuer that vouches, None for nobody
+    authenticated: bool  # whether anybody vouches
+    principal: str | None = None  # name of the caller within the domain
+    claims: Mapping[str, Any] = field(default_factory=dict)  # further facts, as the authenticator found them
 
     @classmethod
     def anonymous(cls) -> AuthContext:
@@ -2302,71 +2295,35 @@ _ANONYMOUS = AuthContext(None, False)
 ClientLog = Callable[[Message], None]
 _current_context: contextvars.ContextVar[CallContext | None] = contextvars.ContextVar("vgi_rpc_call", default=None)
 
-
 def current_auth() -> AuthContext:
     """Return who calls the method that runs now; anonymous outside of one."""
     ctx = _current_context.get()
     return ctx.auth if ctx is not None else _ANONYMOUS
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class CallContext:
     """What a method or state may ask about the call it serves: declare a parameter ``ctx: CallContext``.
 
     One object per call, used by the thread that runs the method.
-
-    Attributes:
-        auth: Who calls.
-        emit_client_log: Sends a `Message` to the client's ``on_log``.
-        transport_metadata: Facts of the transport: ``remote_addr``, ``traceparent``, ``tracestate`` where known.
-        server_id: 12 hex characters, one per server.
-        method_name: Name of the method.
-        protocol_name: Name of the protocol.
-        kind: Transport of the call.
-        implementation: The object that serves the protocol.
-        request_id: Id of the request, in the client's errors and in the access log.
-        deadline: When the client stops waiting, in seconds of ``time.monotonic()``; ``None`` for never.
-        response_limit_bytes: What the client and the server accept as one answer over HTTP; ``None`` for any size.
     """
 
-    __slots__ = (
-        "_gone",
-        "auth",
-        "deadline",
-        "emit_client_log",
-        "implementation",
-        "kind",
-        "method_name",
-        "protocol_name",
-        "request_id",
-        "response_limit_bytes",
-        "server_id",
-        "transport_metadata",
-    )
+    auth: AuthContext  # who calls
+    emit_client_log: ClientLog  # sends a Message to the client's on_log
+    transport_metadata: Mapping[str, Any] = None  # type: ignore[assignment]  # remote_addr, traceparent, tracestate where known
+    _: dataclasses.KW_ONLY
+    server_id: str = ""  # 12 hex characters, one per server
+    method_name: str = ""
+    protocol_name: str = ""
+    kind: TransportKind | None = None  # transport of the call
+    implementation: Any = None  # the object that serves the protocol
+    request_id: str = ""  # in the client's errors and in the access log
+    deadline: float | None = None  # when the client stops waiting, seconds of time.monotonic(); None for never
+    response_limit_bytes: int | None = None  # what client and server accept as one answer over HTTP; None for any size
+    _gone: Callable[[], bool] | None = None
 
-    def __init__(
-        self,
-        auth: AuthContext,
-        emit_client_log: ClientLog,
-        transport_metadata: Mapping[str, Any] | None = None,
-        *,
-        server_id: str = "",
-        method_name: str = "",
-        protocol_name: str = "",
-        kind: TransportKind | None = None,
-        implementation: Any = None,
-    ) -> None:
-        self.auth = auth
-        self.emit_client_log = emit_client_log
-        self.transport_metadata: Mapping[str, Any] = transport_metadata or {}
-        self.server_id = server_id
-        self.method_name = method_name
-        self.protocol_name = protocol_name
-        self.kind = kind
-        self.implementation = implementation
-        self.request_id = ""
-        self.deadline: float | None = None
-        self.response_limit_bytes: int | None = None
-        self._gone: Callable[[], bool] | None = None
+    def __post_init__(self) -> None:
+        self.transport_metadata = self.transport_metadata or {}
 
     def client_log(self, level: Level, message: str, **extra: str) -> None:
         """Send a log line to the client; it arrives before the answer of this turn."""
@@ -2388,16 +2345,7 @@ class CallContext:
 
 @dataclass
 class CallStatistics:
-    """What went through one call; bytes are those of the batches' buffers, not of the wire.
-
-    Attributes:
-        input_batches: Batches received.
-        output_batches: Batches sent.
-        input_rows: Rows received.
-        output_rows: Rows sent.
-        input_bytes: Bytes received.
-        output_bytes: Bytes sent.
-    """
+    """Batches, rows and bytes received and sent in one call; bytes are those of the batches' buffers, not of the wire."""
 
     input_batches: int = 0
     output_batches: int = 0
@@ -2430,22 +2378,12 @@ class OutputCollector:
     """
 
     def __init__(self, output_schema: pa.Schema, *, producer_mode: bool = True) -> None:
-        self._schema = output_schema
+        self.output_schema = output_schema
+        self.finished = False  # whether `finish` was called in this turn
+        self.messages: list[Message] = []
         self._producer_mode = producer_mode
         self._data: pa.RecordBatch | None = None
         self._metadata: dict[bytes, bytes] | None = None
-        self._finished = False
-        self.messages: list[Message] = []
-
-    @property
-    def output_schema(self) -> pa.Schema:
-        """Schema of the stream's output."""
-        return self._schema
-
-    @property
-    def finished(self) -> bool:
-        """Whether `finish` was called in this turn."""
-        return self._finished
 
     @property
     def data_batch(self) -> AnnotatedBatch | None:
@@ -2455,7 +2393,7 @@ class OutputCollector:
         return AnnotatedBatch(self._data, pa.KeyValueMetadata(self._metadata) if self._metadata else None)
 
     def _may_emit(self) -> None:
-        if self._finished:
+        if self.finished:
             raise RuntimeError("emit after finish(): a finished stream sends nothing more")
         if self._data is not None:
             raise RuntimeError("emit called twice in one turn: a turn sends exactly one data batch")
@@ -2468,32 +2406,28 @@ class OutputCollector:
             TypeError: Not a record batch of the output schema.
         """
         self._may_emit()
-        self._data = conform_batch(batch, self._schema, "emit", cast_values=False)
+        self._data = conform_batch(batch, self.output_schema, "emit", cast_values=False)
         if metadata:
             self._metadata = {_as_bytes(k): _as_bytes(v) for k, v in dict(metadata).items()}
 
     def emit_arrays(self, arrays: Sequence[pa.Array], metadata: Mapping[str, str] | None = None) -> None:
         """Send columns, in the order of the output schema; raises as `emit`."""
         self._may_emit()
-        if len(arrays) != len(self._schema):
-            raise ParameterError(f"emit_arrays: expected {len(self._schema)} columns, got {len(arrays)}")
-        batch = _batch_from_pydict(dict(zip(self._schema.names, arrays)), self._schema, "emit_arrays")
-        self.emit(batch, metadata)
+        schema = self.output_schema
+        if len(arrays) != len(schema):
+            raise ParameterError(f"emit_arrays: expected {len(schema)} columns, got {len(arrays)}")
+        self.emit(_batch_from_pydict(dict(zip(schema.names, arrays)), schema, "emit_arrays"), metadata)
 
     def emit_pydict(self, data: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
         """Send ``{column: values}``; raises as `emit`."""
         self._may_emit()
-        self.emit(_batch_from_pydict(data, self._schema, "emit_pydict"), metadata)
+        self.emit(_batch_from_pydict(data, self.output_schema, "emit_pydict"), metadata)
 
     def finish(self) -> None:
-        """End a producer's stream after this turn; a batch emitted in the same turn is still sent.
-
-        Raises:
-            RuntimeError: In an exchange, which its client ends.
-        """
+        """End a producer's stream after this turn, whose batch is still sent; raises `RuntimeError` in an exchange."""
         if not self._producer_mode:
             raise RuntimeError("finish() in an exchange: the client ends an exchange, by closing it")
-        self._finished = True
+        self.finished = True
 
     def client_log(self, level: Level, message: str, **extra: str) -> None:
         """Send a log line to the client's ``on_log``, before this turn's data."""
@@ -2505,7 +2439,7 @@ class OutputCollector:
 
     def validate(self) -> None:
         """Raise `RuntimeError` when the turn broke the rule of one data batch."""
-        if self._data is None and not self._finished:
+        if self._data is None and not self.finished:
             rule = "emit one data batch or call finish()" if self._producer_mode else "emit exactly one data batch"
             raise RuntimeError(f"nothing emitted: each turn must {rule}")
 
@@ -2515,12 +2449,9 @@ def _as_bytes(value: object) -> bytes:
 
 
 class StreamState(ArrowSerializableDataclass):
-    """What a stream remembers between turns: a dataclass whose fields are serialised over HTTP and stay put elsewhere.
+    """What a stream remembers between turns: a dataclass whose fields are serialised over HTTP and stay put elsewhere."""
 
-    Attributes:
-        CALL_STATE_TYPE: Dataclass of the part that never changes (``Stream(call_state=...)``): sent once, sealed on its own.
-    """
-
+    # Dataclass of the part that never changes (Stream(call_state=...)): sent once, sealed on its own.
     CALL_STATE_TYPE: ClassVar[type[ArrowSerializableDataclass] | None] = None
 
     def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
@@ -2565,8 +2496,7 @@ if typing.TYPE_CHECKING:
     _S = typing_extensions.TypeVar("_S", bound=StreamState)
     _H = typing_extensions.TypeVar("_H", default=None)
 else:
-    _S = TypeVar("_S")
-    _H = TypeVar("_H")
+    _S, _H = TypeVar("_S"), TypeVar("_H")
 
 
 @dataclass
@@ -2574,64 +2504,40 @@ class Stream(Generic[_S, _H]):
     """What a streaming method returns: ``Stream[State]`` or ``Stream[State, Header]``.
 
     On the client the same annotation stands for a `StreamSession`, whose methods are declared here for type checkers.
-
-    Attributes:
-        output_schema: Schema of every batch sent; decided at call time.
-        state: The state whose ``process`` serves each turn.
-        input_schema: Schema of the client's batches; empty for a producer.
-        header: Sent once, before the data, when the method declares one.
-        call_state: The part of the state that never changes (see `StreamState`).
     """
 
-    output_schema: pa.Schema
-    state: _S
-    input_schema: pa.Schema = EMPTY_SCHEMA
-    header: _H | None = None
-    call_state: Any = None
-
-    if not typing.TYPE_CHECKING:
-
-        def __class_getitem__(cls, parameters: Any) -> Any:
-            return super().__class_getitem__(parameters if isinstance(parameters, tuple) else (parameters, type(None)))
+    output_schema: pa.Schema  # of every batch sent; decided at call time
+    state: _S  # whose process() serves each turn
+    input_schema: pa.Schema = EMPTY_SCHEMA  # of the client's batches; empty for a producer
+    header: _H | None = None  # sent once, before the data, when the method declares one
+    call_state: Any = None  # the part of the state that never changes, see StreamState
 
     @property
     def is_producer(self) -> bool:
         """Whether turns run on ticks: nothing comes in, and the state is not an exchange's."""
         return not len(self.input_schema) and not isinstance(self.state, ExchangeState)
 
-    def _client_side(self, *_: Any) -> Any:
-        raise TypeError("a Stream is what a method returns; iterate or exchange on the session that a proxy returns")
+    if typing.TYPE_CHECKING:
 
-    def __iter__(self) -> Iterator[AnnotatedBatch]:
-        """See `StreamSession.__iter__`."""
-        return cast("Iterator[AnnotatedBatch]", self._client_side())
+        def __iter__(self) -> Iterator[AnnotatedBatch]: ...
+        def __enter__(self) -> Stream[_S, _H]: ...
+        def __exit__(self, *exc: object) -> None: ...
+        def exchange(self, input: AnnotatedBatch) -> AnnotatedBatch: ...
+        def tick(self, custom_metadata: pa.KeyValueMetadata | None = None) -> AnnotatedBatch: ...
+        def typed_header(self, header_type: type[_T]) -> _T: ...
+        def close(self) -> None: ...
+        def cancel(self) -> None: ...
 
-    def __enter__(self) -> Stream[_S, _H]:
-        """See `StreamSession`."""
-        return cast("Stream[_S, _H]", self._client_side())
+    else:
 
-    def __exit__(self, *exc: object) -> None:
-        """See `StreamSession`."""
+        def __class_getitem__(cls, parameters):
+            return super().__class_getitem__(parameters if isinstance(parameters, tuple) else (parameters, type(None)))
 
-    def exchange(self, input: AnnotatedBatch) -> AnnotatedBatch:
-        """See `StreamSession.exchange`."""
-        return cast("AnnotatedBatch", self._client_side())
+        def _client_side(self, *_, **__):
+            """See the method of this name in `StreamSession`; a server's `Stream` has none and raises `TypeError`."""
+            raise TypeError("a Stream is what a method returns; iterate or exchange on the session that a proxy returns")
 
-    def tick(self, custom_metadata: pa.KeyValueMetadata | None = None) -> AnnotatedBatch:
-        """See `StreamSession.tick`."""
-        return cast("AnnotatedBatch", self._client_side())
-
-    def typed_header(self, header_type: type[_T]) -> _T:
-        """See `StreamSession.typed_header`."""
-        return cast("_T", self._client_side())
-
-    def close(self) -> None:
-        """See `StreamSession.close`."""
-        self._client_side()
-
-    def cancel(self) -> None:
-        """See `StreamSession.cancel`."""
-        self._client_side()
+        __iter__ = __enter__ = __exit__ = exchange = tick = typed_header = close = cancel = _client_side
 
 
 # ============================================================================
@@ -2650,47 +2556,26 @@ class MethodType(enum.Enum):
 
 @dataclass(frozen=True)
 class RpcMethodInfo:
-    """One method of a Protocol.
-
-    Attributes:
-        name: Its name.
-        params_schema: 1 row x len(parameters) columns.
-        result_schema: 1 row x 1 column ``result``; empty for ``-> None`` and for streams.
-        result_type: The return annotation.
-        method_type: Unary or stream.
-        has_return: Whether a unary method returns something.
-        doc: Its docstring.
-        param_defaults: Defaults by parameter.
-        param_types: Annotations by parameter.
-        param_docs: The ``Args:`` of the docstring, by parameter.
-        header_type: Dataclass of the stream's header.
-        is_exchange: ``True`` or ``False`` where the annotation tells, else ``None``.
-        protocol_name: The protocol's routing name.
-        params: Codecs of the parameters.
-        result: Codec of the result row.
-        header: Codec of the header.
-        idempotency: ``unknown``, ``idempotent`` or ``no_side_effects``.
-        deprecation: ``None``, or why the method should not be used any more.
-    """
+    """One method of a Protocol."""
 
     name: str
-    params_schema: pa.Schema
-    result_schema: pa.Schema
-    result_type: Any
+    params_schema: pa.Schema  # 1 row x len(parameters) columns
+    result_schema: pa.Schema  # 1 row x 1 column "result"; empty for "-> None" and for streams
+    result_type: Any  # the return annotation
     method_type: MethodType
-    has_return: bool
+    has_return: bool  # whether a unary method returns something
     doc: str | None
     param_defaults: dict[str, Any] = field(default_factory=dict)
-    param_types: dict[str, Any] = field(default_factory=dict)
-    param_docs: dict[str, str] = field(default_factory=dict)
-    header_type: type | None = None
-    is_exchange: bool | None = None
-    protocol_name: str = ""
+    param_types: dict[str, Any] = field(default_factory=dict)  # annotations by parameter
+    param_docs: dict[str, str] = field(default_factory=dict)  # the "Args:" of the docstring, by parameter
+    header_type: type | None = None  # dataclass of the stream's header
+    is_exchange: bool | None = None  # None where the annotation does not tell
+    protocol_name: str = ""  # the protocol's routing name
     params: RowCodec = field(default_factory=lambda: RowCodec(()), repr=False)
     result: RowCodec = field(default_factory=lambda: RowCodec(()), repr=False)
     header: DataclassCodec | None = field(default=None, repr=False)
-    idempotency: str = "unknown"
-    deprecation: str | None = None
+    idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
+    deprecation: str | None = None  # why the method should not be used any more
 
     @property
     def kind(self) -> str:
@@ -2711,18 +2596,15 @@ class RpcMethodInfo:
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-
 def idempotent(function: _Function) -> _Function:
     """Mark a Protocol's method: calling it twice has the effect of calling it once. Shown by reflection."""
     function.__vgi_idempotency__ = "idempotent"  # type: ignore[attr-defined]
     return function
 
-
 def no_side_effects(function: _Function) -> _Function:
     """Mark a Protocol's method: it changes nothing. Shown by reflection."""
     function.__vgi_idempotency__ = "no_side_effects"  # type: ignore[attr-defined]
     return function
-
 
 def deprecated(message: str) -> Callable[[_Function], _Function]:
     """Mark a Protocol's method as one not to use any more; *message* says what to use instead. Shown by reflection."""
@@ -2733,24 +2615,17 @@ def deprecated(message: str) -> Callable[[_Function], _Function]:
 
     return mark
 
-
 def protocol_name_of(protocol: type) -> str:
-    """Return the routing name: the class's own ``protocol_name``, else the class name.
-
-    Raises:
-        ValueError: It does not match the grammar of WIRE section 1.
-    """
+    """Return the routing name, the class's own ``protocol_name`` or else its name; raises `ValueError` for a bad one (WIRE 1)."""
     name = vars(protocol).get("protocol_name", protocol.__name__)
     if not isinstance(name, str) or not PROTOCOL_NAME_PATTERN.fullmatch(name):
         raise ValueError(f"protocol name {name!r}: expected letters, digits, '_' and '.', not beginning with a digit")
     return name
 
-
 def _parse_version(text: str) -> tuple[int, int] | None:
     """``MAJOR.MINOR.PATCH`` -> (major, minor); ``None`` for anything else."""
     match = re.fullmatch(r"(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})", text)
     return (int(match[1]), int(match[2])) if match else None
-
 
 def _public_functions(cls: type) -> dict[str, Any]:
     """Public methods of a class by name; those of object, Protocol and Generic are nobody's service."""
@@ -2761,10 +2636,8 @@ def _public_functions(cls: type) -> dict[str, Any]:
     found.pop("on_serve_start", None)
     return found
 
-
 def _is_context(name: str, annotation: Any) -> bool:
     return _split_optional(annotation)[0] is CallContext or (name == "ctx" and annotation is inspect.Parameter.empty)
-
 
 def _doc_arguments(doc: str | None) -> dict[str, str]:
     """The ``Args:`` block of a Google docstring, by parameter."""
@@ -2780,7 +2653,6 @@ def _doc_arguments(doc: str | None) -> dict[str, str]:
             found[current] += " " + line.strip()
     return found
 
-
 def _stream_parts(annotation: Any) -> tuple[Any, type | None] | None:
     """``Stream[S, H]`` -> (S, H or None); ``None`` when the annotation is not a stream."""
     if annotation is Stream:
@@ -2790,26 +2662,21 @@ def _stream_parts(annotation: Any) -> tuple[Any, type | None] | None:
     state, header = typing.get_args(annotation)
     return state, (None if header in (None, type(None)) else header)
 
-
 def _is_exchange(state: Any) -> bool | None:
-    for base, answer in ((ExchangeState, True), (ProducerState, False)):
-        if isinstance(state, type) and issubclass(state, base):
-            return answer
-    return None
-
+    if not isinstance(state, type):
+        return None
+    return True if issubclass(state, ExchangeState) else False if issubclass(state, ProducerState) else None
 
 def _method_info(protocol: str, name: str, function: Any) -> RpcMethodInfo:
     hints = _hints(function)
-    types_: dict[str, Any] = {}
-    defaults: dict[str, Any] = {}
-    codecs = []
+    types_, defaults, codecs = {}, {}, []
     for parameter in list(inspect.signature(function).parameters.values())[1:]:
-        annotation = hints.get(parameter.name, inspect.Parameter.empty)
+        annotation = hints.get(parameter.name, parameter.empty)
         if _is_context(parameter.name, annotation):
             continue
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise TypeError(f"{name}() parameter {parameter}: expected a named parameter, got {parameter.kind.description}")
-        if annotation is inspect.Parameter.empty:
+        if annotation is parameter.empty:
             raise TypeError(f"{name}() parameter {parameter.name!r} has no annotation; the Arrow type comes from it")
         try:
             codecs.append((parameter.name, codec_for(annotation, whole=True)))
@@ -2820,43 +2687,30 @@ def _method_info(protocol: str, name: str, function: Any) -> RpcMethodInfo:
             defaults[parameter.name] = parameter.default
     if "return" not in hints:
         raise TypeError(f"{name}() has no return annotation; write '-> None' if it returns nothing")
-    doc = inspect.getdoc(function)
-    facts: dict[str, Any] = {
-        "name": name,
-        "result_type": hints["return"],
-        "doc": doc,
-        "param_defaults": defaults,
-        "param_types": types_,
-        "param_docs": _doc_arguments(doc),
-        "protocol_name": protocol,
-        "params": RowCodec(codecs),
-        "idempotency": getattr(function, "__vgi_idempotency__", "unknown"),
-        "deprecation": getattr(function, "__vgi_deprecated__", None),
-    }
     try:
-        facts.update(_result_facts(hints["return"]))
+        result_facts = _result_facts(hints["return"])
     except TypeError as exc:
         raise TypeError(f"{name}() result: {exc}") from None
-    return RpcMethodInfo(params_schema=facts["params"].schema, **facts)
-
+    doc, params = inspect.getdoc(function), RowCodec(codecs)
+    return RpcMethodInfo(
+        name=name, params_schema=params.schema, params=params, doc=doc, param_docs=_doc_arguments(doc), protocol_name=protocol,
+        param_defaults=defaults, param_types=types_, idempotency=getattr(function, "__vgi_idempotency__", "unknown"),
+        deprecation=getattr(function, "__vgi_deprecated__", None), **result_facts,
+    )
 
 def _result_facts(annotation: Any) -> dict[str, Any]:
     """The fields of `RpcMethodInfo` that the return annotation decides."""
     stream = _stream_parts(annotation)
     if stream:
         state, header = stream
-        return {
-            "method_type": MethodType.STREAM,
-            "has_return": False,
-            "result_schema": EMPTY_SCHEMA,
-            "header_type": header,
-            "header": dataclass_codec(header) if header else None,
-            "is_exchange": _is_exchange(state),
-        }
-    has_return = annotation not in (None, type(None))
-    result = RowCodec([("result", codec_for(annotation, whole=True))] if has_return else ())
-    return {"method_type": MethodType.UNARY, "has_return": has_return, "result": result, "result_schema": result.schema}
-
+        codec = dataclass_codec(header) if header else None
+        facts = {"method_type": MethodType.STREAM, "has_return": False, "result_schema": EMPTY_SCHEMA}
+        facts.update(header_type=header, header=codec, is_exchange=_is_exchange(state))
+    else:
+        has_return = annotation not in (None, type(None))
+        result = RowCodec([("result", codec_for(annotation, whole=True))] if has_return else ())
+        facts = {"method_type": MethodType.UNARY, "has_return": has_return, "result": result, "result_schema": result.schema}
+    return {"result_type": annotation, **facts}
 
 @functools.lru_cache(maxsize=256)
 def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
@@ -2875,11 +2729,9 @@ def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
     _raise_problems(f"{protocol.__qualname__} cannot be served", problems)
     return types.MappingProxyType(infos)
 
-
 def _raise_problems(what: str, problems: list[str]) -> None:
     if problems:
         raise TypeError(f"{what}: " + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
-
 
 def describe_rpc(protocol: type, *, methods: Mapping[str, RpcMethodInfo] | None = None) -> str:
     """Return a text for people: the protocol's methods with their signatures, schemas and docstrings."""
@@ -2901,29 +2753,20 @@ class BoundMethod(NamedTuple):
     info: RpcMethodInfo
     hosted: HostedService
     function: Callable[..., Any]
-    context_parameter: str | None
-    state_types: tuple[type, ...]
+    context_parameter: str | None  # which parameter gets the CallContext
+    state_types: tuple[type, ...]  # the concrete state classes that the implementation's annotation names
 
 
 @dataclass
 class HostedService:
-    """One protocol on a server.
+    """One protocol on a server."""
 
-    Attributes:
-        name: Routing name.
-        protocol: The Protocol class.
-        version: ``MAJOR.MINOR.PATCH``, empty when the protocol declares none.
-        implementation: The object that serves it.
-        methods: Its methods by name.
-        hash: The family's protocol hash (hex SHA-256), filled in by the server.
-    """
-
-    name: str
+    name: str  # routing name
     protocol: type
-    version: str
+    version: str  # MAJOR.MINOR.PATCH, empty when the protocol declares none
     implementation: Any
     methods: dict[str, BoundMethod]
-    hash: str = ""
+    hash: str = ""  # the family's protocol hash (hex SHA-256), filled in by the server
 
 
 def bind_implementation(protocol: type, implementation: Any) -> HostedService:
@@ -2931,6 +2774,7 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
 
     Raises:
         TypeError: Whatever is missing or does not agree, all of it in one error.
+        ValueError: The protocol's name or version is malformed.
     """
     name = protocol_name_of(protocol)
     version = getattr(protocol, "protocol_version", "") or ""
@@ -2948,7 +2792,6 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
     _raise_problems(f"{type(implementation).__qualname__} does not implement {name}", problems)
     return service
 
-
 def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
     function = getattr(service.implementation, info.name, None)
     if not callable(function):
@@ -2959,21 +2802,18 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
     except TypeError:
         hints = {}  # an implementation may annotate for its own eyes; the Protocol's annotations decide
     context = next((n for n in parameters if _is_context(n, hints.get(n, parameters[n].annotation)) or n == "ctx"), None)
-    catch_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     problems = []
-    for name in info.param_types:
-        if name not in parameters and not catch_all:
-            problems.append(f"takes no parameter {name!r}{_suggest(name, parameters)}")
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        unknown = [n for n in info.param_types if n not in parameters]
+        problems += [f"takes no parameter {n!r}{_suggest(n, parameters)}" for n in unknown]
     for name, parameter in parameters.items():
-        if name in info.param_types or name == context or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            continue
-        if parameter.default is parameter.empty:
+        expected = name in info.param_types or name == context or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if not expected and parameter.default is parameter.empty:
             problems.append(f"requires {name!r}, which the protocol does not have")
     state_types = _state_types(info, hints.get("return"), problems)
     if problems:
         raise TypeError("; ".join(f"{info.name}() {p}" for p in problems))
     return BoundMethod(info, service, function, context, state_types)
-
 
 def _state_types(info: RpcMethodInfo, returned: Any, problems: list[str]) -> tuple[type, ...]:
     """The concrete state classes that the implementation's annotation names; their fields are checked here."""
@@ -2984,8 +2824,7 @@ def _state_types(info: RpcMethodInfo, returned: Any, problems: list[str]) -> tup
         return ()
     if stream is None:
         return ()
-    state, _ = stream
-    found = []
+    state, found = stream[0], []
     for cls in typing.get_args(state) if typing.get_origin(state) in (Union, types.UnionType) else (state,):
         if not (isinstance(cls, type) and issubclass(cls, StreamState)):
             problems.append(f"returns a Stream of {_annotation_text(cls)}, expected a StreamState")
@@ -3016,24 +2855,16 @@ def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str
     names = info.params.names
     if len(args) > len(names):
         raise ParameterError(f"{info.name}() takes {len(names)} arguments {list(names)}, got {len(args)}")
-    values = list(args)
-    used = len(args)
-    for name in names[len(args) :]:
-        if name in kwargs:
-            values.append(kwargs[name])
-            used += 1
-        elif name in info.param_defaults:
-            values.append(info.param_defaults[name])
-        else:
-            raise ParameterError(f"{info.name}() is missing argument {name!r}; signature: {info.signature()}")
-    if used < len(args) + len(kwargs):
-        for name in kwargs:
-            if name not in names:
-                raise ParameterError(f"{info.name}() has no parameter {name!r}{_suggest(name, names)}; it has {list(names)}")
-            if name in names[: len(args)]:
-                raise ParameterError(f"{info.name}() got {name!r} twice, by position and by name")
-    return values
-
+    for name in kwargs:
+        if name not in names:
+            raise ParameterError(f"{info.name}() has no parameter {name!r}{_suggest(name, names)}; it has {list(names)}")
+        if name in names[: len(args)]:
+            raise ParameterError(f"{info.name}() got {name!r} twice, by position and by name")
+    given = {**info.param_defaults, **dict(zip(names, args)), **kwargs}
+    try:
+        return [given[name] for name in names]
+    except KeyError as exc:
+        raise ParameterError(f"{info.name}() is missing argument {exc}; signature: {info.signature()}") from None
 
 def request_batch(info: RpcMethodInfo, values: Sequence[Any]) -> pa.RecordBatch:
     """Encode the arguments: 1 row x len(parameters) columns.
@@ -3049,15 +2880,10 @@ def request_batch(info: RpcMethodInfo, values: Sequence[Any]) -> pa.RecordBatch:
         exc.path = exc.path[1:]
         raise exc.error(f"{info.name}() argument ") from None
 
-
 def request_metadata(info: RpcMethodInfo, version: str, request_id: str, timeout: float | None) -> dict[bytes, bytes]:
     """The metadata of a request (WIRE section 1); *timeout* in seconds."""
-    metadata = {
-        METHOD_KEY: info.name.encode(),
-        REQUEST_VERSION_KEY: REQUEST_VERSION,
-        PROTOCOL_KEY: info.protocol_name.encode(),
-        REQUEST_ID_KEY: request_id.encode(),
-    }
+    metadata = {METHOD_KEY: info.name.encode(), REQUEST_VERSION_KEY: REQUEST_VERSION, PROTOCOL_KEY: info.protocol_name.encode()}
+    metadata[REQUEST_ID_KEY] = request_id.encode()
     if version:
         metadata[PROTOCOL_VERSION_KEY] = version.encode()
     if timeout is not None:
@@ -3066,13 +2892,7 @@ def request_metadata(info: RpcMethodInfo, version: str, request_id: str, timeout
 
 
 class Request:
-    """One request as it came: metadata read, schema known, values not decoded yet.
-
-    Attributes:
-        schema: Its schema.
-        metadata: Custom metadata of its batch.
-        rows: Rows of its batch.
-    """
+    """One request as it came: metadata read, schema known, values not decoded yet."""
 
     def __init__(self, reader: IpcReader) -> None:
         self._reader = reader
@@ -3083,14 +2903,12 @@ class Request:
         self._message = message
         self.rows = message.head.rows
         self.metadata: dict[bytes, bytes] = message.head.metadata or {}
-        extra = 0
-        while reader.next_message() is not None:
-            extra += 1
+        extra = sum(1 for _ in iter(reader.next_message, None))
         if extra:
             raise ProtocolError(f"request: expected exactly one batch, got {extra + 1}")
 
     def text(self, key: bytes, what: str) -> str | None:
-        """Return a metadata value as text, ``None`` when absent."""
+        """Return a metadata value as text, ``None`` when absent; raises `ProtocolError` when it is not UTF-8."""
         value = self.metadata.get(key)
         try:
             return None if value is None else value.decode("utf-8")
@@ -3119,11 +2937,9 @@ def clean_request_id(text: str | None) -> str:
         return text
     return ""
 
-
 def new_request_id() -> str:
     """Return 16 random hex characters."""
     return os.urandom(8).hex()
-
 
 def read_arguments(info: RpcMethodInfo, request: Request) -> dict[str, Any]:
     """Check a request against the method and decode its parameters.
@@ -3145,7 +2961,6 @@ def read_arguments(info: RpcMethodInfo, request: Request) -> dict[str, Any]:
         exc.path = exc.path[1:]
         raise exc.error(f"{info.name}() parameter ") from None
 
-
 def _refuse_schema(info: RpcMethodInfo, wanted: pa.Schema, got: pa.Schema) -> None:
     """Raise for the first way in which a request's schema is not the method's."""
     where = f"{info.name}(): expected {_schema_text(wanted)}, got {_schema_text(got)[:2000]}"
@@ -3159,16 +2974,11 @@ def _refuse_schema(info: RpcMethodInfo, wanted: pa.Schema, got: pa.Schema) -> No
         raise ParameterError(f"{where}: the order of the parameters differs, or one stands twice")
     for g, w in zip(got, wanted):
         if not g.type.equals(w.type) or g.nullable != w.nullable:
-            expected = f"{w.type}{'' if w.nullable else ' not null'}"
-            raise ParameterError(f"{where}: parameter {w.name!r}: expected {expected}, got {g.type}{'' if g.nullable else ' not null'}")
-
+            shown, expected = (f"{f.type}{'' if f.nullable else ' not null'}" for f in (g, w))
+            raise ParameterError(f"{where}: parameter {w.name!r}: expected {expected}, got {shown}")
 
 def result_batch(info: RpcMethodInfo, value: Any) -> pa.RecordBatch:
-    """Encode a unary result: 1 row x 1 column, or 0 x 0 for ``-> None``.
-
-    Raises:
-        TypeError: The method returned something else than it declares.
-    """
+    """Encode a unary result: 1 row x 1 column, or 0 x 0 for ``-> None``; raises `TypeError` for a value not as declared."""
     if not info.has_return:
         if value is not None:
             raise ParameterError(f"{info.name}() result: declared to return None, got {_got(value)}")
@@ -3179,13 +2989,8 @@ def result_batch(info: RpcMethodInfo, value: Any) -> pa.RecordBatch:
         exc.path = exc.path.removeprefix(".result")
         raise exc.error(f"{info.name}() result") from None
 
-
 def read_result(info: RpcMethodInfo, batch: pa.RecordBatch) -> Any:
-    """Decode a unary result.
-
-    Raises:
-        ParameterError: Not what the method declares; client and server disagree.
-    """
+    """Decode a unary result; raises `ParameterError` when it is not what the method declares: client and server disagree."""
     if not info.has_return:
         return None
     if batch.num_rows != 1 or batch.schema.names != ["result"]:
@@ -3245,15 +3050,9 @@ class MethodSummary(ArrowSerializableDataclass):
 
 
 @dataclass(frozen=True)
-class ProtocolDescription(ArrowSerializableDataclass):
-    """Answer of ``Reflection.describe``."""
+class ProtocolDescription(ProtocolSummary):
+    """Answer of ``Reflection.describe``: the summary and the methods, sorted by name."""
 
-    protocol: str
-    protocol_version: str
-    protocol_hash: str
-    deprecated: bool = False
-    deprecation_message: str = ""
-    features: list[str] = field(default_factory=list)
     methods: list[MethodSummary] = field(default_factory=list)
 
 
@@ -3270,16 +3069,9 @@ class Reflection(Protocol):
 
 
 _TYPE_TOKENS = {  # Arrow's own names, where Python's spelling of them differs
-    pa.string(): "utf8",
-    pa.large_string(): "large_utf8",
-    pa.float16(): "float16",
-    pa.float32(): "float32",
-    pa.float64(): "float64",
-    pa.date32(): "date32",
-    pa.date64(): "date64",
-    pa.bool_(): "bool",
+    pa.string(): "utf8", pa.large_string(): "large_utf8", pa.bool_(): "bool", pa.date32(): "date32", pa.date64(): "date64",
+    pa.float16(): "float16", pa.float32(): "float32", pa.float64(): "float64",
 }
-
 
 def _type_token(kind: pa.DataType) -> str:
     """The spelling of a type in the protocol hash; raises `TypeError` for a type that has none."""
@@ -3312,10 +3104,8 @@ def _type_token(kind: pa.DataType) -> str:
         return str(kind)
     raise TypeError(f"the protocol hash has no token for {kind}")
 
-
 def _child_token(name: str, child: pa.Field) -> str:
     return f"{name}{'?' if child.nullable else ''}:{_type_token(child.type)}"
-
 
 def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
     """Return the family's fingerprint of a protocol: hex SHA-256 over its methods' names and schemas (WIRE section 7).
@@ -3329,13 +3119,8 @@ def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
 
     methods = []
     for info in sorted(infos, key=lambda i: i.name):
-        facts: dict[str, Any] = {
-            "name": info.name,
-            "type": info.method_type.value,
-            "has_return": info.has_return,
-            "has_header": info.header is not None,
-            "params": fields(info.params_schema),
-        }
+        facts = {"name": info.name, "type": info.method_type.value, "has_return": info.has_return}
+        facts.update(has_header=info.header is not None, params=fields(info.params_schema))
         if info.has_return:
             facts["result"] = fields(info.result_schema)
         if info.header is not None:
@@ -3344,113 +3129,70 @@ def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
     text = json.dumps({"protocol": protocol, "methods": methods}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + text.encode()).hexdigest()
 
-
 def _serialized(schema: pa.Schema | None) -> bytes:
     return b"" if schema is None else schema.serialize().to_pybytes()
 
-
 def describe_service(service: HostedService) -> ProtocolDescription:
     """Return the reflection answer for one hosted protocol."""
-    methods = []
-    for _, info in sorted((m.info.name, m.info) for m in service.methods.values()):
-        bound = service.methods[info.name]
-        kinds = {_is_exchange(s) for s in bound.state_types} or {info.is_exchange}
-        exchange = kinds.pop() if len(kinds) == 1 else None
-        stream = {True: "exchange", False: "producer", None: "unknown"}[exchange]
-        methods.append(
-            MethodSummary(
-                name=info.name,
-                method_type=info.method_type.value,
-                has_return=info.has_return,
-                has_header=info.header is not None,
-                stream_kind=stream if info.method_type is MethodType.STREAM else "",
-                params_schema_ipc=_serialized(info.params_schema),
-                result_schema_ipc=_serialized(info.result_schema if info.has_return else None),
-                header_schema_ipc=_serialized(info.header.row.schema if info.header else None),
-                idempotency=info.idempotency,
-                deprecated=info.deprecation is not None,
-                deprecation_message=info.deprecation or "",
-            )
-        )
+    methods = [_method_summary(bound) for _, bound in sorted(service.methods.items())]
     return ProtocolDescription(service.name, service.version, service.hash, methods=methods)
+
+def _method_summary(bound: BoundMethod) -> MethodSummary:
+    info, stream = bound.info, ""
+    if info.method_type is MethodType.STREAM:
+        kinds = {_is_exchange(s) for s in bound.state_types} or {info.is_exchange}
+        stream = {True: "exchange", False: "producer", None: "unknown"}[kinds.pop() if len(kinds) == 1 else None]
+    return MethodSummary(
+        info.name, info.method_type.value, info.has_return, info.header is not None, stream,
+        params_schema_ipc=_serialized(info.params_schema),
+        result_schema_ipc=_serialized(info.result_schema if info.has_return else None),
+        header_schema_ipc=_serialized(info.header.row.schema if info.header else None),
+        idempotency=info.idempotency, deprecated=info.deprecation is not None, deprecation_message=info.deprecation or "",
+    )
 
 
 @dataclass(frozen=True)
 class MethodDescription:
-    """One method of a server, as a client learns of it.
-
-    Attributes:
-        name: Its name.
-        method_type: Unary or stream.
-        has_return: Whether a unary method returns something.
-        params_schema: 1 row x len(parameters) columns.
-        result_schema: 1 row x 1 column, or empty.
-        has_header: Whether its stream sends a header.
-        header_schema: Schema of the header, ``None`` without one.
-        is_exchange: ``None`` where the server does not say.
-        idempotency: ``unknown``, ``idempotent`` or ``no_side_effects``.
-        deprecation: ``None``, or why not to use it.
-    """
+    """One method of a server, as a client learns of it."""
 
     name: str
     method_type: MethodType
-    has_return: bool
-    params_schema: pa.Schema
-    result_schema: pa.Schema
-    has_header: bool = False
+    has_return: bool  # whether a unary method returns something
+    params_schema: pa.Schema  # 1 row x len(parameters) columns
+    result_schema: pa.Schema  # 1 row x 1 column, or empty
+    has_header: bool = False  # whether its stream sends a header
     header_schema: pa.Schema | None = None
-    is_exchange: bool | None = None
-    idempotency: str = "unknown"
-    deprecation: str | None = None
+    is_exchange: bool | None = None  # None where the server does not say
+    idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
+    deprecation: str | None = None  # why not to use it
 
 
 @dataclass(frozen=True)
 class ServiceDescription:
-    """One protocol of a server, as a client learns of it.
+    """One protocol of a server, as a client learns of it."""
 
-    Attributes:
-        protocol_name: Routing name.
-        request_version: Wire version.
-        describe_version: Version of the reflection answer.
-        protocol_hash: The family's fingerprint.
-        server_id: 12 hex characters.
-        methods: Methods by name.
-        protocol_version: ``MAJOR.MINOR.PATCH``, empty when it declares none.
-    """
-
-    protocol_name: str
-    request_version: str
-    describe_version: str
-    protocol_hash: str
-    server_id: str
+    protocol_name: str  # routing name
+    request_version: str  # of the wire
+    describe_version: str  # of the reflection answer
+    protocol_hash: str  # the family's fingerprint
+    server_id: str  # 12 hex characters
     methods: Mapping[str, MethodDescription]
-    protocol_version: str = ""
+    protocol_version: str = ""  # MAJOR.MINOR.PATCH, empty when it declares none
 
 
 def _service_description(listed: ProtocolList, described: ProtocolDescription) -> ServiceDescription:
-    methods = {}
-    for m in described.methods:
-        kinds = {"exchange": True, "producer": False}
-        methods[m.name] = MethodDescription(
-            name=m.name,
-            method_type=MethodType.STREAM if m.method_type == "stream" else MethodType.UNARY,
-            has_return=m.has_return,
-            params_schema=_schema_from_bytes(m.params_schema_ipc),
-            result_schema=_schema_from_bytes(m.result_schema_ipc),
-            has_header=m.has_header,
-            header_schema=_schema_from_bytes(m.header_schema_ipc) if m.has_header else None,
-            is_exchange=kinds.get(m.stream_kind),
-            idempotency=m.idempotency,
-            deprecation=m.deprecation_message if m.deprecated else None,
-        )
-    return ServiceDescription(
-        described.protocol,
-        listed.request_version,
-        DESCRIBE_VERSION,
-        described.protocol_hash,
-        listed.server_id,
-        types.MappingProxyType(methods),
-        described.protocol_version,
+    methods = types.MappingProxyType({m.name: _method_description(m) for m in described.methods})
+    versions = listed.request_version, DESCRIBE_VERSION
+    identity = described.protocol_hash, listed.server_id
+    return ServiceDescription(described.protocol, *versions, *identity, methods, described.protocol_version)
+
+def _method_description(m: MethodSummary) -> MethodDescription:
+    return MethodDescription(
+        m.name, MethodType.STREAM if m.method_type == "stream" else MethodType.UNARY, m.has_return,
+        _schema_from_bytes(m.params_schema_ipc), _schema_from_bytes(m.result_schema_ipc),
+        m.has_header, _schema_from_bytes(m.header_schema_ipc) if m.has_header else None,
+        is_exchange={"exchange": True, "producer": False}.get(m.stream_kind),
+        idempotency=m.idempotency, deprecation=m.deprecation_message if m.deprecated else None,
     )
 
 
@@ -3467,16 +3209,13 @@ _STORED, _ZLIB, _ZSTD = 0, 1, 2
 _COMPRESS_FROM_BYTES = 1_024
 _MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
 
-
 @functools.lru_cache(maxsize=None)
 def _zstd_available() -> bool:
     return bool(pa.Codec.is_available("zstd"))
 
-
 def zstd_compress(data: _Buffer, level: int = 1) -> bytes:
     """Compress with pyarrow's own zstd codec."""
     return cast("bytes", pa.Codec("zstd", compression_level=level).compress(data, asbytes=True))
-
 
 def zstd_decompress(data: _Buffer, limit: int) -> bytes:
     """Decompress at most *limit* bytes.
@@ -3488,10 +3227,7 @@ def zstd_decompress(data: _Buffer, limit: int) -> bytes:
     pieces, left = [], limit + 1
     try:
         with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
-            while left > 0:
-                piece = stream.read(min(left, 1 << 20))
-                if not piece:
-                    break
+            while left > 0 and (piece := stream.read(min(left, 1 << 20))):
                 pieces.append(piece)
                 left -= len(piece)
     except _ARROW_FAILURES as exc:
@@ -3501,7 +3237,6 @@ def zstd_decompress(data: _Buffer, limit: int) -> bytes:
     if not pieces and len(data):
         raise IPCError("zstd: nothing to decode in it")
     return b"".join(pieces)
-
 
 def gzip_decompress(data: _Buffer, limit: int, window: int = 31) -> bytes:
     """Decompress at most *limit* bytes of gzip (or zlib, with *window* 15); raises as `zstd_decompress`."""
@@ -3521,12 +3256,9 @@ class TokenSealer:
     """Seals and opens state tokens. Safe for use by several threads.
 
     Args:
-        keys: At least one key of 16 bytes or more; the first signs, all verify.
+        keys: At least one key of 16 bytes or more; the first signs, all verify. Others raise `ValueError`.
         ttl: How old a token may be, in seconds; 0 for any age.
         clock: Gives seconds since the epoch; passed in so that tests can turn it.
-
-    Raises:
-        ValueError: No key, or one that is too short.
     """
 
     def __init__(self, keys: Sequence[bytes], ttl: float = TOKEN_TTL_SECONDS, clock: Callable[[], float] = time.time) -> None:
@@ -3539,14 +3271,10 @@ class TokenSealer:
     @staticmethod
     def _mac(key: bytes, half: bytes, binding: Sequence[bytes], sealed: bytes) -> bytes:
         # Every part is preceded by its length, so that no two bindings give the same bytes.
-        mac = hmac.new(key, b"vgi_rpc.token.v1", hashlib.sha256)
-        for part in (half, *binding):
-            mac.update(struct.pack("<I", len(part)) + part)
-        mac.update(sealed)
-        return mac.digest()
+        return hmac.digest(key, b"vgi_rpc.token.v1" + pack_parts((half, *binding)) + sealed, "sha256")
 
     def seal(self, half: bytes, binding: Sequence[bytes], content: bytes) -> bytes:
-        """Return *content* as a token (base64), bound to *half* and *binding*."""
+        """Return *content* as a token (base64), bound to *half* (which half of the state it is) and *binding*."""
         method = _STORED
         if len(content) >= _COMPRESS_FROM_BYTES:
             packed = zstd_compress(content) if _zstd_available() else zlib.compress(content, 1)
@@ -3556,13 +3284,7 @@ class TokenSealer:
         return base64.b64encode(sealed + self._mac(self._keys[0], half, binding, sealed))
 
     def open(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> bytes:
-        """Return the content of a token sealed for the same *half* and *binding*.
-
-        Args:
-            half: Which half of the state this is.
-            binding: What it must be bound to.
-            token: As it came.
-            aged: Whether `ttl` applies.
+        """Return the content of a token sealed for the same *half* and *binding*; `ttl` applies if *aged*.
 
         Raises:
             TokenError: Anything wrong with the seal, in one uniform text; or, the seal being good, too old or from the future.
@@ -3580,8 +3302,10 @@ class TokenSealer:
             raise TokenError(_TOKEN_REFUSED)
         version, method, issued = struct.unpack_from("<BBQ", sealed)
         age = self._clock() - issued / 1000
-        if version != 1 or age < -TOKEN_CLOCK_SKEW_SECONDS:
-            raise TokenError("state token refused: issued in the future; check the servers' clocks" if version == 1 else _TOKEN_REFUSED)
+        if version != 1:
+            raise TokenError(_TOKEN_REFUSED)
+        if age < -TOKEN_CLOCK_SKEW_SECONDS:
+            raise TokenError("state token refused: issued in the future; check the servers' clocks")
         if aged and self.ttl and age > self.ttl:
             raise TokenError(f"token expired: {age:.0f} s old, at most {self.ttl:g} s are allowed; start the stream again")
         if method == _STORED:
@@ -3592,16 +3316,11 @@ class TokenSealer:
 
 
 def pack_parts(parts: Sequence[bytes]) -> bytes:
-    """Join byte strings so that `unpack_parts` gets them back."""
+    """Join byte strings so that `unpack_parts` gets them back: each is preceded by its length."""
     return b"".join(struct.pack("<I", len(p)) + p for p in parts)
 
-
 def unpack_parts(data: bytes, count: int) -> list[bytes]:
-    """Split what `pack_parts` joined; the data comes out of a seal, so a fault in it is our own.
-
-    Raises:
-        TokenError: Another number of parts: written by another version of this file.
-    """
+    """Split what `pack_parts` joined and was sealed; `TokenError` for other than *count* parts: another version wrote it."""
     parts, at = [], 0
     while at + 4 <= len(data):
         (size,) = struct.unpack_from("<I", data, at)
@@ -3622,43 +3341,24 @@ def unpack_parts(data: bytes, count: int) -> list[bytes]:
 
 @dataclass
 class CallRecord:
-    """The facts of one call, or of one HTTP request of a stream: what hooks and the access log see.
+    """The facts of one call, or of one HTTP request of a stream: what hooks and the access log see."""
 
-    Attributes:
-        protocol: Routing name.
-        protocol_hash: Its fingerprint.
-        method: Method name.
-        method_type: ``unary`` or ``stream``.
-        request_id: Id of the request.
-        kind: Transport.
-        auth: Who calls.
-        remote_addr: Peer address, empty for pipes.
-        transport_metadata: ``traceparent``, ``tracestate`` and what else the transport knows.
-        stream_id: The same for every request of one stream, empty for unary calls.
-        request_schema: Schema of the parameters; ``None`` when this is a later request of a stream.
-        request_rows: Rows of the request.
-        http: ``http_status``, ``request_bytes``, ``response_bytes`` over HTTP.
-        cancelled: Whether the client cancelled.
-        statistics: Batches, rows and bytes in and out.
-        duration_ms: Milliseconds, at the end.
-    """
-
-    protocol: str = ""
-    protocol_hash: str = ""
+    protocol: str = ""  # routing name
+    protocol_hash: str = ""  # its fingerprint
     method: str = ""
-    method_type: str = "unary"
+    method_type: str = "unary"  # or "stream"
     request_id: str = ""
     kind: TransportKind = TransportKind.PIPE
-    auth: AuthContext = _ANONYMOUS
-    remote_addr: str = ""
-    transport_metadata: Mapping[str, Any] = field(default_factory=dict)
-    stream_id: str = ""
-    request_schema: pa.Schema | None = None
+    auth: AuthContext = _ANONYMOUS  # who calls
+    remote_addr: str = ""  # peer address, empty for pipes
+    transport_metadata: Mapping[str, Any] = field(default_factory=dict)  # traceparent, tracestate and what else is known
+    stream_id: str = ""  # the same for every request of one stream, empty for unary calls
+    request_schema: pa.Schema | None = None  # of the parameters; None when this is a later request of a stream
     request_rows: int = 0
-    http: dict[str, int] = field(default_factory=dict)
-    cancelled: bool = False
+    http: dict[str, int] = field(default_factory=dict)  # over HTTP: http_status, request_bytes, response_bytes
+    cancelled: bool = False  # by the client
     statistics: CallStatistics = field(default_factory=CallStatistics)
-    duration_ms: float = 0.0
+    duration_ms: float = 0.0  # set at the end
 
 
 class DispatchHook(Protocol):
@@ -3674,46 +3374,34 @@ class DispatchHook(Protocol):
         """Called after the last turn, with what the method raised."""
 
 
+def _tell(hook: DispatchHook, event: str, *facts: Any) -> Any:
+    try:
+        return getattr(hook, event)(*facts)
+    except Exception:
+        logger.exception("%s of %r raised", event, hook)
+        return None
+
+
 @dataclass(frozen=True)
 class Caller:
-    """What a transport knows of the other side of a call.
-
-    Attributes:
-        kind: Transport.
-        auth: Who calls.
-        remote_addr: Peer address, empty for pipes.
-        metadata: Further facts for ``ctx.transport_metadata``.
-        gone: Tells whether the client has left; ``None`` when the transport cannot know.
-        response_limit_bytes: What the caller accepts as one answer.
-    """
+    """What a transport knows of the other side of a call."""
 
     kind: TransportKind = TransportKind.PIPE
-    auth: AuthContext = _ANONYMOUS
-    remote_addr: str = ""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    gone: Callable[[], bool] | None = None
-    response_limit_bytes: int | None = None
-
-
-_PIPE_CALLER = Caller()
+    auth: AuthContext = _ANONYMOUS  # who calls
+    remote_addr: str = ""  # peer address, empty for pipes
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # further facts for ctx.transport_metadata
+    gone: Callable[[], bool] | None = None  # whether the client has left; None when the transport cannot know
+    response_limit_bytes: int | None = None  # what the caller accepts as one answer
 
 
 class Turn(NamedTuple):
-    """What one turn sends.
+    """What one turn sends."""
 
-    Attributes:
-        schema: Schema of the batches.
-        items: Logs first, then data, then an error; each with its metadata.
-        finished: Whether nothing follows.
-        error: What was raised; its error batch is already the last of `items`.
-        status: HTTP status of the answer.
-    """
-
-    schema: pa.Schema
-    items: list[tuple[pa.RecordBatch, Any]]
-    finished: bool
-    error: BaseException | None = None
-    status: int = 200
+    schema: pa.Schema  # of the batches
+    items: list[tuple[pa.RecordBatch, Any]]  # logs first, then data, then an error; each with its metadata
+    finished: bool  # whether nothing follows
+    error: BaseException | None = None  # what was raised; its error batch is already the last of the items
+    status: int = 200  # HTTP status of the answer
 
     @property
     def data_index(self) -> int | None:
@@ -3729,61 +3417,34 @@ class Call:
     """One call being served: `begin`, then for a stream `turn` after `turn`, then `end`.
 
     Used by one thread at a time. None of its methods raises what the method raised.
-
-    Attributes:
-        bound: The method.
-        context: What the method sees.
-        record: What hooks and the access log see.
-        stream: The stream, once `begin` returned one.
     """
 
     def __init__(self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None, request_id: str) -> None:
         info, hosted = bound.info, bound.hosted
         self.server, self.bound = server, bound
-        self.stream: Stream[Any, Any] | None = None
+        self.stream: Stream[Any, Any] | None = None  # once `begin` returned one
         self._messages: list[Message] = []
         self._error: BaseException | None = None
         self._cancelled = False
         self._started = time.monotonic()
-        metadata = dict(caller.metadata)
-        for key in TRACE_KEYS if request is not None else ():
-            if key in request.metadata:  # type: ignore[union-attr]
-                metadata[key.decode()] = request.metadata[key].decode("utf-8", "replace")  # type: ignore[union-attr]
-        if caller.remote_addr:
-            metadata["remote_addr"] = caller.remote_addr
-        self.context = CallContext(
-            caller.auth,
-            self._messages.append,
-            metadata,
-            server_id=server.server_id,
-            method_name=info.name,
-            protocol_name=hosted.name,
-            kind=caller.kind,
-            implementation=hosted.implementation,
-        )
-        self.context.request_id = request_id
-        self.context.response_limit_bytes = caller.response_limit_bytes
-        self.context._gone = caller.gone
+        sent = request.metadata if request is not None else {}
+        traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
+        metadata = {**caller.metadata, **traces, **({"remote_addr": caller.remote_addr} if caller.remote_addr else {})}
         timeout = request.timeout if request is not None else None
-        self.context.deadline = None if timeout is None else self._started + timeout
-        self.record = CallRecord(
-            hosted.name,
-            hosted.hash,
-            info.name,
-            info.method_type.value,
-            request_id,
-            caller.kind,
-            caller.auth,
-            caller.remote_addr,
-            metadata,
+        self.context = CallContext(
+            caller.auth, self._messages.append, metadata, server_id=server.server_id, method_name=info.name,
+            protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=request_id,
+            deadline=None if timeout is None else self._started + timeout,
+            response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone,
         )
+        method = info.name, info.method_type.value
+        who = caller.kind, caller.auth, caller.remote_addr
+        self.record = CallRecord(hosted.name, hosted.hash, *method, request_id, *who, metadata)
         if request is not None:
             self.record.request_schema, self.record.request_rows = request.schema, request.rows
         if info.method_type is MethodType.STREAM:
             self.record.stream_id = os.urandom(16).hex()
-        self._tokens = server._hooks_start(self.record)
-
-    # -- the parts of a turn
+        self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
 
     def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
         """Pending log lines as batches; the list is emptied."""
@@ -3796,10 +3457,8 @@ class Call:
         self._error = exc
         if not refused and not isinstance(exc, StatusError):
             logger.debug("%s.%s raised", self.record.protocol, self.record.method, exc_info=exc)
-        items = self._logs(schema, logs)
-        items.append(self.server.error_item(exc, schema, self.context.request_id))
-        status = exc.http_status if refused and isinstance(exc, _Refusal) else 200
-        return Turn(schema, items, True, exc, status)
+        items = [*self._logs(schema, logs), self.server.error_item(exc, schema, self.context.request_id)]
+        return Turn(schema, items, True, exc, exc.http_status if refused and isinstance(exc, _Refusal) else 200)
 
     def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the application's code with this call as the current one; a deadline that has passed is an error."""
@@ -3812,8 +3471,6 @@ class Call:
         if deadline is not None and time.monotonic() >= deadline:
             raise DeadlineExceededError(f"{self.record.method}(): the time that the client allowed has passed")
         return result
-
-    # -- the life of a call
 
     def refuse(self, exc: BaseException) -> Turn:
         """Answer with an error without running the method."""
@@ -3830,11 +3487,12 @@ class Call:
         if self.bound.context_parameter is not None:
             arguments = {**arguments, self.bound.context_parameter: self.context}
         try:
+            result = self._run(self.bound.function, **arguments)
             if info.method_type is MethodType.UNARY:
-                batch = result_batch(info, self._run(self.bound.function, **arguments))
+                batch = result_batch(info, result)
                 self.record.statistics.record_output(batch)
                 return Turn(info.result_schema, [*self._logs(info.result_schema), (batch, None)], True)
-            self.stream = self._checked_stream(self._run(self.bound.function, **arguments))
+            self.stream = self._checked_stream(result)
             if self.stream.call_state is not None:
                 self._run(self.stream.state.bind_call_state, self.stream.call_state)
             if info.header is None:
@@ -3846,14 +3504,14 @@ class Call:
             return self._failed(info.result_schema, exc)
 
     def _checked_stream(self, value: Any) -> Stream[Any, Any]:
-        info = self.bound.info
+        where = f"{self.bound.info.name}() result: "
         if not isinstance(value, Stream):
-            raise ParameterError(f"{info.name}() result: expected a Stream, got {_got(value)}")
+            raise ParameterError(f"{where}expected a Stream, got {_got(value)}")
         if not isinstance(value.state, StreamState):
-            raise ParameterError(f"{info.name}() result: Stream.state: expected a StreamState, got {_got(value.state)}")
+            raise ParameterError(f"{where}Stream.state: expected a StreamState, got {_got(value.state)}")
         for name in ("output_schema", "input_schema"):
             if not isinstance(getattr(value, name), pa.Schema):
-                raise ParameterError(f"{info.name}() result: Stream.{name}: expected a pyarrow.Schema, got {_got(getattr(value, name))}")
+                raise ParameterError(f"{where}Stream.{name}: expected a pyarrow.Schema, got {_got(getattr(value, name))}")
         return value
 
     @staticmethod
@@ -3897,7 +3555,8 @@ class Call:
     def end(self) -> None:
         """Report the call to the hooks and the access log."""
         self.record.duration_ms = (time.monotonic() - self._started) * 1000
-        self.server._hooks_end(self._tokens, self.record, self._error)
+        for hook, token in zip(self.server._hooks, self._tokens):
+            _tell(hook, "on_dispatch_end", token, self.record, self._error)
 
 
 class _ReflectionImpl:
@@ -3916,20 +3575,14 @@ class _ReflectionImpl:
 class ServerCore:
     """What an `RpcServer` is before it has a transport: the hosted protocols and the rules of calling them.
 
-    Fixed at construction and safe for use by several threads.
+    Fixed at construction and safe for use by several threads. `protocol_name`, `protocol_version` (empty when there is
+    none), `protocol_hash`, `implementation` and `methods` (by name) are those of the primary protocol.
     """
 
     def __init__(
-        self,
-        protocol: type,
-        implementation: Any,
-        *,
-        extra_protocols: Sequence[tuple[type, Any]] = (),
-        server_id: str | None = None,
-        server_version: str = "",
-        enable_describe: bool = True,
-        ipc_validation: IpcValidation | None = None,
-        include_tracebacks: bool = True,
+        self, protocol: type, implementation: Any, *, extra_protocols: Sequence[tuple[type, Any]] = (),
+        server_id: str | None = None, server_version: str = "", enable_describe: bool = True,
+        ipc_validation: IpcValidation | None = None, include_tracebacks: bool = True,
     ) -> None:
         self.server_id = server_id if server_id is not None else os.urandom(6).hex()
         self.server_version = server_version
@@ -3944,50 +3597,24 @@ class ServerCore:
             if service.name in self.services:
                 raise ValueError(f"protocol name {service.name!r} is given twice; names must be unique on a server")
             self.services[service.name] = service
-        self.primary = next(iter(self.services.values()))
         if enable_describe:
             self.services[REFLECTION_PROTOCOL] = bind_implementation(Reflection, _ReflectionImpl(self))
         for service in self.services.values():
             service.hash = protocol_hash(service.name, [m.info for m in service.methods.values()])
+        self.primary = primary = next(iter(self.services.values()))
+        self.protocol_name, self.protocol_version, self.protocol_hash = primary.name, primary.version, primary.hash
+        self.implementation: Any = primary.implementation
+        self.methods: Mapping[str, RpcMethodInfo] = {name: bound.info for name, bound in primary.methods.items()}
         self._hooks: list[DispatchHook] = []
         self._started: set[TransportKind] = set()
         self._state = threading.Condition()
         self._active = 0
         self.draining = False
 
-    # -- facts
-
-    @property
-    def protocol_name(self) -> str:
-        """Routing name of the primary protocol."""
-        return self.primary.name
-
-    @property
-    def protocol_version(self) -> str:
-        """Version of the primary protocol, empty when it declares none."""
-        return self.primary.version
-
-    @property
-    def protocol_hash(self) -> str:
-        """Fingerprint of the primary protocol."""
-        return self.primary.hash
-
-    @property
-    def implementation(self) -> Any:
-        """The object that serves the primary protocol."""
-        return self.primary.implementation
-
-    @property
-    def methods(self) -> Mapping[str, RpcMethodInfo]:
-        """Methods of the primary protocol by name."""
-        return {name: bound.info for name, bound in self.primary.methods.items()}
+    # -- resolve
 
     def service(self, name: str) -> HostedService:
-        """Return a hosted protocol.
-
-        Raises:
-            ProtocolNotSupportedError: It is not hosted, or the name is none (then it is not echoed).
-        """
+        """Return a hosted protocol; raises `ProtocolNotSupportedError`, which echoes *name* only if it could be a protocol's."""
         service = self.services.get(name)
         if service is None:
             hosted = list(self.services)
@@ -4005,8 +3632,6 @@ class ServerCore:
             raise MethodNotImplementedError(f"{service.name} has no method {shown!r}{_suggest(shown, known)}; it has {known}")
         return bound
 
-    # -- resolve
-
     def resolve(self, request: Request, path: tuple[str, str] | None = None) -> BoundMethod:
         """Find the method that a request asks for, and check every version.
 
@@ -4021,21 +3646,20 @@ class ServerCore:
         protocol = request.text(PROTOCOL_KEY, "the protocol")
         name = request.text(METHOD_KEY, "the method name")
         if path is not None:
-            service, bound = self.service(path[0]), self.method(self.service(path[0]), path[1])
             if protocol not in (None, path[0]):
                 exc = ProtocolNotSupportedError(f"the path says protocol {path[0]!r}, the request says another one")
                 exc.http_status = 400
                 raise exc
             if name != path[1]:
                 raise ProtocolError(f"the path says method {path[1]!r}, the request says {f'{name!r:.100}' if name else 'none'}")
-        else:
-            if not protocol:
-                hosted = list(self.services)
-                raise ProtocolNotSpecifiedError(f"the request has no {PROTOCOL_KEY.decode()!r} key; this server hosts {hosted}")
-            service = self.service(protocol)
-            if not name:
-                raise ProtocolError(f"the request has no {METHOD_KEY.decode()!r} key: it must name its method")
-            bound = self.method(service, name)
+            protocol = path[0]
+        if not protocol:
+            hosted = list(self.services)
+            raise ProtocolNotSpecifiedError(f"the request has no {PROTOCOL_KEY.decode()!r} key; this server hosts {hosted}")
+        service = self.service(protocol)
+        if not name:
+            raise ProtocolError(f"the request has no {METHOD_KEY.decode()!r} key: it must name its method")
+        bound = self.method(service, name)
         self._check_protocol_version(service, request)
         return bound
 
@@ -4048,19 +3672,17 @@ class ServerCore:
 
     @staticmethod
     def _check_protocol_version(service: HostedService, request: Request) -> None:
-        if not service.version:
-            return
         raw = request.metadata.get(PROTOCOL_VERSION_KEY, b"").decode("utf-8", "replace")
         wanted, got = _parse_version(service.version), _parse_version(raw)
-        if got == wanted:
+        if wanted is None or got == wanted:
             return
-        facts = {"protocol": service.name, "client_version": raw[:60], "server_version": service.version}
-        speaks = f"protocol {service.name}: the server speaks {service.version}, the client"
         if got is None:
-            named = f"sent {raw[:60]!r}, which is not MAJOR.MINOR.PATCH" if raw else "sent no version"
-            raise ProtocolVersionError(f"{speaks} {named}; upgrade the client", **facts)
-        side = "client" if got < cast("tuple[int, int]", wanted) else "server"
-        raise ProtocolVersionError(f"{speaks} {raw}; upgrade the {side}", **facts)
+            said = f"sent {raw[:60]!r}, which is not MAJOR.MINOR.PATCH" if raw else "sent no version"
+        else:
+            said = raw
+        text = f"protocol {service.name}: the server speaks {service.version}, the client {said}; upgrade the "
+        text += "client" if got is None or got < wanted else "server"
+        raise ProtocolVersionError(text, protocol=service.name, client_version=raw[:60], server_version=service.version)
 
     # -- begin and end
 
@@ -4088,12 +3710,12 @@ class ServerCore:
                 return
             for service in self.services.values():
                 hook = getattr(service.implementation, "on_serve_start", None)
-                if callable(hook):
-                    try:
+                try:
+                    if callable(hook):
                         hook(kind)
-                    except Exception as exc:
-                        logger.exception("on_serve_start(%s) of %s raised", kind, service.name)
-                        raise StatusError(f"{service.name} could not start: {_text_of(exc)}", code=Code.UNAVAILABLE) from exc
+                except Exception as exc:
+                    logger.exception("on_serve_start(%s) of %s raised", kind, service.name)
+                    raise StatusError(f"{service.name} could not start: {_text_of(exc)}", code=Code.UNAVAILABLE) from exc
             self._started.add(kind)
 
     # -- draining
@@ -4121,28 +3743,9 @@ class ServerCore:
         with self._state:
             return self._state.wait_for(lambda: not self._active, timeout=grace)
 
-    # -- hooks
-
     def add_hook(self, hook: DispatchHook) -> None:
         """Have *hook* called at the start and the end of each call, after those added before it."""
         self._hooks.append(hook)
-
-    def _hooks_start(self, record: CallRecord) -> list[Any]:
-        tokens: list[Any] = []
-        for hook in self._hooks:
-            try:
-                tokens.append(hook.on_dispatch_start(record))
-            except Exception:
-                logger.exception("on_dispatch_start of %r raised", hook)
-                tokens.append(None)
-        return tokens
-
-    def _hooks_end(self, tokens: Sequence[Any], record: CallRecord, error: BaseException | None) -> None:
-        for hook, token in zip(self._hooks, tokens):
-            try:
-                hook.on_dispatch_end(token, record, error)
-            except Exception:
-                logger.exception("on_dispatch_end of %r raised", hook)
 
 
 class AccessLog:
@@ -4161,51 +3764,35 @@ class AccessLog:
 
     def on_dispatch_end(self, token: Any, record: CallRecord, error: BaseException | None) -> None:
         """Write the line."""
-        now = time.time()
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
-        line: dict[str, Any] = {
-            "timestamp": stamp,
-            "level": "INFO",
-            "logger": "vgi_rpc.access",
-            "message": f"{record.protocol}.{record.method} {'error' if error else 'ok'}",
-            "server_id": self._server.server_id,
-            "protocol": record.protocol,
-            "protocol_hash": record.protocol_hash,
-            "method": record.method,
-            "method_type": record.method_type,
-            "principal": record.auth.principal or "",
-            "auth_domain": record.auth.domain or "",
-            "authenticated": record.auth.authenticated,
-            "remote_addr": record.remote_addr,
-            "duration_ms": round(record.duration_ms, 3),
-            "status": "error" if error else "ok",
-            "error_type": _error_type_of(error) if error else "",
-            "request_id": record.request_id,
-            **record.http,
-        }
-        if error is not None:
-            line["error_message"] = _text_of(error)[:1000]
-            line["error_code"] = _error_code_of(error).value
-        if record.stream_id:
-            line["stream_id"] = record.stream_id
-            if record.cancelled:
-                line["cancelled"] = True
-        if record.request_schema is not None:
-            line["request_fields"] = [{"name": f.name, "type": str(f.type)} for f in record.request_schema]
-            line["request_rows"] = record.request_rows
-        line.update(dataclasses.asdict(record.statistics))
-        text = json.dumps(line, ensure_ascii=False) + "\n"
+        text = json.dumps(self._line(record, error), ensure_ascii=False) + "\n"
         with self._lock:
             self._stream.write(text)
             self._stream.flush()
 
+    def _line(self, record: CallRecord, error: BaseException | None) -> dict[str, Any]:
+        now, status = time.time(), "error" if error else "ok"
+        line: dict[str, Any] = {
+            "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z",
+            "level": "INFO", "logger": "vgi_rpc.access", "message": f"{record.protocol}.{record.method} {status}",
+            "server_id": self._server.server_id, "protocol": record.protocol, "protocol_hash": record.protocol_hash,
+            "method": record.method, "method_type": record.method_type,
+            "principal": record.auth.principal or "", "auth_domain": record.auth.domain or "",
+            "authenticated": record.auth.authenticated, "remote_addr": record.remote_addr,
+            "duration_ms": round(record.duration_ms, 3), "status": status,
+            "error_type": _error_type_of(error) if error else "", "request_id": record.request_id, **record.http,
+        }
+        if error is not None:
+            line.update(error_message=_text_of(error)[:1000], error_code=_error_code_of(error).value)
+        if record.stream_id:
+            line.update({"stream_id": record.stream_id}, **({"cancelled": True} if record.cancelled else {}))
+        if record.request_schema is not None:
+            line["request_fields"] = [{"name": f.name, "type": str(f.type)} for f in record.request_schema]
+            line["request_rows"] = record.request_rows
+        return {**line, **dataclasses.asdict(record.statistics)}
+
 
 def configure_access_log(path: str, server: ServerCore) -> None:
-    """Append one JSON line per call of *server* to *path*; ``-`` is standard error. The file stays open.
-
-    Raises:
-        OSError: The file cannot be opened.
-    """
+    """Append one JSON line per call of *server* to *path* (else `OSError`); ``-`` is standard error. The file stays open."""
     stream = sys.stderr if path == "-" else open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
     server.add_hook(AccessLog(server, stream))
 
