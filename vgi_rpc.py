@@ -2254,7 +2254,6 @@ class ArrowSerializableDataclass:
 
 class TransportKind(str, enum.Enum):
     """How a call came in."""
-
     PIPE = "pipe"
     UNIX = "unix"
     TCP = "tcp"
@@ -2274,7 +2273,6 @@ class ServeStartHook(Protocol):
 @dataclass(frozen=True)
 class AuthContext:
     """Who is calling."""
-
     domain: str | None  # the scheme or issuer that vouches, None for nobody
     authenticated: bool  # whether anybody vouches
     principal: str | None = None  # name of the caller within the domain
@@ -2290,7 +2288,6 @@ class AuthContext:
         if not self.authenticated:
             raise StatusError("authentication required", code=Code.UNAUTHENTICATED)
 
-
 _ANONYMOUS = AuthContext(None, False)
 ClientLog = Callable[[Message], None]
 _current_context: contextvars.ContextVar[CallContext | None] = contextvars.ContextVar("vgi_rpc_call", default=None)
@@ -2303,14 +2300,10 @@ def current_auth() -> AuthContext:
 
 @dataclass(eq=False, repr=False, slots=True)
 class CallContext:
-    """What a method or state may ask about the call it serves: declare a parameter ``ctx: CallContext``.
-
-    One object per call, used by the thread that runs the method.
-    """
-
+    """What a method may ask about its call, by a parameter ``ctx: CallContext``; used by the thread that runs the method."""
     auth: AuthContext  # who calls
     emit_client_log: ClientLog  # sends a Message to the client's on_log
-    transport_metadata: Mapping[str, Any] = None  # type: ignore[assignment]  # remote_addr, traceparent, tracestate where known
+    transport_metadata: Mapping[str, Any] = None  # type: ignore[assignment]  # remote_addr, traceparent, tracestate
     _: dataclasses.KW_ONLY
     server_id: str = ""  # 12 hex characters, one per server
     method_name: str = ""
@@ -2332,9 +2325,8 @@ class CallContext:
     @property
     def cancelled(self) -> bool:
         """Whether nobody waits for the answer any more: the deadline has passed or the client has gone."""
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            return True
-        return self._gone is not None and self._gone()
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        return late or (self._gone is not None and self._gone())
 
     @property
     def logger(self) -> logging.LoggerAdapter[logging.Logger]:
@@ -2346,7 +2338,6 @@ class CallContext:
 @dataclass
 class CallStatistics:
     """Batches, rows and bytes received and sent in one call; bytes are those of the batches' buffers, not of the wire."""
-
     input_batches: int = 0
     output_batches: int = 0
     input_rows: int = 0
@@ -2368,13 +2359,9 @@ class CallStatistics:
 
 
 class OutputCollector:
-    """Collects what one turn of a stream sends: any number of logs and exactly one data batch.
+    """Collects what one turn of a stream sends: any number of logs and exactly one data batch. For one thread.
 
-    Made by the server for each turn and used by one thread.
-
-    Args:
-        output_schema: Schema of the stream's output.
-        producer_mode: Whether the stream may `finish` (a producer) or is ended by the client (an exchange).
+    *producer_mode* tells whether the stream may `finish` (a producer) or is ended by the client (an exchange).
     """
 
     def __init__(self, output_schema: pa.Schema, *, producer_mode: bool = True) -> None:
@@ -2401,9 +2388,7 @@ class OutputCollector:
     def emit(self, batch: pa.RecordBatch, metadata: Mapping[str, str] | None = None) -> None:
         """Send *batch* (any rows x the columns of the output schema) with its own metadata.
 
-        Raises:
-            RuntimeError: The second batch of this turn, or after `finish`.
-            TypeError: Not a record batch of the output schema.
+        Raises `RuntimeError` for a second batch in this turn or one after `finish`, `TypeError` for another schema.
         """
         self._may_emit()
         self._data = conform_batch(batch, self.output_schema, "emit", cast_values=False)
@@ -2442,7 +2427,6 @@ class OutputCollector:
         if self._data is None and not self.finished:
             rule = "emit one data batch or call finish()" if self._producer_mode else "emit exactly one data batch"
             raise RuntimeError(f"nothing emitted: each turn must {rule}")
-
 
 def _as_bytes(value: object) -> bytes:
     return value if isinstance(value, bytes) else str(value).encode("utf-8", "backslashreplace")
@@ -2501,11 +2485,7 @@ else:
 
 @dataclass
 class Stream(Generic[_S, _H]):
-    """What a streaming method returns: ``Stream[State]`` or ``Stream[State, Header]``.
-
-    On the client the same annotation stands for a `StreamSession`, whose methods are declared here for type checkers.
-    """
-
+    """What a streaming method returns: ``Stream[State]`` or ``Stream[State, Header]``; a client gets a `StreamSession`."""
     output_schema: pa.Schema  # of every batch sent; decided at call time
     state: _S  # whose process() serves each turn
     input_schema: pa.Schema = EMPTY_SCHEMA  # of the client's batches; empty for a producer
@@ -2517,7 +2497,7 @@ class Stream(Generic[_S, _H]):
         """Whether turns run on ticks: nothing comes in, and the state is not an exchange's."""
         return not len(self.input_schema) and not isinstance(self.state, ExchangeState)
 
-    if typing.TYPE_CHECKING:
+    if typing.TYPE_CHECKING:  # to a client's type checker a Stream is the StreamSession that the proxy returns
 
         def __iter__(self) -> Iterator[AnnotatedBatch]: ...
         def __enter__(self) -> Stream[_S, _H]: ...
@@ -2549,7 +2529,6 @@ class Stream(Generic[_S, _H]):
 
 class MethodType(enum.Enum):
     """Whether a method returns a value or a stream."""
-
     UNARY = "unary"
     STREAM = "stream"
 
@@ -2557,7 +2536,6 @@ class MethodType(enum.Enum):
 @dataclass(frozen=True)
 class RpcMethodInfo:
     """One method of a Protocol."""
-
     name: str
     params_schema: pa.Schema  # 1 row x len(parameters) columns
     result_schema: pa.Schema  # 1 row x 1 column "result"; empty for "-> None" and for streams
@@ -2593,7 +2571,6 @@ class RpcMethodInfo:
         result = "None" if self.result_type in (None, type(None)) else _annotation_text(self.result_type)
         return f"{self.name}({', '.join(parts)}) -> {result.replace('vgi_rpc.', '').replace(', NoneType]', ']')}"
 
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def idempotent(function: _Function) -> _Function:
@@ -2616,7 +2593,7 @@ def deprecated(message: str) -> Callable[[_Function], _Function]:
     return mark
 
 def protocol_name_of(protocol: type) -> str:
-    """Return the routing name, the class's own ``protocol_name`` or else its name; raises `ValueError` for a bad one (WIRE 1)."""
+    """Return the class's own ``protocol_name``, else its name; raises `ValueError` unless it suits WIRE section 1."""
     name = vars(protocol).get("protocol_name", protocol.__name__)
     if not isinstance(name, str) or not PROTOCOL_NAME_PATTERN.fullmatch(name):
         raise ValueError(f"protocol name {name!r}: expected letters, digits, '_' and '.', not beginning with a digit")
@@ -2641,17 +2618,9 @@ def _is_context(name: str, annotation: Any) -> bool:
 
 def _doc_arguments(doc: str | None) -> dict[str, str]:
     """The ``Args:`` block of a Google docstring, by parameter."""
-    match = re.search(r"^ *Args:\n((?:(?: +\S.*)?(?:\n|$))+)", inspect.cleandoc(doc or ""), re.M)
-    found: dict[str, str] = {}
-    current = ""
-    for line in match[1].splitlines() if match else ():
-        entry = re.match(r" {2,8}(\w+)(?: *\([^)]*\))?: *(.*)", line)
-        if entry:
-            current = entry[1]
-            found[current] = entry[2]
-        elif current and line.strip():
-            found[current] += " " + line.strip()
-    return found
+    block = re.search(r"^ *Args:\n((?:(?: +\S.*)?(?:\n|$))+)", inspect.cleandoc(doc or ""), re.M)
+    entries = re.split(r"^ {2,8}(\w+)(?: *\([^)]*\))?:", block[1] if block else "", flags=re.M)[1:]
+    return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2])}
 
 def _stream_parts(annotation: Any) -> tuple[Any, type | None] | None:
     """``Stream[S, H]`` -> (S, H or None); ``None`` when the annotation is not a stream."""
@@ -2716,8 +2685,7 @@ def _result_facts(annotation: Any) -> dict[str, Any]:
 def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
     """Return the methods of a Protocol class, or of a plain class that serves as its own, by name.
 
-    Raises:
-        TypeError: Annotations that are missing or have no Arrow type; one error names them all.
+    Raises one `TypeError` that names every annotation that is missing or has no Arrow type.
     """
     protocol_name = protocol_name_of(protocol)
     infos, problems = {}, []
@@ -2749,7 +2717,6 @@ def describe_rpc(protocol: type, *, methods: Mapping[str, RpcMethodInfo] | None 
 
 class BoundMethod(NamedTuple):
     """A method of a hosted protocol with the function that serves it."""
-
     info: RpcMethodInfo
     hosted: HostedService
     function: Callable[..., Any]
@@ -2760,7 +2727,6 @@ class BoundMethod(NamedTuple):
 @dataclass
 class HostedService:
     """One protocol on a server."""
-
     name: str  # routing name
     protocol: type
     version: str  # MAJOR.MINOR.PATCH, empty when the protocol declares none
@@ -2768,20 +2734,18 @@ class HostedService:
     methods: dict[str, BoundMethod]
     hash: str = ""  # the family's protocol hash (hex SHA-256), filled in by the server
 
-
 def bind_implementation(protocol: type, implementation: Any) -> HostedService:
     """Check *implementation* against *protocol* and bind its methods.
 
-    Raises:
-        TypeError: Whatever is missing or does not agree, all of it in one error.
-        ValueError: The protocol's name or version is malformed.
+    Raises one `TypeError` for all that is missing or does not agree, `ValueError` for a malformed name or version.
     """
     name = protocol_name_of(protocol)
     version = getattr(protocol, "protocol_version", "") or ""
     if version and _parse_version(version) is None:
         raise ValueError(f"{name}.protocol_version: expected MAJOR.MINOR.PATCH, got {version!r}")
     if isinstance(implementation, type):
-        raise TypeError(f"expected an instance of {implementation.__qualname__}, got the class; write {implementation.__qualname__}()")
+        wanted = implementation.__qualname__
+        raise TypeError(f"expected an instance of {wanted}, got the class; write {wanted}()")
     service = HostedService(name, protocol, version, implementation, {})
     problems: list[str] = []
     for info in rpc_methods(protocol).values():
@@ -2791,6 +2755,8 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
             problems.append(str(exc))
     _raise_problems(f"{type(implementation).__qualname__} does not implement {name}", problems)
     return service
+
+_CATCH_ALL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
     function = getattr(service.implementation, info.name, None)
@@ -2807,7 +2773,7 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
         unknown = [n for n in info.param_types if n not in parameters]
         problems += [f"takes no parameter {n!r}{_suggest(n, parameters)}" for n in unknown]
     for name, parameter in parameters.items():
-        expected = name in info.param_types or name == context or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        expected = name in info.param_types or name == context or parameter.kind in _CATCH_ALL
         if not expected and parameter.default is parameter.empty:
             problems.append(f"requires {name!r}, which the protocol does not have")
     state_types = _state_types(info, hints.get("return"), problems)
@@ -2821,8 +2787,7 @@ def _state_types(info: RpcMethodInfo, returned: Any, problems: list[str]) -> tup
     if (stream is not None) != (info.method_type is MethodType.STREAM):
         if returned is not None:
             problems.append(f"returns {_annotation_text(returned)}, the protocol says {_annotation_text(info.result_type)}")
-        return ()
-    if stream is None:
+    if stream is None or info.method_type is MethodType.UNARY:
         return ()
     state, found = stream[0], []
     for cls in typing.get_args(state) if typing.get_origin(state) in (Union, types.UnionType) else (state,):
@@ -2845,13 +2810,8 @@ def _state_types(info: RpcMethodInfo, returned: Any, problems: list[str]) -> tup
 # A call's arguments to a request stream and back, a result to its batch and back (WIRE sections 1 and 3).
 # Law: a request's schema equals the method's, name for name and type for type, before a single value is decoded.
 
-
 def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return one value per parameter, in order, defaults filled in.
-
-    Raises:
-        TypeError: An argument is missing, unknown, given twice, or one too many.
-    """
+    """Return one value per parameter, in order, defaults filled in; raises `TypeError` where the call does not fit."""
     names = info.params.names
     if len(args) > len(names):
         raise ParameterError(f"{info.name}() takes {len(names)} arguments {list(names)}, got {len(args)}")
@@ -2866,19 +2826,17 @@ def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str
     except KeyError as exc:
         raise ParameterError(f"{info.name}() is missing argument {exc}; signature: {info.signature()}") from None
 
-def request_batch(info: RpcMethodInfo, values: Sequence[Any]) -> pa.RecordBatch:
-    """Encode the arguments: 1 row x len(parameters) columns.
-
-    Raises:
-        TypeError: A value of the wrong type; the text gives the parameter and the path inside it.
-    """
-    if not info.params.names:
-        return _TICK
+def _located(where: str, prefix: str, convert: Callable[[Any], _T], value: Any) -> _T:
+    """Return ``convert(value)``; a mismatch becomes a `ParameterError` that says *where*, its path without *prefix*."""
     try:
-        return info.params.to_batch(values)
+        return convert(value)
     except _Mismatch as exc:
-        exc.path = exc.path[1:]
-        raise exc.error(f"{info.name}() argument ") from None
+        exc.path = exc.path.removeprefix(prefix)
+        raise exc.error(where) from None
+
+def request_batch(info: RpcMethodInfo, values: Sequence[Any]) -> pa.RecordBatch:
+    """Encode the arguments, 1 row x len(parameters) columns; a `TypeError` gives the parameter and the path inside it."""
+    return _located(f"{info.name}() argument ", ".", info.params.to_batch, values) if info.params.names else _TICK
 
 def request_metadata(info: RpcMethodInfo, version: str, request_id: str, timeout: float | None) -> dict[bytes, bytes]:
     """The metadata of a request (WIRE section 1); *timeout* in seconds."""
@@ -2930,12 +2888,10 @@ class Request:
         """Decode the batch, fully validated as the reader was told."""
         return self._reader.decode(self._message)
 
-
 def clean_request_id(text: str | None) -> str:
     """Return *text* if it may be echoed and logged (1 to 128 visible ASCII characters), else an empty string."""
-    if text and len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable() and " " not in text:
-        return text
-    return ""
+    text = text or ""
+    return text if len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable() and " " not in text else ""
 
 def new_request_id() -> str:
     """Return 16 random hex characters."""
@@ -2944,22 +2900,16 @@ def new_request_id() -> str:
 def read_arguments(info: RpcMethodInfo, request: Request) -> dict[str, Any]:
     """Check a request against the method and decode its parameters.
 
-    Raises:
-        ProtocolError: Not exactly one row.
-        ParameterError: A parameter missing, extra, in another order, of another type or nullability, or null.
+    Raises `ParameterError` for one missing, extra, null or not as declared, `ProtocolError` unless there is one row.
     """
-    wanted, got = info.params_schema, request.schema
-    if not got.equals(wanted):
-        _refuse_schema(info, wanted, got)
+    wanted = info.params_schema
+    if not request.schema.equals(wanted):
+        _refuse_schema(info, wanted, request.schema)
     if not len(wanted):
         return {}
     if request.rows != 1:
         raise ProtocolError(f"{info.name}(): expected exactly 1 row of {_schema_text(wanted)}, got {request.rows} rows")
-    try:
-        return dict(zip(info.params.names, info.params.from_batch(request.batch())))
-    except _Mismatch as exc:
-        exc.path = exc.path[1:]
-        raise exc.error(f"{info.name}() parameter ") from None
+    return dict(zip(info.params.names, _located(f"{info.name}() parameter ", ".", info.params.from_batch, request.batch())))
 
 def _refuse_schema(info: RpcMethodInfo, wanted: pa.Schema, got: pa.Schema) -> None:
     """Raise for the first way in which a request's schema is not the method's."""
@@ -2983,11 +2933,12 @@ def result_batch(info: RpcMethodInfo, value: Any) -> pa.RecordBatch:
         if value is not None:
             raise ParameterError(f"{info.name}() result: declared to return None, got {_got(value)}")
         return _TICK
-    try:
-        return info.result.to_batch([value])
-    except _Mismatch as exc:
-        exc.path = exc.path.removeprefix(".result")
-        raise exc.error(f"{info.name}() result") from None
+    return _located(f"{info.name}() result", ".result", info.result.to_batch, [value])
+
+def header_batch(info: RpcMethodInfo, header: Any) -> pa.RecordBatch:
+    """Encode a stream's header, 1 row x the fields of its dataclass; raises `TypeError` for a value not as declared."""
+    codec = cast("DataclassCodec", info.header)
+    return _located(f"{info.name}() header", "", lambda value: codec.row.to_batch(codec.values(value)), header)
 
 def read_result(info: RpcMethodInfo, batch: pa.RecordBatch) -> Any:
     """Decode a unary result; raises `ParameterError` when it is not what the method declares: client and server disagree."""
@@ -2996,11 +2947,7 @@ def read_result(info: RpcMethodInfo, batch: pa.RecordBatch) -> Any:
     if batch.num_rows != 1 or batch.schema.names != ["result"]:
         got = f"{batch.num_rows} rows of {_schema_text(batch.schema)}"
         raise ParameterError(f"{info.name}() result: expected 1 row of {_schema_text(info.result_schema)}, got {got}")
-    try:
-        return info.result.from_batch(batch)[0]
-    except _Mismatch as exc:
-        exc.path = exc.path.removeprefix(".result")
-        raise exc.error(f"{info.name}() result") from None
+    return _located(f"{info.name}() result", ".result", info.result.from_batch, batch)[0]
 
 
 # ============================================================================
@@ -3013,7 +2960,6 @@ def read_result(info: RpcMethodInfo, batch: pa.RecordBatch) -> Any:
 @dataclass(frozen=True)
 class ProtocolSummary(ArrowSerializableDataclass):
     """One hosted protocol, as `list_protocols` lists it."""
-
     protocol: str
     protocol_version: str
     protocol_hash: str
@@ -3025,7 +2971,6 @@ class ProtocolSummary(ArrowSerializableDataclass):
 @dataclass(frozen=True)
 class ProtocolList(ArrowSerializableDataclass):
     """Answer of ``Reflection.list_protocols``."""
-
     server_id: str
     server_version: str
     request_version: str
@@ -3035,7 +2980,6 @@ class ProtocolList(ArrowSerializableDataclass):
 @dataclass(frozen=True)
 class MethodSummary(ArrowSerializableDataclass):
     """One method, as ``Reflection.describe`` describes it; schemas are serialised, empty where there is none."""
-
     name: str
     method_type: str
     has_return: bool
@@ -3052,13 +2996,11 @@ class MethodSummary(ArrowSerializableDataclass):
 @dataclass(frozen=True)
 class ProtocolDescription(ProtocolSummary):
     """Answer of ``Reflection.describe``: the summary and the methods, sorted by name."""
-
     methods: list[MethodSummary] = field(default_factory=list)
 
 
 class Reflection(Protocol):
     """The protocol that every server hosts beside the application's."""
-
     protocol_name: ClassVar[str] = REFLECTION_PROTOCOL
 
     def list_protocols(self) -> ProtocolList:
@@ -3066,7 +3008,6 @@ class Reflection(Protocol):
 
     def describe(self, protocol: str) -> ProtocolDescription:
         """Describe one protocol and its methods, sorted by name."""
-
 
 _TYPE_TOKENS = {  # Arrow's own names, where Python's spelling of them differs
     pa.string(): "utf8", pa.large_string(): "large_utf8", pa.bool_(): "bool", pa.date32(): "date32", pa.date64(): "date64",
@@ -3107,24 +3048,19 @@ def _type_token(kind: pa.DataType) -> str:
 def _child_token(name: str, child: pa.Field) -> str:
     return f"{name}{'?' if child.nullable else ''}:{_type_token(child.type)}"
 
+def _field_facts(schema: pa.Schema) -> list[dict[str, Any]]:
+    return [{"name": f.name, "nullable": f.nullable, "type": _type_token(f.type)} for f in schema]
+
 def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
-    """Return the family's fingerprint of a protocol: hex SHA-256 over its methods' names and schemas (WIRE section 7).
-
-    Raises:
-        TypeError: A type without a token.
-    """
-
-    def fields(schema: pa.Schema) -> list[dict[str, Any]]:
-        return [{"name": f.name, "nullable": f.nullable, "type": _type_token(f.type)} for f in schema]
-
+    """Return the family's fingerprint of a protocol (WIRE section 7), hex SHA-256; raises `TypeError` for a tokenless type."""
     methods = []
-    for info in sorted(infos, key=lambda i: i.name):
-        facts = {"name": info.name, "type": info.method_type.value, "has_return": info.has_return}
-        facts.update(has_header=info.header is not None, params=fields(info.params_schema))
+    for info in sorted(infos, key=operator.attrgetter("name")):
+        facts: dict[str, Any] = {"name": info.name, "type": info.method_type.value, "has_return": info.has_return}
+        facts.update(has_header=info.header is not None, params=_field_facts(info.params_schema))
         if info.has_return:
-            facts["result"] = fields(info.result_schema)
+            facts["result"] = _field_facts(info.result_schema)
         if info.header is not None:
-            facts["header"] = fields(info.header.row.schema)
+            facts["header"] = _field_facts(info.header.row.schema)
         methods.append(facts)
     text = json.dumps({"protocol": protocol, "methods": methods}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + text.encode()).hexdigest()
@@ -3154,7 +3090,6 @@ def _method_summary(bound: BoundMethod) -> MethodSummary:
 @dataclass(frozen=True)
 class MethodDescription:
     """One method of a server, as a client learns of it."""
-
     name: str
     method_type: MethodType
     has_return: bool  # whether a unary method returns something
@@ -3170,7 +3105,6 @@ class MethodDescription:
 @dataclass(frozen=True)
 class ServiceDescription:
     """One protocol of a server, as a client learns of it."""
-
     protocol_name: str  # routing name
     request_version: str  # of the wire
     describe_version: str  # of the reflection answer
@@ -3178,7 +3112,6 @@ class ServiceDescription:
     server_id: str  # 12 hex characters
     methods: Mapping[str, MethodDescription]
     protocol_version: str = ""  # MAJOR.MINOR.PATCH, empty when it declares none
-
 
 def _service_description(listed: ProtocolList, described: ProtocolDescription) -> ServiceDescription:
     methods = types.MappingProxyType({m.name: _method_description(m) for m in described.methods})
@@ -3218,12 +3151,7 @@ def zstd_compress(data: _Buffer, level: int = 1) -> bytes:
     return cast("bytes", pa.Codec("zstd", compression_level=level).compress(data, asbytes=True))
 
 def zstd_decompress(data: _Buffer, limit: int) -> bytes:
-    """Decompress at most *limit* bytes.
-
-    Raises:
-        RequestTooLargeError: More than *limit* would come out; nothing beyond it was decoded.
-        IPCError: Not zstd, or cut off.
-    """
+    """Decompress at most *limit* bytes, else `RequestTooLargeError` with nothing more decoded; `IPCError` unless it is whole."""
     pieces, left = [], limit + 1
     try:
         with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
@@ -3255,18 +3183,14 @@ def gzip_decompress(data: _Buffer, limit: int, window: int = 31) -> bytes:
 class TokenSealer:
     """Seals and opens state tokens. Safe for use by several threads.
 
-    Args:
-        keys: At least one key of 16 bytes or more; the first signs, all verify. Others raise `ValueError`.
-        ttl: How old a token may be, in seconds; 0 for any age.
-        clock: Gives seconds since the epoch; passed in so that tests can turn it.
+    The first of *keys* signs, all verify; none, or one under 16 bytes, is a `ValueError`. *ttl* is how old a token may be,
+    in seconds, 0 for any age. *clock* gives seconds since the epoch and can be turned by tests.
     """
 
     def __init__(self, keys: Sequence[bytes], ttl: float = TOKEN_TTL_SECONDS, clock: Callable[[], float] = time.time) -> None:
         if not keys or any(len(k) < 16 for k in keys):
             raise ValueError(f"token key: expected at least 16 bytes, got {[len(k) for k in keys] or 'none'}")
-        self._keys = [bytes(k) for k in keys]
-        self.ttl = ttl
-        self._clock = clock
+        self._keys, self.ttl, self._clock = [bytes(k) for k in keys], ttl, clock
 
     @staticmethod
     def _mac(key: bytes, half: bytes, binding: Sequence[bytes], sealed: bytes) -> bytes:
@@ -3286,8 +3210,7 @@ class TokenSealer:
     def open(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> bytes:
         """Return the content of a token sealed for the same *half* and *binding*; `ttl` applies if *aged*.
 
-        Raises:
-            TokenError: Anything wrong with the seal, in one uniform text; or, the seal being good, too old or from the future.
+        Raises `TokenError`: any fault of the seal in one uniform text; or, the seal being good, too old or from the future.
         """
         try:
             raw = base64.b64decode(token or b"", validate=True)
@@ -3308,12 +3231,9 @@ class TokenSealer:
             raise TokenError("state token refused: issued in the future; check the servers' clocks")
         if aged and self.ttl and age > self.ttl:
             raise TokenError(f"token expired: {age:.0f} s old, at most {self.ttl:g} s are allowed; start the stream again")
-        if method == _STORED:
-            return sealed[10:]
         if method == _ZSTD:
             return zstd_decompress(sealed[10:], _MAX_STATE_BYTES)
-        return gzip_decompress(sealed[10:], _MAX_STATE_BYTES, 15)
-
+        return sealed[10:] if method == _STORED else gzip_decompress(sealed[10:], _MAX_STATE_BYTES, 15)
 
 def pack_parts(parts: Sequence[bytes]) -> bytes:
     """Join byte strings so that `unpack_parts` gets them back: each is preceded by its length."""
@@ -3342,7 +3262,6 @@ def unpack_parts(data: bytes, count: int) -> list[bytes]:
 @dataclass
 class CallRecord:
     """The facts of one call, or of one HTTP request of a stream: what hooks and the access log see."""
-
     protocol: str = ""  # routing name
     protocol_hash: str = ""  # its fingerprint
     method: str = ""
@@ -3362,17 +3281,13 @@ class CallRecord:
 
 
 class DispatchHook(Protocol):
-    """Hears of the start and the end of each call: the door for tracing and metrics.
-
-    Called by the thread that serves the call; what it raises is logged and otherwise ignored.
-    """
+    """Hears of each call, on the thread that serves it, for tracing and metrics; what it raises is logged and ignored."""
 
     def on_dispatch_start(self, record: CallRecord) -> Any:
         """Called before the method; what it returns is handed to `on_dispatch_end`."""
 
     def on_dispatch_end(self, token: Any, record: CallRecord, error: BaseException | None) -> None:
         """Called after the last turn, with what the method raised."""
-
 
 def _tell(hook: DispatchHook, event: str, *facts: Any) -> Any:
     try:
@@ -3385,7 +3300,6 @@ def _tell(hook: DispatchHook, event: str, *facts: Any) -> Any:
 @dataclass(frozen=True)
 class Caller:
     """What a transport knows of the other side of a call."""
-
     kind: TransportKind = TransportKind.PIPE
     auth: AuthContext = _ANONYMOUS  # who calls
     remote_addr: str = ""  # peer address, empty for pipes
@@ -3396,7 +3310,6 @@ class Caller:
 
 class Turn(NamedTuple):
     """What one turn sends."""
-
     schema: pa.Schema  # of the batches
     items: list[tuple[pa.RecordBatch, Any]]  # logs first, then data, then an error; each with its metadata
     finished: bool  # whether nothing follows
@@ -3406,18 +3319,14 @@ class Turn(NamedTuple):
     @property
     def data_index(self) -> int | None:
         """Position of the data batch in `items`, ``None`` when the turn sent none."""
-        last = len(self.items) - 1
-        if self.error is not None or last < 0:
+        if self.error is not None or not self.items:
             return None
-        batch, metadata = self.items[last]
-        return last if batch_kind(batch.num_rows, metadata) is BatchKind.DATA else None
+        batch, metadata = self.items[-1]
+        return len(self.items) - 1 if batch_kind(batch.num_rows, metadata) is BatchKind.DATA else None
 
 
 class Call:
-    """One call being served: `begin`, then for a stream `turn` after `turn`, then `end`.
-
-    Used by one thread at a time. None of its methods raises what the method raised.
-    """
+    """One call being served: `begin`, for a stream `turn` after `turn`, then `end`; used by one thread at a time."""
 
     def __init__(self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None, request_id: str) -> None:
         info, hosted = bound.info, bound.hosted
@@ -3425,7 +3334,6 @@ class Call:
         self.stream: Stream[Any, Any] | None = None  # once `begin` returned one
         self._messages: list[Message] = []
         self._error: BaseException | None = None
-        self._cancelled = False
         self._started = time.monotonic()
         sent = request.metadata if request is not None else {}
         traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
@@ -3437,13 +3345,12 @@ class Call:
             deadline=None if timeout is None else self._started + timeout,
             response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone,
         )
-        method = info.name, info.method_type.value
-        who = caller.kind, caller.auth, caller.remote_addr
-        self.record = CallRecord(hosted.name, hosted.hash, *method, request_id, *who, metadata)
+        self.record = CallRecord(
+            hosted.name, hosted.hash, info.name, info.method_type.value, request_id, caller.kind, caller.auth, caller.remote_addr,
+            metadata, stream_id=os.urandom(16).hex() if info.method_type is MethodType.STREAM else "",
+        )
         if request is not None:
             self.record.request_schema, self.record.request_rows = request.schema, request.rows
-        if info.method_type is MethodType.STREAM:
-            self.record.stream_id = os.urandom(16).hex()
         self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
 
     def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
@@ -3477,11 +3384,9 @@ class Call:
         return self._failed(EMPTY_SCHEMA if self.bound.info.header else self.bound.info.result_schema, exc, refused=True)
 
     def begin(self, arguments: dict[str, Any]) -> Turn:
-        """Run the method.
+        """Run the method and return a unary method's whole answer, or the header turn of a stream.
 
-        Returns:
-            A unary method's whole answer. For a stream the header turn: logs and the header row on the header's schema,
-            or no items and an empty schema when it declares none (its logs then go with the first turn).
+        That is logs and the header row; without a header no items and an empty schema, and the logs go with the first turn.
         """
         info = self.bound.info
         if self.bound.context_parameter is not None:
@@ -3497,7 +3402,7 @@ class Call:
                 self._run(self.stream.state.bind_call_state, self.stream.call_state)
             if info.header is None:
                 return Turn(EMPTY_SCHEMA, [], False)
-            header = self._header_batch(info, self.stream.header)
+            header = header_batch(info, self.stream.header)
             return Turn(header.schema, [*self._logs(header.schema), (header, None)], False)
         except BaseException as exc:  # SystemExit and KeyboardInterrupt raised by a method must not end the server
             self.stream = None
@@ -3507,20 +3412,10 @@ class Call:
         where = f"{self.bound.info.name}() result: "
         if not isinstance(value, Stream):
             raise ParameterError(f"{where}expected a Stream, got {_got(value)}")
-        if not isinstance(value.state, StreamState):
-            raise ParameterError(f"{where}Stream.state: expected a StreamState, got {_got(value.state)}")
-        for name in ("output_schema", "input_schema"):
-            if not isinstance(getattr(value, name), pa.Schema):
-                raise ParameterError(f"{where}Stream.{name}: expected a pyarrow.Schema, got {_got(getattr(value, name))}")
+        for name, expected in (("state", StreamState), ("output_schema", pa.Schema), ("input_schema", pa.Schema)):
+            if not isinstance(getattr(value, name), expected):
+                raise ParameterError(f"{where}Stream.{name}: expected a {expected.__name__}, got {_got(getattr(value, name))}")
         return value
-
-    @staticmethod
-    def _header_batch(info: RpcMethodInfo, header: Any) -> pa.RecordBatch:
-        codec = cast("DataclassCodec", info.header)
-        try:
-            return codec.row.to_batch(codec.values(header))
-        except _Mismatch as exc:
-            raise exc.error(f"{info.name}() header") from None
 
     def turn(self, given: AnnotatedBatch) -> Turn:
         """Serve one turn of the stream on *given* (a tick for a producer)."""
@@ -3544,9 +3439,9 @@ class Call:
 
     def cancel(self) -> None:
         """Tell the state, once, that the client has cancelled; what ``on_cancel`` raises is swallowed."""
-        if self._cancelled or self.stream is None:
+        if self.record.cancelled or self.stream is None:
             return
-        self._cancelled = self.record.cancelled = True
+        self.record.cancelled = True
         try:
             self._run(self.stream.state.on_cancel, self.context)
         except BaseException as exc:
@@ -3585,10 +3480,8 @@ class ServerCore:
         ipc_validation: IpcValidation | None = None, include_tracebacks: bool = True,
     ) -> None:
         self.server_id = server_id if server_id is not None else os.urandom(6).hex()
-        self.server_version = server_version
-        self.describe_enabled = enable_describe
+        self.server_version, self.describe_enabled, self.include_tracebacks = server_version, enable_describe, include_tracebacks
         self.ipc_validation = ipc_validation or IpcValidation.FULL
-        self.include_tracebacks = include_tracebacks
         self.services: dict[str, HostedService] = {}
         for cls, target in [(protocol, implementation), *extra_protocols]:
             service = bind_implementation(cls, target)
@@ -3607,44 +3500,33 @@ class ServerCore:
         self.methods: Mapping[str, RpcMethodInfo] = {name: bound.info for name, bound in primary.methods.items()}
         self._hooks: list[DispatchHook] = []
         self._started: set[TransportKind] = set()
-        self._state = threading.Condition()
-        self._active = 0
-        self.draining = False
+        self._state, self._active, self.draining = threading.Condition(), 0, False
 
     # -- resolve
 
     def service(self, name: str) -> HostedService:
         """Return a hosted protocol; raises `ProtocolNotSupportedError`, which echoes *name* only if it could be a protocol's."""
-        service = self.services.get(name)
-        if service is None:
-            hosted = list(self.services)
-            if not PROTOCOL_NAME_PATTERN.fullmatch(name):
-                raise ProtocolNotSupportedError(f"the protocol key does not hold a protocol name; hosted: {hosted}")
-            raise ProtocolNotSupportedError(f"protocol {name!r} is not hosted{_suggest(name, hosted)}; hosted: {hosted}")
-        return service
+        if name not in self.services:
+            text = "the protocol key does not hold a protocol name"
+            if PROTOCOL_NAME_PATTERN.fullmatch(name):
+                text = f"protocol {name!r} is not hosted{_suggest(name, self.services)}"
+            raise ProtocolNotSupportedError(f"{text}; hosted: {list(self.services)}")
+        return self.services[name]
 
     def method(self, service: HostedService, name: str) -> BoundMethod:
         """Return a method of a hosted protocol; raises `MethodNotImplementedError`, which lists those there are."""
-        bound = service.methods.get(name)
-        if bound is None:
-            shown = name if len(name) <= 255 and name.isprintable() else "…"
-            known = sorted(service.methods)
+        if name not in service.methods:
+            shown, known = name if len(name) <= 255 and name.isprintable() else "…", sorted(service.methods)
             raise MethodNotImplementedError(f"{service.name} has no method {shown!r}{_suggest(shown, known)}; it has {known}")
-        return bound
+        return service.methods[name]
 
     def resolve(self, request: Request, path: tuple[str, str] | None = None) -> BoundMethod:
-        """Find the method that a request asks for, and check every version.
+        """Find the method that a request asks for; *path* is (protocol, method) where a URL names them, too.
 
-        Args:
-            request: The request.
-            path: (protocol, method) where a URL names them too: the request must agree.
-
-        Raises:
-            VersionError, ProtocolError: The request names no wire version, protocol or method, or not one of ours.
+        Raises `VersionError` or `ProtocolError` for a version, protocol or method that is absent, not ours, or not the path's.
         """
         self.check_wire_version(request.metadata)
-        protocol = request.text(PROTOCOL_KEY, "the protocol")
-        name = request.text(METHOD_KEY, "the method name")
+        protocol, name = request.text(PROTOCOL_KEY, "the protocol"), request.text(METHOD_KEY, "the method name")
         if path is not None:
             if protocol not in (None, path[0]):
                 exc = ProtocolNotSupportedError(f"the path says protocol {path[0]!r}, the request says another one")
@@ -3654,8 +3536,8 @@ class ServerCore:
                 raise ProtocolError(f"the path says method {path[1]!r}, the request says {f'{name!r:.100}' if name else 'none'}")
             protocol = path[0]
         if not protocol:
-            hosted = list(self.services)
-            raise ProtocolNotSpecifiedError(f"the request has no {PROTOCOL_KEY.decode()!r} key; this server hosts {hosted}")
+            text = f"the request has no {PROTOCOL_KEY.decode()!r} key; this server hosts {list(self.services)}"
+            raise ProtocolNotSpecifiedError(text)
         service = self.service(protocol)
         if not name:
             raise ProtocolError(f"the request has no {METHOD_KEY.decode()!r} key: it must name its method")
@@ -3676,12 +3558,9 @@ class ServerCore:
         wanted, got = _parse_version(service.version), _parse_version(raw)
         if wanted is None or got == wanted:
             return
-        if got is None:
-            said = f"sent {raw[:60]!r}, which is not MAJOR.MINOR.PATCH" if raw else "sent no version"
-        else:
-            said = raw
+        said = raw if got else f"sent {raw[:60]!r}, which is not MAJOR.MINOR.PATCH" if raw else "sent no version"
         text = f"protocol {service.name}: the server speaks {service.version}, the client {said}; upgrade the "
-        text += "client" if got is None or got < wanted else "server"
+        text += "server" if got and got > wanted else "client"
         raise ProtocolVersionError(text, protocol=service.name, client_version=raw[:60], server_version=service.version)
 
     # -- begin and end
@@ -3700,15 +3579,10 @@ class ServerCore:
     def start(self, kind: TransportKind) -> None:
         """Call the implementations' ``on_serve_start`` once per kind of transport.
 
-        Raises:
-            StatusError: One of them failed (UNAVAILABLE); the next request asks again.
+        Raises `StatusError` (UNAVAILABLE) when one fails; the next request asks again.
         """
-        if kind in self._started:
-            return
         with self._state:
-            if kind in self._started:
-                return
-            for service in self.services.values():
+            for service in self.services.values() if kind not in self._started else ():
                 hook = getattr(service.implementation, "on_serve_start", None)
                 try:
                     if callable(hook):
@@ -3749,11 +3623,9 @@ class ServerCore:
 
 
 class AccessLog:
-    """A dispatch hook that writes one JSON line per call (WIRE section 11): never a payload, a value or a token.
+    """A dispatch hook that writes one JSON line per call (WIRE section 11) to a text file: never a payload, value or token.
 
-    Args:
-        server: Whose id goes into each line.
-        stream: A text file, open for writing; lines are written whole, by any thread.
+    Lines are written whole, by any thread.
     """
 
     def __init__(self, server: ServerCore, stream: typing.TextIO) -> None:
@@ -3784,12 +3656,12 @@ class AccessLog:
         if error is not None:
             line.update(error_message=_text_of(error)[:1000], error_code=_error_code_of(error).value)
         if record.stream_id:
-            line.update({"stream_id": record.stream_id}, **({"cancelled": True} if record.cancelled else {}))
+            line["stream_id"] = record.stream_id
+            line.update({"cancelled": True} if record.cancelled else {})
         if record.request_schema is not None:
             line["request_fields"] = [{"name": f.name, "type": str(f.type)} for f in record.request_schema]
             line["request_rows"] = record.request_rows
         return {**line, **dataclasses.asdict(record.statistics)}
-
 
 def configure_access_log(path: str, server: ServerCore) -> None:
     """Append one JSON line per call of *server* to *path* (else `OSError`); ``-`` is standard error. The file stays open."""
