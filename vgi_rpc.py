@@ -2262,7 +2262,6 @@ class TransportKind(str, enum.Enum):
     def __str__(self) -> str:
         return self.value
 
-
 class ServeStartHook(Protocol):
     """An implementation with this method hears, once per kind of transport, that serving begins."""
 
@@ -2365,39 +2364,32 @@ class OutputCollector:
     """
 
     def __init__(self, output_schema: pa.Schema, *, producer_mode: bool = True) -> None:
-        self.output_schema = output_schema
+        self.output_schema, self._producer_mode = output_schema, producer_mode
         self.finished = False  # whether `finish` was called in this turn
         self.messages: list[Message] = []
-        self._producer_mode = producer_mode
         self._data: pa.RecordBatch | None = None
         self._metadata: dict[bytes, bytes] | None = None
 
     @property
     def data_batch(self) -> AnnotatedBatch | None:
         """The data batch of this turn, once it was emitted."""
-        if self._data is None:
-            return None
-        return AnnotatedBatch(self._data, pa.KeyValueMetadata(self._metadata) if self._metadata else None)
-
-    def _may_emit(self) -> None:
-        if self.finished:
-            raise RuntimeError("emit after finish(): a finished stream sends nothing more")
-        if self._data is not None:
-            raise RuntimeError("emit called twice in one turn: a turn sends exactly one data batch")
+        metadata = pa.KeyValueMetadata(self._metadata) if self._metadata else None
+        return None if self._data is None else AnnotatedBatch(self._data, metadata)
 
     def emit(self, batch: pa.RecordBatch, metadata: Mapping[str, str] | None = None) -> None:
         """Send *batch* (any rows x the columns of the output schema) with its own metadata.
 
         Raises `RuntimeError` for a second batch in this turn or one after `finish`, `TypeError` for another schema.
         """
-        self._may_emit()
+        if self.finished:
+            raise RuntimeError("emit after finish(): a finished stream sends nothing more")
+        if self._data is not None:
+            raise RuntimeError("emit called twice in one turn: a turn sends exactly one data batch")
         self._data = conform_batch(batch, self.output_schema, "emit", cast_values=False)
-        if metadata:
-            self._metadata = {_as_bytes(k): _as_bytes(v) for k, v in dict(metadata).items()}
+        self._metadata = {_as_bytes(k): _as_bytes(v) for k, v in dict(metadata).items()} if metadata else None
 
     def emit_arrays(self, arrays: Sequence[pa.Array], metadata: Mapping[str, str] | None = None) -> None:
         """Send columns, in the order of the output schema; raises as `emit`."""
-        self._may_emit()
         schema = self.output_schema
         if len(arrays) != len(schema):
             raise ParameterError(f"emit_arrays: expected {len(schema)} columns, got {len(arrays)}")
@@ -2405,7 +2397,6 @@ class OutputCollector:
 
     def emit_pydict(self, data: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
         """Send ``{column: values}``; raises as `emit`."""
-        self._may_emit()
         self.emit(_batch_from_pydict(data, self.output_schema, "emit_pydict"), metadata)
 
     def finish(self) -> None:
@@ -2451,7 +2442,6 @@ class StreamState(ArrowSerializableDataclass):
     def bind_call_state(self, call_state: Any) -> None:
         """Called with the stream's call state before the first turn and after each reading back."""
 
-
 class ProducerState(StreamState):
     """State of a stream that the server pushes: override `produce`."""
 
@@ -2461,7 +2451,6 @@ class ProducerState(StreamState):
     def produce(self, out: OutputCollector, ctx: CallContext) -> None:
         """Emit one batch, or call ``out.finish()``."""
         raise TypeError(f"{type(self).__name__} defines no produce()")
-
 
 class ExchangeState(StreamState):
     """State of a stream in which each input batch is answered by one: override `exchange`."""
@@ -2498,7 +2487,6 @@ class Stream(Generic[_S, _H]):
         return not len(self.input_schema) and not isinstance(self.state, ExchangeState)
 
     if typing.TYPE_CHECKING:  # to a client's type checker a Stream is the StreamSession that the proxy returns
-
         def __iter__(self) -> Iterator[AnnotatedBatch]: ...
         def __enter__(self) -> Stream[_S, _H]: ...
         def __exit__(self, *exc: object) -> None: ...
@@ -2507,9 +2495,7 @@ class Stream(Generic[_S, _H]):
         def typed_header(self, header_type: type[_T]) -> _T: ...
         def close(self) -> None: ...
         def cancel(self) -> None: ...
-
     else:
-
         def __class_getitem__(cls, parameters):
             return super().__class_getitem__(parameters if isinstance(parameters, tuple) else (parameters, type(None)))
 
@@ -2558,16 +2544,13 @@ class RpcMethodInfo:
     @property
     def kind(self) -> str:
         """One word for people: ``unary``, ``producer``, ``exchange`` or ``stream`` (where the annotation does not tell)."""
-        if self.method_type is MethodType.UNARY:
-            return "unary"
-        return {True: "exchange", False: "producer", None: "stream"}[self.is_exchange]
+        stream = {True: "exchange", False: "producer", None: "stream"}[self.is_exchange]
+        return "unary" if self.method_type is MethodType.UNARY else stream
 
     def signature(self) -> str:
         """Return the Python signature without ``self``, as a person would write it."""
-        parts = []
-        for name, annotation in self.param_types.items():
-            default = f" = {self.param_defaults[name]!r}" if name in self.param_defaults else ""
-            parts.append(f"{name}: {_annotation_text(annotation)}{default}")
+        defaults = {name: f" = {value!r}" for name, value in self.param_defaults.items()}
+        parts = [f"{name}: {_annotation_text(hint)}{defaults.get(name, '')}" for name, hint in self.param_types.items()]
         result = "None" if self.result_type in (None, type(None)) else _annotation_text(self.result_type)
         return f"{self.name}({', '.join(parts)}) -> {result.replace('vgi_rpc.', '').replace(', NoneType]', ']')}"
 
@@ -2662,9 +2645,10 @@ def _method_info(protocol: str, name: str, function: Any) -> RpcMethodInfo:
         raise TypeError(f"{name}() result: {exc}") from None
     doc, params = inspect.getdoc(function), RowCodec(codecs)
     return RpcMethodInfo(
-        name=name, params_schema=params.schema, params=params, doc=doc, param_docs=_doc_arguments(doc), protocol_name=protocol,
-        param_defaults=defaults, param_types=types_, idempotency=getattr(function, "__vgi_idempotency__", "unknown"),
-        deprecation=getattr(function, "__vgi_deprecated__", None), **result_facts,
+        name=name, protocol_name=protocol, doc=doc, params_schema=params.schema, params=params, param_defaults=defaults,
+        param_types=types_, param_docs=_doc_arguments(doc), result_type=hints["return"], **result_facts,
+        idempotency=getattr(function, "__vgi_idempotency__", "unknown"),
+        deprecation=getattr(function, "__vgi_deprecated__", None),
     )
 
 def _result_facts(annotation: Any) -> dict[str, Any]:
@@ -2672,14 +2656,11 @@ def _result_facts(annotation: Any) -> dict[str, Any]:
     stream = _stream_parts(annotation)
     if stream:
         state, header = stream
-        codec = dataclass_codec(header) if header else None
-        facts = {"method_type": MethodType.STREAM, "has_return": False, "result_schema": EMPTY_SCHEMA}
-        facts.update(header_type=header, header=codec, is_exchange=_is_exchange(state))
-    else:
-        has_return = annotation not in (None, type(None))
-        result = RowCodec([("result", codec_for(annotation, whole=True))] if has_return else ())
-        facts = {"method_type": MethodType.UNARY, "has_return": has_return, "result": result, "result_schema": result.schema}
-    return {"result_type": annotation, **facts}
+        facts = {"header_type": header, "header": dataclass_codec(header) if header else None, "is_exchange": _is_exchange(state)}
+        return {"method_type": MethodType.STREAM, "has_return": False, "result_schema": EMPTY_SCHEMA, **facts}
+    has_return = annotation not in (None, type(None))
+    result = RowCodec([("result", codec_for(annotation, whole=True))] if has_return else ())
+    return {"method_type": MethodType.UNARY, "has_return": has_return, "result": result, "result_schema": result.schema}
 
 @functools.lru_cache(maxsize=256)
 def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
@@ -2722,7 +2703,6 @@ class BoundMethod(NamedTuple):
     function: Callable[..., Any]
     context_parameter: str | None  # which parameter gets the CallContext
     state_types: tuple[type, ...]  # the concrete state classes that the implementation's annotation names
-
 
 @dataclass
 class HostedService:
@@ -2784,9 +2764,8 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
 def _state_types(info: RpcMethodInfo, returned: Any, problems: list[str]) -> tuple[type, ...]:
     """The concrete state classes that the implementation's annotation names; their fields are checked here."""
     stream = _stream_parts(returned) if returned is not None else _stream_parts(info.result_type)
-    if (stream is not None) != (info.method_type is MethodType.STREAM):
-        if returned is not None:
-            problems.append(f"returns {_annotation_text(returned)}, the protocol says {_annotation_text(info.result_type)}")
+    if returned is not None and (stream is not None) != (info.method_type is MethodType.STREAM):
+        problems.append(f"returns {_annotation_text(returned)}, the protocol says {_annotation_text(info.result_type)}")
     if stream is None or info.method_type is MethodType.UNARY:
         return ()
     state, found = stream[0], []
@@ -2914,10 +2893,9 @@ def read_arguments(info: RpcMethodInfo, request: Request) -> dict[str, Any]:
 def _refuse_schema(info: RpcMethodInfo, wanted: pa.Schema, got: pa.Schema) -> None:
     """Raise for the first way in which a request's schema is not the method's."""
     where = f"{info.name}(): expected {_schema_text(wanted)}, got {_schema_text(got)[:2000]}"
-    extra = [n for n in got.names if n not in wanted.names]
+    extra, missing = ([n for n in x.names if n not in y.names] for x, y in ((got, wanted), (wanted, got)))
     if extra:
         raise ParameterError(f"{where}: no parameter {', '.join(map(repr, extra[:8]))}{_suggest(extra[0], wanted.names)}")
-    missing = [n for n in wanted.names if n not in got.names]
     if missing:
         raise ParameterError(f"{where}: missing {', '.join(map(repr, missing))}")
     if got.names != wanted.names:
@@ -2967,7 +2945,6 @@ class ProtocolSummary(ArrowSerializableDataclass):
     deprecation_message: str = ""
     features: list[str] = field(default_factory=list)
 
-
 @dataclass(frozen=True)
 class ProtocolList(ArrowSerializableDataclass):
     """Answer of ``Reflection.list_protocols``."""
@@ -2975,7 +2952,6 @@ class ProtocolList(ArrowSerializableDataclass):
     server_version: str
     request_version: str
     protocols: list[ProtocolSummary]
-
 
 @dataclass(frozen=True)
 class MethodSummary(ArrowSerializableDataclass):
@@ -2992,12 +2968,10 @@ class MethodSummary(ArrowSerializableDataclass):
     deprecated: bool = False
     deprecation_message: str = ""
 
-
 @dataclass(frozen=True)
 class ProtocolDescription(ProtocolSummary):
     """Answer of ``Reflection.describe``: the summary and the methods, sorted by name."""
     methods: list[MethodSummary] = field(default_factory=list)
-
 
 class Reflection(Protocol):
     """The protocol that every server hosts beside the application's."""
@@ -3009,26 +2983,26 @@ class Reflection(Protocol):
     def describe(self, protocol: str) -> ProtocolDescription:
         """Describe one protocol and its methods, sorted by name."""
 
-_TYPE_TOKENS = {  # Arrow's own names, where Python's spelling of them differs
-    pa.string(): "utf8", pa.large_string(): "large_utf8", pa.bool_(): "bool", pa.date32(): "date32", pa.date64(): "date64",
-    pa.float16(): "float16", pa.float32(): "float32", pa.float64(): "float64",
-}
+_LEAF_TOKENS = (  # how the hash spells a type without children
+    (pa.types.is_string, "utf8"), (pa.types.is_large_string, "large_utf8"),
+    (pa.types.is_float16, "float16"), (pa.types.is_float32, "float32"), (pa.types.is_float64, "float64"),
+    (pa.types.is_date32, "date32"), (pa.types.is_date64, "date64"), (pa.types.is_time, "time{0.bit_width}({0.unit})"),
+    (pa.types.is_duration, "duration({0.unit})"), (pa.types.is_decimal, "decimal{0.bit_width}({0.precision},{0.scale})"),
+    (pa.types.is_fixed_size_binary, "fixed_size_binary({0.byte_width})"), (pa.types.is_boolean, "bool"),
+    (pa.types.is_binary, "binary"), (pa.types.is_large_binary, "large_binary"), (pa.types.is_null, "null"),
+    (pa.types.is_integer, "{0}"),
+)
 
 def _type_token(kind: pa.DataType) -> str:
     """The spelling of a type in the protocol hash; raises `TypeError` for a type that has none."""
     if isinstance(kind, pa.BaseExtensionType):
         return f"extension({kind.extension_name})<{_type_token(kind.storage_type)}>"
-    if kind in _TYPE_TOKENS:
-        return _TYPE_TOKENS[kind]
+    for is_kind, token in _LEAF_TOKENS:
+        if is_kind(kind):
+            return token.format(kind)
     t = pa.types
     if t.is_timestamp(kind):
         return f"timestamp({kind.unit}{',tz=' + kind.tz if kind.tz else ''})"
-    if t.is_time(kind) or t.is_duration(kind):
-        return f"{'duration' if t.is_duration(kind) else f'time{kind.bit_width}'}({kind.unit})"
-    if t.is_decimal(kind):
-        return f"decimal{kind.bit_width}({kind.precision},{kind.scale})"
-    if t.is_fixed_size_binary(kind):
-        return f"fixed_size_binary({kind.byte_width})"
     if t.is_dictionary(kind):
         ordered = ",ordered" if kind.ordered else ""
         return f"dictionary<index:{_type_token(kind.index_type)},value:{_type_token(kind.value_type)}{ordered}>"
@@ -3041,8 +3015,6 @@ def _type_token(kind: pa.DataType) -> str:
         return f"fixed_size_list({kind.list_size})<{_child_token('item', kind.value_field)}>"
     if t.is_list(kind) or t.is_large_list(kind):
         return f"{'large_' if t.is_large_list(kind) else ''}list<{_child_token('item', kind.value_field)}>"
-    if t.is_integer(kind) or t.is_binary(kind) or t.is_large_binary(kind) or t.is_null(kind):
-        return str(kind)
     raise TypeError(f"the protocol hash has no token for {kind}")
 
 def _child_token(name: str, child: pa.Field) -> str:
@@ -3101,7 +3073,6 @@ class MethodDescription:
     idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
     deprecation: str | None = None  # why not to use it
 
-
 @dataclass(frozen=True)
 class ServiceDescription:
     """One protocol of a server, as a client learns of it."""
@@ -3115,9 +3086,10 @@ class ServiceDescription:
 
 def _service_description(listed: ProtocolList, described: ProtocolDescription) -> ServiceDescription:
     methods = types.MappingProxyType({m.name: _method_description(m) for m in described.methods})
-    versions = listed.request_version, DESCRIBE_VERSION
-    identity = described.protocol_hash, listed.server_id
-    return ServiceDescription(described.protocol, *versions, *identity, methods, described.protocol_version)
+    return ServiceDescription(
+        described.protocol, listed.request_version, DESCRIBE_VERSION, described.protocol_hash, listed.server_id, methods,
+        described.protocol_version,
+    )
 
 def _method_description(m: MethodSummary) -> MethodDescription:
     return MethodDescription(
@@ -3142,7 +3114,7 @@ _STORED, _ZLIB, _ZSTD = 0, 1, 2
 _COMPRESS_FROM_BYTES = 1_024
 _MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _zstd_available() -> bool:
     return bool(pa.Codec.is_available("zstd"))
 
@@ -3151,7 +3123,7 @@ def zstd_compress(data: _Buffer, level: int = 1) -> bytes:
     return cast("bytes", pa.Codec("zstd", compression_level=level).compress(data, asbytes=True))
 
 def zstd_decompress(data: _Buffer, limit: int) -> bytes:
-    """Decompress at most *limit* bytes, else `RequestTooLargeError` with nothing more decoded; `IPCError` unless it is whole."""
+    """Decompress at most *limit* bytes, else `RequestTooLargeError` with no more decoded; `IPCError` unless it is whole."""
     pieces, left = [], limit + 1
     try:
         with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
@@ -3328,7 +3300,9 @@ class Turn(NamedTuple):
 class Call:
     """One call being served: `begin`, for a stream `turn` after `turn`, then `end`; used by one thread at a time."""
 
-    def __init__(self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None, request_id: str) -> None:
+    def __init__(
+        self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None, request_id: str
+    ) -> None:
         info, hosted = bound.info, bound.hosted
         self.server, self.bound = server, bound
         self.stream: Stream[Any, Any] | None = None  # once `begin` returned one
@@ -3346,11 +3320,10 @@ class Call:
             response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone,
         )
         self.record = CallRecord(
-            hosted.name, hosted.hash, info.name, info.method_type.value, request_id, caller.kind, caller.auth, caller.remote_addr,
-            metadata, stream_id=os.urandom(16).hex() if info.method_type is MethodType.STREAM else "",
+            hosted.name, hosted.hash, info.name, info.method_type.value, request_id, caller.kind, caller.auth,
+            caller.remote_addr, metadata, os.urandom(16).hex() if info.method_type is MethodType.STREAM else "",
+            request.schema if request is not None else None, request.rows if request is not None else 0,
         )
-        if request is not None:
-            self.record.request_schema, self.record.request_rows = request.schema, request.rows
         self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
 
     def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
@@ -3454,19 +3427,6 @@ class Call:
             _tell(hook, "on_dispatch_end", token, self.record, self._error)
 
 
-class _ReflectionImpl:
-    def __init__(self, server: ServerCore) -> None:
-        self._server = server
-
-    def list_protocols(self) -> ProtocolList:
-        server = self._server
-        hosted = [ProtocolSummary(s.name, s.version, s.hash) for s in server.services.values()]
-        return ProtocolList(server.server_id, server.server_version, REQUEST_VERSION.decode(), hosted)
-
-    def describe(self, protocol: str) -> ProtocolDescription:
-        return describe_service(self._server.service(protocol))
-
-
 class ServerCore:
     """What an `RpcServer` is before it has a transport: the hosted protocols and the rules of calling them.
 
@@ -3480,8 +3440,8 @@ class ServerCore:
         ipc_validation: IpcValidation | None = None, include_tracebacks: bool = True,
     ) -> None:
         self.server_id = server_id if server_id is not None else os.urandom(6).hex()
-        self.server_version, self.describe_enabled, self.include_tracebacks = server_version, enable_describe, include_tracebacks
-        self.ipc_validation = ipc_validation or IpcValidation.FULL
+        self.server_version, self.describe_enabled = server_version, enable_describe
+        self.ipc_validation, self.include_tracebacks = ipc_validation or IpcValidation.FULL, include_tracebacks
         self.services: dict[str, HostedService] = {}
         for cls, target in [(protocol, implementation), *extra_protocols]:
             service = bind_implementation(cls, target)
@@ -3491,7 +3451,7 @@ class ServerCore:
                 raise ValueError(f"protocol name {service.name!r} is given twice; names must be unique on a server")
             self.services[service.name] = service
         if enable_describe:
-            self.services[REFLECTION_PROTOCOL] = bind_implementation(Reflection, _ReflectionImpl(self))
+            self.services[REFLECTION_PROTOCOL] = bind_implementation(Reflection, self)
         for service in self.services.values():
             service.hash = protocol_hash(service.name, [m.info for m in service.methods.values()])
         self.primary = primary = next(iter(self.services.values()))
@@ -3502,10 +3462,19 @@ class ServerCore:
         self._started: set[TransportKind] = set()
         self._state, self._active, self.draining = threading.Condition(), 0, False
 
+    def list_protocols(self) -> ProtocolList:
+        """What reflection answers to ``list_protocols``."""
+        hosted = [ProtocolSummary(s.name, s.version, s.hash) for s in self.services.values()]
+        return ProtocolList(self.server_id, self.server_version, REQUEST_VERSION.decode(), hosted)
+
+    def describe(self, protocol: str) -> ProtocolDescription:
+        """What reflection answers to ``describe``."""
+        return describe_service(self.service(protocol))
+
     # -- resolve
 
     def service(self, name: str) -> HostedService:
-        """Return a hosted protocol; raises `ProtocolNotSupportedError`, which echoes *name* only if it could be a protocol's."""
+        """Return a hosted protocol; raises `ProtocolNotSupportedError`, which echoes *name* only if it may be a name."""
         if name not in self.services:
             text = "the protocol key does not hold a protocol name"
             if PROTOCOL_NAME_PATTERN.fullmatch(name):
@@ -3533,7 +3502,8 @@ class ServerCore:
                 exc.http_status = 400
                 raise exc
             if name != path[1]:
-                raise ProtocolError(f"the path says method {path[1]!r}, the request says {f'{name!r:.100}' if name else 'none'}")
+                got = f"{name!r:.100}" if name else "none"
+                raise ProtocolError(f"the path says method {path[1]!r}, the request says {got}")
             protocol = path[0]
         if not protocol:
             text = f"the request has no {PROTOCOL_KEY.decode()!r} key; this server hosts {list(self.services)}"
