@@ -2656,8 +2656,10 @@ def _result_facts(annotation: Any) -> dict[str, Any]:
     stream = _stream_parts(annotation)
     if stream:
         state, header = stream
-        facts = {"header_type": header, "header": dataclass_codec(header) if header else None, "is_exchange": _is_exchange(state)}
-        return {"method_type": MethodType.STREAM, "has_return": False, "result_schema": EMPTY_SCHEMA, **facts}
+        return {
+            "method_type": MethodType.STREAM, "has_return": False, "result_schema": EMPTY_SCHEMA, "header_type": header,
+            "header": dataclass_codec(header) if header else None, "is_exchange": _is_exchange(state),
+        }
     has_return = annotation not in (None, type(None))
     result = RowCodec([("result", codec_for(annotation, whole=True))] if has_return else ())
     return {"method_type": MethodType.UNARY, "has_return": has_return, "result": result, "result_schema": result.schema}
@@ -3167,7 +3169,7 @@ class TokenSealer:
     @staticmethod
     def _mac(key: bytes, half: bytes, binding: Sequence[bytes], sealed: bytes) -> bytes:
         # Every part is preceded by its length, so that no two bindings give the same bytes.
-        return hmac.digest(key, b"vgi_rpc.token.v1" + pack_parts((half, *binding)) + sealed, "sha256")
+        return hmac.digest(key, b"".join((b"vgi_rpc.token.v1", pack_parts((half, *binding)), sealed)), "sha256")
 
     def seal(self, half: bytes, binding: Sequence[bytes], content: bytes) -> bytes:
         """Return *content* as a token (base64), bound to *half* (which half of the state it is) and *binding*."""
