@@ -5778,7 +5778,6 @@ def bearer_authenticate(*, validate: Callable[[str], AuthContext]) -> Authentica
     authenticate.challenge = "Bearer"  # type: ignore[attr-defined]
     return authenticate
 
-
 def bearer_authenticate_static(*, tokens: Mapping[str, AuthContext]) -> Authenticate:
     """Return a callback that knows a fixed set of bearer tokens; compared in constant time, all of them each time."""
     known = [(token.encode(), auth) for token, auth in tokens.items()]
@@ -5793,7 +5792,6 @@ def bearer_authenticate_static(*, tokens: Mapping[str, AuthContext]) -> Authenti
         return found
 
     return bearer_authenticate(validate=validate)
-
 
 def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
     """Return a callback that asks each in turn until one knows the caller; the last refusal stands.
@@ -5873,7 +5871,6 @@ def _takes_options(*kinds: type) -> Callable[[_Function], _Function]:
 
     return mark
 
-
 def _split_options(options: dict[str, Any], *kinds: type) -> list[Any]:
     """Build one instance of each of *kinds* from keywords; an unknown keyword is a `TypeError` with a suggestion."""
     names = {kind: [f.name for f in dataclasses.fields(kind)] for kind in kinds}
@@ -5888,7 +5885,6 @@ def supported_encodings() -> tuple[str, ...]:
     """Return the body codings that this machine can read and write, best first."""
     return ("zstd", "gzip") if _zstd_available() else ("gzip",)
 
-
 def compress_body(body: bytes, encoding: str, level: int) -> bytes:
     """Encode a body; *level* from 1 to 9."""
     if encoding == "zstd":
@@ -5896,11 +5892,9 @@ def compress_body(body: bytes, encoding: str, level: int) -> bytes:
     encoder = zlib.compressobj(level, wbits=31)
     return encoder.compress(body) + encoder.flush()
 
-
 def decompress_body(body: _Buffer, encoding: str, limit: int) -> bytes:
     """Decode a body to at most *limit* bytes; raises `IPCError` or `RequestTooLargeError`."""
     return zstd_decompress(body, limit) if encoding == "zstd" else gzip_decompress(body, limit)
-
 
 def _decoded_body(headers: Mapping[str, str], read: Callable[[], _Buffer], limit: int) -> _Buffer:
     """Read a body and undo the coding that its headers name (our private header first); one we do not know is a 415."""
@@ -5909,7 +5903,6 @@ def _decoded_body(headers: Mapping[str, str], read: Callable[[], _Buffer], limit
         known = ", ".join(supported_encodings())
         raise _protocol_error(f"Content-Encoding: expected one of {known}, got {encoding[:60]!r}", 415)
     return read() if encoding == "identity" else decompress_body(read(), encoding, limit)
-
 
 def choose_encoding(headers: Mapping[str, str]) -> tuple[str, str]:
     """Choose the coding of an answer: (coding or empty, header that names it).
@@ -5945,20 +5938,20 @@ class _HttpFailure(Exception):
         super().__init__(response.status)
         self.response = response
 
-
 def json_response(status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> HttpResponse:
     """Return a response with *value* as compact JSON."""
     body = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_text_of).encode("utf-8", "backslashreplace")
     return HttpResponse(status, [("Content-Type", "application/json"), *headers], body)
 
-
 def _method_not_allowed(allowed: str) -> HttpResponse:
     return json_response(405, {"error": "method_not_allowed", "detail": f"expected {allowed}"}, [("Allow", allowed)])
-
 
 def _internal_error(request_id: str) -> HttpResponse:
     """What went wrong stands in the server's log under the id; its text is not the client's business."""
     return json_response(500, {"error": "internal_error", "request_id": request_id})
+
+
+_Path = tuple[str, str]  # protocol and method, as the URL names them
 
 
 class _OpenedCall(NamedTuple):
@@ -5976,8 +5969,7 @@ class HttpApp:
     """Answers requests for a server; safe for use by several threads. Made by `make_wsgi_app` and `serve_http`."""
 
     def __init__(self, server: ServerCore, options: HttpOptions | None = None) -> None:
-        self.server = server
-        self.options = options or HttpOptions()
+        self.server, self.options = server, options or HttpOptions()
         self.sealer = TokenSealer(self.options.keys(), self.options.token_ttl)
         self._limit = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
         self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
@@ -5986,14 +5978,12 @@ class HttpApp:
 
     def _capability_headers(self) -> list[tuple[str, str]]:
         """What every response says of this server (WIRE section 6); nothing of a feature that is off."""
-        encodings = supported_encodings() if self.options.compression_level is not None else ()
+        options = self.options
+        encodings = supported_encodings() if options.compression_level is not None else ()
         headers = [(SUPPORTED_ENCODINGS_HEADER, ", ".join(encodings)), (EXTERNALIZATION_HEADER, "false")]
         headers.append((ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"))
-        if self.options.max_request_bytes is not None:
-            headers.append((MAX_REQUEST_BYTES_HEADER, str(self.options.max_request_bytes)))
-        if self.options.max_response_bytes is not None:
-            headers.append((MAX_RESPONSE_BYTES_HEADER, str(self.options.max_response_bytes)))
-        return headers
+        sizes = ((MAX_REQUEST_BYTES_HEADER, options.max_request_bytes), (MAX_RESPONSE_BYTES_HEADER, options.max_response_bytes))
+        return headers + [(name, str(size)) for name, size in sizes if size is not None]
 
     # -- one request
 
@@ -6054,6 +6044,8 @@ class HttpApp:
         return self._post(request, request_id, self._caller(request, request_id), segments)
 
     def _post(self, request: HttpRequest, request_id: str, caller: Caller, segments: list[str]) -> HttpResponse:
+        if segments[0].startswith("__"):
+            self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
         content_type = request.get_header("content-type") or ""
         if content_type.strip().lower() != ARROW_CONTENT_TYPE:
             raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
@@ -6139,16 +6131,14 @@ class HttpApp:
         except EOFError:
             raise IPCError("request: expected an Arrow IPC stream, got an empty body") from None
 
-    def _bound(self, path: tuple[str, str], kind: MethodType, hint: str) -> BoundMethod:
+    def _bound(self, path: _Path, kind: MethodType, hint: str) -> BoundMethod:
         """The method that a path names; *hint* says where to post instead when it is of the other kind."""
         bound = self.server.method(self.server.service(path[0]), path[1])
         if bound.info.method_type is not kind:
             raise ProtocolError(f"{path[1]}() is {'' if kind is MethodType.UNARY else 'not '}a stream; {hint}")
         return bound
 
-    def _open(
-        self, path: tuple[str, str], body: bytes, caller: Caller, request_id: str, kind: MethodType
-    ) -> tuple[Call, dict[str, Any], Request]:
+    def _open(self, path: _Path, body: bytes, caller: Caller, request_id: str, kind: MethodType) -> tuple[Call, dict[str, Any], Request]:
         """Read a request that starts a call, resolve it, and decode its arguments."""
         bound = self._bound(path, kind, "post to its /init" if kind is MethodType.UNARY else "post without /init")
         source = BufferSource(body)
@@ -6161,7 +6151,7 @@ class HttpApp:
         call.record.http["request_bytes"] = len(body)
         return call, arguments, request
 
-    def _unary(self, path: tuple[str, str], body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
+    def _unary(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
         call, arguments, _ = self._open(path, body, caller, request_id, MethodType.UNARY)
         try:
             turn = call.begin(arguments)
@@ -6169,14 +6159,13 @@ class HttpApp:
         finally:
             call.end()
 
-    def _init(self, path: tuple[str, str], body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
+    def _init(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
         call, arguments, _ = self._open(path, body, caller, request_id, MethodType.STREAM)
         try:
-            turn = call.begin(arguments)
-            if call.stream is None:
-                return self._respond(call, request, stream_bytes(turn.schema, turn.items), turn)
-            header = stream_bytes(turn.schema, turn.items) if turn.items else b""
-            turn = self._first_turn(call, call.stream)
+            turn, header = call.begin(arguments), b""
+            if call.stream is not None:
+                header = stream_bytes(turn.schema, turn.items) if turn.items else b""
+                turn = self._first_turn(call, call.stream)
             return self._respond(call, request, header + stream_bytes(turn.schema, turn.items), turn)
         finally:
             call.end()
@@ -6187,13 +6176,11 @@ class HttpApp:
             call_token = self._seal_call(call, stream, call_id)
         except Exception as exc:  # before the producer runs: a stream that cannot go on does not start
             return call._failed(stream.output_schema, exc)
-        if stream.is_producer:
-            turn = call.turn(_PLAIN_TICK)
-        else:
-            turn = Turn(stream.output_schema, call._logs(stream.output_schema), False)
+        logs = Turn(stream.output_schema, call._logs(stream.output_schema), False) if not stream.is_producer else None
+        turn = logs or call.turn(_PLAIN_TICK)
         return self._with_cursor(call, stream, call_id, turn, call_token)
 
-    def _exchange(self, path: tuple[str, str], body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
+    def _exchange(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
         bound = self._bound(path, MethodType.STREAM, "post without /exchange")
         source = BufferSource(body)
         reader = self._reader(source)
@@ -6342,11 +6329,10 @@ def _smallest(*limits: int | None) -> int | None:
 
 
 _REASONS = {
-    100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
-    404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required",
-    413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type", 429: "Too Many Requests",
-    431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
-    503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+    100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required", 413: "Content Too Large",
+    414: "URI Too Long", 415: "Unsupported Media Type", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
 }  # fmt: skip
 
 
@@ -6354,9 +6340,7 @@ _REASONS = {
 def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[bytes]]:
     """Return a WSGI application (PEP 3333) for any WSGI server; the keywords are those of `HttpOptions`.
 
-    Raises:
-        TypeError: An option that does not exist.
-        ValueError: An option's value is out of range.
+    Raises ``TypeError`` for an option that does not exist, ``ValueError`` for one that is out of range.
     """
     app = HttpApp(server, *_split_options(options, HttpOptions))
 
@@ -6371,7 +6355,6 @@ def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[b
 
     wsgi.app = app  # type: ignore[attr-defined]
     return wsgi
-
 
 def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
     headers = {k[5:].replace("_", "-").lower(): v for k, v in environ.items() if k.startswith("HTTP_")}
@@ -6400,7 +6383,6 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
 def _too_large(limit: int, got: object, rule: str = "max_request_bytes") -> RequestTooLargeError:
     return RequestTooLargeError(f"body: expected at most {limit} bytes ({rule}), got {got}")
 
-
 def _content_length(text: str, limit: int, rule: str = "max_request_bytes") -> int:
     """Parse a Content-Length strictly: ASCII digits only (RFC 9110 section 8.6), and within the limit that *rule* names."""
     if not text:
@@ -6421,7 +6403,6 @@ class HttpHead(NamedTuple):
 
 
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
-
 
 def parse_http_head(raw: bytes) -> HttpHead:
     """Parse a head that ends with an empty line, strictly by RFC 9112; raises `ProtocolError`, which names the broken rule."""
@@ -6448,13 +6429,10 @@ def parse_http_head(raw: bytes) -> HttpHead:
         headers[name] = value
     return HttpHead((start[0], start[1], start[2]), headers, frozenset(repeated))
 
-
 def read_http_head(channel: ByteChannel) -> HttpHead | None:
-    """Read one head; ``None`` when the channel ends before its first byte.
+    """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
 
-    Raises:
-        ProtocolError: A rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken.
-        TransportError: The channel ends in the middle.
+    Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken.
     """
     raw = channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
     if raw is not None:
@@ -6466,13 +6444,10 @@ def read_http_head(channel: ByteChannel) -> HttpHead | None:
         raise _protocol_error(f"the head exceeds {MAX_HEAD_BYTES} bytes", 414 if b"\r\n" not in seen else 431)
     raise TransportError("the connection was closed in the middle of a head")
 
-
 def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Iterator[bytes]:
     """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped.
 
-    Raises:
-        ProtocolError: The framing is wrong.
-        RequestTooLargeError: More than *limit* bytes, which *rule* names.
+    Raises `ProtocolError` for wrong framing, `RequestTooLargeError` beyond *limit* bytes, which *rule* names.
     """
     total = 0
     while True:
@@ -6668,11 +6643,7 @@ _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 
 
 
 class HttpServing:
-    """An HTTP server on a bound socket (`port`): a thread per connection, a cap on them, a clean stop.
-
-    Raises:
-        OSError: The address is in use, or cannot be bound.
-    """
+    """An HTTP server on a bound socket (`port`): a thread per connection, a cap on them, a clean stop; raises ``OSError``."""
 
     def __init__(self, app: HttpApp, host: str, port: int, options: HttpServeOptions | None = None) -> None:
         self.app, self.host = app, host
@@ -6710,10 +6681,7 @@ class HttpServing:
 def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **options: Any) -> None:
     """Serve over HTTP/1.1 until SIGTERM or SIGINT; the keywords are those of `HttpOptions` and `HttpServeOptions`.
 
-    Raises:
-        OSError: The address is in use, or cannot be bound.
-        TypeError: An option that does not exist.
-        ValueError: An option's value is out of range.
+    Raises ``OSError`` when the address cannot be bound; for options as `make_wsgi_app`.
     """
     chosen, serving = _split_options(options, HttpOptions, HttpServeOptions)
     http = HttpServing(HttpApp(server, chosen), host, port, serving)
@@ -6753,10 +6721,10 @@ class HttpServerCapabilities:
         def flag(name: str) -> bool:
             return headers.get(name.lower()) == "true"
 
+        encodings = tuple(e.strip() for e in headers.get(SUPPORTED_ENCODINGS_HEADER.lower(), "").split(",") if e.strip())
         return cls(
             number(MAX_REQUEST_BYTES_HEADER), number(MAX_RESPONSE_BYTES_HEADER), number("VGI-Max-Externalized-Response-Bytes"),
-            flag(EXTERNALIZATION_HEADER), flag("VGI-Upload-URL-Support"), number("VGI-Max-Upload-Bytes"),
-            tuple(e.strip() for e in headers.get(SUPPORTED_ENCODINGS_HEADER.lower(), "").split(",") if e.strip()),
+            flag(EXTERNALIZATION_HEADER), flag("VGI-Upload-URL-Support"), number("VGI-Max-Upload-Bytes"), encodings,
             flag(ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER),
         )  # fmt: skip
 
@@ -7030,12 +6998,7 @@ Headers = Union[Mapping[str, str], Callable[[], Mapping[str, str]]]
 class HttpClient(ClientChannel):
     """The HTTP implementation of a `ClientChannel`; safe for use by several threads.
 
-    Args:
-        sender: Sends requests.
-        prefix: Path in front of every request.
-        headers: Further headers, or a function that gives them for each request (a bearer token that changes, say).
-        compression_level: 1 to 9; ``None`` neither compresses nor asks for compressed answers.
-        max_response_bytes: What is asked for and read at most, decoded; ``None`` for the largest that the wire knows.
+    The arguments are those of `http_connect`; *max_response_bytes* ``None`` stands for the largest that the wire knows.
     """
 
     def __init__(
@@ -7158,17 +7121,14 @@ def _answer_call(call: Callable[..., _T], *args: Any) -> _T:
     except (IPCError, EOFError) as exc:
         raise TransportError(f"the answer is not what it should be: {_text_of(exc) or 'it is empty'}") from None
 
-
 def _open_answer(source: BufferSource, options: CallOptions) -> IpcReader:
     return _answer_call(functools.partial(IpcReader, source, validation=options.ipc_validation))
-
 
 def _answer_batch(reader: IpcReader, info: RpcMethodInfo, options: CallOptions, what: str) -> pa.RecordBatch:
     item = _answer_call(next_reply_item, reader, options)
     if item is None:
         raise TransportError(f"{info.name}(): expected {what}, got an end of stream")
     return item.batch
-
 
 def _request_body(info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> bytes:
     metadata = request_metadata(info, options.version, new_request_id(), options.timeout)
@@ -7311,11 +7271,9 @@ def connect(
     Args:
         protocol: The Protocol class.
         cmd: Program and arguments; the program calls `run_server`.
-        on_log: Takes the server's log lines.
-        stderr: Where the worker's standard error goes.
-        stderr_logger: For ``StderrMode.PIPE``.
+        stderr, stderr_logger: Where the worker's standard error goes; the logger is for ``StderrMode.PIPE``.
+        on_log, ipc_validation: As everywhere.
         timeout: Seconds per call or turn; a worker that is deaf for longer is terminated.
-        ipc_validation: How much of each answer is checked.
 
     Raises:
         TransportError: On entering: the program cannot be started; from a call: it has died.
@@ -7323,14 +7281,12 @@ def connect(
     dial = functools.partial(SubprocessTransport, cmd, stderr=stderr, stderr_logger=stderr_logger)
     return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
-
 def unix_connect(
     protocol: type[_P], path: str, *, on_log: ClientLog | None = None, timeout: float | None = None,
     ipc_validation: IpcValidation = IpcValidation.FULL,
 ) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
     """Connect to a Unix socket and give a proxy; on entering raises `TransportError` when nobody listens there."""
     return _connected(lambda: connect_unix_socket(path, timeout), protocol, on_log, timeout, ipc_validation)
-
 
 def tcp_connect(
     protocol: type[_P], host: str, port: int, *, connect_timeout: float | None = 5.0, tls_context: ssl.SSLContext | None = None,
@@ -7377,14 +7333,12 @@ def http_connect(
         protocol: The Protocol class.
         base_url: ``http(s)://host[:port][/prefix]``.
         prefix: Further path, if it is not part of the URL.
-        on_log: Takes the server's log lines.
         client: What `make_sync_client` gives, instead of a URL.
         headers: Further headers, such as ``{"Authorization": "Bearer …"}``, or a function that gives them for each request.
-        timeout: Seconds per call or turn, ``None`` for no limit.
+        on_log, timeout, ipc_validation: As everywhere.
         tls_context: For https; default ``ssl.create_default_context()``.
         compression_level: 1 to 9; ``None`` neither compresses nor asks for compressed answers.
         accepted_max_response_bytes: Largest answer, decoded; a larger one is refused by the server or here.
-        ipc_validation: How much of each answer is checked.
 
     Raises:
         ValueError: On entering: not a URL.
@@ -7414,7 +7368,6 @@ def http_capabilities(
     with contextlib.nullcontext() if client is not None else contextlib.closing(channel):
         return channel.capabilities(None if timeout is None else time.monotonic() + timeout)
 
-
 def http_introspect(
     base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None, protocol: str | None = None
 ) -> ServiceDescription:
@@ -7423,11 +7376,9 @@ def http_introspect(
     with contextlib.nullcontext() if client is not None else contextlib.closing(channel):
         return introspect(channel, protocol=protocol)
 
-
 def announce(line: str) -> None:
     """Print a discovery line (``PORT:…``, ``UNIX:…``, ``TCP:…``) on stdout for the program that started us."""
     print(line, flush=True)
-
 
 def _host_and_port(text: str) -> tuple[str, int]:
     """Read ``[HOST:]PORT``; the host may stand in brackets, as IPv6 addresses do."""
