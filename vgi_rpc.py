@@ -5822,7 +5822,7 @@ class HttpOptions:
     """What an HTTP server can be told; `make_wsgi_app`, `serve_http` and `make_sync_client` take these as keywords."""
 
     prefix: str = ""  # path under which everything is served, such as /api
-    # Key of the state tokens, 16 bytes or more, or several: the first signs, all verify. Default: VGI_RPC_TOKEN_KEY, else random.
+    # Key of the state tokens (16 bytes or more), or several: the first signs. By default VGI_RPC_TOKEN_KEY, else random.
     token_key: bytes | str | Sequence[bytes] | None = None
     token_ttl: float = TOKEN_TTL_SECONDS  # seconds that a state token is good for; 0 for ever
     authenticate: Authenticate | None = None  # gives the AuthContext; ValueError and PermissionError refuse (401)
@@ -5880,7 +5880,6 @@ def _split_options(options: dict[str, Any], *kinds: type) -> list[Any]:
             raise TypeError(f"no option {name!r}{_suggest(name, known)}; there are {', '.join(known)}")
     return [kind(**{n: options[n] for n in names[kind] if n in options}) for kind in kinds]
 
-
 def supported_encodings() -> tuple[str, ...]:
     """Return the body codings that this machine can read and write, best first."""
     return ("zstd", "gzip") if _zstd_available() else ("gzip",)
@@ -5923,7 +5922,6 @@ def choose_encoding(headers: Mapping[str, str]) -> tuple[str, str]:
             return name, "Content-Encoding" if in_public else CONTENT_ENCODING_HEADER
     return "", ""
 
-
 def _protocol_error(text: str, status: int) -> ProtocolError:
     """A refusal with another HTTP status than 400."""
     exc = ProtocolError(text)
@@ -5952,6 +5950,7 @@ def _internal_error(request_id: str) -> HttpResponse:
 
 
 _Path = tuple[str, str]  # protocol and method, as the URL names them
+_Started = tuple[Call, dict[str, Any], Request]  # a call, its arguments, and what it was read from
 
 
 class _OpenedCall(NamedTuple):
@@ -6009,10 +6008,12 @@ class HttpApp:
         origin, allowed = request.get_header("origin"), self.options.cors_origins
         if not allowed or origin is None or ("*" not in allowed and origin not in allowed):
             return []
+        everyone = "*" in allowed
         exposed = ["WWW-Authenticate", REQUEST_ID_HEADER, CONTENT_ENCODING_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER]
         exposed += [name for name, _ in self._capabilities]
-        whose = [("Access-Control-Allow-Origin", "*")] if "*" in allowed else [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")]
-        return [("Access-Control-Expose-Headers", ", ".join(exposed)), *whose]
+        headers = [("Access-Control-Expose-Headers", ", ".join(exposed))]
+        headers.append(("Access-Control-Allow-Origin", "*" if everyone else origin))
+        return headers if everyone else [*headers, ("Vary", "Origin")]
 
     def _preflight(self, request: HttpRequest) -> HttpResponse:
         headers = [("Allow", "GET, HEAD, POST, OPTIONS"), ("Cache-Control", "public, max-age=300")]
@@ -6069,8 +6070,8 @@ class HttpApp:
         return json_response(200, facts, [("Cache-Control", "no-store")])
 
     def _get(self, request: HttpRequest, segments: list[str]) -> HttpResponse:
-        service = self.server.services.get(segments[0])
-        if service is not None and segments[1:2] and segments[1] in service.methods and segments[2:] in ([], ["init"], ["exchange"]):
+        service, action = self.server.services.get(segments[0]), segments[2:]
+        if service is not None and action in ([], ["init"], ["exchange"]) and "".join(segments[1:2]) in service.methods:
             return _method_not_allowed("POST")
         return self._not_found(request)
 
@@ -6104,8 +6105,8 @@ class HttpApp:
         if "text/html" in (request.get_header("accept") or ""):
             import html
 
-            text = f"<!doctype html><title>401</title><h1>401 Unauthorized</h1><p>{html.escape(reason.value)}: {html.escape(detail)}</p>"
-            return HttpResponse(401, [("Content-Type", "text/html; charset=utf-8"), *headers], text.encode())
+            page = f"<!doctype html><title>401</title><h1>401 Unauthorized</h1><p>{html.escape(f'{reason}: {detail}')}</p>"
+            return HttpResponse(401, [("Content-Type", "text/html; charset=utf-8"), *headers], page.encode())
         return json_response(401, {"error": "unauthorized", "reason": reason.value, "detail": detail}, headers)
 
     def _response_limit(self, request: HttpRequest) -> int | None:
@@ -6138,7 +6139,7 @@ class HttpApp:
             raise ProtocolError(f"{path[1]}() is {'' if kind is MethodType.UNARY else 'not '}a stream; {hint}")
         return bound
 
-    def _open(self, path: _Path, body: bytes, caller: Caller, request_id: str, kind: MethodType) -> tuple[Call, dict[str, Any], Request]:
+    def _open(self, path: _Path, body: bytes, caller: Caller, request_id: str, kind: MethodType) -> _Started:
         """Read a request that starts a call, resolve it, and decode its arguments."""
         bound = self._bound(path, kind, "post to its /init" if kind is MethodType.UNARY else "post without /init")
         source = BufferSource(body)
@@ -6186,7 +6187,8 @@ class HttpApp:
         reader = self._reader(source)
         item = reader.next()
         if item is None or reader.next_message() is not None or source.left:
-            raise ProtocolError("exchange: expected one batch and the end of the stream, got " + ("none" if item is None else "more"))
+            got = "none" if item is None else "more"
+            raise ProtocolError(f"exchange: expected one batch and the end of the stream, got {got}")
         batch, metadata = item[0], item[1] or {}
         opened, state = self._open_tokens(bound, caller.auth, metadata)
         caller = dataclasses.replace(caller, response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
@@ -6205,7 +6207,7 @@ class HttpApp:
     def _next_turn(self, call: Call, opened: _OpenedCall, state: bytes, batch: pa.RecordBatch, metadata: _Metadata) -> Turn:
         try:
             stream = self._revive(call, opened, state)
-        except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer, too
+        except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer
             return call._failed(opened.output_schema, exc)
         if CANCEL_KEY in metadata:
             call.cancel()
@@ -6378,7 +6380,6 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
     path = raw.partition("?")[0] if raw.startswith("/") else environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
     return HttpRequest(environ["REQUEST_METHOD"], path, headers, environ.get("REMOTE_ADDR", ""), read_body)
-
 
 def _too_large(limit: int, got: object, rule: str = "max_request_bytes") -> RequestTooLargeError:
     return RequestTooLargeError(f"body: expected at most {limit} bytes ({rule}), got {got}")
@@ -6564,8 +6565,8 @@ class _HttpConnection:
             raise ProtocolError("HTTP/1.1 requires a Host header")
         self._check_framing(method, version, headers)
         self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        read = functools.partial(self._read_body, head, deadline)
-        return HttpRequest(method, target.partition("?")[0], headers, self._remote, read, head.repeated, self._channel.peer_gone)
+        path, read = target.partition("?")[0], functools.partial(self._read_body, head, deadline)
+        return HttpRequest(method, path, headers, self._remote, read, head.repeated, self._channel.peer_gone)
 
     @staticmethod
     def _check_framing(method: str, version: str, headers: Mapping[str, str]) -> None:
@@ -6772,7 +6773,7 @@ class HttpTarget:
             port = parts.port
         except ValueError as exc:
             raise ValueError(f"base URL {shown!r}: {exc}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username is not None:
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
             raise ValueError(f"base URL: expected http(s)://host[:port][/prefix], got {shown!r}")
         if not re.fullmatch(r"[!-~]*", url):
             raise ValueError("base URL: a space or control character in it")
@@ -6837,12 +6838,13 @@ class HttpConnections(HttpSender):
         timeout = self._timeout if deadline is None else max(0.001, min(self._timeout, deadline - time.monotonic()))
         if target.proxy is None:
             return SocketChannel(connect_tcp_socket(target.host, target.port, timeout, self._tls))
-        connected = connect_tcp_socket(*target.proxy[:2], timeout)
+        host, port, credentials = target.proxy
+        connected = connect_tcp_socket(host, port, timeout)
         try:
-            return self._tunnel(connected, timeout, target.proxy[2]) if self._tls else SocketChannel(connected)
+            return self._tunnel(connected, timeout, credentials) if self._tls else SocketChannel(connected)
         except (OSError, ProtocolError, _LocalError) as exc:
             connected.close()
-            raise TransportError(f"no way to {target.address} through proxy {target.proxy[0]}:{target.proxy[1]}: {exc}") from None
+            raise TransportError(f"no way to {target.address} through proxy {host}:{port}: {_text_of(exc)}") from None
 
     def _tunnel(self, connected: socket.socket, timeout: float, credentials: str) -> SocketChannel:
         channel, where = SocketChannel(connected), self._target.address
@@ -6873,9 +6875,12 @@ class HttpConnections(HttpSender):
         if kept is not None:
             # Closed by the server between two calls: the one case in which a request is sent again, as it never got there.
             with contextlib.suppress(_NotSent):
-                return self._exchange(kept, method, message, deadline, limit)
+                kept.deadline = deadline
+                return self._exchange(kept, method, message, limit)
         try:
-            return self._exchange(self._dial(deadline), method, message, deadline, limit)
+            dialled = self._dial(deadline)
+            dialled.deadline = deadline
+            return self._exchange(dialled, method, message, limit)
         except _NotSent as exc:
             raise TransportError(f"{self._target.authority} closed the connection without an answer: {exc}") from None
 
@@ -6892,8 +6897,7 @@ class HttpConnections(HttpSender):
             raise ValueError("a header contains a line break")
         return [("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"), body]
 
-    def _exchange(self, channel: SocketChannel, method: str, message: list[bytes], deadline: float | None, limit: int) -> HttpReply:
-        channel.deadline = deadline
+    def _exchange(self, channel: SocketChannel, method: str, message: list[bytes], limit: int) -> HttpReply:
         try:
             head = self._head_of_answer(channel, message)
             reply, keep = self._read_reply(channel, method, head, limit)
@@ -7006,7 +7010,8 @@ class HttpClient(ClientChannel):
         max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES,
     ) -> None:  # fmt: skip
         if max_response_bytes is not None and not MIN_RESPONSE_BUDGET <= max_response_bytes <= MAX_RESPONSE_BUDGET:
-            raise ValueError(f"accepted_max_response_bytes: expected {MIN_RESPONSE_BUDGET} to 2**53-1, got {max_response_bytes}")
+            text = f"expected {MIN_RESPONSE_BUDGET} to {MAX_RESPONSE_BUDGET}, got {max_response_bytes}"
+            raise ValueError(f"accepted_max_response_bytes: {text}")
         self._sender, self._prefix, self._level, self._headers = sender, prefix, compression_level, headers
         self._budget = max_response_bytes or MAX_RESPONSE_BUDGET
         self._capabilities: HttpServerCapabilities | None = None
@@ -7186,8 +7191,8 @@ class _HttpClientStream(ClientStream):
         cursor, skip = (self._saved, self._handed_out) if self._waiting else (self._cursor, 0)
         if cursor is None:
             raise RpcError("ProtocolError", "no token yet: read the batches that came with the start of the stream first", "")
-        facts = {"method": self._info.name, "state": cursor.decode("latin-1"), "call": self._call_token.decode("latin-1"), "skip": skip}
-        return json.dumps(facts).encode()
+        state, call = cursor.decode("latin-1"), self._call_token.decode("latin-1")
+        return json.dumps({"method": self._info.name, "state": state, "call": call, "skip": skip}).encode()
 
     def restore(self, token: bytes) -> None:
         """Take over what `token` saved."""
@@ -7195,7 +7200,7 @@ class _HttpClientStream(ClientStream):
         types = {key: type(facts.get(key)) for key in ("state", "call", "skip")}
         if facts.get("method") != self._info.name or types != {"state": str, "call": str, "skip": int}:
             raise RpcError("ProtocolError", f"resume: expected a token of {self._info.name}(), as session.token() gives it", "")
-        self._cursor, self._call_token = facts["state"].encode(), facts["call"].encode()
+        self._cursor, self._call_token = facts["state"].encode("latin-1", "replace"), facts["call"].encode("latin-1", "replace")
         for _ in range(facts["skip"]):
             if self.turn(_PLAIN_TICK) is None:
                 return
@@ -7233,7 +7238,6 @@ def _connected(
         with RpcConnection(protocol, transport, on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
             yield proxy
 
-
 @contextlib.contextmanager
 def serve_pipe(
     protocol: type[_P], implementation: Any, *, on_log: ClientLog | None = None, timeout: float | None = None,
@@ -7264,7 +7268,8 @@ def serve_pipe(
 
 def connect(
     protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None, stderr: StderrMode = StderrMode.INHERIT,
-    stderr_logger: logging.Logger | None = None, timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL,
+    stderr_logger: logging.Logger | None = None, timeout: float | None = None,
+    ipc_validation: IpcValidation = IpcValidation.FULL,
 ) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
     """Start a worker and give a proxy to it; on leaving, its stdin is closed and it is reaped.
 
@@ -7308,9 +7313,8 @@ def tcp_connect(
 
     return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
-
 def _http_client(
-    base_url: str | None, prefix: str | None, client: HttpSender | None, tls_context: ssl.SSLContext | None = None, **options: Any
+    base_url: str | None, prefix: str | None, client: HttpSender | None, tls: ssl.SSLContext | None = None, **options: Any
 ) -> HttpClient:
     if client is not None:
         return HttpClient(client, prefix if prefix is not None else getattr(client, "prefix", ""), **options)
@@ -7318,8 +7322,7 @@ def _http_client(
         raise ValueError("expected a base URL or a client")
     target = HttpTarget.parse(base_url)
     path = target.prefix + ("/" + prefix.strip("/") if prefix and prefix.strip("/") else "")
-    return HttpClient(HttpConnections(target, tls_context), path, **options)
-
+    return HttpClient(HttpConnections(target, tls), path, **options)
 
 def http_connect(
     protocol: type[_P], base_url: str | None = None, *, prefix: str | None = None, on_log: ClientLog | None = None,
@@ -7349,7 +7352,6 @@ def http_connect(
     dial = functools.partial(_http_client, base_url, prefix, client, tls_context, **options)
     return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
-
 @_takes_options(HttpOptions)
 def make_sync_client(server: RpcServer, **options: Any) -> SyncClient:
     """Return a client for ``http_connect(P, client=...)`` that calls *server*'s HTTP side without a socket.
@@ -7358,7 +7360,6 @@ def make_sync_client(server: RpcServer, **options: Any) -> SyncClient:
     """
     options.setdefault("token_key", os.urandom(32))
     return SyncClient(HttpApp(server, *_split_options(options, HttpOptions)))
-
 
 def http_capabilities(
     base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None, timeout: float | None = None
@@ -7382,25 +7383,21 @@ def announce(line: str) -> None:
 
 def _host_and_port(text: str) -> tuple[str, int]:
     """Read ``[HOST:]PORT``; the host may stand in brackets, as IPv6 addresses do."""
+    import argparse
+
     host, _, port = text.rpartition(":")
     if not re.fullmatch("[0-9]{1,5}", port):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"expected [HOST:]PORT, got {text!r}")
     return host.strip("[]") or "127.0.0.1", int(port)
 
-
 def run_server(protocol_or_server: type | RpcServer, implementation: Any = None) -> None:
-    """Be a worker: the ``main`` of a program that serves. Reads the program's own command line.
+    """Be a worker: the ``main`` of a program that serves, which reads the program's own command line.
 
     Without arguments it serves stdin and stdout. ``--http [--host H] [--port N]``, ``--unix PATH`` and ``--tcp [HOST:]PORT``
     listen instead, and print one discovery line on stdout: ``PORT:<n>``, ``UNIX:<path>`` or ``TCP:<host>:<port>``.
 
-    Args:
-        protocol_or_server: A Protocol class, or a ready `RpcServer`.
-        implementation: The object that serves the Protocol; ``None`` with a server, or to make one of a plain class.
-
-    Raises:
-        TypeError: The implementation does not fit the protocol.
-        SystemExit: The command line is wrong, or ``--help`` was asked for.
+    *implementation* is ``None`` with a ready server, or to make one of a plain class. Raises ``TypeError`` when it does not
+    fit the protocol, ``SystemExit`` when the command line is wrong or asks for help.
     """
     import argparse
 
