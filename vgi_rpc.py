@@ -5164,25 +5164,15 @@ def serve_tcp(
 
 @dataclass
 class HttpRequest:
-    """A request as `HttpApp` and ``authenticate`` callbacks see it.
+    """A request as `HttpApp` and ``authenticate`` callbacks see it."""
 
-    Attributes:
-        method: ``GET``, ``POST`` …
-        path: Raw path, not decoded, without the query.
-        headers: Values by lower-case name; repeated ones joined by ", ".
-        remote_addr: Peer address.
-        read_body: Reads the body, at most so many bytes; raises `RequestTooLargeError` beyond.
-        repeated: Names that came more than once.
-        gone: Tells whether the client has left; ``None`` when unknown.
-    """
-
-    method: str
-    path: str
-    headers: Mapping[str, str]
+    method: str  # GET, POST …
+    path: str  # as it came: not decoded, without the query
+    headers: Mapping[str, str]  # by lower-case name; the values of a repeated one are joined by ", "
     remote_addr: str = ""
-    read_body: Callable[[int], bytes] = lambda limit: b""
-    repeated: frozenset[str] = frozenset()
-    gone: Callable[[], bool] | None = None
+    read_body: Callable[[int], bytes] = lambda limit: b""  # reads at most so many bytes; RequestTooLargeError beyond
+    repeated: frozenset[str] = frozenset()  # names of the headers that came more than once
+    gone: Callable[[], bool] | None = None  # whether the client has left; None when that cannot be known
 
     def get_header(self, name: str, default: str | None = None) -> str | None:
         """Return a header's value by its name in any case."""
@@ -5191,19 +5181,12 @@ class HttpRequest:
 
 @dataclass
 class HttpResponse:
-    """A response: the shells add nothing but framing, ``Date`` and ``Connection``.
-
-    Attributes:
-        status: Status code.
-        headers: (name, value) pairs.
-        body: Bytes, or an iterator of pieces to be sent as they come.
-        close: Whether the connection must not be used again.
-    """
+    """A response: the shells add nothing but framing, ``Date`` and ``Connection``."""
 
     status: int
     headers: list[tuple[str, str]] = field(default_factory=list)
-    body: bytes | Iterator[bytes] = b""
-    close: bool = False
+    body: bytes | Iterator[bytes] = b""  # an iterator's pieces are sent as they come
+    close: bool = False  # the connection must not be used again
 
 
 Authenticate = Callable[[HttpRequest], AuthContext]
@@ -5212,21 +5195,19 @@ Authenticate = Callable[[HttpRequest], AuthContext]
 def bearer_authenticate(*, validate: Callable[[str], AuthContext]) -> Authenticate:
     """Return a callback that hands the bearer token of ``Authorization`` to *validate*.
 
-    Args:
-        validate: Returns who it is, or raises ``ValueError``; compare secrets with ``hmac.compare_digest``.
+    *validate* returns who it is, or raises ``ValueError``; let it compare secrets with ``hmac.compare_digest``.
     """
 
     def authenticate(request: HttpRequest) -> AuthContext:
         scheme, _, token = (request.get_header("authorization") or "").partition(" ")
-        if not scheme or scheme.lower() != "bearer":
+        if scheme.lower() != "bearer":
             raise AuthFailure(AuthReason.MISSING_CREDENTIAL, "expected 'Authorization: Bearer <token>'")
-        if not token or token != token.strip() or not token.isascii() or " " in token or len(token) > 16_384:
+        if not re.fullmatch(r"[!-~]{1,16384}", token):
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "malformed bearer token")
         return validate(token)
 
     authenticate.challenge = "Bearer"  # type: ignore[attr-defined]
     return authenticate
-
 
 def bearer_authenticate_static(*, tokens: Mapping[str, AuthContext]) -> Authenticate:
     """Return a callback that knows a fixed set of bearer tokens; compared in constant time, all of them each time."""
@@ -5242,7 +5223,6 @@ def bearer_authenticate_static(*, tokens: Mapping[str, AuthContext]) -> Authenti
         return found
 
     return bearer_authenticate(validate=validate)
-
 
 def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
     """Return a callback that asks each in turn until one knows the caller; the last refusal stands.
@@ -5263,48 +5243,33 @@ def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
                 refusal = exc if refusal is None or not missing else refusal
         raise cast("ValueError", refusal)
 
-    challenges = [c for c in (getattr(a, "challenge", "") for a in authenticators) if c]
-    authenticate.challenge = challenges[0] if challenges else ""  # type: ignore[attr-defined]
+    challenges = (getattr(one, "challenge", "") for one in authenticators)
+    authenticate.challenge = next(filter(None, challenges), "")  # type: ignore[attr-defined]
     return authenticate
 
 
 @dataclass
 class HttpOptions:
-    """What an HTTP server can be told; `make_wsgi_app`, `serve_http` and `make_sync_client` take these as keywords.
+    """What an HTTP server can be told; `make_wsgi_app`, `serve_http` and `make_sync_client` take these as keywords."""
 
-    Attributes:
-        prefix: Path under which everything is served, such as ``/api``.
-        token_key: Key of the state tokens (16 bytes or more), or several, the first of which signs; default
-            ``VGI_RPC_TOKEN_KEY``, else a random one with a warning.
-        token_ttl: Seconds that a state token is good for; 0 for ever.
-        authenticate: Callback from request to `AuthContext`; ``ValueError`` and ``PermissionError`` refuse (401).
-        cors_origins: Origins whose pages may call, ``"*"`` for all; ``None`` for none.
-        max_request_bytes: Largest body, encoded and decoded; ``None`` for the default of 256 MiB.
-        max_response_bytes: Largest answer, decoded; ``None`` for any size.
-        compression_level: zstd and gzip level of answers, 1 to 9; ``None`` switches compression off.
-        call_state_cache_entries: Opened call tokens kept in memory; 0 for none.
-        max_rows: Rows of one batch, ``None`` for what its bytes pay for.
-        pages: Whether the pages for people are served (they need reflection as well).
-        json: Whether calls in JSON are answered.
-    """
-
-    prefix: str = ""
+    prefix: str = ""  # path under which everything is served, such as /api
+    # Key of the state tokens (16 bytes or more), or several: the first signs. By default VGI_RPC_TOKEN_KEY, else random.
     token_key: bytes | str | Sequence[bytes] | None = None
-    token_ttl: float = TOKEN_TTL_SECONDS
-    authenticate: Authenticate | None = None
-    cors_origins: str | Iterable[str] | None = None
-    max_request_bytes: int | None = None
-    max_response_bytes: int | None = None
-    compression_level: int | None = 1
-    call_state_cache_entries: int = 4096
-    max_rows: int | None = None
-    pages: bool = True
-    json: bool = True
+    token_ttl: float = TOKEN_TTL_SECONDS  # seconds that a state token is good for; 0 for ever
+    authenticate: Authenticate | None = None  # gives the AuthContext; ValueError and PermissionError refuse (401)
+    cors_origins: str | Iterable[str] | None = None  # origins whose pages may call, "*" for all; None for none
+    max_request_bytes: int | None = None  # largest body, encoded and decoded; None for the default of 256 MiB
+    max_response_bytes: int | None = None  # largest answer, decoded; None for any size
+    compression_level: int | None = 1  # zstd and gzip level of answers, 1 to 9; None switches compression off
+    call_state_cache_entries: int = 4096  # opened call tokens kept in memory; 0 for none
+    max_rows: int | None = None  # rows of one batch; None for what its bytes pay for
+    pages: bool = True  # serve the pages for people (they need reflection as well)
+    json: bool = True  # answer calls in JSON
 
     def __post_init__(self) -> None:
         self.prefix = "/" + self.prefix.strip("/") if self.prefix.strip("/") else ""
-        if isinstance(self.cors_origins, str):
-            self.cors_origins = [self.cors_origins]
+        if self.cors_origins is not None:
+            self.cors_origins = [self.cors_origins] if isinstance(self.cors_origins, str) else list(self.cors_origins)
         for name in ("max_request_bytes", "max_response_bytes", "max_rows"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value <= 0):
@@ -5331,35 +5296,24 @@ def _takes_options(*kinds: type) -> Callable[[_Function], _Function]:
         signature = inspect.signature(function)
         kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         for f in (f for kind in kinds for f in dataclasses.fields(kind)):
-            default = f.default if f.default is not dataclasses.MISSING else None
-            kept.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=f.type))
+            kept.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type))
         function.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
         return function
 
     return mark
 
-
 def _split_options(options: dict[str, Any], *kinds: type) -> list[Any]:
     """Build one instance of each of *kinds* from keywords; an unknown keyword is a `TypeError` with a suggestion."""
-    left = dict(options)
-    made = []
-    for kind in kinds:
-        names = {f.name for f in dataclasses.fields(kind)}
-        made.append(kind(**{n: left.pop(n) for n in list(left) if n in names}))
-    if left:
-        name = next(iter(left))
-        known = [f.name for kind in kinds for f in dataclasses.fields(kind)]
-        raise TypeError(f"no option {name!r}{_suggest(name, known)}; there are {', '.join(known)}")
-    return made
-
-
-_ENCODINGS = ("zstd", "gzip")
-
+    names = {kind: [f.name for f in dataclasses.fields(kind)] for kind in kinds}
+    known = [name for kind in kinds for name in names[kind]]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"no option {name!r}{_suggest(name, known)}; there are {', '.join(known)}")
+    return [kind(**{n: options[n] for n in names[kind] if n in options}) for kind in kinds]
 
 def supported_encodings() -> tuple[str, ...]:
     """Return the body codings that this machine can read and write, best first."""
-    return tuple(e for e in _ENCODINGS if e != "zstd" or _zstd_available())
-
+    return ("zstd", "gzip") if _zstd_available() else ("gzip",)
 
 def compress_body(body: bytes, encoding: str, level: int) -> bytes:
     """Encode a body; *level* from 1 to 9."""
@@ -5368,11 +5322,17 @@ def compress_body(body: bytes, encoding: str, level: int) -> bytes:
     encoder = zlib.compressobj(level, wbits=31)
     return encoder.compress(body) + encoder.flush()
 
-
 def decompress_body(body: _Buffer, encoding: str, limit: int) -> bytes:
     """Decode a body to at most *limit* bytes; raises `IPCError` or `RequestTooLargeError`."""
     return zstd_decompress(body, limit) if encoding == "zstd" else gzip_decompress(body, limit)
 
+def _decoded_body(headers: Mapping[str, str], read: Callable[[], _Buffer], limit: int) -> _Buffer:
+    """Read a body and undo the coding that its headers name (our private header first); one we do not know is a 415."""
+    encoding = (headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding") or "identity").strip().lower()
+    if encoding != "identity" and encoding not in supported_encodings():
+        known = ", ".join(supported_encodings())
+        raise _protocol_error(f"Content-Encoding: expected one of {known}, got {encoding[:60]!r}", 415)
+    return read() if encoding == "identity" else decompress_body(read(), encoding, limit)
 
 def choose_encoding(headers: Mapping[str, str]) -> tuple[str, str]:
     """Choose the coding of an answer: (coding or empty, header that names it).
@@ -5393,6 +5353,12 @@ def choose_encoding(headers: Mapping[str, str]) -> tuple[str, str]:
             return name, "Content-Encoding" if in_public else CONTENT_ENCODING_HEADER
     return "", ""
 
+def _protocol_error(text: str, status: int) -> ProtocolError:
+    """A refusal with another HTTP status than 400."""
+    exc = ProtocolError(text)
+    exc.http_status = status
+    return exc
+
 
 class _HttpFailure(Exception):
     """Ends the handling of a request with a response that is not Arrow."""
@@ -5401,11 +5367,21 @@ class _HttpFailure(Exception):
         super().__init__(response.status)
         self.response = response
 
-
 def json_response(status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> HttpResponse:
     """Return a response with *value* as compact JSON."""
     body = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_text_of).encode("utf-8", "backslashreplace")
     return HttpResponse(status, [("Content-Type", "application/json"), *headers], body)
+
+def _method_not_allowed(allowed: str) -> HttpResponse:
+    return json_response(405, {"error": "method_not_allowed", "detail": f"expected {allowed}"}, [("Allow", allowed)])
+
+def _internal_error(request_id: str) -> HttpResponse:
+    """What went wrong stands in the server's log under the id; its text is not the client's business."""
+    return json_response(500, {"error": "internal_error", "request_id": request_id})
+
+
+_Path = tuple[str, str]  # protocol and method, as the URL names them
+_Started = tuple[Call, dict[str, Any], Request]  # a call, its arguments, and what it was read from
 
 
 class _OpenedCall(NamedTuple):
@@ -5423,8 +5399,7 @@ class HttpApp:
     """Answers requests for a server; safe for use by several threads. Made by `make_wsgi_app` and `serve_http`."""
 
     def __init__(self, server: ServerCore, options: HttpOptions | None = None) -> None:
-        self.server = server
-        self.options = options or HttpOptions()
+        self.server, self.options = server, options or HttpOptions()
         self.sealer = TokenSealer(self.options.keys(), self.options.token_ttl)
         self._limit = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
         self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
@@ -5433,17 +5408,12 @@ class HttpApp:
 
     def _capability_headers(self) -> list[tuple[str, str]]:
         """What every response says of this server (WIRE section 6); nothing of a feature that is off."""
-        encodings = supported_encodings() if self.options.compression_level is not None else ()
-        headers = [
-            (SUPPORTED_ENCODINGS_HEADER, ", ".join(encodings)),
-            (EXTERNALIZATION_HEADER, "false"),
-            (ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"),
-        ]
-        if self.options.max_request_bytes is not None:
-            headers.append((MAX_REQUEST_BYTES_HEADER, str(self.options.max_request_bytes)))
-        if self.options.max_response_bytes is not None:
-            headers.append((MAX_RESPONSE_BYTES_HEADER, str(self.options.max_response_bytes)))
-        return headers
+        options = self.options
+        encodings = supported_encodings() if options.compression_level is not None else ()
+        headers = [(SUPPORTED_ENCODINGS_HEADER, ", ".join(encodings)), (EXTERNALIZATION_HEADER, "false")]
+        headers.append((ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"))
+        sizes = ((MAX_REQUEST_BYTES_HEADER, options.max_request_bytes), (MAX_RESPONSE_BYTES_HEADER, options.max_response_bytes))
+        return headers + [(name, str(size)) for name, size in sizes if size is not None]
 
     # -- one request
 
@@ -5461,89 +5431,79 @@ class HttpApp:
             response.close = True
         except Exception:
             logger.exception("request %s failed", request_id)
-            response = json_response(500, {"error": "internal_error", "request_id": request_id})
+            response = _internal_error(request_id)
         response.headers += [(REQUEST_ID_HEADER, request_id), *self._capabilities, *self._cors_headers(request)]
         return response
 
     def _cors_headers(self, request: HttpRequest) -> list[tuple[str, str]]:
-        origin = request.get_header("origin")
-        allowed = self.options.cors_origins
+        origin, allowed = request.get_header("origin"), self.options.cors_origins
         if not allowed or origin is None or ("*" not in allowed and origin not in allowed):
             return []
+        everyone = "*" in allowed
         exposed = ["WWW-Authenticate", REQUEST_ID_HEADER, CONTENT_ENCODING_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER]
         exposed += [name for name, _ in self._capabilities]
         headers = [("Access-Control-Expose-Headers", ", ".join(exposed))]
-        headers.append(("Access-Control-Allow-Origin", "*" if "*" in allowed else origin))
-        if "*" not in allowed:
-            headers.append(("Vary", "Origin"))
-        return headers
+        headers.append(("Access-Control-Allow-Origin", "*" if everyone else origin))
+        return headers if everyone else [*headers, ("Vary", "Origin")]
 
     def _preflight(self, request: HttpRequest) -> HttpResponse:
         headers = [("Allow", "GET, HEAD, POST, OPTIONS"), ("Cache-Control", "public, max-age=300")]
         if self._cors_headers(request) and request.get_header("access-control-request-method"):
             asked = request.get_header("access-control-request-headers") or "Content-Type"
-            headers += [
-                ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
-                ("Access-Control-Allow-Headers", re.sub(r"[^A-Za-z0-9_, -]", "", asked)),
-                ("Access-Control-Max-Age", "7200"),
-            ]
+            headers.append(("Access-Control-Allow-Methods", "GET, POST, OPTIONS"))
+            headers.append(("Access-Control-Allow-Headers", re.sub(r"[^A-Za-z0-9_, -]", "", asked)))
+            headers.append(("Access-Control-Max-Age", "7200"))
         return HttpResponse(200, headers)
 
     def _route(self, request: HttpRequest, request_id: str) -> HttpResponse:
         path, prefix = request.path, self.options.prefix
-        if not path.startswith(prefix) or (len(path) > len(prefix) and path[len(prefix)] != "/"):
+        if not path.startswith(prefix) or (len(path) > len(prefix) and prefix and path[len(prefix)] != "/"):
             return self._not_found(request)
         path = path[len(prefix) :] or "/"
         if request.method == "OPTIONS":
             return self._preflight(request)
         if path == "/health":
             return self._health(request)
-        if "%" in path or "//" in path or not path.isascii() or "authorization" in request.repeated:
-            return self._not_found(request) if "authorization" not in request.repeated else self._bad("two Authorization headers")
+        if "%" in path or "//" in path or not path.isascii():
+            return self._not_found(request)
         segments = path[1:].split("/")
         if request.method in ("GET", "HEAD"):
             return self._get(request, segments)
-        is_call = len(segments) == 2 or (len(segments) == 3 and segments[2] in ("init", "exchange"))
-        if not is_call or (len(segments) == 2 and segments[0] == ""):
+        if not segments[0] or not (len(segments) == 2 or (len(segments) == 3 and segments[2] in ("init", "exchange"))):
             return self._not_found(request)
         if request.method != "POST":
-            return self._method_not_allowed("POST")
-        caller = self._caller(request, request_id)
-        if len(segments) == 2 and segments[1] in ("init", "exchange") and segments[0].startswith("__"):
-            self.server.service(segments[0])
-        return self._post(request, request_id, caller, segments)
+            return _method_not_allowed("POST")
+        return self._post(request, request_id, self._caller(request, request_id), segments)
 
     def _post(self, request: HttpRequest, request_id: str, caller: Caller, segments: list[str]) -> HttpResponse:
-        self._check_content_type(request)
+        if segments[0].startswith("__"):
+            self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
+        content_type = request.get_header("content-type") or ""
+        if content_type.strip().lower() != ARROW_CONTENT_TYPE:
+            raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
         self.server.refuse_if_draining()
         self.server.start(TransportKind.HTTP)
         body = self._body(request)
-        action = segments[2] if len(segments) == 3 else ""
-        handler = {"": self._unary, "init": self._init, "exchange": self._exchange}[action]
+        handler = {2: self._unary, 3: self._init if segments[-1] == "init" else self._exchange}[len(segments)]
         with self.server.working():
             return handler((segments[0], segments[1]), body, caller, request, request_id)
 
     # -- everything that is not a call
 
-    def _bad(self, detail: str, status: int = 400) -> HttpResponse:
-        return json_response(status, {"error": "bad_request", "detail": detail})
-
     def _not_found(self, request: HttpRequest) -> HttpResponse:
         return json_response(404, {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"})
 
-    def _method_not_allowed(self, allowed: str) -> HttpResponse:
-        return json_response(405, {"error": "method_not_allowed", "detail": f"expected {allowed}"}, [("Allow", allowed)])
-
     def _health(self, request: HttpRequest) -> HttpResponse:
         if request.method not in ("GET", "HEAD"):
-            return self._method_not_allowed("GET, HEAD, OPTIONS")
+            return _method_not_allowed("GET, HEAD, OPTIONS")
         status = "draining" if self.server.draining else "ok"
         facts = {"status": status, "server_id": self.server.server_id, "protocol": self.server.protocol_name}
         return json_response(200, facts, [("Cache-Control", "no-store")])
 
     def _get(self, request: HttpRequest, segments: list[str]) -> HttpResponse:
-        if 2 <= len(segments) <= 3 and segments[0] in self.server.services and segments[1] in self.server.services[segments[0]].methods:
-            return self._method_not_allowed("POST")
+        service, action = self.server.services.get(segments[0]), segments[2:]
+        if service is not None and action in ([], ["init"], ["exchange"]) and "".join(segments[1:2]) in service.methods:
+            return _method_not_allowed("POST")
         return self._not_found(request)
 
     # -- who calls, and what they sent
@@ -5559,15 +5519,14 @@ class HttpApp:
             return _ANONYMOUS
         try:
             auth = self.options.authenticate(request)
+            if not isinstance(auth, AuthContext):
+                raise TypeError(f"authenticate: expected an AuthContext, got {_got(auth)}")
+            return auth
         except (ValueError, PermissionError) as exc:
             raise _HttpFailure(self._unauthorized(request, exc)) from None
         except Exception:
             logger.exception("authenticate raised; request %s is refused", request_id)
-            raise _HttpFailure(json_response(500, {"error": "internal_error", "request_id": request_id})) from None
-        if not isinstance(auth, AuthContext):
-            logger.error("authenticate returned %s, not an AuthContext; request %s is refused", _got(auth), request_id)
-            raise _HttpFailure(json_response(500, {"error": "internal_error", "request_id": request_id}))
-        return auth
+            raise _HttpFailure(_internal_error(request_id)) from None
 
     def _unauthorized(self, request: HttpRequest, exc: Exception) -> HttpResponse:
         reason = exc.reason if isinstance(exc, AuthFailure) else AuthReason.UNAUTHORIZED
@@ -5577,8 +5536,8 @@ class HttpApp:
         if "text/html" in (request.get_header("accept") or ""):
             import html
 
-            text = f"<!doctype html><title>401</title><h1>401 Unauthorized</h1><p>{html.escape(reason.value)}: {html.escape(detail)}</p>"
-            return HttpResponse(401, [("Content-Type", "text/html; charset=utf-8"), *headers], text.encode())
+            page = f"<!doctype html><title>401</title><h1>401 Unauthorized</h1><p>{html.escape(f'{reason}: {detail}')}</p>"
+            return HttpResponse(401, [("Content-Type", "text/html; charset=utf-8"), *headers], page.encode())
         return json_response(401, {"error": "unauthorized", "reason": reason.value, "detail": detail}, headers)
 
     def _response_limit(self, request: HttpRequest) -> int | None:
@@ -5588,47 +5547,32 @@ class HttpApp:
         if given is None:
             return own
         low, high = MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
-        digits = given.isascii() and given.isdigit() and (given == "0" or given[0] != "0") and len(given) <= 16
-        if name.lower() in request.repeated or not digits or not low <= int(given) <= high:
+        if name.lower() in request.repeated or not re.fullmatch("[1-9][0-9]{0,15}", given) or not low <= int(given) <= high:
             raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
-        return int(given) if own is None else min(int(given), own)
-
-    def _check_content_type(self, request: HttpRequest) -> None:
-        given = request.get_header("content-type") or ""
-        if given.strip().lower() != ARROW_CONTENT_TYPE:
-            exc = ProtocolError(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {given[:100]!r}")
-            exc.http_status = 415
-            raise exc
+        return _smallest(int(given), own)
 
     def _body(self, request: HttpRequest) -> bytes:
         """Read and decode the body, within the limit before and after decoding."""
-        encoding = (request.get_header(CONTENT_ENCODING_HEADER) or request.get_header("content-encoding") or "identity").strip().lower()
-        if encoding != "identity" and encoding not in supported_encodings():
-            known = ", ".join(supported_encodings())
-            exc = ProtocolError(f"Content-Encoding: expected one of {known}, got {encoding[:60]!r}")
-            exc.http_status = 415
-            raise exc
-        body = request.read_body(self._limit)
-        return body if encoding == "identity" else decompress_body(body, encoding, self._limit)
+        return cast("bytes", _decoded_body(request.headers, lambda: request.read_body(self._limit), self._limit))
 
     # -- calls
 
     def _reader(self, source: BufferSource) -> IpcReader:
-        limits = IpcLimits(self._limit, self.options.max_rows)
         try:
-            return IpcReader(source, limits, self.server.ipc_validation)
+            return IpcReader(source, IpcLimits(self._limit, self.options.max_rows), self.server.ipc_validation)
         except EOFError:
             raise IPCError("request: expected an Arrow IPC stream, got an empty body") from None
 
-    def _open(
-        self, path: tuple[str, str], body: bytes, caller: Caller, request_id: str, kind: MethodType
-    ) -> tuple[Call, dict[str, Any], Request]:
-        """Read a request that starts a call, resolve it, and decode its arguments."""
-        service = self.server.service(path[0])
-        bound = self.server.method(service, path[1])
+    def _bound(self, path: _Path, kind: MethodType, hint: str) -> BoundMethod:
+        """The method that a path names; *hint* says where to post instead when it is of the other kind."""
+        bound = self.server.method(self.server.service(path[0]), path[1])
         if bound.info.method_type is not kind:
-            wanted = "is a stream; post to its /init" if kind is MethodType.UNARY else "is not a stream; post without /init"
-            raise ProtocolError(f"{path[1]}() {wanted}")
+            raise ProtocolError(f"{path[1]}() is {'' if kind is MethodType.UNARY else 'not '}a stream; {hint}")
+        return bound
+
+    def _open(self, path: _Path, body: bytes, caller: Caller, request_id: str, kind: MethodType) -> _Started:
+        """Read a request that starts a call, resolve it, and decode its arguments."""
+        bound = self._bound(path, kind, "post to its /init" if kind is MethodType.UNARY else "post without /init")
         source = BufferSource(body)
         request = Request(self._reader(source))
         if source.left:
@@ -5639,7 +5583,7 @@ class HttpApp:
         call.record.http["request_bytes"] = len(body)
         return call, arguments, request
 
-    def _unary(self, path: tuple[str, str], body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
+    def _unary(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
         call, arguments, _ = self._open(path, body, caller, request_id, MethodType.UNARY)
         try:
             turn = call.begin(arguments)
@@ -5647,33 +5591,35 @@ class HttpApp:
         finally:
             call.end()
 
-    def _init(self, path: tuple[str, str], body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
+    def _init(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
         call, arguments, _ = self._open(path, body, caller, request_id, MethodType.STREAM)
         try:
-            turn = call.begin(arguments)
-            if call.stream is None:
-                return self._respond(call, request, stream_bytes(turn.schema, turn.items), turn)
-            header = stream_bytes(turn.schema, turn.items) if turn.items else b""
-            stream, call_id = call.stream, os.urandom(16)
-            call_token = self._seal_call(call, stream, call_id)
-            if stream.is_producer:
-                turn = call.turn(_PLAIN_TICK)
-            else:
-                turn = Turn(stream.output_schema, call._logs(stream.output_schema), False)
-            turn = self._with_cursor(call, stream, call_id, turn, call_token)
+            turn, header = call.begin(arguments), b""
+            if call.stream is not None:
+                header = stream_bytes(turn.schema, turn.items) if turn.items else b""
+                turn = self._first_turn(call, call.stream)
             return self._respond(call, request, header + stream_bytes(turn.schema, turn.items), turn)
         finally:
             call.end()
 
-    def _exchange(self, path: tuple[str, str], body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
-        bound = self.server.method(self.server.service(path[0]), path[1])
-        if bound.info.method_type is not MethodType.STREAM:
-            raise ProtocolError(f"{path[1]}() is not a stream; post without /exchange")
+    def _first_turn(self, call: Call, stream: Stream[Any, Any]) -> Turn:
+        call_id = os.urandom(16)
+        try:
+            call_token = self._seal_call(call, stream, call_id)
+        except Exception as exc:  # before the producer runs: a stream that cannot go on does not start
+            return call._failed(stream.output_schema, exc)
+        logs = Turn(stream.output_schema, call._logs(stream.output_schema), False) if not stream.is_producer else None
+        turn = logs or call.turn(_PLAIN_TICK)
+        return self._with_cursor(call, stream, call_id, turn, call_token)
+
+    def _exchange(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
+        bound = self._bound(path, MethodType.STREAM, "post without /exchange")
         source = BufferSource(body)
         reader = self._reader(source)
         item = reader.next()
         if item is None or reader.next_message() is not None or source.left:
-            raise ProtocolError("exchange: expected one batch and the end of the stream, got " + ("none" if item is None else "more"))
+            got = "none" if item is None else "more"
+            raise ProtocolError(f"exchange: expected one batch and the end of the stream, got {got}")
         batch, metadata = item[0], item[1] or {}
         opened, state = self._open_tokens(bound, caller.auth, metadata)
         caller = dataclasses.replace(caller, response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
@@ -5684,22 +5630,23 @@ class HttpApp:
             call.context.deadline = time.monotonic() + int(timeout) / 1000
         call.record.stream_id, call.record.http["request_bytes"] = opened.stream_id, len(body)
         try:
-            stream = self._revive(call, opened, state)
-            if CANCEL_KEY in metadata:
-                call.cancel()
-                turn = Turn(stream.output_schema, call._logs(stream.output_schema), True)
-            else:
-                ours = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY)
-                shown = {k: v for k, v in metadata.items() if k not in ours}
-                turn = call.turn(AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None))
-                turn = self._with_cursor(call, stream, opened.call_id, turn)
+            turn = self._next_turn(call, opened, state, batch, metadata)
             return self._respond(call, request, stream_bytes(turn.schema, turn.items), turn)
-        except Exception as exc:
-            # rehydrate() and bind_call_state() are the application's: what they raise is an answer, too.
-            failed = call._failed(opened.output_schema, exc)
-            return self._respond(call, request, stream_bytes(failed.schema, failed.items), failed)
         finally:
             call.end()
+
+    def _next_turn(self, call: Call, opened: _OpenedCall, state: bytes, batch: pa.RecordBatch, metadata: _Metadata) -> Turn:
+        try:
+            stream = self._revive(call, opened, state)
+        except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer
+            return call._failed(opened.output_schema, exc)
+        if CANCEL_KEY in metadata:
+            call.cancel()
+            return Turn(stream.output_schema, call._logs(stream.output_schema), True)
+        ours = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY)
+        shown = {k: v for k, v in metadata.items() if k not in ours}
+        turn = call.turn(AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None))
+        return self._with_cursor(call, stream, opened.call_id, turn)
 
     # -- the two halves of a stream's state
 
@@ -5709,16 +5656,13 @@ class HttpApp:
         return (bound.hosted.name.encode(), bound.info.name.encode(), who[0].encode(), who[1].encode())
 
     def _seal_call(self, call: Call, stream: Stream[Any, Any], call_id: bytes) -> bytes:
-        limit = call.context.response_limit_bytes
-        call_state = stream.call_state.serialize_to_bytes() if stream.call_state is not None else b""
-        parts = (
-            call_id,
-            _serialized(stream.output_schema),
-            _serialized(stream.input_schema),
-            call_state,
-            call.record.stream_id.encode(),
-            b"" if limit is None else str(limit).encode(),
-        )
+        limit, fixed, kind = call.context.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
+        if fixed is not None and (kind is None or not isinstance(fixed, kind)):
+            wanted = "CALL_STATE_TYPE, which is not set" if kind is None else kind.__name__
+            raise ParameterError(f"{type(stream.state).__name__}: Stream(call_state=...): expected {wanted}, got {_got(fixed)}")
+        call_state = fixed.serialize_to_bytes() if fixed is not None else b""
+        schemas = _serialized(stream.output_schema), _serialized(stream.input_schema)
+        parts = (call_id, *schemas, call_state, call.record.stream_id.encode(), b"" if limit is None else str(limit).encode())
         return self.sealer.seal(b"call", (*self._binding(call.bound, call.context.auth), call_id), pack_parts(parts))
 
     def _with_cursor(
@@ -5727,20 +5671,19 @@ class HttpApp:
         """Add the fresh cursor to a turn that goes on; a state that cannot be sealed turns it into an error."""
         if turn.finished:
             return turn
+        state_types = call.bound.state_types
         try:
-            state_types = call.bound.state_types
             if type(stream.state) not in state_types:
                 names = ", ".join(t.__name__ for t in state_types) or "no concrete class"
                 raise ParameterError(
                     f"{call.bound.info.name}() state: expected {names} (from the implementation's return annotation), "
                     f"got {type(stream.state).__name__}; over HTTP the state is read back as the annotated class"
                 )
-            state = stream.state.serialize_to_bytes()
-            content = pack_parts((call_id, bytes([state_types.index(type(stream.state))]), state))
-            cursor = self.sealer.seal(b"state", self._binding(call.bound, call.context.auth), content)
+            index = bytes([state_types.index(type(stream.state))])
+            content = pack_parts((call_id, index, stream.state.serialize_to_bytes()))
+            tokens = {STATE_KEY: self.sealer.seal(b"state", self._binding(call.bound, call.context.auth), content)}
         except Exception as exc:
             return call._failed(stream.output_schema, exc)
-        tokens = {STATE_KEY: cursor}
         if call_token is not None:
             tokens[CALL_STATE_KEY] = call_token
         items, at = list(turn.items), turn.data_index
@@ -5753,8 +5696,7 @@ class HttpApp:
     def _open_tokens(self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata) -> tuple[_OpenedCall, bytes]:
         """Open the cursor first, and the call half that belongs to the call id found inside it."""
         binding = self._binding(bound, auth)
-        content = self.sealer.open(b"state", binding, metadata.get(STATE_KEY))
-        call_id, index, state = unpack_parts(content, 3)
+        call_id, index, state = unpack_parts(self.sealer.open(b"state", binding, metadata.get(STATE_KEY)), 3)
         token = metadata.get(CALL_STATE_KEY, b"")
         cache_key = (binding, call_id, token)
         with self._lock:
@@ -5767,8 +5709,7 @@ class HttpApp:
             schemas = _schema_from_bytes(output), _schema_from_bytes(input_)
             opened = _OpenedCall(call_id, *schemas, call_state, stream_id.decode(), int(limit) if limit else None)
             with self._lock:
-                if self.options.call_state_cache_entries > 0:
-                    self._opened[cache_key] = opened
+                self._opened[cache_key] = opened
                 while len(self._opened) > self.options.call_state_cache_entries:
                     self._opened.popitem(last=False)
         if len(index) != 1 or index[0] >= len(bound.state_types):
@@ -5781,7 +5722,7 @@ class HttpApp:
         call_state = None
         if opened.call_state:
             if cls.CALL_STATE_TYPE is None:
-                raise ParameterError(f"{cls.__name__}: Stream(call_state=...) was given, but CALL_STATE_TYPE is not set")
+                raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had one
             call_state = cls.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
         stream: Stream[Any, Any] = Stream(opened.output_schema, state, opened.input_schema, call_state=call_state)
         call._run(state.rehydrate, call.context.implementation)
@@ -5794,20 +5735,16 @@ class HttpApp:
 
     def _arrow_error(self, exc: BaseException, request_id: str, status: int) -> HttpResponse:
         body = stream_bytes(EMPTY_SCHEMA, [self.server.error_item(exc, EMPTY_SCHEMA, request_id)])
-        headers = [("Content-Type", ARROW_CONTENT_TYPE)]
-        if status == 200:
-            headers.append((RPC_ERROR_HEADER, "true"))
-        if status == 503:
-            headers.append(("Retry-After", "1"))
-        return HttpResponse(status, headers, body)
+        further = {200: [(RPC_ERROR_HEADER, "true")], 503: [("Retry-After", "1")]}.get(status, [])
+        return HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE), *further], body)
 
     def _respond(self, call: Call, request: HttpRequest, body: bytes, turn: Turn) -> HttpResponse:
         """Put a turn's bytes into a response: budget first, then coding."""
         limit = call.context.response_limit_bytes
         if limit is not None and len(body) > limit:
             text = f"{call.record.method}(): the answer exceeds max_response_bytes ({len(body)} > {limit})"
-            failed = call._failed(EMPTY_SCHEMA, ResponseTooLargeError(text))
-            turn, body = failed, stream_bytes(failed.schema, failed.items)
+            turn = call._failed(EMPTY_SCHEMA, ResponseTooLargeError(text))
+            body = stream_bytes(turn.schema, turn.items)
         headers = [("Content-Type", ARROW_CONTENT_TYPE)]
         if turn.error is not None:
             headers.append((RPC_ERROR_HEADER, "true"))
@@ -5825,11 +5762,10 @@ def _smallest(*limits: int | None) -> int | None:
 
 
 _REASONS = {
-    100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
-    404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required",
-    413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type", 429: "Too Many Requests",
-    431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
-    503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+    100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required", 413: "Content Too Large",
+    414: "URI Too Long", 415: "Unsupported Media Type", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
 }  # fmt: skip
 
 
@@ -5837,12 +5773,9 @@ _REASONS = {
 def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[bytes]]:
     """Return a WSGI application (PEP 3333) for any WSGI server; the keywords are those of `HttpOptions`.
 
-    Raises:
-        TypeError: An option that does not exist.
-        ValueError: An option's value is out of range.
+    Raises ``TypeError`` for an option that does not exist, ``ValueError`` for one that is out of range.
     """
-    (chosen,) = _split_options(options, HttpOptions)
-    app = HttpApp(server, chosen)
+    app = HttpApp(server, *_split_options(options, HttpOptions))
 
     def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         response = app(_request_from_environ(environ))
@@ -5856,7 +5789,6 @@ def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[b
     wsgi.app = app  # type: ignore[attr-defined]
     return wsgi
 
-
 def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
     headers = {k[5:].replace("_", "-").lower(): v for k, v in environ.items() if k.startswith("HTTP_")}
     for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
@@ -5865,10 +5797,10 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
 
     def read_body(limit: int) -> bytes:
         source, length = environ["wsgi.input"], environ.get("CONTENT_LENGTH") or ""
-        if not length and environ.get("wsgi.input_terminated"):
+        if not length and environ.get("wsgi.input_terminated"):  # chunked, decoded by the server under us
             body = source.read(limit + 1)
             if len(body) > limit:
-                raise RequestTooLargeError(f"request body: expected at most {limit} bytes (max_request_bytes), got more")
+                raise _too_large(limit, "more")
             return cast("bytes", body)
         size = _content_length(length, limit)
         body = source.read(size)
@@ -5880,49 +5812,37 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
     path = raw.partition("?")[0] if raw.startswith("/") else environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
     return HttpRequest(environ["REQUEST_METHOD"], path, headers, environ.get("REMOTE_ADDR", ""), read_body)
 
+def _too_large(limit: int, got: object, rule: str = "max_request_bytes") -> RequestTooLargeError:
+    return RequestTooLargeError(f"body: expected at most {limit} bytes ({rule}), got {got}")
 
-def _content_length(text: str, limit: int) -> int:
-    """Parse a Content-Length strictly: ASCII digits only (RFC 9110 section 8.6), and within the limit."""
+def _content_length(text: str, limit: int, rule: str = "max_request_bytes") -> int:
+    """Parse a Content-Length strictly: ASCII digits only (RFC 9110 section 8.6), and within the limit that *rule* names."""
     if not text:
-        exc: ProtocolError = ProtocolError("expected a Content-Length")
-        exc.http_status = 411
-        raise exc
+        raise _protocol_error("expected a Content-Length", 411)
     if not (text.isascii() and text.isdigit()):
         raise ProtocolError(f"Content-Length: expected decimal digits, got {text[:40]!r}")
     if len(text) > 18 or int(text) > limit:
-        raise RequestTooLargeError(f"request body: expected at most {limit} bytes (max_request_bytes), got {text[:40]}")
+        raise _too_large(limit, text[:40], rule)
     return int(text)
 
 
 class HttpHead(NamedTuple):
-    """A parsed message head.
+    """A parsed message head."""
 
-    Attributes:
-        start: The three parts of the request line or status line.
-        headers: Values by lower-case name; repeated ones joined by ", ".
-        repeated: Names that came more than once.
-    """
-
-    start: tuple[str, str, str]
-    headers: dict[str, str]
-    repeated: frozenset[str]
+    start: tuple[str, str, str]  # the three parts of the request line or status line
+    headers: dict[str, str]  # by lower-case name; the values of a repeated one are joined by ", "
+    repeated: frozenset[str]  # names that came more than once
 
 
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 
-
 def parse_http_head(raw: bytes) -> HttpHead:
-    """Parse a head that ends with an empty line, strictly by RFC 9112.
-
-    Raises:
-        ProtocolError: A rule is broken; the text names it.
-    """
+    """Parse a head that ends with an empty line, strictly by RFC 9112; raises `ProtocolError`, which names the broken rule."""
     lines = raw[:-4].split(b"\r\n")
     if len(lines) > MAX_HEADERS + 1:
-        exc = ProtocolError(f"expected at most {MAX_HEADERS} headers, got {len(lines) - 1}")
-        exc.http_status = 431
-        raise exc
-    if b"\n" in raw.replace(b"\r\n", b"") or b"\r" in raw.replace(b"\r\n", b""):
+        raise _protocol_error(f"expected at most {MAX_HEADERS} headers, got {len(lines) - 1}", 431)
+    bare = raw.replace(b"\r\n", b"")
+    if b"\n" in bare or b"\r" in bare:
         raise ProtocolError("a bare CR or LF in the head")
     start = lines[0].decode("latin-1").split(" ", 2)
     if len(start) != 3:
@@ -5941,13 +5861,10 @@ def parse_http_head(raw: bytes) -> HttpHead:
         headers[name] = value
     return HttpHead((start[0], start[1], start[2]), headers, frozenset(repeated))
 
-
 def read_http_head(channel: ByteChannel) -> HttpHead | None:
-    """Read one head; ``None`` when the channel ends before its first byte.
+    """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
 
-    Raises:
-        ProtocolError: A rule of the grammar or a bound (64 KiB, 100 headers) is broken.
-        TransportError: The channel ends in the middle.
+    Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken.
     """
     raw = channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
     if raw is not None:
@@ -5956,18 +5873,13 @@ def read_http_head(channel: ByteChannel) -> HttpHead | None:
     if not seen:
         return None
     if len(seen) >= MAX_HEAD_BYTES:
-        exc = ProtocolError(f"the head exceeds {MAX_HEAD_BYTES} bytes")
-        exc.http_status = 414 if b"\r\n" not in seen else 431
-        raise exc
+        raise _protocol_error(f"the head exceeds {MAX_HEAD_BYTES} bytes", 414 if b"\r\n" not in seen else 431)
     raise TransportError("the connection was closed in the middle of a head")
 
-
-def read_chunked(channel: ByteChannel, limit: int) -> Iterator[bytes]:
+def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Iterator[bytes]:
     """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped.
 
-    Raises:
-        ProtocolError: The framing is wrong.
-        RequestTooLargeError: More than *limit* bytes.
+    Raises `ProtocolError` for wrong framing, `RequestTooLargeError` beyond *limit* bytes, which *rule* names.
     """
     total = 0
     while True:
@@ -5978,7 +5890,7 @@ def read_chunked(channel: ByteChannel, limit: int) -> Iterator[bytes]:
         size = int(match[1], 16)
         total += size
         if total > limit:
-            raise RequestTooLargeError(f"body: expected at most {limit} bytes, got at least {total}")
+            raise _too_large(limit, f"at least {total}", rule)
         if not size:
             break
         piece = channel.read(size)
@@ -5998,24 +5910,35 @@ class _HttpConnection:
     """Serves the requests of one connection: reads strictly, answers, closes when the framing is in doubt."""
 
     def __init__(self, owner: HttpServing, channel: SocketChannel, remote_addr: str, only_health: bool) -> None:
-        self._owner, self._channel, self._remote = owner, channel, remote_addr
-        self._only_health = only_health
+        self._app, self._options, self._channel, self._remote = owner.app, owner.options, channel, remote_addr
+        self._only_health = only_health  # beyond the cap on connections: one request, and soon
+        self._wait = _OVER_CAP_WAIT_SECONDS if only_health else self._options.read_timeout
+        self._unread = False  # of the current request, a body that must not be taken for the next one
 
     def run(self) -> None:
         """Serve until either side closes."""
-        with contextlib.suppress(TransportError, DeadlineExceededError):
-            while self._serve_one():
-                pass
+        try:
+            while self._wait_for_request() and self._serve_one():
+                self._wait = self._options.keep_alive_timeout
+            if self._unread:
+                self._linger()
+        except (TransportError, DeadlineExceededError) as exc:
+            logger.info("connection from %s ended early: %s", self._remote, exc.error_message)
+
+    def _wait_for_request(self) -> bool:
+        channel = self._channel
+        channel.gap, channel.deadline = None, time.monotonic() + self._wait
+        try:
+            return bool(channel.peek()) or channel._fill()
+        except (TransportError, DeadlineExceededError):
+            return False  # between two requests, leaving is nobody's fault
 
     def _serve_one(self) -> bool:
-        channel, options = self._channel, self._owner.options
+        channel, options, started = self._channel, self._options, time.monotonic()
         channel.gap = options.read_timeout
-        channel.deadline = time.monotonic() + options.keep_alive_timeout
-        if not channel.peek() and not channel._fill():
-            return False
-        started = time.monotonic()
-        channel.deadline = started + options.read_timeout  # for the whole head: one byte a second does not pass
+        channel.deadline = started + min(self._wait, options.read_timeout)  # for the whole head: a byte a second does not pass
         head: HttpHead | None = None
+        self._unread = True
         try:
             if not channel.peek()[:1].isalpha():
                 raise ProtocolError("expected an HTTP request line")
@@ -6023,27 +5946,29 @@ class _HttpConnection:
             if head is None:
                 return False
             request = self._request(head, started + options.request_deadline)
-            keep = self._keeps_alive(head)
         except ProtocolError as exc:
             response = json_response(exc.http_status, {"error": "bad_request", "detail": str(exc)})
-            response.headers += [(REQUEST_ID_HEADER, new_request_id()), *self._owner.app._capabilities]
+            response.headers += [(REQUEST_ID_HEADER, new_request_id()), *self._app._capabilities]
             self._send(response, head.start[0] if head else "GET", keep=False)
             return False
         if self._only_health and not request.path.endswith("/health"):
-            response, keep = self._owner.busy_response(), False
+            facts = {"error": "too_many_connections", "detail": f"this server takes {options.max_connections} at a time"}
+            response = json_response(503, facts, [("Retry-After", "1"), *self._app._capabilities])
         else:
-            response = self._owner.app(request)
-        if not self._body_was_read:
-            # What was not read must not be taken for the next request.
-            keep = keep and not self._has_body(head)
+            response = self._app(request)
         channel.deadline = time.monotonic() + options.request_deadline
-        keep = keep and not response.close and not self._owner.app.server.draining
+        refused = self._unread or self._only_health or response.close or self._app.server.draining
+        keep = self._keeps_alive(head) and not refused
         self._send(response, request.method, keep)
         return keep
 
-    @staticmethod
-    def _has_body(head: HttpHead) -> bool:
-        return "transfer-encoding" in head.headers or head.headers.get("content-length", "0") != "0"
+    def _linger(self) -> None:
+        """Read on for a moment before closing: closing on unread bytes resets the connection, and the answer is lost."""
+        self._channel.deadline = time.monotonic() + _LINGER_SECONDS
+        with contextlib.suppress(OSError, TransportError, DeadlineExceededError):
+            self._channel.socket.shutdown(socket.SHUT_WR)
+            while self._channel._fill():
+                pass
 
     @staticmethod
     def _keeps_alive(head: HttpHead) -> bool:
@@ -6052,38 +5977,39 @@ class _HttpConnection:
 
     def _request(self, head: HttpHead, deadline: float) -> HttpRequest:
         """Check what RFC 9112 asks of a request's head, and set up the reading of its body."""
-        method, target, version = head.start
-        if not re.fullmatch(r"HTTP/[0-9]\.[0-9]", version):
-            raise ProtocolError(f"expected HTTP/1.1, got {version[:40]!r}")
+        (method, target, version), headers = head.start, head.headers
         if version not in ("HTTP/1.1", "HTTP/1.0"):
-            raise _with_status(ProtocolError(f"expected HTTP/1.1, got {version}"), 505)
+            known = re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version)
+            raise _protocol_error(f"expected HTTP/1.1, got {version[:40]!r}", 505 if known else 400)
         if not re.fullmatch(r"[A-Z]{1,20}", method):
             raise ProtocolError(f"not a method: {method[:40]!r}")
-        if not target.startswith("/") and not (target == "*" and method == "OPTIONS"):
+        if not target.startswith("/") and (target, method) != ("*", "OPTIONS"):
             raise ProtocolError("the request target must be a path")
         if len(target) > 8192:
-            raise _with_status(ProtocolError("the request target exceeds 8192 bytes"), 414)
-        if any(not 33 <= ord(c) < 127 and ord(c) < 128 for c in target):
+            raise _protocol_error("the request target exceeds 8192 bytes", 414)
+        if re.search(r"[\x00-\x20\x7f]", target):
             raise ProtocolError("a control character in the request target")
-        for name in ("content-length", "host", "transfer-encoding", "content-type", "content-encoding", "authorization"):
+        for name in ("content-length", "host", "transfer-encoding", "authorization"):
             if name in head.repeated:
                 raise ProtocolError(f"two {name} headers")
-        if version == "HTTP/1.1" and "host" not in head.headers:
+        if version == "HTTP/1.1" and "host" not in headers:
             raise ProtocolError("HTTP/1.1 requires a Host header")
-        coding = head.headers.get("transfer-encoding")
-        if coding is not None and "content-length" in head.headers:
-            raise ProtocolError("both Transfer-Encoding and Content-Length")
+        self._check_framing(method, version, headers)
+        self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        path, read = target.partition("?")[0], functools.partial(self._read_body, head, deadline)
+        return HttpRequest(method, path, headers, self._remote, read, head.repeated, self._channel.peer_gone)
+
+    @staticmethod
+    def _check_framing(method: str, version: str, headers: Mapping[str, str]) -> None:
+        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+        if coding is not None and (length is not None or version == "HTTP/1.0"):
+            raise ProtocolError("both Transfer-Encoding and " + ("HTTP/1.0" if length is None else "Content-Length"))
         if coding is not None and coding.lower() != "chunked":
-            raise _with_status(ProtocolError(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}"), 501)
-        length = head.headers.get("content-length")
+            raise _protocol_error(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}", 501)
         if length is not None and not (length.isascii() and length.isdigit()):
             raise ProtocolError(f"Content-Length: expected decimal digits, got {length[:40]!r}")
         if method == "POST" and coding is None and length is None:
-            raise _with_status(ProtocolError("POST requires a Content-Length"), 411)
-        path = target.partition("?")[0]
-        self._body_was_read = False
-        read = functools.partial(self._read_body, head, deadline)
-        return HttpRequest(method, path, head.headers, self._remote, read, head.repeated, self._channel.peer_gone)
+            raise _protocol_error("POST requires a Content-Length", 411)
 
     def _read_body(self, head: HttpHead, deadline: float, limit: int) -> bytes:
         channel = self._channel
@@ -6098,35 +6024,27 @@ class _HttpConnection:
             body = cast("bytes", channel.read_after(b"", size)) if size > SMALL_BODY_BYTES else channel.read(size)
             if len(body) < size:
                 raise TransportError(f"request body: expected {size} bytes, got {len(body)}")
-        self._body_was_read = True
+        self._unread = False
         return body
 
     def _send(self, response: HttpResponse, method: str, keep: bool) -> None:
-        reason = _REASONS.get(response.status, "Status")
-        lines = [f"HTTP/1.1 {response.status} {reason}"]
+        lines = [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Status')}"]
         lines += [f"{name}: {value}" for name, value in response.headers]
         lines.append(f"Date: {_http_date(int(time.time()))}")
         if not keep:
             lines.append("Connection: close")
         body = response.body
-        if isinstance(body, bytes):
-            lines.append(f"Content-Length: {len(body)}")
-        else:
-            lines.append("Transfer-Encoding: chunked")
+        lines.append(f"Content-Length: {len(body)}" if isinstance(body, bytes) else "Transfer-Encoding: chunked")
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
-        if method == "HEAD" or isinstance(body, bytes):
-            self._channel.write([head] if method == "HEAD" or not body else [head, cast("bytes", body)])
-            return
-        self._channel.write([head])
-        for piece in body:
-            if piece:
+        if method == "HEAD":
+            self._channel.write([head])
+        elif isinstance(body, bytes):
+            self._channel.write([head, body])
+        else:
+            self._channel.write([head])
+            for piece in filter(None, body):
                 self._channel.write([b"%x\r\n" % len(piece), piece, b"\r\n"])
-        self._channel.write([b"0\r\n\r\n"])
-
-
-def _with_status(exc: ProtocolError, status: int) -> ProtocolError:
-    exc.http_status = status
-    return exc
+            self._channel.write([b"0\r\n\r\n"])
 
 
 @functools.lru_cache(maxsize=2)
@@ -6138,58 +6056,42 @@ def _http_date(second: int) -> str:
 
 @dataclass
 class HttpServeOptions:
-    """What `serve_http` can be told beside `HttpOptions`.
+    """What `serve_http` can be told beside `HttpOptions`; times in seconds."""
 
-    Attributes:
-        tls_context: Server-side context of the standard library's ``ssl``; ``None`` for plain HTTP.
-        max_connections: At most so many at a time; further ones are answered 503, except for health.
-        read_timeout: Seconds for a head, and between two reads of a body.
-        request_deadline: Seconds for reading one request, and for sending its answer.
-        keep_alive_timeout: Seconds that an idle connection is kept.
-        drain_grace_seconds: Seconds that running calls have to finish after SIGTERM or SIGINT.
-        on_bound: Called with host and port once connections are accepted.
-    """
+    tls_context: Any = None  # server-side context of the standard library's ssl; None for plain HTTP
+    max_connections: int = 512  # at most so many at a time; further ones are answered 503, except for health
+    read_timeout: float = READ_TIMEOUT_SECONDS  # for a head, and between two reads of a body
+    request_deadline: float = REQUEST_DEADLINE_SECONDS  # for reading one request, and for sending its answer
+    keep_alive_timeout: float = 75.0  # how long a connection is kept between two requests
+    drain_grace_seconds: float = DRAIN_GRACE_SECONDS  # how long running calls may take after SIGTERM or SIGINT
+    idle_timeout: float | None = None  # without a connection for so long, it ends; None for never
+    on_bound: Callable[[str, int], None] | None = None  # called with host and port once connections are accepted
 
-    tls_context: Any = None
-    max_connections: int = 512
-    read_timeout: float = READ_TIMEOUT_SECONDS
-    request_deadline: float = REQUEST_DEADLINE_SECONDS
-    keep_alive_timeout: float = 75.0
-    drain_grace_seconds: float = DRAIN_GRACE_SECONDS
-    on_bound: Callable[[str, int], None] | None = None
+
+_OVER_CAP_CONNECTIONS = 512  # connections beyond the cap that may still ask for health …
+_OVER_CAP_WAIT_SECONDS = 1.0  # … if they ask this soon
+_LINGER_SECONDS = 1.0
+_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class HttpServing:
-    """An HTTP server on a bound socket: a thread per connection, a cap on them, a clean stop.
-
-    Args:
-        app: Answers the requests.
-        host: Address to bind.
-        port: 0 takes a free one.
-        options: See `HttpServeOptions`.
-
-    Attributes:
-        port: The port that was bound.
-
-    Raises:
-        OSError: The address is in use, or cannot be bound.
-    """
-
-    _RESERVE = 16  # connections beyond the cap that may still ask for health
+    """An HTTP server on a bound socket (`port`): a thread per connection, a cap on them, a clean stop; raises ``OSError``."""
 
     def __init__(self, app: HttpApp, host: str, port: int, options: HttpServeOptions | None = None) -> None:
         self.app, self.host = app, host
         self.options = options or HttpServeOptions()
         listening = listen_tcp(host, port)
         self.port = listening.getsockname()[1]
-        self.listener = Listener(listening, self._handle, threaded=True)
+        self.listener = Listener(listening, self._handle, threaded=True, idle_timeout=self.options.idle_timeout)
+        if app.options.authenticate is None and not re.fullmatch(r"localhost|127\..*|::1", host):
+            logger.warning("serving HTTP on %s port %d without authentication: whoever reaches it may call it", host, self.port)
 
     def _handle(self, connected: socket.socket, address: Any) -> None:
         over = len(self.listener._connections) - self.options.max_connections
         try:
-            if over > self._RESERVE:
-                connected.settimeout(1.0)
-                connected.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            if over > _OVER_CAP_CONNECTIONS:
+                connected.settimeout(_OVER_CAP_WAIT_SECONDS)
+                connected.sendall(_BUSY)
                 return
             ready = _start_tls(connected, self.options.tls_context)
         except OSError as exc:
@@ -6197,11 +6099,6 @@ class HttpServing:
             return
         with ready:
             _HttpConnection(self, SocketChannel(ready), _address_text(address), over > 0).run()
-
-    def busy_response(self) -> HttpResponse:
-        """Return the answer to a connection beyond the cap."""
-        facts = {"error": "too_many_connections", "detail": f"this server takes {self.options.max_connections} at a time"}
-        return json_response(503, facts, [("Retry-After", "1"), *self.app._capabilities])
 
     def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `stop`; then drain and close."""
@@ -6216,10 +6113,7 @@ class HttpServing:
 def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **options: Any) -> None:
     """Serve over HTTP/1.1 until SIGTERM or SIGINT; the keywords are those of `HttpOptions` and `HttpServeOptions`.
 
-    Raises:
-        OSError: The address is in use, or cannot be bound.
-        TypeError: An option that does not exist.
-        ValueError: An option's value is out of range.
+    Raises ``OSError`` when the address cannot be bound; for options as `make_wsgi_app`.
     """
     chosen, serving = _split_options(options, HttpOptions, HttpServeOptions)
     http = HttpServing(HttpApp(server, chosen), host, port, serving)
@@ -6237,27 +6131,16 @@ def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **o
 
 @dataclass(frozen=True)
 class HttpServerCapabilities:
-    """What a server says of itself in its headers; sizes in bytes, ``None`` for no limit.
-
-    Attributes:
-        max_request_bytes: Largest request body.
-        max_response_bytes: Largest answer.
-        max_externalized_response_bytes: Largest answer by way of external storage.
-        externalization_enabled: Whether it may answer with pointers to external storage.
-        upload_url_support: Whether it hands out upload URLs.
-        max_upload_bytes: Largest upload.
-        supported_encodings: Body codings it reads and writes.
-        accept_max_response_bytes_support: Whether it honours a client's budget.
-    """
+    """What a server says of itself in its headers; sizes in bytes, ``None`` for no limit."""
 
     max_request_bytes: int | None = None
     max_response_bytes: int | None = None
-    max_externalized_response_bytes: int | None = None
-    externalization_enabled: bool = False
-    upload_url_support: bool = False
+    max_externalized_response_bytes: int | None = None  # of an answer by way of external storage
+    externalization_enabled: bool = False  # it may answer with pointers to external storage
+    upload_url_support: bool = False  # it hands out upload URLs
     max_upload_bytes: int | None = None
-    supported_encodings: tuple[str, ...] = ()
-    accept_max_response_bytes_support: bool = False
+    supported_encodings: tuple[str, ...] = ()  # body codings it reads and writes
+    accept_max_response_bytes_support: bool = False  # it honours a client's budget
 
     @classmethod
     def from_headers(cls, headers: Mapping[str, str]) -> HttpServerCapabilities:
@@ -6265,21 +6148,17 @@ class HttpServerCapabilities:
 
         def number(name: str) -> int | None:
             text = headers.get(name.lower(), "")
-            return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+            return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
         def flag(name: str) -> bool:
             return headers.get(name.lower()) == "true"
 
+        encodings = tuple(e.strip() for e in headers.get(SUPPORTED_ENCODINGS_HEADER.lower(), "").split(",") if e.strip())
         return cls(
-            number(MAX_REQUEST_BYTES_HEADER),
-            number(MAX_RESPONSE_BYTES_HEADER),
-            number("VGI-Max-Externalized-Response-Bytes"),
-            flag(EXTERNALIZATION_HEADER),
-            flag("VGI-Upload-URL-Support"),
-            number("VGI-Max-Upload-Bytes"),
-            tuple(e.strip() for e in headers.get(SUPPORTED_ENCODINGS_HEADER.lower(), "").split(",") if e.strip()),
+            number(MAX_REQUEST_BYTES_HEADER), number(MAX_RESPONSE_BYTES_HEADER), number("VGI-Max-Externalized-Response-Bytes"),
+            flag(EXTERNALIZATION_HEADER), flag("VGI-Upload-URL-Support"), number("VGI-Max-Upload-Bytes"), encodings,
             flag(ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER),
-        )
+        )  # fmt: skip
 
 
 class HttpReply(NamedTuple):
@@ -6290,12 +6169,13 @@ class HttpReply(NamedTuple):
     body: _Buffer
 
 
+_HeaderList = Sequence[tuple[str, str]]
+
+
 class HttpSender:
     """Sends one HTTP request and returns its answer: over sockets (`HttpConnections`), or into an app (`SyncClient`)."""
 
-    def send(
-        self, method: str, path: str, headers: Sequence[tuple[str, str]], body: bytes, deadline: float | None, limit: int
-    ) -> HttpReply:
+    def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         """Send a request; raise `TransportError` when no answer comes, `ResponseTooLargeError` when it exceeds *limit*."""
         raise io.UnsupportedOperation("send")
 
@@ -6305,38 +6185,27 @@ class HttpSender:
 
 @dataclass(frozen=True)
 class HttpTarget:
-    """Where an HTTP client connects.
-
-    Attributes:
-        tls: Whether the scheme is https.
-        host: Host name or address.
-        port: Port.
-        prefix: Path in front of every request, without a slash at its end.
-        proxy: (host, port, ``Proxy-Authorization`` value or empty) from the environment, ``None`` for none.
-    """
+    """Where an HTTP client connects."""
 
     tls: bool
     host: str
     port: int
-    prefix: str
-    proxy: tuple[str, int, str] | None = None
+    prefix: str  # path in front of every request, without a slash at its end
+    proxy: tuple[str, int, str] | None = None  # host, port, Proxy-Authorization or empty; None for a direct connection
 
     @classmethod
     def parse(cls, url: str) -> HttpTarget:
-        """Read a base URL, and the environment's proxy for it as urllib reads it.
-
-        Raises:
-            ValueError: Not an http(s) URL with a host.
-        """
+        """Read a base URL, and the environment's proxy for it as urllib reads it; raises ``ValueError``."""
         from urllib.parse import urlsplit
 
+        shown = re.sub("//[^/]*@", "//…@", url)
         try:
             parts = urlsplit(url)
             port = parts.port
         except ValueError as exc:
-            raise ValueError(f"base URL {url!r}: {exc}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
-            raise ValueError(f"base URL: expected http(s)://host[:port][/prefix], got {url!r}")
+            raise ValueError(f"base URL {shown!r}: {exc}") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
+            raise ValueError(f"base URL: expected http(s)://host[:port][/prefix], got {shown!r}")
         if not re.fullmatch(r"[!-~]*", url):
             raise ValueError("base URL: a space or control character in it")
         tls = parts.scheme == "https"
@@ -6344,10 +6213,14 @@ class HttpTarget:
         return cls(tls, parts.hostname, port or (443 if tls else 80), parts.path.rstrip("/"), proxy)
 
     @property
+    def address(self) -> str:
+        """Host and port, as CONNECT wants them."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
     def authority(self) -> str:
-        """Host and port as the Host header has them."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
+        """Host and port as the Host header has them: without the scheme's own port."""
+        return self.address.removesuffix(":443" if self.tls else ":80")
 
 
 def _environment_proxy(scheme: str, netloc: str, host: str) -> tuple[str, int, str] | None:
@@ -6363,23 +6236,23 @@ def _environment_proxy(scheme: str, netloc: str, host: str) -> tuple[str, int, s
     parts = urlsplit(url if "://" in url else f"http://{url}")
     if not parts.hostname:
         return None
-    credentials = ""
-    if parts.username is not None:
-        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        credentials = "Basic " + base64.b64encode(pair.encode()).decode()
+    pair = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+    credentials = "Basic " + base64.b64encode(pair.encode()).decode() if parts.username is not None else ""
     return parts.hostname, parts.port or 80, credentials
+
+
+class _NotSent(Exception):
+    """The connection was closed before the whole request was handed over, and not a byte came back."""
 
 
 class HttpConnections(HttpSender):
     """Kept-alive connections to one server; safe for use by several threads, each call on a connection of its own.
 
-    Args:
-        target: Where to.
-        tls_context: For https; default ``ssl.create_default_context()``.
-        connect_timeout: Seconds.
+    For https *tls_context* defaults to ``ssl.create_default_context()``; *connect_timeout* is in seconds.
     """
 
     _MAX_IDLE = 8
+    _MAX_INTERIM = 16  # 1xx answers before the one that counts
 
     def __init__(self, target: HttpTarget, tls_context: ssl.SSLContext | None = None, connect_timeout: float = 10.0) -> None:
         self._target, self._timeout = target, connect_timeout
@@ -6398,88 +6271,73 @@ class HttpConnections(HttpSender):
             return SocketChannel(connect_tcp_socket(target.host, target.port, timeout, self._tls))
         host, port, credentials = target.proxy
         connected = connect_tcp_socket(host, port, timeout)
-        if self._tls is None:
-            return SocketChannel(connected)
-        channel = SocketChannel(connected)
-        channel.deadline = deadline
+        try:
+            return self._tunnel(connected, timeout, credentials) if self._tls else SocketChannel(connected)
+        except (OSError, ProtocolError, _LocalError) as exc:
+            connected.close()
+            raise TransportError(f"no way to {target.address} through proxy {host}:{port}: {_text_of(exc)}") from None
+
+    def _tunnel(self, connected: socket.socket, timeout: float, credentials: str) -> SocketChannel:
+        channel, where = SocketChannel(connected), self._target.address
+        channel.deadline = time.monotonic() + timeout
         authorization = f"Proxy-Authorization: {credentials}\r\n" if credentials else ""
-        where = f"{target.host}:{target.port}"
         channel.write([f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n{authorization}\r\n".encode("latin-1")])
         head = read_http_head(channel)
         if head is None or head.start[1] != "200":
-            channel.close()
-            raise TransportError(f"proxy {host}:{port} refused: {' '.join(head.start[1:]) if head else 'no answer'}")
-        return SocketChannel(self._tls.wrap_socket(connected, server_hostname=target.host))
+            raise TransportError(f"it refused: {' '.join(head.start[1:])}" if head else "it gave no answer")
+        wrapped = cast("ssl.SSLContext", self._tls).wrap_socket(connected, server_hostname=self._target.host)
+        wrapped.settimeout(None)
+        return SocketChannel(wrapped)
 
     def _take(self) -> SocketChannel | None:
-        while True:
-            try:
+        with contextlib.suppress(IndexError):
+            while True:
                 channel = self._idle.pop()
-            except IndexError:
-                return None
-            if not channel.peer_gone() and not channel.peek():
-                return channel
-            channel.close()
+                if not channel.peer_gone() and not channel.peek():
+                    return channel
+                channel.close()
+        return None
 
-    def send(
-        self, method: str, path: str, headers: Sequence[tuple[str, str]], body: bytes, deadline: float | None, limit: int
-    ) -> HttpReply:
+    def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         if self._closed:
             raise TransportError("the connection is closed: it was closed here")
         message = self._message(method, path, headers, body)
-        channel = self._take()
-        if channel is not None:
-            try:
-                return self._exchange(channel, method, message, deadline, limit)
-            except _NoAnswer:
-                pass  # closed between two calls, and not a byte came back: the one case in which a request is sent again
-        channel = self._dial(deadline)
+        kept = self._take()
+        if kept is not None:
+            # Closed by the server between two calls: the one case in which a request is sent again, as it never got there.
+            with contextlib.suppress(_NotSent):
+                kept.deadline = deadline
+                return self._exchange(kept, method, message, limit)
         try:
-            return self._exchange(channel, method, message, deadline, limit)
-        except _NoAnswer as exc:
+            dialled = self._dial(deadline)
+            dialled.deadline = deadline
+            return self._exchange(dialled, method, message, limit)
+        except _NotSent as exc:
             raise TransportError(f"{self._target.authority} closed the connection without an answer: {exc}") from None
 
-    def _message(self, method: str, path: str, headers: Sequence[tuple[str, str]], body: bytes) -> list[bytes]:
+    def _message(self, method: str, path: str, headers: _HeaderList, body: bytes) -> list[bytes]:
         target = self._target
-        through = target.proxy is not None and not target.tls
-        url = f"http://{target.authority}{path}" if through else path
-        lines = [f"{method} {url} HTTP/1.1", f"Host: {target.authority}"]
-        if through and target.proxy and target.proxy[2]:
-            lines.append(f"Proxy-Authorization: {target.proxy[2]}")
+        lines = [f"{method} {path} HTTP/1.1", f"Host: {target.authority}"]
+        if target.proxy is not None and not target.tls:
+            lines[0] = f"{method} http://{target.authority}{path} HTTP/1.1"
+            lines += [f"Proxy-Authorization: {target.proxy[2]}"] if target.proxy[2] else []
         lines += [f"{name}: {value}" for name, value in headers]
         if body or method == "POST":
             lines.append(f"Content-Length: {len(body)}")
-        head = "\r\n".join(lines)
-        if "\r" in head.replace("\r\n", "") or "\n" in head.replace("\r\n", "") or "\0" in head or head.count("\r\n") != len(lines) - 1:
+        if any(c in line for line in lines for c in "\r\n\0"):
             raise ValueError("a header contains a line break")
-        return [(head + "\r\n\r\n").encode("latin-1"), body]
+        return [("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"), body]
 
-    def _exchange(self, channel: SocketChannel, method: str, message: list[bytes], deadline: float | None, limit: int) -> HttpReply:
+    def _exchange(self, channel: SocketChannel, method: str, message: list[bytes], limit: int) -> HttpReply:
         try:
-            channel.deadline = deadline
-            try:
-                channel.write(message)
-                head = read_http_head(channel)
-            except DeadlineExceededError:
-                raise
-            except TransportError as exc:
-                if channel.peek():
-                    raise
-                raise _NoAnswer(exc.error_message) from None
-            if head is None:
-                raise _NoAnswer("connection closed")
-            while head.start[1] == "100":
-                head = read_http_head(channel)
-                if head is None:
-                    raise TransportError("the connection was closed in the middle of an answer")
+            head = self._head_of_answer(channel, message)
             reply, keep = self._read_reply(channel, method, head, limit)
-        except ProtocolError as exc:
+        except BaseException as exc:
             channel.close()
             if isinstance(exc, RequestTooLargeError):
                 raise ResponseTooLargeError(f"the answer exceeds what this client accepts: {exc}") from None
-            raise TransportError(f"{self._target.authority} does not speak HTTP as it should: {exc}") from None
-        except BaseException:
-            channel.close()
+            if isinstance(exc, ProtocolError):
+                raise TransportError(f"{self._target.authority} does not speak HTTP as it should: {exc}") from None
             raise
         if keep and len(self._idle) < self._MAX_IDLE and not self._closed:
             self._idle.append(channel)
@@ -6487,37 +6345,52 @@ class HttpConnections(HttpSender):
             channel.close()
         return reply
 
+    def _head_of_answer(self, channel: SocketChannel, message: list[bytes]) -> HttpHead:
+        unsent: TransportError | None = None
+        try:
+            channel.write(message)
+        except TransportError as exc:
+            unsent = exc  # a server that refuses a large body early may have answered before it hung up
+        for _ in range(self._MAX_INTERIM):
+            try:
+                head = read_http_head(channel)
+            except TransportError as exc:
+                if unsent and not channel.peek():
+                    raise _NotSent(unsent.error_message) from None
+                raise exc
+            if head is None:
+                if unsent:
+                    raise _NotSent(unsent.error_message)
+                raise TransportError(f"{self._target.authority} closed the connection without an answer")
+            if not head.start[1].startswith("1"):
+                return head
+        raise ProtocolError(f"more than {self._MAX_INTERIM} interim answers")
+
     @staticmethod
     def _read_reply(channel: SocketChannel, method: str, head: HttpHead, limit: int) -> tuple[HttpReply, bool]:
-        version, status, _ = head.start
-        if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[1-5][0-9][0-9]", status):
+        (version, status, _), headers, rule = head.start, head.headers, "accepted_max_response_bytes"
+        if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[2-5][0-9][0-9]", status):
             raise ProtocolError(f"expected a status line, got {' '.join(head.start)[:80]!r}")
-        headers, code = head.headers, int(status)
-        keep = version == "HTTP/1.1" and "close" not in headers.get("connection", "").lower()
         if "content-length" in head.repeated or ("content-length" in headers and "transfer-encoding" in headers):
             raise ProtocolError("an answer with two lengths")
-        body: _Buffer
-        if method == "HEAD" or code in (204, 304):
-            body = b""
-        elif "transfer-encoding" in headers:
-            if headers["transfer-encoding"].lower() != "chunked":
-                raise ProtocolError(f"Transfer-Encoding: expected chunked, got {headers['transfer-encoding'][:40]!r}")
-            body = b"".join(read_chunked(channel, limit))
-        elif "content-length" in headers:
-            size = _content_length(headers["content-length"], limit)
+        bodiless, coding = method == "HEAD" or status in ("204", "304"), headers.get("transfer-encoding")
+        if coding is not None and coding.lower() != "chunked" and not bodiless:
+            raise ProtocolError(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}")
+
+        def read() -> _Buffer:
+            if coding is not None:
+                return b"".join(read_chunked(channel, limit, rule))
+            if "content-length" not in headers:
+                return _read_to_end(channel, limit, rule)
+            size = _content_length(headers["content-length"], limit, rule)
             body = channel.read_after(b"", size)
             if len(body) < size:
                 raise TransportError(f"half an answer: expected {size} bytes, got {len(body)}")
-        else:
-            keep, body = False, channel.read(limit + 1)
-            if len(body) > limit:
-                raise RequestTooLargeError(f"body: expected at most {limit} bytes, got more")
-        encoding = headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding") or "identity"
-        if encoding in supported_encodings():
-            body = decompress_body(body, encoding, limit)
-        elif encoding != "identity":
-            raise ProtocolError(f"Content-Encoding: expected one of {', '.join(supported_encodings())}, got {encoding[:40]!r}")
-        return HttpReply(code, headers, body), keep
+            return body
+
+        body = b"" if bodiless else _decoded_body(headers, read, limit)
+        keep = version == "HTTP/1.1" and "close" not in headers.get("connection", "").lower() and not channel.ended
+        return HttpReply(int(status), headers, body), keep
 
     def close(self) -> None:
         self._closed = True
@@ -6525,8 +6398,14 @@ class HttpConnections(HttpSender):
             self._idle.pop().close()
 
 
-class _NoAnswer(Exception):
-    """The connection ended before a byte of the answer."""
+def _read_to_end(channel: ByteChannel, limit: int, rule: str) -> bytes:
+    pieces, total = [], 0
+    while piece := channel.read(SMALL_BODY_BYTES):
+        pieces.append(piece)
+        total += len(piece)
+        if total > limit:
+            raise _too_large(limit, "more", rule)
+    return b"".join(pieces)
 
 
 class SyncClient(HttpSender):
@@ -6536,20 +6415,15 @@ class SyncClient(HttpSender):
         self.app = app
         self.prefix = app.options.prefix
 
-    def send(
-        self, method: str, path: str, headers: Sequence[tuple[str, str]], body: bytes, deadline: float | None, limit: int
-    ) -> HttpReply:
+    def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         def read_body(most: int) -> bytes:
             _content_length(str(len(body)), most)
             return body
 
-        request = HttpRequest(method, path, {k.lower(): v for k, v in headers}, "sync", read_body)
-        response = self.app(request)
+        response = self.app(HttpRequest(method, path, {k.lower(): v for k, v in headers}, "sync", read_body))
         answered = {k.lower(): v for k, v in response.headers}
-        whole: _Buffer = response.body if isinstance(response.body, bytes) else b"".join(response.body)
-        encoding = answered.get(CONTENT_ENCODING_HEADER.lower()) or answered.get("content-encoding")
-        if encoding:
-            whole = decompress_body(whole, encoding, limit)
+        given = response.body
+        whole = _decoded_body(answered, lambda: given if isinstance(given, bytes) else b"".join(given), limit)
         return HttpReply(response.status, answered, whole)
 
 
@@ -6559,45 +6433,29 @@ Headers = Union[Mapping[str, str], Callable[[], Mapping[str, str]]]
 class HttpClient(ClientChannel):
     """The HTTP implementation of a `ClientChannel`; safe for use by several threads.
 
-    Args:
-        sender: Sends requests.
-        prefix: Path in front of every request.
-        headers: Further headers, or a function that gives them for each request (a bearer token that changes, say).
-        compression_level: 1 to 9; ``None`` neither compresses nor asks for compressed answers.
-        max_response_bytes: What is asked for and read at most, decoded; ``None`` for the largest that the wire knows.
+    The arguments are those of `http_connect`; *max_response_bytes* ``None`` stands for the largest that the wire knows.
     """
 
     def __init__(
-        self,
-        sender: HttpSender,
-        prefix: str = "",
-        headers: Headers | None = None,
-        compression_level: int | None = 1,
+        self, sender: HttpSender, prefix: str = "", headers: Headers | None = None, compression_level: int | None = 1,
         max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if max_response_bytes is not None and not MIN_RESPONSE_BUDGET <= max_response_bytes <= MAX_RESPONSE_BUDGET:
-            raise ValueError(f"accepted_max_response_bytes: expected {MIN_RESPONSE_BUDGET} to 2**53-1, got {max_response_bytes}")
-        self._sender, self._prefix, self._level = sender, prefix, compression_level
-        self._headers = headers
+            text = f"expected {MIN_RESPONSE_BUDGET} to {MAX_RESPONSE_BUDGET}, got {max_response_bytes}"
+            raise ValueError(f"accepted_max_response_bytes: {text}")
+        self._sender, self._prefix, self._level, self._headers = sender, prefix, compression_level, headers
         self._budget = max_response_bytes or MAX_RESPONSE_BUDGET
         self._capabilities: HttpServerCapabilities | None = None
         accept = ", ".join(supported_encodings()) if compression_level is not None else "identity"
-        self._fixed = [
-            ("Content-Type", ARROW_CONTENT_TYPE),
-            ("Accept-Encoding", accept),
-            (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget)),
-        ]
+        budget = (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget))
+        self._fixed = [("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept), budget]
 
     def _own_headers(self) -> list[tuple[str, str]]:
         given = self._headers() if callable(self._headers) else self._headers
         return list(given.items()) if given else []
 
     def capabilities(self, deadline: float | None = None) -> HttpServerCapabilities:
-        """Ask ``HEAD /health`` once what the server can do.
-
-        Raises:
-            TransportError: It cannot be reached.
-        """
+        """Ask ``HEAD /health`` once what the server can do; raises `TransportError`."""
         if self._capabilities is None:
             reply = self._sender.send("HEAD", f"{self._prefix}/health", self._own_headers(), b"", deadline, MAX_HEAD_BYTES)
             if reply.status == 401:
@@ -6611,21 +6469,17 @@ class HttpClient(ClientChannel):
         Raises:
             AuthenticationError: 401.
             TransportError: No answer, or one that is not Arrow.
-            ResponseTooLargeError: More than the budget.
+            RpcError: The body or the answer is larger than the server or the budget allows.
         """
         server = self.capabilities(deadline)
         headers = [*self._fixed, *self._own_headers()]
         if self._level is not None and len(body) >= _COMPRESS_FROM_BYTES:
             body, encoding = self._compressed(body, server)
             headers += [("Content-Encoding", encoding)] if encoding else []
-        if server.max_request_bytes is not None and len(body) > server.max_request_bytes:
-            raise RpcError(
-                "RequestTooLargeError",
-                f"the server takes requests of at most {server.max_request_bytes} bytes, this one has {len(body)}",
-                "",
-                error_code=Code.RESOURCE_EXHAUSTED,
-            )
-        path = self._prefix + path
+        most, path = server.max_request_bytes, self._prefix + path
+        if most is not None and len(body) > most:
+            text = f"the server takes requests of at most {most} bytes, this one has {len(body)}"
+            raise RpcError("RequestTooLargeError", text, "", error_code=Code.RESOURCE_EXHAUSTED)
         for _ in range(3):
             try:
                 reply = self._sender.send("POST", path, headers, body, deadline, self._budget)
@@ -6642,7 +6496,7 @@ class HttpClient(ClientChannel):
     def _redirected(reply: HttpReply, path: str) -> str:
         """Follow a redirect within the same server; one that leads elsewhere would carry the credentials there."""
         where = reply.headers.get("location", "")
-        if not where.startswith("/") or where.startswith("//"):
+        if not re.fullmatch("/(?!/)[!-~]*", where):
             raise TransportError(f"the server redirects {path} to {where[:200]!r}; connect there instead")
         return where
 
@@ -6667,34 +6521,22 @@ class HttpClient(ClientChannel):
     @staticmethod
     def _unauthorized(reply: HttpReply) -> AuthenticationError:
         facts = _json_object(bytes(memoryview(reply.body)[:65_536]))
-        named = facts.get("reason") or reply.headers.get(AUTH_REASON_HEADER.lower())
-        try:
-            reason = AuthReason(str(named))
-        except ValueError:
-            reason = AuthReason.UNAUTHORIZED
+        named = str(facts.get("reason") or reply.headers.get(AUTH_REASON_HEADER.lower()))
+        reason = AuthReason(named) if named in [r.value for r in AuthReason] else AuthReason.UNAUTHORIZED
         return AuthenticationError(f"{reason}: {facts.get('detail') or 'HTTP 401'}", reason=reason)
 
     # -- calls
 
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
-        body = _request_body(info, batch, options)
-        reply = self.post(f"/{info.protocol_name}/{info.name}", body, options.deadline)
-        item = next_reply_item(_open_answer(BufferSource(reply.body), options), options)
-        if item is None:
-            raise TransportError(f"{info.name}(): expected a result, got an end of stream")
-        return read_result(info, item.batch)
+        reply = self.post(f"/{info.protocol_name}/{info.name}", _request_body(info, batch, options), options.deadline)
+        return read_result(info, _answer_batch(_open_answer(BufferSource(reply.body), options), info, options, "a result"))
 
     def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
-        path = f"/{info.protocol_name}/{info.name}"
-        reply = self.post(f"{path}/init", _request_body(info, batch, options), options.deadline)
-        stream = _HttpClientStream(self, info, options)
-        source = BufferSource(reply.body)
+        reply = self.post(f"/{info.protocol_name}/{info.name}/init", _request_body(info, batch, options), options.deadline)
+        stream, source = _HttpClientStream(self, info, options), BufferSource(reply.body)
         if info.header is not None:
             reader = _open_answer(source, options)
-            item = _answer_item(reader, options)
-            if item is None:
-                raise TransportError(f"{info.name}(): expected a header, got an end of stream")
-            stream.header = item.batch
+            stream.header = _answer_batch(reader, info, options, "a header")
             _answer_call(reader.skip)
         stream.take(source)
         return stream
@@ -6715,14 +6557,14 @@ def _answer_call(call: Callable[..., _T], *args: Any) -> _T:
     except (IPCError, EOFError) as exc:
         raise TransportError(f"the answer is not what it should be: {_text_of(exc) or 'it is empty'}") from None
 
-
 def _open_answer(source: BufferSource, options: CallOptions) -> IpcReader:
     return _answer_call(functools.partial(IpcReader, source, validation=options.ipc_validation))
 
-
-def _answer_item(reader: IpcReader, options: CallOptions) -> ReplyItem | None:
-    return _answer_call(next_reply_item, reader, options)
-
+def _answer_batch(reader: IpcReader, info: RpcMethodInfo, options: CallOptions, what: str) -> pa.RecordBatch:
+    item = _answer_call(next_reply_item, reader, options)
+    if item is None:
+        raise TransportError(f"{info.name}(): expected {what}, got an end of stream")
+    return item.batch
 
 def _request_body(info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> bytes:
     metadata = request_metadata(info, options.version, new_request_id(), options.timeout)
@@ -6745,15 +6587,10 @@ class _HttpClientStream(ClientStream):
         """Read an answer's output stream: data batches, and the tokens by their keys."""
         reader = _open_answer(source, self._options)
         self._cursor = None
-        while True:
-            item = _answer_item(reader, self._options)
-            if item is None:
-                return
+        while (item := _answer_call(next_reply_item, reader, self._options)) is not None:
             metadata = item.metadata or {}
-            if CALL_STATE_KEY in metadata:
-                self._call_token = metadata[CALL_STATE_KEY]
-            if STATE_KEY in metadata:
-                self._cursor = metadata[STATE_KEY]
+            self._call_token = metadata.get(CALL_STATE_KEY, self._call_token)
+            self._cursor = metadata.get(STATE_KEY, self._cursor)
             if item.kind is BatchKind.DATA:
                 self._waiting.append(item.annotated())
 
@@ -6764,23 +6601,19 @@ class _HttpClientStream(ClientStream):
         return self._client.post(self._path, stream_bytes(batch.schema, [(batch, tokens)]), self._options.deadline)
 
     def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
-        if self._waiting:
-            self._handed_out += 1
-            return self._waiting.popleft()
-        if self._cursor is None:
-            self.done = True
-            return None
-        try:
-            self._saved, self._handed_out = self._cursor, 0
-            reply = self._post(given.batch, dict(given.custom_metadata or {}))
-            self.take(BufferSource(reply.body))
-        except BaseException:
-            self.done = True
-            raise
-        if not self._waiting:
-            self.done = self._cursor is None
-            return None if self.done else self.turn(given)
-        self._handed_out = 1
+        while not self._waiting:
+            if self._cursor is None:
+                self.done = True
+                return None
+            try:
+                self._saved, self._handed_out = self._cursor, 0
+                self.take(BufferSource(self._post(given.batch, dict(given.custom_metadata or {})).body))
+                if not self._waiting and self._cursor is not None and given.batch.num_columns:
+                    raise TransportError(f"{self._info.name}(): expected a data batch, got a token and none")
+            except BaseException:
+                self.done = True
+                raise
+        self._handed_out += 1
         return self._waiting.popleft()
 
     def token(self) -> bytes:
@@ -6789,16 +6622,17 @@ class _HttpClientStream(ClientStream):
         cursor, skip = (self._saved, self._handed_out) if self._waiting else (self._cursor, 0)
         if cursor is None:
             raise RpcError("ProtocolError", "no token yet: read the batches that came with the start of the stream first", "")
-        facts = {"method": self._info.name, "state": cursor.decode(), "call": self._call_token.decode(), "skip": skip}
-        return json.dumps(facts).encode()
+        state, call = cursor.decode("latin-1"), self._call_token.decode("latin-1")
+        return json.dumps({"method": self._info.name, "state": state, "call": call, "skip": skip}).encode()
 
     def restore(self, token: bytes) -> None:
         """Take over what `token` saved."""
         facts = _json_object(token)
-        if facts.get("method") != self._info.name or not isinstance(facts.get("state"), str) or not isinstance(facts.get("call"), str):
+        types = {key: type(facts.get(key)) for key in ("state", "call", "skip")}
+        if facts.get("method") != self._info.name or types != {"state": str, "call": str, "skip": int}:
             raise RpcError("ProtocolError", f"resume: expected a token of {self._info.name}(), as session.token() gives it", "")
-        self._cursor, self._call_token = facts["state"].encode(), facts["call"].encode()
-        for _ in range(int(facts.get("skip") or 0)):
+        self._cursor, self._call_token = facts["state"].encode("latin-1", "replace"), facts["call"].encode("latin-1", "replace")
+        for _ in range(facts["skip"]):
             if self.turn(_PLAIN_TICK) is None:
                 return
 
@@ -6820,27 +6654,29 @@ class _HttpClientStream(ClientStream):
 # ============================================================================
 # 17. ENTRY POINTS ...................................... uses 1-16
 # ============================================================================
-# What most programs call: one function per way to serve and per way to connect. Each connect function is a context
-# manager that gives the typed proxy and closes the connection; the keywords mean the same everywhere.
+# What most programs call: one function per way to serve and per way to connect. Each connect function returns a context
+# manager that gives the typed proxy and closes the connection; it connects on entering. Keywords mean the same everywhere:
+# `on_log` takes the server's log lines, `timeout` is seconds per call or turn (None for no limit), `ipc_validation` says
+# how much of each answer is checked.
 
 
 @contextlib.contextmanager
+def _connected(
+    dial: Callable[[], Transport | ClientChannel], protocol: type[_P], on_log: ClientLog | None, timeout: float | None,
+    ipc_validation: IpcValidation,
+) -> Iterator[_P]:  # fmt: skip
+    with contextlib.closing(dial()) as transport:
+        with RpcConnection(protocol, transport, on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
+            yield proxy
+
+@contextlib.contextmanager
 def serve_pipe(
-    protocol: type[_P],
-    implementation: Any,
-    *,
-    on_log: Callable[[Message], None] | None = None,
-    timeout: float | None = None,
+    protocol: type[_P], implementation: Any, *, on_log: ClientLog | None = None, timeout: float | None = None,
     ipc_validation: IpcValidation | None = None,
-) -> Iterator[_P]:
+) -> Iterator[_P]:  # fmt: skip
     """Serve *implementation* in a thread of this process, over a pair of pipes, and give a proxy to it.
 
-    Args:
-        protocol: The Protocol class.
-        implementation: The object that serves it.
-        on_log: Takes the server's log lines.
-        timeout: Seconds per call or turn, ``None`` for no limit.
-        ipc_validation: How much of each batch is checked, on both sides; default: every value.
+    *ipc_validation* holds for both sides; default: every value.
 
     Raises:
         TypeError: The implementation does not fit the protocol.
@@ -6849,115 +6685,67 @@ def serve_pipe(
     client, serving = make_pipe_pair()
 
     def serve() -> None:
-        try:
+        with contextlib.closing(serving):
             server.serve(serving)
-        finally:
-            serving.close()
 
     thread = threading.Thread(target=serve, daemon=True, name="vgi_rpc serve_pipe")
     thread.start()
     try:
-        options: dict[str, Any] = {"timeout": timeout, "ipc_validation": ipc_validation or IpcValidation.FULL}
-        with RpcConnection(protocol, client, on_log, **options) as proxy:
+        with _connected(lambda: client, protocol, on_log, timeout, ipc_validation or IpcValidation.FULL) as proxy:
             yield proxy
     finally:
-        client.close()
         thread.join(WORKER_EXIT_SECONDS)
 
 
-@contextlib.contextmanager
 def connect(
-    protocol: type[_P],
-    cmd: Sequence[str],
-    *,
-    on_log: Callable[[Message], None] | None = None,
-    stderr: StderrMode = StderrMode.INHERIT,
-    stderr_logger: logging.Logger | None = None,
-    timeout: float | None = None,
+    protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None, stderr: StderrMode = StderrMode.INHERIT,
+    stderr_logger: logging.Logger | None = None, timeout: float | None = None,
     ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> Iterator[_P]:
+) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
     """Start a worker and give a proxy to it; on leaving, its stdin is closed and it is reaped.
 
     Args:
         protocol: The Protocol class.
         cmd: Program and arguments; the program calls `run_server`.
-        on_log: Takes the server's log lines.
-        stderr: Where the worker's standard error goes.
-        stderr_logger: For ``StderrMode.PIPE``.
+        stderr, stderr_logger: Where the worker's standard error goes; the logger is for ``StderrMode.PIPE``.
+        on_log, ipc_validation: As everywhere.
         timeout: Seconds per call or turn; a worker that is deaf for longer is terminated.
-        ipc_validation: How much of each answer is checked.
 
     Raises:
-        TransportError: The program cannot be started; later, from a call: it has died.
+        TransportError: On entering: the program cannot be started; from a call: it has died.
     """
-    transport = SubprocessTransport(cmd, stderr=stderr, stderr_logger=stderr_logger)
-    try:
-        with RpcConnection(protocol, transport, on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
-            yield proxy
-    finally:
-        transport.close()
+    dial = functools.partial(SubprocessTransport, cmd, stderr=stderr, stderr_logger=stderr_logger)
+    return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
-
-@contextlib.contextmanager
 def unix_connect(
-    protocol: type[_P],
-    path: str,
-    *,
-    on_log: Callable[[Message], None] | None = None,
-    timeout: float | None = None,
+    protocol: type[_P], path: str, *, on_log: ClientLog | None = None, timeout: float | None = None,
     ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> Iterator[_P]:
-    """Connect to a Unix socket and give a proxy; arguments as in `connect`.
+) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
+    """Connect to a Unix socket and give a proxy; on entering raises `TransportError` when nobody listens there."""
+    return _connected(lambda: connect_unix_socket(path, timeout), protocol, on_log, timeout, ipc_validation)
 
-    Raises:
-        TransportError: Nobody listens there.
-    """
-    transport = connect_unix_socket(path, timeout)
-    with RpcConnection(protocol, transport, on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
-        yield proxy
-
-
-@contextlib.contextmanager
 def tcp_connect(
-    protocol: type[_P],
-    host: str,
-    port: int,
-    *,
-    connect_timeout: float | None = 5.0,
-    tls_context: ssl.SSLContext | None = None,
-    server_hostname: str | None = None,
-    on_log: Callable[[Message], None] | None = None,
-    timeout: float | None = None,
+    protocol: type[_P], host: str, port: int, *, connect_timeout: float | None = 5.0, tls_context: ssl.SSLContext | None = None,
+    server_hostname: str | None = None, on_log: ClientLog | None = None, timeout: float | None = None,
     ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> Iterator[_P]:
-    """Connect over TCP and give a proxy; arguments as in `connect`.
+) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
+    """Connect over TCP and give a proxy.
 
-    Args:
-        protocol: The Protocol class.
-        host: Host name or address.
-        port: Port.
-        connect_timeout: Seconds for connecting.
-        tls_context: Client-side context of the standard library's ``ssl``; ``None`` for plain TCP.
-        server_hostname: The name that the certificate must have, if it is not *host*.
-        on_log: Takes the server's log lines.
-        timeout: Seconds per call or turn, ``None`` for no limit.
-        ipc_validation: How much of each answer is checked.
+    With *tls_context*, a client-side context of the standard library's ``ssl``, over TLS; the certificate must be for
+    *server_hostname*, by default for *host*. *connect_timeout* is in seconds.
 
     Raises:
-        TransportError: Nobody listens there, or TLS fails.
+        TransportError: On entering: nobody listens there, or TLS fails.
     """
-    connected = connect_tcp_socket(host, port, connect_timeout, tls_context, server_hostname)
-    transport = Transport(SocketChannel(connected), TransportKind.TCP, f"{host}:{port}")
-    with RpcConnection(protocol, transport, on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
-        yield proxy
 
+    def dial() -> Transport:
+        connected = connect_tcp_socket(host, port, connect_timeout, tls_context, server_hostname)
+        return Transport(SocketChannel(connected), TransportKind.TCP, f"{host}:{port}")
+
+    return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
 def _http_client(
-    base_url: str | None,
-    prefix: str | None,
-    client: HttpSender | None,
-    tls_context: ssl.SSLContext | None,
-    **options: Any,
+    base_url: str | None, prefix: str | None, client: HttpSender | None, tls: ssl.SSLContext | None = None, **options: Any
 ) -> HttpClient:
     if client is not None:
         return HttpClient(client, prefix if prefix is not None else getattr(client, "prefix", ""), **options)
@@ -6965,56 +6753,35 @@ def _http_client(
         raise ValueError("expected a base URL or a client")
     target = HttpTarget.parse(base_url)
     path = target.prefix + ("/" + prefix.strip("/") if prefix and prefix.strip("/") else "")
-    return HttpClient(HttpConnections(target, tls_context), path, **options)
+    return HttpClient(HttpConnections(target, tls), path, **options)
 
-
-@contextlib.contextmanager
 def http_connect(
-    protocol: type[_P],
-    base_url: str | None = None,
-    *,
-    prefix: str | None = None,
-    on_log: Callable[[Message], None] | None = None,
-    client: HttpSender | None = None,
-    headers: Headers | None = None,
-    timeout: float | None = None,
-    tls_context: ssl.SSLContext | None = None,
-    compression_level: int | None = 1,
-    accepted_max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES,
-    ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> Iterator[_P]:
+    protocol: type[_P], base_url: str | None = None, *, prefix: str | None = None, on_log: ClientLog | None = None,
+    client: HttpSender | None = None, headers: Headers | None = None, timeout: float | None = None,
+    tls_context: ssl.SSLContext | None = None, compression_level: int | None = 1,
+    accepted_max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES, ipc_validation: IpcValidation = IpcValidation.FULL,
+) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
     """Connect over HTTP and give a proxy, which several threads may use.
 
     Args:
         protocol: The Protocol class.
         base_url: ``http(s)://host[:port][/prefix]``.
         prefix: Further path, if it is not part of the URL.
-        on_log: Takes the server's log lines.
         client: What `make_sync_client` gives, instead of a URL.
         headers: Further headers, such as ``{"Authorization": "Bearer …"}``, or a function that gives them for each request.
-        timeout: Seconds per call or turn, ``None`` for no limit.
+        on_log, timeout, ipc_validation: As everywhere.
         tls_context: For https; default ``ssl.create_default_context()``.
         compression_level: 1 to 9; ``None`` neither compresses nor asks for compressed answers.
         accepted_max_response_bytes: Largest answer, decoded; a larger one is refused by the server or here.
-        ipc_validation: How much of each answer is checked.
 
     Raises:
-        ValueError: Not a URL.
+        ValueError: On entering: not a URL.
         TransportError: From the first call: nobody answers there.
         AuthenticationError: From a call: 401.
     """
-    channel = _http_client(
-        base_url,
-        prefix,
-        client,
-        tls_context,
-        headers=headers,
-        compression_level=compression_level,
-        max_response_bytes=accepted_max_response_bytes,
-    )
-    with RpcConnection(protocol, channel, on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
-        yield proxy
-
+    options = {"headers": headers, "compression_level": compression_level, "max_response_bytes": accepted_max_response_bytes}
+    dial = functools.partial(_http_client, base_url, prefix, client, tls_context, **options)
+    return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
 @_takes_options(HttpOptions)
 def make_sync_client(server: RpcServer, **options: Any) -> SyncClient:
@@ -7023,52 +6790,45 @@ def make_sync_client(server: RpcServer, **options: Any) -> SyncClient:
     The keywords are those of `HttpOptions`; without ``token_key`` a random one is used, silently.
     """
     options.setdefault("token_key", os.urandom(32))
-    (chosen,) = _split_options(options, HttpOptions)
-    return SyncClient(HttpApp(server, chosen))
-
+    return SyncClient(HttpApp(server, *_split_options(options, HttpOptions)))
 
 def http_capabilities(
     base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None, timeout: float | None = None
 ) -> HttpServerCapabilities:
-    """Ask a server's ``/health`` what it can do; raises `TransportError`."""
-    channel = _http_client(base_url, prefix, client, None)
-    try:
+    """Ask a server's ``/health`` what it can do; raises `TransportError`. A *client* that was given stays open."""
+    channel = _http_client(base_url, prefix, client)
+    with contextlib.nullcontext() if client is not None else contextlib.closing(channel):
         return channel.capabilities(None if timeout is None else time.monotonic() + timeout)
-    finally:
-        if client is None:
-            channel.close()
-
 
 def http_introspect(
     base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None, protocol: str | None = None
 ) -> ServiceDescription:
     """Return what an HTTP server says of *protocol*, by default its primary one; raises as `list_protocols`."""
-    channel = _http_client(base_url, prefix, client, None)
-    try:
+    channel = _http_client(base_url, prefix, client)
+    with contextlib.nullcontext() if client is not None else contextlib.closing(channel):
         return introspect(channel, protocol=protocol)
-    finally:
-        if client is None:
-            channel.close()
-
 
 def announce(line: str) -> None:
     """Print a discovery line (``PORT:…``, ``UNIX:…``, ``TCP:…``) on stdout for the program that started us."""
     print(line, flush=True)
 
+def _host_and_port(text: str) -> tuple[str, int]:
+    """Read ``[HOST:]PORT``; the host may stand in brackets, as IPv6 addresses do."""
+    import argparse
+
+    host, _, port = text.rpartition(":")
+    if not re.fullmatch("[0-9]{1,5}", port):
+        raise argparse.ArgumentTypeError(f"expected [HOST:]PORT, got {text!r}")
+    return host.strip("[]") or "127.0.0.1", int(port)
 
 def run_server(protocol_or_server: type | RpcServer, implementation: Any = None) -> None:
-    """Be a worker: the ``main`` of a program that serves. Reads the program's own command line.
+    """Be a worker: the ``main`` of a program that serves, which reads the program's own command line.
 
     Without arguments it serves stdin and stdout. ``--http [--host H] [--port N]``, ``--unix PATH`` and ``--tcp [HOST:]PORT``
     listen instead, and print one discovery line on stdout: ``PORT:<n>``, ``UNIX:<path>`` or ``TCP:<host>:<port>``.
 
-    Args:
-        protocol_or_server: A Protocol class, or a ready `RpcServer`.
-        implementation: The object that serves the Protocol; ``None`` with a server, or to make one of a plain class.
-
-    Raises:
-        TypeError: The implementation does not fit the protocol.
-        SystemExit: The command line is wrong, or ``--help`` was asked for.
+    *implementation* is ``None`` with a ready server, or to make one of a plain class. Raises ``TypeError`` when it does not
+    fit the protocol, ``SystemExit`` when the command line is wrong or asks for help.
     """
     import argparse
 
@@ -7080,7 +6840,7 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--http", action="store_true", help="serve HTTP; prints PORT:<n>")
     where.add_argument("--unix", metavar="PATH", help="serve a Unix socket; prints UNIX:<path>")
-    where.add_argument("--tcp", metavar="[HOST:]PORT", help="serve TCP; prints TCP:<host>:<port>")
+    where.add_argument("--tcp", metavar="[HOST:]PORT", type=_host_and_port, help="serve TCP; prints TCP:<host>:<port>")
     parser.add_argument("--host", default="127.0.0.1", help="address for --http (default: %(default)s)")
     parser.add_argument("--port", type=int, default=0, help="port for --http (default: a free one)")
     parser.add_argument("--idle-timeout", type=float, metavar="SECONDS", help="end after so long without a connection")
@@ -7088,14 +6848,12 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     args = parser.parse_args()
     if args.access_log:
         configure_access_log(args.access_log, server)
+    idle = args.idle_timeout
     if args.http:
-        serve_http(server, host=args.host, port=args.port, on_bound=lambda _, port: announce(f"PORT:{port}"))
+        serve_http(server, host=args.host, port=args.port, idle_timeout=idle, on_bound=lambda _, port: announce(f"PORT:{port}"))
     elif args.unix:
-        options: dict[str, Any] = {"threaded": True, "idle_timeout": args.idle_timeout}
-        serve_unix(server, args.unix, on_bound=lambda path: announce(f"UNIX:{path}"), **options)
+        serve_unix(server, args.unix, threaded=True, idle_timeout=idle, on_bound=lambda path: announce(f"UNIX:{path}"))
     elif args.tcp:
-        host, _, port = args.tcp.rpartition(":")
-        options = {"threaded": True, "idle_timeout": args.idle_timeout}
-        serve_tcp(server, host or "127.0.0.1", int(port), on_bound=lambda h, p: announce(f"TCP:{h}:{p}"), **options)
+        serve_tcp(server, *args.tcp, threaded=True, idle_timeout=idle, on_bound=lambda h, p: announce(f"TCP:{h}:{p}"))
     else:
         serve_stdio(server)
