@@ -4233,24 +4233,11 @@ class ByteChannel(ByteSource):
         self.ended = False  # whether the peer has closed its side
 
     # What a kind of channel provides.
-
-    def fileno(self) -> int:
-        """Return the descriptor that is read from, -1 once closed."""
-        raise NotImplementedError
-
-    def _receive(self, size: int) -> bytes:
-        raise NotImplementedError
-
-    def _receive_into(self, view: memoryview) -> int:
-        raise NotImplementedError
-
-    def _send(self, pieces: list[memoryview]) -> int:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Close both directions; may be called twice."""
-
-    # What is made of it.
+    fileno: Callable[[], int]  # the descriptor that is read from, -1 once closed
+    close: Callable[[], None]  # both directions; may be called twice
+    _receive: Callable[[int], bytes]
+    _receive_into: Callable[[memoryview], int]
+    _send: Callable[[list[memoryview]], int]
 
     def peer_gone(self) -> bool:
         """Whether the other side has hung up."""
@@ -4443,7 +4430,7 @@ class Transport:
     peer = "the server"  # how error texts call the other side
 
     def __init__(self, channel: ByteChannel, kind: TransportKind, remote_addr: str = "") -> None:
-        self.channel, self.kind, self.remote_addr = channel, kind, remote_addr  # methods see them as ctx.kind, ctx.remote_addr
+        self.channel, self.kind, self.remote_addr = channel, kind, remote_addr
 
     def obituary(self) -> str:
         """Say why no more bytes come, as far as is known here."""
@@ -4489,7 +4476,6 @@ def _channel_pair() -> tuple[FdChannel, FdChannel]:
     near.read_fd, far.read_fd = far.read_fd, near.read_fd
     return near, far
 
-
 def make_pipe_pair() -> tuple[Transport, Transport]:
     """Return two connected transports over a pair of pipes; the caller closes both."""
     near, far = _channel_pair()
@@ -4533,9 +4519,7 @@ class SubprocessTransport(Transport):
         channel, theirs = _channel_pair()
         super().__init__(channel, TransportKind.PIPE)
         try:
-            self.proc: subprocess.Popen[bytes] = subprocess.Popen(
-                self.command, stdin=theirs.read_fd, stdout=theirs.write_fd, stderr=target
-            )
+            self.proc = subprocess.Popen(self.command, stdin=theirs.read_fd, stdout=theirs.write_fd, stderr=target)
         except BaseException as exc:
             channel.close()
             if not isinstance(exc, (OSError, ValueError, IndexError, TypeError)):
@@ -4587,7 +4571,7 @@ class SubprocessTransport(Transport):
         import subprocess
 
         self.channel.close()
-        for act, wait in ((lambda: None, patience), (self.proc.terminate, 2.0), (self.proc.kill, 10.0)):
+        for act, wait in ((self.proc.poll, patience), (self.proc.terminate, 2.0), (self.proc.kill, 10.0)):
             act()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.proc.wait(wait)
@@ -4608,7 +4592,6 @@ def _connecting(where: str) -> Iterator[contextlib.ExitStack]:
             raise TransportError(f"cannot connect to {where}: {reason}") from None
         opened.pop_all()
 
-
 def connect_unix_socket(path: str, timeout: float | None = None) -> Transport:
     """Connect to a Unix socket; *timeout* in seconds. Raises `TransportError`."""
     with _connecting(f"unix:{path}") as opened:
@@ -4617,7 +4600,6 @@ def connect_unix_socket(path: str, timeout: float | None = None) -> Transport:
         connected.connect(path)
         connected.settimeout(None)
     return Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}")
-
 
 def connect_tcp_socket(
     host: str, port: int, timeout: float | None = None,
@@ -4696,7 +4678,6 @@ def next_reply_item(reader: IpcReader, options: CallOptions) -> ReplyItem | None
         else:
             return ReplyItem(kind, reader.decode(message), metadata)
 
-
 def _deliver_log(on_log: Callable[[Message], None] | None, metadata: _Metadata) -> None:
     if on_log is not None:
         try:
@@ -4754,8 +4735,9 @@ _PLAIN_TICK = AnnotatedBatch(_TICK)
 
 
 def _tick(metadata: pa.KeyValueMetadata | Mapping[bytes, bytes] | None) -> AnnotatedBatch:
-    known = metadata is None or isinstance(metadata, pa.KeyValueMetadata)
-    return AnnotatedBatch(_TICK, metadata if known else pa.KeyValueMetadata(dict(metadata)))
+    if metadata is not None and not isinstance(metadata, pa.KeyValueMetadata):
+        metadata = pa.KeyValueMetadata(dict(metadata))
+    return AnnotatedBatch(_TICK, metadata)
 
 
 class StreamSession:
@@ -4828,7 +4810,7 @@ class StreamSession:
         if not isinstance(input, AnnotatedBatch):
             raise ParameterError(f"{where}: expected an AnnotatedBatch, got {_got(input)}; wrap it: AnnotatedBatch(batch)")
         if not isinstance(input.batch, pa.RecordBatch):
-            raise ParameterError(f"{where}: expected an AnnotatedBatch of a pyarrow.RecordBatch, got one of {_got(input.batch)}")
+            raise ParameterError(f"{where}: expected a pyarrow.RecordBatch in the AnnotatedBatch, got {_got(input.batch)}")
         answer = self._turn(input)
         if answer is None:
             raise RpcError("ProtocolError", f"{self._info.name}() finished instead of answering", "")
@@ -5145,7 +5127,6 @@ def make_proxy(protocol: type, channel: ClientChannel, options: CallOptions) -> 
         proxy.__dict__[info.name] = _proxy_method(info, channel, options)
     return proxy
 
-
 def _proxy_method(info: RpcMethodInfo, channel: ClientChannel, options: CallOptions) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         batch = request_batch(info, bind_arguments(info, args, kwargs))
@@ -5156,13 +5137,11 @@ def _proxy_method(info: RpcMethodInfo, channel: ClientChannel, options: CallOpti
     call.__name__, call.__doc__ = info.name, info.doc
     return call
 
-
 def with_options(proxy: _P, *, timeout: float | None = None, on_log: Callable[[Message], None] | None = None) -> _P:
-    """Return a proxy on the same connection with another timeout (seconds per call or turn; ``None`` lifts it) or ``on_log``."""
+    """Return a proxy on the same connection with another ``on_log`` or timeout: seconds per call or turn, ``None`` for none."""
     known = cast("RpcProxy", proxy)
     options = dataclasses.replace(known._options, timeout=timeout, on_log=on_log or known._options.on_log)
     return cast("_P", make_proxy(known._protocol, known._channel, options))
-
 
 def resume(proxy: Any, method: str, token: bytes) -> StreamSession:
     """Go on with a stream of *method* where `StreamSession.token` was taken; also in another process. HTTP only.
@@ -5186,7 +5165,6 @@ def _reflection(target: Any, ipc_validation: IpcValidation = IpcValidation.FULL)
         raise TypeError(f"expected a proxy, a transport or a channel, got {_got(target)}")
     return make_proxy(Reflection, channel, CallOptions(timeout=timeout, ipc_validation=ipc_validation))
 
-
 def list_protocols(target: Any) -> list[ProtocolSummary]:
     """Return the protocols that the server behind a proxy or transport hosts, the application's first.
 
@@ -5195,11 +5173,9 @@ def list_protocols(target: Any) -> list[ProtocolSummary]:
     """
     return cast("ProtocolList", _reflection(target).list_protocols()).protocols
 
-
 def describe_protocol(target: Any, name: str) -> ServiceDescription:
     """Return what the server behind a proxy or transport says of the protocol *name*; raises as `list_protocols`."""
     return introspect(target, protocol=name)
-
 
 def introspect(
     transport: Any, ipc_validation: IpcValidation = IpcValidation.FULL, protocol: str | None = None
@@ -5419,9 +5395,8 @@ def serve_stdio(server: RpcServer) -> None:
 
 
 def _flush_stdout() -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none at all
         sys.stdout.flush()
-
 
 class Listener:
     """Accepts connections and gives each to a handler, until told to stop or idle for too long.
@@ -5459,13 +5434,13 @@ class Listener:
     def run(self) -> None:
         """Accept until stopped; connections that are still served stay open."""
         while not self._stopping:
+            if self._connections:
+                self._free_since = time.monotonic()
             left = None if self._idle is None else self._free_since + self._idle - time.monotonic()
-            if left is not None and self._connections:
-                left = self._idle
+            if left is not None and left <= 0:
+                return
             if self._wait(left):
                 self._accept()
-            elif left is not None and not self._connections and time.monotonic() >= self._free_since + cast("float", self._idle):
-                return
 
     def _wait(self, seconds: float | None) -> bool:
         """Wait for a connection to accept, a wake-up or the end of *seconds*; return whether it is a connection."""
@@ -5508,8 +5483,7 @@ class Listener:
             self._forget(connected)
 
     def _forget(self, connected: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            connected.close()
+        connected.close()
         self._free_since = time.monotonic()
         del self._connections[connected]
         if self._max is not None:
@@ -5584,7 +5558,6 @@ def serve_unix(
             if os.stat(path).st_ino == made:
                 os.unlink(path)
 
-
 def _remove_dead_socket(path: str) -> None:
     """Remove a socket file behind which nobody listens any more."""
     import stat
@@ -5615,7 +5588,6 @@ def listen_tcp(host: str, port: int) -> socket.socket:
         raise
     return listening
 
-
 def _start_tls(connected: socket.socket, tls_context: ssl.SSLContext | None) -> socket.socket:
     """Set up an accepted TCP connection; the TLS handshake runs here, in the connection's own thread, within 5 s."""
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -5626,7 +5598,6 @@ def _start_tls(connected: socket.socket, tls_context: ssl.SSLContext | None) -> 
     wrapped.settimeout(None)
     return wrapped
 
-
 def _address_text(address: Any) -> str:
     return f"{address[0]}:{address[1]}" if isinstance(address, tuple) and len(address) >= 2 else ""
 
@@ -5636,15 +5607,12 @@ def serve_tcp(
     max_connections: int | None = None, idle_timeout: float | None = None,
     on_bound: Callable[[str, int], None] | None = None, tls_context: ssl.SSLContext | None = None
 ) -> None:
-    """Serve on TCP, as `serve_unix` does; there is no authentication but what *tls_context* asks of clients.
+    """Serve on TCP; what is not said here is as in `serve_unix`. Only *tls_context* can authenticate clients.
 
     Args:
         server: What to serve.
         host: Address to bind; by default only this machine reaches it.
         port: 0 takes a free one.
-        threaded: A thread for each connection; otherwise one after the other.
-        max_connections: At most so many at a time.
-        idle_timeout: Seconds; ``None`` for never.
         on_bound: Called with host and port once connections are accepted.
         tls_context: Server-side context of the standard library's ``ssl``; ``None`` for plain TCP.
 
