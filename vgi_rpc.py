@@ -4322,7 +4322,7 @@ class ByteChannel(ByteSource):
 
 
 def _lost(exc: BaseException) -> TransportError:
-    return TransportError(f"connection lost: {exc.strerror if isinstance(exc, OSError) and exc.strerror else _text_of(exc)}")
+    return TransportError(f"connection lost: {getattr(exc, 'strerror', None) or _text_of(exc)}")
 
 
 class FdChannel(ByteChannel):
@@ -4571,7 +4571,7 @@ class SubprocessTransport(Transport):
         import subprocess
 
         self.channel.close()
-        for act, wait in ((self.proc.poll, patience), (self.proc.terminate, 2.0), (self.proc.kill, 10.0)):
+        for act, wait in ((self.proc.poll, patience), (self.proc.terminate, 1.0), (self.proc.kill, 10.0)):
             act()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.proc.wait(wait)
@@ -4705,7 +4705,7 @@ class ClientStream:
 
     def token(self) -> bytes:
         """Return what `resume` needs."""
-        raise RpcError("ProtocolError", "only streams over HTTP can be resumed: elsewhere the state stays with the connection", "")
+        raise RpcError("ProtocolError", "only streams over HTTP can be resumed: else the state stays with the connection", "")
 
     def restore(self, token: bytes) -> None:
         """Take over what `token` saved."""
@@ -4778,8 +4778,7 @@ class StreamSession:
         """Yield each batch of a producer until it finishes.
 
         Raises:
-            RpcError: A turn failed, and the stream is over, the connection is not; or something else ended the stream
-                before its own end, such as another call on its connection.
+            RpcError: A turn failed, or another call on the connection ended the stream. The connection serves the next call.
         """
         while not self._stream.done or self._stream.cut_off:
             answer = self._turn(_PLAIN_TICK)
@@ -4788,24 +4787,14 @@ class StreamSession:
             yield answer
 
     def tick(self, custom_metadata: pa.KeyValueMetadata | Mapping[bytes, bytes] | None = None) -> AnnotatedBatch:
-        """Ask a producer for one batch; the metadata reaches its state.
-
-        Raises:
-            StopIteration: The stream has finished.
-            RpcError: The turn failed, or the stream is closed.
-        """
+        """Ask a producer for one batch; its state sees the metadata. Raises `StopIteration` at the end, `RpcError`."""
         answer = self._turn(_tick(custom_metadata))
         if answer is None:
             raise StopIteration
         return answer
 
     def exchange(self, input: AnnotatedBatch) -> AnnotatedBatch:
-        """Send a batch and return the answer to it.
-
-        Raises:
-            RpcError: The turn failed, or the stream is closed.
-            TypeError: *input* is not an `AnnotatedBatch` of a record batch.
-        """
+        """Send a batch and return the answer. Raises `RpcError`; `TypeError` for what is no batch."""
         where = f"{self._info.name}() exchange"
         if not isinstance(input, AnnotatedBatch):
             raise ParameterError(f"{where}: expected an AnnotatedBatch, got {_got(input)}; wrap it: AnnotatedBatch(batch)")
@@ -4823,9 +4812,7 @@ class StreamSession:
         """
         return self._stream.token()
 
-    def next_with_token(
-        self, custom_metadata: pa.KeyValueMetadata | None = None
-    ) -> tuple[AnnotatedBatch | None, bytes | None]:
+    def next_with_token(self, custom_metadata: pa.KeyValueMetadata | None = None) -> tuple[AnnotatedBatch | None, bytes | None]:
         """Ask a producer for one batch; return it with the `token` behind it. ``None`` stands for what there is not."""
         answer = None if self.closed else self._turn(_tick(custom_metadata))
         try:
@@ -5146,8 +5133,7 @@ def with_options(proxy: _P, *, timeout: float | None = None, on_log: Callable[[M
 def resume(proxy: Any, method: str, token: bytes) -> StreamSession:
     """Go on with a stream of *method* where `StreamSession.token` was taken; also in another process. HTTP only.
 
-    Raises:
-        RpcError: The token is not one, or the server refuses it.
+    Raises `RpcError` when the token is not one, or the server refuses it.
     """
     info = rpc_methods(proxy._protocol).get(method)
     if info is None or info.method_type is not MethodType.STREAM:
@@ -5166,11 +5152,7 @@ def _reflection(target: Any, ipc_validation: IpcValidation = IpcValidation.FULL)
     return make_proxy(Reflection, channel, CallOptions(timeout=timeout, ipc_validation=ipc_validation))
 
 def list_protocols(target: Any) -> list[ProtocolSummary]:
-    """Return the protocols that the server behind a proxy or transport hosts, the application's first.
-
-    Raises:
-        RpcError: The server does not answer, or hosts no reflection.
-    """
+    """Return what the server behind a proxy or transport hosts, the application's first; `RpcError` if it does not tell."""
     return cast("ProtocolList", _reflection(target).list_protocols()).protocols
 
 def describe_protocol(target: Any, name: str) -> ServiceDescription:
@@ -5253,9 +5235,11 @@ class _ByteServing:
     def _reader(self) -> IpcReader:
         return IpcReader(self._channel, validation=self._server.ipc_validation)
 
+    def _write(self, schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]]) -> None:
+        self._channel.write([stream_bytes(schema, items)])
+
     def _answer(self, exc: BaseException, request_id: str = "") -> None:
-        item = self._server.error_item(exc, EMPTY_SCHEMA, request_id or new_request_id())
-        self._channel.write([stream_bytes(EMPTY_SCHEMA, [item])])
+        self._write(EMPTY_SCHEMA, [self._server.error_item(exc, EMPTY_SCHEMA, request_id or new_request_id())])
 
     def _serve_stream(self, reader: IpcReader) -> bool:
         orphan_expected, self._orphan_expected = self._orphan_expected, False
@@ -5282,7 +5266,7 @@ class _ByteServing:
         """`__transport_options__` (WIRE section 9): shared memory is not offered."""
         self._server.check_wire_version(request.metadata)
         metadata = {SHM_KEY: b"false", REQUEST_VERSION_KEY: REQUEST_VERSION, SERVER_ID_KEY: self._server.server_id.encode()}
-        self._channel.write([stream_bytes(EMPTY_SCHEMA, [(_TICK, metadata)])])
+        self._write(EMPTY_SCHEMA, [(_TICK, metadata)])
 
     def _serve_request(self, request: Request, request_id: str) -> None:
         bound = self._server.resolve(request)
@@ -5298,12 +5282,12 @@ class _ByteServing:
                 turn = call.begin(arguments)
             if call.stream is not None:
                 if turn.items:
-                    self._channel.write([stream_bytes(turn.schema, turn.items)])
+                    self._write(turn.schema, turn.items)
                 self._serve_turns(call, call.stream)
                 return
             self._orphan_expected = bound.info.method_type is MethodType.STREAM
             schema = EMPTY_SCHEMA if turn.error is not None and bound.info.header is not None else turn.schema
-            self._channel.write([stream_bytes(schema, turn.items)])
+            self._write(schema, turn.items)
         finally:
             call.end()
 
@@ -5317,12 +5301,10 @@ class _ByteServing:
             except _Refusal as exc:
                 turn = call._failed(stream.output_schema, exc, refused=True)
             else:
-                if item is None:
-                    writer.close()
-                    return
-                batch, metadata = item
-                if metadata and CANCEL_KEY in metadata:
-                    call.cancel()
+                batch, metadata = item or (None, None)
+                if batch is None or CANCEL_KEY in (metadata or ()):
+                    if batch is not None:
+                        call.cancel()
                     writer.close()
                     reader.skip()
                     return
@@ -5577,16 +5559,8 @@ def _remove_dead_socket(path: str) -> None:
 def listen_tcp(host: str, port: int) -> socket.socket:
     """Bind and listen; *port* 0 takes a free one. Raises `OSError`."""
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if os.name == "posix":
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(512)
-    except BaseException:
-        listening.close()
-        raise
-    return listening
+    both = family is socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" takes IPv4 too
+    return socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=both)
 
 def _start_tls(connected: socket.socket, tls_context: ssl.SSLContext | None) -> socket.socket:
     """Set up an accepted TCP connection; the TLS handshake runs here, in the connection's own thread, within 5 s."""
