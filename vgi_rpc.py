@@ -4898,7 +4898,7 @@ class ByteClient(ClientChannel):
             self._lock.release()
 
     def _break(self, exc: BaseException) -> RpcError:
-        stray = self._stray_text()
+        stray = self._stray_text(isinstance(exc, TransportError))
         if isinstance(exc, DeadlineExceededError):
             error: RpcError = exc
         elif stray:
@@ -4922,9 +4922,13 @@ class ByteClient(ClientChannel):
             self._open.finish()
         self._open = None
 
-    def _stray_text(self) -> str:
+    def _stray_text(self, lost: bool) -> str:
         """What a worker printed, as text, when that is what came instead of a stream."""
         channel = self.transport.channel
+        if self._between and lost:  # it may have gone before our request was written, and left its text in the pipe
+            channel.deadline = time.monotonic() + 1.0
+            with contextlib.suppress(RpcError):
+                channel._fill()
         start = max(0, channel._at - 8)  # eight bytes were taken for the prefix of a message
         seen = channel._buffer[start : start + 200] if self._between else b""
         if not seen or not all(32 <= b < 127 or b in b"\r\n\t\x1b" for b in seen[:8]):
@@ -4938,7 +4942,6 @@ class ByteClient(ClientChannel):
             RpcError: The answer is an error; it was read to its end.
         """
         while True:
-            self._between = True
             reader = IpcReader(self.transport.channel, validation=options.ipc_validation)
             self._between = False
             stray, self._stray = self._stray, False
@@ -4950,11 +4953,13 @@ class ByteClient(ClientChannel):
                 reader.skip()
                 if not stray or exc.request_id in ("", request_id):
                     raise
+                self._between = True
 
     def _send_request(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> str:
         self._end_open("was ended by another call on its connection; read it to its end first, or connect twice")
         request_id = new_request_id()
         metadata = request_metadata(info, options.version, request_id, options.timeout)
+        self._between = True
         self.transport.channel.write([stream_bytes(batch.schema, [(batch, metadata)])])
         return request_id
 
