@@ -3649,44 +3649,37 @@ def configure_access_log(path: str, server: ServerCore) -> None:
 
 _RECEIVE_BYTES = 65_536
 _MAX_PIECES = 512  # per writev(2); POSIX allows 1024 on every system we know
+_MAX_IO_BYTES = 1 << 30  # per system call: some systems, and TLS, refuse 2 GiB and more
+_MAX_POLL_SECONDS = 1e6  # poll(2) counts milliseconds in an int
+_TOO_LATE = "no answer within the time allowed"
 
 
 class ByteChannel(ByteSource):
-    """One connection: bytes in, bytes out. Used by one thread at a time; `close` may come from any.
-
-    Attributes:
-        deadline: ``time.monotonic()`` seconds at which reads and writes give up; ``None`` for never.
-        ended: Whether the peer has closed its side.
-    """
+    """One connection: bytes in, bytes out. Used by one thread at a time; `close` may come from any."""
 
     def __init__(self) -> None:
-        self._buffer = b""
-        self._at = 0
-        self.deadline: float | None = None
+        self._buffer, self._at = b"", 0
+        self.deadline: float | None = None  # ``time.monotonic()`` seconds at which reads and writes give up
         self.gap: float | None = None  # seconds that a single wait may take at most
-        self.ended = False
+        self.ended = False  # whether the peer has closed its side
 
     # What a kind of channel provides.
-
-    def _receive(self, size: int) -> bytes:
-        raise io.UnsupportedOperation("receive")
-
-    def _receive_into(self, view: memoryview) -> int:
-        piece = self._receive(len(view))
-        view[: len(piece)] = piece
-        return len(piece)
-
-    def _send(self, pieces: list[memoryview]) -> int:
-        raise io.UnsupportedOperation("send")
-
-    def close(self) -> None:
-        """Close both directions; may be called twice."""
+    fileno: Callable[[], int]  # the descriptor that is read from, -1 once closed
+    close: Callable[[], None]  # both directions; may be called twice
+    _receive: Callable[[int], bytes]
+    _receive_into: Callable[[memoryview], int]
+    _send: Callable[[list[memoryview]], int]
 
     def peer_gone(self) -> bool:
         """Whether the other side has hung up."""
-        return self.ended
+        import select
 
-    # What is made of it.
+        try:
+            poll = select.poll()
+            poll.register(self.fileno(), getattr(select, "POLLRDHUP", 0))  # POLLHUP is always reported
+            return bool(poll.poll(0))
+        except (OSError, ValueError, AttributeError):
+            return True
 
     def _time_left(self) -> float | None:
         """Seconds that a wait may take, ``None`` for any; raises `DeadlineExceededError` at the deadline."""
@@ -3694,7 +3687,7 @@ class ByteChannel(ByteSource):
             return self.gap
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise DeadlineExceededError("no answer within the time allowed")
+            raise DeadlineExceededError(_TOO_LATE)
         return left if self.gap is None else min(left, self.gap)
 
     def _fill(self) -> bool:
@@ -3706,16 +3699,12 @@ class ByteChannel(ByteSource):
         return bool(piece)
 
     def read(self, size: int) -> bytes:
-        end = self._at + size
-        while end > len(self._buffer):
-            if size > _RECEIVE_BYTES:
-                return bytes(self.read_after(b"", size))
-            if not self._fill():
-                end = len(self._buffer)
-                break
-            end = self._at + size
-        piece = self._buffer[self._at : end]
-        self._at = end
+        if size > _RECEIVE_BYTES:
+            return bytes(self.read_after(b"", size))
+        while self._at + size > len(self._buffer) and self._fill():
+            pass
+        piece = self._buffer[self._at : self._at + size]
+        self._at += len(piece)
         return piece
 
     def read_after(self, head: bytes, size: int) -> _Buffer:
@@ -3728,7 +3717,7 @@ class ByteChannel(ByteSource):
         filled = len(head) + len(rest)
         view[:filled] = head + rest
         while filled < len(view):
-            got = self._receive_into(view[filled:])
+            got = self._receive_into(view[filled : filled + _MAX_IO_BYTES])
             if not got:
                 self.ended = True
                 return whole.slice(0, filled)
@@ -3742,10 +3731,8 @@ class ByteChannel(ByteSource):
             found = self._buffer.find(marker, max(self._at, seen - len(marker)))
             if found >= 0:
                 return self.read(found + len(marker) - self._at)
-            if len(self._buffer) - self._at >= limit:
-                return None
             seen = len(self._buffer) - self._at
-            if not self._fill():
+            if seen >= limit or not self._fill():
                 return None
 
     def peek(self) -> bytes:
@@ -3766,7 +3753,7 @@ class ByteChannel(ByteSource):
 
 
 def _lost(exc: BaseException) -> TransportError:
-    return TransportError(f"connection lost: {exc.strerror if isinstance(exc, OSError) and exc.strerror else _text_of(exc)}")
+    return TransportError(f"connection lost: {getattr(exc, 'strerror', None) or _text_of(exc)}")
 
 
 class FdChannel(ByteChannel):
@@ -3774,112 +3761,56 @@ class FdChannel(ByteChannel):
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         super().__init__()
-        self._read_fd, self._write_fd = read_fd, write_fd
+        self.read_fd, self.write_fd = read_fd, write_fd  # -1 once closed: the number may then be somebody else's
         self._blocking = True
         self._lock = threading.Lock()
 
-    def _wait(self, fd: int, events: int) -> None:
-        """Wait until *fd* is ready, when there is a limit on waiting; a plain blocking call needs no wait."""
-        left = self._time_left()
-        if left is None:
-            if not self._blocking:
-                self._set_blocking(True)
-            return
-        import select
+    def fileno(self) -> int:
+        return self.read_fd
 
-        if self._blocking:
-            self._set_blocking(False)
-        poll = select.poll()
-        poll.register(fd, events)
-        if not poll.poll(max(1, int(left * 1000))):
-            raise DeadlineExceededError("no answer within the time allowed")
-
-    def _set_blocking(self, blocking: bool) -> None:
-        self._blocking = blocking
-        os.set_blocking(self._read_fd, blocking)
-        os.set_blocking(self._write_fd, blocking)
-
-    def _receive(self, size: int) -> bytes:
+    def _io(self, side: str, call: Callable[..., _T], argument: Any) -> _T:
         while True:
             try:
                 if self.deadline is not None or not self._blocking:
-                    self._wait(self._read_fd, 1)  # POLLIN
-                return os.read(self._read_fd, size)
+                    self._wait(side)
+                return call(getattr(self, side), argument)
             except BlockingIOError:
                 continue
-            except OSError as exc:
+            except (OSError, ValueError) as exc:
                 raise _lost(exc) from None
+
+    def _wait(self, side: str) -> None:
+        """Wait until one side is ready, when there is a limit on waiting; a plain blocking call needs no wait."""
+        import select
+
+        left = self._time_left()
+        if self._blocking != (left is None):
+            self._blocking = left is None
+            os.set_blocking(self.read_fd, self._blocking)
+            os.set_blocking(self.write_fd, self._blocking)
+        if left is not None:
+            poll = select.poll()
+            poll.register(getattr(self, side), select.POLLIN if side == "read_fd" else select.POLLOUT)
+            if not poll.poll(max(1, int(min(left, _MAX_POLL_SECONDS) * 1000))):
+                raise DeadlineExceededError(_TOO_LATE)
+
+    def _receive(self, size: int) -> bytes:
+        return self._io("read_fd", os.read, size)
 
     def _receive_into(self, view: memoryview) -> int:
-        while True:
-            try:
-                if self.deadline is not None or not self._blocking:
-                    self._wait(self._read_fd, 1)
-                return os.readv(self._read_fd, [view[: 1 << 30]])
-            except BlockingIOError:
-                continue
-            except OSError as exc:
-                raise _lost(exc) from None
+        return self._io("read_fd", os.readv, [view])
 
     def _send(self, pieces: list[memoryview]) -> int:
-        while True:
-            try:
-                if self.deadline is not None or not self._blocking:
-                    self._wait(self._write_fd, 4)  # POLLOUT
-                if len(pieces) == 1 or not hasattr(os, "writev"):
-                    return os.write(self._write_fd, pieces[0][: 1 << 30])
-                return os.writev(self._write_fd, pieces)
-            except BlockingIOError:
-                continue
-            except OSError as exc:
-                raise _lost(exc) from None
-
-    def peer_gone(self) -> bool:
-        import select
-
-        try:
-            poll = select.poll()
-            poll.register(self._read_fd, 0)  # POLLHUP is always reported
-            return bool(poll.poll(0))
-        except (OSError, ValueError, AttributeError):
-            return True
-
-    def close_write(self) -> None:
-        """Close the sending direction: the peer reads the end."""
-        with self._lock:
-            fd, self._write_fd = self._write_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if len(pieces) == 1 or not hasattr(os, "writev"):
+            return self._io("write_fd", os.write, pieces[0][:_MAX_IO_BYTES])
+        return self._io("write_fd", os.writev, pieces)
 
     def close(self) -> None:
-        self.close_write()
         with self._lock:
-            fd, self._read_fd = self._read_fd, -1
-        if fd >= 0:
+            open_fds = [fd for fd in (self.write_fd, self.read_fd) if fd >= 0]
+            self.read_fd = self.write_fd = -1
+        for fd in open_fds:
             os.close(fd)
-
-
-class FileChannel(ByteChannel):
-    """A channel over two Python file objects that have no descriptor, which it does not own."""
-
-    def __init__(self, reader: Any, writer: Any) -> None:
-        super().__init__()
-        self._reader, self._writer = reader, writer
-        self._read_some = getattr(reader, "read1", None) or reader.read
-
-    def _receive(self, size: int) -> bytes:
-        try:
-            return bytes(self._read_some(size) or b"")
-        except (OSError, ValueError) as exc:
-            raise _lost(exc) from None
-
-    def _send(self, pieces: list[memoryview]) -> int:
-        try:
-            sent = self._writer.write(pieces[0])
-            self._writer.flush()
-        except (OSError, ValueError) as exc:
-            raise _lost(exc) from None
-        return len(pieces[0]) if sent is None else int(sent)
 
 
 class SocketChannel(ByteChannel):
@@ -3891,64 +3822,46 @@ class SocketChannel(ByteChannel):
         self._gather = not hasattr(connected, "pending") and hasattr(connected, "sendmsg")  # TLS sockets cannot gather
         self._timeout: float | None = connected.gettimeout()
 
-    def _wait(self) -> None:
-        left = self._time_left()
-        if left is not None or self._timeout is not None:
-            self._timeout = left
-            self.socket.settimeout(left)
+    def fileno(self) -> int:
+        return self.socket.fileno()
 
-    def _io(self, call: Callable[..., _T], *args: Any) -> _T:
+    def _io(self, call: Callable[..., _T], argument: Any) -> _T:
         try:
-            self._wait()
-            return call(*args)
-        except (TimeoutError, socket.timeout):
-            raise DeadlineExceededError("no answer within the time allowed") from None
+            left = self._time_left()
+            if left is not None or self._timeout is not None:
+                self._timeout = left
+                self.socket.settimeout(left)
+            return call(argument)
         except (OSError, ValueError) as exc:
+            if isinstance(exc, TimeoutError) and exc.errno is None:  # with an errno it is the network's: a lost connection
+                raise DeadlineExceededError(_TOO_LATE) from None
             raise _lost(exc) from None
 
     def _receive(self, size: int) -> bytes:
         return self._io(self.socket.recv, size)
 
     def _receive_into(self, view: memoryview) -> int:
-        return self._io(self.socket.recv_into, view[: 1 << 30])
+        return self._io(self.socket.recv_into, view)
 
     def _send(self, pieces: list[memoryview]) -> int:
         if self._gather and len(pieces) > 1:
             return self._io(self.socket.sendmsg, pieces)
-        return self._io(self.socket.send, pieces[0][: 1 << 30])
-
-    def peer_gone(self) -> bool:
-        import select
-
-        try:
-            poll = select.poll()
-            poll.register(self.socket.fileno(), getattr(select, "POLLRDHUP", 0))
-            return bool(poll.poll(0))
-        except (OSError, ValueError, AttributeError):
-            return True
-
-    def stop_reading(self) -> None:
-        """Make the reader see the end, from any thread: how an idle connection is told that its server stops."""
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RD)
+        return self._io(self.socket.send, pieces[0][:_MAX_IO_BYTES])
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits in it, which close alone does not
         with contextlib.suppress(OSError):
             self.socket.close()
 
 
 class Transport:
-    """A byte channel with a name and an owner: what `RpcConnection` and `RpcServer.serve` take.
+    """A byte channel with a name and an owner: what `RpcConnection` and `RpcServer.serve` take."""
 
-    Attributes:
-        channel: The bytes.
-        kind: What the methods see as ``ctx.kind``.
-    """
+    peer = "the server"  # how error texts call the other side
 
     def __init__(self, channel: ByteChannel, kind: TransportKind, remote_addr: str = "") -> None:
-        self.channel = channel
-        self.kind = kind
-        self.remote_addr = remote_addr
+        self.channel, self.kind, self.remote_addr = channel, kind, remote_addr
 
     def obituary(self) -> str:
         """Say why no more bytes come, as far as is known here."""
@@ -3964,14 +3877,16 @@ class Transport:
 
 
 class PipeTransport(Transport):
-    """Two file objects: binary, one for reading, one for writing. Closing the transport closes both."""
+    """Two binary file objects that have a descriptor each and nothing buffered; closing the transport closes both."""
 
     def __init__(self, reader: Any, writer: Any) -> None:
         self.reader, self.writer = reader, writer
+        channel = FdChannel(os.dup(reader.fileno()), -1)
         try:
-            channel: ByteChannel = FdChannel(os.dup(reader.fileno()), os.dup(writer.fileno()))
-        except (OSError, AttributeError, ValueError):
-            channel = FileChannel(reader, writer)
+            channel.write_fd = os.dup(writer.fileno())
+        except BaseException:
+            channel.close()
+            raise
         super().__init__(channel, TransportKind.PIPE)
 
     def close(self) -> None:
@@ -3981,14 +3896,21 @@ class PipeTransport(Transport):
                 f.close()
 
 
-def _fd_transport(read_fd: int, write_fd: int) -> Transport:
-    return Transport(FdChannel(read_fd, write_fd), TransportKind.PIPE)
-
+def _channel_pair() -> tuple[FdChannel, FdChannel]:
+    """Two channels, each of which reads what the other writes."""
+    near = FdChannel(*os.pipe())
+    try:
+        far = FdChannel(*os.pipe())
+    except OSError:
+        near.close()
+        raise
+    near.read_fd, far.read_fd = far.read_fd, near.read_fd
+    return near, far
 
 def make_pipe_pair() -> tuple[Transport, Transport]:
     """Return two connected transports over a pair of pipes; the caller closes both."""
-    (client_read, server_write), (server_read, client_write) = os.pipe(), os.pipe()
-    return _fd_transport(client_read, client_write), _fd_transport(server_read, server_write)
+    near, far = _channel_pair()
+    return Transport(near, TransportKind.PIPE), Transport(far, TransportKind.PIPE)
 
 
 class StderrMode(enum.Enum):
@@ -4009,6 +3931,7 @@ class SubprocessTransport(Transport):
 
     Raises:
         TransportError: The program cannot be started.
+        TypeError: *cmd* is one string.
     """
 
     def __init__(
@@ -4016,37 +3939,43 @@ class SubprocessTransport(Transport):
     ) -> None:
         import subprocess
 
+        if isinstance(cmd, (str, bytes)):
+            raise ParameterError(f"cmd: expected a list of program and arguments, got {cmd!r}; shlex.split makes one of it")
         self.command = list(cmd)
-        target = subprocess.DEVNULL if stderr is StderrMode.DEVNULL else subprocess.PIPE
-        try:
-            self.proc: subprocess.Popen[bytes] = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=target, bufsize=0
-            )
-        except (OSError, ValueError, IndexError, TypeError) as exc:
-            raise TransportError(f"worker {self.command!r} cannot be started: {_text_of(exc)}") from None
-        assert self.proc.stdin is not None and self.proc.stdout is not None
-        read_fd, write_fd = os.dup(self.proc.stdout.fileno()), os.dup(self.proc.stdin.fileno())
-        self.proc.stdout.close()
-        self.proc.stdin.close()
+        self.peer = f"worker {self.command!r}"
         self._lines: deque[str] = deque(maxlen=20)
-        self._pump: threading.Thread | None = None
-        if self.proc.stderr is not None:
-            log = (stderr_logger or logging.getLogger("vgi_rpc.worker")) if stderr is StderrMode.PIPE else None
-            self._pump = threading.Thread(target=self._forward_stderr, args=(log,), daemon=True, name="vgi_rpc stderr")
+        log = (stderr_logger or logging.getLogger("vgi_rpc.worker")) if stderr is StderrMode.PIPE else None
+        self._pump = threading.Thread(target=self._forward_stderr, args=(log,), daemon=True, name="vgi_rpc stderr")
+        target = subprocess.DEVNULL if stderr is StderrMode.DEVNULL else subprocess.PIPE
+        channel, theirs = _channel_pair()
+        super().__init__(channel, TransportKind.PIPE)
+        try:
+            self.proc = subprocess.Popen(self.command, stdin=theirs.read_fd, stdout=theirs.write_fd, stderr=target)
+        except BaseException as exc:
+            channel.close()
+            if not isinstance(exc, (OSError, ValueError, IndexError, TypeError)):
+                raise
+            raise TransportError(f"{self.peer} cannot be started: {_text_of(exc)}") from None
+        finally:
+            theirs.close()
+        try:
             self._pump.start()
-        super().__init__(FdChannel(read_fd, write_fd), TransportKind.PIPE)
+        except BaseException:
+            self.abort()
+            raise
 
     def _forward_stderr(self, log: logging.Logger | None) -> None:
         source = self.proc.stderr
-        assert source is not None
+        if source is None:
+            return
         with contextlib.suppress(OSError, ValueError), source:
-            for raw in io.BufferedReader(cast("Any", source)):
+            for raw in iter(lambda: source.readline(_RECEIVE_BYTES), b""):
                 line = raw.decode("utf-8", "replace")
                 self._lines.append(line.rstrip())
                 if log is not None:
                     log.info("%s", line.rstrip())
                 else:
-                    with contextlib.suppress(OSError, ValueError):
+                    with contextlib.suppress(OSError, ValueError, AttributeError):  # a program may have no stderr
                         sys.stderr.write(line)
                         sys.stderr.flush()
 
@@ -4055,13 +3984,12 @@ class SubprocessTransport(Transport):
 
         try:
             status = self.proc.wait(1.0)
-            if self._pump is not None:
-                self._pump.join(1.0)
+            self._pump.join(1.0)
             ending = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
         except subprocess.TimeoutExpired:
             ending = "closed its stdout but still runs"
         said = "".join(f"\n  {line}" for line in list(self._lines)[-5:])
-        return f"worker {self.command!r} {ending}" + (f"; its last lines on stderr:{said}" if said else "")
+        return f"{self.peer} {ending}" + (f"; its last lines on stderr:{said}" if said else "")
 
     def close(self) -> None:
         """Close the pipes and reap the worker: it has 5 s to leave by itself, then it is terminated, then killed."""
@@ -4074,51 +4002,48 @@ class SubprocessTransport(Transport):
         import subprocess
 
         self.channel.close()
-        for act, wait in ((lambda: None, patience), (self.proc.terminate, 2.0), (self.proc.kill, 10.0)):
-            try:
-                act()
+        for act, wait in ((self.proc.poll, patience), (self.proc.terminate, 1.0), (self.proc.kill, 10.0)):
+            act()
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.proc.wait(wait)
                 break
-            except subprocess.TimeoutExpired:
-                continue
-        if self._pump is not None:
+        if self._pump.ident is not None:
             # A grandchild may hold the worker's stderr open for ever; the thread is a daemon and does not keep us.
             self._pump.join(1.0)
 
 
+@contextlib.contextmanager
+def _connecting(where: str) -> Iterator[contextlib.ExitStack]:
+    """Turn failures into `TransportError`, and close what the stack was given."""
+    with contextlib.ExitStack() as opened:
+        try:
+            yield opened
+        except (OSError, ValueError, OverflowError) as exc:
+            reason = _text_of(getattr(exc, "strerror", None) or exc)
+            raise TransportError(f"cannot connect to {where}: {reason}") from None
+        opened.pop_all()
+
 def connect_unix_socket(path: str, timeout: float | None = None) -> Transport:
-    """Connect to a Unix socket; raises `TransportError`."""
-    connected = socket.socket(socket.AF_UNIX)
-    try:
+    """Connect to a Unix socket; *timeout* in seconds. Raises `TransportError`."""
+    with _connecting(f"unix:{path}") as opened:
+        connected = opened.enter_context(socket.socket(socket.AF_UNIX))
         connected.settimeout(timeout)
         connected.connect(path)
         connected.settimeout(None)
-    except OSError as exc:
-        connected.close()
-        raise TransportError(f"cannot connect to unix:{path}: {exc.strerror or exc}") from None
     return Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}")
 
-
 def connect_tcp_socket(
-    host: str,
-    port: int,
-    timeout: float | None = None,
-    tls_context: ssl.SSLContext | None = None,
-    server_hostname: str | None = None,
+    host: str, port: int, timeout: float | None = None,
+    tls_context: ssl.SSLContext | None = None, server_hostname: str | None = None
 ) -> socket.socket:
-    """Connect to host and port, with TLS if there is a context; raises `TransportError`."""
-    connected: socket.socket | None = None
-    try:
-        connected = socket.create_connection((host, port), timeout=timeout)
+    """Connect to host and port, with TLS if there is a context; *timeout* in seconds. Raises `TransportError`."""
+    with _connecting(f"{host}:{port}") as opened:
+        connected = opened.enter_context(socket.create_connection((host, port), timeout=timeout))
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls_context is not None:
-            connected = tls_context.wrap_socket(connected, server_hostname=server_hostname or host)
+            connected = opened.enter_context(tls_context.wrap_socket(connected, server_hostname=server_hostname or host))
         connected.settimeout(None)
-        return connected
-    except (OSError, ValueError, OverflowError) as exc:
-        if connected is not None:
-            connected.close()
-        raise TransportError(f"cannot connect to {host}:{port}: {_text_of(getattr(exc, 'strerror', None) or exc)}") from None
+    return connected
 
 
 # ============================================================================
@@ -4131,19 +4056,16 @@ def connect_tcp_socket(
 
 @dataclass(frozen=True)
 class CallOptions:
-    """How one proxy calls.
+    """How one proxy calls. Raises `ValueError` for a timeout that is none."""
 
-    Attributes:
-        on_log: Takes the server's log lines; ``None`` drops them.
-        timeout: Seconds per call or turn, ``None`` for no limit.
-        ipc_validation: How much of each answer is checked.
-        version: The protocol's version, sent with each request.
-    """
+    on_log: Callable[[Message], None] | None = None  # takes the server's log lines; ``None`` drops them
+    timeout: float | None = None  # seconds per call or turn, ``None`` for no limit
+    ipc_validation: IpcValidation = IpcValidation.FULL  # how much of each answer is checked
+    version: str = ""  # the protocol's, sent with each request
 
-    on_log: Callable[[Message], None] | None = None
-    timeout: float | None = None
-    ipc_validation: IpcValidation = IpcValidation.FULL
-    version: str = ""
+    def __post_init__(self) -> None:
+        if self.timeout is not None and not 0 < self.timeout <= threading.TIMEOUT_MAX:
+            raise ValueError(f"timeout: expected seconds above 0, or None for no limit, got {self.timeout!r}")
 
     @property
     def deadline(self) -> float | None:
@@ -4187,7 +4109,6 @@ def next_reply_item(reader: IpcReader, options: CallOptions) -> ReplyItem | None
         else:
             return ReplyItem(kind, reader.decode(message), metadata)
 
-
 def _deliver_log(on_log: Callable[[Message], None] | None, metadata: _Metadata) -> None:
     if on_log is not None:
         try:
@@ -4197,19 +4118,15 @@ def _deliver_log(on_log: Callable[[Message], None] | None, metadata: _Metadata) 
 
 
 class ClientStream:
-    """One stream as a client holds it; the interface under `StreamSession`.
+    """One stream as a client holds it; the interface under `StreamSession`."""
 
-    Attributes:
-        header: The header row's batch, ``None`` when the method declares none.
-        done: Whether nothing more can be sent or read.
-    """
-
-    header: Any = None
-    done = False
+    header: Any = None  # the header row's batch, ``None`` when the method declares none
+    done = False  # whether nothing more can be sent or read
+    cut_off = ""  # why it ended, when that was neither its own end nor asked for
 
     def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
         """Send a batch, return the answer; ``None`` when the stream has finished."""
-        raise io.UnsupportedOperation("turn")
+        raise NotImplementedError
 
     def close(self) -> None:
         """End the stream; the connection stays usable."""
@@ -4219,7 +4136,7 @@ class ClientStream:
 
     def token(self) -> bytes:
         """Return what `resume` needs."""
-        raise RpcError("ProtocolError", "only streams over HTTP can be resumed: elsewhere the state stays with the connection", "")
+        raise RpcError("ProtocolError", "only streams over HTTP can be resumed: else the state stays with the connection", "")
 
     def restore(self, token: bytes) -> None:
         """Take over what `token` saved."""
@@ -4231,11 +4148,11 @@ class ClientChannel:
 
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         """Call a unary method and return its result."""
-        raise io.UnsupportedOperation("unary")
+        raise NotImplementedError
 
     def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
         """Start a stream."""
-        raise io.UnsupportedOperation("stream")
+        raise NotImplementedError
 
     def resume(self, info: RpcMethodInfo, token: bytes, options: CallOptions) -> ClientStream:
         """Go on with a stream from a saved token."""
@@ -4243,6 +4160,15 @@ class ClientChannel:
 
     def close(self) -> None:
         """Give back connections."""
+
+
+_PLAIN_TICK = AnnotatedBatch(_TICK)
+
+
+def _tick(metadata: pa.KeyValueMetadata | Mapping[bytes, bytes] | None) -> AnnotatedBatch:
+    if metadata is not None and not isinstance(metadata, pa.KeyValueMetadata):
+        metadata = pa.KeyValueMetadata(dict(metadata))
+    return AnnotatedBatch(_TICK, metadata)
 
 
 class StreamSession:
@@ -4253,7 +4179,7 @@ class StreamSession:
 
     def __init__(self, stream: ClientStream, info: RpcMethodInfo) -> None:
         self._stream, self._info = stream, info
-        self._header = None
+        self._header: Any = None
         if stream.header is not None:
             assert info.header is not None
             try:
@@ -4268,57 +4194,43 @@ class StreamSession:
         return self._header
 
     def typed_header(self, header_type: type[_T]) -> _T:
-        """Return the header as *header_type*.
-
-        Raises:
-            TypeError: The stream has none, or one of another type.
-        """
+        """Return the header as *header_type*; raises `TypeError` when there is none, or one of another type."""
         if not isinstance(self._header, header_type):
             raise ParameterError(f"{self._info.name}() header: expected {header_type.__name__}, got {_got(self._header)}")
         return self._header
 
     def _turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
         if self._stream.done:
-            raise RpcError("ProtocolError", f"the stream of {self._info.name}() is closed", "")
+            how = self._stream.cut_off or "is closed"
+            raise RpcError("ProtocolError", f"the stream of {self._info.name}() {how}", "")
         return self._stream.turn(given)
 
     def __iter__(self) -> Iterator[AnnotatedBatch]:
         """Yield each batch of a producer until it finishes.
 
         Raises:
-            RpcError: A turn failed; the stream is over, the connection is not.
+            RpcError: A turn failed, or another call on the connection ended the stream. The connection serves the next call.
         """
-        while not self._stream.done:
+        while not self._stream.done or self._stream.cut_off:
             answer = self._turn(_PLAIN_TICK)
             if answer is None:
                 return
             yield answer
 
     def tick(self, custom_metadata: pa.KeyValueMetadata | Mapping[bytes, bytes] | None = None) -> AnnotatedBatch:
-        """Ask a producer for one batch; the metadata reaches its state.
-
-        Raises:
-            StopIteration: The stream has finished.
-            RpcError: The turn failed, or the stream is closed.
-        """
-        metadata = custom_metadata
-        if metadata is not None and not isinstance(metadata, pa.KeyValueMetadata):
-            metadata = pa.KeyValueMetadata(dict(metadata))
-        answer = self._turn(AnnotatedBatch(_TICK, metadata))
+        """Ask a producer for one batch; its state sees the metadata. Raises `StopIteration` at the end, `RpcError`."""
+        answer = self._turn(_tick(custom_metadata))
         if answer is None:
             raise StopIteration
         return answer
 
     def exchange(self, input: AnnotatedBatch) -> AnnotatedBatch:
-        """Send a batch and return the answer to it.
-
-        Raises:
-            RpcError: The turn failed, or the stream is closed.
-            TypeError: *input* is not an `AnnotatedBatch`.
-        """
+        """Send a batch and return the answer. Raises `RpcError`; `TypeError` for what is no batch."""
+        where = f"{self._info.name}() exchange"
         if not isinstance(input, AnnotatedBatch):
-            got = _got(input)
-            raise ParameterError(f"{self._info.name}() exchange: expected an AnnotatedBatch, got {got}; wrap it: AnnotatedBatch(batch)")
+            raise ParameterError(f"{where}: expected an AnnotatedBatch, got {_got(input)}; wrap it: AnnotatedBatch(batch)")
+        if not isinstance(input.batch, pa.RecordBatch):
+            raise ParameterError(f"{where}: expected a pyarrow.RecordBatch in the AnnotatedBatch, got {_got(input.batch)}")
         answer = self._turn(input)
         if answer is None:
             raise RpcError("ProtocolError", f"{self._info.name}() finished instead of answering", "")
@@ -4331,11 +4243,9 @@ class StreamSession:
         """
         return self._stream.token()
 
-    def next_with_token(
-        self, custom_metadata: pa.KeyValueMetadata | None = None
-    ) -> tuple[AnnotatedBatch | None, bytes | None]:
+    def next_with_token(self, custom_metadata: pa.KeyValueMetadata | None = None) -> tuple[AnnotatedBatch | None, bytes | None]:
         """Ask a producer for one batch; return it with the `token` behind it. ``None`` stands for what there is not."""
-        answer = None if self.closed else self._turn(AnnotatedBatch(_TICK, custom_metadata))
+        answer = None if self.closed else self._turn(_tick(custom_metadata))
         try:
             return answer, self.token()
         except RpcError:
@@ -4367,7 +4277,9 @@ class StreamSession:
         self.close()
 
 
-_PLAIN_TICK = AnnotatedBatch(_TICK)
+def _was_answer(exc: RpcError) -> bool:
+    """Whether the server sent this error: one made on this side is local and has no request id."""
+    return not isinstance(exc, _LocalError) or bool(exc.request_id)
 
 
 class ByteClient(ClientChannel):
@@ -4375,91 +4287,116 @@ class ByteClient(ClientChannel):
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        self._channel = transport.channel
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._caller = 0  # the thread that holds the lock
         self._open: _ByteClientStream | None = None
-        self._broken = ""
+        self._broken = ""  # why the connection is closed
+        self._between = False  # whether a stream is expected next: what comes else is text that something printed
         self._stray = False  # an input stream was sent that a refusing server may have taken for a request
-
-    # -- one connection, shared by calls
 
     @contextlib.contextmanager
     def exclusive(self, deadline: float | None) -> Iterator[ByteChannel]:
-        """Hold the connection; whatever is not an answer breaks it for good."""
-        with self._lock:
+        """Hold the connection; whatever is not an answer breaks it for good.
+
+        Raises:
+            DeadlineExceededError: Other threads held it for too long; it stays usable.
+            RpcError: This thread holds it: ``on_log`` calls back.
+        """
+        if self._caller == threading.get_ident():
+            raise RpcError("ProtocolError", "a call is running on this connection: on_log cannot make another one on it", "")
+        left = -1.0 if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+        if not self._lock.acquire(timeout=left):
+            raise DeadlineExceededError(f"{_TOO_LATE}: calls of other threads use the connection")
+        try:
+            self._caller = threading.get_ident()
             if self._broken:
                 raise TransportError(f"the connection is closed: {self._broken}")
-            self._channel.deadline = deadline
+            channel = self.transport.channel
+            channel.deadline = deadline
             try:
-                yield self._channel
-            except (EOFError, IPCError, _LocalError) as exc:
+                yield channel
+            except ParameterError:  # before a byte was sent
+                raise
+            except (EOFError, _Refusal, RpcError) as exc:
+                if isinstance(exc, RpcError) and _was_answer(exc):
+                    raise
                 raise self._break(exc) from None
             except BaseException as exc:
-                if not isinstance(exc, (RpcError, ParameterError)):
-                    self._break(exc)  # interrupted in the middle of an exchange: nobody knows where the bytes stand
+                self._break(exc)  # interrupted in the middle of an exchange: nobody knows where the bytes stand
                 raise
+        finally:
+            self._caller = 0
+            self._lock.release()
 
     def _break(self, exc: BaseException) -> RpcError:
-        deadline = isinstance(exc, DeadlineExceededError)
-        stray = self._stray_text()
-        if deadline:
-            error: RpcError = cast("DeadlineExceededError", exc)
+        stray = self._stray_text(isinstance(exc, TransportError))
+        if isinstance(exc, DeadlineExceededError):
+            error: RpcError = exc
         elif stray:
-            error = TransportError(f"expected Arrow IPC, got text: {stray!r} ({self._shown()} prints to the channel)")
-        elif self._channel.ended or isinstance(exc, (EOFError, TransportError)):
+            error = TransportError(f"expected Arrow IPC, got text: {stray!r} ({self.transport.peer} prints to the channel)")
+        elif isinstance(exc, (EOFError, TransportError)) or (self.transport.channel.ended and isinstance(exc, _Refusal)):
             error = TransportError(self.transport.obituary())
-        else:
+        elif isinstance(exc, _Refusal):
             error = TransportError(f"not an answer: {_text_of(exc)}")
-        self._broken = error.error_message.partition("\n")[0]
-        if self._open is not None:
-            self._open.done = True
+        else:
+            error = TransportError(f"a call was interrupted by {type(exc).__name__}")
+        self._broken = self._broken or error.error_message.partition("\n")[0]
+        if self._open is not None and not self._open.done:
+            self._open.done, self._open.cut_off = True, f"was cut off: {self._broken}"
         self.transport.abort()
         return error
 
-    def _stray_text(self) -> str:
-        """What a worker printed before it served, as text, when that is what came instead of Arrow."""
-        seen = self._channel._buffer[:200]
-        if not seen or seen[:4] == _CONTINUATION or not all(32 <= b < 127 or b in b"\r\n\t\x1b" for b in seen[:8]):
+    def _end_open(self, why: str) -> None:
+        """End the stream that was left open, if one was."""
+        if self._open is not None and not self._open.done:
+            self._open.cut_off = why
+            self._open.finish()
+        self._open = None
+
+    def _stray_text(self, lost: bool) -> str:
+        """What a worker printed, as text, when that is what came instead of a stream."""
+        channel = self.transport.channel
+        if self._between and lost:  # it may have gone before our request was written, and left its text in the pipe
+            channel.deadline = time.monotonic() + 1.0
+            with contextlib.suppress(RpcError):
+                channel._fill()
+        start = max(0, channel._at - 8)  # eight bytes were taken for the prefix of a message
+        seen = channel._buffer[start : start + 200] if self._between else b""
+        if not seen or not all(32 <= b < 127 or b in b"\r\n\t\x1b" for b in seen[:8]):
             return ""
         return seen.decode("utf-8", "replace").strip()
 
-    def _shown(self) -> str:
-        command = getattr(self.transport, "command", None)
-        return f"worker {command!r}" if command else "the server"
+    def open_reply(self, request_id: str, options: CallOptions) -> tuple[IpcReader, ReplyItem | None]:
+        """Open the next answer and read its first item, past the answer that a refused stream's input may have earned.
 
-    def open_reply(self, request_id: str, options: CallOptions) -> IpcReader:
-        """Open the next answer, past the one that a refused stream's stray input may have earned."""
-        reader = IpcReader(self._channel, validation=options.ipc_validation)
-        while self._stray:
-            self._stray = False
-            message = reader.next_message()
-            metadata = (message.head.metadata if message else None) or {}
-            if message is None or batch_kind(message.head.rows, metadata) is not BatchKind.ERROR:
-                return _Prepended(reader, message)
-            if metadata.get(REQUEST_ID_KEY, request_id.encode()) == request_id.encode():
-                return _Prepended(reader, message)
-            reader.skip()
-            reader = IpcReader(self._channel, validation=options.ipc_validation)
-        return reader
+        Raises:
+            RpcError: The answer is an error; it was read to its end.
+        """
+        while True:
+            reader = IpcReader(self.transport.channel, validation=options.ipc_validation)
+            self._between = False
+            stray, self._stray = self._stray, False
+            try:
+                return reader, next_reply_item(reader, options)
+            except RpcError as exc:
+                if not _was_answer(exc):
+                    raise
+                reader.skip()
+                if not stray or exc.request_id in ("", request_id):
+                    raise
+                self._between = True
 
     def _send_request(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> str:
-        if self._open is not None and not self._open.done:
-            self._open.close()
+        self._end_open("was ended by another call on its connection; read it to its end first, or connect twice")
         request_id = new_request_id()
         metadata = request_metadata(info, options.version, request_id, options.timeout)
-        self._channel.write([stream_bytes(batch.schema, [(batch, metadata)])])
+        self._between = True
+        self.transport.channel.write([stream_bytes(batch.schema, [(batch, metadata)])])
         return request_id
 
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         with self.exclusive(options.deadline):
-            request_id = self._send_request(info, batch, options)
-            reader = self.open_reply(request_id, options)
-            try:
-                item = next_reply_item(reader, options)
-            except RpcError as exc:
-                if not isinstance(exc, TransportError):
-                    reader.skip()
-                raise
+            reader, item = self.open_reply(self._send_request(info, batch, options), options)
             reader.skip()
             if item is None:
                 raise IPCError(f"{info.name}(): expected a result, got an end of stream")
@@ -4467,52 +4404,32 @@ class ByteClient(ClientChannel):
 
     def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
         with self.exclusive(options.deadline):
-            request_id = self._send_request(info, batch, options)
-            stream = _ByteClientStream(self, request_id, options)
+            stream = _ByteClientStream(self, self._send_request(info, batch, options), options)
             if info.header is not None:
                 stream.read_header(info.name)
             self._open = stream
             return stream
 
     def close(self) -> None:
-        with contextlib.suppress(RpcError, ParameterError):
-            if self._open is not None and not self._open.done and not self._broken:
-                self._open.options = dataclasses.replace(self._open.options, timeout=1.0)
-                self._open.close()
-        self.transport.close()
+        with contextlib.suppress(RpcError):
+            if not self._broken:
+                with self.exclusive(time.monotonic() + 1.0):
+                    self._end_open("was ended with its connection")
         self._broken = self._broken or "it was closed here"
-
-
-class _Prepended(IpcReader):
-    """A reader that hands out one message again that was already looked at."""
-
-    def __init__(self, reader: IpcReader, message: BatchMessage | None) -> None:
-        self.__dict__.update(vars(reader))
-        self._again = message
-
-    def next_message(self) -> BatchMessage | None:
-        message, self._again = self._again, None
-        return message if message is not None else super().next_message()
+        self.transport.close()
 
 
 class _ByteClientStream(ClientStream):
     def __init__(self, client: ByteClient, request_id: str, options: CallOptions) -> None:
-        self._client, self._request_id, self.options = client, request_id, options
+        self._client, self._request_id, self._options = client, request_id, options
         self._writer: IpcWriter | None = None
         self._reader: IpcReader | None = None
 
     def read_header(self, name: str) -> None:
         """Read the header stream that precedes the data; an error in its place ends the stream."""
-        reader = self._client.open_reply(self._request_id, self.options)
-        try:
-            item = next_reply_item(reader, self.options)
-        except RpcError as exc:
-            if isinstance(exc, TransportError):
-                raise
-            reader.skip()
-            self._fail()
-            raise
-        reader.skip()
+        item = self._next()
+        cast("IpcReader", self._reader).skip()
+        self._reader = None
         if item is None:
             raise IPCError(f"{name}(): expected a header, got an end of stream")
         self.header = item.batch
@@ -4522,56 +4439,62 @@ class _ByteClientStream(ClientStream):
             self._writer = IpcWriter(self._client.transport.channel.write, schema)
         return self._writer
 
-    def _output(self) -> IpcReader:
-        if self._reader is None:
-            self._reader = self._client.open_reply(self._request_id, self.options)
-        return self._reader
-
-    def _fail(self) -> None:
-        """After an error batch: end our input, which the server reads to its end or takes for a stray request."""
-        self.done = True
-        # The error of a turn comes on an output stream that a begun call opened; one before it may be a refusal.
-        self._client._stray = True
-        self._input(EMPTY_SCHEMA).close()
+    def _next(self) -> ReplyItem | None:
+        """Read to the next item of the answer. The server's error ends the stream, not the connection."""
+        try:
+            if self._reader is not None:
+                return next_reply_item(self._reader, self._options)
+            self._reader, item = self._client.open_reply(self._request_id, self._options)
+            return item
+        except RpcError as exc:
+            if _was_answer(exc):
+                if self._reader is not None:
+                    self._reader.skip()
+                if not self.done:
+                    self._input(EMPTY_SCHEMA).close()
+                self.done = True
+                # A begun call reads our input to its end; a server that refused the call may take it for a request.
+                self._client._stray = True
+            raise
 
     def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
-        with self._client.exclusive(self.options.deadline):
-            writer = self._input(given.batch.schema)
-            batch = given.batch
+        with self._client.exclusive(self._options.deadline):
+            if self.done:  # another thread's call ended it while this one waited for the connection
+                raise RpcError("ProtocolError", f"the stream {self.cut_off or 'is closed'}", "")
+            batch, writer = given.batch, self._input(given.batch.schema)
             if batch.schema is not writer.schema and not batch.schema.equals(writer.schema, check_metadata=True):
                 batch = conform_batch(batch, writer.schema, "exchange input", cast_values=True)
             writer.write(batch, given.custom_metadata)
-            try:
-                item = next_reply_item(self._output(), self.options)
-            except RpcError as exc:
-                if not isinstance(exc, TransportError):
-                    self._output().skip()
-                    self._fail()
+            item = self._next()
+            if item is not None:
+                return item.annotated()
+            self.done = True
+            writer.close()
+            return None
+
+    def finish(self) -> None:
+        """End both directions; the caller holds the connection."""
+        self.done = True
+        self._input(EMPTY_SCHEMA).close()
+        try:
+            while self._next() is not None:
+                pass
+        except RpcError as exc:
+            if not _was_answer(exc):  # nobody waits for the server's error on a stream that is being closed
                 raise
-            if item is None:
-                self.done = True
-                writer.close()
-                return None
-            return item.annotated()
 
     def close(self) -> None:
-        self.done = True
-        with self._client.exclusive(self.options.deadline):
-            self._input(EMPTY_SCHEMA).close()
-            try:
-                while next_reply_item(self._output(), self.options) is not None:
-                    pass
-            except RpcError as exc:  # nobody waits for the error of a stream that is being closed
-                if isinstance(exc, TransportError):
-                    raise
-                self._output().skip()
-                self._client._stray = True
+        with self._client.exclusive(self._options.deadline):
+            if not self.done:
+                self.finish()
 
     def cancel(self) -> None:
-        with self._client.exclusive(self.options.deadline):
+        with self._client.exclusive(self._options.deadline):
+            if self.done:
+                return
             writer = self._input(EMPTY_SCHEMA)
             writer.write(empty_batch(writer.schema), {CANCEL_KEY: b"1"})
-        self.close()
+            self.finish()
 
 
 class RpcConnection(Generic[_P]):
@@ -4579,24 +4502,23 @@ class RpcConnection(Generic[_P]):
 
     Args:
         protocol: The Protocol class.
-        transport: A byte transport, or another `ClientChannel`; closed on leaving.
+        transport: A byte transport, or another `ClientChannel`; closed on leaving, and when *protocol* has mistakes.
         on_log: Takes the server's log lines.
         timeout: Seconds per call or turn, ``None`` for no limit.
         ipc_validation: How much of each answer is checked.
     """
 
     def __init__(
-        self,
-        protocol: type[_P],
-        transport: Transport | ClientChannel,
-        on_log: Callable[[Message], None] | None = None,
-        *,
-        timeout: float | None = None,
-        ipc_validation: IpcValidation = IpcValidation.FULL,
+        self, protocol: type[_P], transport: Transport | ClientChannel, on_log: Callable[[Message], None] | None = None, *,
+        timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL
     ) -> None:
         self.channel = transport if isinstance(transport, ClientChannel) else ByteClient(transport)
         version = getattr(protocol, "protocol_version", "") or ""
-        self._proxy = make_proxy(protocol, self.channel, CallOptions(on_log, timeout, ipc_validation, version))
+        try:
+            self._proxy = make_proxy(protocol, self.channel, CallOptions(on_log, timeout, ipc_validation, version))
+        except BaseException:
+            self.channel.close()
+            raise
 
     def __enter__(self) -> _P:
         return cast("_P", self._proxy)
@@ -4619,11 +4541,6 @@ class RpcProxy:
         known = rpc_methods(self._protocol)
         raise AttributeError(f"{self._protocol.__qualname__} has no method {name!r}{_suggest(name, known)}")
 
-    def with_options(self, *, timeout: float | None = None, on_log: Callable[[Message], None] | None = None) -> Any:
-        """Return a proxy on the same connection with another timeout (seconds per call or turn) or ``on_log``."""
-        options = dataclasses.replace(self._options, timeout=timeout, on_log=on_log or self._options.on_log)
-        return make_proxy(self._protocol, self._channel, options)
-
 
 def make_proxy(protocol: type, channel: ClientChannel, options: CallOptions) -> RpcProxy:
     """Return a proxy of *protocol* over *channel*."""
@@ -4633,33 +4550,26 @@ def make_proxy(protocol: type, channel: ClientChannel, options: CallOptions) -> 
         proxy.__dict__[info.name] = _proxy_method(info, channel, options)
     return proxy
 
-
 def _proxy_method(info: RpcMethodInfo, channel: ClientChannel, options: CallOptions) -> Callable[..., Any]:
-    if info.method_type is MethodType.UNARY:
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return channel.unary(info, request_batch(info, bind_arguments(info, args, kwargs)), options)
-
-    else:
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            batch = request_batch(info, bind_arguments(info, args, kwargs))
-            return StreamSession(channel.stream(info, batch, options), info)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        batch = request_batch(info, bind_arguments(info, args, kwargs))
+        if info.method_type is MethodType.UNARY:
+            return channel.unary(info, batch, options)
+        return StreamSession(channel.stream(info, batch, options), info)
 
     call.__name__, call.__doc__ = info.name, info.doc
     return call
 
-
 def with_options(proxy: _P, *, timeout: float | None = None, on_log: Callable[[Message], None] | None = None) -> _P:
-    """Return a proxy on the same connection with another timeout (seconds per call or turn) or ``on_log``."""
-    return cast("_P", RpcProxy.with_options(cast("RpcProxy", proxy), timeout=timeout, on_log=on_log))
-
+    """Return a proxy on the same connection with another ``on_log`` or timeout: seconds per call or turn, ``None`` for none."""
+    known = cast("RpcProxy", proxy)
+    options = dataclasses.replace(known._options, timeout=timeout, on_log=on_log or known._options.on_log)
+    return cast("_P", make_proxy(known._protocol, known._channel, options))
 
 def resume(proxy: Any, method: str, token: bytes) -> StreamSession:
     """Go on with a stream of *method* where `StreamSession.token` was taken; also in another process. HTTP only.
 
-    Raises:
-        RpcError: The token is not one, or the server refuses it.
+    Raises `RpcError` when the token is not one, or the server refuses it.
     """
     info = rpc_methods(proxy._protocol).get(method)
     if info is None or info.method_type is not MethodType.STREAM:
@@ -4667,38 +4577,29 @@ def resume(proxy: Any, method: str, token: bytes) -> StreamSession:
     return StreamSession(proxy._channel.resume(info, token, proxy._options), info)
 
 
-def _reflection(target: Any) -> Any:
+def _reflection(target: Any, ipc_validation: IpcValidation = IpcValidation.FULL) -> Any:
     """A proxy of the reflection protocol on the connection of a proxy, a transport or a channel."""
-    channel = getattr(target, "_channel", None) or target
-    if isinstance(channel, Transport):
-        channel = ByteClient(channel)
+    timeout = None
+    if isinstance(target, RpcProxy):
+        timeout, target = target._options.timeout, target._channel
+    channel = ByteClient(target) if isinstance(target, Transport) else target
     if not isinstance(channel, ClientChannel):
-        raise TypeError(f"expected a proxy, a transport or a URL, got {_got(target)}")
-    options = getattr(target, "_options", None)
-    timeout = options.timeout if options is not None else None
-    return make_proxy(Reflection, channel, CallOptions(timeout=timeout))
-
+        raise TypeError(f"expected a proxy, a transport or a channel, got {_got(target)}")
+    return make_proxy(Reflection, channel, CallOptions(timeout=timeout, ipc_validation=ipc_validation))
 
 def list_protocols(target: Any) -> list[ProtocolSummary]:
-    """Return the protocols that the server behind a proxy or transport hosts, the application's first.
-
-    Raises:
-        RpcError: The server does not answer, or hosts no reflection.
-    """
+    """Return what the server behind a proxy or transport hosts, the application's first; `RpcError` if it does not tell."""
     return cast("ProtocolList", _reflection(target).list_protocols()).protocols
-
 
 def describe_protocol(target: Any, name: str) -> ServiceDescription:
     """Return what the server behind a proxy or transport says of the protocol *name*; raises as `list_protocols`."""
-    proxy = _reflection(target)
-    return _service_description(proxy.list_protocols(), proxy.describe(protocol=name))
-
+    return introspect(target, protocol=name)
 
 def introspect(
     transport: Any, ipc_validation: IpcValidation = IpcValidation.FULL, protocol: str | None = None
 ) -> ServiceDescription:
     """Return the description of *protocol*, by default the primary one; raises as `list_protocols`."""
-    proxy = _reflection(transport)
+    proxy = _reflection(transport, ipc_validation)
     listed = cast("ProtocolList", proxy.list_protocols())
     if protocol is None:
         named = [p.protocol for p in listed.protocols if not p.protocol.startswith(RESERVED_PROTOCOL_PREFIX)]
@@ -4732,29 +4633,25 @@ class RpcServer(ServerCore):
     """
 
     def serve(self, transport: Transport, *, auth: AuthContext | None = None) -> None:
-        """Serve one client until it leaves; *transport* stays open. Raises only what ``on_serve_start`` raises."""
-        caller = Caller(transport.kind, auth or _ANONYMOUS, transport.remote_addr, gone=transport.channel.peer_gone)
-        _ByteServing(self, transport.channel, caller).run()
+        """Serve one client until it leaves, or the server drains; *transport* stays open."""
+        serving = _ByteServing(self, transport, auth or _ANONYMOUS)
+        while serving.serve_next() and not self.draining:
+            pass
 
     def serve_one(self, transport: Transport) -> None:
         """Serve one request; as `serve`."""
-        caller = Caller(transport.kind, remote_addr=transport.remote_addr, gone=transport.channel.peer_gone)
-        _ByteServing(self, transport.channel, caller).serve_next()
+        _ByteServing(self, transport, _ANONYMOUS).serve_next()
 
 
 class _ByteServing:
     """Serves one byte channel, request after request."""
 
-    def __init__(self, server: ServerCore, channel: ByteChannel, caller: Caller) -> None:
-        self._server, self._channel, self._caller = server, channel, caller
+    def __init__(self, server: ServerCore, transport: Transport, auth: AuthContext) -> None:
+        self._server, self._channel = server, transport.channel
+        self._caller = Caller(transport.kind, auth, transport.remote_addr, gone=transport.channel.peer_gone)
         # After a refusal the client may still send the input stream of the stream it had asked for: it has no method
         # key, cannot be a request, and is passed over.
         self._orphan_expected = False
-
-    def run(self) -> None:
-        """Serve until the client leaves, the bytes make no sense any more, or the server drains."""
-        while self.serve_next() and not self._server.draining:
-            pass
 
     def serve_next(self) -> bool:
         """Serve one request; ``False`` when the connection is at its end."""
@@ -4774,9 +4671,11 @@ class _ByteServing:
     def _reader(self) -> IpcReader:
         return IpcReader(self._channel, validation=self._server.ipc_validation)
 
+    def _write(self, schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]]) -> None:
+        self._channel.write([stream_bytes(schema, items)])
+
     def _answer(self, exc: BaseException, request_id: str = "") -> None:
-        item = self._server.error_item(exc, EMPTY_SCHEMA, request_id or new_request_id())
-        self._channel.write([stream_bytes(EMPTY_SCHEMA, [item])])
+        self._write(EMPTY_SCHEMA, [self._server.error_item(exc, EMPTY_SCHEMA, request_id or new_request_id())])
 
     def _serve_stream(self, reader: IpcReader) -> bool:
         orphan_expected, self._orphan_expected = self._orphan_expected, False
@@ -4803,7 +4702,7 @@ class _ByteServing:
         """`__transport_options__` (WIRE section 9): shared memory is not offered."""
         self._server.check_wire_version(request.metadata)
         metadata = {SHM_KEY: b"false", REQUEST_VERSION_KEY: REQUEST_VERSION, SERVER_ID_KEY: self._server.server_id.encode()}
-        self._channel.write([stream_bytes(EMPTY_SCHEMA, [(_TICK, metadata)])])
+        self._write(EMPTY_SCHEMA, [(_TICK, metadata)])
 
     def _serve_request(self, request: Request, request_id: str) -> None:
         bound = self._server.resolve(request)
@@ -4819,12 +4718,12 @@ class _ByteServing:
                 turn = call.begin(arguments)
             if call.stream is not None:
                 if turn.items:
-                    self._channel.write([stream_bytes(turn.schema, turn.items)])
+                    self._write(turn.schema, turn.items)
                 self._serve_turns(call, call.stream)
                 return
             self._orphan_expected = bound.info.method_type is MethodType.STREAM
             schema = EMPTY_SCHEMA if turn.error is not None and bound.info.header is not None else turn.schema
-            self._channel.write([stream_bytes(schema, turn.items)])
+            self._write(schema, turn.items)
         finally:
             call.end()
 
@@ -4835,15 +4734,13 @@ class _ByteServing:
         while True:
             try:
                 item = reader.next()
-            except IPCError as exc:
+            except _Refusal as exc:
                 turn = call._failed(stream.output_schema, exc, refused=True)
             else:
-                if item is None:
-                    writer.close()
-                    return
-                batch, metadata = item
-                if metadata and CANCEL_KEY in metadata:
-                    call.cancel()
+                batch, metadata = item or (None, None)
+                if batch is None or CANCEL_KEY in (metadata or ()):
+                    if batch is not None:
+                        call.cancel()
                     writer.close()
                     reader.skip()
                     return
@@ -4855,17 +4752,41 @@ class _ByteServing:
 
 
 @contextlib.contextmanager
-def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Have SIGTERM and SIGINT call *stop* while inside; only the main thread can, elsewhere nothing changes."""
+def _stop_signals(
+    server: ServerCore, grace: float = DRAIN_GRACE_SECONDS, wake: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Have SIGTERM and SIGINT end what is inside: an idle server at once, else after the running calls or *grace* seconds.
+
+    The first signal drains the server and calls *wake*; a second one does not wait. Only the main thread gets signals:
+    in another thread nothing changes.
+    """
     import signal
 
-    if threading.current_thread() is not threading.main_thread():
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
         yield
         return
-    old = {s: signal.signal(s, lambda *_: stop()) for s in (signal.SIGTERM, signal.SIGINT)}
+    # A thread that is blocked in a read between two turns of a stream can only be waked by another signal.
+    timer = threading.Timer(grace, lambda: signal.pthread_kill(cast("int", main.ident), signal.SIGTERM))
+    timer.daemon = True
+    caught: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        caught.append(number)
+        server.draining = True
+        if len(caught) > 1 or not server._active:
+            raise SystemExit(0)
+        timer.start()
+        wake()
+
+    old = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except SystemExit:
+        if not caught:
+            raise
     finally:
+        timer.cancel()
         for number, handler in old.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
@@ -4876,33 +4797,24 @@ def serve_stdio(server: RpcServer) -> None:
     While serving, descriptor 1 is standard error: whatever prints to stdout cannot break the channel. SIGTERM and SIGINT
     let the running call finish.
     """
-    read_fd, write_fd = os.dup(0), os.dup(1)  # not inherited by children of the methods
-    null = os.open(os.devnull, os.O_RDONLY)
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    os.dup2(null, 0)
-    os.close(null)
-
-    def stop() -> None:
-        server.draining = True
-        if not server._active:
-            raise SystemExit(0)
-
-    transport = _fd_transport(read_fd, write_fd)
+    write_fd = os.dup(1)
+    transport = Transport(FdChannel(os.dup(0), write_fd), TransportKind.PIPE)  # not inherited by children of the methods
     try:
-        with _stop_signals(stop):
+        with open(os.devnull, "rb") as null:
+            os.dup2(null.fileno(), 0)
+        os.dup2(2, 1)
+        _flush_stdout()  # now, so that what the program printed before it served goes to standard error too
+        with _stop_signals(server):
             server.serve(transport)
-    except SystemExit as exc:
-        if exc.code != 0 or not server.draining:
-            raise
     finally:
+        _flush_stdout()
+        os.dup2(write_fd, 1)
         transport.close()
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
+
+def _flush_stdout() -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none at all
+        sys.stdout.flush()
 
 class Listener:
     """Accepts connections and gives each to a handler, until told to stop or idle for too long.
@@ -4916,45 +4828,50 @@ class Listener:
     """
 
     def __init__(
-        self,
-        listening: socket.socket,
-        handle: Callable[[socket.socket, Any], None],
-        *,
-        threaded: bool = False,
-        max_connections: int | None = None,
-        idle_timeout: float | None = None,
+        self, listening: socket.socket, handle: Callable[[socket.socket, Any], None], *,
+        threaded: bool = False, max_connections: int | None = None, idle_timeout: float | None = None
     ) -> None:
         self._socket, self._handle, self._threaded = listening, handle, threaded
         self._max, self._idle = max_connections, idle_timeout
         self._wake_read, self._wake_write = socket.socketpair()
+        for ours in (listening, self._wake_read, self._wake_write):
+            ours.setblocking(False)  # a connection may vanish between select and accept
         self._stopping = False
-        self._connections: set[socket.socket] = set()
-        self._changed = threading.Condition()
+        self._free_since = time.monotonic()
+        self._connections: dict[socket.socket, socket.socket] = {}  # as accepted, and as used: TLS makes it another one
 
     def stop(self) -> None:
         """Have `run` return; may be called from a signal handler or any thread."""
         self._stopping = True
+        self._wake()
+
+    def _wake(self) -> None:
         with contextlib.suppress(OSError):
             self._wake_write.send(b"x")
 
     def run(self) -> None:
         """Accept until stopped; connections that are still served stay open."""
+        while not self._stopping:
+            if self._connections:
+                self._free_since = time.monotonic()
+            left = None if self._idle is None else self._free_since + self._idle - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            if self._wait(left):
+                self._accept()
+
+    def _wait(self, seconds: float | None) -> bool:
+        """Wait for a connection to accept, a wake-up or the end of *seconds*; return whether it is a connection."""
         import selectors
 
-        idle_since = time.monotonic()
         with selectors.DefaultSelector() as selector:
-            selector.register(self._socket, selectors.EVENT_READ)
             selector.register(self._wake_read, selectors.EVENT_READ)
-            while not self._stopping:
-                if self._connections:
-                    idle_since = time.monotonic()
-                wait = None if self._idle is None else max(0.05, min(self._idle, idle_since + self._idle - time.monotonic()))
-                ready = selector.select(wait)
-                if any(key.fileobj is self._socket for key, _ in ready):
-                    self._accept()
-                    idle_since = time.monotonic()
-                elif self._idle is not None and not self._connections and time.monotonic() >= idle_since + self._idle:
-                    return
+            if self._max is None or len(self._connections) < self._max:
+                selector.register(self._socket, selectors.EVENT_READ)
+            ready = [key.fileobj for key, _ in selector.select(None if seconds is None else max(0.0, seconds))]
+        if self._wake_read in ready:
+            self._wake_read.recv(4096)
+        return self._socket in ready and not self._stopping
 
     def _accept(self) -> None:
         try:
@@ -4963,14 +4880,17 @@ class Listener:
             if exc.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(0.05)  # out of descriptors: let running connections give some back
             return
-        with self._changed:
-            self._connections.add(connected)
+        connected.setblocking(True)
+        self._connections[connected] = connected
         if not self._threaded:
             self._serve(connected, address)
             return
-        threading.Thread(target=self._serve, args=(connected, address), daemon=True, name="vgi_rpc connection").start()
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._max is None or len(self._connections) < self._max)
+        thread = threading.Thread(target=self._serve, args=(connected, address), daemon=True, name="vgi_rpc connection")
+        try:
+            thread.start()
+        except RuntimeError as exc:
+            logger.error("connection refused: %s", exc)
+            self._forget(connected)
 
     def _serve(self, connected: socket.socket, address: Any) -> None:
         try:
@@ -4978,31 +4898,35 @@ class Listener:
         except Exception:
             logger.exception("a connection's handler raised")
         finally:
-            with contextlib.suppress(OSError):
-                connected.close()
-            with self._changed:
-                self._connections.discard(connected)
-                self._changed.notify_all()
+            self._forget(connected)
+
+    def _forget(self, connected: socket.socket) -> None:
+        connected.close()
+        self._free_since = time.monotonic()
+        del self._connections[connected]
+        if self._max is not None:
+            self._wake()
 
     def close(self) -> None:
         """Stop listening and hang up on the connections that are left."""
         self._socket.close()
-        for connected in list(self._connections):
+        for connected in list(self._connections.values()):
             with contextlib.suppress(OSError):
                 connected.shutdown(socket.SHUT_RDWR)
         self._wake_read.close()
         self._wake_write.close()
 
 
-def run_listener(server: ServerCore, listener: Listener, grace: float = DRAIN_GRACE_SECONDS) -> None:
-    """Run *listener* until SIGTERM, SIGINT or its end; then let running calls finish for *grace* seconds, and close."""
+def run_listener(
+    server: ServerCore, listener: Listener, grace: float = DRAIN_GRACE_SECONDS, on_bound: Callable[[], object] = lambda: None
+) -> None:
+    """Run *listener* until SIGTERM, SIGINT or its end; then let running calls finish for *grace* seconds, and close.
 
-    def stop() -> None:
-        server.draining = True
-        listener.stop()
-
+    *on_bound* is called once signals are handled: who is told of the address may stop us.
+    """
     try:
-        with _stop_signals(stop):
+        with _stop_signals(server, grace, listener.stop):
+            on_bound()
             listener.run()
             if server.draining:
                 server.drain(grace)
@@ -5010,18 +4934,9 @@ def run_listener(server: ServerCore, listener: Listener, grace: float = DRAIN_GR
         listener.close()
 
 
-def _serve_socket(server: RpcServer, kind: TransportKind, connected: socket.socket, address: str) -> None:
-    server.serve(Transport(SocketChannel(connected), kind, address))
-
-
 def serve_unix(
-    server: RpcServer,
-    path: str,
-    *,
-    threaded: bool = False,
-    max_connections: int | None = None,
-    idle_timeout: float | None = None,
-    on_bound: Callable[[str], None] | None = None,
+    server: RpcServer, path: str, *, threaded: bool = False, max_connections: int | None = None,
+    idle_timeout: float | None = None, on_bound: Callable[[str], None] | None = None
 ) -> None:
     """Serve on a Unix socket until SIGTERM, SIGINT or *idle_timeout* seconds without a connection.
 
@@ -5036,6 +4951,10 @@ def serve_unix(
     Raises:
         OSError: The path is in use by a live server, or cannot be made.
     """
+
+    def handle(connected: socket.socket, address: Any) -> None:
+        server.serve(Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}"))
+
     listening = socket.socket(socket.AF_UNIX)
     try:
         _remove_dead_socket(path)
@@ -5044,26 +4963,18 @@ def serve_unix(
             listening.bind(path)
         finally:
             os.umask(old)
+        made = os.stat(path).st_ino
         listening.listen(128)
-    except OSError:
+        listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
+    except BaseException:
         listening.close()
         raise
-    made = os.stat(path)
-    handle = functools.partial(_serve_unix_connection, server, path)
-    listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
     try:
-        if on_bound is not None:
-            on_bound(path)
-        run_listener(server, listener)
+        run_listener(server, listener, on_bound=lambda: on_bound(path) if on_bound is not None else None)
     finally:
         with contextlib.suppress(OSError):
-            if os.stat(path).st_ino == made.st_ino:
+            if os.stat(path).st_ino == made:
                 os.unlink(path)
-
-
-def _serve_unix_connection(server: RpcServer, path: str, connected: socket.socket, address: Any) -> None:
-    _serve_socket(server, TransportKind.UNIX, connected, f"unix:{path}")
-
 
 def _remove_dead_socket(path: str) -> None:
     """Remove a socket file behind which nobody listens any more."""
@@ -5084,17 +4995,8 @@ def _remove_dead_socket(path: str) -> None:
 def listen_tcp(host: str, port: int) -> socket.socket:
     """Bind and listen; *port* 0 takes a free one. Raises `OSError`."""
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if os.name == "posix":
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(512)
-    except BaseException:
-        listening.close()
-        raise
-    return listening
-
+    both = family is socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" takes IPv4 too
+    return socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=both)
 
 def _start_tls(connected: socket.socket, tls_context: ssl.SSLContext | None) -> socket.socket:
     """Set up an accepted TCP connection; the TLS handshake runs here, in the connection's own thread, within 5 s."""
@@ -5106,31 +5008,21 @@ def _start_tls(connected: socket.socket, tls_context: ssl.SSLContext | None) -> 
     wrapped.settimeout(None)
     return wrapped
 
-
 def _address_text(address: Any) -> str:
     return f"{address[0]}:{address[1]}" if isinstance(address, tuple) and len(address) >= 2 else ""
 
 
 def serve_tcp(
-    server: RpcServer,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    *,
-    threaded: bool = False,
-    max_connections: int | None = None,
-    idle_timeout: float | None = None,
-    on_bound: Callable[[str, int], None] | None = None,
-    tls_context: ssl.SSLContext | None = None,
+    server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, threaded: bool = False,
+    max_connections: int | None = None, idle_timeout: float | None = None,
+    on_bound: Callable[[str, int], None] | None = None, tls_context: ssl.SSLContext | None = None
 ) -> None:
-    """Serve on TCP, as `serve_unix` does; there is no authentication but what *tls_context* asks of clients.
+    """Serve on TCP; what is not said here is as in `serve_unix`. Only *tls_context* can authenticate clients.
 
     Args:
         server: What to serve.
         host: Address to bind; by default only this machine reaches it.
         port: 0 takes a free one.
-        threaded: A thread for each connection; otherwise one after the other.
-        max_connections: At most so many at a time.
-        idle_timeout: Seconds; ``None`` for never.
         on_bound: Called with host and port once connections are accepted.
         tls_context: Server-side context of the standard library's ``ssl``; ``None`` for plain TCP.
 
@@ -5144,14 +5036,14 @@ def serve_tcp(
         except OSError as exc:
             logger.info("TLS handshake with %s failed: %s", _address_text(address), exc)
             return
+        listener._connections[connected] = ready
         with ready:
-            _serve_socket(server, TransportKind.TCP, ready, _address_text(address))
+            server.serve(Transport(SocketChannel(ready), TransportKind.TCP, _address_text(address)))
 
     listening = listen_tcp(host, port)
+    bound_port = listening.getsockname()[1]
     listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
-    if on_bound is not None:
-        on_bound(host, listening.getsockname()[1])
-    run_listener(server, listener)
+    run_listener(server, listener, on_bound=lambda: on_bound(host, bound_port) if on_bound is not None else None)
 
 
 # ============================================================================
