@@ -35,32 +35,9 @@ The file is read from top to bottom: a section uses only sections with a smaller
 
 from __future__ import annotations
 
-import base64
-import binascii
-import contextlib
-import contextvars
-import dataclasses
-import enum
-import errno
-import functools
-import hashlib
-import hmac
-import inspect
-import io
-import json
-import logging
-import operator
-import os
-import re
-import socket
-import struct
-import sys
-import threading
-import time
-import traceback
-import types
-import typing
-import zlib
+import base64, binascii, contextlib, contextvars, dataclasses, enum, errno, functools, hashlib, hmac
+import inspect, io, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
+import types, typing, zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,9 +47,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 if typing.TYPE_CHECKING:
-    import argparse
-    import ssl
-    import subprocess
+    import argparse, ssl, subprocess
 
 __version__ = "0.1.0"
 
@@ -212,25 +187,12 @@ EMPTY_SCHEMA = pa.schema([])
 class Code(str, enum.Enum):
     """gRPC's sixteen error codes; the value is the name on the wire."""
 
-    CANCELLED = "CANCELLED"
-    UNKNOWN = "UNKNOWN"
-    INVALID_ARGUMENT = "INVALID_ARGUMENT"
-    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
-    NOT_FOUND = "NOT_FOUND"
-    ALREADY_EXISTS = "ALREADY_EXISTS"
-    PERMISSION_DENIED = "PERMISSION_DENIED"
-    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
-    FAILED_PRECONDITION = "FAILED_PRECONDITION"
-    ABORTED = "ABORTED"
-    OUT_OF_RANGE = "OUT_OF_RANGE"
-    UNIMPLEMENTED = "UNIMPLEMENTED"
-    INTERNAL = "INTERNAL"
-    UNAVAILABLE = "UNAVAILABLE"
-    DATA_LOSS = "DATA_LOSS"
-    UNAUTHENTICATED = "UNAUTHENTICATED"
+    CANCELLED, UNKNOWN, INVALID_ARGUMENT, DEADLINE_EXCEEDED = "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED"
+    NOT_FOUND, ALREADY_EXISTS, PERMISSION_DENIED, RESOURCE_EXHAUSTED = "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"
+    FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE, UNIMPLEMENTED = "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED"
+    INTERNAL, UNAVAILABLE, DATA_LOSS, UNAUTHENTICATED = "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED"
 
-    def __str__(self) -> str:
-        return self.value
+    __str__ = str.__str__
 
     @classmethod
     def parse(cls, text: object) -> Code:
@@ -390,22 +352,17 @@ def _details_to_json(details: Iterable[object]) -> list[dict[str, Any]]:
 
 
 class StatusError(Exception):
-    """Raised by a method that wants the client to see a code, a kind and typed details.
+    """Raised by a method that wants the client to see a code, a kind to branch on (an open set) and typed details.
 
-    Args:
-        message: Text for a person.
-        code: One of `Code`, or its name; `ValueError` for another.
-        kind: What clients branch on, an open set; ``None`` for none.
-        details: Details of the catalogue, or mappings with an ``@type`` of the application's own; each type once.
+    The details are those of the catalogue, or mappings with an ``@type`` of the application's own; each type once.
+    A code or a detail that is not one is a `ValueError`.
     """
 
     def __init__(
         self, message: str, *, code: Code | str, kind: str | None = None, details: Iterable[_Detail | Mapping[str, Any]] = ()
     ) -> None:
         super().__init__(message)
-        self.error_code = Code(code)
-        self.error_kind = kind or ""
-        self.error_details = _details_to_json(details)
+        self.error_code, self.error_kind, self.error_details = Code(code), kind or "", _details_to_json(details)
 
 
 def _detail_reader(kind: type[_T]) -> Callable[[RpcError], _T | None]:
@@ -468,8 +425,7 @@ class RpcError(Exception):
 
     def is_retryable(self) -> bool:
         """Whether the same call may succeed later; clients never retry by themselves."""
-        retry = self.code is Code.RESOURCE_EXHAUSTED and self.retry_info() is not None
-        return self.code is Code.UNAVAILABLE or retry
+        return self.code is Code.UNAVAILABLE or (self.code is Code.RESOURCE_EXHAUSTED and self.retry_info() is not None)
 
 
 class _LocalError(RpcError):
@@ -600,8 +556,7 @@ class AuthReason(str, enum.Enum):
     PROXY_REQUIRED = "proxy_required"
     UNAUTHORIZED = "unauthorized"
 
-    def __str__(self) -> str:
-        return self.value
+    __str__ = str.__str__
 
 
 class AuthFailure(ValueError):
@@ -609,8 +564,7 @@ class AuthFailure(ValueError):
 
     def __init__(self, reason: AuthReason, detail: str = "") -> None:
         super().__init__(detail or str(reason))
-        self.reason = AuthReason(reason)
-        self.detail = detail
+        self.reason, self.detail = AuthReason(reason), detail
 
 
 def _sendable(text: str, limit: int, mark: str) -> str:
@@ -839,7 +793,7 @@ class AnnotatedBatch:
 
     @classmethod
     def from_pydict(cls, data: dict[str, Any], schema: pa.Schema | None = None) -> AnnotatedBatch:
-        """Build from ``{column: values}``, types inferred without a *schema*; `TypeError` names the column that does not fit."""
+        """Build from ``{column: values}``, types inferred without *schema*; `TypeError` names the column that does not fit."""
         return cls(_batch_from_pydict(data, schema, "from_pydict"))
 
     def release(self) -> None:
@@ -992,7 +946,7 @@ class _Table:
     def target(self, slot: int) -> int | None:
         """Follow an offset field to where it points."""
         at = self._field(slot)
-        return None if at is None else _inside(self.data, at + int(struct.unpack_from("<I", self.data, at)[0]))
+        return None if at is None else _inside(self.data, at + self.scalar(slot, "<I"))
 
     def table(self, slot: int) -> _Table | None:
         """Read a table field."""
@@ -1080,24 +1034,21 @@ class SchemaFacts(NamedTuple):
     message: bytes  # the encapsulated schema message
 
 
-_schema_cache: dict[bytes, SchemaFacts] = {}
+def _decode_schema(message: bytes) -> SchemaFacts:
+    schema = _guard("the schema message", ipc.read_schema, pa.py_buffer(message))
+    if len(schema) > MAX_COLUMNS:
+        raise IPCError(f"schema: expected at most {MAX_COLUMNS} columns, got {len(schema)}")
+    if max(map(_nesting, schema.types), default=0) > MAX_NESTING:
+        raise IPCError(f"schema: expected at most {MAX_NESTING} levels of nesting")
+    return SchemaFacts(schema, any(map(_has_dictionary, schema.types)), message)
+
+
+_cached_schema = functools.lru_cache(maxsize=256)(_decode_schema)
 
 
 def _schema_facts(message: bytes) -> SchemaFacts:
-    """Decode an encapsulated schema message; the same bytes are decoded once (bounded cache, safe between threads)."""
-    facts = _schema_cache.get(message)
-    if facts is None:
-        schema = _guard("the schema message", ipc.read_schema, pa.py_buffer(message))
-        if len(schema) > MAX_COLUMNS:
-            raise IPCError(f"schema: expected at most {MAX_COLUMNS} columns, got {len(schema)}")
-        if max(map(_nesting, schema.types), default=0) > MAX_NESTING:
-            raise IPCError(f"schema: expected at most {MAX_NESTING} levels of nesting")
-        facts = SchemaFacts(schema, any(map(_has_dictionary, schema.types)), message)
-        if len(message) <= SMALL_BODY_BYTES:
-            if len(_schema_cache) >= 256:
-                _schema_cache.clear()
-            _schema_cache[message] = facts
-    return facts
+    """Decode an encapsulated schema message; the same bytes are decoded once, unless they are too large to be kept."""
+    return _cached_schema(message) if len(message) <= SMALL_BODY_BYTES else _decode_schema(message)
 
 
 class IpcReader:
@@ -1145,17 +1096,17 @@ class IpcReader:
         return prefix + head
 
     def next(self) -> tuple[pa.RecordBatch, dict[bytes, bytes] | None] | None:
-        """Read the next batch and its metadata; ``None`` at the end marker.
-
-        Raises:
-            IPCError: Half a message, or values that do not validate.
-            RequestTooLargeError: A limit exceeded.
-        """
+        """Read the next batch and its metadata; ``None`` at the end marker. Raises as `next_message` and `decode`."""
         message = self.next_message()
         return None if message is None else (self.decode(message), message.head.metadata)
 
     def next_message(self) -> BatchMessage | None:
-        """Read the next batch's message without decoding it; ``None`` at the end marker. Raises as `next`."""
+        """Read the next batch's message without decoding it; ``None`` at the end marker.
+
+        Raises:
+            IPCError: Half a message, or a head that cannot be true.
+            RequestTooLargeError: A limit exceeded.
+        """
         while True:
             raw = None if self.ended else self._read_head()
             if raw is None:
@@ -1207,11 +1158,7 @@ class IpcReader:
             raise RequestTooLargeError(f"dictionary: expected at most {limit} bytes")
 
     def decode(self, message: BatchMessage) -> pa.RecordBatch:
-        """Decode a message of this stream; it must be the last one read when the schema has dictionaries.
-
-        Raises:
-            IPCError: It does not decode, or does not validate.
-        """
+        """Decode a message of this stream, the last one read when the schema has dictionaries; `IPCError` if it is not valid."""
         if self.facts.has_dictionary:
             batch = _guard("the batch", self._decode_with_dictionaries, message.data)
         else:
@@ -1226,11 +1173,7 @@ class IpcReader:
         return ipc.open_stream(b"".join([self.facts.message, *known, message, END_OF_STREAM])).read_next_batch()
 
     def skip(self) -> None:
-        """Read on to the end marker without decoding, which leaves a connection usable after a refusal.
-
-        Raises:
-            IPCError: The bytes are not an IPC stream.
-        """
+        """Read on to the end marker without decoding, which leaves a connection usable after a refusal; raises `IPCError`."""
         while not self.ended:
             raw = self._read_head()
             left = parse_message_head(raw[8:]).body_length if raw else 0
@@ -1308,17 +1251,11 @@ def _schema_text(schema: pa.Schema) -> str:
     return "(" + ", ".join(f"{f.name}: {_type_text(f.type)}{'' if f.nullable else ' not null'}" for f in schema) + ")"
 
 
-def conform_batch(batch: object, schema: pa.Schema, where: str, *, cast_values: bool) -> pa.RecordBatch:
+def conform_batch(batch: Any, schema: pa.Schema, where: str, *, cast_values: bool) -> pa.RecordBatch:
     """Return *batch* under *schema*: same names in the same order, no null where none is allowed.
 
-    Args:
-        batch: What came.
-        schema: What was declared.
-        where: Begins the error text.
-        cast_values: Whether types may differ when every value survives a safe cast (exchange input) or not (output).
-
-    Raises:
-        ParameterError: Names, types or nulls differ; the text says what was expected and what came.
+    With *cast_values* types may differ where every value survives a safe cast (exchange input), else they may not (output).
+    `ParameterError` begins with *where* and says what was expected and what came.
     """
     if not isinstance(batch, pa.RecordBatch):
         raise ParameterError(f"{where}: expected a pyarrow.RecordBatch, got {type(batch).__name__}")
@@ -1329,7 +1266,8 @@ def conform_batch(batch: object, schema: pa.Schema, where: str, *, cast_values: 
         batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
     for i, column in enumerate(schema):
         if not column.nullable and batch.column(i).null_count:
-            raise ParameterError(f"{where}: column {column.name!r}: expected {_type_text(column.type)} without nulls, got a null")
+            expected = _type_text(column.type)
+            raise ParameterError(f"{where}: column {column.name!r}: expected {expected} without nulls, got a null")
     return batch
 
 
@@ -1503,7 +1441,7 @@ def _scalar_codec(kind: Callable[[Any], Any]) -> Codec:
         except OverflowError:
             raise _Mismatch(expected, f"{unboxed!r:.40} (out of range)") from None
 
-    plain = frozenset({float, int} if kind is float else {kind})
+    plain = frozenset(accepted) if kind is float else frozenset({accepted[0]})
     return Codec(arrow_type, False, encode, _not_none(expected, _same), plain, decodes_plain=True)
 
 
@@ -1547,10 +1485,8 @@ def _list_codec(item: Codec, container: type) -> Codec:
         members = values if plain else _each(item.decode, values)
         return members if container is list else container(members)
 
-    def parts(values: Any) -> Iterable[tuple[str, Codec, Any]]:
-        return ((f"[{i}]", item, v) for i, v in enumerate(values))
-
-    return Codec(arrow_type, False, encode, _not_none(_type_text(arrow_type), decode), parts=parts)
+    checked = _not_none(_type_text(arrow_type), decode)
+    return Codec(arrow_type, False, encode, checked, parts=lambda vs: ((f"[{i}]", item, v) for i, v in enumerate(vs)))
 
 
 def _dict_codec(key: Codec, value: Codec) -> Codec:
@@ -1568,15 +1504,13 @@ def _dict_codec(key: Codec, value: Codec) -> Codec:
         _expect(mapping, Mapping, expected)
         return list(pairs(mapping.items(), key.encode, value.encode))
 
-    def decode(entries: Any) -> Any:
-        return dict(pairs(entries, key.decode, value.decode))
-
     def parts(mapping: Any) -> Iterable[tuple[str, Codec, Any]]:
         for k, v in mapping.items():
             yield "<key>", key, k
             yield f"[{k!r:.40}]", value, v
 
-    return Codec(arrow_type, False, encode, _not_none(_type_text(arrow_type), decode), parts=parts)
+    decode = _not_none(_type_text(arrow_type), lambda entries: dict(pairs(entries, key.decode, value.decode)))
+    return Codec(arrow_type, False, encode, decode, parts=parts)
 
 
 def _enum_codec(kind: type[enum.Enum]) -> Codec:
@@ -1600,14 +1534,11 @@ def _optional_codec(inner: Codec) -> Codec:
     if inner.fixed_nullability:
         return inner
 
-    def encode(value: Any) -> Any:
-        return None if value is None else inner.encode(value)
-
-    def decode(value: Any) -> Any:
-        return None if value is None else inner.decode(value)
+    def or_none(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda value: None if value is None else convert(value)
 
     plain = inner.plain | {type(None)} if inner.plain else inner.plain
-    return dataclasses.replace(inner, nullable=True, encode=encode, decode=decode, plain=plain)
+    return dataclasses.replace(inner, nullable=True, encode=or_none(inner.encode), decode=or_none(inner.decode), plain=plain)
 
 
 def _annotated_codec(annotation: Any, whole: bool) -> Codec:
@@ -1663,10 +1594,7 @@ def _binary_codec(encode: Callable[[Any], bytes], decode: Callable[[Any], Any]) 
 
 
 class RowCodec:
-    """Named codecs side by side: one row of `schema` to values and back.
-
-    Parameters, results, headers and dataclasses all travel as such a row.
-    """
+    """Named codecs side by side: one row of `schema` to values and back, as parameters, results and dataclasses travel."""
 
     def __init__(self, fields: Iterable[tuple[str, Codec]]) -> None:
         pairs = list(fields)
@@ -1776,11 +1704,7 @@ _codec_lock = threading.RLock()
 
 @functools.lru_cache(maxsize=None)
 def dataclass_codec(cls: Any) -> DataclassCodec:
-    """Return the codec of a dataclass; built once per class.
-
-    Raises:
-        TypeError: A field's annotation has no Arrow mapping, or the class contains itself.
-    """
+    """Return the codec of a class, built once; `TypeError`: a field has no Arrow mapping, or the class contains itself."""
     with _codec_lock:
         if cls in _building:
             raise TypeError(f"{cls.__qualname__} contains itself; an Arrow struct has a fixed depth")
@@ -1792,32 +1716,21 @@ def dataclass_codec(cls: Any) -> DataclassCodec:
 
 
 _INSTEAD = {  # what would work, by the name of the type that has no mapping
-    "list": "list[T], for example list[int]",
-    "dict": "dict[K, V], for example dict[str, float]",
-    "set": "set[T]",
-    "frozenset": "frozenset[T]",
-    "tuple": "list[T], or a dataclass",
-    "datetime": "Annotated[datetime, ArrowType(pa.timestamp('us'))]",
-    "date": "Annotated[date, ArrowType(pa.date32())]",
-    "time": "Annotated[time, ArrowType(pa.time64('us'))]",
+    "list": "list[T], for example list[int]", "dict": "dict[K, V], for example dict[str, float]", "set": "set[T]",
+    "frozenset": "frozenset[T]", "tuple": "list[T], or a dataclass", "Table": "pa.RecordBatch, or a stream of batches",
+    "UUID": "Annotated[bytes, ArrowType(pa.binary(16))]", "date": "Annotated[date, ArrowType(pa.date32())]",
+    "datetime": "Annotated[datetime, ArrowType(pa.timestamp('us'))]", "time": "Annotated[time, ArrowType(pa.time64('us'))]",
     "timedelta": "Annotated[timedelta, ArrowType(pa.duration('us'))]",
     "Decimal": "Annotated[Decimal, ArrowType(pa.decimal128(20, 4))]",
-    "UUID": "Annotated[bytes, ArrowType(pa.binary(16))]",
-    "Table": "pa.RecordBatch, or a stream of batches",
 }
 _MAPPED = "str, bytes, int, float, bool, list, dict, set, Enum, a dataclass, or Annotated[T, ArrowType(...)]"
 
 
 @functools.lru_cache(maxsize=None)
 def codec_for(annotation: Any, *, whole: bool = False) -> Codec:
-    """Return the codec of an annotation.
+    """Return the codec of an annotation; without a mapping a `TypeError` says what would work.
 
-    Args:
-        annotation: A type of WIRE section 2.
-        whole: For parameters and results, where a dataclass travels as bytes, and not as a struct.
-
-    Raises:
-        TypeError: No mapping; the text says what would work.
+    *whole* is for parameters and results, where a dataclass travels as bytes, and not as a struct.
     """
     if hasattr(annotation, "__supertype__"):  # NewType
         return codec_for(annotation.__supertype__, whole=whole)
@@ -1866,7 +1779,7 @@ class ArrowSerializableDataclass:
 
     A subclass is decorated with ``@dataclass`` (frozen or not). Fields have the types of the README's table; a field
     ``Annotated[T, Transient()]`` is not serialised. Reading goes by field name: unknown columns are ignored, absent ones
-    take the field's default. A value that is not of its field's type is a `TypeError` whose text gives the path to it.
+    take the field's default. An absent field without one, and a value not of its field's type, are a `TypeError` with the path.
     """
 
     ARROW_SCHEMA: ClassVar[Any] = _SchemaDescriptor()  # one column per field
@@ -1884,12 +1797,7 @@ class ArrowSerializableDataclass:
 
     @classmethod
     def deserialize_from_bytes(cls: type[_T], data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL) -> _T:
-        """Read what `serialize_to_bytes` wrote.
-
-        Raises:
-            IPCError: Not an Arrow IPC stream.
-            TypeError: A field is absent and has no default, or does not have the declared type.
-        """
+        """Read what `serialize_to_bytes` wrote; `IPCError` when it is no Arrow IPC stream."""
         try:
             return cast("_T", dataclass_codec(cls).from_bytes(data, ipc_validation))
         except EOFError:
