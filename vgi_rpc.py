@@ -186,11 +186,12 @@ EMPTY_SCHEMA = pa.schema([])
 
 class Code(str, enum.Enum):
     """gRPC's sixteen error codes; the value is the name on the wire."""
-
-    CANCELLED, UNKNOWN, INVALID_ARGUMENT, DEADLINE_EXCEEDED = "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED"
-    NOT_FOUND, ALREADY_EXISTS, PERMISSION_DENIED, RESOURCE_EXHAUSTED = "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"
-    FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE, UNIMPLEMENTED = "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED"
-    INTERNAL, UNAVAILABLE, DATA_LOSS, UNAUTHENTICATED = "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED"
+    CANCELLED, UNKNOWN, INVALID_ARGUMENT = "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT"
+    DEADLINE_EXCEEDED, NOT_FOUND, ALREADY_EXISTS = "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS"
+    PERMISSION_DENIED, RESOURCE_EXHAUSTED = "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"
+    FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE = "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE"
+    UNIMPLEMENTED, INTERNAL, UNAVAILABLE = "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE"
+    DATA_LOSS, UNAUTHENTICATED = "DATA_LOSS", "UNAUTHENTICATED"
 
     __str__ = str.__str__
 
@@ -208,7 +209,6 @@ _DETAIL_TYPES: dict[str, type[_Detail]] = {}
 
 class _Detail:
     """A typed error detail: a dataclass of the family's catalogue, where its name is the ``@type``."""
-
     TYPE: ClassVar[str] = ""
     _ITEMS: ClassVar[dict[str, type]] = {}  # the dataclasses inside its sequences
 
@@ -237,103 +237,78 @@ def _known_members(cls: Any, obj: Mapping[str, Any]) -> dict[str, Any]:
     names = {f.name for f in dataclasses.fields(cls)}
     return {k: v for k, v in obj.items() if k in names}
 
-
 @dataclass(frozen=True)
 class ErrorInfo(_Detail):
     """Free key-value facts about the error."""
-
     metadata: Mapping[str, str] = field(default_factory=dict)
-
 
 @dataclass(frozen=True)
 class RetryInfo(_Detail):
     """When a retry may be worth it, in seconds from now."""
-
     retry_delay_seconds: float
-
 
 @dataclass(frozen=True)
 class FieldViolation:
     """One field of a bad request, by its path."""
-
     field: str
     description: str = ""
-
 
 @dataclass(frozen=True)
 class BadRequest(_Detail):
     """Which fields of the request were wrong."""
-
     _ITEMS = {"field_violations": FieldViolation}
     field_violations: Sequence[FieldViolation] = ()
-
 
 @dataclass(frozen=True)
 class PreconditionViolation:
     """One precondition that did not hold."""
-
     type: str
     subject: str = ""
     description: str = ""
 
-
 @dataclass(frozen=True)
 class PreconditionFailure(_Detail):
     """Which preconditions did not hold."""
-
     _ITEMS = {"violations": PreconditionViolation}
     violations: Sequence[PreconditionViolation] = ()
-
 
 @dataclass(frozen=True)
 class QuotaViolation:
     """One quota that was used up."""
-
     subject: str
     description: str = ""
-
 
 @dataclass(frozen=True)
 class QuotaFailure(_Detail):
     """Which quotas were used up."""
-
     _ITEMS = {"violations": QuotaViolation}
     violations: Sequence[QuotaViolation] = ()
-
 
 @dataclass(frozen=True)
 class ResourceInfo(_Detail):
     """Which resource the error is about."""
-
     resource_type: str = ""
     resource_name: str = ""
     owner: str = ""
     description: str = ""
 
-
 @dataclass(frozen=True)
 class HelpLink:
     """One link of a `Help`."""
-
     description: str
     url: str
-
 
 @dataclass(frozen=True)
 class Help(_Detail):
     """Where to read on."""
-
     _ITEMS = {"links": HelpLink}
     links: Sequence[HelpLink] = ()
-
 
 @dataclass(frozen=True)
 class LocalizedMessage(_Detail):
     """The error for an end user, in the language that *locale* names (BCP 47)."""
-
     locale: str
     message: str
-
 
 def _details_to_json(details: Iterable[object]) -> list[dict[str, Any]]:
     """Return details as JSON objects, each type once; raise `ValueError` for what the catalogue does not allow."""
@@ -350,7 +325,6 @@ def _details_to_json(details: Iterable[object]) -> list[dict[str, Any]]:
         objects.append(dict(cast("Mapping[str, Any]", obj)))
     return objects
 
-
 class StatusError(Exception):
     """Raised by a method that wants the client to see a code, a kind to branch on (an open set) and typed details.
 
@@ -363,7 +337,6 @@ class StatusError(Exception):
     ) -> None:
         super().__init__(message)
         self.error_code, self.error_kind, self.error_details = Code(code), kind or "", _details_to_json(details)
-
 
 def _detail_reader(kind: type[_T]) -> Callable[[RpcError], _T | None]:
     """Make the method of `RpcError` that returns the detail of that type."""
@@ -430,55 +403,42 @@ class RpcError(Exception):
 
 class _LocalError(RpcError):
     """An `RpcError` made on the client's side: no remote traceback, the class name is the type."""
-
     error_code_default: ClassVar[Code] = Code.UNAVAILABLE
 
     def __init__(self, message: str, *, request_id: str = "", error_kind: str = "") -> None:
         code = self.error_code_default.value
         super().__init__(type(self).__name__, message, "", request_id=request_id, error_code=code, error_kind=error_kind)
 
-
 class TransportError(_LocalError):
     """No answer came: the peer could not be reached, went away, or does not speak Arrow IPC."""
 
-
 class DeadlineExceededError(_LocalError):
     """The call's time ran out, here or on the server."""
-
     error_code_default = Code.DEADLINE_EXCEEDED
-
 
 class AuthenticationError(_LocalError):
     """The server answered 401; `reason` says why: from the body, else from ``VGI-Auth-Reason``, else ``UNAUTHORIZED``."""
-
     error_code_default = Code.UNAUTHENTICATED
 
     def __init__(self, message: str, *, reason: AuthReason | None = None) -> None:
         super().__init__(message)
         self.reason = reason or AuthReason.UNAUTHORIZED
 
-
 class _Refusal(Exception):
     """A request that is refused before a method runs; the attributes say how."""
-
     error_code: Any = Code.INVALID_ARGUMENT
     error_kind: Any = ""
     http_status = 400
 
-
 class IPCError(_Refusal):
     """Bytes that are not the Arrow IPC they should be; the text says what was expected, what came and where."""
 
-
 class VersionError(_Refusal):
     """The request's wire version is absent or not ours."""
-
     error_code = Code.FAILED_PRECONDITION
-
 
 class ProtocolVersionError(VersionError):
     """Client and server speak incompatible versions of the application's protocol."""
-
     error_kind = "protocol_version_mismatch"
 
     def __init__(self, message: str = "", *, protocol: str = "", client_version: str = "", server_version: str = "") -> None:
@@ -490,48 +450,34 @@ class ProtocolVersionError(VersionError):
         """The precondition that failed, as the family words it."""
         return [PreconditionFailure((PreconditionViolation("protocol_version", self.protocol, str(self)),)).to_json()]
 
-
 class ProtocolError(_Refusal):
     """A request that breaks a rule of the wire."""
 
-
 class ProtocolNotSpecifiedError(ProtocolError):
     """The request names no protocol."""
-
     error_kind = "protocol_not_specified"
-
 
 class ProtocolNotSupportedError(ProtocolError):
     """The server does not host that protocol."""
-
     error_kind, error_code, http_status = "protocol_not_supported", Code.UNIMPLEMENTED, 404
-
 
 class MethodNotImplementedError(ProtocolError):
     """The protocol has no such method."""
-
     error_kind, error_code, http_status = "method_not_implemented", Code.UNIMPLEMENTED, 404
-
 
 class TokenError(ProtocolError):
     """A state token that this server did not sign, not for this call, or that is too old."""
 
-
 class RequestTooLargeError(ProtocolError):
     """A request above the server's limit."""
-
     error_code, http_status = Code.RESOURCE_EXHAUSTED, 413
-
 
 class ResponseTooLargeError(ProtocolError):
     """An answer above the smallest of the client's and the server's limits."""
-
     error_code, http_status = Code.RESOURCE_EXHAUSTED, 200
-
 
 class ServerDrainingError(ProtocolError):
     """The server is stopping and takes no new calls; another may."""
-
     error_kind, error_code, http_status = "server_draining", Code.UNAVAILABLE, 503
 
     @property
@@ -539,25 +485,17 @@ class ServerDrainingError(ProtocolError):
         """When to try again."""
         return [RetryInfo(1.0).to_json()]
 
-
 class ParameterError(_Refusal, TypeError):
     """A parameter, field or result of the wrong type; on the wire it is a ``TypeError``."""
-
     error_type = "TypeError"
-
 
 class AuthReason(str, enum.Enum):
     """Why a server answered 401: the closed set of the family."""
-
-    MISSING_CREDENTIAL = "missing_credential"
-    INVALID_CREDENTIAL = "invalid_credential"
-    EXPIRED_CREDENTIAL = "expired_credential"
-    INSUFFICIENT_SCOPE = "insufficient_scope"
-    PROXY_REQUIRED = "proxy_required"
-    UNAUTHORIZED = "unauthorized"
+    MISSING_CREDENTIAL, INVALID_CREDENTIAL = "missing_credential", "invalid_credential"
+    EXPIRED_CREDENTIAL, INSUFFICIENT_SCOPE = "expired_credential", "insufficient_scope"
+    PROXY_REQUIRED, UNAUTHORIZED = "proxy_required", "unauthorized"
 
     __str__ = str.__str__
-
 
 class AuthFailure(ValueError):
     """Raised by an ``authenticate`` callback to say why a credential was refused."""
@@ -566,12 +504,10 @@ class AuthFailure(ValueError):
         super().__init__(detail or str(reason))
         self.reason, self.detail = AuthReason(reason), detail
 
-
 def _sendable(text: str, limit: int, mark: str) -> str:
     """*text*, at most *limit* characters and then *mark*, and valid UTF-8 also where it holds lone surrogates."""
     text = text[:limit] + mark if len(text) > limit else text
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
 
 def _text_of(value: object) -> str:
     """``str(value)``, bounded and valid UTF-8, also when its ``__str__`` is broken."""
@@ -580,7 +516,6 @@ def _text_of(value: object) -> str:
     except Exception as exc:
         text = f"<{type(value).__name__}: its __str__ raised {type(exc).__name__}>"
     return _sendable(text, MAX_ERROR_MESSAGE_CHARS, "… <truncated>")
-
 
 def _suggest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for a near miss, else nothing."""
@@ -596,17 +531,9 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 # A log line or an error as it travels: level, text, extra. An error is a message of level EXCEPTION.
 # The metadata of a message is the only form in which an exception leaves a process.
 
-
 class Level(enum.Enum):
     """Severity of a `Message`, most severe first; the value is the name on the wire."""
-
-    EXCEPTION = "EXCEPTION"
-    ERROR = "ERROR"
-    WARN = "WARN"
-    INFO = "INFO"
-    DEBUG = "DEBUG"
-    TRACE = "TRACE"
-
+    EXCEPTION, ERROR, WARN, INFO, DEBUG, TRACE = "EXCEPTION", "ERROR", "WARN", "INFO", "DEBUG", "TRACE"
 
 def _message_maker(level: Level) -> classmethod[Message, typing.Concatenate[str, ...], Message]:
     """Make the class method of `Message` that is named after a level."""
@@ -614,22 +541,19 @@ def _message_maker(level: Level) -> classmethod[Message, typing.Concatenate[str,
     def make(cls: type[Message], message: str, **kwargs: object) -> Message:
         return cls(level, message, **kwargs)
 
-    make.__name__ = level.name.lower()
-    make.__qualname__ = f"Message.{make.__name__}"
+    make.__name__, make.__qualname__ = level.name.lower(), f"Message.{level.name.lower()}"
     make.__doc__ = f"Make a message of level ``{level.name}``."
     return classmethod(make)
 
 
 class Message:
     """One log line from a server, or one error."""
-
     __slots__ = ("extra", "level", "message")
     MAX_TRACEBACK_CHARS = MAX_TRACEBACK_CHARS
     MAX_TRACEBACK_FRAMES = MAX_TRACEBACK_FRAMES
 
     def __init__(self, level: Level, message: str, **kwargs: object) -> None:
-        self.level = level
-        self.message = message
+        self.level, self.message = level, message
         self.extra: dict[str, Any] | None = kwargs or None  # JSON-compatible facts
 
     def __repr__(self) -> str:
@@ -644,10 +568,7 @@ class Message:
 
     @classmethod
     def from_exception(cls, exc: BaseException, *, include_traceback: bool = True) -> Message:
-        """Describe an exception: type, text, code, kind, details and, if asked, traceback and last frames.
-
-        Never raises, whatever the exception's own methods do.
-        """
+        """Describe an exception, whatever its own methods do: type, text, code, kind, details, traceback and last frames."""
         name, text = _error_type_of(exc), _text_of(exc)
         extra: dict[str, Any] = {"exception_type": name, "exception_message": text, "error_code": _error_code_of(exc).value}
         kind, details = getattr(exc, "error_kind", ""), _error_details_of(exc)
@@ -671,10 +592,8 @@ def _error_type_of(exc: BaseException) -> str:
     declared = getattr(exc, "error_type", None) if isinstance(exc, _Refusal) else None
     return declared or type(exc).__name__
 
-
 def _error_code_of(exc: BaseException) -> Code:
     return Code.parse(getattr(exc, "error_code", None))
-
 
 def _error_details_of(exc: BaseException) -> list[dict[str, Any]]:
     """The exception's details as JSON objects; an empty list when there are none, too many or unusable ones."""
@@ -683,7 +602,6 @@ def _error_details_of(exc: BaseException) -> list[dict[str, Any]]:
         return details if len(json.dumps(details)) <= MAX_ERROR_DETAILS_BYTES else []
     except (TypeError, ValueError):
         return []
-
 
 def _traceback_facts(exc: BaseException) -> dict[str, Any]:
     """``traceback``, ``frames`` (the last five), ``cause`` and ``context`` of an exception."""
@@ -700,7 +618,6 @@ def _traceback_facts(exc: BaseException) -> dict[str, Any]:
             facts[name] = f"{type(other).__name__}: {_text_of(other)}"
     return facts
 
-
 def _message_metadata(message: Message, server_id: str, request_id: str) -> dict[bytes, bytes]:
     """A message as metadata of a zero-row batch; for an error its code, kind and details also stand on their own."""
     metadata = {k.encode(): v.encode("utf-8", "backslashreplace") for k, v in message.add_to_metadata().items()}
@@ -713,7 +630,6 @@ def _message_metadata(message: Message, server_id: str, request_id: str) -> dict
     facts |= {SERVER_ID_KEY: server_id, REQUEST_ID_KEY: request_id}
     return metadata | {key: str(fact).encode() for key, fact in facts.items() if fact}
 
-
 def _json_object(data: bytes | None) -> dict[str, Any]:
     """Parse *data* as a JSON object; anything else is an empty one (it comes from a peer and is only information)."""
     try:
@@ -722,11 +638,9 @@ def _json_object(data: bytes | None) -> dict[str, Any]:
         return {}
     return value if isinstance(value, dict) else {}
 
-
 def _metadata_text(metadata: Mapping[bytes, bytes], key: bytes, default: object = "") -> str:
     value = metadata.get(key)
     return value.decode("utf-8", "replace") if value is not None else str(default or "")
-
 
 def _message_from_metadata(metadata: Mapping[bytes, bytes]) -> Message:
     """The reverse of `_message_metadata`, for logs; an unknown level reads as INFO."""
@@ -734,7 +648,6 @@ def _message_from_metadata(metadata: Mapping[bytes, bytes]) -> Message:
     message = Message(level, _metadata_text(metadata, LOG_MESSAGE_KEY))
     message.extra = _json_object(metadata.get(LOG_EXTRA_KEY)) or None
     return message
-
 
 def _error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
     """The `RpcError` of an error batch; code, kind and details from their own keys first, else from ``log_extra``."""
@@ -775,19 +688,15 @@ END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE = 1, 2, 3  # MessageHeader of Arrow's format/Message.fbs
 _ARROW_FAILURES = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError)
 
-
 class IpcValidation(enum.Enum):
     """How much of an incoming batch is checked before a method sees it."""
-
     NONE = "none"
     STANDARD = "standard"  # lengths and offsets: O(columns)
     FULL = "full"  # every value: offsets in order, valid UTF-8, dictionary indices in range
 
-
 @dataclass(frozen=True)
 class AnnotatedBatch:
     """A record batch with the custom metadata of its message."""
-
     batch: pa.RecordBatch  # rows x columns; immutable, safe to share between threads
     custom_metadata: pa.KeyValueMetadata | None = None  # None when the message carried none
 
@@ -798,7 +707,6 @@ class AnnotatedBatch:
 
     def release(self) -> None:
         """Give back what the batch stands on; nothing to do here, as batches own their memory."""
-
 
 def _batch_from_pydict(data: Mapping[str, Any], schema: pa.Schema | None, where: str) -> pa.RecordBatch:
     """Columns by name to a batch; errors name *where*, the column, what was expected and what came."""
@@ -814,7 +722,6 @@ def _batch_from_pydict(data: Mapping[str, Any], schema: pa.Schema | None, where:
     except _ARROW_FAILURES as exc:
         raise ParameterError(f"{where}: {_text_of(exc)}") from None
 
-
 def _column_from(values: Any, column: pa.Field, where: str) -> pa.Array:
     try:
         return values if isinstance(values, pa.Array) else pa.array(values, column.type)
@@ -822,26 +729,16 @@ def _column_from(values: Any, column: pa.Field, where: str) -> pa.Array:
         expected = _type_text(column.type)
         raise ParameterError(f"{where}: column {column.name!r}: expected {expected}, got {_text_of(exc)}") from None
 
-
 @functools.lru_cache(maxsize=256)
 def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
     """Return the batch of 0 rows x the schema's columns that carries logs, errors, ticks and tokens."""
     return pa.RecordBatch.from_arrays([pa.nulls(0, f.type) for f in schema], schema=schema)
 
-
 _TICK = pa.RecordBatch.from_arrays([], schema=EMPTY_SCHEMA)
-
 
 class BatchKind(enum.Enum):
     """What a batch of a stream is (WIRE section 4): the only place that decides it is `batch_kind`."""
-
-    DATA = "data"
-    LOG = "log"
-    ERROR = "error"
-    LOCATION = "location"
-    SHM = "shm"
-    TOKEN = "token"
-
+    DATA, LOG, ERROR, LOCATION, SHM, TOKEN = "data", "log", "error", "location", "shm", "token"
 
 def batch_kind(num_rows: int, metadata: _Metadata | None) -> BatchKind:
     """Tell data from logs, errors, pointers and tokens; a zero-row batch without our keys is data."""
@@ -853,7 +750,6 @@ def batch_kind(num_rows: int, metadata: _Metadata | None) -> BatchKind:
         if key in metadata:
             return kind
     return BatchKind.DATA
-
 
 class ByteSource:
     """Bytes in their order: what an `IpcReader` reads from."""
@@ -894,17 +790,13 @@ class BufferSource(ByteSource):
 @dataclass(frozen=True)
 class IpcLimits:
     """What an `IpcReader` accepts of one message."""
-
     max_bytes: int | None = None  # decoded bytes of one message, None for what memory holds
     max_rows: int | None = None  # rows of one batch, None for what its bytes pay for (see FREE_ROWS)
 
-
 _NO_LIMITS = IpcLimits()
-
 
 class MessageHead(NamedTuple):
     """The head of one IPC message, as far as bounds, metadata and dictionaries need it (format/Message.fbs)."""
-
     kind: int
     body_length: int  # bytes
     metadata: dict[bytes, bytes] | None = None
@@ -914,17 +806,14 @@ class MessageHead(NamedTuple):
     dictionary_id: int = 0
     is_delta: bool = False
 
-
 class BatchMessage(NamedTuple):
     """A record batch's message: its head and all of its bytes, prefix included."""
-
     head: MessageHead
     data: _Buffer
 
 
 class _Table:
     """One table of a flatbuffer: bounds-checked reads of its fields by number (flatbuffers' "internals")."""
-
     __slots__ = ("data", "position", "slots")
 
     def __init__(self, data: bytes, position: int) -> None:
@@ -971,7 +860,6 @@ def _inside(data: bytes, position: int) -> int:
         raise IndexError(position)
     return position
 
-
 def parse_message_head(data: bytes) -> MessageHead:
     """Read the flatbuffer head of one IPC message; raises `IPCError` when it is not one."""
     try:
@@ -996,7 +884,6 @@ def parse_message_head(data: bytes) -> MessageHead:
     except (struct.error, IndexError, ValueError, OverflowError, MemoryError) as exc:
         raise IPCError(f"not an Arrow IPC message: its head of {len(data)} bytes does not parse ({_text_of(exc)})") from None
 
-
 def _head_metadata(message: _Table) -> dict[bytes, bytes] | None:
     start, count = message.vector(4)
     if count * 4 > len(message.data):
@@ -1004,7 +891,6 @@ def _head_metadata(message: _Table) -> dict[bytes, bytes] | None:
     offsets = enumerate(struct.unpack_from(f"<{count}I", message.data, start))
     pairs = [_Table(message.data, start + 4 * i + offset) for i, offset in offsets]
     return {pair.text(0): pair.text(1) for pair in pairs} or None
-
 
 def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
     """Call into pyarrow with foreign bytes: the one place where its exceptions become ours."""
@@ -1015,24 +901,19 @@ def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
     except _ARROW_FAILURES as exc:
         raise IPCError(f"{what}: {_text_of(exc)}") from None
 
-
 def _nesting(kind: pa.DataType) -> int:
     return 1 + max((_nesting(kind.field(i).type) for i in range(kind.num_fields)), default=0)
-
 
 def _has_dictionary(kind: pa.DataType) -> bool:
     if isinstance(kind, pa.BaseExtensionType):
         return _has_dictionary(kind.storage_type)
     return pa.types.is_dictionary(kind) or any(_has_dictionary(kind.field(i).type) for i in range(kind.num_fields))
 
-
 class SchemaFacts(NamedTuple):
     """A schema with what reading its batches needs to know."""
-
     schema: pa.Schema
     has_dictionary: bool
     message: bytes  # the encapsulated schema message
-
 
 def _decode_schema(message: bytes) -> SchemaFacts:
     schema = _guard("the schema message", ipc.read_schema, pa.py_buffer(message))
@@ -1042,9 +923,7 @@ def _decode_schema(message: bytes) -> SchemaFacts:
         raise IPCError(f"schema: expected at most {MAX_NESTING} levels of nesting")
     return SchemaFacts(schema, any(map(_has_dictionary, schema.types)), message)
 
-
 _cached_schema = functools.lru_cache(maxsize=256)(_decode_schema)
-
 
 def _schema_facts(message: bytes) -> SchemaFacts:
     """Decode an encapsulated schema message; the same bytes are decoded once, unless they are too large to be kept."""
@@ -1237,19 +1116,15 @@ def stream_bytes(schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]])
     IpcWriter(pieces.extend, schema).write_all(items, close=True)
     return b"".join(pieces)
 
-
 _TYPE_SPELLING = {"double": "float64", "halffloat": "float16", "float": "float32", "string": "utf8"}
-
 
 def _type_text(kind: pa.DataType) -> str:
     """An Arrow type as pyarrow's constructors spell it: ``float64``, where its own text says ``double``."""
     return re.sub(r"\b(double|halffloat|float|string)\b", lambda m: _TYPE_SPELLING[m[1]], str(kind))
 
-
 def _schema_text(schema: pa.Schema) -> str:
     """A schema on one line: ``(a: float64 not null, b: utf8)``."""
     return "(" + ", ".join(f"{f.name}: {_type_text(f.type)}{'' if f.nullable else ' not null'}" for f in schema) + ")"
-
 
 def conform_batch(batch: Any, schema: pa.Schema, where: str, *, cast_values: bool) -> pa.RecordBatch:
     """Return *batch* under *schema*: same names in the same order, no null where none is allowed.
@@ -1270,7 +1145,6 @@ def conform_batch(batch: Any, schema: pa.Schema, where: str, *, cast_values: boo
             raise ParameterError(f"{where}: column {column.name!r}: expected {expected} without nulls, got a null")
     return batch
 
-
 def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values: bool) -> pa.Array:
     if column.type.equals(wanted.type):
         return column
@@ -1290,19 +1164,15 @@ def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values:
 # Law: a codec is built once per annotation and cached; a value that does not fit raises _Mismatch, to which each
 # container on the way out adds its part of the path, so that the text reads `Order.lines[0].price: expected ..., got ...`.
 
-
 @dataclass(frozen=True)
 class ArrowType:
     """Says which Arrow type a field or parameter has: ``Annotated[int, ArrowType(pa.int32())]``."""
-
     arrow_type: pa.DataType  # exactly this type goes on the wire
     nullable: bool | None = None  # overrides what the annotation says; None leaves it
-
 
 @dataclass(frozen=True)
 class Transient:
     """Marks a dataclass field that is not serialised: ``Annotated[T, Transient()]``; on reading it takes its default."""
-
 
 class _Mismatch(Exception):
     """A value that does not fit its codec; containers prepend to *path* on the way out."""
@@ -1318,15 +1188,12 @@ class _Mismatch(Exception):
     def error(self, where: str) -> ParameterError:
         return ParameterError(f"{where}{self.path}: expected {self.expected}, got {self.got}")
 
-
 def _got(value: object) -> str:
     return "None" if value is None else type(value).__name__
-
 
 def _expect(value: object, accepted: type | tuple[type, ...], expected: str) -> None:
     if not isinstance(value, accepted):
         raise _Mismatch(expected, _got(value))
-
 
 def _of_field(name: str, convert: Callable[[Any], Any], value: Any) -> Any:
     try:
@@ -1338,14 +1205,12 @@ def _of_field(name: str, convert: Callable[[Any], Any], value: Any) -> Any:
 @dataclass(frozen=True)
 class Codec:
     """How values of one annotation travel; encoding and decoding raise `_Mismatch`."""
-
     arrow_type: pa.DataType
     nullable: bool  # whether None is a value
     encode: Callable[[Any], Any]  # Python value to what pa.array takes for arrow_type
     decode: Callable[[Any], Any]  # what to_pylist gives to the Python value
     plain: frozenset[type] = frozenset()  # types that encode leaves as they are: a list of them is passed on whole
     decodes_plain: bool = False  # decode changes nothing, and refuses None at most
-    parts: Callable[[Any], Iterable[tuple[str, Codec, Any]]] | None = None  # (step, codec, value) of a container's members
     fixed_nullability: bool = False  # ArrowType(..., nullable=...) beats an Optional around it
 
     @property
@@ -1359,21 +1224,8 @@ class Codec:
         try:
             return pa.array(encoded, type=self.arrow_type)
         except _ARROW_FAILURES as exc:
-            for value in values:
-                self._find_failure(value)
-            raise _Mismatch(self.expected, _text_of(exc)) from None
-
-    def _find_failure(self, value: Any) -> None:
-        for step, codec, member in self.parts(value) if self.parts and value is not None else ():
-            try:
-                codec._find_failure(member)
-            except _Mismatch as exc:
-                raise exc.under(step) from None
-        try:
-            pa.array([self.encode(value)], type=self.arrow_type)
-        except _ARROW_FAILURES as exc:
-            shown = repr(value) if isinstance(value, (int, float)) else _got(value)
-            raise _Mismatch(self.expected, f"{shown} ({_text_of(exc)})") from None
+            found = filter(None, (_failure(value, self.arrow_type) for value in encoded))
+            raise next(found, _Mismatch(self.expected, _text_of(exc))) from None
 
     def from_array(self, column: pa.Array) -> Any:
         """Decode a column of one row; one of another type is accepted when its value fits all the same."""
@@ -1382,6 +1234,26 @@ class Codec:
             self.to_array([value])
         return value
 
+
+def _failure(value: Any, kind: pa.DataType) -> _Mismatch | None:
+    """Find the innermost part of an encoded value that pyarrow does not take for its type; ``None`` when it takes all."""
+    members: list[tuple[str, Any, pa.DataType]] = []
+    if isinstance(value, list) and pa.types.is_list(kind):
+        members = [(f"[{i}]", v, kind.value_type) for i, v in enumerate(value)]
+    elif isinstance(value, list) and pa.types.is_map(kind):
+        members = [m for k, v in value for m in (("<key>", k, kind.key_type), (f"[{k!r:.40}]", v, kind.item_type))]
+    elif isinstance(value, dict) and pa.types.is_struct(kind):
+        members = [(f".{f.name}", value.get(f.name), f.type) for f in kind]
+    for step, member, member_kind in members:
+        found = _failure(member, member_kind)
+        if found:
+            return found.under(step)
+    try:
+        pa.array([value], type=kind)
+    except _ARROW_FAILURES as exc:
+        shown = repr(value) if isinstance(value, (int, float)) else _got(value)
+        return _Mismatch(_type_text(kind), f"{shown} ({_text_of(exc)})")
+    return None
 
 def _hints(owner: Any) -> dict[str, Any]:
     """The resolved annotations of a class or function; an unresolvable name is reported with its owner."""
@@ -1392,10 +1264,8 @@ def _hints(owner: Any) -> dict[str, Any]:
         hint = " (define the types that annotations name at module level)" if isinstance(exc, NameError) else ""
         raise TypeError(f"{name}: its annotations do not resolve: {_text_of(exc)}{hint}") from exc
 
-
 def _annotation_text(annotation: object) -> str:
     return annotation.__qualname__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
-
 
 def _split_optional(annotation: Any) -> tuple[Any, bool]:
     """``T | None`` -> (T, True); anything else -> (annotation, False)."""
@@ -1406,13 +1276,11 @@ def _split_optional(annotation: Any) -> tuple[Any, bool]:
             return rest[0], True
     return annotation, False
 
-
 def _unboxed(value: Any) -> Any:
     """A Python value out of a numpy or pyarrow scalar; anything else as it is."""
     if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "item"):
         return value.item()
     return value.as_py() if isinstance(value, pa.Scalar) else value
-
 
 _SCALARS: dict[Any, tuple[pa.DataType, tuple[type, ...]]] = {  # annotation: Arrow type, what is accepted
     bool: (pa.bool_(), (bool,)),
@@ -1421,7 +1289,6 @@ _SCALARS: dict[Any, tuple[pa.DataType, tuple[type, ...]]] = {  # annotation: Arr
     str: (pa.utf8(), (str,)),
     bytes: (pa.binary(), (bytes, bytearray, memoryview)),
 }
-
 
 def _scalar_codec(kind: Callable[[Any], Any]) -> Codec:
     arrow_type, accepted = _SCALARS[kind]
@@ -1444,10 +1311,8 @@ def _scalar_codec(kind: Callable[[Any], Any]) -> Codec:
     plain = frozenset(accepted) if kind is float else frozenset({accepted[0]})
     return Codec(arrow_type, False, encode, _not_none(expected, _same), plain, decodes_plain=True)
 
-
 def _same(value: Any) -> Any:
     return value
-
 
 def _not_none(expected: str, convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return *convert* with a refusal of ``None`` in front."""
@@ -1459,7 +1324,6 @@ def _not_none(expected: str, convert: Callable[[Any], Any]) -> Callable[[Any], A
 
     return checked
 
-
 def _each(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
     """Apply *function* to every element; a mismatch says at which index."""
     out: list[Any] = []
@@ -1469,7 +1333,6 @@ def _each(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
     except _Mismatch as exc:
         raise exc.under(f"[{len(out)}]") from None
     return out
-
 
 def _list_codec(item: Codec, container: type) -> Codec:
     arrow_type = pa.list_(pa.field("item", item.arrow_type))
@@ -1485,9 +1348,7 @@ def _list_codec(item: Codec, container: type) -> Codec:
         members = values if plain else _each(item.decode, values)
         return members if container is list else container(members)
 
-    checked = _not_none(_type_text(arrow_type), decode)
-    return Codec(arrow_type, False, encode, checked, parts=lambda vs: ((f"[{i}]", item, v) for i, v in enumerate(vs)))
-
+    return Codec(arrow_type, False, encode, _not_none(_type_text(arrow_type), decode))
 
 def _dict_codec(key: Codec, value: Codec) -> Codec:
     arrow_type = pa.map_(key.arrow_type, value.arrow_type)
@@ -1504,14 +1365,8 @@ def _dict_codec(key: Codec, value: Codec) -> Codec:
         _expect(mapping, Mapping, expected)
         return list(pairs(mapping.items(), key.encode, value.encode))
 
-    def parts(mapping: Any) -> Iterable[tuple[str, Codec, Any]]:
-        for k, v in mapping.items():
-            yield "<key>", key, k
-            yield f"[{k!r:.40}]", value, v
-
     decode = _not_none(_type_text(arrow_type), lambda entries: dict(pairs(entries, key.decode, value.decode)))
-    return Codec(arrow_type, False, encode, decode, parts=parts)
-
+    return Codec(arrow_type, False, encode, decode)
 
 def _enum_codec(kind: type[enum.Enum]) -> Codec:
     members = kind.__members__
@@ -1529,7 +1384,6 @@ def _enum_codec(kind: type[enum.Enum]) -> Codec:
 
     return Codec(pa.dictionary(pa.int16(), pa.utf8()), False, encode, decode)
 
-
 def _optional_codec(inner: Codec) -> Codec:
     if inner.fixed_nullability:
         return inner
@@ -1539,7 +1393,6 @@ def _optional_codec(inner: Codec) -> Codec:
 
     plain = inner.plain | {type(None)} if inner.plain else inner.plain
     return dataclasses.replace(inner, nullable=True, encode=or_none(inner.encode), decode=or_none(inner.decode), plain=plain)
-
 
 def _annotated_codec(annotation: Any, whole: bool) -> Codec:
     """``Annotated[T, ArrowType(t)]``: T's own conversions, where it has any, over exactly the type t."""
@@ -1558,11 +1411,9 @@ def _annotated_codec(annotation: Any, whole: bool) -> Codec:
         base = _optional_codec(base)
     return dataclasses.replace(base, arrow_type=exact.arrow_type, fixed_nullability=exact.nullable is not None)
 
-
 def _batch_to_bytes(batch: Any) -> bytes:
     _expect(batch, pa.RecordBatch, "pyarrow.RecordBatch")
     return stream_bytes(batch.schema, [(batch, None)])
-
 
 def _batch_from_bytes(data: Any) -> pa.RecordBatch:
     if not data:
@@ -1571,15 +1422,12 @@ def _batch_from_bytes(data: Any) -> pa.RecordBatch:
     item = reader.next()
     return item[0] if item else empty_batch(reader.schema)
 
-
 def _schema_to_bytes(schema: Any) -> bytes:
     _expect(schema, pa.Schema, "pyarrow.Schema")
     return cast("bytes", schema.serialize().to_pybytes())
 
-
 def _schema_from_bytes(data: Any) -> pa.Schema:
     return _schema_facts(bytes(data)).schema if data else EMPTY_SCHEMA
-
 
 def _binary_codec(encode: Callable[[Any], bytes], decode: Callable[[Any], Any]) -> Codec:
     """A value that travels as bytes: what is wrong inside them is said as a mismatch of the value."""
@@ -1681,26 +1529,18 @@ class DataclassCodec:
             object.__setattr__(instance, name, value)
         return instance
 
-    def parts(self, instance: Any) -> Iterable[tuple[str, Codec, Any]]:
-        """The members of an instance, for finding the one that failed."""
-        return ((f".{n}", c, getattr(instance, n)) for n, c in zip(self.row.names, self.row.codecs))
-
 
 def _is_transient(annotation: Any) -> bool:
     return any(isinstance(m, Transient) or m is Transient for m in getattr(annotation, "__metadata__", ()))
 
-
 def _is_classvar(annotation: Any) -> bool:
     return annotation is ClassVar or typing.get_origin(annotation) is ClassVar
-
 
 def _has_default(f: dataclasses.Field[Any]) -> bool:
     return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
 
-
 _building: set[type] = set()
 _codec_lock = threading.RLock()
-
 
 @functools.lru_cache(maxsize=None)
 def dataclass_codec(cls: Any) -> DataclassCodec:
@@ -1714,7 +1554,6 @@ def dataclass_codec(cls: Any) -> DataclassCodec:
         finally:
             _building.discard(cls)
 
-
 _INSTEAD = {  # what would work, by the name of the type that has no mapping
     "list": "list[T], for example list[int]", "dict": "dict[K, V], for example dict[str, float]", "set": "set[T]",
     "frozenset": "frozenset[T]", "tuple": "list[T], or a dataclass", "Table": "pa.RecordBatch, or a stream of batches",
@@ -1724,7 +1563,6 @@ _INSTEAD = {  # what would work, by the name of the type that has no mapping
     "Decimal": "Annotated[Decimal, ArrowType(pa.decimal128(20, 4))]",
 }
 _MAPPED = "str, bytes, int, float, bool, list, dict, set, Enum, a dataclass, or Annotated[T, ArrowType(...)]"
-
 
 @functools.lru_cache(maxsize=None)
 def codec_for(annotation: Any, *, whole: bool = False) -> Codec:
@@ -1758,14 +1596,12 @@ def codec_for(annotation: Any, *, whole: bool = False) -> Codec:
     instead = _INSTEAD.get(getattr(origin or annotation, "__name__", ""), _MAPPED)
     raise TypeError(f"no Arrow type for {_annotation_text(annotation)}; use {instead}")
 
-
 def _dataclass_value_codec(cls: type, whole: bool) -> Codec:
     known = dataclass_codec(cls)
     if whole:
         return _binary_codec(known.to_bytes, known.from_bytes)
     struct_type = pa.struct(list(known.row.schema))
-    return Codec(struct_type, False, known.to_dict, _not_none(cls.__name__, known.from_dict), parts=known.parts)
-
+    return Codec(struct_type, False, known.to_dict, _not_none(cls.__name__, known.from_dict))
 
 class _SchemaDescriptor:
     """``ARROW_SCHEMA`` of a dataclass: made at first use, as annotations may name classes defined later."""
