@@ -92,28 +92,19 @@ REQUEST_VERSION = b"1"
 DESCRIBE_VERSION = "5"  # of the reflection answer, as the family numbers it
 
 # Custom metadata of request batches.
-METHOD_KEY = b"vgi_rpc.method"
-REQUEST_VERSION_KEY = b"vgi_rpc.request_version"
-PROTOCOL_KEY = b"vgi_rpc.protocol"
-PROTOCOL_VERSION_KEY = b"vgi_rpc.protocol_version"
-REQUEST_ID_KEY = b"vgi_rpc.request_id"
+METHOD_KEY, REQUEST_VERSION_KEY, REQUEST_ID_KEY = b"vgi_rpc.method", b"vgi_rpc.request_version", b"vgi_rpc.request_id"
+PROTOCOL_KEY, PROTOCOL_VERSION_KEY = b"vgi_rpc.protocol", b"vgi_rpc.protocol_version"
 TIMEOUT_KEY = b"vgi_rpc.timeout_ms"  # ours: what is left of the caller's deadline, in ms; other servers ignore it
 TRACE_KEYS = (b"traceparent", b"tracestate")
-CANCEL_KEY = b"vgi_rpc.cancel"
-SHM_KEY = b"vgi_rpc.transport.shm"
+CANCEL_KEY, SHM_KEY = b"vgi_rpc.cancel", b"vgi_rpc.transport.shm"
 
 # Custom metadata of answers.
-LOG_LEVEL_KEY = b"vgi_rpc.log_level"
-LOG_MESSAGE_KEY = b"vgi_rpc.log_message"
-LOG_EXTRA_KEY = b"vgi_rpc.log_extra"
+LOG_LEVEL_KEY, LOG_MESSAGE_KEY, LOG_EXTRA_KEY = b"vgi_rpc.log_level", b"vgi_rpc.log_message", b"vgi_rpc.log_extra"
 SERVER_ID_KEY = b"vgi_rpc.server_id"
-ERROR_CODE_KEY = b"vgi_rpc.error_code"
-ERROR_KIND_KEY = b"vgi_rpc.error_kind"
+ERROR_CODE_KEY, ERROR_KIND_KEY = b"vgi_rpc.error_code", b"vgi_rpc.error_kind"
 ERROR_DETAILS_KEY = b"vgi_rpc.error_details"
-LOCATION_KEY = b"vgi_rpc.location"
-SHM_OFFSET_KEY = b"vgi_rpc.shm_offset"
-STATE_KEY = b"vgi_rpc.stream_state#b64"
-CALL_STATE_KEY = b"vgi_rpc.call_state#b64"
+LOCATION_KEY, SHM_OFFSET_KEY = b"vgi_rpc.location", b"vgi_rpc.shm_offset"
+STATE_KEY, CALL_STATE_KEY = b"vgi_rpc.stream_state#b64", b"vgi_rpc.call_state#b64"
 
 RESERVED_PROTOCOL_PREFIX = "vgi_rpc."
 REFLECTION_PROTOCOL = "vgi_rpc.Reflection.v1"
@@ -122,17 +113,12 @@ PROTOCOL_NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,254}")
 
 # HTTP.
 ARROW_CONTENT_TYPE = "application/vnd.apache.arrow.stream"
-REQUEST_ID_HEADER = "X-Request-ID"
-RPC_ERROR_HEADER = "X-VGI-RPC-Error"
-AUTH_REASON_HEADER = "VGI-Auth-Reason"
-ACCEPT_ENCODING_HEADER = "X-VGI-Accept-Encoding"
-CONTENT_ENCODING_HEADER = "X-VGI-Content-Encoding"
+REQUEST_ID_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER = "X-Request-ID", "X-VGI-RPC-Error", "VGI-Auth-Reason"
+ACCEPT_ENCODING_HEADER, CONTENT_ENCODING_HEADER = "X-VGI-Accept-Encoding", "X-VGI-Content-Encoding"
 ACCEPT_MAX_RESPONSE_BYTES_HEADER = "VGI-Accept-Max-Response-Bytes"
 ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER = "VGI-Accept-Max-Response-Bytes-Support"
-SUPPORTED_ENCODINGS_HEADER = "VGI-Supported-Encodings"
-EXTERNALIZATION_HEADER = "VGI-Externalization-Enabled"
-MAX_REQUEST_BYTES_HEADER = "VGI-Max-Request-Bytes"
-MAX_RESPONSE_BYTES_HEADER = "VGI-Max-Response-Bytes"
+SUPPORTED_ENCODINGS_HEADER, EXTERNALIZATION_HEADER = "VGI-Supported-Encodings", "VGI-Externalization-Enabled"
+MAX_REQUEST_BYTES_HEADER, MAX_RESPONSE_BYTES_HEADER = "VGI-Max-Request-Bytes", "VGI-Max-Response-Bytes"
 
 # Limits. Each is a default that the matching option overrides.
 MIN_RESPONSE_BUDGET = 65_536  # the family's floor for VGI-Accept-Max-Response-Bytes
@@ -143,9 +129,7 @@ MAX_METADATA_BYTES = 67_108_864  # one message's head; tokens live there, so it 
 MAX_COLUMNS = 4_096
 MAX_NESTING = 64  # levels of list, map and struct in a foreign schema
 FREE_ROWS = 1 << 24  # more rows than this must be paid for with at least one bit of body each
-MAX_ERROR_MESSAGE_CHARS = 16_000
-MAX_TRACEBACK_CHARS = 16_000
-MAX_TRACEBACK_FRAMES = 5
+MAX_ERROR_MESSAGE_CHARS, MAX_TRACEBACK_CHARS, MAX_TRACEBACK_FRAMES = 16_000, 16_000, 5
 MAX_ERROR_DETAILS_BYTES = 4_096  # above it the details are left out whole (the family's rule)
 MAX_REQUEST_ID_CHARS = 128
 MAX_HEAD_BYTES = 65_536  # request line or status line with all headers
@@ -793,8 +777,6 @@ class IpcLimits:
     max_bytes: int | None = None  # decoded bytes of one message, None for what memory holds
     max_rows: int | None = None  # rows of one batch, None for what its bytes pay for (see FREE_ROWS)
 
-_NO_LIMITS = IpcLimits()
-
 class MessageHead(NamedTuple):
     """The head of one IPC message, as far as bounds, metadata and dictionaries need it (format/Message.fbs)."""
     kind: int
@@ -941,7 +923,7 @@ class IpcReader:
     """
 
     def __init__(
-        self, source: ByteSource, limits: IpcLimits = _NO_LIMITS, validation: IpcValidation = IpcValidation.FULL
+        self, source: ByteSource, limits: IpcLimits = IpcLimits(), validation: IpcValidation = IpcValidation.FULL
     ) -> None:
         self._source, self._limits, self._validation = source, limits, validation
         self._dictionaries: dict[int, list[bytes]] = {}
@@ -1293,10 +1275,8 @@ _SCALARS: dict[Any, tuple[pa.DataType, tuple[type, ...]]] = {  # annotation: Arr
 def _scalar_codec(kind: Callable[[Any], Any]) -> Codec:
     arrow_type, accepted = _SCALARS[kind]
     expected = _type_text(arrow_type)
-
     def fits(value: Any) -> bool:
         return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-
     def encode(value: Any) -> Any:
         if type(value) is kind:
             return value
@@ -1307,7 +1287,6 @@ def _scalar_codec(kind: Callable[[Any], Any]) -> Codec:
             return kind(unboxed)
         except OverflowError:
             raise _Mismatch(expected, f"{unboxed!r:.40} (out of range)") from None
-
     plain = frozenset(accepted) if kind is float else frozenset({accepted[0]})
     return Codec(arrow_type, False, encode, _not_none(expected, _same), plain, decodes_plain=True)
 
@@ -1316,12 +1295,10 @@ def _same(value: Any) -> Any:
 
 def _not_none(expected: str, convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return *convert* with a refusal of ``None`` in front."""
-
     def checked(value: Any) -> Any:
         if value is None:
             raise _Mismatch(expected, "None")
         return convert(value)
-
     return checked
 
 def _each(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
@@ -1338,59 +1315,48 @@ def _list_codec(item: Codec, container: type) -> Codec:
     arrow_type = pa.list_(pa.field("item", item.arrow_type))
     accepted = (list, tuple) if container is list else (set, frozenset)
     expected = f"{container.__name__} of {item.expected}"
-
     def encode(values: Any) -> Any:
         _expect(values, accepted, expected)
         return list(values) if set(map(type, values)) <= item.plain else _each(item.encode, values)
-
     def decode(values: Any) -> Any:
         plain = item.decodes_plain and (item.nullable or None not in values)
         members = values if plain else _each(item.decode, values)
         return members if container is list else container(members)
-
     return Codec(arrow_type, False, encode, _not_none(_type_text(arrow_type), decode))
 
 def _dict_codec(key: Codec, value: Codec) -> Codec:
     arrow_type = pa.map_(key.arrow_type, value.arrow_type)
     expected = f"dict of {key.expected} to {value.expected}"
-
     def pairs(items: Any, of_key: Callable[[Any], Any], of_value: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
         for k, v in items:
             try:
                 yield of_key(k), of_value(v)
             except _Mismatch as exc:
                 raise exc.under(f"[{k!r:.40}]") from None
-
     def encode(mapping: Any) -> Any:
         _expect(mapping, Mapping, expected)
         return list(pairs(mapping.items(), key.encode, value.encode))
-
     decode = _not_none(_type_text(arrow_type), lambda entries: dict(pairs(entries, key.decode, value.decode)))
     return Codec(arrow_type, False, encode, decode)
 
 def _enum_codec(kind: type[enum.Enum]) -> Codec:
     members = kind.__members__
     expected = f"{kind.__name__} ({', '.join(list(members)[:8])}{', …' if len(members) > 8 else ''})"
-
     def encode(value: Any) -> Any:
         _expect(value, kind, expected)
         return value.name
-
     def decode(name: Any) -> Any:
         try:
             return members[name]
         except (KeyError, TypeError):
             raise _Mismatch(expected, f"{name!r:.60}") from None
-
     return Codec(pa.dictionary(pa.int16(), pa.utf8()), False, encode, decode)
 
 def _optional_codec(inner: Codec) -> Codec:
     if inner.fixed_nullability:
         return inner
-
     def or_none(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda value: None if value is None else convert(value)
-
     plain = inner.plain | {type(None)} if inner.plain else inner.plain
     return dataclasses.replace(inner, nullable=True, encode=or_none(inner.encode), decode=or_none(inner.decode), plain=plain)
 
@@ -1431,13 +1397,11 @@ def _schema_from_bytes(data: Any) -> pa.Schema:
 
 def _binary_codec(encode: Callable[[Any], bytes], decode: Callable[[Any], Any]) -> Codec:
     """A value that travels as bytes: what is wrong inside them is said as a mismatch of the value."""
-
     def read(data: Any) -> Any:
         try:
             return decode(data)
         except (IPCError, EOFError) as exc:
             raise _Mismatch("an Arrow IPC stream", _text_of(exc)) from None
-
     return Codec(pa.binary(), False, encode, _not_none("binary", read))
 
 
@@ -1592,16 +1556,13 @@ def codec_for(annotation: Any, *, whole: bool = False) -> Codec:
         if issubclass(annotation, pa.Schema):
             return _binary_codec(_schema_to_bytes, _schema_from_bytes)
         if issubclass(annotation, ArrowSerializableDataclass) or dataclasses.is_dataclass(annotation):
-            return _dataclass_value_codec(annotation, whole)
+            known = dataclass_codec(cast("Any", annotation))
+            if whole:
+                return _binary_codec(known.to_bytes, known.from_bytes)
+            decode = _not_none(annotation.__name__, known.from_dict)
+            return Codec(pa.struct(list(known.row.schema)), False, known.to_dict, decode)
     instead = _INSTEAD.get(getattr(origin or annotation, "__name__", ""), _MAPPED)
     raise TypeError(f"no Arrow type for {_annotation_text(annotation)}; use {instead}")
-
-def _dataclass_value_codec(cls: type, whole: bool) -> Codec:
-    known = dataclass_codec(cls)
-    if whole:
-        return _binary_codec(known.to_bytes, known.from_bytes)
-    struct_type = pa.struct(list(known.row.schema))
-    return Codec(struct_type, False, known.to_dict, _not_none(cls.__name__, known.from_dict))
 
 class _SchemaDescriptor:
     """``ARROW_SCHEMA`` of a dataclass: made at first use, as annotations may name classes defined later."""
