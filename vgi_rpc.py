@@ -36,7 +36,7 @@ The file is read from top to bottom: a section uses only sections with a smaller
 from __future__ import annotations
 
 import base64, binascii, contextlib, contextvars, dataclasses, enum, errno, functools, hashlib, hmac
-import inspect, io, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
+import inspect, io, json, logging, os, re, socket, struct, sys, threading, time, traceback
 import types, typing, zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -699,8 +699,7 @@ def _batch_from_pydict(data: Mapping[str, Any], schema: pa.Schema | None, where:
     try:
         if schema is None:
             return pa.RecordBatch.from_pydict(dict(data))
-        arrays = [_column_from(data[f.name], f, where) for f in schema]
-        return conform_batch(pa.RecordBatch.from_arrays(arrays, schema=schema), schema, where, cast_values=False)
+        return pa.RecordBatch.from_arrays([_column_from(data[f.name], f, where) for f in schema], schema=schema)
     except ParameterError:
         raise
     except _ARROW_FAILURES as exc:
@@ -708,10 +707,17 @@ def _batch_from_pydict(data: Mapping[str, Any], schema: pa.Schema | None, where:
 
 def _column_from(values: Any, column: pa.Field, where: str) -> pa.Array:
     try:
-        return values if isinstance(values, pa.Array) else pa.array(values, column.type)
+        array = values if isinstance(values, pa.Array) else pa.array(values, column.type)
     except _ARROW_FAILURES as exc:
         expected = _type_text(column.type)
         raise ParameterError(f"{where}: column {column.name!r}: expected {expected}, got {_text_of(exc)}") from None
+    return _without_nulls(array, column, where)
+
+def _without_nulls(array: pa.Array, column: pa.Field, where: str) -> pa.Array:
+    if not column.nullable and array.null_count:
+        expected = _type_text(column.type)
+        raise ParameterError(f"{where}: column {column.name!r}: expected {expected} without nulls, got a null")
+    return array
 
 @functools.lru_cache(maxsize=256)
 def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
@@ -803,21 +809,18 @@ class _Table:
         vtable = _inside(data, position - back)
         (size,) = struct.unpack_from("<H", data, vtable)
         self.data, self.position = data, position
-        self.slots = struct.unpack_from(f"<{max(size - 4, 0) // 2}H", data, vtable + 4)
-
-    def _field(self, slot: int) -> int | None:
-        offset = self.slots[slot] if slot < len(self.slots) else 0
-        return self.position + offset if offset else None
+        # A writer leaves absent fields off the end: no table that is read here has more than five.
+        self.slots = (*struct.unpack_from(f"<{max(size - 4, 0) // 2}H", data, vtable + 4), 0, 0, 0, 0, 0)
 
     def scalar(self, slot: int, code: str) -> int:
         """Read a number; an absent field is 0."""
-        at = self._field(slot)
-        return 0 if at is None else int(struct.unpack_from(code, self.data, at)[0])
+        offset = self.slots[slot]
+        return int(struct.unpack_from(code, self.data, self.position + offset)[0]) if offset else 0
 
     def target(self, slot: int) -> int | None:
         """Follow an offset field to where it points."""
-        at = self._field(slot)
-        return None if at is None else _inside(self.data, at + self.scalar(slot, "<I"))
+        offset = self.slots[slot]
+        return _inside(self.data, self.position + offset + self.scalar(slot, "<I")) if offset else None
 
     def table(self, slot: int) -> _Table | None:
         """Read a table field."""
@@ -868,11 +871,13 @@ def parse_message_head(data: bytes) -> MessageHead:
 
 def _head_metadata(message: _Table) -> dict[bytes, bytes] | None:
     start, count = message.vector(4)
+    if not count:
+        return None
     if count * 4 > len(message.data):
         raise IndexError(count)
     offsets = enumerate(struct.unpack_from(f"<{count}I", message.data, start))
     pairs = [_Table(message.data, start + 4 * i + offset) for i, offset in offsets]
-    return {pair.text(0): pair.text(1) for pair in pairs} or None
+    return {pair.text(0): pair.text(1) for pair in pairs}
 
 def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
     """Call into pyarrow with foreign bytes: the one place where its exceptions become ours."""
@@ -1019,7 +1024,7 @@ class IpcReader:
             raise RequestTooLargeError(f"dictionary: expected at most {limit} bytes")
 
     def decode(self, message: BatchMessage) -> pa.RecordBatch:
-        """Decode a message of this stream, the last one read when the schema has dictionaries; `IPCError` if it is not valid."""
+        """Decode a message of this stream, the last one read if the schema has dictionaries; `IPCError` if it is not valid."""
         if self.facts.has_dictionary:
             batch = _guard("the batch", self._decode_with_dictionaries, message.data)
         else:
@@ -1122,9 +1127,8 @@ def conform_batch(batch: Any, schema: pa.Schema, where: str, *, cast_values: boo
         arrays = [_conform_column(a, f, where, cast_values) for a, f in zip(batch.columns, schema)]
         batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
     for i, column in enumerate(schema):
-        if not column.nullable and batch.column(i).null_count:
-            expected = _type_text(column.type)
-            raise ParameterError(f"{where}: column {column.name!r}: expected {expected} without nulls, got a null")
+        if not column.nullable:
+            _without_nulls(batch.column(i), column, where)
     return batch
 
 def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values: bool) -> pa.Array:
@@ -1466,14 +1470,14 @@ class DataclassCodec:
 
     def from_dict(self, entries: Any) -> Any:
         """Decode a struct: by name, unknown members ignored, absent ones take their default."""
-        return self._build(operator.attrgetter("decode"), entries)
+        return self._build(lambda codec: codec.decode, entries)
 
     def from_batch(self, batch: pa.RecordBatch) -> Any:
         """Decode the first row of a batch: by name, unknown columns ignored, absent ones take their default."""
         if batch.num_rows > 1:
             raise _Mismatch(f"{self.cls.__name__} (one row)", f"{batch.num_rows} rows")
         columns = dict(zip(batch.schema.names, batch.columns)) if batch.num_rows else {}
-        return self._build(operator.attrgetter("from_array"), columns)
+        return self._build(lambda codec: codec.from_array, columns)
 
     def from_bytes(self, data: _Buffer, validation: IpcValidation = IpcValidation.FULL) -> Any:
         """Decode an IPC stream of one row; no bytes, or no batch, is a row of defaults."""
