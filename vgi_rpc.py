@@ -36,7 +36,7 @@ The file is read from top to bottom: a section uses only sections with a smaller
 from __future__ import annotations
 
 import base64, binascii, contextlib, contextvars, dataclasses, enum, errno, functools, hashlib, hmac
-import inspect, io, json, logging, os, re, socket, struct, sys, threading, time, traceback
+import inspect, io, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
 import types, typing, zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
