@@ -35,33 +35,9 @@ The file is read from top to bottom: a section uses only sections with a smaller
 
 from __future__ import annotations
 
-import base64
-import binascii
-import contextlib
-import contextvars
-import dataclasses
-import enum
-import errno
-import functools
-import hashlib
-import hmac
-import inspect
-import io
-import json
-import logging
-import operator
-import os
-import re
-import socket
-import struct
-import sys
-import threading
-import time
-import traceback
-import types
-import typing
-import zlib
-from array import array
+import base64, binascii, contextlib, contextvars, dataclasses, enum, errno, functools, hashlib, hmac
+import inspect, io, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
+import types, typing, zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,123 +47,39 @@ import pyarrow as pa
 from pyarrow import ipc
 
 if typing.TYPE_CHECKING:
-    import argparse
-    import ssl
-    import subprocess
+    import argparse, ssl, subprocess
 
 __version__ = "0.1.0"
 
 __all__ = [  # by kind of thing
     # errors
-    "RpcError",
-    "TransportError",
-    "DeadlineExceededError",
-    "AuthenticationError",
-    "StatusError",
-    "IPCError",
-    "VersionError",
-    "ProtocolVersionError",
-    "ProtocolError",
-    "ProtocolNotSpecifiedError",
-    "ProtocolNotSupportedError",
-    "MethodNotImplementedError",
-    "TokenError",
-    "RequestTooLargeError",
-    "ResponseTooLargeError",
-    "ServerDrainingError",
-    "ParameterError",
-    "Code",
-    "BadRequest",
-    "ErrorInfo",
-    "FieldViolation",
-    "Help",
-    "HelpLink",
-    "LocalizedMessage",
-    "PreconditionFailure",
-    "PreconditionViolation",
-    "QuotaFailure",
-    "QuotaViolation",
-    "ResourceInfo",
-    "RetryInfo",
+    "RpcError", "TransportError", "DeadlineExceededError", "AuthenticationError", "StatusError", "IPCError", "VersionError",
+    "ProtocolVersionError", "ProtocolError", "ProtocolNotSpecifiedError", "ProtocolNotSupportedError",
+    "MethodNotImplementedError", "TokenError", "RequestTooLargeError", "ResponseTooLargeError", "ServerDrainingError",
+    "ParameterError", "Code", "BadRequest", "ErrorInfo", "FieldViolation", "Help", "HelpLink", "LocalizedMessage",
+    "PreconditionFailure", "PreconditionViolation", "QuotaFailure", "QuotaViolation", "ResourceInfo", "RetryInfo",
     # data
-    "AnnotatedBatch",
-    "ArrowSerializableDataclass",
-    "ArrowType",
-    "Transient",
-    "IpcValidation",
+    "AnnotatedBatch", "ArrowSerializableDataclass", "ArrowType", "Transient", "IpcValidation",
     # services
-    "rpc_methods",
-    "describe_rpc",
-    "RpcMethodInfo",
-    "MethodType",
-    "idempotent",
-    "no_side_effects",
-    "deprecated",
-    "RpcServer",
-    "CallContext",
-    "AuthContext",
-    "current_auth",
-    "CallStatistics",
-    "ClientLog",
-    "Level",
-    "Message",
-    "TransportKind",
-    "ServeStartHook",
-    "CallRecord",
-    "DispatchHook",
-    "configure_access_log",
+    "rpc_methods", "describe_rpc", "RpcMethodInfo", "MethodType", "idempotent", "no_side_effects", "deprecated", "RpcServer",
+    "CallContext", "AuthContext", "current_auth", "CallStatistics", "ClientLog", "Level", "Message", "TransportKind",
+    "ServeStartHook", "CallRecord", "DispatchHook", "configure_access_log",
     # streams
-    "Stream",
-    "StreamState",
-    "ProducerState",
-    "ExchangeState",
-    "OutputCollector",
-    "StreamSession",
-    "resume",
+    "Stream", "StreamState", "ProducerState", "ExchangeState", "OutputCollector", "StreamSession", "resume",
     # serving
-    "serve_pipe",
-    "run_server",
-    "serve_stdio",
-    "serve_unix",
-    "serve_tcp",
-    "serve_http",
-    "make_wsgi_app",
-    "make_sync_client",
-    "HttpOptions",
-    "HttpServeOptions",
-    "HttpRequest",
-    "AuthFailure",
-    "AuthReason",
-    "bearer_authenticate",
-    "bearer_authenticate_static",
-    "chain_authenticate",
+    "serve_pipe", "run_server", "serve_stdio", "serve_unix", "serve_tcp", "serve_http", "make_wsgi_app", "make_sync_client",
+    "HttpOptions", "HttpServeOptions", "HttpRequest", "AuthFailure", "AuthReason", "bearer_authenticate",
+    "bearer_authenticate_static", "chain_authenticate",
     # connecting
-    "connect",
-    "unix_connect",
-    "tcp_connect",
-    "http_connect",
-    "with_options",
-    "StderrMode",
-    "RpcConnection",
-    "make_pipe_pair",
-    "PipeTransport",
-    "SubprocessTransport",
-    "http_capabilities",
-    "HttpServerCapabilities",
+    "connect", "unix_connect", "tcp_connect", "http_connect", "with_options", "StderrMode", "RpcConnection", "make_pipe_pair",
+    "PipeTransport", "SubprocessTransport", "http_capabilities", "HttpServerCapabilities",
     # introspection
-    "introspect",
-    "http_introspect",
-    "list_protocols",
-    "describe_protocol",
-    "ServiceDescription",
-    "MethodDescription",
+    "introspect", "http_introspect", "list_protocols", "describe_protocol", "ServiceDescription", "MethodDescription",
 ]
 
 _T = TypeVar("_T")
 _P = TypeVar("_P")
-
 logger = logging.getLogger("vgi_rpc")
-_wire_log = logging.getLogger("vgi_rpc.wire")
 
 
 # ============================================================================
@@ -200,28 +92,19 @@ REQUEST_VERSION = b"1"
 DESCRIBE_VERSION = "5"  # of the reflection answer, as the family numbers it
 
 # Custom metadata of request batches.
-METHOD_KEY = b"vgi_rpc.method"
-REQUEST_VERSION_KEY = b"vgi_rpc.request_version"
-PROTOCOL_KEY = b"vgi_rpc.protocol"
-PROTOCOL_VERSION_KEY = b"vgi_rpc.protocol_version"
-REQUEST_ID_KEY = b"vgi_rpc.request_id"
+METHOD_KEY, REQUEST_VERSION_KEY, REQUEST_ID_KEY = b"vgi_rpc.method", b"vgi_rpc.request_version", b"vgi_rpc.request_id"
+PROTOCOL_KEY, PROTOCOL_VERSION_KEY = b"vgi_rpc.protocol", b"vgi_rpc.protocol_version"
 TIMEOUT_KEY = b"vgi_rpc.timeout_ms"  # ours: what is left of the caller's deadline, in ms; other servers ignore it
 TRACE_KEYS = (b"traceparent", b"tracestate")
-CANCEL_KEY = b"vgi_rpc.cancel"
-SHM_KEY = b"vgi_rpc.transport.shm"
+CANCEL_KEY, SHM_KEY = b"vgi_rpc.cancel", b"vgi_rpc.transport.shm"
 
 # Custom metadata of answers.
-LOG_LEVEL_KEY = b"vgi_rpc.log_level"
-LOG_MESSAGE_KEY = b"vgi_rpc.log_message"
-LOG_EXTRA_KEY = b"vgi_rpc.log_extra"
+LOG_LEVEL_KEY, LOG_MESSAGE_KEY, LOG_EXTRA_KEY = b"vgi_rpc.log_level", b"vgi_rpc.log_message", b"vgi_rpc.log_extra"
 SERVER_ID_KEY = b"vgi_rpc.server_id"
-ERROR_CODE_KEY = b"vgi_rpc.error_code"
-ERROR_KIND_KEY = b"vgi_rpc.error_kind"
+ERROR_CODE_KEY, ERROR_KIND_KEY = b"vgi_rpc.error_code", b"vgi_rpc.error_kind"
 ERROR_DETAILS_KEY = b"vgi_rpc.error_details"
-LOCATION_KEY = b"vgi_rpc.location"
-SHM_OFFSET_KEY = b"vgi_rpc.shm_offset"
-STATE_KEY = b"vgi_rpc.stream_state#b64"
-CALL_STATE_KEY = b"vgi_rpc.call_state#b64"
+LOCATION_KEY, SHM_OFFSET_KEY = b"vgi_rpc.location", b"vgi_rpc.shm_offset"
+STATE_KEY, CALL_STATE_KEY = b"vgi_rpc.stream_state#b64", b"vgi_rpc.call_state#b64"
 
 RESERVED_PROTOCOL_PREFIX = "vgi_rpc."
 REFLECTION_PROTOCOL = "vgi_rpc.Reflection.v1"
@@ -230,17 +113,12 @@ PROTOCOL_NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,254}")
 
 # HTTP.
 ARROW_CONTENT_TYPE = "application/vnd.apache.arrow.stream"
-REQUEST_ID_HEADER = "X-Request-ID"
-RPC_ERROR_HEADER = "X-VGI-RPC-Error"
-AUTH_REASON_HEADER = "VGI-Auth-Reason"
-ACCEPT_ENCODING_HEADER = "X-VGI-Accept-Encoding"
-CONTENT_ENCODING_HEADER = "X-VGI-Content-Encoding"
+REQUEST_ID_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER = "X-Request-ID", "X-VGI-RPC-Error", "VGI-Auth-Reason"
+ACCEPT_ENCODING_HEADER, CONTENT_ENCODING_HEADER = "X-VGI-Accept-Encoding", "X-VGI-Content-Encoding"
 ACCEPT_MAX_RESPONSE_BYTES_HEADER = "VGI-Accept-Max-Response-Bytes"
 ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER = "VGI-Accept-Max-Response-Bytes-Support"
-SUPPORTED_ENCODINGS_HEADER = "VGI-Supported-Encodings"
-EXTERNALIZATION_HEADER = "VGI-Externalization-Enabled"
-MAX_REQUEST_BYTES_HEADER = "VGI-Max-Request-Bytes"
-MAX_RESPONSE_BYTES_HEADER = "VGI-Max-Response-Bytes"
+SUPPORTED_ENCODINGS_HEADER, EXTERNALIZATION_HEADER = "VGI-Supported-Encodings", "VGI-Externalization-Enabled"
+MAX_REQUEST_BYTES_HEADER, MAX_RESPONSE_BYTES_HEADER = "VGI-Max-Request-Bytes", "VGI-Max-Response-Bytes"
 
 # Limits. Each is a default that the matching option overrides.
 MIN_RESPONSE_BUDGET = 65_536  # the family's floor for VGI-Accept-Max-Response-Bytes
@@ -251,9 +129,7 @@ MAX_METADATA_BYTES = 67_108_864  # one message's head; tokens live there, so it 
 MAX_COLUMNS = 4_096
 MAX_NESTING = 64  # levels of list, map and struct in a foreign schema
 FREE_ROWS = 1 << 24  # more rows than this must be paid for with at least one bit of body each
-MAX_ERROR_MESSAGE_CHARS = 16_000
-MAX_TRACEBACK_CHARS = 16_000
-MAX_TRACEBACK_FRAMES = 5
+MAX_ERROR_MESSAGE_CHARS, MAX_TRACEBACK_CHARS, MAX_TRACEBACK_FRAMES = 16_000, 16_000, 5
 MAX_ERROR_DETAILS_BYTES = 4_096  # above it the details are left out whole (the family's rule)
 MAX_REQUEST_ID_CHARS = 128
 MAX_HEAD_BYTES = 65_536  # request line or status line with all headers
@@ -294,26 +170,14 @@ EMPTY_SCHEMA = pa.schema([])
 
 class Code(str, enum.Enum):
     """gRPC's sixteen error codes; the value is the name on the wire."""
+    CANCELLED, UNKNOWN, INVALID_ARGUMENT = "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT"
+    DEADLINE_EXCEEDED, NOT_FOUND, ALREADY_EXISTS = "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS"
+    PERMISSION_DENIED, RESOURCE_EXHAUSTED = "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"
+    FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE = "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE"
+    UNIMPLEMENTED, INTERNAL, UNAVAILABLE = "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE"
+    DATA_LOSS, UNAUTHENTICATED = "DATA_LOSS", "UNAUTHENTICATED"
 
-    CANCELLED = "CANCELLED"
-    UNKNOWN = "UNKNOWN"
-    INVALID_ARGUMENT = "INVALID_ARGUMENT"
-    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
-    NOT_FOUND = "NOT_FOUND"
-    ALREADY_EXISTS = "ALREADY_EXISTS"
-    PERMISSION_DENIED = "PERMISSION_DENIED"
-    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
-    FAILED_PRECONDITION = "FAILED_PRECONDITION"
-    ABORTED = "ABORTED"
-    OUT_OF_RANGE = "OUT_OF_RANGE"
-    UNIMPLEMENTED = "UNIMPLEMENTED"
-    INTERNAL = "INTERNAL"
-    UNAVAILABLE = "UNAVAILABLE"
-    DATA_LOSS = "DATA_LOSS"
-    UNAUTHENTICATED = "UNAUTHENTICATED"
-
-    def __str__(self) -> str:
-        return self.value
+    __str__ = str.__str__
 
     @classmethod
     def parse(cls, text: object) -> Code:
@@ -324,11 +188,18 @@ class Code(str, enum.Enum):
             return cls.UNKNOWN
 
 
-class _Detail:
-    """A typed error detail: a dataclass with the ``@type`` of the family's catalogue."""
+_DETAIL_TYPES: dict[str, type[_Detail]] = {}
 
+
+class _Detail:
+    """A typed error detail: a dataclass of the family's catalogue, where its name is the ``@type``."""
     TYPE: ClassVar[str] = ""
-    _ITEMS: ClassVar[dict[str, type]] = {}
+    _ITEMS: ClassVar[dict[str, type]] = {}  # the dataclasses inside its sequences
+
+    def __init_subclass__(cls) -> None:
+        if not cls.TYPE:  # an application's subclass stays what it derives from
+            cls.TYPE = RESERVED_PROTOCOL_PREFIX + cls.__name__
+            _DETAIL_TYPES[cls.TYPE] = cls
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object, ``@type`` included."""
@@ -336,132 +207,92 @@ class _Detail:
 
     @classmethod
     def from_json(cls: type[_T], obj: Mapping[str, Any]) -> _T:
-        """Read the JSON object; unknown members are ignored, as the catalogue may grow.
-
-        Raises:
-            ValueError: A member is absent that has no default.
-        """
-        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        values = {k: v for k, v in obj.items() if k in names}
+        """Read the JSON object, ignoring unknown members; raises `ValueError` when one is absent that has no default."""
+        values = _known_members(cls, obj)
         try:
             for name, item in cls._ITEMS.items():  # type: ignore[attr-defined]
-                known = {f.name for f in dataclasses.fields(item)}
-                values[name] = tuple(item(**{k: v for k, v in i.items() if k in known}) for i in values.get(name, ()))
+                values[name] = tuple(item(**_known_members(item, i)) for i in values.get(name, ()))
             return cls(**values)
         except (TypeError, AttributeError) as exc:
             raise ValueError(f"not a {cls.TYPE}: {exc}") from None  # type: ignore[attr-defined]
 
 
+def _known_members(cls: Any, obj: Mapping[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(cls)}
+    return {k: v for k, v in obj.items() if k in names}
+
 @dataclass(frozen=True)
 class ErrorInfo(_Detail):
     """Free key-value facts about the error."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.ErrorInfo"
     metadata: Mapping[str, str] = field(default_factory=dict)
-
 
 @dataclass(frozen=True)
 class RetryInfo(_Detail):
     """When a retry may be worth it, in seconds from now."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.RetryInfo"
     retry_delay_seconds: float
-
 
 @dataclass(frozen=True)
 class FieldViolation:
     """One field of a bad request, by its path."""
-
     field: str
     description: str = ""
-
 
 @dataclass(frozen=True)
 class BadRequest(_Detail):
     """Which fields of the request were wrong."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.BadRequest"
-    _ITEMS: ClassVar[dict[str, type]] = {"field_violations": FieldViolation}
+    _ITEMS = {"field_violations": FieldViolation}
     field_violations: Sequence[FieldViolation] = ()
-
 
 @dataclass(frozen=True)
 class PreconditionViolation:
     """One precondition that did not hold."""
-
     type: str
     subject: str = ""
     description: str = ""
 
-
 @dataclass(frozen=True)
 class PreconditionFailure(_Detail):
     """Which preconditions did not hold."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.PreconditionFailure"
-    _ITEMS: ClassVar[dict[str, type]] = {"violations": PreconditionViolation}
+    _ITEMS = {"violations": PreconditionViolation}
     violations: Sequence[PreconditionViolation] = ()
-
 
 @dataclass(frozen=True)
 class QuotaViolation:
     """One quota that was used up."""
-
     subject: str
     description: str = ""
-
 
 @dataclass(frozen=True)
 class QuotaFailure(_Detail):
     """Which quotas were used up."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.QuotaFailure"
-    _ITEMS: ClassVar[dict[str, type]] = {"violations": QuotaViolation}
+    _ITEMS = {"violations": QuotaViolation}
     violations: Sequence[QuotaViolation] = ()
-
 
 @dataclass(frozen=True)
 class ResourceInfo(_Detail):
     """Which resource the error is about."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.ResourceInfo"
     resource_type: str = ""
     resource_name: str = ""
     owner: str = ""
     description: str = ""
 
-
 @dataclass(frozen=True)
 class HelpLink:
     """One link of a `Help`."""
-
     description: str
     url: str
-
 
 @dataclass(frozen=True)
 class Help(_Detail):
     """Where to read on."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.Help"
-    _ITEMS: ClassVar[dict[str, type]] = {"links": HelpLink}
+    _ITEMS = {"links": HelpLink}
     links: Sequence[HelpLink] = ()
-
 
 @dataclass(frozen=True)
 class LocalizedMessage(_Detail):
     """The error for an end user, in the language that *locale* names (BCP 47)."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.LocalizedMessage"
     locale: str
     message: str
-
-
-_DETAIL_TYPES: dict[str, type[_Detail]] = {
-    t.TYPE: t
-    for t in (ErrorInfo, RetryInfo, BadRequest, PreconditionFailure, QuotaFailure, ResourceInfo, Help, LocalizedMessage)
-}
-
 
 def _details_to_json(details: Iterable[object]) -> list[dict[str, Any]]:
     """Return details as JSON objects, each type once; raise `ValueError` for what the catalogue does not allow."""
@@ -478,71 +309,51 @@ def _details_to_json(details: Iterable[object]) -> list[dict[str, Any]]:
         objects.append(dict(cast("Mapping[str, Any]", obj)))
     return objects
 
-
 class StatusError(Exception):
-    """Raised by a method that wants the client to see a code, a kind and typed details.
+    """Raised by a method that wants the client to see a code, a kind to branch on (an open set) and typed details.
 
-    Args:
-        message: Text for a person.
-        code: One of `Code`, or its name.
-        kind: What clients branch on, an open set; ``None`` for none.
-        details: Details of the catalogue, or mappings with an ``@type`` of the application's own; each type once.
-
-    Raises:
-        ValueError: A code or a detail that is not one.
+    The details are those of the catalogue, or mappings with an ``@type`` of the application's own; each type once.
+    A code or a detail that is not one is a `ValueError`.
     """
 
     def __init__(
         self, message: str, *, code: Code | str, kind: str | None = None, details: Iterable[_Detail | Mapping[str, Any]] = ()
     ) -> None:
         super().__init__(message)
-        self.error_code = Code(code)
-        self.error_kind = kind or ""
-        self.error_details = _details_to_json(details)
+        self.error_code, self.error_kind, self.error_details = Code(code), kind or "", _details_to_json(details)
+
+def _detail_reader(kind: type[_T]) -> Callable[[RpcError], _T | None]:
+    """Make the method of `RpcError` that returns the detail of that type."""
+
+    def read(self: RpcError) -> _T | None:
+        return next((d for d in self.details() if isinstance(d, kind)), None)
+
+    read.__name__ = re.sub(r"\B[A-Z]", r"_\g<0>", kind.__name__).lower()
+    read.__qualname__ = f"RpcError.{read.__name__}"
+    read.__doc__ = f"Return the `{kind.__name__}` detail, if there is one."
+    read.__annotations__["return"] = f"{kind.__name__} | None"
+    return read
 
 
 class RpcError(Exception):
-    """What a client sees when a call fails.
-
-    Attributes:
-        error_type: Name of the exception's class on the other side.
-        error_message: Its text.
-        remote_traceback: The other side's traceback, empty when the operator switched it off.
-        request_id: Id of the call, as the server logs it.
-        error_code: Name of a `Code`.
-        error_kind: What to branch on, empty when the error has none.
-        error_details: JSON objects with an ``@type`` each; `details` gives them typed.
-    """
+    """What a client sees when a call fails."""
 
     def __init__(
-        self,
-        error_type: str,
-        error_message: str,
-        remote_traceback: str,
-        *,
-        request_id: str = "",
-        error_code: str = "",
-        error_kind: str = "",
-        error_details: list[dict[str, Any]] | None = None,
+        self, error_type: str, error_message: str, remote_traceback: str, *, request_id: str = "", error_code: str = "",
+        error_kind: str = "", error_details: list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(f"{error_type}: {error_message}")
-        self.error_type = error_type
-        self.error_message = error_message
-        self.remote_traceback = remote_traceback
-        self.request_id = request_id
-        self.error_code = str(error_code)
-        self.error_kind = error_kind
-        self.error_details = error_details if error_details is not None else []
+        self.error_type = error_type  # name of the exception's class on the other side
+        self.error_message = error_message  # its text
+        self.remote_traceback = remote_traceback  # the other side's, empty when the operator switched it off
+        self.request_id = request_id  # id of the call, as the server logs it
+        self.error_code = str(error_code)  # name of a `Code`
+        self.error_kind = error_kind  # what to branch on, empty when the error has none
+        self.error_details = error_details if error_details is not None else []  # JSON objects with an @type each
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rebuild = functools.partial(
-            type(self),
-            request_id=self.request_id,
-            error_code=self.error_code,
-            error_kind=self.error_kind,
-            error_details=self.error_details,
-        )
-        return rebuild, (self.error_type, self.error_message, self.remote_traceback)
+        # The constructors of the subclasses differ; the attributes do not.
+        return type(self).__new__, (type(self), *self.args), self.__dict__
 
     @property
     def code(self) -> Code:
@@ -560,205 +371,127 @@ class RpcError(Exception):
                 typed.append(obj)
         return typed
 
-    def _detail(self, kind: type[_T]) -> _T | None:
-        return next((d for d in self.details() if isinstance(d, kind)), None)
-
-    def error_info(self) -> ErrorInfo | None:
-        """Return the `ErrorInfo` detail, if there is one."""
-        return self._detail(ErrorInfo)
-
-    def retry_info(self) -> RetryInfo | None:
-        """Return the `RetryInfo` detail, if there is one."""
-        return self._detail(RetryInfo)
-
-    def bad_request(self) -> BadRequest | None:
-        """Return the `BadRequest` detail, if there is one."""
-        return self._detail(BadRequest)
-
-    def precondition_failure(self) -> PreconditionFailure | None:
-        """Return the `PreconditionFailure` detail, if there is one."""
-        return self._detail(PreconditionFailure)
-
-    def quota_failure(self) -> QuotaFailure | None:
-        """Return the `QuotaFailure` detail, if there is one."""
-        return self._detail(QuotaFailure)
-
-    def resource_info(self) -> ResourceInfo | None:
-        """Return the `ResourceInfo` detail, if there is one."""
-        return self._detail(ResourceInfo)
-
-    def help(self) -> Help | None:
-        """Return the `Help` detail, if there is one."""
-        return self._detail(Help)
-
-    def localized_message(self) -> LocalizedMessage | None:
-        """Return the `LocalizedMessage` detail, if there is one."""
-        return self._detail(LocalizedMessage)
+    error_info = _detail_reader(ErrorInfo)
+    retry_info = _detail_reader(RetryInfo)
+    bad_request = _detail_reader(BadRequest)
+    precondition_failure = _detail_reader(PreconditionFailure)
+    quota_failure = _detail_reader(QuotaFailure)
+    resource_info = _detail_reader(ResourceInfo)
+    help = _detail_reader(Help)
+    localized_message = _detail_reader(LocalizedMessage)
 
     def is_retryable(self) -> bool:
         """Whether the same call may succeed later; clients never retry by themselves."""
-        retry = self.code is Code.RESOURCE_EXHAUSTED and self.retry_info() is not None
-        return self.code is Code.UNAVAILABLE or retry
+        return self.code is Code.UNAVAILABLE or (self.code is Code.RESOURCE_EXHAUSTED and self.retry_info() is not None)
 
 
 class _LocalError(RpcError):
     """An `RpcError` made on the client's side: no remote traceback, the class name is the type."""
-
     error_code_default: ClassVar[Code] = Code.UNAVAILABLE
 
     def __init__(self, message: str, *, request_id: str = "", error_kind: str = "") -> None:
         code = self.error_code_default.value
         super().__init__(type(self).__name__, message, "", request_id=request_id, error_code=code, error_kind=error_kind)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.error_message,)
-
-
 class TransportError(_LocalError):
     """No answer came: the peer could not be reached, went away, or does not speak Arrow IPC."""
 
-
 class DeadlineExceededError(_LocalError):
     """The call's time ran out, here or on the server."""
-
     error_code_default = Code.DEADLINE_EXCEEDED
 
-
 class AuthenticationError(_LocalError):
-    """The server answered 401; `reason` is one of `AuthReason`.
-
-    Attributes:
-        reason: Why, from the body, else from the header ``VGI-Auth-Reason``, else ``unauthorized``.
-    """
-
+    """The server answered 401; `reason` says why: from the body, else from ``VGI-Auth-Reason``, else ``UNAUTHORIZED``."""
     error_code_default = Code.UNAUTHENTICATED
 
     def __init__(self, message: str, *, reason: AuthReason | None = None) -> None:
         super().__init__(message)
         self.reason = reason or AuthReason.UNAUTHORIZED
 
-
 class _Refusal(Exception):
     """A request that is refused before a method runs; the attributes say how."""
-
     error_code: Any = Code.INVALID_ARGUMENT
     error_kind: Any = ""
     http_status = 400
 
-
 class IPCError(_Refusal):
     """Bytes that are not the Arrow IPC they should be; the text says what was expected, what came and where."""
 
-
 class VersionError(_Refusal):
     """The request's wire version is absent or not ours."""
-
     error_code = Code.FAILED_PRECONDITION
-
 
 class ProtocolVersionError(VersionError):
     """Client and server speak incompatible versions of the application's protocol."""
-
     error_kind = "protocol_version_mismatch"
 
     def __init__(self, message: str = "", *, protocol: str = "", client_version: str = "", server_version: str = "") -> None:
         super().__init__(message)
-        self.protocol = protocol
-        self.client_version = client_version
-        self.server_version = server_version
+        self.protocol, self.client_version, self.server_version = protocol, client_version, server_version
 
     @property
     def error_details(self) -> list[dict[str, Any]]:
         """The precondition that failed, as the family words it."""
-        violation = PreconditionViolation("protocol_version", self.protocol, str(self))
-        return [PreconditionFailure((violation,)).to_json()]
-
+        return [PreconditionFailure((PreconditionViolation("protocol_version", self.protocol, str(self)),)).to_json()]
 
 class ProtocolError(_Refusal):
     """A request that breaks a rule of the wire."""
 
-
 class ProtocolNotSpecifiedError(ProtocolError):
     """The request names no protocol."""
-
     error_kind = "protocol_not_specified"
-
 
 class ProtocolNotSupportedError(ProtocolError):
     """The server does not host that protocol."""
-
-    error_kind = "protocol_not_supported"
-    error_code = Code.UNIMPLEMENTED
-    http_status = 404
-
+    error_kind, error_code, http_status = "protocol_not_supported", Code.UNIMPLEMENTED, 404
 
 class MethodNotImplementedError(ProtocolError):
     """The protocol has no such method."""
-
-    error_kind = "method_not_implemented"
-    error_code = Code.UNIMPLEMENTED
-    http_status = 404
-
+    error_kind, error_code, http_status = "method_not_implemented", Code.UNIMPLEMENTED, 404
 
 class TokenError(ProtocolError):
     """A state token that this server did not sign, not for this call, or that is too old."""
 
-
 class RequestTooLargeError(ProtocolError):
     """A request above the server's limit."""
-
-    error_code = Code.RESOURCE_EXHAUSTED
-    http_status = 413
-
+    error_code, http_status = Code.RESOURCE_EXHAUSTED, 413
 
 class ResponseTooLargeError(ProtocolError):
     """An answer above the smallest of the client's and the server's limits."""
-
-    error_code = Code.RESOURCE_EXHAUSTED
-    http_status = 200
-
+    error_code, http_status = Code.RESOURCE_EXHAUSTED, 200
 
 class ServerDrainingError(ProtocolError):
     """The server is stopping and takes no new calls; another may."""
-
-    error_kind = "server_draining"
-    error_code = Code.UNAVAILABLE
-    http_status = 503
+    error_kind, error_code, http_status = "server_draining", Code.UNAVAILABLE, 503
 
     @property
     def error_details(self) -> list[dict[str, Any]]:
         """When to try again."""
         return [RetryInfo(1.0).to_json()]
 
-
 class ParameterError(_Refusal, TypeError):
     """A parameter, field or result of the wrong type; on the wire it is a ``TypeError``."""
-
     error_type = "TypeError"
-
 
 class AuthReason(str, enum.Enum):
     """Why a server answered 401: the closed set of the family."""
+    MISSING_CREDENTIAL, INVALID_CREDENTIAL = "missing_credential", "invalid_credential"
+    EXPIRED_CREDENTIAL, INSUFFICIENT_SCOPE = "expired_credential", "insufficient_scope"
+    PROXY_REQUIRED, UNAUTHORIZED = "proxy_required", "unauthorized"
 
-    MISSING_CREDENTIAL = "missing_credential"
-    INVALID_CREDENTIAL = "invalid_credential"
-    EXPIRED_CREDENTIAL = "expired_credential"
-    INSUFFICIENT_SCOPE = "insufficient_scope"
-    PROXY_REQUIRED = "proxy_required"
-    UNAUTHORIZED = "unauthorized"
-
-    def __str__(self) -> str:
-        return self.value
-
+    __str__ = str.__str__
 
 class AuthFailure(ValueError):
     """Raised by an ``authenticate`` callback to say why a credential was refused."""
 
     def __init__(self, reason: AuthReason, detail: str = "") -> None:
         super().__init__(detail or str(reason))
-        self.reason = AuthReason(reason)
-        self.detail = detail
+        self.reason, self.detail = AuthReason(reason), detail
 
+def _sendable(text: str, limit: int, mark: str) -> str:
+    """*text*, at most *limit* characters and then *mark*, and valid UTF-8 also where it holds lone surrogates."""
+    text = text[:limit] + mark if len(text) > limit else text
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 def _text_of(value: object) -> str:
     """``str(value)``, bounded and valid UTF-8, also when its ``__str__`` is broken."""
@@ -766,10 +499,7 @@ def _text_of(value: object) -> str:
         text = str(value)
     except Exception as exc:
         text = f"<{type(value).__name__}: its __str__ raised {type(exc).__name__}>"
-    if len(text) > MAX_ERROR_MESSAGE_CHARS:
-        text = text[:MAX_ERROR_MESSAGE_CHARS] + "… <truncated>"
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
+    return _sendable(text, MAX_ERROR_MESSAGE_CHARS, "… <truncated>")
 
 def _suggest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for a near miss, else nothing."""
@@ -785,35 +515,30 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 # A log line or an error as it travels: level, text, extra. An error is a message of level EXCEPTION.
 # The metadata of a message is the only form in which an exception leaves a process.
 
-
 class Level(enum.Enum):
     """Severity of a `Message`, most severe first; the value is the name on the wire."""
+    EXCEPTION, ERROR, WARN, INFO, DEBUG, TRACE = "EXCEPTION", "ERROR", "WARN", "INFO", "DEBUG", "TRACE"
 
-    EXCEPTION = "EXCEPTION"
-    ERROR = "ERROR"
-    WARN = "WARN"
-    INFO = "INFO"
-    DEBUG = "DEBUG"
-    TRACE = "TRACE"
+def _message_maker(level: Level) -> classmethod[Message, typing.Concatenate[str, ...], Message]:
+    """Make the class method of `Message` that is named after a level."""
+
+    def make(cls: type[Message], message: str, **kwargs: object) -> Message:
+        return cls(level, message, **kwargs)
+
+    make.__name__, make.__qualname__ = level.name.lower(), f"Message.{level.name.lower()}"
+    make.__doc__ = f"Make a message of level ``{level.name}``."
+    return classmethod(make)
 
 
 class Message:
-    """One log line from a server, or one error.
-
-    Attributes:
-        level: Severity.
-        message: Text.
-        extra: JSON-compatible facts, ``None`` when there are none.
-    """
-
+    """One log line from a server, or one error."""
     __slots__ = ("extra", "level", "message")
     MAX_TRACEBACK_CHARS = MAX_TRACEBACK_CHARS
     MAX_TRACEBACK_FRAMES = MAX_TRACEBACK_FRAMES
 
     def __init__(self, level: Level, message: str, **kwargs: object) -> None:
-        self.level = level
-        self.message = message
-        self.extra: dict[str, Any] | None = kwargs or None
+        self.level, self.message = level, message
+        self.extra: dict[str, Any] | None = kwargs or None  # JSON-compatible facts
 
     def __repr__(self) -> str:
         return f"Message({self.level.name}, {self.message!r}, extra={self.extra!r})"
@@ -823,48 +548,15 @@ class Message:
             return NotImplemented
         return (self.level, self.message, self.extra) == (other.level, other.message, other.extra)
 
-    __hash__ = None  # type: ignore[assignment]
-
-    @classmethod
-    def exception(cls, message: str, **kwargs: object) -> Message:
-        """Make a message of level ``EXCEPTION``."""
-        return cls(Level.EXCEPTION, message, **kwargs)
-
-    @classmethod
-    def error(cls, message: str, **kwargs: object) -> Message:
-        """Make a message of level ``ERROR``."""
-        return cls(Level.ERROR, message, **kwargs)
-
-    @classmethod
-    def warn(cls, message: str, **kwargs: object) -> Message:
-        """Make a message of level ``WARN``."""
-        return cls(Level.WARN, message, **kwargs)
-
-    @classmethod
-    def info(cls, message: str, **kwargs: object) -> Message:
-        """Make a message of level ``INFO``."""
-        return cls(Level.INFO, message, **kwargs)
-
-    @classmethod
-    def debug(cls, message: str, **kwargs: object) -> Message:
-        """Make a message of level ``DEBUG``."""
-        return cls(Level.DEBUG, message, **kwargs)
-
-    @classmethod
-    def trace(cls, message: str, **kwargs: object) -> Message:
-        """Make a message of level ``TRACE``."""
-        return cls(Level.TRACE, message, **kwargs)
+    exception, error, warn, info, debug, trace = map(_message_maker, Level)
 
     @classmethod
     def from_exception(cls, exc: BaseException, *, include_traceback: bool = True) -> Message:
-        """Describe an exception: type, text, code, kind, details and, if asked, traceback and last frames.
-
-        Never raises, whatever the exception's own methods do.
-        """
+        """Describe an exception, whatever its own methods do: type, text, code, kind, details, traceback and last frames."""
         name, text = _error_type_of(exc), _text_of(exc)
         extra: dict[str, Any] = {"exception_type": name, "exception_message": text, "error_code": _error_code_of(exc).value}
-        kind, details = _error_kind_of(exc), _error_details_of(exc)
-        if kind:
+        kind, details = getattr(exc, "error_kind", ""), _error_details_of(exc)
+        if kind and isinstance(kind, str):
             extra["error_kind"] = kind
         if details:
             extra["error_details"] = details
@@ -874,9 +566,7 @@ class Message:
 
     def add_to_metadata(self, metadata: dict[str, str] | None = None) -> dict[str, str]:
         """Return *metadata* (a copy) with the keys of this message added."""
-        out = dict(metadata or {})
-        out[LOG_LEVEL_KEY.decode()] = self.level.value
-        out[LOG_MESSAGE_KEY.decode()] = self.message
+        out = {**(metadata or {}), LOG_LEVEL_KEY.decode(): self.level.value, LOG_MESSAGE_KEY.decode(): self.message}
         if self.extra:
             out[LOG_EXTRA_KEY.decode()] = json.dumps(self.extra, default=_text_of)
         return out
@@ -886,15 +576,8 @@ def _error_type_of(exc: BaseException) -> str:
     declared = getattr(exc, "error_type", None) if isinstance(exc, _Refusal) else None
     return declared or type(exc).__name__
 
-
 def _error_code_of(exc: BaseException) -> Code:
     return Code.parse(getattr(exc, "error_code", None))
-
-
-def _error_kind_of(exc: BaseException) -> str:
-    kind = getattr(exc, "error_kind", "")
-    return kind if isinstance(kind, str) else ""
-
 
 def _error_details_of(exc: BaseException) -> list[dict[str, Any]]:
     """The exception's details as JSON objects; an empty list when there are none, too many or unusable ones."""
@@ -904,41 +587,32 @@ def _error_details_of(exc: BaseException) -> list[dict[str, Any]]:
     except (TypeError, ValueError):
         return []
 
-
 def _traceback_facts(exc: BaseException) -> dict[str, Any]:
     """``traceback``, ``frames`` (the last five), ``cause`` and ``context`` of an exception."""
     try:
         text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
         summary = traceback.extract_tb(exc.__traceback__)[-MAX_TRACEBACK_FRAMES:]
     except Exception:
-        # A broken __str__ in the chain breaks the formatter too; the frames alone are still worth sending.
+        # A broken __str__ in the chain may break the formatter too; the error itself is still worth sending.
         text, summary = f"{type(exc).__name__}: <its traceback could not be formatted>\n", traceback.StackSummary()
-    if len(text) > MAX_TRACEBACK_CHARS:
-        text = text[:MAX_TRACEBACK_CHARS] + "\n… <traceback truncated>"
     frames = [{"file": f.filename, "line": f.lineno, "function": f.name, "code": f.line or ""} for f in summary]
-    facts: dict[str, Any] = {"traceback": text.encode("utf-8", "backslashreplace").decode("utf-8"), "frames": frames}
+    facts: dict[str, Any] = {"traceback": _sendable(text, MAX_TRACEBACK_CHARS, "\n… <traceback truncated>"), "frames": frames}
     for name, other in (("cause", exc.__cause__), ("context", exc.__context__)):
         if other is not None:
             facts[name] = f"{type(other).__name__}: {_text_of(other)}"
     return facts
 
-
 def _message_metadata(message: Message, server_id: str, request_id: str) -> dict[bytes, bytes]:
     """A message as metadata of a zero-row batch; for an error its code, kind and details also stand on their own."""
     metadata = {k.encode(): v.encode("utf-8", "backslashreplace") for k, v in message.add_to_metadata().items()}
+    facts: dict[bytes, Any] = {}
     if message.level is Level.EXCEPTION:
         extra = message.extra or {}
-        metadata[ERROR_CODE_KEY] = str(extra.get("error_code") or Code.UNKNOWN.value).encode()
-        if extra.get("error_kind"):
-            metadata[ERROR_KIND_KEY] = str(extra["error_kind"]).encode()
-        if extra.get("error_details"):
-            metadata[ERROR_DETAILS_KEY] = json.dumps(extra["error_details"]).encode()
-    if server_id:
-        metadata[SERVER_ID_KEY] = server_id.encode()
-    if request_id:
-        metadata[REQUEST_ID_KEY] = request_id.encode()
-    return metadata
-
+        details = extra.get("error_details")
+        facts = {ERROR_CODE_KEY: extra.get("error_code") or Code.UNKNOWN, ERROR_KIND_KEY: extra.get("error_kind")}
+        facts[ERROR_DETAILS_KEY] = json.dumps(details) if details else None
+    facts |= {SERVER_ID_KEY: server_id, REQUEST_ID_KEY: request_id}
+    return metadata | {key: str(fact).encode() for key, fact in facts.items() if fact}
 
 def _json_object(data: bytes | None) -> dict[str, Any]:
     """Parse *data* as a JSON object; anything else is an empty one (it comes from a peer and is only information)."""
@@ -948,45 +622,39 @@ def _json_object(data: bytes | None) -> dict[str, Any]:
         return {}
     return value if isinstance(value, dict) else {}
 
+def _metadata_text(metadata: Mapping[bytes, bytes], key: bytes, default: object = "") -> str:
+    value = metadata.get(key)
+    return value.decode("utf-8", "replace") if value is not None else str(default or "")
 
 def _message_from_metadata(metadata: Mapping[bytes, bytes]) -> Message:
     """The reverse of `_message_metadata`, for logs; an unknown level reads as INFO."""
-    name = metadata.get(LOG_LEVEL_KEY, b"").decode("utf-8", "replace")
-    level = Level.__members__.get(name, Level.INFO)
-    message = Message(level, metadata.get(LOG_MESSAGE_KEY, b"").decode("utf-8", "replace"))
+    level = Level.__members__.get(_metadata_text(metadata, LOG_LEVEL_KEY), Level.INFO)
+    message = Message(level, _metadata_text(metadata, LOG_MESSAGE_KEY))
     message.extra = _json_object(metadata.get(LOG_EXTRA_KEY)) or None
     return message
 
-
 def _error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
     """The `RpcError` of an error batch; code, kind and details from their own keys first, else from ``log_extra``."""
-    extra = _json_object(metadata.get(LOG_EXTRA_KEY))
-    text = metadata.get(LOG_MESSAGE_KEY, b"").decode("utf-8", "replace")
-
-    def pick(key: bytes, name: str) -> str:
-        value = metadata.get(key)
-        return value.decode("utf-8", "replace") if value is not None else str(extra.get(name) or "")
-
+    extra, text = _json_object(metadata.get(LOG_EXTRA_KEY)), _metadata_text(metadata, LOG_MESSAGE_KEY)
     try:
         details = json.loads(metadata[ERROR_DETAILS_KEY])
     except (KeyError, ValueError, RecursionError):
         details = extra.get("error_details")
-    details = [d for d in details if isinstance(d, dict)] if isinstance(details, list) else []
     kind = str(extra.get("exception_type") or text.partition(":")[0] or "Exception")
-    code = pick(ERROR_CODE_KEY, "error_code")
-    error = DeadlineExceededError if code == Code.DEADLINE_EXCEEDED and kind == "DeadlineExceededError" else RpcError
-    made = RpcError.__new__(error)
+    code = _metadata_text(metadata, ERROR_CODE_KEY, extra.get("error_code"))
+    timed_out = code == Code.DEADLINE_EXCEEDED and kind == "DeadlineExceededError"
+    error = RpcError.__new__(DeadlineExceededError if timed_out else RpcError)
     RpcError.__init__(
-        made,
+        error,
         kind,
         str(extra.get("exception_message") or text),
         str(extra.get("traceback") or ""),
-        request_id=metadata.get(REQUEST_ID_KEY, b"").decode("utf-8", "replace"),
+        request_id=_metadata_text(metadata, REQUEST_ID_KEY),
         error_code=code,
-        error_kind=pick(ERROR_KIND_KEY, "error_kind"),
-        error_details=details,
+        error_kind=_metadata_text(metadata, ERROR_KIND_KEY, extra.get("error_kind")),
+        error_details=[d for d in details if isinstance(d, dict)] if isinstance(details, list) else [],
     )
-    return made
+    return error
 
 
 # ============================================================================
@@ -1004,85 +672,63 @@ END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE = 1, 2, 3  # MessageHeader of Arrow's format/Message.fbs
 _ARROW_FAILURES = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError)
 
-
 class IpcValidation(enum.Enum):
     """How much of an incoming batch is checked before a method sees it."""
-
     NONE = "none"
     STANDARD = "standard"  # lengths and offsets: O(columns)
     FULL = "full"  # every value: offsets in order, valid UTF-8, dictionary indices in range
 
-
 @dataclass(frozen=True)
 class AnnotatedBatch:
-    """A record batch with the custom metadata of its message.
-
-    Attributes:
-        batch: rows x columns; immutable, safe to share between threads.
-        custom_metadata: Keys and values of the message, ``None`` when it carried none.
-    """
-
-    batch: pa.RecordBatch
-    custom_metadata: pa.KeyValueMetadata | None = None
+    """A record batch with the custom metadata of its message."""
+    batch: pa.RecordBatch  # rows x columns; immutable, safe to share between threads
+    custom_metadata: pa.KeyValueMetadata | None = None  # None when the message carried none
 
     @classmethod
     def from_pydict(cls, data: dict[str, Any], schema: pa.Schema | None = None) -> AnnotatedBatch:
-        """Build from ``{column: values}``; types are inferred when *schema* is ``None``.
-
-        Raises:
-            TypeError: Values that do not fit, named by column.
-        """
+        """Build from ``{column: values}``, types inferred without *schema*; `TypeError` names the column that does not fit."""
         return cls(_batch_from_pydict(data, schema, "from_pydict"))
 
     def release(self) -> None:
         """Give back what the batch stands on; nothing to do here, as batches own their memory."""
 
-
 def _batch_from_pydict(data: Mapping[str, Any], schema: pa.Schema | None, where: str) -> pa.RecordBatch:
     """Columns by name to a batch; errors name *where*, the column, what was expected and what came."""
-    if schema is None:
-        try:
-            return pa.RecordBatch.from_pydict(dict(data))
-        except _ARROW_FAILURES as exc:
-            raise ParameterError(f"{where}: {_text_of(exc)}") from None
-    if list(data) != schema.names and set(data) != set(schema.names):
+    if schema is not None and set(data) != set(schema.names):
         raise ParameterError(f"{where}: expected columns {schema.names}, got {list(data)}")
-    arrays = []
-    for column in schema:
-        values = data[column.name]
-        try:
-            arrays.append(values if isinstance(values, pa.Array) else pa.array(values, column.type))
-            if not column.nullable and arrays[-1].null_count:
-                raise ParameterError(f"{where}: column {column.name!r}: expected {column.type} without nulls, got a null")
-        except _ARROW_FAILURES as exc:
-            if isinstance(exc, ParameterError):
-                raise
-            raise ParameterError(f"{where}: column {column.name!r}: expected {column.type}, got {_text_of(exc)}") from None
     try:
-        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+        if schema is None:
+            return pa.RecordBatch.from_pydict(dict(data))
+        return pa.RecordBatch.from_arrays([_column_from(data[f.name], f, where) for f in schema], schema=schema)
+    except ParameterError:
+        raise
     except _ARROW_FAILURES as exc:
         raise ParameterError(f"{where}: {_text_of(exc)}") from None
 
+def _column_from(values: Any, column: pa.Field, where: str) -> pa.Array:
+    try:
+        array = values if isinstance(values, pa.Array) else pa.array(values, column.type)
+    except _ARROW_FAILURES as exc:
+        expected = _type_text(column.type)
+        raise ParameterError(f"{where}: column {column.name!r}: expected {expected}, got {_text_of(exc)}") from None
+    return _without_nulls(array, column, where)
+
+def _without_nulls(array: pa.Array, column: pa.Field, where: str) -> pa.Array:
+    if not column.nullable and array.null_count:
+        expected = _type_text(column.type)
+        raise ParameterError(f"{where}: column {column.name!r}: expected {expected} without nulls, got a null")
+    return array
 
 @functools.lru_cache(maxsize=256)
 def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
     """Return the batch of 0 rows x the schema's columns that carries logs, errors, ticks and tokens."""
     return pa.RecordBatch.from_arrays([pa.nulls(0, f.type) for f in schema], schema=schema)
 
-
 _TICK = pa.RecordBatch.from_arrays([], schema=EMPTY_SCHEMA)
-
 
 class BatchKind(enum.Enum):
     """What a batch of a stream is (WIRE section 4): the only place that decides it is `batch_kind`."""
-
-    DATA = "data"
-    LOG = "log"
-    ERROR = "error"
-    LOCATION = "location"
-    SHM = "shm"
-    TOKEN = "token"
-
+    DATA, LOG, ERROR, LOCATION, SHM, TOKEN = "data", "log", "error", "location", "shm", "token"
 
 def batch_kind(num_rows: int, metadata: _Metadata | None) -> BatchKind:
     """Tell data from logs, errors, pointers and tokens; a zero-row batch without our keys is data."""
@@ -1094,7 +740,6 @@ def batch_kind(num_rows: int, metadata: _Metadata | None) -> BatchKind:
         if key in metadata:
             return kind
     return BatchKind.DATA
-
 
 class ByteSource:
     """Bytes in their order: what an `IpcReader` reads from."""
@@ -1109,21 +754,16 @@ class ByteSource:
 
 
 class BufferSource(ByteSource):
-    """A source over bytes in memory.
-
-    Attributes:
-        position: Bytes read so far.
-    """
+    """A source over bytes in memory, which `read_after` does not copy when *head* was the last thing read."""
 
     def __init__(self, data: _Buffer) -> None:
         self._buffer = data if isinstance(data, pa.Buffer) else pa.py_buffer(data)
         self._view = memoryview(self._buffer)
-        self.position = 0
+        self.position = 0  # bytes read so far
 
     def read(self, size: int) -> bytes:
-        start = self.position
-        piece = bytes(self._view[start : start + size])
-        self.position = start + len(piece)
+        piece = bytes(self._view[self.position : self.position + size])
+        self.position += len(piece)
         return piece
 
     def read_after(self, head: bytes, size: int) -> _Buffer:
@@ -1139,23 +779,12 @@ class BufferSource(ByteSource):
 
 @dataclass(frozen=True)
 class IpcLimits:
-    """What an `IpcReader` accepts of one message.
-
-    Attributes:
-        max_bytes: Decoded bytes of one message, ``None`` for what memory holds.
-        max_rows: Rows of one batch, ``None`` for what its bytes pay for (see ``FREE_ROWS``).
-    """
-
-    max_bytes: int | None = None
-    max_rows: int | None = None
-
-
-_NO_LIMITS = IpcLimits()
-
+    """What an `IpcReader` accepts of one message."""
+    max_bytes: int | None = None  # decoded bytes of one message, None for what memory holds
+    max_rows: int | None = None  # rows of one batch, None for what its bytes pay for (see FREE_ROWS)
 
 class MessageHead(NamedTuple):
     """The head of one IPC message, as far as bounds, metadata and dictionaries need it (format/Message.fbs)."""
-
     kind: int
     body_length: int  # bytes
     metadata: dict[bytes, bytes] | None = None
@@ -1165,44 +794,33 @@ class MessageHead(NamedTuple):
     dictionary_id: int = 0
     is_delta: bool = False
 
-
 class BatchMessage(NamedTuple):
     """A record batch's message: its head and all of its bytes, prefix included."""
-
     head: MessageHead
     data: _Buffer
 
 
 class _Table:
     """One table of a flatbuffer: bounds-checked reads of its fields by number (flatbuffers' "internals")."""
-
     __slots__ = ("data", "position", "slots")
 
     def __init__(self, data: bytes, position: int) -> None:
-        (back,) = struct.unpack_from("<i", data, self._inside(data, position))
-        vtable = self._inside(data, position - back)
+        (back,) = struct.unpack_from("<i", data, _inside(data, position))
+        vtable = _inside(data, position - back)
         (size,) = struct.unpack_from("<H", data, vtable)
         self.data, self.position = data, position
-        self.slots = struct.unpack_from(f"<{max(size - 4, 0) // 2}H", data, vtable + 4)
+        # A writer leaves absent fields off the end: no table that is read here has more than five.
+        self.slots = (*struct.unpack_from(f"<{max(size - 4, 0) // 2}H", data, vtable + 4), 0, 0, 0, 0, 0)
 
-    @staticmethod
-    def _inside(data: bytes, position: int) -> int:
-        if not 0 <= position < len(data):  # struct would count a negative offset from the end
-            raise IndexError(position)
-        return position
-
-    def scalar(self, slot: int, code: str, default: int = 0) -> int:
-        """Read a number; an absent field has its default."""
-        if slot >= len(self.slots) or not self.slots[slot]:
-            return default
-        return int(struct.unpack_from(code, self.data, self.position + self.slots[slot])[0])
+    def scalar(self, slot: int, code: str) -> int:
+        """Read a number; an absent field is 0."""
+        offset = self.slots[slot]
+        return int(struct.unpack_from(code, self.data, self.position + offset)[0]) if offset else 0
 
     def target(self, slot: int) -> int | None:
         """Follow an offset field to where it points."""
-        if slot >= len(self.slots) or not self.slots[slot]:
-            return None
-        at = self.position + self.slots[slot]
-        return self._inside(self.data, at + int(struct.unpack_from("<I", self.data, at)[0]))
+        offset = self.slots[slot]
+        return _inside(self.data, self.position + offset + self.scalar(slot, "<I")) if offset else None
 
     def table(self, slot: int) -> _Table | None:
         """Read a table field."""
@@ -1222,53 +840,44 @@ class _Table:
         return self.data[start : start + size]
 
 
-def parse_message_head(data: bytes) -> MessageHead:
-    """Read the flatbuffer head of one IPC message.
+def _inside(data: bytes, position: int) -> int:
+    if not 0 <= position < len(data):  # struct would count a negative offset from the end
+        raise IndexError(position)
+    return position
 
-    Raises:
-        IPCError: It is not one.
-    """
+def parse_message_head(data: bytes) -> MessageHead:
+    """Read the flatbuffer head of one IPC message; raises `IPCError` when it is not one."""
     try:
-        (root,) = struct.unpack_from("<I", data, 0)
-        message = _Table(data, root)
+        message = _Table(data, struct.unpack_from("<I", data, 0)[0])
         kind, body_length = message.scalar(1, "<B"), message.scalar(3, "<q")
-        metadata = _head_metadata(message)
-        header = message.table(2)
-        if header is None or kind not in (_SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE) or body_length < 0:
+        batch, metadata = message.table(2), _head_metadata(message)
+        if batch is None or kind not in (_SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE) or body_length < 0:
             raise ValueError(f"message type {kind}, body of {body_length} bytes")
         if kind == _SCHEMA_MESSAGE:
             return MessageHead(kind, body_length, metadata)
-        batch, dictionary_id, is_delta = header, 0, False
+        dictionary_id, is_delta = 0, False
         if kind == _DICTIONARY_MESSAGE:
-            dictionary_id, is_delta = header.scalar(0, "<q"), bool(header.scalar(2, "<B"))
-            inner = header.table(1)
-            if inner is None:
+            dictionary_id, is_delta, batch = batch.scalar(0, "<q"), bool(batch.scalar(2, "<B")), batch.table(1)
+            if batch is None:
                 raise ValueError("a dictionary without a batch")
-            batch = inner
         start, count = batch.vector(2)
-        flat = struct.unpack_from(f"<{2 * count}q", data, start) if count and count <= len(data) else ()
-        if len(flat) != 2 * count:
+        if count > len(data):
             raise IndexError(count)
-        buffers = tuple(zip(flat[::2], flat[1::2]))
-        compressed = batch.target(3) is not None
-        rows = batch.scalar(0, "<q")
-        return MessageHead(kind, body_length, metadata, rows, buffers, compressed, dictionary_id, is_delta)
+        flat = struct.unpack_from(f"<{2 * count}q", data, start)
+        buffers, compressed = tuple(zip(flat[::2], flat[1::2])), batch.target(3) is not None
+        return MessageHead(kind, body_length, metadata, batch.scalar(0, "<q"), buffers, compressed, dictionary_id, is_delta)
     except (struct.error, IndexError, ValueError, OverflowError, MemoryError) as exc:
         raise IPCError(f"not an Arrow IPC message: its head of {len(data)} bytes does not parse ({_text_of(exc)})") from None
 
-
 def _head_metadata(message: _Table) -> dict[bytes, bytes] | None:
     start, count = message.vector(4)
-    if count * 4 > len(message.data):
-        raise IndexError(count)
     if not count:
         return None
-    metadata = {}
-    for at in range(start, start + 4 * count, 4):
-        pair = _Table(message.data, at + int(struct.unpack_from("<I", message.data, at)[0]))
-        metadata[pair.text(0)] = pair.text(1)
-    return metadata
-
+    if count * 4 > len(message.data):
+        raise IndexError(count)
+    offsets = enumerate(struct.unpack_from(f"<{count}I", message.data, start))
+    pairs = [_Table(message.data, start + 4 * i + offset) for i, offset in offsets]
+    return {pair.text(0): pair.text(1) for pair in pairs}
 
 def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
     """Call into pyarrow with foreign bytes: the one place where its exceptions become ours."""
@@ -1279,60 +888,39 @@ def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
     except _ARROW_FAILURES as exc:
         raise IPCError(f"{what}: {_text_of(exc)}") from None
 
-
 def _nesting(kind: pa.DataType) -> int:
     return 1 + max((_nesting(kind.field(i).type) for i in range(kind.num_fields)), default=0)
 
-
 def _has_dictionary(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return True
     if isinstance(kind, pa.BaseExtensionType):
         return _has_dictionary(kind.storage_type)
-    return any(_has_dictionary(kind.field(i).type) for i in range(kind.num_fields))
-
+    return pa.types.is_dictionary(kind) or any(_has_dictionary(kind.field(i).type) for i in range(kind.num_fields))
 
 class SchemaFacts(NamedTuple):
     """A schema with what reading its batches needs to know."""
-
     schema: pa.Schema
     has_dictionary: bool
     message: bytes  # the encapsulated schema message
 
+def _decode_schema(message: bytes) -> SchemaFacts:
+    schema = _guard("the schema message", ipc.read_schema, pa.py_buffer(message))
+    if len(schema) > MAX_COLUMNS:
+        raise IPCError(f"schema: expected at most {MAX_COLUMNS} columns, got {len(schema)}")
+    if max(map(_nesting, schema.types), default=0) > MAX_NESTING:
+        raise IPCError(f"schema: expected at most {MAX_NESTING} levels of nesting")
+    return SchemaFacts(schema, any(map(_has_dictionary, schema.types)), message)
 
-_schema_cache: dict[bytes, SchemaFacts] = {}
-
+_cached_schema = functools.lru_cache(maxsize=256)(_decode_schema)
 
 def _schema_facts(message: bytes) -> SchemaFacts:
-    """Decode an encapsulated schema message; the same bytes are decoded once (bounded cache, safe between threads)."""
-    facts = _schema_cache.get(message)
-    if facts is None:
-        schema = _guard("the schema message", ipc.read_schema, pa.py_buffer(message))
-        if len(schema) > MAX_COLUMNS:
-            raise IPCError(f"schema: expected at most {MAX_COLUMNS} columns, got {len(schema)}")
-        if max(map(_nesting, schema.types), default=0) > MAX_NESTING:
-            raise IPCError(f"schema: expected at most {MAX_NESTING} levels of nesting")
-        facts = SchemaFacts(schema, any(map(_has_dictionary, schema.types)), message)
-        if len(message) <= SMALL_BODY_BYTES:
-            if len(_schema_cache) >= 256:
-                _schema_cache.clear()
-            _schema_cache[message] = facts
-    return facts
+    """Decode an encapsulated schema message; the same bytes are decoded once, unless they are too large to be kept."""
+    return _cached_schema(message) if len(message) <= SMALL_BODY_BYTES else _decode_schema(message)
 
 
 class IpcReader:
-    """Reads one Arrow IPC stream from a source, to its end marker and not a byte further.
+    """Reads one Arrow IPC stream from *source*, to its end marker and not a byte further; the schema at once.
 
     Not safe for use by several threads. The source stays open and belongs to the caller.
-
-    Args:
-        source: Where the bytes come from.
-        limits: What one message may hold.
-        validation: How much of each batch is checked.
-
-    Attributes:
-        schema: Schema of every batch; read at once.
-        ended: Whether the end marker was read.
 
     Raises:
         EOFError: The source ended before the first byte.
@@ -1340,11 +928,11 @@ class IpcReader:
     """
 
     def __init__(
-        self, source: ByteSource, limits: IpcLimits = _NO_LIMITS, validation: IpcValidation = IpcValidation.FULL
+        self, source: ByteSource, limits: IpcLimits = IpcLimits(), validation: IpcValidation = IpcValidation.FULL
     ) -> None:
         self._source, self._limits, self._validation = source, limits, validation
         self._dictionaries: dict[int, list[bytes]] = {}
-        self.ended = False
+        self.ended = False  # whether the end marker was read
         raw = self._read_head(first=True)
         if raw is None:
             raise IPCError("expected a schema message, got an end of stream")
@@ -1352,7 +940,7 @@ class IpcReader:
         if head.kind != _SCHEMA_MESSAGE or head.body_length:
             raise IPCError(f"expected a schema message first, got message type {head.kind}")
         self.facts = _schema_facts(raw)
-        self.schema = self.facts.schema
+        self.schema = self.facts.schema  # of every batch
 
     def _read_head(self, first: bool = False) -> bytes | None:
         """Read prefix and head of the next message; ``None`` at the end marker."""
@@ -1374,16 +962,17 @@ class IpcReader:
         return prefix + head
 
     def next(self) -> tuple[pa.RecordBatch, dict[bytes, bytes] | None] | None:
-        """Read the next batch and its metadata; ``None`` at the end marker.
-
-        Raises:
-            IPCError: Half a message, a bound exceeded, or values that do not validate.
-        """
+        """Read the next batch and its metadata; ``None`` at the end marker. Raises as `next_message` and `decode`."""
         message = self.next_message()
         return None if message is None else (self.decode(message), message.head.metadata)
 
     def next_message(self) -> BatchMessage | None:
-        """Read the next batch's message without decoding it; ``None`` at the end marker. Raises as `next`."""
+        """Read the next batch's message without decoding it; ``None`` at the end marker.
+
+        Raises:
+            IPCError: Half a message, or a head that cannot be true.
+            RequestTooLargeError: A limit exceeded.
+        """
         while True:
             raw = None if self.ended else self._read_head()
             if raw is None:
@@ -1391,19 +980,17 @@ class IpcReader:
             head = parse_message_head(raw[8:])
             if head.kind == _SCHEMA_MESSAGE:
                 raise IPCError("expected a batch, got a second schema message")
-            limit = self._limits.max_bytes
-            if limit is not None and head.body_length > limit:
-                raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {head.body_length}")
-            message = _guard("the message body", self._source.read_after, raw, head.body_length)
-            if len(message) < len(raw) + head.body_length:
-                raise IPCError(
-                    f"half a message: expected a body of {head.body_length} bytes, got {len(message) - len(raw)}"
-                )
+            size, limit = head.body_length, self._limits.max_bytes
+            if limit is not None and size > limit:
+                raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {size}")
+            message = _guard("the message body", self._source.read_after, raw, size)
+            got = len(message) - len(raw)
+            if got < size:
+                raise IPCError(f"half a message: expected a body of {size} bytes, got {got}")
             self._check_bounds(head, memoryview(message)[len(raw) :])
-            if head.kind == _DICTIONARY_MESSAGE:
-                self._keep_dictionary(head, message)
-                continue
-            return BatchMessage(head, message)
+            if head.kind == _BATCH_MESSAGE:
+                return BatchMessage(head, message)
+            self._keep_dictionary(head, message)
 
     def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
         """Refuse rows that no body pays for, buffers outside it, and compressed buffers that grow past the limit."""
@@ -1411,14 +998,13 @@ class IpcReader:
         for offset, length in head.buffers:
             if offset < 0 or length < 0 or offset + length > head.body_length:
                 raise IPCError(f"buffer at {offset}, {length} bytes: outside the body of {head.body_length} bytes")
-            size = length
+            size = -1
             if head.compressed and length >= 8:
                 # BodyCompression: each buffer starts with its decoded length, -1 when it stands uncompressed.
                 (size,) = struct.unpack_from("<q", body, offset)
-                size = length if size == -1 else size
-                if size < 0:
+                if size < -1:
                     raise IPCError(f"compressed buffer at {offset}: a decoded length of {size} bytes")
-            decoded += size
+            decoded += length if size == -1 else size
         limit, max_rows = self._limits.max_bytes, self._limits.max_rows
         if head.compressed and decoded > (limit if limit is not None else max(1 << 30, 1024 * head.body_length)):
             raise RequestTooLargeError(f"compressed buffers: expected at most {limit} decoded bytes, got {decoded}")
@@ -1428,9 +1014,9 @@ class IpcReader:
             raise RequestTooLargeError(f"expected at most {max_rows} rows in a batch, got {head.rows}")
 
     def _keep_dictionary(self, head: MessageHead, message: _Buffer) -> None:
-        kept = self._dictionaries.pop(head.dictionary_id, []) if head.is_delta else []
+        kept = self._dictionaries.pop(head.dictionary_id, [])  # its new place is the last: it may build on those before
         if not head.is_delta:
-            self._dictionaries.pop(head.dictionary_id, None)
+            kept = []
         kept.append(bytes(message))
         self._dictionaries[head.dictionary_id] = kept
         limit = self._limits.max_bytes
@@ -1438,11 +1024,7 @@ class IpcReader:
             raise RequestTooLargeError(f"dictionary: expected at most {limit} bytes")
 
     def decode(self, message: BatchMessage) -> pa.RecordBatch:
-        """Decode a message of this stream; it must be the last one read when the schema has dictionaries.
-
-        Raises:
-            IPCError: It does not decode, or does not validate.
-        """
+        """Decode a message of this stream, the last one read if the schema has dictionaries; `IPCError` if it is not valid."""
         if self.facts.has_dictionary:
             batch = _guard("the batch", self._decode_with_dictionaries, message.data)
         else:
@@ -1457,16 +1039,10 @@ class IpcReader:
         return ipc.open_stream(b"".join([self.facts.message, *known, message, END_OF_STREAM])).read_next_batch()
 
     def skip(self) -> None:
-        """Read on to the end marker without decoding; used to leave a connection usable after a refusal.
-
-        Raises:
-            IPCError: The bytes are not an IPC stream.
-        """
+        """Read on to the end marker without decoding, which leaves a connection usable after a refusal; raises `IPCError`."""
         while not self.ended:
             raw = self._read_head()
-            if raw is None:
-                return
-            left = parse_message_head(raw[8:]).body_length
+            left = parse_message_head(raw[8:]).body_length if raw else 0
             while left:
                 got = len(self._source.read(min(left, 1 << 20)))
                 if not got:
@@ -1474,56 +1050,31 @@ class IpcReader:
                 left -= got
 
 
-class _Pieces:
-    """The file-like object that collects what pyarrow's stream writer writes, without copying bodies."""
-
-    closed = False
+class _Pieces(io.RawIOBase):
+    """The file that collects what pyarrow's stream writer writes, without copying bodies."""
 
     def __init__(self) -> None:
         self.pieces: list[_Buffer] = []
 
-    def write(self, data: _Buffer) -> int:
-        self.pieces.append(data)
-        return len(data)
-
-    def take(self) -> list[_Buffer]:
-        pieces, self.pieces = self.pieces, []
-        return pieces
-
-    def flush(self) -> None:
-        """Nothing is kept back."""
-
-    close = flush
-
     def writable(self) -> bool:
         return True
 
-    def readable(self) -> bool:
-        return False
-
-    seekable = readable
+    def write(self, data: Any) -> int:
+        self.pieces.append(data)
+        return len(data)
 
 
 class IpcWriter:
-    """Writes one Arrow IPC stream; each call hands whole messages to *write* at once.
+    """Writes one Arrow IPC stream of *schema*: each call hands whole messages, a list of buffers, to *write* at once.
 
     Not safe for use by several threads. The sink stays open and belongs to the caller.
-
-    Args:
-        write: Takes a list of buffers, to be written one after the other.
-        schema: Schema of every batch.
     """
 
     def __init__(self, write: Callable[[list[_Buffer]], object], schema: pa.Schema) -> None:
         self.schema = schema
         self._write = write
-        self._pieces = _Pieces()
+        self._file = _Pieces()
         self._writer: ipc.RecordBatchStreamWriter | None = None
-
-    def _open(self) -> ipc.RecordBatchStreamWriter:
-        if self._writer is None:
-            self._writer = ipc.new_stream(cast("Any", self._pieces), self.schema)
-        return self._writer
 
     def write(self, batch: pa.RecordBatch, metadata: _Metadata | pa.KeyValueMetadata | None = None) -> None:
         """Write one batch (schema first, if this is the first); *metadata* becomes the message's own."""
@@ -1531,12 +1082,13 @@ class IpcWriter:
 
     def write_all(self, items: Iterable[tuple[pa.RecordBatch, Any]], *, close: bool = False) -> None:
         """Write several batches, and the end marker if *close*, in one call of the sink."""
-        writer = self._open()
+        if self._writer is None:
+            self._writer = ipc.new_stream(self._file, self.schema)
         for batch, metadata in items:
-            writer.write_batch(batch, custom_metadata=metadata)
+            self._writer.write_batch(batch, custom_metadata=metadata)
         if close:
-            writer.close()
-        pieces = self._pieces.take()
+            self._writer.close()
+        pieces, self._file.pieces = self._file.pieces, []
         if pieces:
             self._write(pieces)
 
@@ -1551,46 +1103,33 @@ def stream_bytes(schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]])
     IpcWriter(pieces.extend, schema).write_all(items, close=True)
     return b"".join(pieces)
 
+_TYPE_SPELLING = {"double": "float64", "halffloat": "float16", "float": "float32", "string": "utf8"}
 
 def _type_text(kind: pa.DataType) -> str:
     """An Arrow type as pyarrow's constructors spell it: ``float64``, where its own text says ``double``."""
     return re.sub(r"\b(double|halffloat|float|string)\b", lambda m: _TYPE_SPELLING[m[1]], str(kind))
 
-
-_TYPE_SPELLING = {"double": "float64", "halffloat": "float16", "float": "float32", "string": "utf8"}
-
-
 def _schema_text(schema: pa.Schema) -> str:
     """A schema on one line: ``(a: float64 not null, b: utf8)``."""
     return "(" + ", ".join(f"{f.name}: {_type_text(f.type)}{'' if f.nullable else ' not null'}" for f in schema) + ")"
 
-
-def conform_batch(batch: object, schema: pa.Schema, where: str, *, cast_values: bool) -> pa.RecordBatch:
+def conform_batch(batch: Any, schema: pa.Schema, where: str, *, cast_values: bool) -> pa.RecordBatch:
     """Return *batch* under *schema*: same names in the same order, no null where none is allowed.
 
-    Args:
-        batch: What came.
-        schema: What was declared.
-        where: Begins the error text.
-        cast_values: Whether types may differ when every value survives a safe cast (exchange input) or not (output).
-
-    Raises:
-        ParameterError: Names, types or nulls differ; the text says what was expected and what came.
+    With *cast_values* types may differ where every value survives a safe cast (exchange input), else they may not (output).
+    `ParameterError` begins with *where* and says what was expected and what came.
     """
     if not isinstance(batch, pa.RecordBatch):
         raise ParameterError(f"{where}: expected a pyarrow.RecordBatch, got {type(batch).__name__}")
-    if batch.schema is schema or batch.schema.equals(schema):
-        arrays = batch.columns if any(not f.nullable for f in schema) else []
-    elif batch.schema.names != schema.names:
-        raise ParameterError(f"{where}: expected columns {_schema_text(schema)}, got {_schema_text(batch.schema)}")
-    else:
+    if not (batch.schema is schema or batch.schema.equals(schema)):
+        if batch.schema.names != schema.names:
+            raise ParameterError(f"{where}: expected columns {_schema_text(schema)}, got {_schema_text(batch.schema)}")
         arrays = [_conform_column(a, f, where, cast_values) for a, f in zip(batch.columns, schema)]
-        batch = pa.RecordBatch.from_arrays(arrays, schema=schema) if arrays else batch
-    for array_, column in zip(arrays, schema):
-        if not column.nullable and array_.null_count:
-            raise ParameterError(f"{where}: column {column.name!r}: expected {column.type} without nulls, got a null")
+        batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+    for i, column in enumerate(schema):
+        if not column.nullable:
+            _without_nulls(batch.column(i), column, where)
     return batch
-
 
 def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values: bool) -> pa.Array:
     if column.type.equals(wanted.type):
@@ -1611,24 +1150,15 @@ def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values:
 # Law: a codec is built once per annotation and cached; a value that does not fit raises _Mismatch, to which each
 # container on the way out adds its part of the path, so that the text reads `Order.lines[0].price: expected ..., got ...`.
 
-
 @dataclass(frozen=True)
 class ArrowType:
-    """Says which Arrow type a field or parameter has: ``Annotated[int, ArrowType(pa.int32())]``.
-
-    Attributes:
-        arrow_type: Exactly this type goes on the wire.
-        nullable: Overrides what the annotation says; ``None`` leaves it.
-    """
-
-    arrow_type: pa.DataType
-    nullable: bool | None = None
-
+    """Says which Arrow type a field or parameter has: ``Annotated[int, ArrowType(pa.int32())]``."""
+    arrow_type: pa.DataType  # exactly this type goes on the wire
+    nullable: bool | None = None  # overrides what the annotation says; None leaves it
 
 @dataclass(frozen=True)
 class Transient:
     """Marks a dataclass field that is not serialised: ``Annotated[T, Transient()]``; on reading it takes its default."""
-
 
 class _Mismatch(Exception):
     """A value that does not fit its codec; containers prepend to *path* on the way out."""
@@ -1644,32 +1174,29 @@ class _Mismatch(Exception):
     def error(self, where: str) -> ParameterError:
         return ParameterError(f"{where}{self.path}: expected {self.expected}, got {self.got}")
 
-
 def _got(value: object) -> str:
     return "None" if value is None else type(value).__name__
+
+def _expect(value: object, accepted: type | tuple[type, ...], expected: str) -> None:
+    if not isinstance(value, accepted):
+        raise _Mismatch(expected, _got(value))
+
+def _of_field(name: str, convert: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return convert(value)
+    except _Mismatch as exc:
+        raise exc.under(f".{name}") from None
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How values of one annotation travel.
-
-    Attributes:
-        arrow_type: Type of the column.
-        nullable: Whether ``None`` is a value.
-        encode: Python value to what ``pa.array`` takes for `arrow_type`; raises `_Mismatch`.
-        decode: What ``to_pylist`` gives to the Python value; raises `_Mismatch`.
-        plain: Exact Python types on which `encode` changes nothing, so that a list of them is passed on as it is.
-        decodes_plain: Whether `decode` changes nothing but to refuse ``None``.
-        parts: Yields (step, codec, value) of a container's members; only used to find the one that failed.
-    """
-
+    """How values of one annotation travel; encoding and decoding raise `_Mismatch`."""
     arrow_type: pa.DataType
-    nullable: bool
-    encode: Callable[[Any], Any]
-    decode: Callable[[Any], Any]
-    plain: frozenset[type] = frozenset()
-    decodes_plain: bool = False
-    parts: Callable[[Any], Iterable[tuple[str, Codec, Any]]] | None = None
+    nullable: bool  # whether None is a value
+    encode: Callable[[Any], Any]  # Python value to what pa.array takes for arrow_type
+    decode: Callable[[Any], Any]  # what to_pylist gives to the Python value
+    plain: frozenset[type] = frozenset()  # types that encode leaves as they are: a list of them is passed on whole
+    decodes_plain: bool = False  # decode changes nothing, and refuses None at most
     fixed_nullability: bool = False  # ArrowType(..., nullable=...) beats an Optional around it
 
     @property
@@ -1683,29 +1210,36 @@ class Codec:
         try:
             return pa.array(encoded, type=self.arrow_type)
         except _ARROW_FAILURES as exc:
-            for value in values:
-                self._find_failure(value)
-            raise _Mismatch(self.expected, _text_of(exc)) from None
+            found = filter(None, (_failure(value, self.arrow_type) for value in encoded))
+            raise next(found, _Mismatch(self.expected, _text_of(exc))) from None
 
-    def _find_failure(self, value: Any) -> None:
-        for step, codec, member in self.parts(value) if self.parts and value is not None else ():
-            try:
-                codec._find_failure(member)
-            except _Mismatch as exc:
-                raise exc.under(step) from None
-        try:
-            pa.array([self.encode(value)], type=self.arrow_type)
-        except _ARROW_FAILURES as exc:
-            shown = repr(value) if isinstance(value, (int, float)) else _got(value)
-            raise _Mismatch(self.expected, f"{shown} ({_text_of(exc)})") from None
-
-    def from_array(self, column: pa.Array, row: int = 0) -> Any:
-        """Decode one row of *column*; a column of another type is accepted when its value fits all the same."""
-        value = self.decode(column.slice(row, 1).to_pylist()[0] if row or len(column) != 1 else column.to_pylist()[0])
+    def from_array(self, column: pa.Array) -> Any:
+        """Decode a column of one row; one of another type is accepted when its value fits all the same."""
+        value = self.decode(column.to_pylist()[0])
         if column.type != self.arrow_type and not (value is None and self.nullable):
             self.to_array([value])
         return value
 
+
+def _failure(value: Any, kind: pa.DataType) -> _Mismatch | None:
+    """Find the innermost part of an encoded value that pyarrow does not take for its type; ``None`` when it takes all."""
+    members: list[tuple[str, Any, pa.DataType]] = []
+    if isinstance(value, list) and pa.types.is_list(kind):
+        members = [(f"[{i}]", v, kind.value_type) for i, v in enumerate(value)]
+    elif isinstance(value, list) and pa.types.is_map(kind):
+        members = [m for k, v in value for m in (("<key>", k, kind.key_type), (f"[{k!r:.40}]", v, kind.item_type))]
+    elif isinstance(value, dict) and pa.types.is_struct(kind):
+        members = [(f".{f.name}", value.get(f.name), f.type) for f in kind]
+    for step, member, member_kind in members:
+        found = _failure(member, member_kind)
+        if found:
+            return found.under(step)
+    try:
+        pa.array([value], type=kind)
+    except _ARROW_FAILURES as exc:
+        shown = repr(value) if isinstance(value, (int, float)) else _got(value)
+        return _Mismatch(_type_text(kind), f"{shown} ({_text_of(exc)})")
+    return None
 
 def _hints(owner: Any) -> dict[str, Any]:
     """The resolved annotations of a class or function; an unresolvable name is reported with its owner."""
@@ -1716,10 +1250,8 @@ def _hints(owner: Any) -> dict[str, Any]:
         hint = " (define the types that annotations name at module level)" if isinstance(exc, NameError) else ""
         raise TypeError(f"{name}: its annotations do not resolve: {_text_of(exc)}{hint}") from exc
 
-
 def _annotation_text(annotation: object) -> str:
     return annotation.__qualname__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
-
 
 def _split_optional(annotation: Any) -> tuple[Any, bool]:
     """``T | None`` -> (T, True); anything else -> (annotation, False)."""
@@ -1730,53 +1262,48 @@ def _split_optional(annotation: Any) -> tuple[Any, bool]:
             return rest[0], True
     return annotation, False
 
-
 def _unboxed(value: Any) -> Any:
     """A Python value out of a numpy or pyarrow scalar; anything else as it is."""
-    module = type(value).__module__.partition(".")[0]
-    if module == "numpy" and hasattr(value, "item"):
+    if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "item"):
         return value.item()
     return value.as_py() if isinstance(value, pa.Scalar) else value
 
-
-_SCALARS: dict[type, tuple[pa.DataType, tuple[type, ...], Callable[[Any], Any]]] = {
-    # annotation: Arrow type, what is accepted, how an accepted value that is not exactly one becomes one
-    bool: (pa.bool_(), (bool,), bool),
-    int: (pa.int64(), (int,), int),
-    float: (pa.float64(), (float, int), float),
-    str: (pa.utf8(), (str,), str),
-    bytes: (pa.binary(), (bytes, bytearray, memoryview), bytes),
+_SCALARS: dict[Any, tuple[pa.DataType, tuple[type, ...]]] = {  # annotation: Arrow type, what is accepted
+    bool: (pa.bool_(), (bool,)),
+    int: (pa.int64(), (int,)),
+    float: (pa.float64(), (float, int)),
+    str: (pa.utf8(), (str,)),
+    bytes: (pa.binary(), (bytes, bytearray, memoryview)),
 }
 
-
-def _scalar_codec(kind: type) -> Codec:
-    arrow_type, accepted, convert = _SCALARS[kind]
+def _scalar_codec(kind: Callable[[Any], Any]) -> Codec:
+    arrow_type, accepted = _SCALARS[kind]
     expected = _type_text(arrow_type)
-
+    def fits(value: Any) -> bool:
+        return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
     def encode(value: Any) -> Any:
         if type(value) is kind:
             return value
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            boxed, value = value, _unboxed(value)
-            if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-                raise _Mismatch(expected, _got(boxed))
+        unboxed = value if fits(value) else _unboxed(value)
+        if not fits(unboxed):
+            raise _Mismatch(expected, _got(value))
         try:
-            return convert(value)
+            return kind(unboxed)
         except OverflowError:
-            raise _Mismatch(expected, f"{value!r:.40} (out of range)") from None
+            raise _Mismatch(expected, f"{unboxed!r:.40} (out of range)") from None
+    plain = frozenset(accepted) if kind is float else frozenset({accepted[0]})
+    return Codec(arrow_type, False, encode, _not_none(expected, _same), plain, decodes_plain=True)
 
-    plain = frozenset({float, int}) if kind is float else frozenset({kind})
-    return Codec(arrow_type, False, encode, _refuse_none(expected), plain, decodes_plain=True)
+def _same(value: Any) -> Any:
+    return value
 
-
-def _refuse_none(expected: str) -> Callable[[Any], Any]:
-    def decode(value: Any) -> Any:
+def _not_none(expected: str, convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return *convert* with a refusal of ``None`` in front."""
+    def checked(value: Any) -> Any:
         if value is None:
             raise _Mismatch(expected, "None")
-        return value
-
-    return decode
-
+        return convert(value)
+    return checked
 
 def _each(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
     """Apply *function* to every element; a mismatch says at which index."""
@@ -1788,119 +1315,75 @@ def _each(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
         raise exc.under(f"[{len(out)}]") from None
     return out
 
-
 def _list_codec(item: Codec, container: type) -> Codec:
     arrow_type = pa.list_(pa.field("item", item.arrow_type))
-    accepted = {list: (list, tuple), set: (set, frozenset), frozenset: (set, frozenset)}[container]
-
+    accepted = (list, tuple) if container is list else (set, frozenset)
+    expected = f"{container.__name__} of {item.expected}"
     def encode(values: Any) -> Any:
-        if not isinstance(values, accepted):
-            raise _Mismatch(f"{container.__name__} of {item.expected}", _got(values))
+        _expect(values, accepted, expected)
         return list(values) if set(map(type, values)) <= item.plain else _each(item.encode, values)
-
     def decode(values: Any) -> Any:
-        if values is None:
-            raise _Mismatch(str(arrow_type), "None")
         plain = item.decodes_plain and (item.nullable or None not in values)
         members = values if plain else _each(item.decode, values)
         return members if container is list else container(members)
-
-    def parts(values: Any) -> Iterable[tuple[str, Codec, Any]]:
-        return ((f"[{i}]", item, v) for i, v in enumerate(values))
-
-    return Codec(arrow_type, False, encode, decode, parts=parts)
-
+    return Codec(arrow_type, False, encode, _not_none(_type_text(arrow_type), decode))
 
 def _dict_codec(key: Codec, value: Codec) -> Codec:
     arrow_type = pa.map_(key.arrow_type, value.arrow_type)
-
-    def pairs(mapping: Any, one: Callable[[Codec], Callable[[Any], Any]]) -> list[tuple[Any, Any]]:
-        out = []
-        encode_key, encode_value = one(key), one(value)
-        for k, v in mapping:
+    expected = f"dict of {key.expected} to {value.expected}"
+    def pairs(items: Any, of_key: Callable[[Any], Any], of_value: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
+        for k, v in items:
             try:
-                out.append((encode_key(k), encode_value(v)))
+                yield of_key(k), of_value(v)
             except _Mismatch as exc:
                 raise exc.under(f"[{k!r:.40}]") from None
-        return out
-
     def encode(mapping: Any) -> Any:
-        if not isinstance(mapping, Mapping):
-            raise _Mismatch(f"dict of {key.expected} to {value.expected}", _got(mapping))
-        return pairs(mapping.items(), operator.attrgetter("encode"))
-
-    def decode(entries: Any) -> Any:
-        if entries is None:
-            raise _Mismatch(str(arrow_type), "None")
-        return dict(pairs(entries, operator.attrgetter("decode")))
-
-    def parts(mapping: Any) -> Iterable[tuple[str, Codec, Any]]:
-        for k, v in mapping.items():
-            yield "<key>", key, k
-            yield f"[{k!r:.40}]", value, v
-
-    return Codec(arrow_type, False, encode, decode, parts=parts)
-
+        _expect(mapping, Mapping, expected)
+        return list(pairs(mapping.items(), key.encode, value.encode))
+    decode = _not_none(_type_text(arrow_type), lambda entries: dict(pairs(entries, key.decode, value.decode)))
+    return Codec(arrow_type, False, encode, decode)
 
 def _enum_codec(kind: type[enum.Enum]) -> Codec:
     members = kind.__members__
     expected = f"{kind.__name__} ({', '.join(list(members)[:8])}{', …' if len(members) > 8 else ''})"
-
     def encode(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise _Mismatch(expected, _got(value))
+        _expect(value, kind, expected)
         return value.name
-
     def decode(name: Any) -> Any:
         try:
             return members[name]
         except (KeyError, TypeError):
             raise _Mismatch(expected, f"{name!r:.60}") from None
-
     return Codec(pa.dictionary(pa.int16(), pa.utf8()), False, encode, decode)
-
 
 def _optional_codec(inner: Codec) -> Codec:
     if inner.fixed_nullability:
         return inner
-
-    def encode(value: Any) -> Any:
-        return None if value is None else inner.encode(value)
-
-    def decode(value: Any) -> Any:
-        return None if value is None else inner.decode(value)
-
+    def or_none(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda value: None if value is None else convert(value)
     plain = inner.plain | {type(None)} if inner.plain else inner.plain
-    return dataclasses.replace(inner, nullable=True, encode=encode, decode=decode, plain=plain)
+    return dataclasses.replace(inner, nullable=True, encode=or_none(inner.encode), decode=or_none(inner.decode), plain=plain)
 
-
-def _exact_codec(annotation: Any, inner: Codec | None, exact: ArrowType) -> Codec:
+def _annotated_codec(annotation: Any, whole: bool) -> Codec:
     """``Annotated[T, ArrowType(t)]``: T's own conversions, where it has any, over exactly the type t."""
-    nullable = exact.nullable if exact.nullable is not None else bool(inner and inner.nullable)
-    if inner is None:
-        base = Codec(exact.arrow_type, False, lambda v: v, lambda v: v, decodes_plain=True)
-    else:
-        base = dataclasses.replace(inner, arrow_type=exact.arrow_type)
-    if nullable and not base.nullable:
+    inner = annotation.__origin__
+    exact = next((m for m in annotation.__metadata__ if isinstance(m, ArrowType)), None)
+    if exact is None:
+        return codec_for(inner, whole=whole)
+    try:
+        base = codec_for(inner)
+    except TypeError:  # datetime and the like: pyarrow itself knows how to convert them
+        base = Codec(exact.arrow_type, _split_optional(inner)[1], _same, _same, decodes_plain=True)
+    if exact.nullable is False or not (exact.nullable or base.nullable):
+        encode, decode = (_not_none(_type_text(exact.arrow_type), convert) for convert in (base.encode, base.decode))
+        base = dataclasses.replace(base, nullable=False, encode=encode, decode=decode, plain=base.plain - {type(None)})
+    elif not base.nullable:
         base = _optional_codec(base)
-    if not nullable:
-        strict, text = base.encode, str(exact.arrow_type)
-
-        def encode(value: Any) -> Any:
-            if value is None:
-                raise _Mismatch(text, "None")
-            return strict(value)
-
-        decode = _refuse_none(text) if base.decodes_plain else base.decode
-        base = dataclasses.replace(base, nullable=False, encode=encode, decode=decode)
-    return dataclasses.replace(base, fixed_nullability=exact.nullable is not None)
-
+    return dataclasses.replace(base, arrow_type=exact.arrow_type, fixed_nullability=exact.nullable is not None)
 
 def _batch_to_bytes(batch: Any) -> bytes:
-    if not isinstance(batch, pa.RecordBatch):
-        raise _Mismatch("pyarrow.RecordBatch", _got(batch))
+    _expect(batch, pa.RecordBatch, "pyarrow.RecordBatch")
     return stream_bytes(batch.schema, [(batch, None)])
-
 
 def _batch_from_bytes(data: Any) -> pa.RecordBatch:
     if not data:
@@ -1909,41 +1392,25 @@ def _batch_from_bytes(data: Any) -> pa.RecordBatch:
     item = reader.next()
     return item[0] if item else empty_batch(reader.schema)
 
-
 def _schema_to_bytes(schema: Any) -> bytes:
-    if not isinstance(schema, pa.Schema):
-        raise _Mismatch("pyarrow.Schema", _got(schema))
-    return schema.serialize().to_pybytes()
-
+    _expect(schema, pa.Schema, "pyarrow.Schema")
+    return cast("bytes", schema.serialize().to_pybytes())
 
 def _schema_from_bytes(data: Any) -> pa.Schema:
     return _schema_facts(bytes(data)).schema if data else EMPTY_SCHEMA
 
-
 def _binary_codec(encode: Callable[[Any], bytes], decode: Callable[[Any], Any]) -> Codec:
     """A value that travels as bytes: what is wrong inside them is said as a mismatch of the value."""
-
     def read(data: Any) -> Any:
-        if data is None:
-            raise _Mismatch("binary", "None")
         try:
             return decode(data)
         except (IPCError, EOFError) as exc:
             raise _Mismatch("an Arrow IPC stream", _text_of(exc)) from None
-
-    return Codec(pa.binary(), False, encode, read)
+    return Codec(pa.binary(), False, encode, _not_none("binary", read))
 
 
 class RowCodec:
-    """Named codecs side by side: one row of a schema to values and back.
-
-    Parameters, results, headers and dataclasses all travel as such a row.
-
-    Attributes:
-        names: Column names in order.
-        codecs: A codec for each.
-        schema: The Arrow schema, 1 row x len(names) columns on the wire.
-    """
+    """Named codecs side by side: one row of `schema` to values and back, as parameters, results and dataclasses travel."""
 
     def __init__(self, fields: Iterable[tuple[str, Codec]]) -> None:
         pairs = list(fields)
@@ -1953,33 +1420,16 @@ class RowCodec:
 
     def to_batch(self, values: Sequence[Any]) -> pa.RecordBatch:
         """Encode one row; raises `_Mismatch` whose path begins with ``.name``."""
-        arrays = []
-        for name, codec, value in zip(self.names, self.codecs, values):
-            try:
-                arrays.append(codec.to_array([value]))
-            except _Mismatch as exc:
-                raise exc.under(f".{name}") from None
+        arrays = [_of_field(n, c.to_array, [v]) for n, c, v in zip(self.names, self.codecs, values)]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
     def from_batch(self, batch: pa.RecordBatch) -> list[Any]:
         """Decode the one row of a batch of this schema; raises `_Mismatch` whose path begins with ``.name``."""
-        values = []
-        for name, codec, column in zip(self.names, self.codecs, batch.columns):
-            try:
-                values.append(codec.from_array(column))
-            except _Mismatch as exc:
-                raise exc.under(f".{name}") from None
-        return values
+        return [_of_field(n, c.from_array, column) for n, c, column in zip(self.names, self.codecs, batch.columns)]
 
 
 class DataclassCodec:
-    """A dataclass as a row and as a struct; built by `dataclass_codec`.
-
-    Attributes:
-        cls: The class.
-        fields: Its serialised fields; `Transient` ones are left out.
-        row: One codec per field, in the order of the fields.
-    """
+    """A dataclass as a row and as a struct; built by `dataclass_codec`."""
 
     def __init__(self, cls: type) -> None:
         self.cls = cls
@@ -1989,36 +1439,30 @@ class DataclassCodec:
         missed = [n for n in vars(cls).get("__annotations__", ()) if n not in {f.name for f in own}]
         if missed and "__dataclass_fields__" not in vars(cls) and not all(_is_classvar(hints.get(n)) for n in missed):
             raise TypeError(f"{cls.__qualname__} has fields ({', '.join(missed)}) but is not decorated with @dataclass")
-        self.fields = [f for f in own if not _is_transient(hints[f.name])]
-        transient = [f for f in own if _is_transient(hints[f.name]) and f.init and not _has_default(f)]
-        if transient:
-            raise TypeError(f"{cls.__qualname__}.{transient[0].name}: a Transient field needs a default to be read back to")
+        self.fields = []  # the serialised ones
         codecs = []
-        for f in self.fields:
+        for f in own:
+            where = f"{cls.__qualname__}.{f.name}"
+            if _is_transient(hints[f.name]):
+                if f.init and not _has_default(f):
+                    raise TypeError(f"{where}: a Transient field needs a default to be read back to")
+                continue
+            self.fields.append(f)
             try:
                 codecs.append((f.name, codec_for(hints[f.name])))
             except TypeError as exc:
-                raise TypeError(f"{cls.__qualname__}.{f.name}: {exc}") from None
-        self.row = RowCodec(codecs)
-        self._get = operator.attrgetter(*self.row.names) if len(codecs) > 1 else None
+                raise TypeError(f"{where}: {exc}") from None
+        self.row = RowCodec(codecs)  # in the order of the fields
 
     def values(self, instance: Any) -> Sequence[Any]:
         """Return the field values of *instance*, in the order of the row."""
-        if not isinstance(instance, self.cls):
-            raise _Mismatch(self.cls.__name__, _got(instance))
-        if self._get is not None:
-            return cast("Sequence[Any]", self._get(instance))
+        _expect(instance, self.cls, self.cls.__name__)
         return [getattr(instance, n) for n in self.row.names]
 
     def to_dict(self, instance: Any) -> dict[str, Any]:
         """Encode for a struct column."""
-        out = {}
-        for name, codec, value in zip(self.row.names, self.row.codecs, self.values(instance)):
-            try:
-                out[name] = codec.encode(value)
-            except _Mismatch as exc:
-                raise exc.under(f".{name}") from None
-        return out
+        row = self.row
+        return {n: _of_field(n, c.encode, v) for n, c, v in zip(row.names, row.codecs, self.values(instance))}
 
     def to_bytes(self, instance: Any) -> bytes:
         """Encode as a whole IPC stream of one row."""
@@ -2026,30 +1470,26 @@ class DataclassCodec:
 
     def from_dict(self, entries: Any) -> Any:
         """Decode a struct: by name, unknown members ignored, absent ones take their default."""
-        if entries is None:
-            raise _Mismatch(self.cls.__name__, "None")
-        return self._build(lambda name, codec: codec.decode(entries[name]), entries)
+        return self._build(lambda codec: codec.decode, entries)
 
     def from_batch(self, batch: pa.RecordBatch) -> Any:
         """Decode the first row of a batch: by name, unknown columns ignored, absent ones take their default."""
         if batch.num_rows > 1:
             raise _Mismatch(f"{self.cls.__name__} (one row)", f"{batch.num_rows} rows")
         columns = dict(zip(batch.schema.names, batch.columns)) if batch.num_rows else {}
-        return self._build(lambda name, codec: codec.from_array(columns[name]), columns)
+        return self._build(lambda codec: codec.from_array, columns)
 
     def from_bytes(self, data: _Buffer, validation: IpcValidation = IpcValidation.FULL) -> Any:
         """Decode an IPC stream of one row; no bytes, or no batch, is a row of defaults."""
         item = IpcReader(BufferSource(data), validation=validation).next() if len(data) else None
         return self.from_batch(item[0] if item else _TICK)
 
-    def _build(self, read: Callable[[str, Codec], Any], present: Mapping[str, Any]) -> Any:
-        values, late = {}, {}
+    def _build(self, reader: Callable[[Codec], Callable[[Any], Any]], present: Mapping[str, Any]) -> Any:
+        values: dict[str, Any] = {}
+        late: dict[str, Any] = {}
         for f, codec in zip(self.fields, self.row.codecs):
             if f.name in present:
-                try:
-                    (values if f.init else late)[f.name] = read(f.name, codec)
-                except _Mismatch as exc:
-                    raise exc.under(f".{f.name}") from None
+                (values if f.init else late)[f.name] = _of_field(f.name, reader(codec), present[f.name])
             elif f.init and not _has_default(f):
                 raise _Mismatch(codec.expected, "no such field, and it has no default").under(f".{f.name}")
         instance = self.cls(**values)
@@ -2057,34 +1497,22 @@ class DataclassCodec:
             object.__setattr__(instance, name, value)
         return instance
 
-    def parts(self, instance: Any) -> Iterable[tuple[str, Codec, Any]]:
-        """The members of an instance, for finding the one that failed."""
-        return ((f".{n}", c, getattr(instance, n)) for n, c in zip(self.row.names, self.row.codecs))
-
 
 def _is_transient(annotation: Any) -> bool:
     return any(isinstance(m, Transient) or m is Transient for m in getattr(annotation, "__metadata__", ()))
 
-
 def _is_classvar(annotation: Any) -> bool:
     return annotation is ClassVar or typing.get_origin(annotation) is ClassVar
-
 
 def _has_default(f: dataclasses.Field[Any]) -> bool:
     return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
 
-
 _building: set[type] = set()
 _codec_lock = threading.RLock()
 
-
 @functools.lru_cache(maxsize=None)
-def dataclass_codec(cls: type) -> DataclassCodec:
-    """Return the codec of a dataclass; built once per class.
-
-    Raises:
-        TypeError: A field's annotation has no Arrow mapping, or the class contains itself.
-    """
+def dataclass_codec(cls: Any) -> DataclassCodec:
+    """Return the codec of a class, built once; `TypeError`: a field has no Arrow mapping, or the class contains itself."""
     with _codec_lock:
         if cls in _building:
             raise TypeError(f"{cls.__qualname__} contains itself; an Arrow struct has a fixed depth")
@@ -2094,41 +1522,21 @@ def dataclass_codec(cls: type) -> DataclassCodec:
         finally:
             _building.discard(cls)
 
-
-_MISSING_MAPPINGS = {  # what would work instead, by the name of the type
-    "list": "list[T], for example list[int]",
-    "dict": "dict[K, V], for example dict[str, float]",
-    "set": "set[T]",
-    "frozenset": "frozenset[T]",
-    "tuple": "list[T], or a dataclass",
-    "datetime": "Annotated[datetime, ArrowType(pa.timestamp('us'))]",
-    "date": "Annotated[date, ArrowType(pa.date32())]",
-    "time": "Annotated[time, ArrowType(pa.time64('us'))]",
+_INSTEAD = {  # what would work, by the name of the type that has no mapping
+    "list": "list[T], for example list[int]", "dict": "dict[K, V], for example dict[str, float]", "set": "set[T]",
+    "frozenset": "frozenset[T]", "tuple": "list[T], or a dataclass", "Table": "pa.RecordBatch, or a stream of batches",
+    "UUID": "Annotated[bytes, ArrowType(pa.binary(16))]", "date": "Annotated[date, ArrowType(pa.date32())]",
+    "datetime": "Annotated[datetime, ArrowType(pa.timestamp('us'))]", "time": "Annotated[time, ArrowType(pa.time64('us'))]",
     "timedelta": "Annotated[timedelta, ArrowType(pa.duration('us'))]",
     "Decimal": "Annotated[Decimal, ArrowType(pa.decimal128(20, 4))]",
-    "UUID": "Annotated[bytes, ArrowType(pa.binary(16))]",
-    "Table": "pa.RecordBatch, or a stream of batches",
 }
-
-
-def _no_mapping(annotation: Any) -> TypeError:
-    name = getattr(typing.get_origin(annotation) or annotation, "__name__", "")
-    instead = _MISSING_MAPPINGS.get(
-        name, "str, bytes, int, float, bool, list, dict, set, Enum, a dataclass, or Annotated[T, ArrowType(...)]"
-    )
-    return TypeError(f"no Arrow type for {_annotation_text(annotation)}; use {instead}")
-
+_MAPPED = "str, bytes, int, float, bool, list, dict, set, Enum, a dataclass, or Annotated[T, ArrowType(...)]"
 
 @functools.lru_cache(maxsize=None)
 def codec_for(annotation: Any, *, whole: bool = False) -> Codec:
-    """Return the codec of an annotation.
+    """Return the codec of an annotation; without a mapping a `TypeError` says what would work.
 
-    Args:
-        annotation: A type of WIRE section 2.
-        whole: For parameters and results, where a dataclass travels as bytes, and not as a struct.
-
-    Raises:
-        TypeError: No mapping; the text says what would work.
+    *whole* is for parameters and results, where a dataclass travels as bytes, and not as a struct.
     """
     if hasattr(annotation, "__supertype__"):  # NewType
         return codec_for(annotation.__supertype__, whole=whole)
@@ -2152,29 +1560,13 @@ def codec_for(annotation: Any, *, whole: bool = False) -> Codec:
         if issubclass(annotation, pa.Schema):
             return _binary_codec(_schema_to_bytes, _schema_from_bytes)
         if issubclass(annotation, ArrowSerializableDataclass) or dataclasses.is_dataclass(annotation):
-            return _dataclass_value_codec(annotation, whole)
-    raise _no_mapping(annotation)
-
-
-def _dataclass_value_codec(cls: type, whole: bool) -> Codec:
-    known = dataclass_codec(cls)
-    if whole:
-        return _binary_codec(known.to_bytes, known.from_bytes)
-    return Codec(pa.struct(list(known.row.schema)), False, known.to_dict, known.from_dict, parts=known.parts)
-
-
-def _annotated_codec(annotation: Any, whole: bool) -> Codec:
-    inner = annotation.__origin__
-    exact = next((m for m in annotation.__metadata__ if isinstance(m, ArrowType)), None)
-    if exact is None:
-        return codec_for(inner, whole=whole)
-    try:
-        return _exact_codec(annotation, codec_for(inner), exact)
-    except TypeError:  # datetime and the like: pyarrow itself knows how to convert them
-        base, optional = _split_optional(inner)
-        codec = _exact_codec(annotation, None, exact)
-        return _optional_codec(codec) if optional and not codec.nullable and exact.nullable is None else codec
-
+            known = dataclass_codec(cast("Any", annotation))
+            if whole:
+                return _binary_codec(known.to_bytes, known.from_bytes)
+            decode = _not_none(annotation.__name__, known.from_dict)
+            return Codec(pa.struct(list(known.row.schema)), False, known.to_dict, decode)
+    instead = _INSTEAD.get(getattr(origin or annotation, "__name__", ""), _MAPPED)
+    raise TypeError(f"no Arrow type for {_annotation_text(annotation)}; use {instead}")
 
 class _SchemaDescriptor:
     """``ARROW_SCHEMA`` of a dataclass: made at first use, as annotations may name classes defined later."""
@@ -2188,20 +1580,13 @@ class ArrowSerializableDataclass:
 
     A subclass is decorated with ``@dataclass`` (frozen or not). Fields have the types of the README's table; a field
     ``Annotated[T, Transient()]`` is not serialised. Reading goes by field name: unknown columns are ignored, absent ones
-    take the field's default.
-
-    Attributes:
-        ARROW_SCHEMA: The Arrow schema, one column per field.
+    take the field's default. An absent field without one, and a value not of its field's type, are a `TypeError` with the path.
     """
 
-    ARROW_SCHEMA: ClassVar[Any] = _SchemaDescriptor()
+    ARROW_SCHEMA: ClassVar[Any] = _SchemaDescriptor()  # one column per field
 
     def serialize_to_bytes(self) -> bytes:
-        """Return an Arrow IPC stream of 1 row x len(fields) columns.
-
-        Raises:
-            TypeError: A field's value does not have the declared type; the text gives the path to it.
-        """
+        """Return an Arrow IPC stream of 1 row x len(fields) columns."""
         try:
             return dataclass_codec(type(self)).to_bytes(self)
         except _Mismatch as exc:
@@ -2213,12 +1598,7 @@ class ArrowSerializableDataclass:
 
     @classmethod
     def deserialize_from_bytes(cls: type[_T], data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL) -> _T:
-        """Read what `serialize_to_bytes` wrote.
-
-        Raises:
-            IPCError: Not an Arrow IPC stream.
-            TypeError: A field is absent and has no default, or does not have the declared type.
-        """
+        """Read what `serialize_to_bytes` wrote; `IPCError` when it is no Arrow IPC stream."""
         try:
             return cast("_T", dataclass_codec(cls).from_bytes(data, ipc_validation))
         except EOFError:
@@ -2228,21 +1608,15 @@ class ArrowSerializableDataclass:
 
     @classmethod
     def deserialize_from_batch(
-        cls: type[_T],
-        batch: pa.RecordBatch,
-        custom_metadata: pa.KeyValueMetadata | None = None,
-        *,
+        cls: type[_T], batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None, *,
         ipc_validation: IpcValidation = IpcValidation.FULL,
     ) -> _T:
-        """Read the one row of *batch* (1 x any columns); the metadata is not looked at.
-
-        Raises:
-            TypeError: As `deserialize_from_bytes`.
-        """
+        """Read the one row of *batch* (1 x any columns), without a look at the metadata; raises as `deserialize_from_bytes`."""
         try:
             return cast("_T", dataclass_codec(cls).from_batch(batch))
         except _Mismatch as exc:
             raise exc.error(cls.__name__) from None
+
 
 
 # ============================================================================
