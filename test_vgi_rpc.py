@@ -1,0 +1,2370 @@
+# SPDX-License-Identifier: MIT
+"""Tests of vgi_rpc; the sections carry the module's numbers.
+
+``python -m unittest -q test_vgi_rpc`` runs all of them with nothing but pyarrow. Two groups need more and say so when they
+are skipped: ``VGI_RPC_REFERENCE_PYTHON`` (an interpreter with the public vgi-rpc package) and gunicorn.
+``python test_vgi_rpc.py worker ...`` is the subprocess worker of the tests; it takes the arguments of `run_server`.
+"""
+
+import ast
+import base64
+import contextlib
+import datetime
+import decimal
+import enum
+import faulthandler
+import functools
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import unittest
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, NamedTuple, NewType, Optional, Protocol
+from unittest import mock
+from wsgiref.util import setup_testing_defaults
+from wsgiref.validate import validator
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+import vgi_rpc
+from vgi_rpc import (
+    AnnotatedBatch,
+    ArrowSerializableDataclass,
+    ArrowType,
+    AuthContext,
+    AuthFailure,
+    AuthReason,
+    CallContext,
+    ExchangeState,
+    Level,
+    OutputCollector,
+    ProducerState,
+    RpcError,
+    RpcServer,
+    Stream,
+    StreamState,
+    Transient,
+    TransportError,
+)
+
+HERE = pathlib.Path(__file__).resolve().parent
+WORKER = [sys.executable, str(HERE / "test_vgi_rpc.py"), "worker"]
+KEY = b"a key of the tests long enough!"
+WATCHDOG_SECONDS = 60
+VALUE = pa.schema([pa.field("value", pa.float64())])
+INTEGERS = pa.schema([pa.field("value", pa.int64())])
+ARROW = "application/vnd.apache.arrow.stream"
+
+
+# ============================================================================
+# 0. THE SERVICE AND THE TOOLS OF THE TESTS
+# ============================================================================
+
+
+class Color(enum.Enum):
+    """An enum whose names differ from its values: names travel."""
+
+    RED = "r"
+    BLUE = "b"
+
+
+UserId = NewType("UserId", int)
+
+
+@dataclass(frozen=True)
+class Point(ArrowSerializableDataclass):
+    """Frozen, with an enum and a default."""
+
+    x: int
+    color: Color = Color.RED
+    note: str | None = None
+
+
+@dataclass
+class Shape(ArrowSerializableDataclass):
+    """Nested dataclasses in containers, default factories, and a field that does not travel."""
+
+    name: str
+    points: list[Point] = field(default_factory=list)
+    named: dict[str, Point] = field(default_factory=dict)
+    tags: frozenset[str] = frozenset()
+    cache: Annotated[Any, Transient()] = None
+
+
+class Case(NamedTuple):
+    """One row of the type table: an annotation, its Arrow type, whether it is nullable, and values that survive."""
+
+    annotation: Any
+    arrow_type: Any
+    values: tuple
+    nullable: bool = False
+
+
+UTC = datetime.timezone.utc
+BATCH = pa.RecordBatch.from_pydict({"a": [1, 2], "b": ["x", None]})
+NESTED = pa.struct(list(Point.ARROW_SCHEMA))
+ENUM = pa.dictionary(pa.int16(), pa.utf8())
+
+TYPES: dict[str, Case] = {
+    "str": Case(str, pa.utf8(), ("", "ü€😀", "x" * 1000)),
+    "bytes": Case(bytes, pa.binary(), (b"", b"\x00\xff")),
+    "int": Case(int, pa.int64(), (0, -(2**63), 2**63 - 1)),
+    "float": Case(float, pa.float64(), (0.0, -1.5, float("inf"))),
+    "bool": Case(bool, pa.bool_(), (True, False)),
+    "list_int": Case(list[int], pa.list_(pa.int64()), ([], [1, 2, 3])),
+    "list_list": Case(list[list[str]], pa.list_(pa.list_(pa.utf8())), ([], [[], ["a"]])),
+    "list_optional": Case(list[Optional[int]], pa.list_(pa.int64()), ([1, None], [None])),
+    "set": Case(set[int], pa.list_(pa.int64()), (set(), {1, 2})),
+    "frozenset": Case(frozenset[str], pa.list_(pa.utf8()), (frozenset(), frozenset({"a", "b"}))),
+    "dict": Case(dict[str, float], pa.map_(pa.utf8(), pa.float64()), ({}, {"a": 1.0, "b": 2.0})),
+    "dict_list": Case(dict[int, list[bool]], pa.map_(pa.int64(), pa.list_(pa.bool_())), ({1: [True], 2: []},)),
+    "dict_dict": Case(dict[str, dict[str, int]], pa.map_(pa.utf8(), pa.map_(pa.utf8(), pa.int64())), ({"a": {"b": 1}},)),
+    "enum": Case(Color, ENUM, (Color.RED, Color.BLUE)),
+    "list_enum": Case(list[Color], pa.list_(ENUM), ([], [Color.BLUE, Color.RED, Color.BLUE])),
+    "dict_enum": Case(dict[str, Color], pa.map_(pa.utf8(), ENUM), ({"a": Color.BLUE},)),
+    "optional_int": Case(Optional[int], pa.int64(), (None, 0, 5), True),
+    "union_str": Case(str | None, pa.utf8(), (None, "", "a"), True),
+    "optional_enum": Case(Optional[Color], ENUM, (None, Color.RED), True),
+    "optional_list": Case(Optional[list[int]], pa.list_(pa.int64()), (None, [], [1]), True),
+    "dataclass": Case(Point, pa.binary(), (Point(1), Point(-1, Color.BLUE, "n"))),
+    "optional_dataclass": Case(Optional[Point], pa.binary(), (None, Point(1)), True),
+    "deep_dataclass": Case(
+        Shape, pa.binary(), (Shape("a"), Shape("b", [Point(1), Point(2)], {"k": Point(3, Color.BLUE)}, frozenset({"t"})))
+    ),
+    "list_dataclass": Case(list[Point], pa.list_(NESTED), ([], [Point(1), Point(2, Color.BLUE, "x")])),
+    "dict_dataclass": Case(dict[str, Point], pa.map_(pa.utf8(), NESTED), ({"a": Point(1)},)),
+    "list_dict_dataclass": Case(list[dict[str, Point]], pa.list_(pa.map_(pa.utf8(), NESTED)), ([{"a": Point(1)}, {}],)),
+    "batch": Case(pa.RecordBatch, pa.binary(), (BATCH, BATCH.slice(0, 0))),
+    "schema": Case(pa.Schema, pa.binary(), (BATCH.schema, pa.schema([]))),
+    "newtype": Case(UserId, pa.int64(), (UserId(7),)),
+    "annotated_other": Case(Annotated[str, "doc"], pa.utf8(), ("a",)),
+    "int8": Case(Annotated[int, ArrowType(pa.int8())], pa.int8(), (-128, 127)),
+    "uint64": Case(Annotated[int, ArrowType(pa.uint64())], pa.uint64(), (0, 2**64 - 1)),
+    "float32": Case(Annotated[float, ArrowType(pa.float32())], pa.float32(), (0.5, -2.0)),
+    "large_utf8": Case(Annotated[str, ArrowType(pa.large_utf8())], pa.large_utf8(), ("a",)),
+    "large_binary": Case(Annotated[bytes, ArrowType(pa.large_binary())], pa.large_binary(), (b"a",)),
+    "fixed_binary": Case(Annotated[bytes, ArrowType(pa.binary(4))], pa.binary(4), (b"abcd",)),
+    "date32": Case(Annotated[datetime.date, ArrowType(pa.date32())], pa.date32(), (datetime.date(2024, 2, 29),)),
+    "timestamp": Case(
+        Annotated[datetime.datetime, ArrowType(pa.timestamp("us"))],
+        pa.timestamp("us"),
+        (datetime.datetime(2024, 1, 2, 3, 4, 5, 6),),
+    ),
+    "timestamp_utc": Case(
+        Annotated[datetime.datetime, ArrowType(pa.timestamp("us", tz="UTC"))],
+        pa.timestamp("us", tz="UTC"),
+        (datetime.datetime(2024, 1, 2, 3, 4, 5, 6, tzinfo=UTC),),
+    ),
+    "time64": Case(Annotated[datetime.time, ArrowType(pa.time64("us"))], pa.time64("us"), (datetime.time(1, 2, 3, 4),)),
+    "duration": Case(
+        Annotated[datetime.timedelta, ArrowType(pa.duration("us"))], pa.duration("us"), (datetime.timedelta(days=-1, seconds=5),)
+    ),
+    "decimal": Case(
+        Annotated[decimal.Decimal, ArrowType(pa.decimal128(20, 4))], pa.decimal128(20, 4), (decimal.Decimal("-12.3400"),)
+    ),
+    "list_decimal": Case(
+        list[Optional[Annotated[decimal.Decimal, ArrowType(pa.decimal128(9, 2))]]],
+        pa.list_(pa.decimal128(9, 2)),
+        ([decimal.Decimal("1.25"), None],),
+    ),
+    "dictionary": Case(
+        Annotated[str, ArrowType(pa.dictionary(pa.int32(), pa.utf8()))], pa.dictionary(pa.int32(), pa.utf8()), ("a",)
+    ),
+    "large_list": Case(Annotated[list[int], ArrowType(pa.large_list(pa.int32()))], pa.large_list(pa.int32()), ([1, 2],)),
+    "optional_exact": Case(Optional[Annotated[int, ArrowType(pa.int16())]], pa.int16(), (None, 3), True),
+    "nullable_exact": Case(Annotated[int, ArrowType(pa.int16(), nullable=True)], pa.int16(), (None, 3), True),
+}
+
+
+def _echo(annotation: Any) -> Any:
+    def echo(self, value):
+        return value
+
+    echo.__annotations__ = {"value": annotation, "return": annotation}
+    return echo
+
+
+class Echo(Protocol):
+    """One method ``echo_<name>`` for every row of `TYPES`."""
+
+
+for _name, _case in TYPES.items():
+    setattr(Echo, f"echo_{_name}", _echo(_case.annotation))
+
+
+@dataclass(frozen=True)
+class Header(ArrowSerializableDataclass):
+    """A stream's header."""
+
+    total: int
+    text: str = "none"
+
+
+class Phase(enum.Enum):
+    """A state machine's states."""
+
+    COLLECTING = "collecting"
+    PROCESSING = "processing"
+
+
+@dataclass
+class Count(ProducerState):
+    """Counts to *limit*, a log line and batch metadata with each number."""
+
+    limit: int
+    at: int = 0
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        if self.at >= self.limit:
+            out.finish()
+            return
+        out.client_log(Level.INFO, f"number {self.at}", at=str(self.at))
+        out.emit_pydict({"value": [self.at]}, metadata={"at": str(self.at)})
+        self.at += 1
+
+
+@dataclass
+class Ticks(ProducerState):
+    """Echoes the metadata of each tick."""
+
+    def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        metadata = {k.decode(): v.decode() for k, v in dict(input.custom_metadata or {}).items()}
+        out.emit_pydict({"value": [json.dumps(metadata, sort_keys=True)]})
+
+
+@dataclass
+class Once(ProducerState):
+    """Emits and finishes in one turn."""
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        out.emit_pydict({"value": [1]})
+        out.finish()
+
+
+@dataclass
+class Running(ExchangeState):
+    """A running sum over everything that came, with the process that served the turn."""
+
+    label: str
+    count: int = 0
+    history: list[float] = field(default_factory=list)
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        self.history.extend(input.batch.column(0).to_pylist())
+        self.count += input.batch.num_rows
+        row = {"label": [self.label], "count": [self.count], "sum": [sum(self.history)], "pid": [os.getpid()]}
+        out.emit_pydict(row)
+
+    def on_cancel(self, ctx: CallContext) -> None:
+        ctx.implementation.cancelled.append(self.count)
+        raise RuntimeError("swallowed")
+
+
+RUNNING = pa.schema([("label", pa.utf8()), ("count", pa.int64()), ("sum", pa.float64()), ("pid", pa.int64())])
+
+
+@dataclass
+class Inner:
+    """A plain dataclass inside a state."""
+
+    seen: list[int] = field(default_factory=list)
+    color: Color = Color.RED
+
+
+@dataclass
+class Nested(ExchangeState):
+    """A state with an enum, nested dataclasses, a dict and an optional."""
+
+    inner: Inner = field(default_factory=Inner)
+    phase: Phase = Phase.COLLECTING
+    table: dict[str, Inner] = field(default_factory=dict)
+    last: int | None = None
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        values = input.batch.column(0).to_pylist()
+        self.inner.seen.extend(values)
+        self.inner.color = Color.BLUE
+        self.table[str(len(self.table))] = Inner([len(values)])
+        if len(self.inner.seen) > 2:
+            self.phase = Phase.PROCESSING
+        facts = [self.inner.seen, self.inner.color.name, self.phase.name, len(self.table), self.last]
+        self.last = len(values)
+        out.emit_pydict({"value": [json.dumps(facts)]})
+
+
+TEXT = pa.schema([pa.field("value", pa.utf8())])
+
+
+@dataclass
+class Shapes(ProducerState):
+    """Zero-row batches of any schema, between batches with rows."""
+
+    left: int
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        if not self.left:
+            out.finish()
+            return
+        self.left -= 1
+        rows = self.left % 2
+        columns = [pa.array([0] * rows, f.type) for f in out.output_schema]
+        out.emit(pa.RecordBatch.from_arrays(columns, schema=out.output_schema), metadata={"left": str(self.left)})
+
+
+@dataclass
+class Fixed(ArrowSerializableDataclass):
+    """A call state: what never changes during a stream."""
+
+    factor: int
+
+
+@dataclass
+class Scaled(ExchangeState):
+    """Multiplies by the factor of its call state, adds what the implementation holds."""
+
+    CALL_STATE_TYPE: ClassVar = Fixed
+    turns: int = 0
+    fixed: Annotated[Any, Transient()] = None
+    offset: Annotated[int, Transient()] = 0
+
+    def rehydrate(self, implementation: Any) -> None:
+        self.offset = implementation.offset
+
+    def bind_call_state(self, call_state: Any) -> None:
+        self.fixed = call_state
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        self.turns += 1
+        values = [v * self.fixed.factor + self.offset for v in input.batch.column(0).to_pylist()]
+        out.emit_pydict({"value": values}, metadata={"turns": str(self.turns)})
+
+
+@dataclass
+class Misbehaving(ProducerState):
+    """Breaks the rule that *how* names, in its second turn."""
+
+    how: str
+    at: int = 0
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        self.at += 1
+        if self.at == 1:
+            out.emit_pydict({"value": [1]})
+        elif self.how == "twice":
+            out.emit_pydict({"value": [1]})
+            out.emit_pydict({"value": [2]})
+        elif self.how == "type":
+            out.emit(pa.RecordBatch.from_pydict({"value": ["text"]}))
+        elif self.how == "names":
+            out.emit_pydict({"other": [1]})
+        elif self.how == "after finish":
+            out.finish()
+            out.emit_pydict({"value": [2]})
+        elif self.how == "raise":
+            raise LookupError("in the second turn")
+        elif self.how == "state":
+            self.at = "text"  # type: ignore[assignment]
+            out.emit_pydict({"value": [2]})
+
+
+@dataclass
+class BadExchange(ExchangeState):
+    """Breaks a rule of exchanges."""
+
+    how: str
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        if self.how == "finish":
+            out.finish()
+        elif self.how == "exit":
+            raise SystemExit(3)
+        elif self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class BrokenText(Exception):
+    """An exception that cannot be shown."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+FAILURES = {
+    "TypeError": lambda: len(3),  # type: ignore[arg-type]
+    "KeyError": lambda: {}["x"],
+    "SystemExit": lambda: sys.exit(7),
+    "KeyboardInterrupt": lambda: (_ for _ in ()).throw(KeyboardInterrupt()),
+    "RecursionError": lambda: (lambda f: f(f))(lambda f: f(f)),
+    "MemoryError": lambda: (_ for _ in ()).throw(MemoryError()),
+    "BrokenText": lambda: (_ for _ in ()).throw(BrokenText()),
+}
+
+
+class Service(Echo, Protocol):
+    """The service of the tests."""
+
+    def add(self, a: float, b: float = 2.0) -> float:
+        """Add.
+
+        Args:
+            a: The one.
+            b: The other.
+        """
+        ...
+
+    def nothing(self) -> None: ...
+
+    def optional(self, value: int | None = None) -> int | None: ...
+
+    def defaults(self, point: Point = Point(9), names: list[str] = ["a"], *, color: Color = Color.BLUE) -> str: ...  # noqa: B006
+
+    def logs(self, count: int) -> int: ...
+
+    def fail(self, how: str) -> int: ...
+
+    def refuse(self) -> None: ...
+
+    def lie(self, how: str) -> list[int]: ...
+
+    def lie_none(self) -> None: ...
+
+    def noisy(self) -> str: ...
+
+    def process_id(self) -> int: ...
+
+    def kill(self) -> int: ...
+
+    def cancels(self) -> list[int]: ...
+
+    def context(self) -> dict[str, str]: ...
+
+    def wait(self, seconds: float) -> int: ...
+
+    def count(self, limit: int) -> Stream[StreamState]: ...
+
+    def count_with_header(self, limit: int) -> Stream[StreamState, Header]: ...
+
+    def ticks(self) -> Stream[ProducerState]: ...
+
+    def once(self) -> Stream[StreamState]: ...
+
+    def running(self, label: str = "r") -> Stream[ExchangeState]: ...
+
+    def running_with_header(self, label: str) -> Stream[StreamState, Header]: ...
+
+    def nested(self) -> Stream[StreamState]: ...
+
+    def shapes(self, columns: list[str], left: int) -> Stream[StreamState]: ...
+
+    def scaled(self, factor: int) -> Stream[StreamState]: ...
+
+    def init_fails(self) -> Stream[StreamState]: ...
+
+    def exchange_init_fails(self) -> Stream[ExchangeState]: ...
+
+    def header_init_fails(self) -> Stream[StreamState, Header]: ...
+
+    def wrong_header(self) -> Stream[StreamState, Header]: ...
+
+    def not_a_stream(self) -> Stream[StreamState]: ...
+
+    def misbehaving(self, how: str) -> Stream[StreamState]: ...
+
+    def bad_exchange(self, how: str) -> Stream[StreamState]: ...
+
+
+class ServiceImpl(Echo):
+    """Implements `Service`; one instance serves every transport of a server."""
+
+    def __init__(self) -> None:
+        self.cancelled: list[int] = []
+        self.offset = 100
+
+    def cancels(self) -> list[int]:
+        taken, self.cancelled = self.cancelled, []
+        return taken
+
+    def add(self, a: float, b: float = 2.0) -> float:
+        return a + b
+
+    def nothing(self) -> None:
+        return None
+
+    def optional(self, value: int | None = None) -> int | None:
+        return value
+
+    def defaults(self, point: Point, names: list[str], color: Color) -> str:
+        return f"{point.x} {','.join(names)} {color.name}"
+
+    def logs(self, count: int, ctx: CallContext) -> int:
+        for i in range(count):
+            ctx.client_log(Level.WARN, f"line {i}", index=str(i))
+        return count
+
+    def fail(self, how: str) -> int:
+        try:
+            return FAILURES[how]()
+        except Exception as exc:
+            if how != "KeyError":
+                raise
+            raise KeyError("y") from exc
+
+    def refuse(self) -> None:
+        details = [vgi_rpc.RetryInfo(1.5), vgi_rpc.ErrorInfo({"a": "b"}), {"@type": "tests.Own", "n": 1}]
+        raise vgi_rpc.StatusError("not now", code=vgi_rpc.Code.RESOURCE_EXHAUSTED, kind="tests_busy", details=details)
+
+    def lie(self, how: str) -> list[int]:
+        return {"type": "text", "member": [1, "x"], "none": None, "large": [2**63]}[how]  # type: ignore[return-value]
+
+    def lie_none(self) -> None:
+        return 3  # type: ignore[return-value]
+
+    def noisy(self) -> str:
+        print("printed by a method")
+        os.write(1, b"written to descriptor 1\n")
+        subprocess.run([sys.executable, "-S", "-c", "print('printed by a child')"], check=True)
+        return "quiet"
+
+    def process_id(self) -> int:
+        return os.getpid()
+
+    def kill(self) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    def context(self, ctx: CallContext) -> dict[str, str]:
+        facts = {"method": ctx.method_name, "protocol": ctx.protocol_name, "kind": str(ctx.kind), "id": ctx.request_id}
+        return {**facts, "principal": ctx.auth.principal or "", "domain": vgi_rpc.current_auth().domain or ""}
+
+    def wait(self, seconds: float, ctx: CallContext) -> int:
+        gate = threading.Event()
+        rounds = 0
+        while not gate.wait(min(seconds, 0.01)) and not ctx.cancelled and rounds * 0.01 < seconds:
+            rounds += 1
+        return rounds
+
+    def count(self, limit: int) -> Stream[Count]:
+        return Stream(INTEGERS, Count(limit))
+
+    def count_with_header(self, limit: int, ctx: CallContext) -> Stream[Count, Header]:
+        ctx.client_log(Level.DEBUG, "with the header")
+        return Stream(INTEGERS, Count(limit), header=Header(limit, "counting"))
+
+    def ticks(self) -> Stream[Ticks]:
+        return Stream(TEXT, Ticks())
+
+    def once(self) -> Stream[Once]:
+        return Stream(INTEGERS, Once())
+
+    def running(self, label: str) -> Stream[Running]:
+        return Stream(RUNNING, Running(label), input_schema=VALUE)
+
+    def running_with_header(self, label: str) -> Stream[Running, Header]:
+        return Stream(RUNNING, Running(label), input_schema=VALUE, header=Header(0))
+
+    def nested(self) -> Stream[Nested]:
+        return Stream(TEXT, Nested(), input_schema=INTEGERS)
+
+    def shapes(self, columns: list[str], left: int) -> Stream[Shapes]:
+        return Stream(pa.schema([(name, pa.int32()) for name in columns]), Shapes(left))
+
+    def scaled(self, factor: int) -> Stream[Scaled]:
+        fixed = Fixed(factor)
+        return Stream(INTEGERS, Scaled(offset=self.offset), input_schema=INTEGERS, call_state=fixed)
+
+    def init_fails(self) -> Stream[Count]:
+        raise KeyError("at init")
+
+    def exchange_init_fails(self) -> Stream[Running]:
+        raise KeyError("at init")
+
+    def header_init_fails(self) -> Stream[Count, Header]:
+        raise KeyError("at init")
+
+    def wrong_header(self) -> Stream[Count, Header]:
+        return Stream(INTEGERS, Count(1), header=Header("text"))  # type: ignore[arg-type]
+
+    def not_a_stream(self) -> Stream[Count]:
+        return 3  # type: ignore[return-value]
+
+    def misbehaving(self, how: str) -> Stream[Misbehaving]:
+        return Stream(INTEGERS, Misbehaving(how))
+
+    def bad_exchange(self, how: str) -> Stream[BadExchange]:
+        return Stream(INTEGERS, BadExchange(how), input_schema=INTEGERS)
+
+
+def make_server(**options: Any) -> RpcServer:
+    """The server of the tests; `Doc` is hosted beside `Service`."""
+    return RpcServer(Service, ServiceImpl(), extra_protocols=[(DocService, DocServiceImpl())], **options)
+
+
+def gunicorn_app(environ: dict[str, Any], start_response: Any) -> Any:
+    """The WSGI application that gunicorn's workers serve; its key comes from the environment."""
+    return _gunicorn_app()(environ, start_response)
+
+
+@functools.lru_cache(maxsize=None)
+def _gunicorn_app() -> Any:
+    return vgi_rpc.make_wsgi_app(make_server())
+
+
+def values(*numbers: Any) -> AnnotatedBatch:
+    """A batch with one column ``value``."""
+    return AnnotatedBatch.from_pydict({"value": list(numbers)})
+
+
+# -- bytes, made and read with pyarrow alone
+
+
+def ipc_bytes(schema: pa.Schema, *items: Any) -> bytes:
+    """An IPC stream; each item is a batch or (batch, metadata)."""
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        for item in items:
+            batch, metadata = item if isinstance(item, tuple) else (item, None)
+            writer.write_batch(batch, custom_metadata=metadata)
+    return sink.getvalue()
+
+
+def request_metadata(method: Any, protocol: Any = b"Service", **changes: Any) -> dict[bytes, bytes]:
+    """Metadata of a request; a value of ``None`` leaves the key out."""
+    found = {"vgi_rpc.method": method, "vgi_rpc.request_version": b"1", "vgi_rpc.protocol": protocol, **changes}
+    encoded = {k: v.encode() if isinstance(v, str) else v for k, v in found.items()}
+    return {k.encode(): v for k, v in encoded.items() if v is not None}
+
+
+def request_bytes(method: str, data: Any = None, schema: pa.Schema | None = None, **metadata: Any) -> bytes:
+    """A request of one row (none for a method without parameters), as a foreign client would write it."""
+    schema = schema if schema is not None else vgi_rpc.rpc_methods(Service)[method].params_schema
+    columns = [pa.array([(data or {})[f.name]], f.type) for f in schema]
+    batch = pa.RecordBatch.from_arrays(columns, schema=schema)
+    return ipc_bytes(schema, (batch, request_metadata(metadata.pop("named", method), **metadata)))
+
+
+def read_streams(data: Any) -> list[list[Any]]:
+    """All IPC streams in *data* (bytes or a file): lists of (batch, metadata as a dict)."""
+    source = io.BytesIO(data) if isinstance(data, bytes) else data
+    streams = []
+    while not isinstance(data, bytes) or source.tell() < len(data):
+        streams.append(read_stream(source))
+    return streams
+
+
+def read_stream(source: Any) -> list[Any]:
+    """One IPC stream, to its end marker and not a byte further."""
+    reader = pa.ipc.open_stream(source)
+    found = []
+    while True:
+        try:
+            batch, metadata = reader.read_next_batch_with_custom_metadata()
+        except StopIteration:
+            return found
+        found.append((batch, dict(metadata or {})))
+
+
+def error_of(items: list[Any]) -> dict[str, Any]:
+    """The error batch of an answer: ``type``, ``text``, ``code`` and ``kind``."""
+    for batch, metadata in items:
+        if metadata.get(b"vgi_rpc.log_level") == b"EXCEPTION":
+            assert batch.num_rows == 0
+            extra = json.loads(metadata[b"vgi_rpc.log_extra"])
+            facts = {"type": extra["exception_type"], "text": extra["exception_message"], "extra": extra}
+            facts["code"] = metadata[b"vgi_rpc.error_code"].decode()
+            facts["kind"] = metadata.get(b"vgi_rpc.error_kind", b"").decode()
+            return facts
+    raise AssertionError(f"no error in {items!r:.300}")
+
+
+class Reply(NamedTuple):
+    """An HTTP answer; header names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error batch in the body."""
+        return error_of(read_streams(self.body)[-1])
+
+
+def decode_body(body: bytes, coding: str) -> bytes:
+    """Undo a content coding."""
+    if coding == "zstd":
+        return pa.CompressedInputStream(pa.BufferReader(body), "zstd").read()
+    return zlib.decompress(body, 31) if coding == "gzip" else body
+
+
+class WsgiClient:
+    """Calls a WSGI application through `wsgiref.validate`; it is also a ``client`` for `http_connect`."""
+
+    prefix = ""
+
+    def __init__(self, app: Any) -> None:
+        self.app = validator(app)
+
+    def send(self, method: str, path: str, headers: Any, body: bytes, deadline: Any = None, limit: Any = None) -> Reply:
+        path, _, query = path.partition("?")
+        environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "SCRIPT_NAME": "", "QUERY_STRING": query}
+        environ["wsgi.input"] = io.BytesIO(body)
+        if method == "POST":
+            environ["CONTENT_LENGTH"] = str(len(body))
+        for name, value in headers:
+            key = name.upper().replace("-", "_")
+            environ[key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"] = value
+        setup_testing_defaults(environ)
+        seen: list[Any] = []
+        result = self.app(environ, lambda status, given, exc_info=None: seen.append((status, given)) or (lambda data: None))
+        try:
+            whole = b"".join(result)
+        finally:
+            result.close()
+        (status, given) = seen[0]
+        answered = {k.lower(): v for k, v in given}
+        coding = answered.get("x-vgi-content-encoding") or answered.get("content-encoding") or ""
+        return Reply(int(status[:3]), answered, decode_body(whole, coding))
+
+    def post(self, path: str, body: bytes, **headers: str) -> Reply:
+        """Post Arrow; a keyword ``x_y`` is the header ``x-y``."""
+        given = {"content-type": ARROW, **{k.replace("_", "-"): v for k, v in headers.items()}}
+        return self.send("POST", path, [(k, v) for k, v in given.items() if v], body)
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+def wsgi_client(server: RpcServer | None = None, **options: Any) -> WsgiClient:
+    """A client of a fresh application."""
+    options.setdefault("token_key", KEY)
+    return WsgiClient(vgi_rpc.make_wsgi_app(server or make_server(), **options))
+
+
+class BytePeer:
+    """A served pipe seen from the far end: raw bytes in, IPC streams out."""
+
+    def __init__(self, server: RpcServer) -> None:
+        (server_read, write), (read, server_write) = os.pipe(), os.pipe()
+        self.input, self.output = os.fdopen(write, "wb", 0), os.fdopen(read, "rb")
+        transport = vgi_rpc.PipeTransport(os.fdopen(server_read, "rb", 0), os.fdopen(server_write, "wb", 0))
+        self.thread = threading.Thread(target=self._serve, args=(server, transport), daemon=True)
+        self.thread.start()
+
+    @staticmethod
+    def _serve(server: RpcServer, transport: Any) -> None:
+        try:
+            server.serve(transport)
+        finally:
+            transport.close()
+
+    def ask(self, data: bytes) -> list[Any]:
+        """Send bytes, read one stream of an answer."""
+        self.input.write(data)
+        return read_stream(self.output)
+
+    def hang_up(self) -> bytes:
+        """Close the way there, return what still comes back."""
+        self.input.close()
+        rest = self.output.read()
+        self.thread.join(WATCHDOG_SECONDS)
+        assert not self.thread.is_alive()
+        return rest
+
+    def __enter__(self) -> "BytePeer":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.input.close()
+        self.output.close()
+        self.thread.join(WATCHDOG_SECONDS)
+
+
+def in_thread(serve: Any, server: RpcServer, *args: Any, **options: Any) -> tuple:
+    """Run a ``serve_...`` function in a thread; return what it gave to ``on_bound``."""
+    bound: list[Any] = []
+    ready = threading.Event()
+
+    def on_bound(*where: Any) -> None:
+        bound.extend(where)
+        ready.set()
+
+    thread = threading.Thread(target=serve, args=(server, *args), kwargs={**options, "on_bound": on_bound}, daemon=True)
+    thread.start()
+    assert ready.wait(WATCHDOG_SECONDS)
+    return (*bound, thread)
+
+
+class Worker:
+    """The worker as a process that listens: ``--http``, ``--tcp`` or ``--unix``; its discovery line is read."""
+
+    def __init__(self, *arguments: str, key: bytes = KEY) -> None:
+        environment = {**os.environ, "VGI_RPC_TOKEN_KEY": key.decode(), "PYTHONWARNINGS": "default"}
+        self.process = subprocess.Popen([*WORKER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline().decode().strip()
+        self.port = self.line.rpartition(":")[2]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Signal it; return exit status and what it wrote on stderr."""
+        self.process.send_signal(number)
+        _, error = self.process.communicate(timeout=WATCHDOG_SECONDS)
+        return self.process.returncode, error.decode()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
+
+
+class TestCase(unittest.TestCase):
+    """A test that dumps all threads and ends the run when it hangs."""
+
+    maxDiff = 2000
+
+    def setUp(self) -> None:
+        faulthandler.dump_traceback_later(WATCHDOG_SECONDS, exit=True, file=sys.__stderr__)
+        self.addCleanup(faulthandler.cancel_dump_traceback_later)
+
+    def raises(self, kind: type, *parts: str) -> Any:
+        """A context in which *kind* is raised, with every one of *parts* in its text."""
+        return _Raises(self, kind, parts)
+
+
+class _Raises:
+    def __init__(self, test: unittest.TestCase, kind: type, parts: tuple[str, ...]) -> None:
+        self._test, self._kind, self._parts = test, kind, parts
+        self.exception: Any = None
+
+    def __enter__(self) -> "_Raises":
+        return self
+
+    def __exit__(self, kind: Any, exc: Any, tb: Any) -> bool:
+        if exc is None:
+            self._test.fail(f"{self._kind.__name__} not raised")
+        if not isinstance(exc, self._kind):
+            return False
+        self.exception = exc
+        for part in self._parts:
+            self._test.assertIn(part, str(exc))
+        return True
+
+
+def setUpModule() -> None:
+    """Log lines of the module are of no interest here, unless a test asks for them."""
+    logging.getLogger("vgi_rpc").addHandler(logging.NullHandler())
+    logging.getLogger("vgi_rpc").propagate = False
+
+
+# -- the user's description of streaming: its code blocks as they stand, with the service around them
+
+
+@dataclass
+class RunningStatsState(ExchangeState):
+    """All fields are automatically serialized between calls."""
+
+    count: int = 0  # simple counter
+    total: float = 0.0  # running accumulator
+    history: list[float] = field(default_factory=list)  # grows each call
+    label: str = ""  # set once at init
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        """Each call sees the updated state from the previous call."""
+        values = input.batch.column("value").to_pylist()
+        self.count += len(values)
+        self.total += sum(values)
+        self.history.extend(values)
+        out.emit_pydict({"count": [self.count], "mean": [self.total / self.count]})
+
+
+@dataclass
+class PaginatedQueryState(ProducerState):
+    """Produces pages of results, tracking the current offset."""
+
+    query: str
+    page_size: int = 100
+    offset: int = 0  # persisted — increments each call
+    exhausted: bool = False  # persisted — signals completion
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        """Emit one page per call."""
+        if self.exhausted:
+            out.finish()
+            return
+        # ... fetch results from offset ... (a table of 250 rows stands for the query's results)
+        results = list(range(self.offset, min(self.offset + self.page_size, 250)))
+        if len(results) < self.page_size:
+            self.exhausted = True
+        self.offset += self.page_size
+        out.emit_pydict({"value": results})
+
+
+@dataclass
+class StatefulPipeline(ExchangeState):
+    """Exchange state with enum and list fields — all serialized automatically."""
+
+    phase: Phase = Phase.COLLECTING
+    buffer: list[float] = field(default_factory=list)
+    threshold: float = 100.0
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        """Accumulate values, switch phase when threshold is reached."""
+        values = input.batch.column("value").to_pylist()
+        self.buffer.extend(values)
+        if sum(self.buffer) >= self.threshold and self.phase == Phase.COLLECTING:
+            self.phase = Phase.PROCESSING
+        out.emit_pydict({
+            "phase": [self.phase.value],
+            "buffer_size": [len(self.buffer)],
+            "total": [sum(self.buffer)],
+        })  # fmt: skip
+
+
+@dataclass(frozen=True)
+class JobHeader(ArrowSerializableDataclass):
+    """One-time metadata sent before the stream begins."""
+
+    total_rows: int
+    description: str
+
+
+@dataclass
+class FetchState(ProducerState):
+    """Produces query results."""
+
+    remaining: int
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        """Emit one batch per call."""
+        if self.remaining <= 0:
+            out.finish()
+            return
+        out.emit_pydict({"value": [self.remaining]})
+        self.remaining -= 1
+
+
+@dataclass
+class TransformState(ExchangeState):
+    """Scales the values of a batch."""
+
+    factor: float
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        """Multiply."""
+        out.emit_pydict({"value": [v * self.factor for v in input.batch.column("value").to_pylist()]})
+
+
+class DocService(Protocol):
+    """The services of the description in one."""
+
+    def stats(self, label: str) -> Stream[StreamState]: ...
+
+    def search(self, query: str, page_size: int = 100) -> Stream[StreamState]: ...
+
+    def pipeline(self, threshold: float) -> Stream[StreamState]: ...
+
+    def fetch_rows(self, query: str) -> Stream[StreamState, JobHeader]: ...
+
+    def transform_rows(self, factor: float) -> Stream[StreamState, JobHeader]: ...
+
+
+class DocServiceImpl:
+    """Implementation with stream headers."""
+
+    def stats(self, label: str) -> Stream[RunningStatsState]:
+        """Keep statistics."""
+        schema = pa.schema([("count", pa.int64()), ("mean", pa.float64())])
+        return Stream(output_schema=schema, state=RunningStatsState(label=label), input_schema=VALUE)
+
+    def search(self, query: str, page_size: int) -> Stream[PaginatedQueryState]:
+        """Return pages."""
+        return Stream(output_schema=INTEGERS, state=PaginatedQueryState(query, page_size))
+
+    def pipeline(self, threshold: float) -> Stream[StatefulPipeline]:
+        """Return the pipeline."""
+        schema = pa.schema([("phase", pa.utf8()), ("buffer_size", pa.int64()), ("total", pa.float64())])
+        return Stream(output_schema=schema, state=StatefulPipeline(threshold=threshold), input_schema=VALUE)
+
+    def fetch_rows(self, query: str) -> Stream[FetchState, JobHeader]:
+        """Return a stream with a header."""
+        schema = pa.schema([pa.field("value", pa.int64())])
+        header = JobHeader(total_rows=100, description=f"Results for: {query}")
+        return Stream(output_schema=schema, state=FetchState(remaining=100), header=header)
+
+    def transform_rows(self, factor: float) -> Stream[TransformState, JobHeader]:
+        """Return an exchange with a header."""
+        header = JobHeader(total_rows=-1, description=f"times {factor}")
+        return Stream(output_schema=VALUE, state=TransformState(factor), input_schema=VALUE, header=header)
+
+
+# ============================================================================
+# 2. ERRORS
+# ============================================================================
+
+
+class ErrorTests(TestCase):
+    """The error classes on their own; how they travel is in the transport contract."""
+
+    def test_details_travel_as_json_and_come_back_typed(self) -> None:
+        details = [
+            vgi_rpc.ErrorInfo({"a": "b"}),
+            vgi_rpc.RetryInfo(2.5),
+            vgi_rpc.BadRequest((vgi_rpc.FieldViolation("a.b", "too long"),)),
+            vgi_rpc.PreconditionFailure((vgi_rpc.PreconditionViolation("tos", "user", "not accepted"),)),
+            vgi_rpc.QuotaFailure((vgi_rpc.QuotaViolation("user", "spent"),)),
+            vgi_rpc.ResourceInfo("table", "t", "me", "gone"),
+            vgi_rpc.Help((vgi_rpc.HelpLink("read", "https://example.org"),)),
+            vgi_rpc.LocalizedMessage("de", "nein"),
+        ]
+        raised = vgi_rpc.StatusError("no", code="NOT_FOUND", kind="k", details=details)
+        received = RpcError("StatusError", "no", "", error_code="NOT_FOUND", error_details=json.loads(json.dumps(raised.error_details)))
+        self.assertEqual(received.details(), details)
+        self.assertEqual(received.retry_info(), details[1])
+        self.assertEqual(received.help(), details[6])
+        self.assertTrue(all(d["@type"].startswith("vgi_rpc.") for d in raised.error_details))
+
+    def test_wrong_details_are_refused_where_they_are_given(self) -> None:
+        twice = [vgi_rpc.RetryInfo(1), vgi_rpc.RetryInfo(2)]
+        for details, text in ((twice, "twice"), ([{"a": 1}], "@type"), ([{"@type": "vgi_rpc.Mine"}], "reserved"), ([3], "mapping")):
+            with self.subTest(text=text), self.raises(ValueError, text):
+                vgi_rpc.StatusError("x", code="UNKNOWN", details=details)  # type: ignore[arg-type]
+        with self.raises(ValueError, "NO_SUCH"):
+            vgi_rpc.StatusError("x", code="NO_SUCH")
+
+    def test_retryable(self) -> None:
+        retry = [vgi_rpc.RetryInfo(1.0).to_json()]
+        for code, details, answer in (
+            ("UNAVAILABLE", [], True),
+            ("RESOURCE_EXHAUSTED", [], False),
+            ("RESOURCE_EXHAUSTED", retry, True),
+            ("ABORTED", retry, False),
+            ("FROM_THE_FUTURE", [], False),
+        ):
+            with self.subTest(code=code, details=bool(details)):
+                self.assertIs(RpcError("E", "m", "", error_code=code, error_details=details).is_retryable(), answer)
+
+    def test_an_unknown_code_counts_as_unknown(self) -> None:
+        self.assertIs(RpcError("E", "m", "", error_code="FROM_THE_FUTURE").code, vgi_rpc.Code.UNKNOWN)
+
+    def test_errors_survive_pickling(self) -> None:
+        import pickle
+
+        sent = RpcError("E", "m", "tb", request_id="r", error_code="ABORTED", error_kind="k", error_details=[{"@type": "x"}])
+        got = pickle.loads(pickle.dumps(sent))
+        self.assertEqual((type(got), vars(got), str(got)), (RpcError, vars(sent), str(sent)))
+        self.assertEqual(str(pickle.loads(pickle.dumps(TransportError("gone")))), str(TransportError("gone")))
+
+
+# ============================================================================
+# 3. LOG MESSAGES
+# ============================================================================
+
+
+class MessageTests(TestCase):
+    """Messages on their own."""
+
+    def test_constructors(self) -> None:
+        for level in Level:
+            with self.subTest(level=level):
+                made = getattr(vgi_rpc.Message, level.name.lower())("text", key="value")
+                self.assertEqual(made, vgi_rpc.Message(level, "text", key="value"))
+                self.assertEqual(made.extra, {"key": "value"})
+        self.assertIsNone(vgi_rpc.Message.info("text").extra)
+
+    def test_an_exception_becomes_a_message(self) -> None:
+        try:
+            try:
+                raise KeyError("inner")
+            except KeyError as exc:
+                raise ValueError("outer") from exc
+        except ValueError as exc:
+            message = vgi_rpc.Message.from_exception(exc)
+        assert message.extra is not None
+        self.assertEqual((message.level, message.message), (Level.EXCEPTION, "ValueError: outer"))
+        self.assertIn("test_an_exception_becomes_a_message", message.extra["traceback"])
+        self.assertEqual(message.extra["frames"][-1]["function"], "test_an_exception_becomes_a_message")
+        self.assertIn("KeyError", message.extra["cause"])
+
+    def test_a_long_traceback_is_cut_and_five_frames_are_kept(self) -> None:
+        def deep(n: int) -> None:
+            if not n:
+                raise ValueError("x" * 20_000)
+            deep(n - 1)
+
+        try:
+            deep(30)
+        except ValueError as exc:
+            extra = vgi_rpc.Message.from_exception(exc).extra
+        assert extra is not None
+        self.assertTrue(extra["traceback"].endswith("\n… <traceback truncated>"))
+        self.assertEqual(len(extra["frames"]), 5)
+
+    def test_metadata(self) -> None:
+        metadata = vgi_rpc.Message.warn("text", a="b").add_to_metadata({"own": "1"})
+        extra = json.loads(metadata.pop("vgi_rpc.log_extra"))
+        self.assertEqual(metadata, {"own": "1", "vgi_rpc.log_level": "WARN", "vgi_rpc.log_message": "text"})
+        self.assertEqual(extra, {"a": "b"})
+
+
+# ============================================================================
+# 4. BATCHES
+# ============================================================================
+
+
+class OneByteSource(vgi_rpc.BufferSource):
+    """A source whose reads come in the smallest pieces that a socket could give; it must be asked again."""
+
+    def read(self, size: int) -> bytes:
+        return b"".join(super(OneByteSource, self).read(1) for _ in range(size))
+
+
+def read_all(data: bytes, source: Any = None) -> list[Any]:
+    """Everything in one stream, by the module's reader."""
+    reader = vgi_rpc.IpcReader(source or vgi_rpc.BufferSource(data))
+    return list(iter(reader.next, None))
+
+
+COLORS = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0], pa.int16()), pa.array(["RED", "BLUE"]))
+STREAMS = {
+    "no batch": ipc_bytes(VALUE),
+    "no columns": ipc_bytes(pa.schema([]), (pa.RecordBatch.from_arrays([], schema=pa.schema([])), {b"k": b"v"})),
+    "two batches": ipc_bytes(BATCH.schema, (BATCH, {b"k": b"\xff"}), BATCH.slice(1)),
+    "dictionary": ipc_bytes(pa.schema([("c", COLORS.type)]), pa.RecordBatch.from_arrays([COLORS], names=["c"])),
+    "nested": ipc_bytes(
+        pa.schema([("n", pa.list_(pa.struct([("a", pa.map_(pa.utf8(), pa.int64()))])))]),
+        pa.RecordBatch.from_arrays([pa.array([[{"a": [("k", 1)]}], None], pa.list_(pa.struct([("a", pa.map_(pa.utf8(), pa.int64()))])))], names=["n"]),
+    ),
+}
+
+
+def flat_message(head: bytes, body: bytes = b"") -> bytes:
+    """An encapsulated message around a flatbuffer head."""
+    head += b"\0" * (-len(head) % 8)
+    return b"\xff\xff\xff\xff" + struct.pack("<i", len(head)) + head + body
+
+
+def tampered(data: bytes, old: bytes, new: bytes) -> bytes:
+    """Replace bytes that stand exactly once or more; the tests must notice when they do not."""
+    assert old in data and len(old) == len(new), old
+    return data.replace(old, new)
+
+
+def claiming_rows(rows: int) -> bytes:
+    """A stream whose null column says that it has *rows* rows, in two hundred bytes."""
+    schema = pa.schema([("n", pa.null())])
+    honest = ipc_bytes(schema, pa.RecordBatch.from_arrays([pa.nulls(123_456_789)], schema=schema))
+    return tampered(honest, struct.pack("<q", 123_456_789), struct.pack("<q", rows))
+
+
+def raw_column(schema: pa.Schema, buffers: list[Any], rows: int) -> bytes:
+    """A stream with one column made of raw buffers, valid or not."""
+    column = pa.Array.from_buffers(schema.field(0).type, rows, buffers)
+    return ipc_bytes(schema, pa.RecordBatch.from_arrays([column], schema=schema))
+
+
+def _bad_utf8() -> bytes:
+    return raw_column(pa.schema([("s", pa.utf8())]), [None, pa.py_buffer(struct.pack("<2i", 0, 2)), pa.py_buffer(b"\xff\xfe")], 1)
+
+
+def _offsets(*offsets: int) -> bytes:
+    data = pa.py_buffer(b"abcd")
+    return raw_column(pa.schema([("s", pa.utf8())]), [None, pa.py_buffer(struct.pack(f"<{len(offsets)}i", *offsets)), data], len(offsets) - 1)
+
+
+def _dictionary_index() -> bytes:
+    honest = STREAMS["dictionary"]
+    return tampered(honest, struct.pack("<3h", 0, 1, 0), struct.pack("<3h", 0, 99, 0))
+
+
+def _deep(levels: int) -> bytes:
+    kind: pa.DataType = pa.int8()
+    for _ in range(levels):
+        kind = pa.list_(kind)
+    return ipc_bytes(pa.schema([("d", kind)]))
+
+
+def _compressed_bomb() -> bytes:
+    sink = io.BytesIO()
+    batch = pa.RecordBatch.from_pydict({"z": pa.array([0.0] * 4_000_000)})
+    options = pa.ipc.IpcWriteOptions(compression="zstd" if pa.Codec.is_available("zstd") else "lz4")
+    with pa.ipc.new_stream(sink, batch.schema, options=options) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+HOSTILE = {  # name: bytes that are no request, and a part of what is said about them
+    "random bytes": (b"\x00\x01garbage that is not Arrow at all", "not an Arrow IPC stream"),
+    "text": (b"GET / HTTP/1.1\r\n\r\n", "not an Arrow IPC stream"),
+    "end of stream only": (b"\xff\xff\xff\xff\0\0\0\0", "schema"),
+    "negative head": (b"\xff\xff\xff\xff" + struct.pack("<i", -1), "head"),
+    "head of 2 GiB": (b"\xff\xff\xff\xff" + struct.pack("<i", 2**31 - 1), "head"),
+    "head of zeros": (flat_message(b"\0" * 64), "head"),
+    "head of ones": (flat_message(b"\xff" * 64), "head"),
+    "schema and no batch": (ipc_bytes(VALUE), "no batch"),
+    "nesting that pyarrow would take": (_deep(70), "nesting"),
+    "two batches": (ipc_bytes(VALUE, *[pa.RecordBatch.from_pydict({"value": [1.0]}, VALUE)] * 2), "one batch"),
+    "many columns": (ipc_bytes(pa.schema([(f"c{i}", pa.int8()) for i in range(5000)])), "columns"),
+    "deep nesting": (_deep(500), ""),
+    "a trillion rows": (claiming_rows(10**12), "rows"),
+    "negative rows": (claiming_rows(-5), "rows"),
+}
+
+
+class BatchTests(TestCase):
+    """The IPC reader: the same as pyarrow on good bytes, an error of our own on all others."""
+
+    def test_reads_what_pyarrow_wrote(self) -> None:
+        for name, data in STREAMS.items():
+            for source in (vgi_rpc.BufferSource, OneByteSource):
+                with self.subTest(name=name, source=source.__name__):
+                    found = [(b, m or {}) for b, m in read_all(data, source(data))]
+                    self.assertEqual(found, read_stream(io.BytesIO(data)))
+
+    def test_stops_at_the_end_marker(self) -> None:
+        source = vgi_rpc.BufferSource(STREAMS["two batches"] + STREAMS["dictionary"] + b"rest")
+        self.assertEqual(len(list(iter(vgi_rpc.IpcReader(source).next, None))), 2)
+        self.assertEqual(len(list(iter(vgi_rpc.IpcReader(source).next, None))), 1)
+        self.assertEqual(source.read(100), b"rest")
+
+    def test_every_strict_prefix_is_refused(self) -> None:
+        for name, data in STREAMS.items():
+            for end in range(len(data)):
+                with self.subTest(name=name, end=end), self.assertRaises(vgi_rpc.IPCError if end else EOFError):
+                    read_all(data[:end])
+
+    def test_every_flipped_byte_is_read_or_refused(self) -> None:
+        for name, data in STREAMS.items():
+            outcomes = set()
+            for at in range(len(data)):
+                broken = data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
+                try:
+                    read_all(broken)
+                    outcomes.add("read")
+                except (vgi_rpc.IPCError, vgi_rpc.RequestTooLargeError):
+                    outcomes.add("refused")
+            with self.subTest(name=name):
+                self.assertIn("refused", outcomes)
+
+    def test_values_are_validated(self) -> None:
+        for name, data in (
+            ("bad UTF-8", _bad_utf8()),
+            ("offsets backwards", _offsets(0, 4, 2)),
+            ("negative offset", tampered(_offsets(1, 3), struct.pack("<2i", 1, 3), struct.pack("<2i", -4, 3))),
+            ("offset past the data", _offsets(0, 400)),
+            ("dictionary index out of range", _dictionary_index()),
+        ):
+            with self.subTest(name), self.assertRaises(vgi_rpc.IPCError):
+                read_all(data)
+
+    def test_a_claim_of_rows_costs_nothing(self) -> None:
+        with self.raises(vgi_rpc.IPCError, "1000000000000 rows"):
+            read_all(claiming_rows(10**12))
+        self.assertEqual(read_all(claiming_rows(1000))[0][0].num_rows, 1000)
+
+    def test_from_pydict(self) -> None:
+        self.assertEqual(AnnotatedBatch.from_pydict({"a": [1, None]}).batch.schema, pa.schema([("a", pa.int64())]))
+        self.assertEqual(AnnotatedBatch.from_pydict({"value": [1]}, schema=VALUE).batch.schema, VALUE)
+        strict = pa.schema([pa.field("value", pa.int64(), nullable=False)])
+        for data, schema, parts in (
+            ({"value": ["x"]}, VALUE, ("'value'", "double")),
+            ({"other": [1.0]}, VALUE, ("['value']", "['other']")),
+            ({"value": [None]}, strict, ("'value'", "null")),
+            ({"a": [1], "b": [1, 2]}, None, ()),
+            ({"a": [1, "x"]}, None, ()),
+        ):
+            with self.subTest(data=data), self.raises(TypeError, *parts):
+                AnnotatedBatch.from_pydict(data, schema)
+
+
+# ============================================================================
+# 5. TYPES
+# ============================================================================
+
+
+def row_class(annotation: Any) -> Any:
+    """A dataclass with the one field ``value`` of *annotation*."""
+
+    class Row(ArrowSerializableDataclass):
+        value: Any
+
+    Row.__annotations__ = {"value": annotation}
+    return dataclass(Row)
+
+
+class Unsupported:
+    """A class without a mapping."""
+
+
+@dataclass
+class Recursive(ArrowSerializableDataclass):
+    """Contains itself."""
+
+    inner: "Recursive | None" = None
+
+
+@dataclass
+class Versioned(ArrowSerializableDataclass):
+    """What a newer or older peer may have written."""
+
+    kept: int
+    added: str = "default"
+    made: list[int] = field(default_factory=lambda: [1])
+
+
+@dataclass
+class Late(ArrowSerializableDataclass):
+    """A field that the constructor does not take."""
+
+    given: int
+    derived: int = field(init=False, default=0)
+
+
+class TypeTests(TestCase):
+    """Annotations, both ways from one table."""
+
+    def test_table_in_dataclasses(self) -> None:
+        for name, case in TYPES.items():
+            cls = row_class(case.annotation)
+            inside = name not in ("dataclass", "optional_dataclass", "deep_dataclass")
+            with self.subTest(name):
+                if inside:
+                    self.assertEqual(cls.ARROW_SCHEMA, pa.schema([pa.field("value", case.arrow_type, nullable=case.nullable)]))
+                else:
+                    self.assertTrue(pa.types.is_struct(cls.ARROW_SCHEMA.field(0).type))
+                for value in case.values:
+                    got = cls.deserialize_from_bytes(cls(value).serialize_to_bytes())
+                    self.assertEqual(got.value, value)
+                    self.assertIs(type(got.value), type(value))
+
+    def test_table_in_methods(self) -> None:
+        methods = vgi_rpc.rpc_methods(Service)
+        for name, case in TYPES.items():
+            info = methods[f"echo_{name}"]
+            with self.subTest(name):
+                self.assertEqual(info.params_schema, pa.schema([pa.field("value", case.arrow_type, nullable=case.nullable)]))
+                self.assertEqual(info.result_schema, pa.schema([pa.field("result", case.arrow_type, nullable=case.nullable)]))
+
+    def test_what_pyarrow_sees_of_an_encoded_row(self) -> None:
+        shape = Shape("b", [Point(1, Color.BLUE)], {"k": Point(3)}, frozenset({"t"}), cache=object())
+        [(batch, _)] = read_stream(io.BytesIO(shape.serialize_to_bytes()))
+        point = {"x": 1, "color": "BLUE", "note": None}
+        self.assertEqual(
+            batch.to_pylist(),
+            [{"name": "b", "points": [point], "named": [("k", {"x": 3, "color": "RED", "note": None})], "tags": ["t"]}],
+        )
+
+    def test_wrong_values(self) -> None:
+        with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
+            for name, value, parts in (
+                ("int", "x", ("value", "expected int64", "got str")),
+                ("int", True, ("expected int64", "got bool")),
+                ("int", 1.5, ("expected int64", "got float")),
+                ("int", None, ("expected int64", "got None")),
+                ("int", 2**63, ("expected int64", str(2**63))),
+                ("float", "1", ("expected float64", "got str")),
+                ("str", b"x", ("expected utf8", "got bytes")),
+                ("bytes", "x", ("expected binary", "got str")),
+                ("bool", 1, ("expected bool", "got int")),
+                ("list_int", "abc", ("expected list of int64", "got str")),
+                ("list_int", [1, "x"], ("value[1]", "expected int64", "got str")),
+                ("list_int", [1, 2**63], ("value[1]", "expected int64")),
+                ("set", [1], ("expected set", "got list")),
+                ("dict", {"a": "x"}, ("value['a']", "expected float64", "got str")),
+                ("dict", [("a", 1.0)], ("expected dict", "got list")),
+                ("list_list", [["a"], [3]], ("value[1][0]", "expected utf8", "got int")),
+                ("enum", "RED", ("Color", "RED, BLUE", "got str")),
+                ("dataclass", Header(1), ("expected Point", "got Header")),
+                ("dataclass", Point("1"), ("value.x", "expected int64", "got str")),
+                ("list_dataclass", [Point(1), Point(2, note=3)], ("value[1].note", "expected utf8", "got int")),
+                ("deep_dataclass", Shape("a", named={"k": Point("z")}), ("value.named['k'].x", "expected int64", "got str")),
+                ("batch", {"a": [1]}, ("RecordBatch", "got dict")),
+                ("schema", 3, ("Schema", "got int")),
+                ("int8", 128, ("value", "int8", "128")),
+                ("fixed_binary", b"abc", ("value", "fixed_size_binary[4]")),
+                ("decimal", decimal.Decimal("1e30"), ("value", "decimal128(20, 4)")),
+                ("date32", "2024", ("value", "date32")),
+            ):
+                with self.subTest(name=name, value=value), self.raises(TypeError, f"echo_{name}()", *parts):
+                    getattr(proxy, f"echo_{name}")(value=value)
+                with self.subTest("serialised", name=name, value=value), self.raises(TypeError):
+                    row_class(TYPES[name].annotation)(value).serialize_to_bytes()
+            self.assertEqual(proxy.add(a=1.0), 3.0)
+
+    def test_numbers_that_fit_are_taken(self) -> None:
+        with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
+            self.assertEqual(proxy.echo_float(3), 3.0)
+            self.assertEqual(proxy.echo_int(pa.scalar(5)), 5)
+            self.assertEqual(proxy.echo_bytes(bytearray(b"x")), b"x")
+            self.assertEqual(proxy.echo_list_int((1, 2)), [1, 2])
+
+    def test_annotations_without_a_mapping(self) -> None:
+        for annotation, parts in (
+            (complex, ("complex",)),
+            (object, ("object",)),
+            (Any, ("Any",)),
+            (list, ("list", "list[T]")),
+            (dict, ("dict", "dict[K, V]")),
+            (tuple[int, str], ("tuple",)),
+            (datetime.datetime, ("datetime", "ArrowType(pa.timestamp('us'))")),
+            (datetime.date, ("date", "ArrowType(pa.date32())")),
+            (decimal.Decimal, ("Decimal", "ArrowType(pa.decimal128(20, 4))")),
+            (int | str, ("int | str",)),
+            (list[complex], ("complex",)),
+            (dict[str, list[Unsupported]], ("Unsupported",)),
+            (pa.Table, ("Table", "RecordBatch")),
+        ):
+            cls = row_class(annotation)
+            with self.subTest(annotation=annotation), self.raises(TypeError, "Row.value", *parts):
+                cls(None).serialize_to_bytes()
+        with self.raises(TypeError, "Recursive", "contains itself"):
+            Recursive().serialize_to_bytes()
+
+    def test_reading_goes_by_name(self) -> None:
+        def read(**columns: Any) -> Versioned:
+            batch = pa.RecordBatch.from_pydict(columns)
+            self.assertEqual(Versioned.deserialize_from_batch(batch), Versioned.deserialize_from_bytes(ipc_bytes(batch.schema, batch)))
+            return Versioned.deserialize_from_batch(batch)
+
+        self.assertEqual(read(unknown=[1.5], made=[[3]], kept=[2]), Versioned(2, made=[3]))
+        self.assertEqual(read(kept=[2]), Versioned(2, "default", [1]))
+        with self.raises(TypeError, "Versioned.kept", "no default"):
+            read(added=["x"])
+        with self.raises(TypeError, "Versioned.kept", "expected int64", "got None"):
+            read(kept=pa.array([None], pa.int64()))
+        with self.raises(TypeError, "Versioned.kept"):
+            read(kept=["x"])
+        with self.raises(TypeError, "one row", "2 rows"):
+            read(kept=[1, 2])
+        self.assertEqual(Late.deserialize_from_bytes(Late(3).serialize_to_bytes()), Late(3))
+
+    def test_nothing_means_a_row_of_defaults(self) -> None:
+        @dataclass
+        class Defaults(ArrowSerializableDataclass):
+            a: int = 3
+
+        self.assertEqual(Defaults.deserialize_from_bytes(ipc_bytes(Defaults.ARROW_SCHEMA)), Defaults())
+        self.assertEqual(Defaults.deserialize_from_bytes(b""), Defaults())
+
+    def test_bytes_that_are_no_dataclass(self) -> None:
+        for data in (b"x", b"\xff\xff\xff\xff", b"\0" * 100):
+            with self.subTest(data=data), self.assertRaises(vgi_rpc.IPCError):
+                Point.deserialize_from_bytes(data)
+
+    def test_an_unknown_enum_name(self) -> None:
+        column = pa.DictionaryArray.from_arrays(pa.array([0], pa.int16()), pa.array(["GREEN"]))
+        with self.raises(TypeError, "Point.color", "Color", "GREEN"):
+            Point.deserialize_from_batch(pa.RecordBatch.from_arrays([pa.array([1]), column], names=["x", "color"]))
+
+    def test_serialize_to_a_file(self) -> None:
+        sink = io.BytesIO()
+        Point(5).serialize(sink)
+        self.assertEqual(sink.getvalue(), Point(5).serialize_to_bytes())
+
+    def test_a_state_that_forgot_its_decorator(self) -> None:
+        class Forgot(ProducerState):
+            count: int = 0
+
+        with self.raises(TypeError, "Forgot", "count", "@dataclass"):
+            Forgot().serialize_to_bytes()
+
+    def test_a_transient_field_needs_a_default(self) -> None:
+        @dataclass
+        class Needs(ArrowSerializableDataclass):
+            cache: Annotated[Any, Transient()]
+
+        with self.raises(TypeError, "Needs.cache", "default"):
+            Needs(1).serialize_to_bytes()
+
+
+# ============================================================================
+# 6. STREAM STATE
+# ============================================================================
+
+
+class OutputCollectorTests(TestCase):
+    """The collector of one turn on its own."""
+
+    def test_one_batch_a_turn(self) -> None:
+        out = OutputCollector(INTEGERS)
+        self.assertIsNone(out.data_batch)
+        with self.raises(RuntimeError, "nothing emitted"):
+            out.validate()
+        out.emit_pydict({"value": [1]}, metadata={"k": "v"})
+        out.validate()
+        assert out.data_batch is not None
+        self.assertEqual(out.data_batch.batch.to_pydict(), {"value": [1]})
+        self.assertEqual(dict(out.data_batch.custom_metadata or {}), {b"k": b"v"})
+        for again in (
+            lambda: out.emit(values(1).batch),
+            lambda: out.emit_pydict({"value": [1]}),
+            lambda: out.emit_arrays([pa.array([1])]),
+        ):
+            with self.raises(RuntimeError, "emit called twice"):
+                again()
+
+    def test_finish(self) -> None:
+        out = OutputCollector(INTEGERS)
+        out.finish()
+        out.validate()
+        self.assertTrue(out.finished)
+        with self.raises(RuntimeError, "after finish"):
+            out.emit_pydict({"value": [1]})
+        with self.raises(RuntimeError, "exchange"):
+            OutputCollector(INTEGERS, producer_mode=False).finish()
+
+    def test_schema(self) -> None:
+        for emit, parts in (
+            (lambda out: out.emit(pa.RecordBatch.from_pydict({"value": ["x"]})), ("'value'", "expected int64", "got utf8")),
+            (lambda out: out.emit(pa.RecordBatch.from_pydict({"other": [1]})), ("value: int64", "other: int64")),
+            (lambda out: out.emit({"value": [1]}), ("RecordBatch", "dict")),
+            (lambda out: out.emit_arrays([]), ("1 columns", "0")),
+            (lambda out: out.emit_pydict({"value": ["x"]}), ("'value'", "int64")),
+            (lambda out: out.emit_pydict({}), ("['value']", "[]")),
+        ):
+            with self.subTest(parts=parts), self.raises(TypeError, *parts):
+                emit(OutputCollector(INTEGERS))
+        self.assertEqual(OutputCollector(INTEGERS).output_schema, INTEGERS)
+
+    def test_statistics(self) -> None:
+        counted = vgi_rpc.CallStatistics()
+        counted.record_input(BATCH)
+        counted.record_output(BATCH.slice(1))
+        self.assertEqual((counted.input_batches, counted.input_rows, counted.input_bytes), (1, 2, BATCH.nbytes))
+        self.assertEqual((counted.output_batches, counted.output_rows), (1, 1))
+
+    def test_auth_context(self) -> None:
+        self.assertFalse(AuthContext.anonymous().authenticated)
+        self.assertEqual(vgi_rpc.current_auth(), AuthContext.anonymous())
+        AuthContext("d", True, "me").require_authenticated()
+        with self.assertRaises(vgi_rpc.StatusError) as caught:
+            AuthContext.anonymous().require_authenticated()
+        self.assertIs(caught.exception.error_code, vgi_rpc.Code.UNAUTHENTICATED)
+
+    def test_states_that_define_nothing(self) -> None:
+        context = CallContext(AuthContext.anonymous(), print)
+        for state in (StreamState(), ProducerState(), ExchangeState()):
+            with self.subTest(type(state).__name__), self.raises(TypeError, type(state).__name__):
+                state.process(values(), OutputCollector(INTEGERS), context)
+
+
+# ============================================================================
+# 7. METHODS
+# ============================================================================
+
+
+class MethodTests(TestCase):
+    """Protocol classes and implementations, checked at construction."""
+
+    def test_problems_of_a_protocol_are_reported_together(self) -> None:
+        class Broken(Protocol):
+            def one(self, a: complex) -> int: ...
+            def two(self, a) -> int: ...
+            def three(self, a: int): ...
+            def four(self, *args: int) -> int: ...
+            def five(self) -> "NoSuchName": ...  # noqa: F821
+            def six(self) -> list[Unsupported]: ...
+            def fine(self) -> int: ...
+
+        with self.raises(TypeError) as caught:
+            vgi_rpc.rpc_methods(Broken)
+        text = str(caught.exception)
+        for part in ("one() parameter 'a'", "complex", "two() parameter 'a' has no annotation", "three() has no return annotation",
+                     "four()", "NoSuchName", "six() result", "Unsupported"):  # fmt: skip
+            self.assertIn(part, text)
+        self.assertNotIn("fine()", text)
+
+    def test_problems_of_an_implementation_are_reported_together(self) -> None:
+        class Contract(Protocol):
+            def missing(self) -> int: ...
+            def not_callable(self) -> int: ...
+            def renamed(self, alpha: int) -> int: ...
+            def demands(self, a: int) -> int: ...
+            def streams(self) -> Stream[StreamState]: ...
+            def state(self) -> Stream[StreamState]: ...
+            def fine(self, a: int) -> int: ...
+
+        @dataclass
+        class Unserialisable(ProducerState):
+            handle: Unsupported
+
+        class Implementation:
+            not_callable = 3
+
+            def renamed(self, alpa: int) -> int: ...  # type: ignore[empty-body]
+            def demands(self, a: int, b: int) -> int: ...  # type: ignore[empty-body]
+            def streams(self) -> int: ...  # type: ignore[empty-body]
+            def state(self) -> Stream[Unserialisable]: ...  # type: ignore[empty-body]
+            def fine(self, a: int, ctx: CallContext, optional: int = 3) -> int: ...  # type: ignore[empty-body]
+
+        with self.raises(TypeError) as caught:
+            RpcServer(Contract, Implementation())
+        text = str(caught.exception)
+        for part in ("missing() is missing", "not_callable is not callable", "renamed() takes no parameter 'alpha'", "did you mean 'alpa'",
+                     "demands() requires 'b'", "streams() returns int", "state() has a state", "Unserialisable.handle", "Unsupported"):  # fmt: skip
+            self.assertIn(part, text)
+        self.assertNotIn("fine()", text)
+
+    def test_a_class_instead_of_an_instance(self) -> None:
+        with self.raises(TypeError, "ServiceImpl()"):
+            RpcServer(Service, ServiceImpl)
+
+    def test_a_plain_class_is_its_own_protocol(self) -> None:
+        class Plain:
+            def double(self, value: int) -> int:
+                return 2 * value
+
+            def _private(self) -> object:
+                return self
+
+        with vgi_rpc.serve_pipe(Plain, Plain()) as proxy:
+            self.assertEqual(proxy.double(4), 8)
+            self.assertEqual(list(vgi_rpc.rpc_methods(Plain)), ["double"])
+
+    def test_what_a_method_info_says(self) -> None:
+        methods = vgi_rpc.rpc_methods(Service)
+        add = methods["add"]
+        self.assertEqual((add.name, add.method_type, add.has_return), ("add", vgi_rpc.MethodType.UNARY, True))
+        self.assertEqual((add.param_defaults, add.param_docs), ({"b": 2.0}, {"a": "The one.", "b": "The other."}))
+        self.assertFalse(methods["nothing"].has_return)
+        self.assertIs(methods["count_with_header"].header_type, Header)
+        self.assertEqual([methods[m].is_exchange for m in ("running", "ticks", "count")], [True, False, None])
+        text = vgi_rpc.describe_rpc(Service)
+        for part in ("Service", "add(a: float, b: float = 2.0) -> float", "a: float64 not null", "The one.", "total: int64"):
+            self.assertIn(part, text)
+
+    def test_names_and_versions(self) -> None:
+        def service(**facts: Any) -> RpcServer:
+            class Named(Protocol):
+                def ping(self) -> None: ...
+
+            class Impl:
+                def ping(self) -> None: ...
+
+            for key, value in facts.items():
+                setattr(Named, key, value)
+            return RpcServer(Named, Impl())
+
+        self.assertEqual(service().protocol_name, "Named")
+        self.assertEqual(service(protocol_name="a.B_1").protocol_name, "a.B_1")
+        for name in ("", "1a", "a-b", "ü", "a" * 256, 3):
+            with self.subTest(name=name), self.assertRaises(ValueError):
+                service(protocol_name=name)
+        with self.raises(ValueError, "reserved"):
+            service(protocol_name="vgi_rpc.Mine")
+        for version in ("1", "1.2", "1.2.x", "01.2.3", "1.2.3-rc1"):
+            with self.subTest(version=version), self.raises(ValueError, "MAJOR.MINOR.PATCH"):
+                service(protocol_version=version)
+        with self.raises(ValueError, "unique"):
+            RpcServer(DocService, DocServiceImpl(), extra_protocols=[(DocService, DocServiceImpl())])
+
+    def test_an_inherited_protocol_name_is_not_used(self) -> None:
+        class Base(Protocol):
+            protocol_name = "base"
+
+        class Derived(Base, Protocol):
+            def ping(self) -> None: ...
+
+        class Impl:
+            def ping(self) -> None: ...
+
+        self.assertEqual(RpcServer(Derived, Impl()).protocol_name, "Derived")
+
+
+# ============================================================================
+# 8. REQUESTS AND REPLIES
+# ============================================================================
+
+ADD = vgi_rpc.rpc_methods(Service)["add"].params_schema
+GOOD = request_bytes("add", {"a": 1.0, "b": 2.0})
+
+
+def reshaped(*fields: Any, rows: int = 1, **metadata: Any) -> bytes:
+    """A request to ``add`` with other columns: (name, type, nullable)."""
+    schema = pa.schema([pa.field(n, t, nullable=nullable) for n, t, nullable in fields])
+    columns = [pa.array([1] * rows, t) if t != pa.utf8() else pa.array(["1"] * rows) for _, t, _ in fields]
+    return ipc_bytes(schema, (pa.RecordBatch.from_arrays(columns, schema=schema), request_metadata("add", **metadata)))
+
+
+F64 = pa.float64()
+NULL_ARGUMENT = ipc_bytes(ADD, (pa.RecordBatch.from_arrays([pa.array([None], F64), pa.array([1.0])], schema=ADD), request_metadata("add")))
+REFUSED = {  # name: request, HTTP status, error type, code, kind, parts of the text; the connection stays usable
+    "missing": (reshaped(("a", F64, False)), 400, "TypeError", "INVALID_ARGUMENT", "", ("add()", "missing 'b'")),
+    "extra": (
+        reshaped(("a", F64, False), ("b", F64, False), ("c", F64, False)), 400, "TypeError", "INVALID_ARGUMENT", "", ("no parameter 'c'",)
+    ),
+    "renamed": (reshaped(("a", F64, False), ("bb", F64, False)), 400, "TypeError", "INVALID_ARGUMENT", "", ("'bb'", "did you mean 'b'")),
+    "reordered": (reshaped(("b", F64, False), ("a", F64, False)), 400, "TypeError", "INVALID_ARGUMENT", "", ("order",)),
+    "twice": (reshaped(("a", F64, False), ("a", F64, False)), 400, "TypeError", "INVALID_ARGUMENT", "", ("add()",)),
+    "type": (
+        reshaped(("a", F64, False), ("b", pa.int64(), False)), 400, "TypeError", "INVALID_ARGUMENT", "", ("'b'", "expected double", "got int64")
+    ),
+    "nullability": (reshaped(("a", F64, True), ("b", F64, False)), 400, "TypeError", "INVALID_ARGUMENT", "", ("'a'", "not null")),
+    "null": (NULL_ARGUMENT, 400, "TypeError", "INVALID_ARGUMENT", "", ("parameter a", "expected float64", "got None")),
+    "no row": (reshaped(("a", F64, False), ("b", F64, False), rows=0), 400, "ProtocolError", "INVALID_ARGUMENT", "", ("1 row", "got 0")),
+    "two rows": (reshaped(("a", F64, False), ("b", F64, False), rows=2), 400, "ProtocolError", "INVALID_ARGUMENT", "", ("1 row", "got 2")),
+    "no method": (
+        request_bytes("add", {"a": 1.0, "b": 2.0}, named=None), 400, "ProtocolError", "INVALID_ARGUMENT", "", ("method",)
+    ),
+    "method not UTF-8": (
+        request_bytes("add", {"a": 1.0, "b": 2.0}, named=b"\xff\xfe"), 400, "ProtocolError", "INVALID_ARGUMENT", "", ("UTF-8",)
+    ),
+    "no version": (
+        request_bytes("add", {"a": 1.0, "b": 2.0}, **{"vgi_rpc.request_version": None}),
+        400, "VersionError", "FAILED_PRECONDITION", "", ("wire version", "got none"),
+    ),
+    "another version": (
+        request_bytes("add", {"a": 1.0, "b": 2.0}, **{"vgi_rpc.request_version": b"999"}),
+        400, "VersionError", "FAILED_PRECONDITION", "", ("999",),
+    ),
+}  # fmt: skip
+
+
+class RequestTests(TestCase):
+    """Requests as foreign clients may write them: over pipe bytes and over HTTP, the same refusal."""
+
+    def check(self, error: dict[str, Any], kind: str, code: str, error_kind: str, parts: Any) -> None:
+        """Compare an error batch."""
+        self.assertEqual((error["type"], error["code"], error["kind"]), (kind, code, error_kind), error["text"])
+        for part in parts:
+            self.assertIn(part, error["text"])
+
+    def test_refused_requests_on_a_pipe(self) -> None:
+        with BytePeer(make_server()) as peer:
+            for name, (data, _, *expected) in REFUSED.items():
+                with self.subTest(name):
+                    self.check(error_of(peer.ask(data)), *expected)
+                    self.assertEqual(peer.ask(GOOD)[0][0].to_pydict(), {"result": [3.0]})
+
+    def test_refused_requests_over_http(self) -> None:
+        client = wsgi_client()
+        for name, (data, status, *expected) in REFUSED.items():
+            with self.subTest(name):
+                reply = client.post("/Service/add", data)
+                self.assertEqual(reply.status, status)
+                self.check(reply.error, *expected)
+        self.assertEqual(read_stream(io.BytesIO(client.post("/Service/add", GOOD).body))[0][0].to_pydict(), {"result": [3.0]})
+
+    def test_hostile_bytes_on_a_pipe(self) -> None:
+        for name, (data, part) in HOSTILE.items():
+            with self.subTest(name), BytePeer(make_server()) as peer:
+                error = error_of(peer.ask(data + b"\0" * 8))
+                self.assertIn(part, error["text"])
+                self.assertEqual(error["code"], "INVALID_ARGUMENT")
+
+    def test_well_framed_hostile_bytes_leave_the_pipe_usable(self) -> None:
+        for name in ("schema and no batch", "two batches"):
+            with self.subTest(name), BytePeer(make_server()) as peer:
+                error_of(peer.ask(HOSTILE[name][0]))
+                self.assertEqual(peer.ask(GOOD)[0][0].to_pydict(), {"result": [3.0]})
+
+    def test_hostile_bytes_over_http(self) -> None:
+        client = wsgi_client()
+        for name, (data, part) in {**HOSTILE, "empty": (b"", "empty"), "trailing bytes": (GOOD + b"x", "1 bytes after")}.items():
+            with self.subTest(name):
+                reply = client.post("/Service/add", data)
+                self.assertEqual(reply.status, 400)
+                self.assertIn(part, reply.error["text"])
+                self.assertEqual(client.post("/Service/add", GOOD).status, 200)
+
+    def test_every_prefix_of_a_request_over_http(self) -> None:
+        client = wsgi_client()
+        for end in range(len(GOOD)):
+            with self.subTest(end=end):
+                self.assertEqual(client.post("/Service/add", GOOD[:end]).status, 400)
+
+    def test_every_prefix_of_a_request_on_a_pipe(self) -> None:
+        server = make_server()
+        for end in range(0, len(GOOD), 13):
+            with self.subTest(end=end), BytePeer(server) as peer:
+                peer.input.write(GOOD[:end])
+                answer = peer.hang_up()
+                self.assertEqual(bool(answer), bool(end))
+                if end:
+                    error = error_of(read_streams(answer)[0])
+                    self.assertEqual((error["type"], error["code"]), ("IPCError", "INVALID_ARGUMENT"))
+
+    def test_a_request_in_single_bytes(self) -> None:
+        with BytePeer(make_server()) as peer:
+            for byte in GOOD[:-1]:
+                peer.input.write(bytes([byte]))
+            self.assertEqual(peer.ask(GOOD[-1:])[0][0].to_pydict(), {"result": [3.0]})
+
+    def test_a_compressed_bomb_is_refused_over_http(self) -> None:
+        bomb = _compressed_bomb()
+        self.assertLess(len(bomb), 1_000_000)
+        reply = wsgi_client(max_request_bytes=1_000_000).post("/Service/add", bomb)
+        self.assertEqual(reply.status, 413)
+        self.assertEqual(reply.headers["vgi-max-request-bytes"], "1000000")
+
+    def test_values_are_validated_before_dispatch(self) -> None:
+        schema = vgi_rpc.rpc_methods(Service)["echo_str"].params_schema
+        column = pa.Array.from_buffers(pa.utf8(), 1, [None, pa.py_buffer(struct.pack("<2i", 0, 2)), pa.py_buffer(b"\xff\xfe")])
+        data = ipc_bytes(schema, (pa.RecordBatch.from_arrays([column], schema=schema), request_metadata("echo_str")))
+        reply = wsgi_client().post("/Service/echo_str", data)
+        self.assertEqual((reply.status, reply.error["type"]), (400, "IPCError"))
+
+    def test_a_request_without_parameters_may_have_rows(self) -> None:
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        one_row = pa.RecordBatch.from_struct_array(pa.array([{}], pa.struct([])))
+        for batch in (empty, one_row):
+            data = ipc_bytes(batch.schema, (batch, request_metadata("nothing")))
+            with self.subTest(rows=batch.num_rows), BytePeer(make_server()) as peer:
+                [(answer, metadata)] = peer.ask(data)
+                self.assertEqual((answer.num_rows, answer.num_columns, metadata), (0, 0, {}))
+
+    def test_request_ids(self) -> None:
+        with BytePeer(make_server()) as peer:
+            for sent, echoed in ((b"0123456789abcdef", True), (b"x" * 128, True), (b"x" * 129, False), (b"a b", False), (b"\xff", False)):
+                data = request_bytes("fail", {"how": "TypeError"}, **{"vgi_rpc.request_id": sent})
+                [(_, metadata)] = peer.ask(data)
+                with self.subTest(sent=sent):
+                    self.assertEqual(metadata[b"vgi_rpc.request_id"] == sent, echoed)
+                    self.assertTrue(metadata[b"vgi_rpc.request_id"])
+
+
+# ============================================================================
+# 9. INTROSPECTION
+# ============================================================================
+
+
+class IntrospectionTests(TestCase):
+    """Reflection, and the protocol hash, which the family computes alike."""
+
+    def test_the_hash_depends_on_the_signatures_alone(self) -> None:
+        def service(annotation: Any, doc: str = "", name: str = "P") -> str:
+            def method(self, value):
+                return value
+
+            method.__annotations__, method.__doc__ = {"value": annotation, "return": annotation}, doc
+            cls = type(name, (), {"method": method, "__module__": __name__})
+            return RpcServer(cls, cls()).protocol_hash
+
+        self.assertRegex(service(int), "^[0-9a-f]{64}$")
+        self.assertEqual(service(int), service(UserId, doc="other words"))
+        self.assertEqual(len({service(t) for t in (int, str, int | None, list[int], list[str])}), 5)
+        self.assertNotEqual(service(int), service(int, name="Q"))
+
+    def test_the_hash_of_a_known_protocol(self) -> None:
+        import hashlib
+
+        class Known(Protocol):
+            def add(self, a: int, b: float | None) -> list[int]: ...
+
+        class Impl:
+            def add(self, a: int, b: float | None) -> list[int]: ...  # type: ignore[empty-body]
+
+        spelt = (
+            '{"methods":[{"has_header":false,"has_return":true,"name":"add","params":[{"name":"a","nullable":false,"type":"int64"},'
+            '{"name":"b","nullable":true,"type":"float64"}],"result":[{"name":"result","nullable":false,"type":"list<item?:int64>"}],'
+            '"type":"unary"}],"protocol":"Known"}'
+        )
+        expected = hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + spelt.encode()).hexdigest()
+        self.assertEqual(RpcServer(Known, Impl()).protocol_hash, expected)
+
+    def test_marks(self) -> None:
+        class Marked(Protocol):
+            @vgi_rpc.idempotent
+            def put(self) -> None: ...
+
+            @vgi_rpc.no_side_effects
+            def get(self) -> None: ...
+
+            @vgi_rpc.deprecated("use get")
+            def old(self) -> None: ...
+
+        class Impl:
+            def put(self) -> None: ...
+            def get(self) -> None: ...
+            def old(self) -> None: ...
+
+        with vgi_rpc.serve_pipe(Marked, Impl()) as proxy:
+            methods = vgi_rpc.introspect(proxy).methods
+        self.assertEqual([methods[m].idempotency for m in ("put", "get", "old")], ["idempotent", "no_side_effects", "unknown"])
+        self.assertEqual([methods[m].deprecation for m in ("get", "old")], [None, "use get"])
+
+    def test_it_can_be_switched_off(self) -> None:
+        client = vgi_rpc.make_sync_client(make_server(enable_describe=False))
+        with vgi_rpc.http_connect(Service, client=client) as proxy:
+            self.assertEqual(proxy.add(1.0), 3.0)
+            with self.assertRaises(RpcError) as caught:
+                vgi_rpc.introspect(proxy)
+        self.assertEqual(caught.exception.error_kind, "protocol_not_supported")
+
+
+# ============================================================================
+# 10. TOKENS
+# ============================================================================
+
+
+class Clock:
+    """A clock that tests turn."""
+
+    now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class SealTests(TestCase):
+    """The sealer alone: what was sealed for one binding opens for it, everything else is one uniform refusal."""
+
+    BINDING = (b"protocol", b"method", b"domain", b"principal")
+
+    def refused(self, sealer: Any, token: Any, half: bytes = b"state", binding: Any = BINDING) -> str:
+        """Return the text of the refusal."""
+        with self.assertRaises(vgi_rpc.TokenError) as caught:
+            sealer.open(half, binding, token)
+        return str(caught.exception)
+
+    def test_contents_come_back(self) -> None:
+        sealer = vgi_rpc.TokenSealer([KEY])
+        for content in (b"", b"\0", b"x" * 1_000_000, os.urandom(5000)):
+            with self.subTest(size=len(content)):
+                token = sealer.seal(b"state", self.BINDING, content)
+                self.assertEqual(sealer.open(b"state", self.BINDING, token), content)
+                self.assertLess(len(token), len(content) * 4 // 3 + 100)
+        self.assertLess(len(sealer.seal(b"state", self.BINDING, b"x" * 1_000_000)), 10_000)
+
+    def test_every_damage_has_the_same_answer(self) -> None:
+        sealer = vgi_rpc.TokenSealer([KEY])
+        token = sealer.seal(b"state", self.BINDING, b"content of the state")
+        raw = base64.b64decode(token)
+        broken: list[Any] = [None, b"", b"not base64!", token + b"\n", token.rstrip(b"=")[:-1], token + token, raw]
+        broken += [base64.b64encode(raw[:at] + bytes([raw[at] ^ (1 << bit)]) + raw[at + 1 :]) for at in range(len(raw)) for bit in range(8)]
+        broken += [token[:end] for end in range(len(token))] + [base64.b64encode(raw[:end]) for end in range(len(raw))]
+        broken += [base64.b64encode(raw + b"\0"), base64.b64encode(b"\0" + raw)]
+        broken += [token[:at] + bytes([token[at] ^ (1 << bit)]) + token[at + 1 :] for at in range(len(token)) for bit in range(8)]
+        self.assertEqual(len({self.refused(sealer, t) for t in broken}), 1)
+        self.assertEqual(sealer.open(b"state", self.BINDING, token), b"content of the state")
+
+    def test_the_url_safe_alphabet_is_not_ours(self) -> None:
+        sealer = vgi_rpc.TokenSealer([KEY])
+        token = next(t for t in (sealer.seal(b"s", (), os.urandom(200)) for _ in range(50)) if b"+" in t or b"/" in t)
+        self.refused(sealer, token.translate(bytes.maketrans(b"+/", b"-_")), b"s", ())
+
+    def test_binding(self) -> None:
+        sealer = vgi_rpc.TokenSealer([KEY])
+        token = sealer.seal(b"state", self.BINDING, b"content")
+        texts = {self.refused(sealer, token, half=b"call")}
+        for at, _ in enumerate(self.BINDING):
+            changed = list(self.BINDING)
+            changed[at] += b"2"
+            texts.add(self.refused(sealer, token, binding=changed))
+        for shifted in ((b"protocolm", b"ethod", *self.BINDING[2:]), self.BINDING[:3], (*self.BINDING, b"")):
+            texts.add(self.refused(sealer, token, binding=shifted))
+        self.assertEqual(len(texts), 1)
+
+    def test_rotation(self) -> None:
+        old, new = b"old" * 8, b"new" * 8
+        token = vgi_rpc.TokenSealer([old]).seal(b"s", (), b"content")
+        both = vgi_rpc.TokenSealer([new, old])
+        self.assertEqual(both.open(b"s", (), token), b"content")
+        self.refused(vgi_rpc.TokenSealer([new]), token, b"s", ())
+        self.assertEqual(vgi_rpc.TokenSealer([new]).open(b"s", (), both.seal(b"s", (), b"content")), b"content")
+
+    def test_keys_that_are_none(self) -> None:
+        for keys in ([], [b"short"], [KEY, b""]):
+            with self.subTest(keys=keys), self.raises(ValueError, "16 bytes"):
+                vgi_rpc.TokenSealer(keys)
+
+    def test_age(self) -> None:
+        clock = Clock()
+        sealer = vgi_rpc.TokenSealer([KEY], ttl=100.0, clock=clock)
+        for_ever = vgi_rpc.TokenSealer([KEY], ttl=0, clock=clock)
+        token = sealer.seal(b"s", (), b"content")
+        clock.now += 99
+        self.assertEqual(sealer.open(b"s", (), token), b"content")
+        clock.now += 2
+        self.assertIn("expired", self.refused(sealer, token, b"s", ()))
+        self.assertNotIn("expired", self.refused(sealer, token, b"other", ()))
+        self.assertEqual(sealer.open(b"s", (), token, aged=False), b"content")
+        self.assertEqual(for_ever.open(b"s", (), token), b"content")
+        clock.now -= 10_000
+        self.assertIn("future", self.refused(sealer, token, b"s", ()))
+        self.assertIn("future", self.refused(for_ever, token, b"s", ()))
+
+
+class RawStream:
+    """A stream over HTTP with the tokens in hand."""
+
+    def __init__(self, client: Any, method: str = "running", data: Any = None, protocol: str = "Service", **headers: str) -> None:
+        self.client, self.path, self.headers = client, f"/{protocol}/{method}", headers
+        body = request_bytes(method, data if data is not None else {"label": "r"}, protocol=protocol)
+        reply = client.post(f"{self.path}/init", body, **headers)
+        assert reply.status == 200, reply
+        self.items = read_streams(reply.body)[-1]
+        self.tokens = self.items[-1][1]
+
+    def exchange(self, batch: Any = None, path: str | None = None, tokens: Any = None, **headers: str) -> Reply:
+        """One turn with these or other tokens."""
+        batch = batch if batch is not None else values(1.0).batch
+        body = ipc_bytes(batch.schema, (batch, self.tokens if tokens is None else tokens))
+        return self.client.post(f"{path or self.path}/exchange", body, **{**self.headers, **headers})
+
+
+STATE, CALL = b"vgi_rpc.stream_state#b64", b"vgi_rpc.call_state#b64"
+
+
+class HttpTokenTests(TestCase):
+    """Tokens in requests."""
+
+    def refused(self, reply: Reply) -> str:
+        """Return the text of a refusal."""
+        self.assertEqual((reply.status, reply.error["type"]), (400, "TokenError"), reply)
+        return str(reply.error["text"])
+
+    def test_damaged_tokens(self) -> None:
+        client = wsgi_client()
+        stream = RawStream(client)
+        texts = set()
+        for key in (STATE, CALL):
+            token = stream.tokens[key]
+            for at in range(0, len(token), 3):
+                flipped = token[:at] + (b"A" if token[at : at + 1] != b"A" else b"B") + token[at + 1 :]
+                texts.add(self.refused(stream.exchange(tokens={**stream.tokens, key: flipped})))
+                texts.add(self.refused(stream.exchange(tokens={**stream.tokens, key: token[:at]})))
+            texts.add(self.refused(stream.exchange(tokens={k: v for k, v in stream.tokens.items() if k != key})))
+            texts.add(self.refused(stream.exchange(tokens={**stream.tokens, key: b"\xff" * 20})))
+        texts.add(self.refused(stream.exchange(tokens={STATE: stream.tokens[CALL], CALL: stream.tokens[STATE]})))
+        texts.add(self.refused(stream.exchange(tokens={STATE: stream.tokens[CALL], CALL: stream.tokens[CALL]})))
+        texts.add(self.refused(stream.exchange(tokens={STATE: stream.tokens[STATE], CALL: stream.tokens[STATE]})))
+        self.assertEqual(len(texts), 1)
+        self.assertEqual(stream.exchange().status, 200)
+
+    def test_tokens_of_another_stream_method_or_protocol(self) -> None:
+        client = wsgi_client()
+        one, two = RawStream(client), RawStream(client)
+        header = RawStream(client, "running_with_header")
+        stats = RawStream(client, "nested", {})
+        self.refused(one.exchange(tokens={STATE: one.tokens[STATE], CALL: two.tokens[CALL]}))
+        self.refused(one.exchange(tokens={STATE: two.tokens[STATE], CALL: one.tokens[CALL]}))
+        self.refused(one.exchange(tokens=header.tokens))
+        self.refused(one.exchange(path="/Service/running_with_header"))
+        self.refused(one.exchange(tokens=stats.tokens))
+        self.refused(one.exchange(path="/DocService/stats"))
+        for stream in (one, two, header):
+            self.assertEqual(stream.exchange().status, 200)
+
+    def test_tokens_of_another_principal(self) -> None:
+        people = {name: AuthContext("static", True, name) for name in ("ada", "bob")}
+        client = wsgi_client(authenticate=vgi_rpc.chain_authenticate(
+            vgi_rpc.bearer_authenticate_static(tokens=people), lambda request: AuthContext.anonymous()
+        ))  # fmt: skip
+        ada = RawStream(client, authorization="Bearer ada")
+        self.refused(ada.exchange(authorization="Bearer bob"))
+        self.refused(ada.exchange(authorization=""))
+        anonymous = RawStream(client)
+        self.refused(anonymous.exchange(authorization="Bearer ada"))
+        self.assertEqual(ada.exchange().status, 200)
+        self.assertEqual(anonymous.exchange().status, 200)
+
+    def test_another_server_needs_the_same_key(self) -> None:
+        stream = RawStream(wsgi_client(token_key=KEY))
+        for key, good in ((KEY, True), (b"another" * 4, False), ([b"new" * 8, KEY], True), (f"{'n' * 20},{KEY.decode()}", True)):
+            stream.client = wsgi_client(token_key=key)
+            with self.subTest(key=key):
+                self.assertEqual(stream.exchange().status == 200, good)
+
+    def test_expiry(self) -> None:
+        stream = RawStream(wsgi_client())
+        for seconds, ttl, text in ((59, 60, ""), (62, 60, "expired"), (62, 0, ""), (-1000, 60, "future")):
+            reply = moved(stream, seconds, token_ttl=ttl).exchange()
+            with self.subTest(seconds=seconds, ttl=ttl):
+                if text:
+                    self.assertIn(text, self.refused(reply))
+                else:
+                    self.assertEqual(reply.status, 200)
+
+    def test_a_long_stream_outlives_the_age_of_its_call_half(self) -> None:
+        stream = RawStream(wsgi_client())
+        for turn in range(1, 6):
+            reply = moved(stream, 50 * turn, token_ttl=60).exchange()
+            self.assertEqual(reply.status, 200)
+            stream.tokens = {**stream.tokens, STATE: read_streams(reply.body)[-1][-1][1][STATE]}
+
+    def test_an_old_cursor_is_an_old_state(self) -> None:
+        stream = RawStream(wsgi_client())
+        sums = [read_streams(stream.exchange(values(n).batch).body)[-1][-1][0].to_pydict()["sum"] for n in (1.0, 5.0)]
+        self.assertEqual(sums, [[1.0], [5.0]])
+
+    def test_the_call_half_is_not_sent_again(self) -> None:
+        stream = RawStream(wsgi_client())
+        metadata = read_streams(stream.exchange().body)[-1][-1][1]
+        self.assertEqual(set(metadata), {STATE})
+
+    def test_no_key_is_said_aloud_once(self) -> None:
+        with mock.patch.dict(os.environ), self.assertLogs("vgi_rpc", "WARNING") as seen:
+            os.environ.pop("VGI_RPC_TOKEN_KEY", None)
+            client = WsgiClient(vgi_rpc.make_wsgi_app(make_server()))
+            self.assertEqual(RawStream(client).exchange().status, 200)
+        self.assertEqual(len(seen.output), 1)
+        self.assertIn("VGI_RPC_TOKEN_KEY", seen.output[0])
+
+    def test_the_key_of_the_environment(self) -> None:
+        with mock.patch.dict(os.environ, {"VGI_RPC_TOKEN_KEY": KEY.decode()}):
+            stream = RawStream(WsgiClient(vgi_rpc.make_wsgi_app(make_server())))
+        stream.client = wsgi_client(token_key=KEY)
+        self.assertEqual(stream.exchange().status, 200)
+
+    def test_a_state_that_cannot_be_sealed_is_an_error_at_the_turn(self) -> None:
+        with vgi_rpc.http_connect(Service, client=wsgi_client()) as proxy:
+            with self.raises(RpcError, "Misbehaving.at", "expected int64", "got str"):
+                list(proxy.misbehaving("state"))
+            self.assertEqual(proxy.add(1.0), 3.0)
+
+
+def moved(stream: RawStream, seconds: float, **options: Any) -> RawStream:
+    """The same stream at a fresh server, which has opened none of its tokens yet and lives *seconds* later."""
+    there = RawStream.__new__(RawStream)
+    late = functools.partial(vgi_rpc.TokenSealer, clock=lambda: time.time() + seconds)
+    with mock.patch.object(vgi_rpc, "TokenSealer", late):
+        vars(there).update(vars(stream), client=wsgi_client(**options))
+    return there
+
+
+# ============================================================================
+# 11. SERVER CORE
+# ============================================================================
+
+
+class Stranger(Protocol):
+    """A client's idea of `Service` that does not agree with it."""
+
+    protocol_name = "Service"
+
+    def ad(self) -> None: ...
+
+    def process_id(self) -> str: ...
+
+
+class Elsewhere(Protocol):
+    """A protocol that no server hosts."""
+
+    protocol_name = "Servise"
+
+    def add(self, a: float, b: float) -> float: ...
+
+
+class Recorder:
+    """A dispatch hook that keeps everything; *fails* makes it raise as well."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.records, self.errors, self.tokens = fails, [], [], []
+
+    def on_dispatch_start(self, record: Any) -> int:
+        if self.fails:
+            raise RuntimeError("a hook's own failure")
+        return len(self.records)
+
+    def on_dispatch_end(self, token: Any, record: Any, error: Any) -> None:
+        if self.fails:
+            raise RuntimeError("a hook's own failure")
+        self.tokens.append(token)
+        self.records.append(record)
+        self.errors.append(error)
+
+
+class ServerTests(TestCase):
+    """Routing, versions, hooks and the access log; on a pipe or without a socket."""
+
+    def sync(self, protocol: Any, server: RpcServer | None = None, **options: Any) -> Any:
+        """A connection to a server in this process."""
+        return vgi_rpc.http_connect(protocol, client=vgi_rpc.make_sync_client(server or make_server(), **options))
+
+    def test_unknown_method(self) -> None:
+        with self.sync(Stranger) as proxy, self.raises(RpcError, "'ad'", "did you mean 'add'", "'echo_int'") as caught:
+            proxy.ad()
+        error = caught.exception
+        self.assertEqual((error.error_type, error.error_kind), ("MethodNotImplementedError", "method_not_implemented"))
+        self.assertEqual(error.error_code, "UNIMPLEMENTED")
+
+    def test_unknown_protocol(self) -> None:
+        with self.sync(Elsewhere) as proxy, self.raises(RpcError, "did you mean 'Service'", "DocService") as caught:
+            proxy.add(1.0, 2.0)
+        self.assertEqual((caught.exception.error_kind, caught.exception.error_code), ("protocol_not_supported", "UNIMPLEMENTED"))
+
+    def test_routing_on_a_pipe(self) -> None:
+        data = {"a": 1.0, "b": 2.0}
+        with BytePeer(make_server()) as peer:
+            for changes, kind, code, part in (
+                ({"protocol": None}, "protocol_not_specified", "INVALID_ARGUMENT", "Service"),
+                ({"protocol": "Nobody"}, "protocol_not_supported", "UNIMPLEMENTED", "'Nobody'"),
+                ({"named": "nobody"}, "method_not_implemented", "UNIMPLEMENTED", "'nobody'"),
+                ({"protocol": "DocService"}, "method_not_implemented", "UNIMPLEMENTED", "DocService has no method 'add'"),
+            ):
+                with self.subTest(changes=changes):
+                    error = error_of(peer.ask(request_bytes("add", data, **changes)))
+                    self.assertEqual((error["kind"], error["code"]), (kind, code))
+                    self.assertIn(part, error["text"])
+            error = error_of(peer.ask(request_bytes("add", data, protocol="no/../name")))
+            self.assertEqual(error["kind"], "protocol_not_supported")
+            self.assertNotIn("no/../name", error["text"])
+            self.assertEqual(peer.ask(GOOD)[0][0].to_pydict(), {"result": [3.0]})
+
+    def test_the_handshake_offers_no_shared_memory(self) -> None:
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        asked = request_metadata("__transport_options__", None, **{"vgi_rpc.transport.shm": b"true"})
+        with BytePeer(make_server(server_id="0123456789ab")) as peer:
+            [(batch, metadata)] = peer.ask(ipc_bytes(empty.schema, (empty, asked)))
+            self.assertEqual(batch.num_rows, 0)
+            self.assertEqual(metadata[b"vgi_rpc.transport.shm"], b"false")
+            self.assertEqual(metadata[b"vgi_rpc.server_id"], b"0123456789ab")
+            self.assertEqual(metadata[b"vgi_rpc.request_version"], b"1")
+
+    def test_protocol_versions(self) -> None:
+        class Impl:
+            def ping(self) -> str:
+                return "pong"
+
+        def protocol(version: str) -> Any:
+            class Ping(Protocol):
+                def ping(self) -> str: ...
+
+            if version:
+                Ping.protocol_version = version  # type: ignore[attr-defined]
+            return Ping
+
+        for ours, theirs, side in (
+            ("1.2.3", "1.2.9", None),
+            ("1.2.3", "1.3.0", "upgrade the server"),
+            ("1.2.3", "2.0.0", "upgrade the server"),
+            ("1.2.3", "1.1.0", "upgrade the client"),
+            ("1.2.3", "", "upgrade the client"),
+            ("1.2.3", "one", "upgrade the client"),
+            ("", "7.0.0", None),
+        ):
+            client = vgi_rpc.make_sync_client(RpcServer(protocol(ours), Impl()))
+            with self.subTest(ours=ours, theirs=theirs), vgi_rpc.http_connect(protocol(theirs), client=client) as proxy:
+                if side is None:
+                    self.assertEqual(proxy.ping(), "pong")
+                    continue
+                with self.raises(RpcError, "Ping", ours, theirs, side) as caught:
+                    proxy.ping()
+                error = caught.exception
+                self.assertEqual((error.error_kind, error.error_code), ("protocol_version_mismatch", "FAILED_PRECONDITION"))
+                [violation] = error.precondition_failure().violations
+                self.assertEqual((violation.type, violation.subject), ("protocol_version", "Ping"))
+
+    def test_tracebacks_can_be_left_out(self) -> None:
+        for show in (True, False):
+            with self.subTest(show=show), self.sync(Service, make_server(include_tracebacks=show)) as proxy:
+                with self.assertRaises(RpcError) as caught:
+                    proxy.fail("TypeError")
+                self.assertIs("test_vgi_rpc" in caught.exception.remote_traceback, show)
+                self.assertEqual(caught.exception.error_type, "TypeError")
+
+    def test_details_that_are_too_large_are_left_out_whole(self) -> None:
+        class Verbose:
+            def run(self, size: int) -> None:
+                raise vgi_rpc.StatusError("x", code="ABORTED", details=[vgi_rpc.ErrorInfo({"k": "v" * size})])
+
+        with vgi_rpc.serve_pipe(Verbose, Verbose()) as proxy:
+            for size, kept in ((3000, 1), (5000, 0)):
+                with self.subTest(size=size), self.assertRaises(RpcError) as caught:
+                    proxy.run(size)
+                self.assertEqual((caught.exception.error_code, len(caught.exception.error_details)), ("ABORTED", kept))
+
+    def test_hooks(self) -> None:
+        server, recorder = make_server(), Recorder()
+        server.add_hook(Recorder(fails=True))
+        server.add_hook(recorder)
+        with self.sync(Service, server) as proxy, self.assertLogs("vgi_rpc", "ERROR") as seen:
+            proxy.add(1.0)
+            with self.assertRaises(RpcError):
+                proxy.fail("KeyError")
+            list(proxy.count(2))
+        self.assertIn("a hook's own failure", "".join(seen.output))
+        methods = [(r.method, r.method_type, bool(e)) for r, e in zip(recorder.records, recorder.errors)]
+        self.assertEqual(methods[:2], [("add", "unary", False), ("fail", "unary", True)])
+        self.assertEqual(set(methods[2:]), {("count", "stream", False)})
+        self.assertEqual(len({r.stream_id for r in recorder.records[2:]}), 1)
+        self.assertTrue(all(r.duration_ms >= 0 and r.kind is vgi_rpc.TransportKind.HTTP for r in recorder.records))
+        self.assertEqual(sum(r.statistics.output_rows for r in recorder.records[2:]), 2)
+
+    def test_access_log(self) -> None:
+        server, written = make_server(), io.StringIO()
+        with contextlib.redirect_stderr(written):
+            vgi_rpc.configure_access_log("-", server)
+        with self.sync(Service, server) as proxy:
+            proxy.echo_str("a secret value")
+            with self.assertRaises(RpcError):
+                proxy.fail("TypeError")
+            session = proxy.running("secret label")
+            session.exchange(values(1.0))
+            session.cancel()
+        text = written.getvalue()
+        self.assertNotIn("secret", text)
+        lines = [json.loads(line) for line in text.splitlines()]
+        self.assertEqual([line["method"] for line in lines], ["echo_str", "fail", "running", "running", "running"])
+        self.assertEqual([line["status"] for line in lines], ["ok", "error", "ok", "ok", "ok"])
+        first, failed = lines[0], lines[1]
+        self.assertRegex(first["timestamp"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+        self.assertEqual((first["logger"], first["protocol"], first["http_status"]), ("vgi_rpc.access", "Service", 200))
+        self.assertEqual((first["request_fields"], first["request_rows"]), ([{"name": "value", "type": "string"}], 1))
+        self.assertEqual((failed["error_type"], failed["error_code"]), ("TypeError", "UNKNOWN"))
+        self.assertEqual(len({line["stream_id"] for line in lines[2:]}), 1)
+        self.assertTrue(lines[-1]["cancelled"])
+
+    def test_on_serve_start_is_called_once_and_again_after_a_failure(self) -> None:
+        class Starting:
+            def __init__(self) -> None:
+                self.calls: list[str] = []
+
+            def on_serve_start(self, kind: vgi_rpc.TransportKind) -> None:
+                self.calls.append(str(kind))
+                if len(self.calls) == 1:
+                    raise OSError("no database yet")
+
+            def ping(self) -> str:
+                return "pong"
+
+        implementation = Starting()
+        with vgi_rpc.serve_pipe(Starting, implementation) as proxy, self.assertLogs("vgi_rpc", "ERROR"):
+            with self.raises(RpcError, "no database yet") as caught:
+                proxy.ping()
+            self.assertTrue(caught.exception.is_retryable())
+            self.assertEqual([proxy.ping(), proxy.ping()], ["pong", "pong"])
+        self.assertEqual(implementation.calls, ["pipe", "pipe"])
+
+    def test_draining_refuses_new_calls(self) -> None:
+        server = make_server()
+        with self.sync(Service, server) as proxy:
+            self.assertEqual(proxy.add(1.0), 3.0)
+            self.assertTrue(server.drain(0))
+            with self.raises(RpcError) as caught:
+                proxy.add(1.0)
+        self.assertEqual((caught.exception.error_kind, caught.exception.is_retryable()), ("server_draining", True))
+
+    def test_trace_context_is_handed_through(self) -> None:
+        class Traced:
+            def trace(self, ctx: CallContext) -> str:
+                return str(ctx.transport_metadata.get("traceparent"))
+
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        metadata = request_metadata("trace", "Traced", traceparent=b"00-ab-cd-01")
+        with BytePeer(RpcServer(Traced, Traced())) as peer:
+            self.assertEqual(peer.ask(ipc_bytes(empty.schema, (empty, metadata)))[0][0].to_pydict(), {"result": ["00-ab-cd-01"]})
+
+
