@@ -1681,7 +1681,7 @@ class Codec:
         """Encode *values* into a column of len(values) rows; raises `_Mismatch` with the path to the first that fails."""
         encoded = list(map(self.encode, values))
         try:
-            return pa.array(encoded, type=self.arrow_type)
+            return _array(encoded, self.arrow_type)
         except _ARROW_FAILURES as exc:
             for value in values:
                 self._find_failure(value)
@@ -1705,6 +1705,29 @@ class Codec:
         if column.type != self.arrow_type and not (value is None and self.nullable):
             self.to_array([value])
         return value
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    array_ = pa.array(values, type=kind)
+    if kind.num_fields and _has_dictionary(kind):
+        try:
+            array_.validate(full=True)
+        except pa.ArrowInvalid:
+            # Under a null struct pyarrow writes dictionary index 0, also where the dictionary is empty; readers refuse that.
+            array_ = pa.array([*values, _filler(kind)], type=kind).slice(0, len(values))
+    return array_
+
+
+def _filler(kind: pa.DataType) -> Any:
+    """A value that puts an entry into every dictionary of *kind*."""
+    if pa.types.is_dictionary(kind):
+        text = pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)
+        return "" if text else 0
+    if pa.types.is_struct(kind):
+        return {f.name: _filler(f.type) for f in (kind.field(i) for i in range(kind.num_fields))}
+    if pa.types.is_map(kind):
+        return [(_filler(kind.key_type), _filler(kind.item_type))]
+    return [_filler(kind.value_type)] if kind.num_fields else None
 
 
 def _hints(owner: Any) -> dict[str, Any]:
