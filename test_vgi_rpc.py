@@ -152,6 +152,8 @@ TYPES: dict[str, Case] = {
     ),
     "list_dataclass": Case(list[Point], pa.list_(NESTED), ([], [Point(1), Point(2, Color.BLUE, "x")])),
     "dict_dataclass": Case(dict[str, Point], pa.map_(pa.utf8(), NESTED), ({"a": Point(1)},)),
+    "list_optional_dataclass": Case(list[Optional[Point]], pa.list_(NESTED), ([None], [None, Point(1)], [])),
+    "dict_optional_dataclass": Case(dict[str, Optional[Point]], pa.map_(pa.utf8(), NESTED), ({"a": None}, {"a": Point(1)})),
     "list_dict_dataclass": Case(list[dict[str, Point]], pa.list_(pa.map_(pa.utf8(), NESTED)), ([{"a": Point(1)}, {}],)),
     "batch": Case(pa.RecordBatch, pa.binary(), (BATCH, BATCH.slice(0, 0))),
     "schema": Case(pa.Schema, pa.binary(), (BATCH.schema, pa.schema([]))),
@@ -1178,19 +1180,13 @@ def claiming_rows(rows: int) -> bytes:
     return tampered(honest, struct.pack("<q", 123_456_789), struct.pack("<q", rows))
 
 
-def raw_column(schema: pa.Schema, buffers: list[Any], rows: int) -> bytes:
-    """A stream with one column made of raw buffers, valid or not."""
-    column = pa.Array.from_buffers(schema.field(0).type, rows, buffers)
-    return ipc_bytes(schema, pa.RecordBatch.from_arrays([column], schema=schema))
-
-
-def _bad_utf8() -> bytes:
-    return raw_column(pa.schema([("s", pa.utf8())]), [None, pa.py_buffer(struct.pack("<2i", 0, 2)), pa.py_buffer(b"\xff\xfe")], 1)
-
-
-def _offsets(*offsets: int) -> bytes:
-    data = pa.py_buffer(b"abcd")
-    return raw_column(pa.schema([("s", pa.utf8())]), [None, pa.py_buffer(struct.pack(f"<{len(offsets)}i", *offsets)), data], len(offsets) - 1)
+def raw_text(offsets: Any, data: bytes) -> bytes:
+    """A stream of one text column with these offsets and data in its body, valid or not."""
+    column = pa.array(["x" * len(data)] + [""] * (len(offsets) - 2))
+    honest = ipc_bytes(pa.schema([("s", pa.utf8())]), pa.RecordBatch.from_arrays([column], names=["s"]))
+    stream = tampered(honest, b"x" * len(data), data)
+    before = struct.pack(f"<{len(offsets)}i", 0, *[len(data)] * (len(offsets) - 1))
+    return tampered(stream, before, struct.pack(f"<{len(offsets)}i", *offsets))
 
 
 def _dictionary_index() -> bytes:
@@ -1269,14 +1265,17 @@ class BatchTests(TestCase):
 
     def test_values_are_validated(self) -> None:
         for name, data in (
-            ("bad UTF-8", _bad_utf8()),
-            ("offsets backwards", _offsets(0, 4, 2)),
-            ("negative offset", tampered(_offsets(1, 3), struct.pack("<2i", 1, 3), struct.pack("<2i", -4, 3))),
-            ("offset past the data", _offsets(0, 400)),
+            ("bad UTF-8", raw_text((0, 40), b"\xff" * 40)),
+            ("offsets backwards", raw_text((0, 40, 20), b"a" * 40)),
+            ("negative offset", raw_text((-4, 40), b"a" * 40)),
+            ("offset past the data", raw_text((0, 4000), b"a" * 40)),
             ("dictionary index out of range", _dictionary_index()),
         ):
             with self.subTest(name), self.assertRaises(vgi_rpc.IPCError):
                 read_all(data)
+
+    def test_raw_columns_are_readable_when_they_are_right(self) -> None:
+        self.assertEqual(read_all(raw_text((0, 40), b"a" * 40))[0][0].column(0).to_pylist(), ["a" * 40])
 
     def test_a_claim_of_rows_costs_nothing(self) -> None:
         with self.raises(vgi_rpc.IPCError, "1000000000000 rows"):
