@@ -2367,3 +2367,606 @@ class ServerTests(TestCase):
             self.assertEqual(peer.ask(ipc_bytes(empty.schema, (empty, metadata)))[0][0].to_pydict(), {"result": ["00-ab-cd-01"]})
 
 
+# ============================================================================
+# 12, 13, 14. BYTE TRANSPORTS, CLIENT, BYTE SERVING - and the same behaviour over HTTP
+# ============================================================================
+
+
+class TransportContract:
+    """What holds on every transport; a subclass says how to connect. One connection serves all tests of a class."""
+
+    kind = ""
+    proxy: Any
+    log: list[Any]
+    in_process = True
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        """Return a proxy of `Service` whose ``on_log`` is ``cls.log.append``; *stack* closes what was opened."""
+        raise AssertionError("a transport opens its own connection")
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Connect."""
+        cls.log = []
+        cls.stack = contextlib.ExitStack()
+        cls.proxy = cls.open(cls.stack)
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        """Disconnect."""
+        cls.stack.close()
+
+    def setUp(self) -> None:
+        """Each test begins without log lines, and on a connection that answers."""
+        super().setUp()  # type: ignore[misc]
+        self.log.clear()
+        self.addCleanup(lambda: self.assertEqual(self.proxy.add(a=20.0, b=22.0), 42.0))
+
+    # -- unary
+
+    def test_every_type(self) -> None:
+        for name, case in TYPES.items():
+            echo = getattr(self.proxy, f"echo_{name}")
+            for value in case.values:
+                with self.subTest(name=name, value=value):
+                    got = echo(value=value)
+                    self.assertEqual(got, value)
+                    self.assertIs(type(got), type(value))
+
+    def test_calls(self) -> None:
+        proxy = self.proxy
+        self.assertEqual([proxy.add(1.0), proxy.add(1.0, 5.0), proxy.add(b=1.0, a=2), proxy.add(a=1.5)], [3.0, 6.0, 3.0, 3.5])
+        self.assertIsNone(proxy.nothing())
+        self.assertEqual([proxy.optional(), proxy.optional(None), proxy.optional(4)], [None, None, 4])
+        self.assertEqual(proxy.defaults(), "9 a BLUE")
+        self.assertEqual(proxy.defaults(Point(1), names=["x", "y"], color=Color.RED), "1 x,y RED")
+
+    def test_arguments_that_do_not_fit_are_refused_here(self) -> None:
+        before = len(self.proxy.context()["id"])
+        for call, parts in (
+            (lambda p: p.add(), ("missing argument 'a'", "add(a: float, b: float = 2.0) -> float")),
+            (lambda p: p.add(1.0, c=1.0), ("no parameter 'c'", "['a', 'b']")),
+            (lambda p: p.add(1.0, 2.0, 3.0), ("2 arguments", "got 3")),
+            (lambda p: p.add(1.0, a=1.0), ("'a' twice",)),
+            (lambda p: p.add(a="x"), ("argument a", "expected float64", "got str")),
+            (lambda p: p.add(a=None), ("argument a", "got None")),
+            (lambda p: p.count(limit="x"), ("count()", "argument limit", "expected int64", "got str")),
+        ):
+            with self.subTest(parts=parts), self.raises(TypeError, *parts):
+                call(self.proxy)
+        with self.raises(AttributeError, "'ad'", "did you mean 'add'"):
+            self.proxy.ad()
+        self.assertEqual(len(self.proxy.context()["id"]), before)
+
+    def test_logs(self) -> None:
+        self.assertEqual(self.proxy.logs(3), 3)
+        expected = [vgi_rpc.Message(Level.WARN, f"line {i}", index=str(i)) for i in range(3)]
+        self.assertEqual(self.log, expected)
+
+    def test_context(self) -> None:
+        facts = self.proxy.context()
+        self.assertEqual((facts["method"], facts["protocol"], facts["kind"]), ("context", "Service", self.kind))
+        self.assertRegex(facts["id"], "^[0-9a-f]{16}$")
+        self.assertEqual((facts["principal"], facts["domain"]), ("", ""))
+        self.assertNotEqual(facts["id"], self.proxy.context()["id"])
+
+    def test_exceptions(self) -> None:
+        for name in FAILURES:
+            with self.subTest(name), self.assertRaises(RpcError) as caught:
+                self.proxy.fail(name)
+            error = caught.exception
+            self.assertEqual((error.error_type, error.error_code), (name, "UNKNOWN"))
+            self.assertIn("test_vgi_rpc.py", error.remote_traceback)
+            self.assertRegex(error.request_id, "^[0-9a-f]{16}$")
+            self.assertEqual(self.proxy.add(1.0), 3.0)
+        with self.raises(RpcError, "KeyError: 'y'") as caught:
+            self.proxy.fail("KeyError")
+        self.assertEqual(caught.exception.error_message, "'y'")
+
+    def test_status_errors(self) -> None:
+        with self.assertRaises(RpcError) as caught:
+            self.proxy.refuse()
+        error = caught.exception
+        self.assertEqual((error.error_type, error.error_message), ("StatusError", "not now"))
+        self.assertEqual((error.error_code, error.error_kind), ("RESOURCE_EXHAUSTED", "tests_busy"))
+        details = [vgi_rpc.RetryInfo(1.5), vgi_rpc.ErrorInfo({"a": "b"}), {"@type": "tests.Own", "n": 1}]
+        self.assertEqual(error.details(), details)
+        self.assertTrue(error.is_retryable())
+
+    def test_results_that_are_not_what_was_declared(self) -> None:
+        for how, parts in (
+            ("type", ("lie() result", "expected list of int64", "got str")),
+            ("member", ("lie() result[1]", "expected int64", "got str")),
+            ("none", ("lie() result", "got None")),
+            ("large", ("lie() result[0]", "expected int64", str(2**63))),
+        ):
+            with self.subTest(how), self.raises(RpcError, "TypeError", *parts):
+                self.proxy.lie(how)
+        with self.raises(RpcError, "TypeError", "lie_none() result", "None", "got int"):
+            self.proxy.lie_none()
+
+    def test_large_values(self) -> None:
+        batch = pa.RecordBatch.from_pydict({"x": pa.array(range(1_000_000))})
+        self.assertTrue(self.proxy.echo_batch(batch).equals(batch))
+
+    # -- producers
+
+    def test_producer(self) -> None:
+        batches = list(self.proxy.count(3))
+        self.assertEqual([b.batch.to_pydict() for b in batches], [{"value": [i]} for i in range(3)])
+        self.assertEqual([dict(b.custom_metadata) for b in batches], [{b"at": b"%d" % i} for i in range(3)])
+        self.assertEqual([(m.level, m.message, m.extra) for m in self.log], [(Level.INFO, f"number {i}", {"at": str(i)}) for i in range(3)])
+        self.assertEqual(list(self.proxy.count(0)), [])
+
+    def test_producer_with_header(self) -> None:
+        with self.proxy.count_with_header(2) as session:
+            self.assertEqual(session.header, Header(2, "counting"))
+            self.assertEqual(session.typed_header(Header), Header(2, "counting"))
+            with self.raises(TypeError, "expected Point", "got Header"):
+                session.typed_header(Point)
+            self.assertEqual([m.message for m in self.log if m.level is Level.DEBUG], ["with the header"])
+            self.assertEqual(len(list(session)), 2)
+        with self.proxy.count(1) as session:
+            self.assertIsNone(session.header)
+            with self.raises(TypeError, "expected Header", "got None"):
+                session.typed_header(Header)
+
+    def test_ticks_carry_metadata(self) -> None:
+        with self.proxy.ticks() as session:
+            seen = [session.tick(m).batch.column(0)[0].as_py() for m in (None, {b"a": b"1"}, pa.KeyValueMetadata({"b": "2"}))]
+        expected = ["{}", '{"a": "1"}', '{"b": "2"}']
+        # Over HTTP the first turn runs when the stream starts: before any tick could carry metadata.
+        self.assertEqual(seen[-1] if self.kind != "http" else seen[1:], expected[-1] if self.kind != "http" else expected[1:])
+        self.assertEqual(seen[0], "{}")
+
+    def test_emit_and_finish_in_one_turn(self) -> None:
+        session = self.proxy.once()
+        self.assertEqual([b.batch.to_pydict() for b in session], [{"value": [1]}])
+        self.assertTrue(session.closed)
+        with self.assertRaises((RpcError, StopIteration)):
+            session.tick()
+
+    def test_the_end_of_a_tick(self) -> None:
+        session = self.proxy.count(1)
+        self.assertEqual(session.tick().batch.to_pydict(), {"value": [0]})
+        with self.assertRaises(StopIteration):
+            session.tick()
+        self.assertTrue(session.closed)
+
+    def test_zero_rows_and_zero_columns(self) -> None:
+        for columns in (["a", "b"], ["only"], []):
+            with self.subTest(columns=columns):
+                batches = list(self.proxy.shapes(columns, 4))
+                self.assertEqual([b.batch.schema.names for b in batches], [columns] * 4)
+                self.assertEqual([dict(b.custom_metadata)[b"left"] for b in batches], [b"3", b"2", b"1", b"0"])
+                if columns:
+                    self.assertEqual([b.batch.num_rows for b in batches], [1, 0, 1, 0])
+
+    def test_abandoned_streams(self) -> None:
+        for _ in self.proxy.count(1000):
+            break
+        self.assertEqual(self.proxy.add(1.0), 3.0)
+        session = self.proxy.count(1000)
+        session.close()
+        session.close()
+        self.assertEqual(self.proxy.add(1.0), 3.0)
+        with self.proxy.running():
+            pass
+        unused = self.proxy.running()
+        half = self.proxy.running()
+        half.exchange(values(1.0))
+        self.assertEqual(self.proxy.add(1.0), 3.0)
+        if self.kind != "http":
+            self.assertTrue(unused.closed and half.closed)
+        self.proxy.count_with_header(3)
+        self.assertEqual(self.proxy.add(1.0), 3.0)
+
+    # -- exchanges
+
+    def test_exchange(self) -> None:
+        with self.proxy.running("label") as session:
+            answers = [session.exchange(values(float(i), 1.0)).batch.to_pydict() for i in range(5)]
+        self.assertEqual([a["sum"] for a in answers], [[1.0], [3.0], [6.0], [10.0], [15.0]])
+        self.assertEqual([a["count"] for a in answers], [[2], [4], [6], [8], [10]])
+        self.assertEqual({a["label"][0] for a in answers}, {"label"})
+        with self.raises(RpcError, "closed"):
+            session.exchange(values(1.0))
+
+    def test_exchange_with_header(self) -> None:
+        with self.proxy.running_with_header("label") as session:
+            self.assertEqual(session.header, Header(0, "none"))
+            self.assertEqual(session.exchange(values(2.0)).batch.to_pydict()["sum"], [2.0])
+
+    def test_nested_state(self) -> None:
+        with self.proxy.nested() as session:
+            answers = [json.loads(session.exchange(values(*v)).batch.column(0)[0].as_py()) for v in ([1], [2, 3], [4])]
+        self.assertEqual(
+            answers,
+            [
+                [[1], "BLUE", "COLLECTING", 1, None],
+                [[1, 2, 3], "BLUE", "PROCESSING", 2, 1],
+                [[1, 2, 3, 4], "BLUE", "PROCESSING", 3, 2],
+            ],
+        )
+
+    def test_call_state_and_rehydration(self) -> None:
+        with self.proxy.scaled(3) as session:
+            answers = [session.exchange(values(1, 2)) for _ in range(3)]
+        self.assertEqual([a.batch.to_pydict() for a in answers], [{"value": [103, 106]}] * 3)
+        self.assertEqual([dict(a.custom_metadata) for a in answers], [{b"turns": b"1"}, {b"turns": b"2"}, {b"turns": b"3"}])
+
+    def test_cancel(self) -> None:
+        self.proxy.cancels()
+        session = self.proxy.running()
+        session.exchange(values(1.0, 2.0))
+        session.cancel()
+        session.cancel()
+        session.close()
+        with self.raises(RpcError, "closed"):
+            session.exchange(values(1.0))
+        self.assertEqual(self.proxy.cancels(), [2])
+        self.proxy.running().cancel()
+        self.assertEqual(self.proxy.cancels(), [0])
+        self.proxy.running().close()
+        self.assertEqual(self.proxy.cancels(), [])
+        self.proxy.count(5).cancel()
+
+    def test_inputs_are_cast_where_that_is_safe(self) -> None:
+        with self.proxy.running() as session:
+            self.assertEqual(session.exchange(values(1, 2)).batch.to_pydict()["sum"], [3.0])
+            self.assertEqual(session.exchange(values(3)).batch.to_pydict()["sum"], [6.0])
+        for batch, parts in (
+            (values("x"), ("'value'", "float64")),
+            (AnnotatedBatch.from_pydict({"other": [1.0]}), ("value: float64", "other: float64")),
+            (AnnotatedBatch.from_pydict({"value": [1.0], "more": [1.0]}), ("running() input",)),
+            (AnnotatedBatch(pa.RecordBatch.from_arrays([], schema=pa.schema([]))), ("running() input",)),
+        ):
+            with self.subTest(parts=parts), self.proxy.running() as session:
+                with self.raises(RpcError, "TypeError", *parts):
+                    session.exchange(batch)
+                self.assertTrue(session.closed)
+        with self.proxy.nested() as session, self.raises(RpcError, "TypeError", "'value'", "int64"):
+            session.exchange(values(1.5))
+        with self.proxy.running() as session, self.raises(TypeError, "AnnotatedBatch", "got RecordBatch"):
+            session.exchange(values(1.0).batch)
+
+    def test_zero_rows_in(self) -> None:
+        with self.proxy.running() as session:
+            empty = AnnotatedBatch(pa.RecordBatch.from_pydict({"value": []}, schema=VALUE))
+            self.assertEqual(session.exchange(empty).batch.to_pydict()["count"], [0])
+
+    # -- streams that go wrong
+
+    def test_errors_at_init(self) -> None:
+        for start in (
+            lambda p: list(p.init_fails()),
+            lambda p: p.exchange_init_fails().exchange(values(1.0)),
+            lambda p: p.header_init_fails(),
+        ):
+            with self.raises(RpcError, "KeyError: 'at init'") as caught:
+                start(self.proxy)
+            self.assertIn("test_vgi_rpc.py", caught.exception.remote_traceback)
+            self.assertEqual(self.proxy.add(1.0), 3.0)
+        with self.raises(RpcError, "wrong_header() header.total", "expected int64", "got str"):
+            self.proxy.wrong_header()
+        with self.raises(RpcError, "not_a_stream()", "expected a Stream", "got int"):
+            list(self.proxy.not_a_stream())
+
+    def test_states_that_break_the_rules(self) -> None:
+        for how, parts in (
+            ("twice", ("RuntimeError", "emit called twice")),
+            ("none", ("RuntimeError", "nothing emitted")),
+            ("type", ("TypeError", "'value'", "expected int64", "got utf8")),
+            ("names", ("TypeError", "['value']", "['other']")),
+            ("after finish", ("RuntimeError", "after finish")),
+            ("raise", ("LookupError", "in the second turn")),
+        ):
+            with self.subTest(how):
+                session = self.proxy.misbehaving(how)
+                self.assertEqual(session.tick().batch.to_pydict(), {"value": [1]})
+                with self.raises(RpcError, *parts):
+                    session.tick()
+                self.assertTrue(session.closed)
+                self.assertEqual(self.proxy.add(1.0), 3.0)
+        for how, parts in (
+            ("none", ("RuntimeError", "nothing emitted")),
+            ("finish", ("RuntimeError", "finish() in an exchange")),
+            ("exit", ("SystemExit", "3")),
+        ):
+            with self.subTest("exchange", how=how), self.proxy.bad_exchange(how) as session:
+                with self.raises(RpcError, *parts):
+                    session.exchange(values(1))
+                self.assertEqual(self.proxy.add(1.0), 3.0)
+
+    # -- introspection
+
+    def test_introspection(self) -> None:
+        listed = [p.protocol for p in vgi_rpc.list_protocols(self.proxy)]
+        self.assertEqual((listed[0], listed[-1]), ("Service", "vgi_rpc.Reflection.v1"))
+        described = vgi_rpc.introspect(self.proxy)
+        self.assertEqual((described.protocol_name, described.request_version), ("Service", "1"))
+        self.assertEqual(described.protocol_hash, make_server().protocol_hash)
+        self.assertEqual(set(described.methods), set(vgi_rpc.rpc_methods(Service)))
+        count, running, add = (described.methods[m] for m in ("count_with_header", "running", "add"))
+        self.assertEqual((count.has_header, count.header_schema, count.is_exchange), (True, Header.ARROW_SCHEMA, False))
+        self.assertEqual((running.has_header, running.header_schema, running.is_exchange), (False, None, True))
+        self.assertEqual((add.params_schema, add.result_schema.names, add.has_return), (ADD, ["result"], True))
+        self.assertEqual(vgi_rpc.describe_protocol(self.proxy, "Service").methods, described.methods)
+        with self.raises(RpcError, "Nobody"):
+            vgi_rpc.describe_protocol(self.proxy, "Nobody")
+
+
+class PipeTests(TransportContract, TestCase):
+    """In this process, over a pair of pipes."""
+
+    kind = "pipe"
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        return stack.enter_context(vgi_rpc.serve_pipe(Service, ServiceImpl(), on_log=cls.log.append))
+
+
+class SubprocessTests(TransportContract, TestCase):
+    """A worker process."""
+
+    kind = "pipe"
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        connection = vgi_rpc.connect(Service, WORKER, on_log=cls.log.append, stderr=vgi_rpc.StderrMode.PIPE)
+        return stack.enter_context(connection)
+
+    def test_what_a_method_prints_goes_to_stderr(self) -> None:
+        with self.assertLogs("vgi_rpc.worker", "INFO") as seen:
+            self.assertEqual(self.proxy.noisy(), "quiet")
+            with contextlib.suppress(TransportError), vgi_rpc.connect(Service, [*WORKER, "--help"]):
+                pass  # only to give the thread that reads stderr the time to do it
+            lines = [line.partition("vgi_rpc.worker:")[2] for line in seen.output]
+        self.assertTrue({"written to descriptor 1", "printed by a child"} <= set(lines), lines)
+
+
+class UnixTests(TransportContract, TestCase):
+    """A Unix socket, one thread a connection."""
+
+    kind = "unix"
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        cls.path, _ = in_thread(vgi_rpc.serve_unix, make_server(), os.path.join(folder, "s"), threaded=True)
+        return stack.enter_context(vgi_rpc.unix_connect(Service, cls.path, on_log=cls.log.append))
+
+    def test_only_the_owner_may_connect(self) -> None:
+        self.assertEqual(os.stat(self.path).st_mode & 0o077, 0)
+
+    def test_connections_are_served_side_by_side(self) -> None:
+        with vgi_rpc.unix_connect(Service, self.path) as one, vgi_rpc.unix_connect(Service, self.path) as two:
+            session = one.running()
+            session.exchange(values(1.0))
+            self.assertEqual(two.add(1.0), 3.0)
+            self.assertEqual(session.exchange(values(1.0)).batch.to_pydict()["sum"], [2.0])
+
+
+class TcpTests(TransportContract, TestCase):
+    """A TCP socket."""
+
+    kind = "tcp"
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        _, cls.port, _ = in_thread(vgi_rpc.serve_tcp, make_server(), threaded=True)
+        return stack.enter_context(vgi_rpc.tcp_connect(Service, "127.0.0.1", cls.port, on_log=cls.log.append))
+
+    def test_garbage_hurts_nobody_else(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.port), WATCHDOG_SECONDS) as raw:
+            raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            answer = raw.makefile("rb").read()
+        self.assertIn("not an Arrow IPC stream", error_of(read_streams(answer)[0])["text"])
+        self.assertEqual(self.proxy.add(1.0), 3.0)
+
+
+class HttpContract(TransportContract):
+    """What holds over HTTP beside the contract."""
+
+    kind = "http"
+
+    def test_a_stream_goes_on_from_its_token(self) -> None:
+        session = self.proxy.running("saved")
+        session.exchange(values(1.0, 2.0))
+        token = session.token()
+        session.exchange(values(100.0))
+        again = vgi_rpc.resume(self.proxy, "running", token)
+        answer = again.exchange(values(4.0)).batch.to_pydict()
+        self.assertEqual((answer["sum"], answer["label"], answer["count"]), ([7.0], ["saved"], [3]))
+        session.close()
+        with self.raises(RpcError, "over"):
+            session.token()
+
+    def test_a_producer_goes_on_from_its_token(self) -> None:
+        session = self.proxy.count(5)
+        for seen in range(1, 5):
+            self.assertEqual(session.tick().batch.to_pydict(), {"value": [seen - 1]})
+            rest = [b.batch.to_pydict()["value"][0] for b in vgi_rpc.resume(self.proxy, "count", session.token())]
+            self.assertEqual(rest, list(range(seen, 5)))
+
+    def test_tokens_that_are_none(self) -> None:
+        token = self.proxy.running().token()
+        for bad in (b"", b"{}", b"\xff", b'{"method":"running"}', token[:-5]):
+            with self.subTest(bad=bad), self.raises(RpcError, "resume"):
+                vgi_rpc.resume(self.proxy, "running", bad)
+        with self.raises(RpcError, "resume"):
+            vgi_rpc.resume(self.proxy, "nested", token)
+        with self.raises(RpcError, "not a stream"):
+            vgi_rpc.resume(self.proxy, "add", token)
+        damaged = json.loads(token)
+        damaged["state"] = damaged["state"][:-8] + "AAAAAAA="
+        with self.raises(RpcError, "state token refused"):
+            vgi_rpc.resume(self.proxy, "running", json.dumps(damaged).encode()).exchange(values(1.0))
+
+
+class WsgiTests(HttpContract, TestCase):
+    """A WSGI application behind `wsgiref.validate`."""
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        return stack.enter_context(vgi_rpc.http_connect(Service, client=wsgi_client(), on_log=cls.log.append))
+
+
+class SyncClientTests(HttpContract, TestCase):
+    """The HTTP side without a socket, under a prefix, and nothing cached between turns."""
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        client = vgi_rpc.make_sync_client(make_server(), prefix="/some/where", call_state_cache_entries=0)
+        return stack.enter_context(vgi_rpc.http_connect(Service, client=client, on_log=cls.log.append))
+
+
+class HttpTests(HttpContract, TestCase):
+    """A real HTTP server and real connections."""
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        _, port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, prefix="/deep/path/")
+        cls.url = f"http://127.0.0.1:{port}/deep/path"
+        return stack.enter_context(vgi_rpc.http_connect(Service, cls.url, on_log=cls.log.append))
+
+    def test_the_same_without_compression(self) -> None:
+        with vgi_rpc.http_connect(Service, self.url, compression_level=None) as proxy:
+            batch = pa.RecordBatch.from_pydict({"x": [0] * 100_000})
+            self.assertTrue(proxy.echo_batch(batch).equals(batch))
+
+    def test_one_proxy_serves_many_threads(self) -> None:
+        failures: list[Any] = []
+
+        def work(n: int) -> None:
+            try:
+                with self.proxy.running() as session:
+                    for i in range(10):
+                        total = session.exchange(values(float(n))).batch.to_pydict()["sum"][0]
+                        self.assertEqual(total, n * (i + 1.0))
+            except BaseException as exc:  # noqa: BLE001
+                failures.append(exc)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(failures, [])
+
+    def test_capabilities_and_description(self) -> None:
+        found = vgi_rpc.http_capabilities(self.url)
+        self.assertTrue(found.accept_max_response_bytes_support)
+        self.assertEqual(set(found.supported_encodings) - {"zstd"}, {"gzip"})
+        self.assertFalse(found.externalization_enabled or found.upload_url_support)
+        self.assertEqual(vgi_rpc.http_introspect(self.url).protocol_name, "Service")
+
+
+class StreamingDocTests(TestCase):
+    """Every statement of the user's description of streaming, on a transport with state in memory and on a stateless one."""
+
+    def proxies(self) -> Any:
+        """One proxy of `DocService` after the other."""
+        for name in ("pipe", "http"):
+            with self.subTest(name):
+                if name == "pipe":
+                    with vgi_rpc.serve_pipe(DocService, DocServiceImpl()) as proxy:
+                        yield proxy
+                else:
+                    with vgi_rpc.http_connect(DocService, client=wsgi_client()) as proxy:
+                        yield proxy
+
+    def test_running_stats(self) -> None:
+        for proxy in self.proxies():
+            with proxy.stats(label="temperatures") as session:
+                for data, count, mean in (([1.0, 2.0], 2, 1.5), ([6.0], 3, 3.0), ([-9.0], 4, 0.0)):
+                    answer = session.exchange(AnnotatedBatch.from_pydict({"value": data}))
+                    self.assertEqual(answer.batch.to_pydict(), {"count": [count], "mean": [mean]})
+
+    def test_every_field_of_a_state_is_serialised(self) -> None:
+        state = RunningStatsState(3, 4.5, [1.0, 2.0], "label")
+        self.assertEqual(RunningStatsState.deserialize_from_bytes(state.serialize_to_bytes()), state)
+        table = {"count": pa.int64(), "total": pa.float64(), "history": pa.list_(pa.float64()), "label": pa.utf8()}
+        self.assertEqual(RunningStatsState.ARROW_SCHEMA, pa.schema([pa.field(n, t, nullable=False) for n, t in table.items()]))
+        self.assertTrue(issubclass(StreamState, ArrowSerializableDataclass))
+        self.assertTrue(pa.types.is_dictionary(StatefulPipeline.ARROW_SCHEMA.field("phase").type))
+
+    def test_paginated_query(self) -> None:
+        for proxy in self.proxies():
+            pages = []
+            for batch in proxy.search(query="SELECT *", page_size=100):
+                rows = batch.batch.to_pylist()
+                pages.append(len(rows))
+            self.assertEqual(pages, [100, 100, 50])
+
+    def test_stateful_pipeline(self) -> None:
+        for proxy in self.proxies():
+            with proxy.pipeline(threshold=100.0) as session:
+                r1 = session.exchange(AnnotatedBatch.from_pydict({"value": [10.0, 20.0]}))
+                self.assertEqual(r1.batch.to_pydict(), {"phase": ["collecting"], "buffer_size": [2], "total": [30.0]})
+                r2 = session.exchange(AnnotatedBatch.from_pydict({"value": [80.0]}))
+                self.assertEqual(r2.batch.to_pydict(), {"phase": ["processing"], "buffer_size": [3], "total": [110.0]})
+
+    def test_headers(self) -> None:
+        for proxy in self.proxies():
+            session = proxy.fetch_rows(query="SELECT *")
+            self.assertEqual(repr(session.header), "JobHeader(total_rows=100, description='Results for: SELECT *')")
+            self.assertEqual([b.batch.to_pydict() for b in session], [{"value": [n]} for n in range(100, 0, -1)])
+            with proxy.transform_rows(factor=2.0) as session:
+                self.assertEqual(session.header, JobHeader(-1, "times 2.0"))
+                result = session.exchange(AnnotatedBatch.from_pydict({"value": [1.0]}))
+                self.assertEqual(result.batch.to_pydict(), {"value": [2.0]})
+                self.assertEqual(session.typed_header(JobHeader).total_rows, -1)
+            with proxy.pipeline(threshold=1.0) as session:
+                self.assertIsNone(session.header)
+                with self.assertRaises(TypeError):
+                    session.typed_header(JobHeader)
+            description = vgi_rpc.describe_protocol(proxy, "DocService").methods["fetch_rows"]
+            self.assertEqual((description.has_header, description.header_schema), (True, JobHeader.ARROW_SCHEMA))
+
+    def test_a_header_is_sent_once(self) -> None:
+        stream = RawStream(wsgi_client(), "running_with_header")
+        reply = stream.exchange()
+        self.assertEqual([len(read_streams(body)) for body in (reply.body,)], [1])
+
+    def test_state_lives_in_memory_or_in_the_token(self) -> None:
+        """On a pipe the same object serves all turns; over HTTP each turn has one of its own."""
+        alive: list[RunningStatsState] = []
+
+        @dataclass
+        class Observed(RunningStatsState):
+            def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+                if not any(self is seen for seen in alive):
+                    alive.append(self)
+                super().exchange(input, out, ctx)
+
+        class Watching:
+            def stats(self, label: str) -> Stream[Observed]:
+                schema = pa.schema([("count", pa.int64()), ("mean", pa.float64())])
+                return Stream(schema, Observed(label=label), VALUE)
+
+        server = RpcServer(Watching, Watching())
+        for connection, objects in (
+            (vgi_rpc.serve_pipe(Watching, Watching()), 1),
+            (vgi_rpc.http_connect(Watching, client=vgi_rpc.make_sync_client(server)), 3),
+        ):
+            alive.clear()
+            with self.subTest(objects=objects), connection as proxy, proxy.stats("x") as session:
+                counts = [session.exchange(values(1.0)).batch.to_pydict()["count"][0] for _ in range(3)]
+                self.assertEqual((counts, len(alive)), ([1, 2, 3], objects))
+
+    def test_a_token_is_signed_and_readable(self) -> None:
+        stream = RawStream(wsgi_client(), "running", {"label": "readable"})
+        self.assertIn(b"readable", base64.b64decode(stream.tokens[STATE]))
+        self.assertNotIn(KEY, base64.b64decode(stream.tokens[STATE]))
+
+
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        del sys.argv[1]
+        vgi_rpc.run_server(make_server())
+    else:
+        unittest.main()

@@ -1719,15 +1719,15 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _filler(kind: pa.DataType) -> Any:
-    """A value that puts an entry into every dictionary of *kind*."""
-    if pa.types.is_dictionary(kind):
-        text = pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)
-        return "" if text else 0
+    """A value without nulls, which puts an entry into every dictionary of *kind*."""
     if pa.types.is_struct(kind):
         return {f.name: _filler(f.type) for f in (kind.field(i) for i in range(kind.num_fields))}
     if pa.types.is_map(kind):
         return [(_filler(kind.key_type), _filler(kind.item_type))]
-    return [_filler(kind.value_type)] if kind.num_fields else None
+    if kind.num_fields:
+        return [_filler(kind.value_type)]
+    leaf = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.scalar(0).cast(leaf).as_py() if not pa.types.is_binary(leaf) else b""
 
 
 def _hints(owner: Any) -> dict[str, Any]:
@@ -4631,8 +4631,8 @@ class SubprocessTransport(Transport):
     def _forward_stderr(self, log: logging.Logger | None) -> None:
         source = self.proc.stderr
         assert source is not None
-        with contextlib.suppress(OSError, ValueError), source:
-            for raw in io.BufferedReader(cast("Any", source)):
+        with contextlib.suppress(OSError, ValueError), io.BufferedReader(cast("Any", source)) as lines:
+            for raw in lines:
                 line = raw.decode("utf-8", "replace")
                 self._lines.append(line.rstrip())
                 if log is not None:
