@@ -541,7 +541,7 @@ class ServiceImpl(Echo):
         return 3  # type: ignore[return-value]
 
     def noisy(self) -> str:
-        print("printed by a method")
+        print("printed by a method", flush=True)
         os.write(1, b"written to descriptor 1\n")
         subprocess.run([sys.executable, "-S", "-c", "print('printed by a child')"], check=True)
         return "quiet"
@@ -2718,12 +2718,23 @@ class SubprocessTests(TransportContract, TestCase):
         return stack.enter_context(connection)
 
     def test_what_a_method_prints_goes_to_stderr(self) -> None:
-        with self.assertLogs("vgi_rpc.worker", "INFO") as seen:
-            self.assertEqual(self.proxy.noisy(), "quiet")
-            with contextlib.suppress(TransportError), vgi_rpc.connect(Service, [*WORKER, "--help"]):
-                pass  # only to give the thread that reads stderr the time to do it
-            lines = [line.partition("vgi_rpc.worker:")[2] for line in seen.output]
-        self.assertTrue({"written to descriptor 1", "printed by a child"} <= set(lines), lines)
+        seen, complete = set(), threading.Event()
+        expected = {"printed by a method", "written to descriptor 1", "printed by a child"}
+
+        class Handler(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                seen.add(record.getMessage())
+                if expected <= seen:
+                    complete.set()
+
+        worker_log = logging.getLogger("vgi_rpc.worker")
+        handler, level = Handler(), worker_log.level
+        worker_log.addHandler(handler)
+        worker_log.setLevel(logging.INFO)
+        self.addCleanup(worker_log.setLevel, level)
+        self.addCleanup(worker_log.removeHandler, handler)
+        self.assertEqual(self.proxy.noisy(), "quiet")
+        self.assertTrue(complete.wait(WATCHDOG_SECONDS / 4), seen)
 
 
 class UnixTests(TransportContract, TestCase):
@@ -2960,6 +2971,299 @@ class StreamingDocTests(TestCase):
         stream = RawStream(wsgi_client(), "running", {"label": "readable"})
         self.assertIn(b"readable", base64.b64decode(stream.tokens[STATE]))
         self.assertNotIn(KEY, base64.b64decode(stream.tokens[STATE]))
+
+
+class ByteServingTests(TestCase):
+    """Listeners and the serve loop, beside the contract."""
+
+    def test_connections_one_after_the_other(self) -> None:
+        _, port, _ = in_thread(vgi_rpc.serve_tcp, make_server())
+        for _ in range(3):
+            with vgi_rpc.tcp_connect(Service, "127.0.0.1", port) as proxy:
+                self.assertEqual(proxy.add(1.0), 3.0)
+
+    def test_an_idle_server_ends_and_removes_its_socket(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path, thread = in_thread(vgi_rpc.serve_unix, make_server(), os.path.join(folder, "s"), threaded=True, idle_timeout=0.3)
+            with vgi_rpc.unix_connect(Service, path) as proxy:
+                self.assertEqual(proxy.add(1.0), 3.0)
+            thread.join(WATCHDOG_SECONDS / 2)
+            self.assertFalse(thread.is_alive())
+            self.assertFalse(os.path.exists(path))
+            with self.raises(TransportError, path):
+                vgi_rpc.unix_connect(Service, path).__enter__()
+
+    def test_a_dead_socket_is_replaced_and_a_live_one_is_not(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "s")
+            with socket.socket(socket.AF_UNIX) as dead:
+                dead.bind(path)
+            in_thread(vgi_rpc.serve_unix, make_server(), path, threaded=True)
+            with vgi_rpc.unix_connect(Service, path) as proxy:
+                self.assertEqual(proxy.add(1.0), 3.0)
+            with self.assertRaises(OSError):
+                vgi_rpc.serve_unix(make_server(), path)
+            with vgi_rpc.unix_connect(Service, path) as proxy:
+                self.assertEqual(proxy.add(1.0), 3.0)
+
+    def test_a_port_in_use(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            with self.assertRaises(OSError):
+                vgi_rpc.serve_tcp(make_server(), port=port)
+            with self.assertRaises(OSError):
+                vgi_rpc.serve_http(make_server(), port=port, token_key=KEY)
+
+    def test_nobody_listens(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        with self.raises(TransportError, f"127.0.0.1:{port}"):
+            vgi_rpc.tcp_connect(Service, "127.0.0.1", port).__enter__()
+        with vgi_rpc.http_connect(Service, f"http://127.0.0.1:{port}") as proxy, self.raises(TransportError, str(port)):
+            proxy.add(1.0)
+
+    def test_a_stream_in_raw_bytes(self) -> None:
+        """Lockstep as WIRE section 5 has it: logs, then one data batch; an end of input ends the output."""
+        with BytePeer(make_server()) as peer:
+            peer.input.write(request_bytes("running", {"label": "raw"}))
+            with pa.ipc.new_stream(peer.input, VALUE) as writer:
+                writer.write_batch(values(1.0, 2.0).batch)
+                reader = pa.ipc.open_stream(peer.output)
+                self.assertEqual(reader.read_next_batch().to_pydict()["sum"], [3.0])
+                writer.write_batch(values(4.0).batch)
+                self.assertEqual(reader.read_next_batch().to_pydict()["sum"], [7.0])
+            with self.assertRaises(StopIteration):
+                reader.read_next_batch()
+            self.assertEqual(peer.ask(GOOD)[0][0].to_pydict(), {"result": [3.0]})
+
+    def test_cancel_in_raw_bytes(self) -> None:
+        server = make_server()
+        with BytePeer(server) as peer:
+            peer.input.write(request_bytes("running", {"label": "raw"}))
+            empty = pa.RecordBatch.from_pydict({"value": []}, schema=VALUE)
+            data = ipc_bytes(VALUE, values(1.0).batch, (empty, {b"vgi_rpc.cancel": b"1"}))
+            self.assertEqual([b.num_rows for b, _ in peer.ask(data)], [1])
+            self.assertEqual(peer.ask(GOOD)[0][0].to_pydict(), {"result": [3.0]})
+        self.assertEqual(server.implementation.cancels(), [1])
+
+    def test_an_error_at_init_drains_the_input(self) -> None:
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        for method in ("init_fails", "exchange_init_fails", "header_init_fails"):
+            with self.subTest(method), BytePeer(make_server()) as peer:
+                data = ipc_bytes(empty.schema, (empty, request_metadata(method)))
+                self.assertEqual(error_of(peer.ask(data + ipc_bytes(VALUE, values(1.0).batch)))["type"], "KeyError")
+                self.assertEqual(peer.ask(GOOD)[0][0].to_pydict(), {"result": [3.0]})
+
+    def test_input_that_turns_into_garbage(self) -> None:
+        with BytePeer(make_server()) as peer:
+            peer.input.write(request_bytes("running", {"label": "raw"}))
+            peer.input.write(ipc_bytes(VALUE, values(1.0).batch)[:-8] + b"garbage in the stream")
+            answer = read_stream(peer.output)
+            self.assertEqual(answer[0][0].to_pydict()["sum"], [1.0])
+            self.assertEqual(error_of(answer)["type"], "IPCError")
+
+
+class ProcessTests(TestCase):
+    """Workers that are not what they should be (each test reaps what it starts)."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        quiet = mock.patch("sys.stderr", io.StringIO())
+        self.stderr = quiet.start()
+        self.addCleanup(quiet.stop)
+
+    def python(self, program: str, **options: Any) -> Any:
+        """Connect to a worker that runs *program*, without site packages."""
+        return vgi_rpc.connect(Service, [sys.executable, "-S", "-c", program], **options)
+
+    def test_not_found(self) -> None:
+        for command in (["/no/such/worker", "--flag"], [str(HERE)], []):
+            with self.subTest(command=command), self.raises(TransportError, repr(command)):
+                with vgi_rpc.connect(Service, command):
+                    pass
+
+    def test_exits_at_once(self) -> None:
+        with self.python("import sys; print('first line', file=sys.stderr); print('last line', file=sys.stderr); sys.exit(3)") as proxy:
+            with self.raises(TransportError, "exited with status 3", "first line", "last line", "-c"):
+                proxy.add(1.0)
+            with self.raises(TransportError, "closed"):
+                proxy.add(1.0)
+
+    def test_prints_text_first(self) -> None:
+        with self.python("import sys; print('Welcome to the worker', flush=True); sys.stdin.read()") as proxy:
+            with self.raises(TransportError, "Welcome to the worker", "-c"):
+                proxy.add(1.0)
+
+    def test_killed_in_a_call(self) -> None:
+        with vgi_rpc.connect(Service, WORKER) as proxy:
+            self.assertNotEqual(proxy.process_id(), os.getpid())
+            with self.raises(TransportError, "killed by signal 9"):
+                proxy.kill()
+            with self.raises(TransportError, "closed"):
+                proxy.add(1.0)
+
+    def test_killed_in_a_stream(self) -> None:
+        with vgi_rpc.connect(Service, WORKER) as proxy, proxy.bad_exchange("kill") as session:
+            with self.raises(TransportError, "killed by signal 9"):
+                session.exchange(values(1))
+            self.assertTrue(session.closed)
+
+    def test_deaf(self) -> None:
+        with self.python("import time; time.sleep(600)", timeout=0.2) as proxy, self.assertRaises(vgi_rpc.DeadlineExceededError):
+            proxy.add(1.0)
+
+    def test_a_deadline_reaches_the_method(self) -> None:
+        with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
+            with self.assertRaises(vgi_rpc.DeadlineExceededError):
+                vgi_rpc.with_options(proxy, timeout=0.05).wait(seconds=WATCHDOG_SECONDS)
+        with vgi_rpc.http_connect(Service, client=wsgi_client()) as proxy:
+            with self.assertRaises(vgi_rpc.DeadlineExceededError):
+                vgi_rpc.with_options(proxy, timeout=0.05).wait(seconds=WATCHDOG_SECONDS)
+            self.assertEqual(proxy.add(1.0), 3.0)
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "counts descriptors in /proc")
+    def test_nothing_is_left_behind(self) -> None:
+        def once() -> None:
+            with self.python("import sys; sys.stdin.read()"):
+                pass
+            with self.python("raise SystemExit(1)") as proxy, self.assertRaises(TransportError):
+                proxy.add(1.0)
+            with self.assertRaises(TransportError), vgi_rpc.connect(Service, ["/no/such/worker"]):
+                pass
+            with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
+                next(iter(proxy.count(5)))
+
+        once()
+        before, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+        for _ in range(3):
+            once()
+        self.assertEqual((len(os.listdir("/proc/self/fd")), threading.active_count()), (before, threads))
+        children = pathlib.Path(f"/proc/self/task/{os.getpid()}/children")
+        if children.exists():
+            states = [pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in children.read_text().split()]
+            self.assertNotIn("Z", states)
+
+    def test_a_worker_without_a_parent_ends(self) -> None:
+        worker = subprocess.Popen(WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        output, error = worker.communicate(GOOD, timeout=WATCHDOG_SECONDS)
+        self.assertEqual((read_stream(io.BytesIO(output))[0][0].to_pydict(), error, worker.returncode), ({"result": [3.0]}, b"", 0))
+
+    def test_listening_workers_announce_themselves_and_stop_when_told(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path, log = os.path.join(folder, "s"), os.path.join(folder, "log")
+            with Worker("--unix", path, "--access-log", log) as worker:
+                self.assertEqual(worker.line, f"UNIX:{path}")
+                with vgi_rpc.unix_connect(Service, path) as proxy:
+                    self.assertEqual(proxy.echo_str("secret"), "secret")
+                self.assertEqual(worker.stop()[0], 0)
+            text = pathlib.Path(log).read_text(encoding="utf-8")
+            self.assertEqual(json.loads(text)["method"], "echo_str")
+            self.assertNotIn("secret", text)
+        with Worker("--tcp", "0") as worker:
+            self.assertRegex(worker.line, r"^TCP:127\.0\.0\.1:\d+$")
+            with vgi_rpc.tcp_connect(Service, "127.0.0.1", int(worker.port)) as proxy:
+                self.assertEqual(proxy.add(1.0), 3.0)
+            self.assertEqual(worker.stop()[0], 0)
+
+    def test_http_streams_survive_a_killed_server(self) -> None:
+        with Worker("--http") as first:
+            self.assertRegex(first.line, r"^PORT:\d+$")
+            with vgi_rpc.http_connect(Service, first.url) as proxy:
+                session = proxy.running("survivor")
+                one = session.exchange(values(1.0)).batch.to_pydict()
+                token = session.token()
+                first.stop(signal.SIGKILL)
+                with self.assertRaises(TransportError):
+                    proxy.add(1.0)
+                with Worker("--http", "--port", first.port) as second:
+                    two = session.exchange(values(2.0)).batch.to_pydict()
+                    self.assertEqual((one["sum"], two["sum"], two["label"]), ([1.0], [3.0], ["survivor"]))
+                    self.assertEqual((two["pid"], one["pid"]), ([second.process.pid], [first.process.pid]))
+                    self.assertEqual(self.resumed_elsewhere(second.url, token), 11.0)
+                    status, error = second.stop(signal.SIGINT)
+                    self.assertNotIn("Traceback", error)
+                    self.assertIn(status, (0, 130))
+
+    def resumed_elsewhere(self, url: str, token: bytes) -> float:
+        """Go on with a saved stream in another process; return the running sum."""
+        program = (
+            "import sys, vgi_rpc, test_vgi_rpc as t\n"
+            "with vgi_rpc.http_connect(t.Service, sys.argv[1]) as proxy:\n"
+            "    session = vgi_rpc.resume(proxy, 'running', sys.stdin.buffer.read())\n"
+            "    print(session.exchange(t.values(10.0)).batch.to_pydict()['sum'][0])\n"
+        )
+        command = [sys.executable, "-c", program, url]
+        return float(subprocess.run(command, input=token, stdout=subprocess.PIPE, cwd=HERE, check=True).stdout)
+
+
+class BadPeerTests(TestCase):
+    """A client on a byte stream whose far end does not keep to the wire."""
+
+    def client(self, answer: bytes) -> Any:
+        """A proxy that finds *answer* in its pipe, whatever it asks."""
+        (read, write), (drain, sink) = os.pipe(), os.pipe()
+        with os.fdopen(write, "wb") as f:
+            f.write(answer)
+        self.addCleanup(os.close, drain)
+        transport = vgi_rpc.PipeTransport(os.fdopen(read, "rb", 0), os.fdopen(sink, "wb", 0))
+        return vgi_rpc.RpcConnection(Service, transport)
+
+    def test_answers_that_are_none(self) -> None:
+        result = vgi_rpc.rpc_methods(Service)["add"].result_schema
+        good = pa.RecordBatch.from_arrays([pa.array([1.0])], schema=result)
+        pointer = (good.slice(0, 0), {b"vgi_rpc.location": b"https://example.org/x"})
+        for name, answer, parts in (
+            ("nothing", b"", ()),
+            ("text", b"Segmentation fault\n", ("Segmentation fault",)),
+            ("half", ipc_bytes(result, good)[:-20], ()),
+            ("zeros", b"\0" * 100, ()),
+            ("no batch", ipc_bytes(result), ("result",)),
+            ("pointer", ipc_bytes(result, pointer), ("external storage",)),
+            ("a trillion rows", claiming_rows(10**12), ("rows",)),
+        ):
+            with self.subTest(name), self.client(answer) as proxy:
+                with self.raises(TransportError, *parts):
+                    proxy.add(1.0)
+                with self.raises(TransportError, "closed"):
+                    proxy.add(1.0)
+
+    def test_results_of_another_type(self) -> None:
+        for batch in (
+            pa.RecordBatch.from_pydict({"result": ["x"]}),
+            pa.RecordBatch.from_pydict({"other": [1.0]}),
+            pa.RecordBatch.from_pydict({"result": [1.0, 2.0]}),
+            pa.RecordBatch.from_pydict({"result": pa.array([None], pa.float64())}),
+        ):
+            with self.subTest(batch=batch), self.client(ipc_bytes(batch.schema, batch)) as proxy:
+                with self.raises(TypeError, "add() result"):
+                    proxy.add(1.0)
+
+    def test_errors_of_other_servers(self) -> None:
+        """Code, kind and details come from their own keys, else from log_extra, and nothing needs to be there."""
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        base = {b"vgi_rpc.log_level": b"EXCEPTION", b"vgi_rpc.log_message": b"Oops: text"}
+        extra = {"exception_type": "E", "exception_message": "m", "error_code": "ABORTED", "error_kind": "k", "error_details": [{"@type": "x"}]}
+        for metadata, expected in (
+            (base, ("Oops", "Oops: text", "", "", [])),
+            ({**base, b"vgi_rpc.log_extra": b"not json"}, ("Oops", "Oops: text", "", "", [])),
+            ({**base, b"vgi_rpc.log_extra": json.dumps(extra).encode()}, ("E", "m", "ABORTED", "k", [{"@type": "x"}])),
+            (
+                {
+                    **base,
+                    b"vgi_rpc.log_extra": json.dumps(extra).encode(),
+                    b"vgi_rpc.error_code": b"NOT_FOUND",
+                    b"vgi_rpc.error_kind": b"own",
+                    b"vgi_rpc.error_details": b'[{"@type": "y"}]',
+                },
+                ("E", "m", "NOT_FOUND", "own", [{"@type": "y"}]),
+            ),
+        ):
+            with self.subTest(metadata=metadata), self.client(ipc_bytes(empty.schema, (empty, metadata))) as proxy:
+                with self.assertRaises(RpcError) as caught:
+                    proxy.add(1.0)
+                error = caught.exception
+                found = (error.error_type, error.error_message, error.error_code, error.error_kind, error.error_details)
+                self.assertEqual(found, expected)
 
 
 

@@ -1727,7 +1727,7 @@ def _filler(kind: pa.DataType) -> Any:
     if kind.num_fields:
         return [_filler(kind.value_type)]
     leaf = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.scalar(0).cast(leaf).as_py() if not pa.types.is_binary(leaf) else b""
+    return pa.Array.from_buffers(leaf, 1, [None, *[pa.py_buffer(bytes(64))] * (leaf.num_buffers - 1)])[0].as_py()
 
 
 def _hints(owner: Any) -> dict[str, Any]:
