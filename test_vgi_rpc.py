@@ -2014,7 +2014,7 @@ class RawStream:
         reply = client.post(f"{self.path}/init", body, **headers)
         assert reply.status == 200, reply
         self.items = read_streams(reply.body)[-1]
-        self.tokens = self.items[-1][1]
+        self.tokens = self.items[-1][1] if self.items else {}
 
     def exchange(self, batch: Any = None, path: str | None = None, tokens: Any = None, **headers: str) -> Reply:
         """One turn with these or other tokens."""
@@ -3266,6 +3266,1298 @@ class BadPeerTests(TestCase):
                 self.assertEqual(found, expected)
 
 
+# ============================================================================
+# 15. HTTP SERVING
+# ============================================================================
+
+
+class HttpSemanticsTests(TestCase):
+    """Paths, statuses, headers, codings, budgets: the request function below both HTTP shells, through WSGI."""
+
+    def test_paths_and_methods(self) -> None:
+        client = wsgi_client()
+        for method, path, status in (
+            ("POST", "/Service/nobody", 404),
+            ("POST", "/Nobody/add", 404),
+            ("POST", "/Service", 404),
+            ("POST", "/", 404),
+            ("POST", "/Service/add/extra", 404),
+            ("POST", "/Service/add/", 404),
+            ("POST", "//Service/add", 404),
+            ("POST", "/Service%2Fadd", 404),
+            ("POST", "/Servic%65/add", 404),
+            ("POST", "/Service/../Service/add", 404),
+            ("POST", "/Service/%2e%2e", 404),
+            ("POST", "/\xff/add", 404),
+            ("POST", "/Service/add/init", 400),
+            ("POST", "/Service/count", 400),
+            ("POST", "/Service/add/exchange", 400),
+            ("GET", "/Service/add", 405),
+            ("GET", "/Service/count/init", 405),
+            ("PUT", "/Service/add", 405),
+            ("DELETE", "/Service/add", 405),
+            ("GET", "/nowhere/at/all", 404),
+            ("GET", "/Nobody/add", 404),
+            ("POST", "/health", 405),
+            ("GET", "/health", 200),
+            ("HEAD", "/health", 200),
+        ):
+            with self.subTest(method=method, path=path):
+                reply = client.send(method, path, [("Content-Type", ARROW)], GOOD if method == "POST" else b"")
+                self.assertEqual(reply.status, status)
+                if status == 405:
+                    self.assertTrue(reply.headers["allow"])
+                if path == "/Service/nobody":
+                    self.assertEqual(reply.error["kind"], "method_not_implemented")
+                if path == "/Nobody/add" and method == "POST":
+                    self.assertEqual(reply.error["kind"], "protocol_not_supported")
+        for path in ("/__session__", "/__upload_url__/init", "/__anything__/x"):
+            for method in ("GET", "DELETE", "POST"):
+                with self.subTest(method=method, path=path):
+                    self.assertIn(client.send(method, path, [("Content-Type", ARROW)], b"").status, (400, 404, 405))
+
+    def test_the_path_must_agree_with_the_request(self) -> None:
+        client = wsgi_client()
+        reply = client.post("/Service/nothing", GOOD)
+        self.assertEqual((reply.status, reply.error["type"]), (400, "ProtocolError"))
+        reply = client.post("/Service/add", request_bytes("add", {"a": 1.0, "b": 2.0}, protocol="DocService"))
+        self.assertEqual((reply.status, reply.error["kind"]), (400, "protocol_not_supported"))
+        reply = client.post("/Service/add", request_bytes("add", {"a": 1.0, "b": 2.0}, protocol=None))
+        self.assertEqual(reply.status, 200)
+
+    def test_health(self) -> None:
+        reply = wsgi_client(make_server(server_id="0123456789ab")).send("GET", "/health", [], b"")
+        self.assertEqual(json.loads(reply.body), {"status": "ok", "server_id": "0123456789ab", "protocol": "Service"})
+
+    def test_headers_of_every_answer(self) -> None:
+        client = wsgi_client(max_request_bytes=1_000_000, max_response_bytes=2_000_000)
+        replies = {
+            200: client.post("/Service/add", GOOD),
+            400: client.post("/Service/add", b"x"),
+            404: client.post("/Service/nobody", GOOD),
+            405: client.send("GET", "/Service/add", [], b""),
+            413: client.post("/Service/add", b"x" * 1_000_001),
+            415: client.post("/Service/add", GOOD, content_type="text/plain"),
+        }
+        encodings = "zstd, gzip" if pa.Codec.is_available("zstd") else "gzip"
+        for status, reply in replies.items():
+            with self.subTest(status=status):
+                self.assertEqual(reply.status, status)
+                self.assertRegex(reply.headers["x-request-id"], "^[0-9a-f]{16}$")
+                self.assertEqual(reply.headers["vgi-supported-encodings"], encodings)
+                self.assertEqual(reply.headers["vgi-externalization-enabled"], "false")
+                self.assertEqual(reply.headers["vgi-accept-max-response-bytes-support"], "true")
+                self.assertEqual(reply.headers["vgi-max-request-bytes"], "1000000")
+                self.assertEqual(reply.headers["vgi-max-response-bytes"], "2000000")
+                if status not in (200, 405):
+                    self.assertTrue(reply.error["text"])
+        self.assertIn(ARROW, replies[415].error["text"])
+        self.assertFalse([n for n in wsgi_client().send("GET", "/health", [], b"").headers if n.startswith("vgi-max")])
+
+    def test_errors_of_methods_are_answers(self) -> None:
+        reply = wsgi_client().post("/Service/fail", request_bytes("fail", {"how": "TypeError"}))
+        self.assertEqual((reply.status, reply.headers["x-vgi-rpc-error"], reply.error["type"]), (200, "true", "TypeError"))
+        self.assertNotIn("x-vgi-rpc-error", wsgi_client().post("/Service/add", GOOD).headers)
+
+    def test_request_ids(self) -> None:
+        client = wsgi_client()
+        for sent, echoed in (("abc-123", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), ("\xff", False), ("x" * 5000, False)):
+            with self.subTest(sent=sent[:200]):
+                got = client.post("/Service/add", GOOD, x_request_id=sent).headers["x-request-id"]
+                self.assertEqual(got == sent, echoed)
+                self.assertTrue(got)
+
+    def test_content_types(self) -> None:
+        for given, status in ((ARROW, 200), ("text/plain", 415), ("", 415), (f"{ARROW}; charset=x", 415), ("application/json; x", 415)):
+            with self.subTest(given=given):
+                self.assertEqual(wsgi_client().post("/Service/add", GOOD, content_type=given).status, status)
+
+    def test_request_codings(self) -> None:
+        client = wsgi_client(max_request_bytes=1_000_000)
+        packer = zlib.compressobj(wbits=31)
+        packed = packer.compress(GOOD) + packer.flush()
+        packer = zlib.compressobj(wbits=31)
+        bomb = packer.compress(b"\0" * 50_000_000) + packer.flush()
+        cases: list[Any] = [
+            ("gzip", packed, 200), ("GZIP", packed, 200), ("identity", GOOD, 200), ("br", GOOD, 415), ("gzip, gzip", packed, 415),
+            ("gzip", GOOD, 400), ("gzip", packed[:-9], 400), ("gzip", packed + b"x", 400), ("gzip", b"", 400), ("gzip", bomb, 413),
+        ]  # fmt: skip
+        if pa.Codec.is_available("zstd"):
+            codec = pa.Codec("zstd")
+            zstd = codec.compress(GOOD, asbytes=True)
+            huge = codec.compress(b"\0" * 50_000_000, asbytes=True)
+            cases += [("zstd", zstd, 200), ("zstd", GOOD, 400), ("zstd", zstd[:-3], 400), ("zstd", huge, 413)]
+        for coding, body, status in cases:
+            with self.subTest(coding=coding, size=len(body), status=status):
+                self.assertEqual(client.post("/Service/add", body, content_encoding=coding).status, status)
+        self.assertEqual(client.post("/Service/add", packed, x_vgi_content_encoding="gzip").status, 200)
+
+    def test_answer_codings(self) -> None:
+        client = wsgi_client()
+        best = "zstd" if pa.Codec.is_available("zstd") else "gzip"
+        for public, private, header, coding in (
+            ("", "", None, None),
+            ("br", "", None, None),
+            ("gzip", "", "content-encoding", "gzip"),
+            (f"{best}, gzip", "", "content-encoding", best),
+            (f"gzip, {best}", "", "content-encoding", "gzip"),
+            ("identity, gzip", "", None, None),
+            ("gzip;q=0", "", None, None),
+            ("gzip;q=0.5", "", "content-encoding", "gzip"),
+            ("", "gzip", "x-vgi-content-encoding", "gzip"),
+            ("br", "gzip", "x-vgi-content-encoding", "gzip"),
+            ("gzip", "gzip", "content-encoding", "gzip"),
+            ("gzip", "identity", None, None),
+        ):
+            with self.subTest(public=public, private=private):
+                reply = client.post("/Service/add", GOOD, accept_encoding=public, x_vgi_accept_encoding=private)
+                found = {k: v for k, v in reply.headers.items() if "content-encoding" in k}
+                self.assertEqual(found, {header: coding} if header else {})
+                self.assertEqual(read_streams(reply.body)[0][0][0].to_pydict(), {"result": [3.0]})
+
+    def test_response_budgets(self) -> None:
+        client = wsgi_client()
+        body = request_bytes("echo_bytes", {"value": b"x" * 100_000})
+        for budget, status in (("65536", 200), ("1000000", 200), ("65535", 400), ("0", 400), ("abc", 400), ("", 200), ("065536", 400),
+                               ("+65536", 400), (str(2**53 - 1), 200), (str(2**53), 400), ("65536, 65536", 400)):  # fmt: skip
+            with self.subTest(budget=budget):
+                reply = client.post("/Service/echo_bytes", body, vgi_accept_max_response_bytes=budget)
+                self.assertEqual(reply.status, status)
+                if budget == "65536":
+                    error = reply.error
+                    self.assertEqual((error["type"], reply.headers["x-vgi-rpc-error"]), ("ResponseTooLargeError", "true"))
+                    self.assertRegex(error["text"], r"echo_bytes.*max_response_bytes \(\d+ > 65536\)")
+                elif status == 200:
+                    self.assertEqual(read_streams(reply.body)[0][0][0].to_pydict(), {"result": [b"x" * 100_000]})
+        own = wsgi_client(max_response_bytes=70_000).post("/Service/echo_bytes", body, vgi_accept_max_response_bytes="1000000")
+        self.assertIn("> 70000", own.error["text"])
+
+    def test_the_budget_of_init_stays_with_the_stream(self) -> None:
+        class Large:
+            def data(self) -> Stream[LargeState]:
+                return Stream(TEXT, LargeState(), INTEGERS)
+
+        client = wsgi_client(RpcServer(Large, Large()))
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        for budget, later, fits in (("65536", "", False), ("65536", "1000000", False), ("1000000", "", True), ("1000000", "65536", False)):
+            body = ipc_bytes(empty.schema, (empty, request_metadata("data", "Large")))
+            reply = client.post("/Large/data/init", body, vgi_accept_max_response_bytes=budget)
+            tokens = read_streams(reply.body)[-1][-1][1]
+            turn = ipc_bytes(INTEGERS, (values(100_000).batch, tokens))
+            answer = client.post("/Large/data/exchange", turn, vgi_accept_max_response_bytes=later)
+            items = read_streams(answer.body)[-1]
+            with self.subTest(budget=budget, later=later):
+                if fits:
+                    self.assertEqual(len(items[0][0].column(0)[0].as_py()), 100_000)
+                else:
+                    self.assertEqual(error_of(items)["type"], "ResponseTooLargeError")
+                    self.assertFalse([m for _, m in items if STATE in m])
+
+    def test_bodies_of_a_producer(self) -> None:
+        client = wsgi_client()
+        for limit, rows in ((0, [1][:0]), (2, [1, 0])):
+            stream = RawStream(client, "count", {"limit": limit})
+            data = [(b.num_rows, set(m) & {STATE, CALL}) for b, m in stream.items if b"vgi_rpc.log_level" not in m]
+            with self.subTest(limit=limit):
+                self.assertEqual([r for r, _ in data], rows)
+                if rows:
+                    self.assertEqual(data[-1][1], {STATE, CALL})
+        reply = RawStream(client, "count", {"limit": 1}).exchange(pa.RecordBatch.from_arrays([], schema=pa.schema([])))
+        self.assertEqual(read_streams(reply.body), [[]])
+        once = RawStream(client, "once", {})
+        self.assertEqual([b.num_rows for b, _ in once.items], [1])
+
+    def test_ticks_reach_the_state_without_the_tokens(self) -> None:
+        stream = RawStream(wsgi_client(), "ticks", {})
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        reply = stream.exchange(empty, tokens={**stream.tokens, b"own": b"1"})
+        self.assertEqual(read_streams(reply.body)[0][0][0].to_pydict(), {"value": ['{"own": "1"}']})
+
+    def test_cors(self) -> None:
+        origin = "https://page.example"
+        for allowed, given, expected in (
+            (None, origin, None), ([origin], origin, origin), (origin, origin, origin), ([origin], "https://evil.example", None), ("*", origin, "*")
+        ):  # fmt: skip
+            client = wsgi_client(cors_origins=allowed, authenticate=lambda request: (_ for _ in ()).throw(ValueError("no")))
+            with self.subTest(allowed=allowed, given=given):
+                asked = [("Origin", given), ("Access-Control-Request-Method", "POST"), ("Access-Control-Request-Headers", "Content-Type")]
+                preflight = client.send("OPTIONS", "/Service/add", asked, b"")
+                self.assertIn(preflight.status, (200, 204))
+                refused = client.post("/Service/add", GOOD, origin=given)
+                self.assertEqual(refused.status, 401)
+                for reply in (preflight, refused):
+                    self.assertEqual(reply.headers.get("access-control-allow-origin"), expected)
+                if expected:
+                    exposed = refused.headers["access-control-expose-headers"]
+                    for name in ("WWW-Authenticate", "X-Request-ID", "X-VGI-Content-Encoding", "X-VGI-RPC-Error", "VGI-Auth-Reason",
+                                 "VGI-Supported-Encodings", "VGI-Accept-Max-Response-Bytes-Support"):  # fmt: skip
+                        self.assertIn(name, exposed)
+                    self.assertIn("POST", preflight.headers["access-control-allow-methods"])
+
+    def test_prefixes(self) -> None:
+        for prefix in ("/api", "api/", "/a/b"):
+            client, base = wsgi_client(prefix=prefix), "/" + prefix.strip("/")
+            with self.subTest(prefix=prefix):
+                self.assertEqual(client.post(f"{base}/Service/add", GOOD).status, 200)
+                self.assertEqual(client.send("GET", f"{base}/health", [], b"").status, 200)
+                for path in ("/Service/add", f"{base}x/Service/add", f"{base}/{base}/Service/add"):
+                    self.assertEqual(client.post(path, GOOD).status, 404)
+
+    def test_options_that_do_not_exist(self) -> None:
+        with self.raises(TypeError, "'token_keys'", "did you mean 'token_key'"):
+            vgi_rpc.make_wsgi_app(make_server(), token_keys=KEY)
+        for name in ("max_request_bytes", "max_response_bytes"):
+            with self.subTest(name), self.raises(ValueError, name, "-1"):
+                vgi_rpc.make_wsgi_app(make_server(), token_key=KEY, **{name: -1})
+        with self.raises(ValueError, "16 bytes"):
+            vgi_rpc.make_wsgi_app(make_server(), token_key=b"short")
+
+
+@dataclass
+class LargeState(ExchangeState):
+    """Answers with a text as long as it is told."""
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        out.emit_pydict({"value": ["x" * input.batch.column(0)[0].as_py()]})
+
+
+class AuthenticationTests(TestCase):
+    """Who calls, over HTTP."""
+
+    TOKENS: ClassVar = {"ada-token": AuthContext("static", True, "ada", {"role": "admin"})}
+
+    def client(self, authenticate: Any) -> WsgiClient:
+        """A client of a server that asks."""
+        return wsgi_client(authenticate=authenticate)
+
+    def test_credentials(self) -> None:
+        client = self.client(vgi_rpc.bearer_authenticate_static(tokens=self.TOKENS))
+        for given, reason in (
+            ("", "missing_credential"),
+            ("Basic YTpi", "missing_credential"),
+            ("Bearer", "invalid_credential"),
+            ("Bearer ", "invalid_credential"),
+            ("Bearer  ada-token ", "invalid_credential"),
+            ("Bearer ada-token x", "invalid_credential"),
+            ("Bearer ada-toke", "invalid_credential"),
+            ("Bearer ada-tokeN", "invalid_credential"),
+            ("Bearer " + "x" * 100_000, "invalid_credential"),
+            ("Bearer \xe9", "invalid_credential"),
+        ):
+            with self.subTest(given=given[:100]):
+                reply = client.post("/Service/add", GOOD, authorization=given)
+                self.assertEqual(reply.status, 401)
+                body = json.loads(reply.body)
+                self.assertEqual((body["error"], body["reason"]), ("unauthorized", reason))
+                self.assertEqual(reply.headers["vgi-auth-reason"], reason)
+                self.assertEqual(reply.headers["cache-control"], "no-store")
+                self.assertTrue(reply.headers["www-authenticate"].startswith("Bearer"))
+                self.assertNotIn("ada-token", reply.body.decode())
+        for given in ("Bearer ada-token", "bearer ada-token"):
+            self.assertEqual(client.post("/Service/add", GOOD, authorization=given).status, 200)
+        self.assertEqual(client.send("GET", "/health", [], b"").status, 200)
+
+    def test_what_callbacks_raise(self) -> None:
+        def raising(exc: Exception) -> Any:
+            def authenticate(request: Any) -> AuthContext:
+                raise exc
+
+            return authenticate
+
+        for exc, status, reason in (
+            (ValueError("why"), 401, "unauthorized"),
+            (PermissionError("why"), 401, "unauthorized"),
+            (AuthFailure(AuthReason.EXPIRED_CREDENTIAL, "why"), 401, "expired_credential"),
+        ):
+            reply = self.client(raising(exc)).post("/Service/add", GOOD)
+            with self.subTest(exc=exc):
+                self.assertEqual((reply.status, reply.headers["vgi-auth-reason"], json.loads(reply.body)["detail"]), (status, reason, "why"))
+        for broken in (raising(KeyError("a secret of the server")), lambda request: "not a context"):
+            with self.assertLogs("vgi_rpc", "ERROR"):
+                reply = self.client(broken).post("/Service/add", GOOD)
+            self.assertEqual(reply.status, 500)
+            self.assertNotIn(b"secret", reply.body)
+
+    def test_html_for_browsers_and_nothing_raw_in_it(self) -> None:
+        def authenticate(request: Any) -> AuthContext:
+            raise ValueError("<script>")
+
+        reply = self.client(authenticate).post("/Service/add", GOOD, accept="text/html,*/*")
+        self.assertEqual(reply.status, 401)
+        self.assertTrue(reply.headers["content-type"].startswith("text/html"))
+        self.assertNotIn(b"<script>", reply.body)
+
+    def test_methods_know_who_calls(self) -> None:
+        client = self.client(vgi_rpc.bearer_authenticate_static(tokens=self.TOKENS))
+        with vgi_rpc.http_connect(Service, client=client, headers={"Authorization": "Bearer ada-token"}) as proxy:
+            facts = proxy.context()
+            self.assertEqual((facts["principal"], facts["domain"]), ("ada", "static"))
+            with proxy.running() as session:
+                self.assertEqual(session.exchange(values(1.0)).batch.num_rows, 1)
+        self.assertEqual(vgi_rpc.current_auth(), AuthContext.anonymous())
+
+    def test_clients_learn_why(self) -> None:
+        client = self.client(vgi_rpc.bearer_authenticate_static(tokens=self.TOKENS))
+        with vgi_rpc.http_connect(Service, client=client) as proxy, self.assertRaises(vgi_rpc.AuthenticationError) as caught:
+            proxy.add(1.0)
+        error = caught.exception
+        self.assertIs(error.reason, AuthReason.MISSING_CREDENTIAL)
+        self.assertEqual((error.error_code, isinstance(error, RpcError)), ("UNAUTHENTICATED", True))
+
+    def test_headers_may_change(self) -> None:
+        given = iter(["Bearer wrong", "Bearer wrong", "Bearer ada-token"])
+        client = self.client(vgi_rpc.bearer_authenticate_static(tokens=self.TOKENS))
+        with vgi_rpc.http_connect(Service, client=client, headers=lambda: {"Authorization": next(given)}) as proxy:
+            with self.assertRaises(vgi_rpc.AuthenticationError):
+                proxy.add(1.0)
+            self.assertEqual(proxy.add(1.0), 3.0)
+
+    def test_chains(self) -> None:
+        def header(request: Any) -> AuthContext:
+            name = request.get_header("X-User")
+            if name is None:
+                raise AuthFailure(AuthReason.MISSING_CREDENTIAL)
+            if name == "banned":
+                raise PermissionError("banned")
+            return AuthContext("header", True, name)
+
+        chain = vgi_rpc.chain_authenticate(vgi_rpc.bearer_authenticate_static(tokens=self.TOKENS), header)
+        client = self.client(chain)
+        for headers, status, reason in (
+            ({"authorization": "Bearer ada-token"}, 200, None),
+            ({"x_user": "bob"}, 200, None),
+            ({"authorization": "Bearer wrong", "x_user": "bob"}, 200, None),
+            ({}, 401, "missing_credential"),
+            ({"authorization": "Bearer wrong"}, 401, "invalid_credential"),
+            ({"x_user": "banned"}, 401, "unauthorized"),
+        ):
+            with self.subTest(headers=headers):
+                reply = client.post("/Service/add", GOOD, **headers)
+                self.assertEqual((reply.status, reply.headers.get("vgi-auth-reason")), (status, reason))
+        with self.assertRaises(ValueError):
+            vgi_rpc.chain_authenticate()
+
+
+def http_head(*lines: str, start: str = "POST /Service/add HTTP/1.1", host: str = "Host: x") -> bytes:
+    """A request head with these further lines."""
+    given = [start, *([host] if host else []), f"Content-Type: {ARROW}", *lines]
+    return ("\r\n".join(given) + "\r\n\r\n").encode("latin-1")
+
+
+LENGTH = f"Content-Length: {len(GOOD)}"
+CHUNKED = b"%x\r\n" % len(GOOD) + GOOD + b"\r\n0\r\n\r\n"
+ASKED = http_head(LENGTH) + GOOD
+FRAMING = {  # name: raw request, accepted statuses; after any but 200, 404, 405 and 415 the server hangs up
+    "good": (ASKED, (200,)),
+    "no length": (http_head() + GOOD, (411,)),
+    "two equal lengths": (http_head(LENGTH, LENGTH) + GOOD, (400,)),
+    "two lengths": (http_head(LENGTH, "Content-Length: 1") + GOOD, (400,)),
+    "length with plus": (http_head(f"Content-Length: +{len(GOOD)}") + GOOD, (400,)),
+    "negative length": (http_head("Content-Length: -1") + GOOD, (400,)),
+    "length with underscore": (http_head("Content-Length: 1_0") + GOOD, (400,)),
+    "length with a space": (http_head("Content-Length: 4 4") + GOOD, (400,)),
+    "length in hex": (http_head("Content-Length: 0x4") + GOOD, (400,)),
+    "length in other digits": (http_head("Content-Length: \xb2") + GOOD, (400,)),
+    "length of 20 digits": (http_head("Content-Length: " + "9" * 20), (413,)),
+    "length over the limit": (http_head("Content-Length: 1000001"), (413,)),
+    "chunked": (http_head("Transfer-Encoding: chunked") + CHUNKED, (200,)),
+    "chunked with an extension": (http_head("Transfer-Encoding: chunked") + CHUNKED.replace(b"\r\n", b";a=b\r\n", 1), (200,)),
+    "chunked and a length": (http_head("Transfer-Encoding: chunked", LENGTH) + CHUNKED, (400,)),
+    "another transfer coding": (http_head("Transfer-Encoding: gzip, chunked") + CHUNKED, (400, 501)),
+    "negative chunk": (http_head("Transfer-Encoding: chunked") + b"-1\r\n", (400,)),
+    "chunk in 0x": (http_head("Transfer-Encoding: chunked") + b"0x10\r\n", (400,)),
+    "chunk of a gigabyte": (http_head("Transfer-Encoding: chunked") + b"40000000\r\n", (413,)),
+    "chunk without its end": (http_head("Transfer-Encoding: chunked") + b"2\r\nabXX0\r\n\r\n", (400,)),
+    "10,000 trailers": (http_head("Transfer-Encoding: chunked") + CHUNKED[:-2] + b"a: b\r\n" * 10_000 + b"\r\n", (400,)),
+    "bare LF": (ASKED.replace(b"Host: x\r\n", b"Host: x\n"), (400,)),
+    "bare CR": (ASKED.replace(b"Host: x", b"Host: x\ry"), (400,)),
+    "space before the colon": (ASKED.replace(b"Host:", b"Host :"), (400,)),
+    "NUL": (ASKED.replace(b"Host: x", b"Host: x\0"), (400,)),
+    "folded header": (ASKED.replace(b"Host: x\r\n", b"Host: x\r\n y\r\n"), (400,)),
+    "header without a colon": (ASKED.replace(b"Host: x\r\n", b"Host: x\r\nnonsense\r\n"), (400,)),
+    "no host": (http_head(LENGTH, host="") + GOOD, (400,)),
+    "two hosts": (http_head(LENGTH, "Host: y") + GOOD, (400,)),
+    "HTTP/0.9": (b"GET /health\r\n\r\n", (400,)),
+    "HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (505,)),
+    "HTTP/3.0": (http_head(start="GET /health HTTP/3.0"), (505,)),
+    "no such version": (http_head(start="GET /health HTTP/one"), (400,)),
+    "lower-case method": (http_head(LENGTH, start="post /Service/add HTTP/1.1") + GOOD, (400, 405)),
+    "TLS hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 50, (400,)),
+    "absolute form": (http_head(start="GET http://x/health HTTP/1.1"), (200, 400)),
+    "long target": (http_head(start="GET /" + "x" * 70_000 + " HTTP/1.1"), (414,)),
+    "target not ASCII": (http_head(start="GET /\xff HTTP/1.1"), (400, 404)),
+    "too many headers": (http_head(*[f"x-{i}: y" for i in range(200)], start="GET /health HTTP/1.1"), (431,)),
+    "a header of 100 kB": (http_head("x: " + "y" * 100_000, start="GET /health HTTP/1.1"), (431,)),
+    "two authorizations": (http_head(LENGTH, "Authorization: a", "Authorization: b") + GOOD, (400,)),
+    "two budgets": (http_head(LENGTH, *["VGI-Accept-Max-Response-Bytes: 65536"] * 2) + GOOD, (400,)),
+    "two codings": (http_head(LENGTH, "Content-Encoding: gzip", "Content-Encoding: gzip") + GOOD, (400, 415)),
+    "no content type": (ASKED.replace(f"Content-Type: {ARROW}\r\n".encode(), b""), (415,)),
+    "not found": (http_head(start="GET /%6d HTTP/1.1"), (404,)),
+}  # fmt: skip
+
+
+class RawHttp:
+    """A socket to an HTTP server, and a reader of answers that trusts nothing."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), WATCHDOG_SECONDS / 2)
+        self.file = self.socket.makefile("rb")
+
+    def send(self, data: bytes) -> None:
+        """Send; a server that has already hung up is no failure."""
+        with contextlib.suppress(ConnectionError):
+            self.socket.sendall(data)
+
+    def answer(self, head_only: bool = False) -> Reply:
+        """Read one answer; its framing must be right."""
+        try:
+            version, status, _ = self.file.readline().decode("latin-1").split(" ", 2)
+        except ConnectionError:
+            return Reply(0, {}, b"")
+        assert version == "HTTP/1.1", version
+        headers: dict[str, str] = {}
+        for line in iter(self.file.readline, b"\r\n"):
+            name, _, value = line.decode("latin-1").rstrip("\r\n").partition(": ")
+            assert name.lower() not in headers, name
+            headers[name.lower()] = value
+        body = b"" if head_only else self.file.read(int(headers["content-length"]))
+        return Reply(int(status), headers, body)
+
+    def ended(self) -> bool:
+        """Whether the server hangs up."""
+        try:
+            return self.file.read(1) == b""
+        except ConnectionError:
+            return True
+
+    def __enter__(self) -> "RawHttp":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.file.close()
+        self.socket.close()
+
+
+class HttpFramingTests(TestCase):
+    """The HTTP/1.1 server by raw bytes."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        _, cls.port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, max_request_bytes=1_000_000)
+
+    def test_table(self) -> None:
+        for name, (data, statuses) in FRAMING.items():
+            with self.subTest(name), RawHttp(self.port) as raw:
+                raw.send(data)
+                reply = raw.answer()
+                self.assertIn(reply.status, statuses)
+                self.assertTrue(reply.headers["x-request-id"])
+                self.assertTrue(reply.headers["date"])
+                if reply.status in (400, 413, 414, 431, 501, 505):
+                    self.assertLess(len(reply.body.splitlines()), 200)
+                    if name not in ("two budgets", "two codings"):
+                        self.assertEqual(reply.headers.get("connection"), "close")
+                        self.assertTrue(raw.ended())
+                if reply.status == 413:
+                    self.assertEqual(reply.headers["vgi-max-request-bytes"], "1000000")
+        with RawHttp(self.port) as raw:
+            raw.send(ASKED)
+            self.assertEqual(raw.answer().status, 200)
+
+    def test_heads_alone(self) -> None:
+        """The parser without a socket, over the same table: an error of its own, or a head."""
+        for name, (data, _) in FRAMING.items():
+            head = data[: data.index(b"\r\n\r\n") + 4] if b"\r\n\r\n" in data else b""
+            if head:
+                with self.subTest(name), contextlib.suppress(vgi_rpc.ProtocolError):
+                    parsed = vgi_rpc.parse_http_head(head)
+                    self.assertEqual(len(parsed.start), 3)
+                    self.assertEqual(parsed.headers.get("host", "x").split(",")[0], "x")
+        parsed = vgi_rpc.parse_http_head(b"GET / HTTP/1.1\r\nA: 1\r\nb:  2 \r\na: 3\r\n\r\n")
+        self.assertEqual(parsed.headers, {"a": "1, 3", "b": "2"})
+        self.assertEqual(set(parsed.repeated), {"a"})
+
+    def test_keep_alive_and_pipelining(self) -> None:
+        with RawHttp(self.port) as raw:
+            raw.send(ASKED * 3)
+            for _ in range(3):
+                self.assertEqual(raw.answer().status, 200)
+            raw.send(http_head(LENGTH, start="POST /Service/nobody HTTP/1.1") + GOOD)
+            self.assertEqual(raw.answer().status, 404)
+        for line, start, closes in (
+            ("Connection: close", "POST /Service/add HTTP/1.1", True),
+            ("Connection: Keep-Alive, CLOSE", "POST /Service/add HTTP/1.1", True),
+            ("X: y", "POST /Service/add HTTP/1.0", True),
+        ):
+            with self.subTest(line=line, start=start), RawHttp(self.port) as raw:
+                raw.send(http_head(LENGTH, line, start=start) + GOOD)
+                self.assertEqual((raw.answer().status, raw.ended()), (200, closes))
+
+    def test_a_body_that_was_refused_is_not_the_next_request(self) -> None:
+        smuggled = http_head(start="GET /health HTTP/1.1")
+        with RawHttp(self.port) as raw:
+            raw.send(http_head(f"Content-Length: {len(smuggled)}", start="POST /Service/add HTTP/1.1").replace(ARROW.encode(), b"text/plain") + smuggled)
+            self.assertEqual(raw.answer().status, 415)
+            self.assertTrue(raw.ended())
+
+    def test_one_byte_at_a_time(self) -> None:
+        with RawHttp(self.port) as raw:
+            raw.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for byte in ASKED:
+                raw.send(bytes([byte]))
+            self.assertEqual(raw.answer().status, 200)
+
+    def test_head_and_continue(self) -> None:
+        with RawHttp(self.port) as raw:
+            raw.send(http_head(start="HEAD /health HTTP/1.1"))
+            reply = raw.answer(head_only=True)
+            self.assertEqual(reply.status, 200)
+            self.assertGreater(int(reply.headers["content-length"]), 0)
+            raw.send(http_head(LENGTH, "Expect: 100-continue"))
+            self.assertEqual(raw.file.readline() + raw.file.readline(), b"HTTP/1.1 100 Continue\r\n\r\n")
+            raw.send(GOOD)
+            self.assertEqual(raw.answer().status, 200)
+
+    def test_slow_silent_and_vanished_clients(self) -> None:
+        _, port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, read_timeout=0.2, keep_alive_timeout=0.2)
+        with RawHttp(port) as silent, RawHttp(port) as half_head, RawHttp(port) as half_body, RawHttp(port) as vanished:
+            half_head.send(ASKED[:20])
+            half_body.send(ASKED[:-5])
+            vanished.send(ASKED[:-5])
+            vanished.socket.shutdown(socket.SHUT_WR)
+            with RawHttp(port) as busy:
+                busy.send(ASKED)
+                self.assertEqual(busy.answer().status, 200)
+            for raw in (silent, half_head):
+                self.assertTrue(raw.ended())
+            self.assertEqual((half_body.answer().status, half_body.ended()), (408, True))
+            vanished.file.read()
+
+    def test_a_cap_on_connections(self) -> None:
+        _, port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, max_connections=2)
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                held = stack.enter_context(RawHttp(port))
+                held.send(ASKED)
+                self.assertEqual(held.answer().status, 200)
+            with RawHttp(port) as refused:
+                refused.send(ASKED)
+                reply = refused.answer()
+                self.assertEqual((reply.status, reply.headers["retry-after"]), (503, "1"))
+            with RawHttp(port) as asking:
+                asking.send(http_head(start="GET /health HTTP/1.1"))
+                self.assertEqual(asking.answer().status, 200)
+
+    def test_a_client_that_leaves_in_a_call(self) -> None:
+        with RawHttp(self.port) as raw:
+            body = request_bytes("wait", {"seconds": 1000.0})
+            raw.send(http_head(f"Content-Length: {len(body)}", start="POST /Service/wait HTTP/1.1") + body)
+        with RawHttp(self.port) as raw:
+            raw.send(ASKED)
+            self.assertEqual(raw.answer().status, 200)
+
+
+# ============================================================================
+# 16. HTTP CLIENT
+# ============================================================================
+
+HEALTHY = b"HTTP/1.1 200 OK\r\nVGI-Accept-Max-Response-Bytes-Support: true\r\nContent-Length: 0\r\n\r\n"
+
+
+class BadHttpServer:
+    """Answers ``/health`` as it should, and everything else with given bytes; then it hangs up."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.answer, self.requests = answer, 0
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connected, _ = self.listening.accept()
+                with connected, connected.makefile("rb") as source, contextlib.suppress(OSError):
+                    connected.settimeout(WATCHDOG_SECONDS / 4)
+                    while self._answer(connected, source):
+                        pass
+
+    def _answer(self, connected: socket.socket, source: Any) -> bool:
+        start = source.readline()
+        length = 0
+        for line in iter(source.readline, b"\r\n"):
+            if not line:
+                return False
+            if line.lower().startswith(b"content-length:"):
+                length = int(line.partition(b":")[2])
+        source.read(length)
+        if start.startswith(b"HEAD"):
+            connected.sendall(HEALTHY)
+            return True
+        self.requests += 1
+        connected.sendall(self.answer)
+        connected.shutdown(socket.SHUT_WR)
+        source.read()
+        return False
+
+    def __enter__(self) -> "BadHttpServer":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.listening.shutdown(socket.SHUT_RDWR)
+        self.listening.close()
+        self.thread.join(WATCHDOG_SECONDS / 4)
+
+
+def http_answer(body: bytes, *lines: str, status: str = "200 OK", length: bool = True) -> bytes:
+    """An HTTP answer."""
+    given = [f"HTTP/1.1 {status}", f"Content-Type: {ARROW}", *lines, *([f"Content-Length: {len(body)}"] if length else [])]
+    return "\r\n".join(given).encode() + b"\r\n\r\n" + body
+
+
+def _gzip_bomb() -> bytes:
+    packer = zlib.compressobj(wbits=31)
+    return packer.compress(b"\0" * 50_000_000) + packer.flush()
+
+
+RESULT = vgi_rpc.rpc_methods(Service)["add"].result_schema
+THREE = ipc_bytes(RESULT, pa.RecordBatch.from_arrays([pa.array([3.0])], schema=RESULT))
+BAD_ANSWERS = {  # name: what a server sends, what the error's text holds
+    "nothing": (b"", ""),
+    "garbage": (b"\x00\x01\x02", ""),
+    "text": (b"I am not an HTTP server\r\n\r\n", "HTTP"),
+    "endless headers": (b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 20_000, ""),
+    "one endless header": (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 200_000, ""),
+    "half a head": (b"HTTP/1.1 200 OK\r\nContent-Le", ""),
+    "half a body": (http_answer(THREE)[:-9], ""),
+    "not Arrow": (http_answer(b"x" * 100), ""),
+    "empty": (http_answer(b""), ""),
+    "half a stream": (http_answer(THREE[:-30]), ""),
+    "no batch": (http_answer(ipc_bytes(RESULT)), "result"),
+    "a page": (http_answer(b"<h1>Bad Gateway</h1>", status="502 Bad Gateway").replace(ARROW.encode(), b"text/html"), "502"),
+    "a length of 10 GB": (http_answer(b"", f"Content-Length: {10**10}", length=False), "65536"),
+    "no length and no end": (http_answer(b"\0" * 2_000_000, length=False), "65536"),
+    "a large body": (http_answer(b"\0" * 2_000_000), "65536"),
+    "large chunks": (http_answer(b"fffffff\r\n", "Transfer-Encoding: chunked", length=False), "65536"),
+    "many chunks": (http_answer(b"400\r\n" + b"\0" * 1024 + b"\r\n", "Transfer-Encoding: chunked", length=False) + (b"400\r\n" + b"\0" * 1024 + b"\r\n") * 100, "65536"),
+    "a wrong chunk": (http_answer(b"zz\r\n", "Transfer-Encoding: chunked", length=False), "chunk"),
+    "two lengths": (http_answer(THREE, "Content-Length: 3"), ""),
+    "length and chunks": (http_answer(THREE, "Transfer-Encoding: chunked"), ""),
+    "a negative length": (http_answer(b"", "Content-Length: -1", length=False), ""),
+    "a gzip bomb": (http_answer(_gzip_bomb(), "Content-Encoding: gzip"), "65536"),
+    "broken gzip": (http_answer(THREE, "Content-Encoding: gzip"), ""),
+    "an unknown coding": (http_answer(THREE, "Content-Encoding: br"), "br"),
+    "a redirect elsewhere": (http_answer(b"", "Location: http://elsewhere.invalid/", status="307 Temporary Redirect"), "elsewhere"),
+    "a redirect in circles": (http_answer(b"", "Location: /again", status="308 Permanent Redirect"), ""),
+    "a trillion rows": (http_answer(claiming_rows(10**12)), ""),
+}
+
+
+class HttpClientTests(TestCase):
+    """The client against servers that do not keep to the rules, and its own rules."""
+
+    def test_bad_answers(self) -> None:
+        for name, (answer, part) in BAD_ANSWERS.items():
+            with self.subTest(name), BadHttpServer(answer) as server:
+                with vgi_rpc.http_connect(Service, server.url, accepted_max_response_bytes=65536, timeout=20.0) as proxy:
+                    with self.raises(RpcError, part) as caught:
+                        proxy.add(1.0)
+                    self.assertNotIsInstance(caught.exception, vgi_rpc.DeadlineExceededError)
+                    if "redirect" not in name:  # and a connection that ends without a byte is dialled once more
+                        self.assertEqual(server.requests, 2 if name == "nothing" else 1)
+
+    def test_a_good_answer_by_the_same_means(self) -> None:
+        chunked = b"".join(b"%x\r\n%c\r\n" % (1, byte) for byte in THREE) + b"0\r\n\r\n"
+        for answer in (
+            http_answer(THREE),
+            http_answer(THREE, length=False),
+            http_answer(chunked, "Transfer-Encoding: chunked", length=False),
+            b"HTTP/1.1 100 Continue\r\n\r\n" + http_answer(THREE),
+        ):
+            with self.subTest(answer=answer[:200]), BadHttpServer(answer) as server:
+                with vgi_rpc.http_connect(Service, server.url, timeout=20.0) as proxy:
+                    self.assertEqual(proxy.add(1.0), 3.0)
+
+    def test_a_401_is_never_read_as_arrow(self) -> None:
+        for lines, body, reason in (
+            ((), b'{"error":"unauthorized","reason":"expired_credential"}', AuthReason.EXPIRED_CREDENTIAL),
+            (("VGI-Auth-Reason: insufficient_scope",), b"not json", AuthReason.INSUFFICIENT_SCOPE),
+            (("VGI-Auth-Reason: from_the_future",), THREE, AuthReason.UNAUTHORIZED),
+        ):
+            with self.subTest(reason=reason), BadHttpServer(http_answer(body, *lines, status="401 Unauthorized")) as server:
+                with vgi_rpc.http_connect(Service, server.url, timeout=20.0) as proxy:
+                    with self.assertRaises(vgi_rpc.AuthenticationError) as caught:
+                        proxy.add(1.0)
+                    self.assertIs(caught.exception.reason, reason)
+
+    def test_several_data_batches_before_the_token(self) -> None:
+        """Older servers send a producer's batches in one answer; zero-row data among them is data."""
+        batches = [pa.RecordBatch.from_pydict({"value": v}, schema=INTEGERS) for v in ([1], [], [2])]
+
+        class Old(WsgiClient):
+            def send(self, method: str, path: str, headers: Any, body: bytes, deadline: Any = None, limit: Any = None) -> Reply:
+                if method == "POST":
+                    return Reply(200, {"content-type": ARROW}, ipc_bytes(INTEGERS, *batches))
+                return super().send(method, path, headers, body)
+
+        with vgi_rpc.http_connect(Service, client=Old(wsgi_client().app)) as proxy:
+            self.assertEqual([b.batch.to_pydict()["value"] for b in proxy.count(3)], [[1], [], [2]])
+
+    def test_urls(self) -> None:
+        for url in ("ftp://x", "x", "http://", "http://x?y", "http://u@x", "http://x:99999", "http://a b", None):
+            with self.subTest(url=url), self.assertRaises(ValueError):
+                vgi_rpc.http_connect(Service, url).__enter__()
+        with self.raises(ValueError, "65536"):
+            vgi_rpc.http_connect(Service, "http://x", accepted_max_response_bytes=5).__enter__()
+
+    def test_headers_cannot_be_smuggled(self) -> None:
+        with BadHttpServer(http_answer(THREE)) as server:
+            with vgi_rpc.http_connect(Service, server.url, headers={"X": "a\r\nY: b"}) as proxy, self.assertRaises(ValueError):
+                proxy.add(1.0)
+            self.assertEqual(server.requests, 0)
+
+    def test_a_connection_that_the_server_had_closed_is_reopened(self) -> None:
+        _, port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, keep_alive_timeout=0.05)
+        with vgi_rpc.http_connect(Service, f"http://127.0.0.1:{port}") as proxy:
+            for _ in range(3):
+                self.assertEqual(proxy.add(1.0), 3.0)
+                threading.Event().wait(0.1)
+
+    def test_a_proxy_of_the_environment_is_used(self) -> None:
+        with BadHttpServer(http_answer(THREE)) as proxy_server:
+            with mock.patch.dict(os.environ, {"http_proxy": proxy_server.url, "no_proxy": ""}):
+                with vgi_rpc.http_connect(Service, "http://never.invalid", timeout=20.0) as proxy:
+                    self.assertEqual(proxy.add(1.0), 3.0)
+
+    def test_a_server_limit_is_heeded_before_sending(self) -> None:
+        with vgi_rpc.http_connect(Service, client=wsgi_client(max_request_bytes=1000)) as proxy:
+            with self.raises(RpcError, "RequestTooLargeError", "1000"):
+                proxy.echo_bytes(os.urandom(5000))
+            self.assertEqual(proxy.add(1.0), 3.0)
+
+    def test_an_answer_over_the_budget(self) -> None:
+        with vgi_rpc.http_connect(Service, client=wsgi_client(), accepted_max_response_bytes=65536) as proxy:
+            with self.raises(RpcError, "ResponseTooLargeError", "> 65536") as caught:
+                proxy.echo_bytes(b"x" * 100_000)
+            self.assertEqual(caught.exception.error_code, "RESOURCE_EXHAUSTED")
+            self.assertEqual(proxy.echo_bytes(b"x"), b"x")
+
+
+@unittest.skipUnless(importlib.util.find_spec("gunicorn"), "gunicorn is not installed")
+class GunicornTests(TestCase):
+    """Two processes behind one port, one shared key."""
+
+    def test_a_stream_lands_on_both_processes(self) -> None:
+        environment = {**os.environ, "VGI_RPC_TOKEN_KEY": KEY.decode(), "PYTHONWARNINGS": "default"}
+        command = [sys.executable, "-m", "gunicorn", "-w", "2", "-b", "127.0.0.1:0", "test_vgi_rpc:gunicorn_app"]
+        process = subprocess.Popen(command, cwd=HERE, env=environment, stderr=subprocess.PIPE, text=True)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        assert process.stderr is not None
+        found = None
+        while found is None:
+            line = process.stderr.readline()
+            self.assertTrue(line, "gunicorn ended")
+            found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        drain = threading.Thread(target=process.stderr.read, daemon=True)
+        drain.start()
+        served, total = set(), 0.0
+        with vgi_rpc.http_connect(Service, found[0], timeout=30.0) as proxy:
+            # Which process takes a turn is the kernel's choice: while one stream goes on, another keeps a process busy.
+            with proxy.running("both") as session, vgi_rpc.http_connect(Service, found[0]) as other:
+                for turn in range(200):
+                    busy = threading.Thread(target=other.wait, kwargs={"seconds": 0.02}) if turn % 20 == 0 else None
+                    if busy:
+                        busy.start()
+                    row = session.exchange(values(float(turn))).batch.to_pydict()
+                    if busy:
+                        busy.join()
+                    served.add(row["pid"][0])
+                    total = row["sum"][0]
+        process.terminate()
+        drain.join(WATCHDOG_SECONDS / 4)
+        self.assertEqual(total, sum(range(200)))
+        self.assertEqual(len(served), 2)
+
+
+# ============================================================================
+# THE REFERENCE: the public vgi-rpc package on the other end
+# ============================================================================
+
+REFERENCE = os.environ.get("VGI_RPC_REFERENCE_PYTHON", "")
+
+# One program for both packages: a service written for the one runs on the other.
+INTEROP = '''
+import json, sys
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import pyarrow as pa
+from vgi_rpc import (
+    AnnotatedBatch, ArrowSerializableDataclass, CallContext, ExchangeState, Level, OutputCollector, ProducerState, RpcError,
+    Stream, StreamState, connect, http_connect, run_server,
+)
+
+try:
+    from vgi_rpc import tcp_connect, unix_connect
+except ImportError:
+    from vgi_rpc.rpc import tcp_connect, unix_connect
+
+
+class Color(Enum):
+    RED = "r"
+    BLUE = "b"
+
+
+@dataclass(frozen=True)
+class Point(ArrowSerializableDataclass):
+    x: int
+    color: Color
+    names: list[str]
+    table: dict[str, float]
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Header(ArrowSerializableDataclass):
+    total: int
+    text: str
+
+
+SCHEMA = pa.schema([pa.field("value", pa.float64())])
+
+
+@dataclass
+class Count(ProducerState):
+    limit: int
+    at: int = 0
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        if self.at >= self.limit:
+            out.finish()
+            return
+        out.client_log(Level.INFO, f"at {self.at}")
+        out.emit_pydict({"value": [float(self.at)]})
+        self.at += 1
+
+
+@dataclass
+class Sum(ExchangeState):
+    seen: list[float] = field(default_factory=list)
+    color: Color = Color.RED
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        self.seen.extend(input.batch.column("value").to_pylist())
+        if sum(self.seen) < 0:
+            raise ValueError("negative")
+        out.emit_pydict({"value": [sum(self.seen)]})
+
+    def on_cancel(self, ctx: CallContext) -> None:
+        CANCELLED.append(len(self.seen))
+
+
+CANCELLED = []
+
+
+class Interop(Protocol):
+    def echo(self, point: Point, many: list[Point], flags: frozenset[int], maybe: int | None = None) -> Point: ...
+    def numbers(self, values: dict[str, list[int]]) -> dict[str, list[int]]: ...
+    def nothing(self) -> None: ...
+    def fail(self) -> int: ...
+    def cancelled(self) -> int: ...
+    def count(self, limit: int) -> Stream[StreamState]: ...
+    def count_with_header(self, limit: int) -> Stream[StreamState, Header]: ...
+    def header_fails(self) -> Stream[StreamState, Header]: ...
+    def total(self) -> Stream[StreamState]: ...
+
+
+class InteropImpl:
+    def echo(self, point: Point, many: list[Point], flags: frozenset[int], maybe: int | None = None) -> Point:
+        assert many == [point, point] and flags == frozenset({1, 2}), (many, flags)
+        return point
+
+    def numbers(self, values: dict[str, list[int]]) -> dict[str, list[int]]:
+        return values
+
+    def nothing(self) -> None:
+        return None
+
+    def fail(self) -> int:
+        raise LookupError("as asked")
+
+    def cancelled(self) -> int:
+        return len(CANCELLED)
+
+    def count(self, limit: int) -> Stream[Count]:
+        return Stream(output_schema=SCHEMA, state=Count(limit))
+
+    def count_with_header(self, limit: int) -> Stream[Count, Header]:
+        return Stream(output_schema=SCHEMA, state=Count(limit), header=Header(limit, "text"))
+
+    def header_fails(self) -> Stream[Count, Header]:
+        raise KeyError("no header")
+
+    def total(self) -> Stream[Sum]:
+        return Stream(output_schema=SCHEMA, state=Sum(), input_schema=SCHEMA)
+
+
+def values(*numbers):
+    return AnnotatedBatch.from_pydict({"value": list(numbers)}, schema=SCHEMA)
+
+
+def error_of(call):
+    try:
+        call()
+    except RpcError as exc:
+        return [exc.error_type, "as asked" in exc.error_message, exc.error_code]
+    return None
+
+
+def exercise(p, logs):
+    point = Point(7, Color.BLUE, ["a", "b"], {"k": 1.5}, None)
+    facts = {}
+    facts["unary"] = p.echo(point=point, many=[point, point], flags=frozenset({1, 2})) == point
+    facts["map"] = p.numbers(values={"a": [1, 2], "b": []})
+    facts["none"] = p.nothing()
+    facts["error"] = error_of(lambda: p.fail())
+    facts["producer"] = [b.batch.to_pydict()["value"] for b in p.count(limit=3)]
+    facts["logs"] = [m.message for m in logs]
+    session = p.count_with_header(limit=2)
+    facts["header"] = repr(session.header)
+    facts["header rows"] = sum(b.batch.num_rows for b in session)
+    facts["header error"] = error_of(lambda: p.header_fails())[0]
+    with p.total() as session:
+        facts["exchange"] = [session.exchange(values(float(i), 1.0)).batch.to_pydict()["value"][0] for i in range(4)]
+        facts["exchange error"] = error_of(lambda: session.exchange(values(-100.0)))[0]
+    before = p.cancelled()
+    session = p.total()
+    session.exchange(values(1.0))
+    session.cancel()
+    facts["cancelled"] = p.cancelled() - before
+    facts["after"] = p.numbers(values={})
+    return facts
+
+
+CONNECT = {
+    "pipe": lambda where, **o: connect(Interop, where.split("|"), **o),
+    "unix": lambda where, **o: unix_connect(Interop, where, **o),
+    "tcp": lambda where, **o: tcp_connect(Interop, where.rpartition(":")[0], int(where.rpartition(":")[2]), **o),
+    "http": lambda where, **o: http_connect(Interop, where, **o),
+}
+
+if __name__ == "__main__":
+    if sys.argv[1] == "client":
+        logs = []
+        with CONNECT[sys.argv[2]](sys.argv[3], on_log=logs.append) as proxy:
+            print(json.dumps(exercise(proxy, logs)))
+    else:
+        del sys.argv[1]
+        run_server(Interop, InteropImpl())
+'''
+
+EXPECTED = {
+    "unary": True,
+    "map": {"a": [1, 2], "b": []},
+    "none": None,
+    "error": ["LookupError", True, "UNKNOWN"],
+    "producer": [[0.0], [1.0], [2.0]],
+    "logs": ["at 0", "at 1", "at 2"],
+    "header": "Header(total=2, text='text')",
+    "header rows": 2,
+    "header error": "KeyError",
+    "exchange": [1.0, 3.0, 6.0, 10.0],
+    "exchange error": "ValueError",
+    "cancelled": 1,
+    "after": {},
+}
+
+
+@unittest.skipUnless(REFERENCE, "VGI_RPC_REFERENCE_PYTHON names no interpreter with the public vgi-rpc package")
+class ReferenceTests(TestCase):
+    """The same program on this file and on the public package, each as client of the other."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.folder = tempfile.mkdtemp()
+        cls.addClassCleanup(shutil.rmtree, cls.folder)
+        cls.program = os.path.join(cls.folder, "interop.py")
+        pathlib.Path(cls.program).write_text(INTEROP, encoding="utf-8")
+
+    def python(self, ours: bool) -> tuple[list[str], dict[str, str]]:
+        """The command of the program with this file or with the package, and its environment."""
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        environment.update(VGI_RPC_TOKEN_KEY=KEY.decode(), PYTHONWARNINGS="ignore")
+        if ours:
+            environment["PYTHONPATH"] = str(HERE)
+        return [sys.executable if ours else REFERENCE, self.program], environment
+
+    @contextlib.contextmanager
+    def server(self, ours: bool, *arguments: str) -> Iterator[str]:
+        """A listening server; gives what stands behind the first colon of its discovery line."""
+        command, environment = self.python(ours)
+        process = subprocess.Popen([*command, "server", *arguments], stdout=subprocess.PIPE, env=environment, cwd=self.folder, text=True)
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().strip().partition(":")[2]
+        finally:
+            process.kill()
+            process.communicate()
+
+    def run_client(self, ours: bool, kind: str, where: str) -> Any:
+        """Run the client; return what it found."""
+        command, environment = self.python(ours)
+        done = subprocess.run(
+            [*command, "client", kind, where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=self.folder, text=True,
+            timeout=WATCHDOG_SECONDS / 2, check=False,
+        )  # fmt: skip
+        self.assertEqual(done.returncode, 0, done.stderr[-3000:])
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def both_ways(self, kind: str, *arguments: str) -> None:
+        """Our client and their server, then the other way round."""
+        for ours in (True, False):
+            with self.subTest(client="ours" if ours else "theirs"), self.server(not ours, *arguments) as where:
+                where = f"http://127.0.0.1:{where}" if kind == "http" else where
+                self.assertEqual(self.run_client(ours, kind, where), EXPECTED)
+
+    def test_subprocess(self) -> None:
+        for ours in (True, False):
+            command, environment = self.python(not ours)
+            # The worker inherits the client's environment: its module path must be its own.
+            path = [f"PYTHONPATH={environment.get('PYTHONPATH', '')}"]
+            with self.subTest(client="ours" if ours else "theirs"):
+                self.assertEqual(self.run_client(ours, "pipe", "|".join(["env", *path, *command, "server"])), EXPECTED)
+
+    def test_unix(self) -> None:
+        self.both_ways("unix", "--unix", os.path.join(self.folder, "socket"))
+
+    def test_tcp(self) -> None:
+        self.both_ways("tcp", "--tcp", "127.0.0.1:0")
+
+    def test_http(self) -> None:
+        self.both_ways("http", "--http")
+
+
+# ============================================================================
+# THE FILE ITSELF
+# ============================================================================
+
+SOURCE = HERE / "vgi_rpc.py"
+BANNER = re.compile(r"^# (\d+)\. ([A-Z ]+?) \.{3,} uses (nothing|[0-9, -]+)$", re.M)
+SECTIONS = {
+    1: "CONSTANTS", 2: "ERRORS", 3: "LOG MESSAGES", 4: "BATCHES", 5: "TYPES", 6: "STREAM STATE", 7: "METHODS", 8: "REQUESTS AND REPLIES",
+    9: "INTROSPECTION", 10: "TOKENS", 11: "SERVER CORE", 12: "BYTE TRANSPORTS", 13: "CLIENT", 14: "BYTE SERVING", 15: "HTTP SERVING",
+    16: "HTTP CLIENT", 17: "ENTRY POINTS", 18: "COMMAND LINE",
+}  # fmt: skip
+
+
+def type_checking_only(node: ast.AST) -> bool:
+    """Whether *node* is ``if typing.TYPE_CHECKING``."""
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not ast.unparse(node.test).startswith("not")
+
+
+def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below *node* but annotations (never evaluated) and what is for type checkers alone."""
+    yield node
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                if type_checking_only(child):
+                    for other in child.orelse:  # type: ignore[attr-defined]
+                        yield from run_time_nodes(other)
+                else:
+                    yield from run_time_nodes(child)
+
+
+def import_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """As `run_time_nodes`, without the bodies of functions."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        for part in [*node.decorator_list, *node.args.defaults, *[d for d in node.args.kw_defaults if d]]:
+            yield from run_time_nodes(part)
+    elif isinstance(node, ast.ClassDef):
+        for part in [*node.decorator_list, *node.bases, *[k.value for k in node.keywords]]:
+            yield from run_time_nodes(part)
+        for statement in node.body:
+            yield from import_time_nodes(statement)
+    elif isinstance(node, ast.Lambda):
+        return
+    elif not type_checking_only(node):
+        yield node
+        for name, value in ast.iter_fields(node):
+            if name not in ("annotation", "returns"):
+                for child in value if isinstance(value, list) else [value]:
+                    if isinstance(child, ast.AST):
+                        yield from import_time_nodes(child)
+
+
+class ModuleTests(TestCase):
+    """The file as its readers find it."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.text = SOURCE.read_text(encoding="utf-8")
+        cls.tree = ast.parse(cls.text)
+        cls.starts = [(cls.text.count("\n", 0, m.start()) + 1, int(m[1])) for m in BANNER.finditer(cls.text)]
+
+    def section(self, line: int) -> int:
+        """The number of the section in which *line* stands."""
+        return max((number for start, number in self.starts if start <= line), default=0)
+
+    def definitions(self) -> dict[str, int]:
+        """Top-level names and the section that defines them."""
+        found: dict[str, int] = {}
+        for node in self.tree.body:
+            names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            for target in targets:
+                names += [n.id for n in ast.walk(target) if isinstance(n, ast.Name)]
+            for name in names:
+                found.setdefault(name, self.section(node.lineno))
+        return found
+
+    def test_banners(self) -> None:
+        found = {int(m[1]): m[2] for m in BANNER.finditer(self.text)}
+        self.assertEqual(list(found), list(range(1, len(found) + 1)))
+        for number, name in found.items():
+            self.assertEqual(name, SECTIONS[number])
+        self.assertGreaterEqual(len(found), 17)
+        grep = re.findall(r"^# [0-9]*\. [A-Z]", self.text, re.M)
+        self.assertEqual(len(grep), len(found))
+        for match in BANNER.finditer(self.text):
+            if match[3] != "nothing":
+                with self.subTest(match[0]):
+                    self.assertLess(max(map(int, re.findall(r"\d+", match[3]))), int(match[1]))
+
+    def test_no_reference_upwards(self) -> None:
+        defined = self.definitions()
+        wrong = set()
+        for statement in self.tree.body:
+            here = self.section(statement.lineno)
+            for node in run_time_nodes(statement):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and defined.get(node.id, 0) > here:
+                    wrong.add(f"line {node.lineno} (section {here}) uses {node.id} of section {defined[node.id]}")
+        self.assertEqual(sorted(wrong), [])
+
+    def test_nothing_is_used_at_import_before_it_is_defined(self) -> None:
+        line_of = {}
+        for node in self.tree.body:
+            for name in [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []:
+                line_of[name] = node.lineno
+        for statement in self.tree.body:
+            for node in import_time_nodes(statement):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in line_of:
+                    self.assertLess(line_of[node.id], node.lineno, node.id)
+
+    def test_public_names(self) -> None:
+        names = vgi_rpc.__all__
+        self.assertEqual(len(names), len(set(names)))
+        defined = self.definitions()
+        for name in names:
+            with self.subTest(name):
+                self.assertIn(name, defined)
+                self.assertFalse(name.startswith("_"))
+                thing = getattr(vgi_rpc, name)
+                if isinstance(thing, type) or callable(thing) and isinstance(thing, types.FunctionType):
+                    self.assertTrue((thing.__doc__ or "").strip() and not thing.__doc__.startswith(f"{name}("), "no docstring")
+        self.assertTrue(vgi_rpc.__doc__ and vgi_rpc.__version__)
+
+    def test_public_methods_have_docstrings(self) -> None:
+        missing = []
+        for node in self.tree.body:
+            if isinstance(node, ast.ClassDef) and node.name in vgi_rpc.__all__:
+                for member in node.body:
+                    if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
+                        inherited = any(getattr(getattr(base, member.name, None), "__doc__", None) for base in getattr(vgi_rpc, node.name).__mro__[1:])
+                        if not ast.get_docstring(member) and not inherited and not any("setter" in ast.unparse(d) for d in member.decorator_list):
+                            missing.append(f"{node.name}.{member.name}")
+        self.assertEqual(missing, [])
+
+    def test_imports(self) -> None:
+        allowed = set(sys.stdlib_module_names) | {"pyarrow", "__future__"}
+        for node in run_time_nodes(self.tree):
+            if isinstance(node, ast.Import):
+                self.assertLessEqual({alias.name.partition(".")[0] for alias in node.names}, allowed)
+            elif isinstance(node, ast.ImportFrom):
+                self.assertEqual(node.level, 0)
+                self.assertIn((node.module or "").partition(".")[0], allowed)
+
+    def run_python(self, program: str, cwd: Any, *arguments: str) -> str:
+        """Run a program in a fresh interpreter, without this folder on its path."""
+        command = [sys.executable, "-c", program, *arguments]
+        environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONDEVMODE")}
+        done = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout
+
+    def test_it_works_under_another_name(self) -> None:
+        program = """
+import carried, sys
+
+class Calculator:
+    def add(self, a: float, b: float = 1.0) -> float:
+        return a + b
+
+with carried.serve_pipe(Calculator, Calculator()) as proxy:
+    assert proxy.add(a=2.0) == 3.0
+    assert carried.introspect(proxy).protocol_name == "Calculator"
+with carried.http_connect(Calculator, client=carried.make_sync_client(carried.RpcServer(Calculator, Calculator()))) as proxy:
+    assert proxy.add(a=2.0) == 3.0
+assert "vgi_rpc" not in sys.modules
+print("carried")
+"""
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(SOURCE, os.path.join(folder, "carried.py"))
+            self.assertEqual(self.run_python(program, folder), "carried\n")
+
+    def test_what_an_import_loads(self) -> None:
+        program = """
+import sys, pyarrow, pyarrow.ipc
+before = set(sys.modules)
+import vgi_rpc, threading
+lazy = {"http.server", "http.client", "argparse", "subprocess", "ssl", "urllib.request", "asyncio", "email", "socketserver", "multiprocessing"}
+assert not lazy & (set(sys.modules) - before), lazy & (set(sys.modules) - before)
+assert threading.active_count() == 1
+print("lazy")
+"""
+        self.assertEqual(self.run_python(program, HERE), "lazy\n")
+
+    def test_the_example_of_the_docstring_runs(self) -> None:
+        block = re.search(r"::\n\n((?:    .*\n|\n)+)", vgi_rpc.__doc__ or "")
+        assert block is not None
+        self.run_block(re.sub(r"^    ", "", block[1], flags=re.M), "docstring")
+
+    def test_the_blocks_of_the_readme_run(self) -> None:
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+        self.assertTrue(blocks, "README.md has no Python block")
+        with tempfile.TemporaryDirectory() as folder:
+            here = os.getcwd()
+            os.chdir(folder)
+            try:
+                for number, block in enumerate(blocks):
+                    with self.subTest(block=block[:200]):
+                        self.run_block(block, f"readme_{number}")
+            finally:
+                os.chdir(here)
+
+    def run_block(self, block: str, name: str) -> None:
+        """Run a block as a module of its own, since annotations are resolved there; what it prints is dropped."""
+        module = types.ModuleType(name)
+        with mock.patch.dict(sys.modules, {name: module}), contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(block, name, "exec", dont_inherit=True), vars(module))
+
+    def test_settings_of_the_project_agree(self) -> None:
+        text = (HERE / "pyproject.toml").read_text(encoding="utf-8")
+        self.assertIn('requires-python = ">=3.10"', text)
+        self.assertIn("pyarrow>=14.0.1", text)
+        head = self.text[: self.text.index('"""')]
+        self.assertIn('# requires-python = ">=3.10"', head)
+        self.assertIn("# SPDX-License-Identifier: MIT", head)
+        self.assertIn("pyarrow>=14.0.1", head)
 
 
 if __name__ == "__main__":

@@ -6071,7 +6071,7 @@ class HttpApp:
         return headers
 
     def _preflight(self, request: HttpRequest) -> HttpResponse:
-        headers = [("Allow", "GET, HEAD, POST, OPTIONS"), ("Cache-Control", "public, max-age=300")]
+        headers = [("Allow", "GET, HEAD, POST, OPTIONS"), ("Cache-Control", "public, max-age=300"), ("Content-Type", "text/plain")]
         if self._cors_headers(request) and request.get_header("access-control-request-method"):
             asked = request.get_header("access-control-request-headers") or "Content-Type"
             headers += [
@@ -7271,7 +7271,7 @@ class HttpClient(ClientChannel):
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         body = _request_body(info, batch, options)
         reply = self.post(f"/{info.protocol_name}/{info.name}", body, options.deadline)
-        item = next_reply_item(_open_answer(BufferSource(reply.body), options), options)
+        item = _answer_item(_open_answer(BufferSource(reply.body), options), options)
         if item is None:
             raise TransportError(f"{info.name}(): expected a result, got an end of stream")
         return read_result(info, item.batch)
