@@ -35,33 +35,9 @@ The file is read from top to bottom: a section uses only sections with a smaller
 
 from __future__ import annotations
 
-import base64
-import binascii
-import contextlib
-import contextvars
-import dataclasses
-import enum
-import errno
-import functools
-import hashlib
-import hmac
-import inspect
-import io
-import json
-import logging
-import operator
-import os
-import re
-import socket
-import struct
-import sys
-import threading
-import time
-import traceback
-import types
-import typing
-import zlib
-from array import array
+import base64, binascii, contextlib, contextvars, dataclasses, enum, errno, functools, hashlib, hmac
+import inspect, io, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
+import types, typing, zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,123 +47,39 @@ import pyarrow as pa
 from pyarrow import ipc
 
 if typing.TYPE_CHECKING:
-    import argparse
-    import ssl
-    import subprocess
+    import argparse, ssl, subprocess
 
 __version__ = "0.1.0"
 
 __all__ = [  # by kind of thing
     # errors
-    "RpcError",
-    "TransportError",
-    "DeadlineExceededError",
-    "AuthenticationError",
-    "StatusError",
-    "IPCError",
-    "VersionError",
-    "ProtocolVersionError",
-    "ProtocolError",
-    "ProtocolNotSpecifiedError",
-    "ProtocolNotSupportedError",
-    "MethodNotImplementedError",
-    "TokenError",
-    "RequestTooLargeError",
-    "ResponseTooLargeError",
-    "ServerDrainingError",
-    "ParameterError",
-    "Code",
-    "BadRequest",
-    "ErrorInfo",
-    "FieldViolation",
-    "Help",
-    "HelpLink",
-    "LocalizedMessage",
-    "PreconditionFailure",
-    "PreconditionViolation",
-    "QuotaFailure",
-    "QuotaViolation",
-    "ResourceInfo",
-    "RetryInfo",
+    "RpcError", "TransportError", "DeadlineExceededError", "AuthenticationError", "StatusError", "IPCError", "VersionError",
+    "ProtocolVersionError", "ProtocolError", "ProtocolNotSpecifiedError", "ProtocolNotSupportedError",
+    "MethodNotImplementedError", "TokenError", "RequestTooLargeError", "ResponseTooLargeError", "ServerDrainingError",
+    "ParameterError", "Code", "BadRequest", "ErrorInfo", "FieldViolation", "Help", "HelpLink", "LocalizedMessage",
+    "PreconditionFailure", "PreconditionViolation", "QuotaFailure", "QuotaViolation", "ResourceInfo", "RetryInfo",
     # data
-    "AnnotatedBatch",
-    "ArrowSerializableDataclass",
-    "ArrowType",
-    "Transient",
-    "IpcValidation",
+    "AnnotatedBatch", "ArrowSerializableDataclass", "ArrowType", "Transient", "IpcValidation",
     # services
-    "rpc_methods",
-    "describe_rpc",
-    "RpcMethodInfo",
-    "MethodType",
-    "idempotent",
-    "no_side_effects",
-    "deprecated",
-    "RpcServer",
-    "CallContext",
-    "AuthContext",
-    "current_auth",
-    "CallStatistics",
-    "ClientLog",
-    "Level",
-    "Message",
-    "TransportKind",
-    "ServeStartHook",
-    "CallRecord",
-    "DispatchHook",
-    "configure_access_log",
+    "rpc_methods", "describe_rpc", "RpcMethodInfo", "MethodType", "idempotent", "no_side_effects", "deprecated", "RpcServer",
+    "CallContext", "AuthContext", "current_auth", "CallStatistics", "ClientLog", "Level", "Message", "TransportKind",
+    "ServeStartHook", "CallRecord", "DispatchHook", "configure_access_log",
     # streams
-    "Stream",
-    "StreamState",
-    "ProducerState",
-    "ExchangeState",
-    "OutputCollector",
-    "StreamSession",
-    "resume",
+    "Stream", "StreamState", "ProducerState", "ExchangeState", "OutputCollector", "StreamSession", "resume",
     # serving
-    "serve_pipe",
-    "run_server",
-    "serve_stdio",
-    "serve_unix",
-    "serve_tcp",
-    "serve_http",
-    "make_wsgi_app",
-    "make_sync_client",
-    "HttpOptions",
-    "HttpServeOptions",
-    "HttpRequest",
-    "AuthFailure",
-    "AuthReason",
-    "bearer_authenticate",
-    "bearer_authenticate_static",
-    "chain_authenticate",
+    "serve_pipe", "run_server", "serve_stdio", "serve_unix", "serve_tcp", "serve_http", "make_wsgi_app", "make_sync_client",
+    "HttpOptions", "HttpServeOptions", "HttpRequest", "AuthFailure", "AuthReason", "bearer_authenticate",
+    "bearer_authenticate_static", "chain_authenticate",
     # connecting
-    "connect",
-    "unix_connect",
-    "tcp_connect",
-    "http_connect",
-    "with_options",
-    "StderrMode",
-    "RpcConnection",
-    "make_pipe_pair",
-    "PipeTransport",
-    "SubprocessTransport",
-    "http_capabilities",
-    "HttpServerCapabilities",
+    "connect", "unix_connect", "tcp_connect", "http_connect", "with_options", "StderrMode", "RpcConnection", "make_pipe_pair",
+    "PipeTransport", "SubprocessTransport", "http_capabilities", "HttpServerCapabilities",
     # introspection
-    "introspect",
-    "http_introspect",
-    "list_protocols",
-    "describe_protocol",
-    "ServiceDescription",
-    "MethodDescription",
+    "introspect", "http_introspect", "list_protocols", "describe_protocol", "ServiceDescription", "MethodDescription",
 ]
 
 _T = TypeVar("_T")
 _P = TypeVar("_P")
-
 logger = logging.getLogger("vgi_rpc")
-_wire_log = logging.getLogger("vgi_rpc.wire")
 
 
 # ============================================================================
@@ -200,28 +92,19 @@ REQUEST_VERSION = b"1"
 DESCRIBE_VERSION = "5"  # of the reflection answer, as the family numbers it
 
 # Custom metadata of request batches.
-METHOD_KEY = b"vgi_rpc.method"
-REQUEST_VERSION_KEY = b"vgi_rpc.request_version"
-PROTOCOL_KEY = b"vgi_rpc.protocol"
-PROTOCOL_VERSION_KEY = b"vgi_rpc.protocol_version"
-REQUEST_ID_KEY = b"vgi_rpc.request_id"
+METHOD_KEY, REQUEST_VERSION_KEY, REQUEST_ID_KEY = b"vgi_rpc.method", b"vgi_rpc.request_version", b"vgi_rpc.request_id"
+PROTOCOL_KEY, PROTOCOL_VERSION_KEY = b"vgi_rpc.protocol", b"vgi_rpc.protocol_version"
 TIMEOUT_KEY = b"vgi_rpc.timeout_ms"  # ours: what is left of the caller's deadline, in ms; other servers ignore it
 TRACE_KEYS = (b"traceparent", b"tracestate")
-CANCEL_KEY = b"vgi_rpc.cancel"
-SHM_KEY = b"vgi_rpc.transport.shm"
+CANCEL_KEY, SHM_KEY = b"vgi_rpc.cancel", b"vgi_rpc.transport.shm"
 
 # Custom metadata of answers.
-LOG_LEVEL_KEY = b"vgi_rpc.log_level"
-LOG_MESSAGE_KEY = b"vgi_rpc.log_message"
-LOG_EXTRA_KEY = b"vgi_rpc.log_extra"
+LOG_LEVEL_KEY, LOG_MESSAGE_KEY, LOG_EXTRA_KEY = b"vgi_rpc.log_level", b"vgi_rpc.log_message", b"vgi_rpc.log_extra"
 SERVER_ID_KEY = b"vgi_rpc.server_id"
-ERROR_CODE_KEY = b"vgi_rpc.error_code"
-ERROR_KIND_KEY = b"vgi_rpc.error_kind"
+ERROR_CODE_KEY, ERROR_KIND_KEY = b"vgi_rpc.error_code", b"vgi_rpc.error_kind"
 ERROR_DETAILS_KEY = b"vgi_rpc.error_details"
-LOCATION_KEY = b"vgi_rpc.location"
-SHM_OFFSET_KEY = b"vgi_rpc.shm_offset"
-STATE_KEY = b"vgi_rpc.stream_state#b64"
-CALL_STATE_KEY = b"vgi_rpc.call_state#b64"
+LOCATION_KEY, SHM_OFFSET_KEY = b"vgi_rpc.location", b"vgi_rpc.shm_offset"
+STATE_KEY, CALL_STATE_KEY = b"vgi_rpc.stream_state#b64", b"vgi_rpc.call_state#b64"
 
 RESERVED_PROTOCOL_PREFIX = "vgi_rpc."
 REFLECTION_PROTOCOL = "vgi_rpc.Reflection.v1"
@@ -230,17 +113,12 @@ PROTOCOL_NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,254}")
 
 # HTTP.
 ARROW_CONTENT_TYPE = "application/vnd.apache.arrow.stream"
-REQUEST_ID_HEADER = "X-Request-ID"
-RPC_ERROR_HEADER = "X-VGI-RPC-Error"
-AUTH_REASON_HEADER = "VGI-Auth-Reason"
-ACCEPT_ENCODING_HEADER = "X-VGI-Accept-Encoding"
-CONTENT_ENCODING_HEADER = "X-VGI-Content-Encoding"
+REQUEST_ID_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER = "X-Request-ID", "X-VGI-RPC-Error", "VGI-Auth-Reason"
+ACCEPT_ENCODING_HEADER, CONTENT_ENCODING_HEADER = "X-VGI-Accept-Encoding", "X-VGI-Content-Encoding"
 ACCEPT_MAX_RESPONSE_BYTES_HEADER = "VGI-Accept-Max-Response-Bytes"
 ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER = "VGI-Accept-Max-Response-Bytes-Support"
-SUPPORTED_ENCODINGS_HEADER = "VGI-Supported-Encodings"
-EXTERNALIZATION_HEADER = "VGI-Externalization-Enabled"
-MAX_REQUEST_BYTES_HEADER = "VGI-Max-Request-Bytes"
-MAX_RESPONSE_BYTES_HEADER = "VGI-Max-Response-Bytes"
+SUPPORTED_ENCODINGS_HEADER, EXTERNALIZATION_HEADER = "VGI-Supported-Encodings", "VGI-Externalization-Enabled"
+MAX_REQUEST_BYTES_HEADER, MAX_RESPONSE_BYTES_HEADER = "VGI-Max-Request-Bytes", "VGI-Max-Response-Bytes"
 
 # Limits. Each is a default that the matching option overrides.
 MIN_RESPONSE_BUDGET = 65_536  # the family's floor for VGI-Accept-Max-Response-Bytes
@@ -251,9 +129,7 @@ MAX_METADATA_BYTES = 67_108_864  # one message's head; tokens live there, so it 
 MAX_COLUMNS = 4_096
 MAX_NESTING = 64  # levels of list, map and struct in a foreign schema
 FREE_ROWS = 1 << 24  # more rows than this must be paid for with at least one bit of body each
-MAX_ERROR_MESSAGE_CHARS = 16_000
-MAX_TRACEBACK_CHARS = 16_000
-MAX_TRACEBACK_FRAMES = 5
+MAX_ERROR_MESSAGE_CHARS, MAX_TRACEBACK_CHARS, MAX_TRACEBACK_FRAMES = 16_000, 16_000, 5
 MAX_ERROR_DETAILS_BYTES = 4_096  # above it the details are left out whole (the family's rule)
 MAX_REQUEST_ID_CHARS = 128
 MAX_HEAD_BYTES = 65_536  # request line or status line with all headers
@@ -294,26 +170,14 @@ EMPTY_SCHEMA = pa.schema([])
 
 class Code(str, enum.Enum):
     """gRPC's sixteen error codes; the value is the name on the wire."""
+    CANCELLED, UNKNOWN, INVALID_ARGUMENT = "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT"
+    DEADLINE_EXCEEDED, NOT_FOUND, ALREADY_EXISTS = "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS"
+    PERMISSION_DENIED, RESOURCE_EXHAUSTED = "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"
+    FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE = "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE"
+    UNIMPLEMENTED, INTERNAL, UNAVAILABLE = "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE"
+    DATA_LOSS, UNAUTHENTICATED = "DATA_LOSS", "UNAUTHENTICATED"
 
-    CANCELLED = "CANCELLED"
-    UNKNOWN = "UNKNOWN"
-    INVALID_ARGUMENT = "INVALID_ARGUMENT"
-    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
-    NOT_FOUND = "NOT_FOUND"
-    ALREADY_EXISTS = "ALREADY_EXISTS"
-    PERMISSION_DENIED = "PERMISSION_DENIED"
-    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
-    FAILED_PRECONDITION = "FAILED_PRECONDITION"
-    ABORTED = "ABORTED"
-    OUT_OF_RANGE = "OUT_OF_RANGE"
-    UNIMPLEMENTED = "UNIMPLEMENTED"
-    INTERNAL = "INTERNAL"
-    UNAVAILABLE = "UNAVAILABLE"
-    DATA_LOSS = "DATA_LOSS"
-    UNAUTHENTICATED = "UNAUTHENTICATED"
-
-    def __str__(self) -> str:
-        return self.value
+    __str__ = str.__str__
 
     @classmethod
     def parse(cls, text: object) -> Code:
@@ -324,11 +188,18 @@ class Code(str, enum.Enum):
             return cls.UNKNOWN
 
 
-class _Detail:
-    """A typed error detail: a dataclass with the ``@type`` of the family's catalogue."""
+_DETAIL_TYPES: dict[str, type[_Detail]] = {}
 
+
+class _Detail:
+    """A typed error detail: a dataclass of the family's catalogue, where its name is the ``@type``."""
     TYPE: ClassVar[str] = ""
-    _ITEMS: ClassVar[dict[str, type]] = {}
+    _ITEMS: ClassVar[dict[str, type]] = {}  # the dataclasses inside its sequences
+
+    def __init_subclass__(cls) -> None:
+        if not cls.TYPE:  # an application's subclass stays what it derives from
+            cls.TYPE = RESERVED_PROTOCOL_PREFIX + cls.__name__
+            _DETAIL_TYPES[cls.TYPE] = cls
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object, ``@type`` included."""
@@ -336,132 +207,92 @@ class _Detail:
 
     @classmethod
     def from_json(cls: type[_T], obj: Mapping[str, Any]) -> _T:
-        """Read the JSON object; unknown members are ignored, as the catalogue may grow.
-
-        Raises:
-            ValueError: A member is absent that has no default.
-        """
-        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        values = {k: v for k, v in obj.items() if k in names}
+        """Read the JSON object, ignoring unknown members; raises `ValueError` when one is absent that has no default."""
+        values = _known_members(cls, obj)
         try:
             for name, item in cls._ITEMS.items():  # type: ignore[attr-defined]
-                known = {f.name for f in dataclasses.fields(item)}
-                values[name] = tuple(item(**{k: v for k, v in i.items() if k in known}) for i in values.get(name, ()))
+                values[name] = tuple(item(**_known_members(item, i)) for i in values.get(name, ()))
             return cls(**values)
         except (TypeError, AttributeError) as exc:
             raise ValueError(f"not a {cls.TYPE}: {exc}") from None  # type: ignore[attr-defined]
 
 
+def _known_members(cls: Any, obj: Mapping[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(cls)}
+    return {k: v for k, v in obj.items() if k in names}
+
 @dataclass(frozen=True)
 class ErrorInfo(_Detail):
     """Free key-value facts about the error."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.ErrorInfo"
     metadata: Mapping[str, str] = field(default_factory=dict)
-
 
 @dataclass(frozen=True)
 class RetryInfo(_Detail):
     """When a retry may be worth it, in seconds from now."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.RetryInfo"
     retry_delay_seconds: float
-
 
 @dataclass(frozen=True)
 class FieldViolation:
     """One field of a bad request, by its path."""
-
     field: str
     description: str = ""
-
 
 @dataclass(frozen=True)
 class BadRequest(_Detail):
     """Which fields of the request were wrong."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.BadRequest"
-    _ITEMS: ClassVar[dict[str, type]] = {"field_violations": FieldViolation}
+    _ITEMS = {"field_violations": FieldViolation}
     field_violations: Sequence[FieldViolation] = ()
-
 
 @dataclass(frozen=True)
 class PreconditionViolation:
     """One precondition that did not hold."""
-
     type: str
     subject: str = ""
     description: str = ""
 
-
 @dataclass(frozen=True)
 class PreconditionFailure(_Detail):
     """Which preconditions did not hold."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.PreconditionFailure"
-    _ITEMS: ClassVar[dict[str, type]] = {"violations": PreconditionViolation}
+    _ITEMS = {"violations": PreconditionViolation}
     violations: Sequence[PreconditionViolation] = ()
-
 
 @dataclass(frozen=True)
 class QuotaViolation:
     """One quota that was used up."""
-
     subject: str
     description: str = ""
-
 
 @dataclass(frozen=True)
 class QuotaFailure(_Detail):
     """Which quotas were used up."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.QuotaFailure"
-    _ITEMS: ClassVar[dict[str, type]] = {"violations": QuotaViolation}
+    _ITEMS = {"violations": QuotaViolation}
     violations: Sequence[QuotaViolation] = ()
-
 
 @dataclass(frozen=True)
 class ResourceInfo(_Detail):
     """Which resource the error is about."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.ResourceInfo"
     resource_type: str = ""
     resource_name: str = ""
     owner: str = ""
     description: str = ""
 
-
 @dataclass(frozen=True)
 class HelpLink:
     """One link of a `Help`."""
-
     description: str
     url: str
-
 
 @dataclass(frozen=True)
 class Help(_Detail):
     """Where to read on."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.Help"
-    _ITEMS: ClassVar[dict[str, type]] = {"links": HelpLink}
+    _ITEMS = {"links": HelpLink}
     links: Sequence[HelpLink] = ()
-
 
 @dataclass(frozen=True)
 class LocalizedMessage(_Detail):
     """The error for an end user, in the language that *locale* names (BCP 47)."""
-
-    TYPE: ClassVar[str] = "vgi_rpc.LocalizedMessage"
     locale: str
     message: str
-
-
-_DETAIL_TYPES: dict[str, type[_Detail]] = {
-    t.TYPE: t
-    for t in (ErrorInfo, RetryInfo, BadRequest, PreconditionFailure, QuotaFailure, ResourceInfo, Help, LocalizedMessage)
-}
-
 
 def _details_to_json(details: Iterable[object]) -> list[dict[str, Any]]:
     """Return details as JSON objects, each type once; raise `ValueError` for what the catalogue does not allow."""
@@ -478,71 +309,51 @@ def _details_to_json(details: Iterable[object]) -> list[dict[str, Any]]:
         objects.append(dict(cast("Mapping[str, Any]", obj)))
     return objects
 
-
 class StatusError(Exception):
-    """Raised by a method that wants the client to see a code, a kind and typed details.
+    """Raised by a method that wants the client to see a code, a kind to branch on (an open set) and typed details.
 
-    Args:
-        message: Text for a person.
-        code: One of `Code`, or its name.
-        kind: What clients branch on, an open set; ``None`` for none.
-        details: Details of the catalogue, or mappings with an ``@type`` of the application's own; each type once.
-
-    Raises:
-        ValueError: A code or a detail that is not one.
+    The details are those of the catalogue, or mappings with an ``@type`` of the application's own; each type once.
+    A code or a detail that is not one is a `ValueError`.
     """
 
     def __init__(
         self, message: str, *, code: Code | str, kind: str | None = None, details: Iterable[_Detail | Mapping[str, Any]] = ()
     ) -> None:
         super().__init__(message)
-        self.error_code = Code(code)
-        self.error_kind = kind or ""
-        self.error_details = _details_to_json(details)
+        self.error_code, self.error_kind, self.error_details = Code(code), kind or "", _details_to_json(details)
+
+def _detail_reader(kind: type[_T]) -> Callable[[RpcError], _T | None]:
+    """Make the method of `RpcError` that returns the detail of that type."""
+
+    def read(self: RpcError) -> _T | None:
+        return next((d for d in self.details() if isinstance(d, kind)), None)
+
+    read.__name__ = re.sub(r"\B[A-Z]", r"_\g<0>", kind.__name__).lower()
+    read.__qualname__ = f"RpcError.{read.__name__}"
+    read.__doc__ = f"Return the `{kind.__name__}` detail, if there is one."
+    read.__annotations__["return"] = f"{kind.__name__} | None"
+    return read
 
 
 class RpcError(Exception):
-    """What a client sees when a call fails.
-
-    Attributes:
-        error_type: Name of the exception's class on the other side.
-        error_message: Its text.
-        remote_traceback: The other side's traceback, empty when the operator switched it off.
-        request_id: Id of the call, as the server logs it.
-        error_code: Name of a `Code`.
-        error_kind: What to branch on, empty when the error has none.
-        error_details: JSON objects with an ``@type`` each; `details` gives them typed.
-    """
+    """What a client sees when a call fails."""
 
     def __init__(
-        self,
-        error_type: str,
-        error_message: str,
-        remote_traceback: str,
-        *,
-        request_id: str = "",
-        error_code: str = "",
-        error_kind: str = "",
-        error_details: list[dict[str, Any]] | None = None,
+        self, error_type: str, error_message: str, remote_traceback: str, *, request_id: str = "", error_code: str = "",
+        error_kind: str = "", error_details: list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(f"{error_type}: {error_message}")
-        self.error_type = error_type
-        self.error_message = error_message
-        self.remote_traceback = remote_traceback
-        self.request_id = request_id
-        self.error_code = str(error_code)
-        self.error_kind = error_kind
-        self.error_details = error_details if error_details is not None else []
+        self.error_type = error_type  # name of the exception's class on the other side
+        self.error_message = error_message  # its text
+        self.remote_traceback = remote_traceback  # the other side's, empty when the operator switched it off
+        self.request_id = request_id  # id of the call, as the server logs it
+        self.error_code = str(error_code)  # name of a `Code`
+        self.error_kind = error_kind  # what to branch on, empty when the error has none
+        self.error_details = error_details if error_details is not None else []  # JSON objects with an @type each
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rebuild = functools.partial(
-            type(self),
-            request_id=self.request_id,
-            error_code=self.error_code,
-            error_kind=self.error_kind,
-            error_details=self.error_details,
-        )
-        return rebuild, (self.error_type, self.error_message, self.remote_traceback)
+        # The constructors of the subclasses differ; the attributes do not.
+        return type(self).__new__, (type(self), *self.args), self.__dict__
 
     @property
     def code(self) -> Code:
@@ -560,205 +371,127 @@ class RpcError(Exception):
                 typed.append(obj)
         return typed
 
-    def _detail(self, kind: type[_T]) -> _T | None:
-        return next((d for d in self.details() if isinstance(d, kind)), None)
-
-    def error_info(self) -> ErrorInfo | None:
-        """Return the `ErrorInfo` detail, if there is one."""
-        return self._detail(ErrorInfo)
-
-    def retry_info(self) -> RetryInfo | None:
-        """Return the `RetryInfo` detail, if there is one."""
-        return self._detail(RetryInfo)
-
-    def bad_request(self) -> BadRequest | None:
-        """Return the `BadRequest` detail, if there is one."""
-        return self._detail(BadRequest)
-
-    def precondition_failure(self) -> PreconditionFailure | None:
-        """Return the `PreconditionFailure` detail, if there is one."""
-        return self._detail(PreconditionFailure)
-
-    def quota_failure(self) -> QuotaFailure | None:
-        """Return the `QuotaFailure` detail, if there is one."""
-        return self._detail(QuotaFailure)
-
-    def resource_info(self) -> ResourceInfo | None:
-        """Return the `ResourceInfo` detail, if there is one."""
-        return self._detail(ResourceInfo)
-
-    def help(self) -> Help | None:
-        """Return the `Help` detail, if there is one."""
-        return self._detail(Help)
-
-    def localized_message(self) -> LocalizedMessage | None:
-        """Return the `LocalizedMessage` detail, if there is one."""
-        return self._detail(LocalizedMessage)
+    error_info = _detail_reader(ErrorInfo)
+    retry_info = _detail_reader(RetryInfo)
+    bad_request = _detail_reader(BadRequest)
+    precondition_failure = _detail_reader(PreconditionFailure)
+    quota_failure = _detail_reader(QuotaFailure)
+    resource_info = _detail_reader(ResourceInfo)
+    help = _detail_reader(Help)
+    localized_message = _detail_reader(LocalizedMessage)
 
     def is_retryable(self) -> bool:
         """Whether the same call may succeed later; clients never retry by themselves."""
-        retry = self.code is Code.RESOURCE_EXHAUSTED and self.retry_info() is not None
-        return self.code is Code.UNAVAILABLE or retry
+        return self.code is Code.UNAVAILABLE or (self.code is Code.RESOURCE_EXHAUSTED and self.retry_info() is not None)
 
 
 class _LocalError(RpcError):
     """An `RpcError` made on the client's side: no remote traceback, the class name is the type."""
-
     error_code_default: ClassVar[Code] = Code.UNAVAILABLE
 
     def __init__(self, message: str, *, request_id: str = "", error_kind: str = "") -> None:
         code = self.error_code_default.value
         super().__init__(type(self).__name__, message, "", request_id=request_id, error_code=code, error_kind=error_kind)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.error_message,)
-
-
 class TransportError(_LocalError):
     """No answer came: the peer could not be reached, went away, or does not speak Arrow IPC."""
 
-
 class DeadlineExceededError(_LocalError):
     """The call's time ran out, here or on the server."""
-
     error_code_default = Code.DEADLINE_EXCEEDED
 
-
 class AuthenticationError(_LocalError):
-    """The server answered 401; `reason` is one of `AuthReason`.
-
-    Attributes:
-        reason: Why, from the body, else from the header ``VGI-Auth-Reason``, else ``unauthorized``.
-    """
-
+    """The server answered 401; `reason` says why: from the body, else from ``VGI-Auth-Reason``, else ``UNAUTHORIZED``."""
     error_code_default = Code.UNAUTHENTICATED
 
     def __init__(self, message: str, *, reason: AuthReason | None = None) -> None:
         super().__init__(message)
         self.reason = reason or AuthReason.UNAUTHORIZED
 
-
 class _Refusal(Exception):
     """A request that is refused before a method runs; the attributes say how."""
-
     error_code: Any = Code.INVALID_ARGUMENT
     error_kind: Any = ""
     http_status = 400
 
-
 class IPCError(_Refusal):
     """Bytes that are not the Arrow IPC they should be; the text says what was expected, what came and where."""
 
-
 class VersionError(_Refusal):
     """The request's wire version is absent or not ours."""
-
     error_code = Code.FAILED_PRECONDITION
-
 
 class ProtocolVersionError(VersionError):
     """Client and server speak incompatible versions of the application's protocol."""
-
     error_kind = "protocol_version_mismatch"
 
     def __init__(self, message: str = "", *, protocol: str = "", client_version: str = "", server_version: str = "") -> None:
         super().__init__(message)
-        self.protocol = protocol
-        self.client_version = client_version
-        self.server_version = server_version
+        self.protocol, self.client_version, self.server_version = protocol, client_version, server_version
 
     @property
     def error_details(self) -> list[dict[str, Any]]:
         """The precondition that failed, as the family words it."""
-        violation = PreconditionViolation("protocol_version", self.protocol, str(self))
-        return [PreconditionFailure((violation,)).to_json()]
-
+        return [PreconditionFailure((PreconditionViolation("protocol_version", self.protocol, str(self)),)).to_json()]
 
 class ProtocolError(_Refusal):
     """A request that breaks a rule of the wire."""
 
-
 class ProtocolNotSpecifiedError(ProtocolError):
     """The request names no protocol."""
-
     error_kind = "protocol_not_specified"
-
 
 class ProtocolNotSupportedError(ProtocolError):
     """The server does not host that protocol."""
-
-    error_kind = "protocol_not_supported"
-    error_code = Code.UNIMPLEMENTED
-    http_status = 404
-
+    error_kind, error_code, http_status = "protocol_not_supported", Code.UNIMPLEMENTED, 404
 
 class MethodNotImplementedError(ProtocolError):
     """The protocol has no such method."""
-
-    error_kind = "method_not_implemented"
-    error_code = Code.UNIMPLEMENTED
-    http_status = 404
-
+    error_kind, error_code, http_status = "method_not_implemented", Code.UNIMPLEMENTED, 404
 
 class TokenError(ProtocolError):
     """A state token that this server did not sign, not for this call, or that is too old."""
 
-
 class RequestTooLargeError(ProtocolError):
     """A request above the server's limit."""
-
-    error_code = Code.RESOURCE_EXHAUSTED
-    http_status = 413
-
+    error_code, http_status = Code.RESOURCE_EXHAUSTED, 413
 
 class ResponseTooLargeError(ProtocolError):
     """An answer above the smallest of the client's and the server's limits."""
-
-    error_code = Code.RESOURCE_EXHAUSTED
-    http_status = 200
-
+    error_code, http_status = Code.RESOURCE_EXHAUSTED, 200
 
 class ServerDrainingError(ProtocolError):
     """The server is stopping and takes no new calls; another may."""
-
-    error_kind = "server_draining"
-    error_code = Code.UNAVAILABLE
-    http_status = 503
+    error_kind, error_code, http_status = "server_draining", Code.UNAVAILABLE, 503
 
     @property
     def error_details(self) -> list[dict[str, Any]]:
         """When to try again."""
         return [RetryInfo(1.0).to_json()]
 
-
 class ParameterError(_Refusal, TypeError):
     """A parameter, field or result of the wrong type; on the wire it is a ``TypeError``."""
-
     error_type = "TypeError"
-
 
 class AuthReason(str, enum.Enum):
     """Why a server answered 401: the closed set of the family."""
+    MISSING_CREDENTIAL, INVALID_CREDENTIAL = "missing_credential", "invalid_credential"
+    EXPIRED_CREDENTIAL, INSUFFICIENT_SCOPE = "expired_credential", "insufficient_scope"
+    PROXY_REQUIRED, UNAUTHORIZED = "proxy_required", "unauthorized"
 
-    MISSING_CREDENTIAL = "missing_credential"
-    INVALID_CREDENTIAL = "invalid_credential"
-    EXPIRED_CREDENTIAL = "expired_credential"
-    INSUFFICIENT_SCOPE = "insufficient_scope"
-    PROXY_REQUIRED = "proxy_required"
-    UNAUTHORIZED = "unauthorized"
-
-    def __str__(self) -> str:
-        return self.value
-
+    __str__ = str.__str__
 
 class AuthFailure(ValueError):
     """Raised by an ``authenticate`` callback to say why a credential was refused."""
 
     def __init__(self, reason: AuthReason, detail: str = "") -> None:
         super().__init__(detail or str(reason))
-        self.reason = AuthReason(reason)
-        self.detail = detail
+        self.reason, self.detail = AuthReason(reason), detail
 
+def _sendable(text: str, limit: int, mark: str) -> str:
+    """*text*, at most *limit* characters and then *mark*, and valid UTF-8 also where it holds lone surrogates."""
+    text = text[:limit] + mark if len(text) > limit else text
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 def _text_of(value: object) -> str:
     """``str(value)``, bounded and valid UTF-8, also when its ``__str__`` is broken."""
@@ -766,10 +499,7 @@ def _text_of(value: object) -> str:
         text = str(value)
     except Exception as exc:
         text = f"<{type(value).__name__}: its __str__ raised {type(exc).__name__}>"
-    if len(text) > MAX_ERROR_MESSAGE_CHARS:
-        text = text[:MAX_ERROR_MESSAGE_CHARS] + "… <truncated>"
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
+    return _sendable(text, MAX_ERROR_MESSAGE_CHARS, "… <truncated>")
 
 def _suggest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for a near miss, else nothing."""
@@ -785,35 +515,30 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 # A log line or an error as it travels: level, text, extra. An error is a message of level EXCEPTION.
 # The metadata of a message is the only form in which an exception leaves a process.
 
-
 class Level(enum.Enum):
     """Severity of a `Message`, most severe first; the value is the name on the wire."""
+    EXCEPTION, ERROR, WARN, INFO, DEBUG, TRACE = "EXCEPTION", "ERROR", "WARN", "INFO", "DEBUG", "TRACE"
 
-    EXCEPTION = "EXCEPTION"
-    ERROR = "ERROR"
-    WARN = "WARN"
-    INFO = "INFO"
-    DEBUG = "DEBUG"
-    TRACE = "TRACE"
+def _message_maker(level: Level) -> classmethod[Message, typing.Concatenate[str, ...], Message]:
+    """Make the class method of `Message` that is named after a level."""
+
+    def make(cls: type[Message], message: str, **kwargs: object) -> Message:
+        return cls(level, message, **kwargs)
+
+    make.__name__, make.__qualname__ = level.name.lower(), f"Message.{level.name.lower()}"
+    make.__doc__ = f"Make a message of level ``{level.name}``."
+    return classmethod(make)
 
 
 class Message:
-    """One log line from a server, or one error.
-
-    Attributes:
-        level: Severity.
-        message: Text.
-        extra: JSON-compatible facts, ``None`` when there are none.
-    """
-
+    """One log line from a server, or one error."""
     __slots__ = ("extra", "level", "message")
     MAX_TRACEBACK_CHARS = MAX_TRACEBACK_CHARS
     MAX_TRACEBACK_FRAMES = MAX_TRACEBACK_FRAMES
 
     def __init__(self, level: Level, message: str, **kwargs: object) -> None:
-        self.level = level
-        self.message = message
-        self.extra: dict[str, Any] | None = kwargs or None
+        self.level, self.message = level, message
+        self.extra: dict[str, Any] | None = kwargs or None  # JSON-compatible facts
 
     def __repr__(self) -> str:
         return f"Message({self.level.name}, {self.message!r}, extra={self.extra!r})"
@@ -823,48 +548,15 @@ class Message:
             return NotImplemented
         return (self.level, self.message, self.extra) == (other.level, other.message, other.extra)
 
-    __hash__ = None  # type: ignore[assignment]
-
-    @classmethod
-    def exception(cls, message: str, **kwargs: object) -> Message:
-        """Make a message of level ``EXCEPTION``."""
-        return cls(Level.EXCEPTION, message, **kwargs)
-
-    @classmethod
-    def error(cls, message: str, **kwargs: object) -> Message:
-        """Make a message of level ``ERROR``."""
-        return cls(Level.ERROR, message, **kwargs)
-
-    @classmethod
-    def warn(cls, message: str, **kwargs: object) -> Message:
-        """Make a message of level ``WARN``."""
-        return cls(Level.WARN, message, **kwargs)
-
-    @classmethod
-    def info(cls, message: str, **kwargs: object) -> Message:
-        """Make a message of level ``INFO``."""
-        return cls(Level.INFO, message, **kwargs)
-
-    @classmethod
-    def debug(cls, message: str, **kwargs: object) -> Message:
-        """Make a message of level ``DEBUG``."""
-        return cls(Level.DEBUG, message, **kwargs)
-
-    @classmethod
-    def trace(cls, message: str, **kwargs: object) -> Message:
-        """Make a message of level ``TRACE``."""
-        return cls(Level.TRACE, message, **kwargs)
+    exception, error, warn, info, debug, trace = map(_message_maker, Level)
 
     @classmethod
     def from_exception(cls, exc: BaseException, *, include_traceback: bool = True) -> Message:
-        """Describe an exception: type, text, code, kind, details and, if asked, traceback and last frames.
-
-        Never raises, whatever the exception's own methods do.
-        """
+        """Describe an exception, whatever its own methods do: type, text, code, kind, details, traceback and last frames."""
         name, text = _error_type_of(exc), _text_of(exc)
         extra: dict[str, Any] = {"exception_type": name, "exception_message": text, "error_code": _error_code_of(exc).value}
-        kind, details = _error_kind_of(exc), _error_details_of(exc)
-        if kind:
+        kind, details = getattr(exc, "error_kind", ""), _error_details_of(exc)
+        if kind and isinstance(kind, str):
             extra["error_kind"] = kind
         if details:
             extra["error_details"] = details
@@ -874,9 +566,7 @@ class Message:
 
     def add_to_metadata(self, metadata: dict[str, str] | None = None) -> dict[str, str]:
         """Return *metadata* (a copy) with the keys of this message added."""
-        out = dict(metadata or {})
-        out[LOG_LEVEL_KEY.decode()] = self.level.value
-        out[LOG_MESSAGE_KEY.decode()] = self.message
+        out = {**(metadata or {}), LOG_LEVEL_KEY.decode(): self.level.value, LOG_MESSAGE_KEY.decode(): self.message}
         if self.extra:
             out[LOG_EXTRA_KEY.decode()] = json.dumps(self.extra, default=_text_of)
         return out
@@ -886,15 +576,8 @@ def _error_type_of(exc: BaseException) -> str:
     declared = getattr(exc, "error_type", None) if isinstance(exc, _Refusal) else None
     return declared or type(exc).__name__
 
-
 def _error_code_of(exc: BaseException) -> Code:
     return Code.parse(getattr(exc, "error_code", None))
-
-
-def _error_kind_of(exc: BaseException) -> str:
-    kind = getattr(exc, "error_kind", "")
-    return kind if isinstance(kind, str) else ""
-
 
 def _error_details_of(exc: BaseException) -> list[dict[str, Any]]:
     """The exception's details as JSON objects; an empty list when there are none, too many or unusable ones."""
@@ -904,41 +587,32 @@ def _error_details_of(exc: BaseException) -> list[dict[str, Any]]:
     except (TypeError, ValueError):
         return []
 
-
 def _traceback_facts(exc: BaseException) -> dict[str, Any]:
     """``traceback``, ``frames`` (the last five), ``cause`` and ``context`` of an exception."""
     try:
         text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
         summary = traceback.extract_tb(exc.__traceback__)[-MAX_TRACEBACK_FRAMES:]
     except Exception:
-        # A broken __str__ in the chain breaks the formatter too; the frames alone are still worth sending.
+        # A broken __str__ in the chain may break the formatter too; the error itself is still worth sending.
         text, summary = f"{type(exc).__name__}: <its traceback could not be formatted>\n", traceback.StackSummary()
-    if len(text) > MAX_TRACEBACK_CHARS:
-        text = text[:MAX_TRACEBACK_CHARS] + "\n… <traceback truncated>"
     frames = [{"file": f.filename, "line": f.lineno, "function": f.name, "code": f.line or ""} for f in summary]
-    facts: dict[str, Any] = {"traceback": text.encode("utf-8", "backslashreplace").decode("utf-8"), "frames": frames}
+    facts: dict[str, Any] = {"traceback": _sendable(text, MAX_TRACEBACK_CHARS, "\n… <traceback truncated>"), "frames": frames}
     for name, other in (("cause", exc.__cause__), ("context", exc.__context__)):
         if other is not None:
             facts[name] = f"{type(other).__name__}: {_text_of(other)}"
     return facts
 
-
 def _message_metadata(message: Message, server_id: str, request_id: str) -> dict[bytes, bytes]:
     """A message as metadata of a zero-row batch; for an error its code, kind and details also stand on their own."""
     metadata = {k.encode(): v.encode("utf-8", "backslashreplace") for k, v in message.add_to_metadata().items()}
+    facts: dict[bytes, Any] = {}
     if message.level is Level.EXCEPTION:
         extra = message.extra or {}
-        metadata[ERROR_CODE_KEY] = str(extra.get("error_code") or Code.UNKNOWN.value).encode()
-        if extra.get("error_kind"):
-            metadata[ERROR_KIND_KEY] = str(extra["error_kind"]).encode()
-        if extra.get("error_details"):
-            metadata[ERROR_DETAILS_KEY] = json.dumps(extra["error_details"]).encode()
-    if server_id:
-        metadata[SERVER_ID_KEY] = server_id.encode()
-    if request_id:
-        metadata[REQUEST_ID_KEY] = request_id.encode()
-    return metadata
-
+        details = extra.get("error_details")
+        facts = {ERROR_CODE_KEY: extra.get("error_code") or Code.UNKNOWN, ERROR_KIND_KEY: extra.get("error_kind")}
+        facts[ERROR_DETAILS_KEY] = json.dumps(details) if details else None
+    facts |= {SERVER_ID_KEY: server_id, REQUEST_ID_KEY: request_id}
+    return metadata | {key: str(fact).encode() for key, fact in facts.items() if fact}
 
 def _json_object(data: bytes | None) -> dict[str, Any]:
     """Parse *data* as a JSON object; anything else is an empty one (it comes from a peer and is only information)."""
@@ -948,45 +622,39 @@ def _json_object(data: bytes | None) -> dict[str, Any]:
         return {}
     return value if isinstance(value, dict) else {}
 
+def _metadata_text(metadata: Mapping[bytes, bytes], key: bytes, default: object = "") -> str:
+    value = metadata.get(key)
+    return value.decode("utf-8", "replace") if value is not None else str(default or "")
 
 def _message_from_metadata(metadata: Mapping[bytes, bytes]) -> Message:
     """The reverse of `_message_metadata`, for logs; an unknown level reads as INFO."""
-    name = metadata.get(LOG_LEVEL_KEY, b"").decode("utf-8", "replace")
-    level = Level.__members__.get(name, Level.INFO)
-    message = Message(level, metadata.get(LOG_MESSAGE_KEY, b"").decode("utf-8", "replace"))
+    level = Level.__members__.get(_metadata_text(metadata, LOG_LEVEL_KEY), Level.INFO)
+    message = Message(level, _metadata_text(metadata, LOG_MESSAGE_KEY))
     message.extra = _json_object(metadata.get(LOG_EXTRA_KEY)) or None
     return message
 
-
 def _error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
     """The `RpcError` of an error batch; code, kind and details from their own keys first, else from ``log_extra``."""
-    extra = _json_object(metadata.get(LOG_EXTRA_KEY))
-    text = metadata.get(LOG_MESSAGE_KEY, b"").decode("utf-8", "replace")
-
-    def pick(key: bytes, name: str) -> str:
-        value = metadata.get(key)
-        return value.decode("utf-8", "replace") if value is not None else str(extra.get(name) or "")
-
+    extra, text = _json_object(metadata.get(LOG_EXTRA_KEY)), _metadata_text(metadata, LOG_MESSAGE_KEY)
     try:
         details = json.loads(metadata[ERROR_DETAILS_KEY])
     except (KeyError, ValueError, RecursionError):
         details = extra.get("error_details")
-    details = [d for d in details if isinstance(d, dict)] if isinstance(details, list) else []
     kind = str(extra.get("exception_type") or text.partition(":")[0] or "Exception")
-    code = pick(ERROR_CODE_KEY, "error_code")
-    error = DeadlineExceededError if code == Code.DEADLINE_EXCEEDED and kind == "DeadlineExceededError" else RpcError
-    made = RpcError.__new__(error)
+    code = _metadata_text(metadata, ERROR_CODE_KEY, extra.get("error_code"))
+    timed_out = code == Code.DEADLINE_EXCEEDED and kind == "DeadlineExceededError"
+    error = RpcError.__new__(DeadlineExceededError if timed_out else RpcError)
     RpcError.__init__(
-        made,
+        error,
         kind,
         str(extra.get("exception_message") or text),
         str(extra.get("traceback") or ""),
-        request_id=metadata.get(REQUEST_ID_KEY, b"").decode("utf-8", "replace"),
+        request_id=_metadata_text(metadata, REQUEST_ID_KEY),
         error_code=code,
-        error_kind=pick(ERROR_KIND_KEY, "error_kind"),
-        error_details=details,
+        error_kind=_metadata_text(metadata, ERROR_KIND_KEY, extra.get("error_kind")),
+        error_details=[d for d in details if isinstance(d, dict)] if isinstance(details, list) else [],
     )
-    return made
+    return error
 
 
 # ============================================================================
@@ -1004,85 +672,63 @@ END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE = 1, 2, 3  # MessageHeader of Arrow's format/Message.fbs
 _ARROW_FAILURES = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError)
 
-
 class IpcValidation(enum.Enum):
     """How much of an incoming batch is checked before a method sees it."""
-
     NONE = "none"
     STANDARD = "standard"  # lengths and offsets: O(columns)
     FULL = "full"  # every value: offsets in order, valid UTF-8, dictionary indices in range
 
-
 @dataclass(frozen=True)
 class AnnotatedBatch:
-    """A record batch with the custom metadata of its message.
-
-    Attributes:
-        batch: rows x columns; immutable, safe to share between threads.
-        custom_metadata: Keys and values of the message, ``None`` when it carried none.
-    """
-
-    batch: pa.RecordBatch
-    custom_metadata: pa.KeyValueMetadata | None = None
+    """A record batch with the custom metadata of its message."""
+    batch: pa.RecordBatch  # rows x columns; immutable, safe to share between threads
+    custom_metadata: pa.KeyValueMetadata | None = None  # None when the message carried none
 
     @classmethod
     def from_pydict(cls, data: dict[str, Any], schema: pa.Schema | None = None) -> AnnotatedBatch:
-        """Build from ``{column: values}``; types are inferred when *schema* is ``None``.
-
-        Raises:
-            TypeError: Values that do not fit, named by column.
-        """
+        """Build from ``{column: values}``, types inferred without *schema*; `TypeError` names the column that does not fit."""
         return cls(_batch_from_pydict(data, schema, "from_pydict"))
 
     def release(self) -> None:
         """Give back what the batch stands on; nothing to do here, as batches own their memory."""
 
-
 def _batch_from_pydict(data: Mapping[str, Any], schema: pa.Schema | None, where: str) -> pa.RecordBatch:
     """Columns by name to a batch; errors name *where*, the column, what was expected and what came."""
-    if schema is None:
-        try:
-            return pa.RecordBatch.from_pydict(dict(data))
-        except _ARROW_FAILURES as exc:
-            raise ParameterError(f"{where}: {_text_of(exc)}") from None
-    if list(data) != schema.names and set(data) != set(schema.names):
+    if schema is not None and set(data) != set(schema.names):
         raise ParameterError(f"{where}: expected columns {schema.names}, got {list(data)}")
-    arrays = []
-    for column in schema:
-        values = data[column.name]
-        try:
-            arrays.append(values if isinstance(values, pa.Array) else pa.array(values, column.type))
-            if not column.nullable and arrays[-1].null_count:
-                raise ParameterError(f"{where}: column {column.name!r}: expected {column.type} without nulls, got a null")
-        except _ARROW_FAILURES as exc:
-            if isinstance(exc, ParameterError):
-                raise
-            raise ParameterError(f"{where}: column {column.name!r}: expected {column.type}, got {_text_of(exc)}") from None
     try:
-        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+        if schema is None:
+            return pa.RecordBatch.from_pydict(dict(data))
+        return pa.RecordBatch.from_arrays([_column_from(data[f.name], f, where) for f in schema], schema=schema)
+    except ParameterError:
+        raise
     except _ARROW_FAILURES as exc:
         raise ParameterError(f"{where}: {_text_of(exc)}") from None
 
+def _column_from(values: Any, column: pa.Field, where: str) -> pa.Array:
+    try:
+        array = values if isinstance(values, pa.Array) else pa.array(values, column.type)
+    except _ARROW_FAILURES as exc:
+        expected = _type_text(column.type)
+        raise ParameterError(f"{where}: column {column.name!r}: expected {expected}, got {_text_of(exc)}") from None
+    return _without_nulls(array, column, where)
+
+def _without_nulls(array: pa.Array, column: pa.Field, where: str) -> pa.Array:
+    if not column.nullable and array.null_count:
+        expected = _type_text(column.type)
+        raise ParameterError(f"{where}: column {column.name!r}: expected {expected} without nulls, got a null")
+    return array
 
 @functools.lru_cache(maxsize=256)
 def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
     """Return the batch of 0 rows x the schema's columns that carries logs, errors, ticks and tokens."""
     return pa.RecordBatch.from_arrays([pa.nulls(0, f.type) for f in schema], schema=schema)
 
-
 _TICK = pa.RecordBatch.from_arrays([], schema=EMPTY_SCHEMA)
-
 
 class BatchKind(enum.Enum):
     """What a batch of a stream is (WIRE section 4): the only place that decides it is `batch_kind`."""
-
-    DATA = "data"
-    LOG = "log"
-    ERROR = "error"
-    LOCATION = "location"
-    SHM = "shm"
-    TOKEN = "token"
-
+    DATA, LOG, ERROR, LOCATION, SHM, TOKEN = "data", "log", "error", "location", "shm", "token"
 
 def batch_kind(num_rows: int, metadata: _Metadata | None) -> BatchKind:
     """Tell data from logs, errors, pointers and tokens; a zero-row batch without our keys is data."""
@@ -1094,7 +740,6 @@ def batch_kind(num_rows: int, metadata: _Metadata | None) -> BatchKind:
         if key in metadata:
             return kind
     return BatchKind.DATA
-
 
 class ByteSource:
     """Bytes in their order: what an `IpcReader` reads from."""
@@ -1109,21 +754,16 @@ class ByteSource:
 
 
 class BufferSource(ByteSource):
-    """A source over bytes in memory.
-
-    Attributes:
-        position: Bytes read so far.
-    """
+    """A source over bytes in memory, which `read_after` does not copy when *head* was the last thing read."""
 
     def __init__(self, data: _Buffer) -> None:
         self._buffer = data if isinstance(data, pa.Buffer) else pa.py_buffer(data)
         self._view = memoryview(self._buffer)
-        self.position = 0
+        self.position = 0  # bytes read so far
 
     def read(self, size: int) -> bytes:
-        start = self.position
-        piece = bytes(self._view[start : start + size])
-        self.position = start + len(piece)
+        piece = bytes(self._view[self.position : self.position + size])
+        self.position += len(piece)
         return piece
 
     def read_after(self, head: bytes, size: int) -> _Buffer:
@@ -1139,23 +779,12 @@ class BufferSource(ByteSource):
 
 @dataclass(frozen=True)
 class IpcLimits:
-    """What an `IpcReader` accepts of one message.
-
-    Attributes:
-        max_bytes: Decoded bytes of one message, ``None`` for what memory holds.
-        max_rows: Rows of one batch, ``None`` for what its bytes pay for (see ``FREE_ROWS``).
-    """
-
-    max_bytes: int | None = None
-    max_rows: int | None = None
-
-
-_NO_LIMITS = IpcLimits()
-
+    """What an `IpcReader` accepts of one message."""
+    max_bytes: int | None = None  # decoded bytes of one message, None for what memory holds
+    max_rows: int | None = None  # rows of one batch, None for what its bytes pay for (see FREE_ROWS)
 
 class MessageHead(NamedTuple):
     """The head of one IPC message, as far as bounds, metadata and dictionaries need it (format/Message.fbs)."""
-
     kind: int
     body_length: int  # bytes
     metadata: dict[bytes, bytes] | None = None
@@ -1165,44 +794,33 @@ class MessageHead(NamedTuple):
     dictionary_id: int = 0
     is_delta: bool = False
 
-
 class BatchMessage(NamedTuple):
     """A record batch's message: its head and all of its bytes, prefix included."""
-
     head: MessageHead
     data: _Buffer
 
 
 class _Table:
     """One table of a flatbuffer: bounds-checked reads of its fields by number (flatbuffers' "internals")."""
-
     __slots__ = ("data", "position", "slots")
 
     def __init__(self, data: bytes, position: int) -> None:
-        (back,) = struct.unpack_from("<i", data, self._inside(data, position))
-        vtable = self._inside(data, position - back)
+        (back,) = struct.unpack_from("<i", data, _inside(data, position))
+        vtable = _inside(data, position - back)
         (size,) = struct.unpack_from("<H", data, vtable)
         self.data, self.position = data, position
-        self.slots = struct.unpack_from(f"<{max(size - 4, 0) // 2}H", data, vtable + 4)
+        # A writer leaves absent fields off the end: no table that is read here has more than five.
+        self.slots = (*struct.unpack_from(f"<{max(size - 4, 0) // 2}H", data, vtable + 4), 0, 0, 0, 0, 0)
 
-    @staticmethod
-    def _inside(data: bytes, position: int) -> int:
-        if not 0 <= position < len(data):  # struct would count a negative offset from the end
-            raise IndexError(position)
-        return position
-
-    def scalar(self, slot: int, code: str, default: int = 0) -> int:
-        """Read a number; an absent field has its default."""
-        if slot >= len(self.slots) or not self.slots[slot]:
-            return default
-        return int(struct.unpack_from(code, self.data, self.position + self.slots[slot])[0])
+    def scalar(self, slot: int, code: str) -> int:
+        """Read a number; an absent field is 0."""
+        offset = self.slots[slot]
+        return int(struct.unpack_from(code, self.data, self.position + offset)[0]) if offset else 0
 
     def target(self, slot: int) -> int | None:
         """Follow an offset field to where it points."""
-        if slot >= len(self.slots) or not self.slots[slot]:
-            return None
-        at = self.position + self.slots[slot]
-        return self._inside(self.data, at + int(struct.unpack_from("<I", self.data, at)[0]))
+        offset = self.slots[slot]
+        return _inside(self.data, self.position + offset + self.scalar(slot, "<I")) if offset else None
 
     def table(self, slot: int) -> _Table | None:
         """Read a table field."""
@@ -1222,53 +840,44 @@ class _Table:
         return self.data[start : start + size]
 
 
-def parse_message_head(data: bytes) -> MessageHead:
-    """Read the flatbuffer head of one IPC message.
+def _inside(data: bytes, position: int) -> int:
+    if not 0 <= position < len(data):  # struct would count a negative offset from the end
+        raise IndexError(position)
+    return position
 
-    Raises:
-        IPCError: It is not one.
-    """
+def parse_message_head(data: bytes) -> MessageHead:
+    """Read the flatbuffer head of one IPC message; raises `IPCError` when it is not one."""
     try:
-        (root,) = struct.unpack_from("<I", data, 0)
-        message = _Table(data, root)
+        message = _Table(data, struct.unpack_from("<I", data, 0)[0])
         kind, body_length = message.scalar(1, "<B"), message.scalar(3, "<q")
-        metadata = _head_metadata(message)
-        header = message.table(2)
-        if header is None or kind not in (_SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE) or body_length < 0:
+        batch, metadata = message.table(2), _head_metadata(message)
+        if batch is None or kind not in (_SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE) or body_length < 0:
             raise ValueError(f"message type {kind}, body of {body_length} bytes")
         if kind == _SCHEMA_MESSAGE:
             return MessageHead(kind, body_length, metadata)
-        batch, dictionary_id, is_delta = header, 0, False
+        dictionary_id, is_delta = 0, False
         if kind == _DICTIONARY_MESSAGE:
-            dictionary_id, is_delta = header.scalar(0, "<q"), bool(header.scalar(2, "<B"))
-            inner = header.table(1)
-            if inner is None:
+            dictionary_id, is_delta, batch = batch.scalar(0, "<q"), bool(batch.scalar(2, "<B")), batch.table(1)
+            if batch is None:
                 raise ValueError("a dictionary without a batch")
-            batch = inner
         start, count = batch.vector(2)
-        flat = struct.unpack_from(f"<{2 * count}q", data, start) if count and count <= len(data) else ()
-        if len(flat) != 2 * count:
+        if count > len(data):
             raise IndexError(count)
-        buffers = tuple(zip(flat[::2], flat[1::2]))
-        compressed = batch.target(3) is not None
-        rows = batch.scalar(0, "<q")
-        return MessageHead(kind, body_length, metadata, rows, buffers, compressed, dictionary_id, is_delta)
+        flat = struct.unpack_from(f"<{2 * count}q", data, start)
+        buffers, compressed = tuple(zip(flat[::2], flat[1::2])), batch.target(3) is not None
+        return MessageHead(kind, body_length, metadata, batch.scalar(0, "<q"), buffers, compressed, dictionary_id, is_delta)
     except (struct.error, IndexError, ValueError, OverflowError, MemoryError) as exc:
         raise IPCError(f"not an Arrow IPC message: its head of {len(data)} bytes does not parse ({_text_of(exc)})") from None
 
-
 def _head_metadata(message: _Table) -> dict[bytes, bytes] | None:
     start, count = message.vector(4)
-    if count * 4 > len(message.data):
-        raise IndexError(count)
     if not count:
         return None
-    metadata = {}
-    for at in range(start, start + 4 * count, 4):
-        pair = _Table(message.data, at + int(struct.unpack_from("<I", message.data, at)[0]))
-        metadata[pair.text(0)] = pair.text(1)
-    return metadata
-
+    if count * 4 > len(message.data):
+        raise IndexError(count)
+    offsets = enumerate(struct.unpack_from(f"<{count}I", message.data, start))
+    pairs = [_Table(message.data, start + 4 * i + offset) for i, offset in offsets]
+    return {pair.text(0): pair.text(1) for pair in pairs}
 
 def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
     """Call into pyarrow with foreign bytes: the one place where its exceptions become ours."""
@@ -1279,60 +888,39 @@ def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
     except _ARROW_FAILURES as exc:
         raise IPCError(f"{what}: {_text_of(exc)}") from None
 
-
 def _nesting(kind: pa.DataType) -> int:
     return 1 + max((_nesting(kind.field(i).type) for i in range(kind.num_fields)), default=0)
 
-
 def _has_dictionary(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return True
     if isinstance(kind, pa.BaseExtensionType):
         return _has_dictionary(kind.storage_type)
-    return any(_has_dictionary(kind.field(i).type) for i in range(kind.num_fields))
-
+    return pa.types.is_dictionary(kind) or any(_has_dictionary(kind.field(i).type) for i in range(kind.num_fields))
 
 class SchemaFacts(NamedTuple):
     """A schema with what reading its batches needs to know."""
-
     schema: pa.Schema
     has_dictionary: bool
     message: bytes  # the encapsulated schema message
 
+def _decode_schema(message: bytes) -> SchemaFacts:
+    schema = _guard("the schema message", ipc.read_schema, pa.py_buffer(message))
+    if len(schema) > MAX_COLUMNS:
+        raise IPCError(f"schema: expected at most {MAX_COLUMNS} columns, got {len(schema)}")
+    if max(map(_nesting, schema.types), default=0) > MAX_NESTING:
+        raise IPCError(f"schema: expected at most {MAX_NESTING} levels of nesting")
+    return SchemaFacts(schema, any(map(_has_dictionary, schema.types)), message)
 
-_schema_cache: dict[bytes, SchemaFacts] = {}
-
+_cached_schema = functools.lru_cache(maxsize=256)(_decode_schema)
 
 def _schema_facts(message: bytes) -> SchemaFacts:
-    """Decode an encapsulated schema message; the same bytes are decoded once (bounded cache, safe between threads)."""
-    facts = _schema_cache.get(message)
-    if facts is None:
-        schema = _guard("the schema message", ipc.read_schema, pa.py_buffer(message))
-        if len(schema) > MAX_COLUMNS:
-            raise IPCError(f"schema: expected at most {MAX_COLUMNS} columns, got {len(schema)}")
-        if max(map(_nesting, schema.types), default=0) > MAX_NESTING:
-            raise IPCError(f"schema: expected at most {MAX_NESTING} levels of nesting")
-        facts = SchemaFacts(schema, any(map(_has_dictionary, schema.types)), message)
-        if len(message) <= SMALL_BODY_BYTES:
-            if len(_schema_cache) >= 256:
-                _schema_cache.clear()
-            _schema_cache[message] = facts
-    return facts
+    """Decode an encapsulated schema message; the same bytes are decoded once, unless they are too large to be kept."""
+    return _cached_schema(message) if len(message) <= SMALL_BODY_BYTES else _decode_schema(message)
 
 
 class IpcReader:
-    """Reads one Arrow IPC stream from a source, to its end marker and not a byte further.
+    """Reads one Arrow IPC stream from *source*, to its end marker and not a byte further; the schema at once.
 
     Not safe for use by several threads. The source stays open and belongs to the caller.
-
-    Args:
-        source: Where the bytes come from.
-        limits: What one message may hold.
-        validation: How much of each batch is checked.
-
-    Attributes:
-        schema: Schema of every batch; read at once.
-        ended: Whether the end marker was read.
 
     Raises:
         EOFError: The source ended before the first byte.
@@ -1340,11 +928,11 @@ class IpcReader:
     """
 
     def __init__(
-        self, source: ByteSource, limits: IpcLimits = _NO_LIMITS, validation: IpcValidation = IpcValidation.FULL
+        self, source: ByteSource, limits: IpcLimits = IpcLimits(), validation: IpcValidation = IpcValidation.FULL
     ) -> None:
         self._source, self._limits, self._validation = source, limits, validation
         self._dictionaries: dict[int, list[bytes]] = {}
-        self.ended = False
+        self.ended = False  # whether the end marker was read
         raw = self._read_head(first=True)
         if raw is None:
             raise IPCError("expected a schema message, got an end of stream")
@@ -1352,7 +940,7 @@ class IpcReader:
         if head.kind != _SCHEMA_MESSAGE or head.body_length:
             raise IPCError(f"expected a schema message first, got message type {head.kind}")
         self.facts = _schema_facts(raw)
-        self.schema = self.facts.schema
+        self.schema = self.facts.schema  # of every batch
 
     def _read_head(self, first: bool = False) -> bytes | None:
         """Read prefix and head of the next message; ``None`` at the end marker."""
@@ -1374,16 +962,17 @@ class IpcReader:
         return prefix + head
 
     def next(self) -> tuple[pa.RecordBatch, dict[bytes, bytes] | None] | None:
-        """Read the next batch and its metadata; ``None`` at the end marker.
-
-        Raises:
-            IPCError: Half a message, a bound exceeded, or values that do not validate.
-        """
+        """Read the next batch and its metadata; ``None`` at the end marker. Raises as `next_message` and `decode`."""
         message = self.next_message()
         return None if message is None else (self.decode(message), message.head.metadata)
 
     def next_message(self) -> BatchMessage | None:
-        """Read the next batch's message without decoding it; ``None`` at the end marker. Raises as `next`."""
+        """Read the next batch's message without decoding it; ``None`` at the end marker.
+
+        Raises:
+            IPCError: Half a message, or a head that cannot be true.
+            RequestTooLargeError: A limit exceeded.
+        """
         while True:
             raw = None if self.ended else self._read_head()
             if raw is None:
@@ -1391,19 +980,17 @@ class IpcReader:
             head = parse_message_head(raw[8:])
             if head.kind == _SCHEMA_MESSAGE:
                 raise IPCError("expected a batch, got a second schema message")
-            limit = self._limits.max_bytes
-            if limit is not None and head.body_length > limit:
-                raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {head.body_length}")
-            message = _guard("the message body", self._source.read_after, raw, head.body_length)
-            if len(message) < len(raw) + head.body_length:
-                raise IPCError(
-                    f"half a message: expected a body of {head.body_length} bytes, got {len(message) - len(raw)}"
-                )
+            size, limit = head.body_length, self._limits.max_bytes
+            if limit is not None and size > limit:
+                raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {size}")
+            message = _guard("the message body", self._source.read_after, raw, size)
+            got = len(message) - len(raw)
+            if got < size:
+                raise IPCError(f"half a message: expected a body of {size} bytes, got {got}")
             self._check_bounds(head, memoryview(message)[len(raw) :])
-            if head.kind == _DICTIONARY_MESSAGE:
-                self._keep_dictionary(head, message)
-                continue
-            return BatchMessage(head, message)
+            if head.kind == _BATCH_MESSAGE:
+                return BatchMessage(head, message)
+            self._keep_dictionary(head, message)
 
     def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
         """Refuse rows that no body pays for, buffers outside it, and compressed buffers that grow past the limit."""
@@ -1411,14 +998,13 @@ class IpcReader:
         for offset, length in head.buffers:
             if offset < 0 or length < 0 or offset + length > head.body_length:
                 raise IPCError(f"buffer at {offset}, {length} bytes: outside the body of {head.body_length} bytes")
-            size = length
+            size = -1
             if head.compressed and length >= 8:
                 # BodyCompression: each buffer starts with its decoded length, -1 when it stands uncompressed.
                 (size,) = struct.unpack_from("<q", body, offset)
-                size = length if size == -1 else size
-                if size < 0:
+                if size < -1:
                     raise IPCError(f"compressed buffer at {offset}: a decoded length of {size} bytes")
-            decoded += size
+            decoded += length if size == -1 else size
         limit, max_rows = self._limits.max_bytes, self._limits.max_rows
         if head.compressed and decoded > (limit if limit is not None else max(1 << 30, 1024 * head.body_length)):
             raise RequestTooLargeError(f"compressed buffers: expected at most {limit} decoded bytes, got {decoded}")
@@ -1428,9 +1014,9 @@ class IpcReader:
             raise RequestTooLargeError(f"expected at most {max_rows} rows in a batch, got {head.rows}")
 
     def _keep_dictionary(self, head: MessageHead, message: _Buffer) -> None:
-        kept = self._dictionaries.pop(head.dictionary_id, []) if head.is_delta else []
+        kept = self._dictionaries.pop(head.dictionary_id, [])  # its new place is the last: it may build on those before
         if not head.is_delta:
-            self._dictionaries.pop(head.dictionary_id, None)
+            kept = []
         kept.append(bytes(message))
         self._dictionaries[head.dictionary_id] = kept
         limit = self._limits.max_bytes
@@ -1438,11 +1024,7 @@ class IpcReader:
             raise RequestTooLargeError(f"dictionary: expected at most {limit} bytes")
 
     def decode(self, message: BatchMessage) -> pa.RecordBatch:
-        """Decode a message of this stream; it must be the last one read when the schema has dictionaries.
-
-        Raises:
-            IPCError: It does not decode, or does not validate.
-        """
+        """Decode a message of this stream, the last one read if the schema has dictionaries; `IPCError` if it is not valid."""
         if self.facts.has_dictionary:
             batch = _guard("the batch", self._decode_with_dictionaries, message.data)
         else:
@@ -1457,16 +1039,10 @@ class IpcReader:
         return ipc.open_stream(b"".join([self.facts.message, *known, message, END_OF_STREAM])).read_next_batch()
 
     def skip(self) -> None:
-        """Read on to the end marker without decoding; used to leave a connection usable after a refusal.
-
-        Raises:
-            IPCError: The bytes are not an IPC stream.
-        """
+        """Read on to the end marker without decoding, which leaves a connection usable after a refusal; raises `IPCError`."""
         while not self.ended:
             raw = self._read_head()
-            if raw is None:
-                return
-            left = parse_message_head(raw[8:]).body_length
+            left = parse_message_head(raw[8:]).body_length if raw else 0
             while left:
                 got = len(self._source.read(min(left, 1 << 20)))
                 if not got:
@@ -1474,56 +1050,31 @@ class IpcReader:
                 left -= got
 
 
-class _Pieces:
-    """The file-like object that collects what pyarrow's stream writer writes, without copying bodies."""
-
-    closed = False
+class _Pieces(io.RawIOBase):
+    """The file that collects what pyarrow's stream writer writes, without copying bodies."""
 
     def __init__(self) -> None:
         self.pieces: list[_Buffer] = []
 
-    def write(self, data: _Buffer) -> int:
-        self.pieces.append(data)
-        return len(data)
-
-    def take(self) -> list[_Buffer]:
-        pieces, self.pieces = self.pieces, []
-        return pieces
-
-    def flush(self) -> None:
-        """Nothing is kept back."""
-
-    close = flush
-
     def writable(self) -> bool:
         return True
 
-    def readable(self) -> bool:
-        return False
-
-    seekable = readable
+    def write(self, data: Any) -> int:
+        self.pieces.append(data)
+        return len(data)
 
 
 class IpcWriter:
-    """Writes one Arrow IPC stream; each call hands whole messages to *write* at once.
+    """Writes one Arrow IPC stream of *schema*: each call hands whole messages, a list of buffers, to *write* at once.
 
     Not safe for use by several threads. The sink stays open and belongs to the caller.
-
-    Args:
-        write: Takes a list of buffers, to be written one after the other.
-        schema: Schema of every batch.
     """
 
     def __init__(self, write: Callable[[list[_Buffer]], object], schema: pa.Schema) -> None:
         self.schema = schema
         self._write = write
-        self._pieces = _Pieces()
+        self._file = _Pieces()
         self._writer: ipc.RecordBatchStreamWriter | None = None
-
-    def _open(self) -> ipc.RecordBatchStreamWriter:
-        if self._writer is None:
-            self._writer = ipc.new_stream(cast("Any", self._pieces), self.schema)
-        return self._writer
 
     def write(self, batch: pa.RecordBatch, metadata: _Metadata | pa.KeyValueMetadata | None = None) -> None:
         """Write one batch (schema first, if this is the first); *metadata* becomes the message's own."""
@@ -1531,12 +1082,13 @@ class IpcWriter:
 
     def write_all(self, items: Iterable[tuple[pa.RecordBatch, Any]], *, close: bool = False) -> None:
         """Write several batches, and the end marker if *close*, in one call of the sink."""
-        writer = self._open()
+        if self._writer is None:
+            self._writer = ipc.new_stream(self._file, self.schema)
         for batch, metadata in items:
-            writer.write_batch(batch, custom_metadata=metadata)
+            self._writer.write_batch(batch, custom_metadata=metadata)
         if close:
-            writer.close()
-        pieces = self._pieces.take()
+            self._writer.close()
+        pieces, self._file.pieces = self._file.pieces, []
         if pieces:
             self._write(pieces)
 
@@ -1551,46 +1103,33 @@ def stream_bytes(schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]])
     IpcWriter(pieces.extend, schema).write_all(items, close=True)
     return b"".join(pieces)
 
+_TYPE_SPELLING = {"double": "float64", "halffloat": "float16", "float": "float32", "string": "utf8"}
 
 def _type_text(kind: pa.DataType) -> str:
     """An Arrow type as pyarrow's constructors spell it: ``float64``, where its own text says ``double``."""
     return re.sub(r"\b(double|halffloat|float|string)\b", lambda m: _TYPE_SPELLING[m[1]], str(kind))
 
-
-_TYPE_SPELLING = {"double": "float64", "halffloat": "float16", "float": "float32", "string": "utf8"}
-
-
 def _schema_text(schema: pa.Schema) -> str:
     """A schema on one line: ``(a: float64 not null, b: utf8)``."""
     return "(" + ", ".join(f"{f.name}: {_type_text(f.type)}{'' if f.nullable else ' not null'}" for f in schema) + ")"
 
-
-def conform_batch(batch: object, schema: pa.Schema, where: str, *, cast_values: bool) -> pa.RecordBatch:
+def conform_batch(batch: Any, schema: pa.Schema, where: str, *, cast_values: bool) -> pa.RecordBatch:
     """Return *batch* under *schema*: same names in the same order, no null where none is allowed.
 
-    Args:
-        batch: What came.
-        schema: What was declared.
-        where: Begins the error text.
-        cast_values: Whether types may differ when every value survives a safe cast (exchange input) or not (output).
-
-    Raises:
-        ParameterError: Names, types or nulls differ; the text says what was expected and what came.
+    With *cast_values* types may differ where every value survives a safe cast (exchange input), else they may not (output).
+    `ParameterError` begins with *where* and says what was expected and what came.
     """
     if not isinstance(batch, pa.RecordBatch):
         raise ParameterError(f"{where}: expected a pyarrow.RecordBatch, got {type(batch).__name__}")
-    if batch.schema is schema or batch.schema.equals(schema):
-        arrays = batch.columns if any(not f.nullable for f in schema) else []
-    elif batch.schema.names != schema.names:
-        raise ParameterError(f"{where}: expected columns {_schema_text(schema)}, got {_schema_text(batch.schema)}")
-    else:
+    if not (batch.schema is schema or batch.schema.equals(schema)):
+        if batch.schema.names != schema.names:
+            raise ParameterError(f"{where}: expected columns {_schema_text(schema)}, got {_schema_text(batch.schema)}")
         arrays = [_conform_column(a, f, where, cast_values) for a, f in zip(batch.columns, schema)]
-        batch = pa.RecordBatch.from_arrays(arrays, schema=schema) if arrays else batch
-    for array_, column in zip(arrays, schema):
-        if not column.nullable and array_.null_count:
-            raise ParameterError(f"{where}: column {column.name!r}: expected {column.type} without nulls, got a null")
+        batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+    for i, column in enumerate(schema):
+        if not column.nullable:
+            _without_nulls(batch.column(i), column, where)
     return batch
-
 
 def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values: bool) -> pa.Array:
     if column.type.equals(wanted.type):
@@ -1611,24 +1150,15 @@ def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values:
 # Law: a codec is built once per annotation and cached; a value that does not fit raises _Mismatch, to which each
 # container on the way out adds its part of the path, so that the text reads `Order.lines[0].price: expected ..., got ...`.
 
-
 @dataclass(frozen=True)
 class ArrowType:
-    """Says which Arrow type a field or parameter has: ``Annotated[int, ArrowType(pa.int32())]``.
-
-    Attributes:
-        arrow_type: Exactly this type goes on the wire.
-        nullable: Overrides what the annotation says; ``None`` leaves it.
-    """
-
-    arrow_type: pa.DataType
-    nullable: bool | None = None
-
+    """Says which Arrow type a field or parameter has: ``Annotated[int, ArrowType(pa.int32())]``."""
+    arrow_type: pa.DataType  # exactly this type goes on the wire
+    nullable: bool | None = None  # overrides what the annotation says; None leaves it
 
 @dataclass(frozen=True)
 class Transient:
     """Marks a dataclass field that is not serialised: ``Annotated[T, Transient()]``; on reading it takes its default."""
-
 
 class _Mismatch(Exception):
     """A value that does not fit its codec; containers prepend to *path* on the way out."""
@@ -1644,32 +1174,29 @@ class _Mismatch(Exception):
     def error(self, where: str) -> ParameterError:
         return ParameterError(f"{where}{self.path}: expected {self.expected}, got {self.got}")
 
-
 def _got(value: object) -> str:
     return "None" if value is None else type(value).__name__
+
+def _expect(value: object, accepted: type | tuple[type, ...], expected: str) -> None:
+    if not isinstance(value, accepted):
+        raise _Mismatch(expected, _got(value))
+
+def _of_field(name: str, convert: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return convert(value)
+    except _Mismatch as exc:
+        raise exc.under(f".{name}") from None
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How values of one annotation travel.
-
-    Attributes:
-        arrow_type: Type of the column.
-        nullable: Whether ``None`` is a value.
-        encode: Python value to what ``pa.array`` takes for `arrow_type`; raises `_Mismatch`.
-        decode: What ``to_pylist`` gives to the Python value; raises `_Mismatch`.
-        plain: Exact Python types on which `encode` changes nothing, so that a list of them is passed on as it is.
-        decodes_plain: Whether `decode` changes nothing but to refuse ``None``.
-        parts: Yields (step, codec, value) of a container's members; only used to find the one that failed.
-    """
-
+    """How values of one annotation travel; encoding and decoding raise `_Mismatch`."""
     arrow_type: pa.DataType
-    nullable: bool
-    encode: Callable[[Any], Any]
-    decode: Callable[[Any], Any]
-    plain: frozenset[type] = frozenset()
-    decodes_plain: bool = False
-    parts: Callable[[Any], Iterable[tuple[str, Codec, Any]]] | None = None
+    nullable: bool  # whether None is a value
+    encode: Callable[[Any], Any]  # Python value to what pa.array takes for arrow_type
+    decode: Callable[[Any], Any]  # what to_pylist gives to the Python value
+    plain: frozenset[type] = frozenset()  # types that encode leaves as they are: a list of them is passed on whole
+    decodes_plain: bool = False  # decode changes nothing, and refuses None at most
     fixed_nullability: bool = False  # ArrowType(..., nullable=...) beats an Optional around it
 
     @property
@@ -1683,25 +1210,12 @@ class Codec:
         try:
             return _array(encoded, self.arrow_type)
         except _ARROW_FAILURES as exc:
-            for value in values:
-                self._find_failure(value)
-            raise _Mismatch(self.expected, _text_of(exc)) from None
+            found = filter(None, (_failure(value, self.arrow_type) for value in encoded))
+            raise next(found, _Mismatch(self.expected, _text_of(exc))) from None
 
-    def _find_failure(self, value: Any) -> None:
-        for step, codec, member in self.parts(value) if self.parts and value is not None else ():
-            try:
-                codec._find_failure(member)
-            except _Mismatch as exc:
-                raise exc.under(step) from None
-        try:
-            pa.array([self.encode(value)], type=self.arrow_type)
-        except _ARROW_FAILURES as exc:
-            shown = repr(value) if isinstance(value, (int, float)) else _got(value)
-            raise _Mismatch(self.expected, f"{shown} ({_text_of(exc)})") from None
-
-    def from_array(self, column: pa.Array, row: int = 0) -> Any:
-        """Decode one row of *column*; a column of another type is accepted when its value fits all the same."""
-        value = self.decode(column.slice(row, 1).to_pylist()[0] if row or len(column) != 1 else column.to_pylist()[0])
+    def from_array(self, column: pa.Array) -> Any:
+        """Decode a column of one row; one of another type is accepted when its value fits all the same."""
+        value = self.decode(column.to_pylist()[0])
         if column.type != self.arrow_type and not (value is None and self.nullable):
             self.to_array([value])
         return value
@@ -1730,6 +1244,26 @@ def _filler(kind: pa.DataType) -> Any:
     return pa.Array.from_buffers(leaf, 1, [None, *[pa.py_buffer(bytes(64))] * (leaf.num_buffers - 1)])[0].as_py()
 
 
+def _failure(value: Any, kind: pa.DataType) -> _Mismatch | None:
+    """Find the innermost part of an encoded value that pyarrow does not take for its type; ``None`` when it takes all."""
+    members: list[tuple[str, Any, pa.DataType]] = []
+    if isinstance(value, list) and pa.types.is_list(kind):
+        members = [(f"[{i}]", v, kind.value_type) for i, v in enumerate(value)]
+    elif isinstance(value, list) and pa.types.is_map(kind):
+        members = [m for k, v in value for m in (("<key>", k, kind.key_type), (f"[{k!r:.40}]", v, kind.item_type))]
+    elif isinstance(value, dict) and pa.types.is_struct(kind):
+        members = [(f".{f.name}", value.get(f.name), f.type) for f in kind]
+    for step, member, member_kind in members:
+        found = _failure(member, member_kind)
+        if found:
+            return found.under(step)
+    try:
+        pa.array([value], type=kind)
+    except _ARROW_FAILURES as exc:
+        shown = repr(value) if isinstance(value, (int, float)) else _got(value)
+        return _Mismatch(_type_text(kind), f"{shown} ({_text_of(exc)})")
+    return None
+
 def _hints(owner: Any) -> dict[str, Any]:
     """The resolved annotations of a class or function; an unresolvable name is reported with its owner."""
     try:
@@ -1739,10 +1273,8 @@ def _hints(owner: Any) -> dict[str, Any]:
         hint = " (define the types that annotations name at module level)" if isinstance(exc, NameError) else ""
         raise TypeError(f"{name}: its annotations do not resolve: {_text_of(exc)}{hint}") from exc
 
-
 def _annotation_text(annotation: object) -> str:
     return annotation.__qualname__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
-
 
 def _split_optional(annotation: Any) -> tuple[Any, bool]:
     """``T | None`` -> (T, True); anything else -> (annotation, False)."""
@@ -1753,53 +1285,48 @@ def _split_optional(annotation: Any) -> tuple[Any, bool]:
             return rest[0], True
     return annotation, False
 
-
 def _unboxed(value: Any) -> Any:
     """A Python value out of a numpy or pyarrow scalar; anything else as it is."""
-    module = type(value).__module__.partition(".")[0]
-    if module == "numpy" and hasattr(value, "item"):
+    if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "item"):
         return value.item()
     return value.as_py() if isinstance(value, pa.Scalar) else value
 
-
-_SCALARS: dict[type, tuple[pa.DataType, tuple[type, ...], Callable[[Any], Any]]] = {
-    # annotation: Arrow type, what is accepted, how an accepted value that is not exactly one becomes one
-    bool: (pa.bool_(), (bool,), bool),
-    int: (pa.int64(), (int,), int),
-    float: (pa.float64(), (float, int), float),
-    str: (pa.utf8(), (str,), str),
-    bytes: (pa.binary(), (bytes, bytearray, memoryview), bytes),
+_SCALARS: dict[Any, tuple[pa.DataType, tuple[type, ...]]] = {  # annotation: Arrow type, what is accepted
+    bool: (pa.bool_(), (bool,)),
+    int: (pa.int64(), (int,)),
+    float: (pa.float64(), (float, int)),
+    str: (pa.utf8(), (str,)),
+    bytes: (pa.binary(), (bytes, bytearray, memoryview)),
 }
 
-
-def _scalar_codec(kind: type) -> Codec:
-    arrow_type, accepted, convert = _SCALARS[kind]
+def _scalar_codec(kind: Callable[[Any], Any]) -> Codec:
+    arrow_type, accepted = _SCALARS[kind]
     expected = _type_text(arrow_type)
-
+    def fits(value: Any) -> bool:
+        return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
     def encode(value: Any) -> Any:
         if type(value) is kind:
             return value
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            boxed, value = value, _unboxed(value)
-            if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-                raise _Mismatch(expected, _got(boxed))
+        unboxed = value if fits(value) else _unboxed(value)
+        if not fits(unboxed):
+            raise _Mismatch(expected, _got(value))
         try:
-            return convert(value)
+            return kind(unboxed)
         except OverflowError:
-            raise _Mismatch(expected, f"{value!r:.40} (out of range)") from None
+            raise _Mismatch(expected, f"{unboxed!r:.40} (out of range)") from None
+    plain = frozenset(accepted) if kind is float else frozenset({accepted[0]})
+    return Codec(arrow_type, False, encode, _not_none(expected, _same), plain, decodes_plain=True)
 
-    plain = frozenset({float, int}) if kind is float else frozenset({kind})
-    return Codec(arrow_type, False, encode, _refuse_none(expected), plain, decodes_plain=True)
+def _same(value: Any) -> Any:
+    return value
 
-
-def _refuse_none(expected: str) -> Callable[[Any], Any]:
-    def decode(value: Any) -> Any:
+def _not_none(expected: str, convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return *convert* with a refusal of ``None`` in front."""
+    def checked(value: Any) -> Any:
         if value is None:
             raise _Mismatch(expected, "None")
-        return value
-
-    return decode
-
+        return convert(value)
+    return checked
 
 def _each(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
     """Apply *function* to every element; a mismatch says at which index."""
@@ -1811,119 +1338,75 @@ def _each(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
         raise exc.under(f"[{len(out)}]") from None
     return out
 
-
 def _list_codec(item: Codec, container: type) -> Codec:
     arrow_type = pa.list_(pa.field("item", item.arrow_type))
-    accepted = {list: (list, tuple), set: (set, frozenset), frozenset: (set, frozenset)}[container]
-
+    accepted = (list, tuple) if container is list else (set, frozenset)
+    expected = f"{container.__name__} of {item.expected}"
     def encode(values: Any) -> Any:
-        if not isinstance(values, accepted):
-            raise _Mismatch(f"{container.__name__} of {item.expected}", _got(values))
+        _expect(values, accepted, expected)
         return list(values) if set(map(type, values)) <= item.plain else _each(item.encode, values)
-
     def decode(values: Any) -> Any:
-        if values is None:
-            raise _Mismatch(str(arrow_type), "None")
         plain = item.decodes_plain and (item.nullable or None not in values)
         members = values if plain else _each(item.decode, values)
         return members if container is list else container(members)
-
-    def parts(values: Any) -> Iterable[tuple[str, Codec, Any]]:
-        return ((f"[{i}]", item, v) for i, v in enumerate(values))
-
-    return Codec(arrow_type, False, encode, decode, parts=parts)
-
+    return Codec(arrow_type, False, encode, _not_none(_type_text(arrow_type), decode))
 
 def _dict_codec(key: Codec, value: Codec) -> Codec:
     arrow_type = pa.map_(key.arrow_type, value.arrow_type)
-
-    def pairs(mapping: Any, one: Callable[[Codec], Callable[[Any], Any]]) -> list[tuple[Any, Any]]:
-        out = []
-        encode_key, encode_value = one(key), one(value)
-        for k, v in mapping:
+    expected = f"dict of {key.expected} to {value.expected}"
+    def pairs(items: Any, of_key: Callable[[Any], Any], of_value: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
+        for k, v in items:
             try:
-                out.append((encode_key(k), encode_value(v)))
+                yield of_key(k), of_value(v)
             except _Mismatch as exc:
                 raise exc.under(f"[{k!r:.40}]") from None
-        return out
-
     def encode(mapping: Any) -> Any:
-        if not isinstance(mapping, Mapping):
-            raise _Mismatch(f"dict of {key.expected} to {value.expected}", _got(mapping))
-        return pairs(mapping.items(), operator.attrgetter("encode"))
-
-    def decode(entries: Any) -> Any:
-        if entries is None:
-            raise _Mismatch(str(arrow_type), "None")
-        return dict(pairs(entries, operator.attrgetter("decode")))
-
-    def parts(mapping: Any) -> Iterable[tuple[str, Codec, Any]]:
-        for k, v in mapping.items():
-            yield "<key>", key, k
-            yield f"[{k!r:.40}]", value, v
-
-    return Codec(arrow_type, False, encode, decode, parts=parts)
-
+        _expect(mapping, Mapping, expected)
+        return list(pairs(mapping.items(), key.encode, value.encode))
+    decode = _not_none(_type_text(arrow_type), lambda entries: dict(pairs(entries, key.decode, value.decode)))
+    return Codec(arrow_type, False, encode, decode)
 
 def _enum_codec(kind: type[enum.Enum]) -> Codec:
     members = kind.__members__
     expected = f"{kind.__name__} ({', '.join(list(members)[:8])}{', …' if len(members) > 8 else ''})"
-
     def encode(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise _Mismatch(expected, _got(value))
+        _expect(value, kind, expected)
         return value.name
-
     def decode(name: Any) -> Any:
         try:
             return members[name]
         except (KeyError, TypeError):
             raise _Mismatch(expected, f"{name!r:.60}") from None
-
     return Codec(pa.dictionary(pa.int16(), pa.utf8()), False, encode, decode)
-
 
 def _optional_codec(inner: Codec) -> Codec:
     if inner.fixed_nullability:
         return inner
-
-    def encode(value: Any) -> Any:
-        return None if value is None else inner.encode(value)
-
-    def decode(value: Any) -> Any:
-        return None if value is None else inner.decode(value)
-
+    def or_none(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda value: None if value is None else convert(value)
     plain = inner.plain | {type(None)} if inner.plain else inner.plain
-    return dataclasses.replace(inner, nullable=True, encode=encode, decode=decode, plain=plain)
+    return dataclasses.replace(inner, nullable=True, encode=or_none(inner.encode), decode=or_none(inner.decode), plain=plain)
 
-
-def _exact_codec(annotation: Any, inner: Codec | None, exact: ArrowType) -> Codec:
+def _annotated_codec(annotation: Any, whole: bool) -> Codec:
     """``Annotated[T, ArrowType(t)]``: T's own conversions, where it has any, over exactly the type t."""
-    nullable = exact.nullable if exact.nullable is not None else bool(inner and inner.nullable)
-    if inner is None:
-        base = Codec(exact.arrow_type, False, lambda v: v, lambda v: v, decodes_plain=True)
-    else:
-        base = dataclasses.replace(inner, arrow_type=exact.arrow_type)
-    if nullable and not base.nullable:
+    inner = annotation.__origin__
+    exact = next((m for m in annotation.__metadata__ if isinstance(m, ArrowType)), None)
+    if exact is None:
+        return codec_for(inner, whole=whole)
+    try:
+        base = codec_for(inner)
+    except TypeError:  # datetime and the like: pyarrow itself knows how to convert them
+        base = Codec(exact.arrow_type, _split_optional(inner)[1], _same, _same, decodes_plain=True)
+    if exact.nullable is False or not (exact.nullable or base.nullable):
+        encode, decode = (_not_none(_type_text(exact.arrow_type), convert) for convert in (base.encode, base.decode))
+        base = dataclasses.replace(base, nullable=False, encode=encode, decode=decode, plain=base.plain - {type(None)})
+    elif not base.nullable:
         base = _optional_codec(base)
-    if not nullable:
-        strict, text = base.encode, str(exact.arrow_type)
-
-        def encode(value: Any) -> Any:
-            if value is None:
-                raise _Mismatch(text, "None")
-            return strict(value)
-
-        decode = _refuse_none(text) if base.decodes_plain else base.decode
-        base = dataclasses.replace(base, nullable=False, encode=encode, decode=decode)
-    return dataclasses.replace(base, fixed_nullability=exact.nullable is not None)
-
+    return dataclasses.replace(base, arrow_type=exact.arrow_type, fixed_nullability=exact.nullable is not None)
 
 def _batch_to_bytes(batch: Any) -> bytes:
-    if not isinstance(batch, pa.RecordBatch):
-        raise _Mismatch("pyarrow.RecordBatch", _got(batch))
+    _expect(batch, pa.RecordBatch, "pyarrow.RecordBatch")
     return stream_bytes(batch.schema, [(batch, None)])
-
 
 def _batch_from_bytes(data: Any) -> pa.RecordBatch:
     if not data:
@@ -1932,41 +1415,25 @@ def _batch_from_bytes(data: Any) -> pa.RecordBatch:
     item = reader.next()
     return item[0] if item else empty_batch(reader.schema)
 
-
 def _schema_to_bytes(schema: Any) -> bytes:
-    if not isinstance(schema, pa.Schema):
-        raise _Mismatch("pyarrow.Schema", _got(schema))
-    return schema.serialize().to_pybytes()
-
+    _expect(schema, pa.Schema, "pyarrow.Schema")
+    return cast("bytes", schema.serialize().to_pybytes())
 
 def _schema_from_bytes(data: Any) -> pa.Schema:
     return _schema_facts(bytes(data)).schema if data else EMPTY_SCHEMA
 
-
 def _binary_codec(encode: Callable[[Any], bytes], decode: Callable[[Any], Any]) -> Codec:
     """A value that travels as bytes: what is wrong inside them is said as a mismatch of the value."""
-
     def read(data: Any) -> Any:
-        if data is None:
-            raise _Mismatch("binary", "None")
         try:
             return decode(data)
         except (IPCError, EOFError) as exc:
             raise _Mismatch("an Arrow IPC stream", _text_of(exc)) from None
-
-    return Codec(pa.binary(), False, encode, read)
+    return Codec(pa.binary(), False, encode, _not_none("binary", read))
 
 
 class RowCodec:
-    """Named codecs side by side: one row of a schema to values and back.
-
-    Parameters, results, headers and dataclasses all travel as such a row.
-
-    Attributes:
-        names: Column names in order.
-        codecs: A codec for each.
-        schema: The Arrow schema, 1 row x len(names) columns on the wire.
-    """
+    """Named codecs side by side: one row of `schema` to values and back, as parameters, results and dataclasses travel."""
 
     def __init__(self, fields: Iterable[tuple[str, Codec]]) -> None:
         pairs = list(fields)
@@ -1976,33 +1443,16 @@ class RowCodec:
 
     def to_batch(self, values: Sequence[Any]) -> pa.RecordBatch:
         """Encode one row; raises `_Mismatch` whose path begins with ``.name``."""
-        arrays = []
-        for name, codec, value in zip(self.names, self.codecs, values):
-            try:
-                arrays.append(codec.to_array([value]))
-            except _Mismatch as exc:
-                raise exc.under(f".{name}") from None
+        arrays = [_of_field(n, c.to_array, [v]) for n, c, v in zip(self.names, self.codecs, values)]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
     def from_batch(self, batch: pa.RecordBatch) -> list[Any]:
         """Decode the one row of a batch of this schema; raises `_Mismatch` whose path begins with ``.name``."""
-        values = []
-        for name, codec, column in zip(self.names, self.codecs, batch.columns):
-            try:
-                values.append(codec.from_array(column))
-            except _Mismatch as exc:
-                raise exc.under(f".{name}") from None
-        return values
+        return [_of_field(n, c.from_array, column) for n, c, column in zip(self.names, self.codecs, batch.columns)]
 
 
 class DataclassCodec:
-    """A dataclass as a row and as a struct; built by `dataclass_codec`.
-
-    Attributes:
-        cls: The class.
-        fields: Its serialised fields; `Transient` ones are left out.
-        row: One codec per field, in the order of the fields.
-    """
+    """A dataclass as a row and as a struct; built by `dataclass_codec`."""
 
     def __init__(self, cls: type) -> None:
         self.cls = cls
@@ -2012,36 +1462,30 @@ class DataclassCodec:
         missed = [n for n in vars(cls).get("__annotations__", ()) if n not in {f.name for f in own}]
         if missed and "__dataclass_fields__" not in vars(cls) and not all(_is_classvar(hints.get(n)) for n in missed):
             raise TypeError(f"{cls.__qualname__} has fields ({', '.join(missed)}) but is not decorated with @dataclass")
-        self.fields = [f for f in own if not _is_transient(hints[f.name])]
-        transient = [f for f in own if _is_transient(hints[f.name]) and f.init and not _has_default(f)]
-        if transient:
-            raise TypeError(f"{cls.__qualname__}.{transient[0].name}: a Transient field needs a default to be read back to")
+        self.fields = []  # the serialised ones
         codecs = []
-        for f in self.fields:
+        for f in own:
+            where = f"{cls.__qualname__}.{f.name}"
+            if _is_transient(hints[f.name]):
+                if f.init and not _has_default(f):
+                    raise TypeError(f"{where}: a Transient field needs a default to be read back to")
+                continue
+            self.fields.append(f)
             try:
                 codecs.append((f.name, codec_for(hints[f.name])))
             except TypeError as exc:
-                raise TypeError(f"{cls.__qualname__}.{f.name}: {exc}") from None
-        self.row = RowCodec(codecs)
-        self._get = operator.attrgetter(*self.row.names) if len(codecs) > 1 else None
+                raise TypeError(f"{where}: {exc}") from None
+        self.row = RowCodec(codecs)  # in the order of the fields
 
     def values(self, instance: Any) -> Sequence[Any]:
         """Return the field values of *instance*, in the order of the row."""
-        if not isinstance(instance, self.cls):
-            raise _Mismatch(self.cls.__name__, _got(instance))
-        if self._get is not None:
-            return cast("Sequence[Any]", self._get(instance))
+        _expect(instance, self.cls, self.cls.__name__)
         return [getattr(instance, n) for n in self.row.names]
 
     def to_dict(self, instance: Any) -> dict[str, Any]:
         """Encode for a struct column."""
-        out = {}
-        for name, codec, value in zip(self.row.names, self.row.codecs, self.values(instance)):
-            try:
-                out[name] = codec.encode(value)
-            except _Mismatch as exc:
-                raise exc.under(f".{name}") from None
-        return out
+        row = self.row
+        return {n: _of_field(n, c.encode, v) for n, c, v in zip(row.names, row.codecs, self.values(instance))}
 
     def to_bytes(self, instance: Any) -> bytes:
         """Encode as a whole IPC stream of one row."""
@@ -2049,30 +1493,26 @@ class DataclassCodec:
 
     def from_dict(self, entries: Any) -> Any:
         """Decode a struct: by name, unknown members ignored, absent ones take their default."""
-        if entries is None:
-            raise _Mismatch(self.cls.__name__, "None")
-        return self._build(lambda name, codec: codec.decode(entries[name]), entries)
+        return self._build(lambda codec: codec.decode, entries)
 
     def from_batch(self, batch: pa.RecordBatch) -> Any:
         """Decode the first row of a batch: by name, unknown columns ignored, absent ones take their default."""
         if batch.num_rows > 1:
             raise _Mismatch(f"{self.cls.__name__} (one row)", f"{batch.num_rows} rows")
         columns = dict(zip(batch.schema.names, batch.columns)) if batch.num_rows else {}
-        return self._build(lambda name, codec: codec.from_array(columns[name]), columns)
+        return self._build(lambda codec: codec.from_array, columns)
 
     def from_bytes(self, data: _Buffer, validation: IpcValidation = IpcValidation.FULL) -> Any:
         """Decode an IPC stream of one row; no bytes, or no batch, is a row of defaults."""
         item = IpcReader(BufferSource(data), validation=validation).next() if len(data) else None
         return self.from_batch(item[0] if item else _TICK)
 
-    def _build(self, read: Callable[[str, Codec], Any], present: Mapping[str, Any]) -> Any:
-        values, late = {}, {}
+    def _build(self, reader: Callable[[Codec], Callable[[Any], Any]], present: Mapping[str, Any]) -> Any:
+        values: dict[str, Any] = {}
+        late: dict[str, Any] = {}
         for f, codec in zip(self.fields, self.row.codecs):
             if f.name in present:
-                try:
-                    (values if f.init else late)[f.name] = read(f.name, codec)
-                except _Mismatch as exc:
-                    raise exc.under(f".{f.name}") from None
+                (values if f.init else late)[f.name] = _of_field(f.name, reader(codec), present[f.name])
             elif f.init and not _has_default(f):
                 raise _Mismatch(codec.expected, "no such field, and it has no default").under(f".{f.name}")
         instance = self.cls(**values)
@@ -2080,34 +1520,22 @@ class DataclassCodec:
             object.__setattr__(instance, name, value)
         return instance
 
-    def parts(self, instance: Any) -> Iterable[tuple[str, Codec, Any]]:
-        """The members of an instance, for finding the one that failed."""
-        return ((f".{n}", c, getattr(instance, n)) for n, c in zip(self.row.names, self.row.codecs))
-
 
 def _is_transient(annotation: Any) -> bool:
     return any(isinstance(m, Transient) or m is Transient for m in getattr(annotation, "__metadata__", ()))
 
-
 def _is_classvar(annotation: Any) -> bool:
     return annotation is ClassVar or typing.get_origin(annotation) is ClassVar
-
 
 def _has_default(f: dataclasses.Field[Any]) -> bool:
     return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
 
-
 _building: set[type] = set()
 _codec_lock = threading.RLock()
 
-
 @functools.lru_cache(maxsize=None)
-def dataclass_codec(cls: type) -> DataclassCodec:
-    """Return the codec of a dataclass; built once per class.
-
-    Raises:
-        TypeError: A field's annotation has no Arrow mapping, or the class contains itself.
-    """
+def dataclass_codec(cls: Any) -> DataclassCodec:
+    """Return the codec of a class, built once; `TypeError`: a field has no Arrow mapping, or the class contains itself."""
     with _codec_lock:
         if cls in _building:
             raise TypeError(f"{cls.__qualname__} contains itself; an Arrow struct has a fixed depth")
@@ -2117,41 +1545,21 @@ def dataclass_codec(cls: type) -> DataclassCodec:
         finally:
             _building.discard(cls)
 
-
-_MISSING_MAPPINGS = {  # what would work instead, by the name of the type
-    "list": "list[T], for example list[int]",
-    "dict": "dict[K, V], for example dict[str, float]",
-    "set": "set[T]",
-    "frozenset": "frozenset[T]",
-    "tuple": "list[T], or a dataclass",
-    "datetime": "Annotated[datetime, ArrowType(pa.timestamp('us'))]",
-    "date": "Annotated[date, ArrowType(pa.date32())]",
-    "time": "Annotated[time, ArrowType(pa.time64('us'))]",
+_INSTEAD = {  # what would work, by the name of the type that has no mapping
+    "list": "list[T], for example list[int]", "dict": "dict[K, V], for example dict[str, float]", "set": "set[T]",
+    "frozenset": "frozenset[T]", "tuple": "list[T], or a dataclass", "Table": "pa.RecordBatch, or a stream of batches",
+    "UUID": "Annotated[bytes, ArrowType(pa.binary(16))]", "date": "Annotated[date, ArrowType(pa.date32())]",
+    "datetime": "Annotated[datetime, ArrowType(pa.timestamp('us'))]", "time": "Annotated[time, ArrowType(pa.time64('us'))]",
     "timedelta": "Annotated[timedelta, ArrowType(pa.duration('us'))]",
     "Decimal": "Annotated[Decimal, ArrowType(pa.decimal128(20, 4))]",
-    "UUID": "Annotated[bytes, ArrowType(pa.binary(16))]",
-    "Table": "pa.RecordBatch, or a stream of batches",
 }
-
-
-def _no_mapping(annotation: Any) -> TypeError:
-    name = getattr(typing.get_origin(annotation) or annotation, "__name__", "")
-    instead = _MISSING_MAPPINGS.get(
-        name, "str, bytes, int, float, bool, list, dict, set, Enum, a dataclass, or Annotated[T, ArrowType(...)]"
-    )
-    return TypeError(f"no Arrow type for {_annotation_text(annotation)}; use {instead}")
-
+_MAPPED = "str, bytes, int, float, bool, list, dict, set, Enum, a dataclass, or Annotated[T, ArrowType(...)]"
 
 @functools.lru_cache(maxsize=None)
 def codec_for(annotation: Any, *, whole: bool = False) -> Codec:
-    """Return the codec of an annotation.
+    """Return the codec of an annotation; without a mapping a `TypeError` says what would work.
 
-    Args:
-        annotation: A type of WIRE section 2.
-        whole: For parameters and results, where a dataclass travels as bytes, and not as a struct.
-
-    Raises:
-        TypeError: No mapping; the text says what would work.
+    *whole* is for parameters and results, where a dataclass travels as bytes, and not as a struct.
     """
     if hasattr(annotation, "__supertype__"):  # NewType
         return codec_for(annotation.__supertype__, whole=whole)
@@ -2175,29 +1583,13 @@ def codec_for(annotation: Any, *, whole: bool = False) -> Codec:
         if issubclass(annotation, pa.Schema):
             return _binary_codec(_schema_to_bytes, _schema_from_bytes)
         if issubclass(annotation, ArrowSerializableDataclass) or dataclasses.is_dataclass(annotation):
-            return _dataclass_value_codec(annotation, whole)
-    raise _no_mapping(annotation)
-
-
-def _dataclass_value_codec(cls: type, whole: bool) -> Codec:
-    known = dataclass_codec(cls)
-    if whole:
-        return _binary_codec(known.to_bytes, known.from_bytes)
-    return Codec(pa.struct(list(known.row.schema)), False, known.to_dict, known.from_dict, parts=known.parts)
-
-
-def _annotated_codec(annotation: Any, whole: bool) -> Codec:
-    inner = annotation.__origin__
-    exact = next((m for m in annotation.__metadata__ if isinstance(m, ArrowType)), None)
-    if exact is None:
-        return codec_for(inner, whole=whole)
-    try:
-        return _exact_codec(annotation, codec_for(inner), exact)
-    except TypeError:  # datetime and the like: pyarrow itself knows how to convert them
-        base, optional = _split_optional(inner)
-        codec = _exact_codec(annotation, None, exact)
-        return _optional_codec(codec) if optional and not codec.nullable and exact.nullable is None else codec
-
+            known = dataclass_codec(cast("Any", annotation))
+            if whole:
+                return _binary_codec(known.to_bytes, known.from_bytes)
+            decode = _not_none(annotation.__name__, known.from_dict)
+            return Codec(pa.struct(list(known.row.schema)), False, known.to_dict, decode)
+    instead = _INSTEAD.get(getattr(origin or annotation, "__name__", ""), _MAPPED)
+    raise TypeError(f"no Arrow type for {_annotation_text(annotation)}; use {instead}")
 
 class _SchemaDescriptor:
     """``ARROW_SCHEMA`` of a dataclass: made at first use, as annotations may name classes defined later."""
@@ -2211,20 +1603,13 @@ class ArrowSerializableDataclass:
 
     A subclass is decorated with ``@dataclass`` (frozen or not). Fields have the types of the README's table; a field
     ``Annotated[T, Transient()]`` is not serialised. Reading goes by field name: unknown columns are ignored, absent ones
-    take the field's default.
-
-    Attributes:
-        ARROW_SCHEMA: The Arrow schema, one column per field.
+    take the field's default. An absent field without one, and a value not of its field's type, are a `TypeError` with the path.
     """
 
-    ARROW_SCHEMA: ClassVar[Any] = _SchemaDescriptor()
+    ARROW_SCHEMA: ClassVar[Any] = _SchemaDescriptor()  # one column per field
 
     def serialize_to_bytes(self) -> bytes:
-        """Return an Arrow IPC stream of 1 row x len(fields) columns.
-
-        Raises:
-            TypeError: A field's value does not have the declared type; the text gives the path to it.
-        """
+        """Return an Arrow IPC stream of 1 row x len(fields) columns."""
         try:
             return dataclass_codec(type(self)).to_bytes(self)
         except _Mismatch as exc:
@@ -2236,12 +1621,7 @@ class ArrowSerializableDataclass:
 
     @classmethod
     def deserialize_from_bytes(cls: type[_T], data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL) -> _T:
-        """Read what `serialize_to_bytes` wrote.
-
-        Raises:
-            IPCError: Not an Arrow IPC stream.
-            TypeError: A field is absent and has no default, or does not have the declared type.
-        """
+        """Read what `serialize_to_bytes` wrote; `IPCError` when it is no Arrow IPC stream."""
         try:
             return cast("_T", dataclass_codec(cls).from_bytes(data, ipc_validation))
         except EOFError:
@@ -2251,21 +1631,15 @@ class ArrowSerializableDataclass:
 
     @classmethod
     def deserialize_from_batch(
-        cls: type[_T],
-        batch: pa.RecordBatch,
-        custom_metadata: pa.KeyValueMetadata | None = None,
-        *,
+        cls: type[_T], batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None, *,
         ipc_validation: IpcValidation = IpcValidation.FULL,
     ) -> _T:
-        """Read the one row of *batch* (1 x any columns); the metadata is not looked at.
-
-        Raises:
-            TypeError: As `deserialize_from_bytes`.
-        """
+        """Read the one row of *batch* (1 x any columns), without a look at the metadata; raises as `deserialize_from_bytes`."""
         try:
             return cast("_T", dataclass_codec(cls).from_batch(batch))
         except _Mismatch as exc:
             raise exc.error(cls.__name__) from None
+
 
 
 # ============================================================================
@@ -2277,7 +1651,6 @@ class ArrowSerializableDataclass:
 
 class TransportKind(str, enum.Enum):
     """How a call came in."""
-
     PIPE = "pipe"
     UNIX = "unix"
     TCP = "tcp"
@@ -2285,7 +1658,6 @@ class TransportKind(str, enum.Enum):
 
     def __str__(self) -> str:
         return self.value
-
 
 class ServeStartHook(Protocol):
     """An implementation with this method hears, once per kind of transport, that serving begins."""
@@ -2296,19 +1668,11 @@ class ServeStartHook(Protocol):
 
 @dataclass(frozen=True)
 class AuthContext:
-    """Who is calling.
-
-    Attributes:
-        domain: The scheme or issuer that vouches, ``None`` for nobody.
-        authenticated: Whether anybody vouches.
-        principal: Name of the caller within the domain.
-        claims: Further facts, as the authenticator found them.
-    """
-
-    domain: str | None
-    authenticated: bool
-    principal: str | None = None
-    claims: Mapping[str, Any] = field(default_factory=dict)
+    """Who is calling."""
+    domain: str | None  # the scheme or issuer that vouches, None for nobody
+    authenticated: bool  # whether anybody vouches
+    principal: str | None = None  # name of the caller within the domain
+    claims: Mapping[str, Any] = field(default_factory=dict)  # further facts, as the authenticator found them
 
     @classmethod
     def anonymous(cls) -> AuthContext:
@@ -2320,11 +1684,9 @@ class AuthContext:
         if not self.authenticated:
             raise StatusError("authentication required", code=Code.UNAUTHENTICATED)
 
-
 _ANONYMOUS = AuthContext(None, False)
 ClientLog = Callable[[Message], None]
 _current_context: contextvars.ContextVar[CallContext | None] = contextvars.ContextVar("vgi_rpc_call", default=None)
-
 
 def current_auth() -> AuthContext:
     """Return who calls the method that runs now; anonymous outside of one."""
@@ -2332,64 +1694,25 @@ def current_auth() -> AuthContext:
     return ctx.auth if ctx is not None else _ANONYMOUS
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class CallContext:
-    """What a method or state may ask about the call it serves: declare a parameter ``ctx: CallContext``.
+    """What a method may ask about its call, by a parameter ``ctx: CallContext``; used by the thread that runs the method."""
+    auth: AuthContext  # who calls
+    emit_client_log: ClientLog  # sends a Message to the client's on_log
+    transport_metadata: Mapping[str, Any] = None  # type: ignore[assignment]  # remote_addr, traceparent, tracestate
+    _: dataclasses.KW_ONLY
+    server_id: str = ""  # 12 hex characters, one per server
+    method_name: str = ""
+    protocol_name: str = ""
+    kind: TransportKind | None = None  # transport of the call
+    implementation: Any = None  # the object that serves the protocol
+    request_id: str = ""  # in the client's errors and in the access log
+    deadline: float | None = None  # when the client stops waiting, seconds of time.monotonic(); None for never
+    response_limit_bytes: int | None = None  # what client and server accept as one answer over HTTP; None for any size
+    _gone: Callable[[], bool] | None = None
 
-    One object per call, used by the thread that runs the method.
-
-    Attributes:
-        auth: Who calls.
-        emit_client_log: Sends a `Message` to the client's ``on_log``.
-        transport_metadata: Facts of the transport: ``remote_addr``, ``traceparent``, ``tracestate`` where known.
-        server_id: 12 hex characters, one per server.
-        method_name: Name of the method.
-        protocol_name: Name of the protocol.
-        kind: Transport of the call.
-        implementation: The object that serves the protocol.
-        request_id: Id of the request, in the client's errors and in the access log.
-        deadline: When the client stops waiting, in seconds of ``time.monotonic()``; ``None`` for never.
-        response_limit_bytes: What the client and the server accept as one answer over HTTP; ``None`` for any size.
-    """
-
-    __slots__ = (
-        "_gone",
-        "auth",
-        "deadline",
-        "emit_client_log",
-        "implementation",
-        "kind",
-        "method_name",
-        "protocol_name",
-        "request_id",
-        "response_limit_bytes",
-        "server_id",
-        "transport_metadata",
-    )
-
-    def __init__(
-        self,
-        auth: AuthContext,
-        emit_client_log: ClientLog,
-        transport_metadata: Mapping[str, Any] | None = None,
-        *,
-        server_id: str = "",
-        method_name: str = "",
-        protocol_name: str = "",
-        kind: TransportKind | None = None,
-        implementation: Any = None,
-    ) -> None:
-        self.auth = auth
-        self.emit_client_log = emit_client_log
-        self.transport_metadata: Mapping[str, Any] = transport_metadata or {}
-        self.server_id = server_id
-        self.method_name = method_name
-        self.protocol_name = protocol_name
-        self.kind = kind
-        self.implementation = implementation
-        self.request_id = ""
-        self.deadline: float | None = None
-        self.response_limit_bytes: int | None = None
-        self._gone: Callable[[], bool] | None = None
+    def __post_init__(self) -> None:
+        self.transport_metadata = self.transport_metadata or {}
 
     def client_log(self, level: Level, message: str, **extra: str) -> None:
         """Send a log line to the client; it arrives before the answer of this turn."""
@@ -2398,9 +1721,8 @@ class CallContext:
     @property
     def cancelled(self) -> bool:
         """Whether nobody waits for the answer any more: the deadline has passed or the client has gone."""
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            return True
-        return self._gone is not None and self._gone()
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        return late or (self._gone is not None and self._gone())
 
     @property
     def logger(self) -> logging.LoggerAdapter[logging.Logger]:
@@ -2411,17 +1733,7 @@ class CallContext:
 
 @dataclass
 class CallStatistics:
-    """What went through one call; bytes are those of the batches' buffers, not of the wire.
-
-    Attributes:
-        input_batches: Batches received.
-        output_batches: Batches sent.
-        input_rows: Rows received.
-        output_rows: Rows sent.
-        input_bytes: Bytes received.
-        output_bytes: Bytes sent.
-    """
-
+    """Batches, rows and bytes received and sent in one call; bytes are those of the batches' buffers, not of the wire."""
     input_batches: int = 0
     output_batches: int = 0
     input_rows: int = 0
@@ -2443,80 +1755,52 @@ class CallStatistics:
 
 
 class OutputCollector:
-    """Collects what one turn of a stream sends: any number of logs and exactly one data batch.
+    """Collects what one turn of a stream sends: any number of logs and exactly one data batch. For one thread.
 
-    Made by the server for each turn and used by one thread.
-
-    Args:
-        output_schema: Schema of the stream's output.
-        producer_mode: Whether the stream may `finish` (a producer) or is ended by the client (an exchange).
+    *producer_mode* tells whether the stream may `finish` (a producer) or is ended by the client (an exchange).
     """
 
     def __init__(self, output_schema: pa.Schema, *, producer_mode: bool = True) -> None:
-        self._schema = output_schema
-        self._producer_mode = producer_mode
+        self.output_schema, self._producer_mode = output_schema, producer_mode
+        self.finished = False  # whether `finish` was called in this turn
+        self.messages: list[Message] = []
         self._data: pa.RecordBatch | None = None
         self._metadata: dict[bytes, bytes] | None = None
-        self._finished = False
-        self.messages: list[Message] = []
-
-    @property
-    def output_schema(self) -> pa.Schema:
-        """Schema of the stream's output."""
-        return self._schema
-
-    @property
-    def finished(self) -> bool:
-        """Whether `finish` was called in this turn."""
-        return self._finished
 
     @property
     def data_batch(self) -> AnnotatedBatch | None:
         """The data batch of this turn, once it was emitted."""
-        if self._data is None:
-            return None
-        return AnnotatedBatch(self._data, pa.KeyValueMetadata(self._metadata) if self._metadata else None)
-
-    def _may_emit(self) -> None:
-        if self._finished:
-            raise RuntimeError("emit after finish(): a finished stream sends nothing more")
-        if self._data is not None:
-            raise RuntimeError("emit called twice in one turn: a turn sends exactly one data batch")
+        metadata = pa.KeyValueMetadata(self._metadata) if self._metadata else None
+        return None if self._data is None else AnnotatedBatch(self._data, metadata)
 
     def emit(self, batch: pa.RecordBatch, metadata: Mapping[str, str] | None = None) -> None:
         """Send *batch* (any rows x the columns of the output schema) with its own metadata.
 
-        Raises:
-            RuntimeError: The second batch of this turn, or after `finish`.
-            TypeError: Not a record batch of the output schema.
+        Raises `RuntimeError` for a second batch in this turn or one after `finish`, `TypeError` for another schema.
         """
-        self._may_emit()
-        self._data = conform_batch(batch, self._schema, "emit", cast_values=False)
-        if metadata:
-            self._metadata = {_as_bytes(k): _as_bytes(v) for k, v in dict(metadata).items()}
+        if self.finished:
+            raise RuntimeError("emit after finish(): a finished stream sends nothing more")
+        if self._data is not None:
+            raise RuntimeError("emit called twice in one turn: a turn sends exactly one data batch")
+        self._data = conform_batch(batch, self.output_schema, "emit", cast_values=False)
+        self._metadata = {_as_bytes(k): _as_bytes(v) for k, v in dict(metadata).items()} if metadata else None
 
     def emit_arrays(self, arrays: Sequence[pa.Array], metadata: Mapping[str, str] | None = None) -> None:
         """Send columns, in the order of the output schema; raises as `emit`."""
-        self._may_emit()
-        if len(arrays) != len(self._schema):
-            raise ParameterError(f"emit_arrays: expected {len(self._schema)} columns, got {len(arrays)}")
-        batch = _batch_from_pydict(dict(zip(self._schema.names, arrays)), self._schema, "emit_arrays")
-        self.emit(batch, metadata)
+        schema = self.output_schema
+        if len(arrays) != len(schema):
+            raise ParameterError(f"emit_arrays: expected {len(schema)} columns, got {len(arrays)}")
+        self.emit(_batch_from_pydict(dict(zip(schema.names, arrays)), schema, "emit_arrays"), metadata)
 
     def emit_pydict(self, data: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
         """Send ``{column: values}``; raises as `emit`."""
-        self._may_emit()
-        self.emit(_batch_from_pydict(data, self._schema, "emit_pydict"), metadata)
+        self.emit(_batch_from_pydict(data, self.output_schema, "emit_pydict"), metadata)
 
     def finish(self) -> None:
-        """End a producer's stream after this turn; a batch emitted in the same turn is still sent.
-
-        Raises:
-            RuntimeError: In an exchange, which its client ends.
-        """
+        """End a producer's stream after this turn, whose batch is still sent; raises `RuntimeError` in an exchange."""
         if not self._producer_mode:
             raise RuntimeError("finish() in an exchange: the client ends an exchange, by closing it")
-        self._finished = True
+        self.finished = True
 
     def client_log(self, level: Level, message: str, **extra: str) -> None:
         """Send a log line to the client's ``on_log``, before this turn's data."""
@@ -2528,22 +1812,18 @@ class OutputCollector:
 
     def validate(self) -> None:
         """Raise `RuntimeError` when the turn broke the rule of one data batch."""
-        if self._data is None and not self._finished:
+        if self._data is None and not self.finished:
             rule = "emit one data batch or call finish()" if self._producer_mode else "emit exactly one data batch"
             raise RuntimeError(f"nothing emitted: each turn must {rule}")
-
 
 def _as_bytes(value: object) -> bytes:
     return value if isinstance(value, bytes) else str(value).encode("utf-8", "backslashreplace")
 
 
 class StreamState(ArrowSerializableDataclass):
-    """What a stream remembers between turns: a dataclass whose fields are serialised over HTTP and stay put elsewhere.
+    """What a stream remembers between turns: a dataclass whose fields are serialised over HTTP and stay put elsewhere."""
 
-    Attributes:
-        CALL_STATE_TYPE: Dataclass of the part that never changes (``Stream(call_state=...)``): sent once, sealed on its own.
-    """
-
+    # Dataclass of the part that never changes (Stream(call_state=...)): sent once, sealed on its own.
     CALL_STATE_TYPE: ClassVar[type[ArrowSerializableDataclass] | None] = None
 
     def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
@@ -2559,7 +1839,6 @@ class StreamState(ArrowSerializableDataclass):
     def bind_call_state(self, call_state: Any) -> None:
         """Called with the stream's call state before the first turn and after each reading back."""
 
-
 class ProducerState(StreamState):
     """State of a stream that the server pushes: override `produce`."""
 
@@ -2569,7 +1848,6 @@ class ProducerState(StreamState):
     def produce(self, out: OutputCollector, ctx: CallContext) -> None:
         """Emit one batch, or call ``out.finish()``."""
         raise TypeError(f"{type(self).__name__} defines no produce()")
-
 
 class ExchangeState(StreamState):
     """State of a stream in which each input batch is answered by one: override `exchange`."""
@@ -2588,73 +1866,41 @@ if typing.TYPE_CHECKING:
     _S = typing_extensions.TypeVar("_S", bound=StreamState)
     _H = typing_extensions.TypeVar("_H", default=None)
 else:
-    _S = TypeVar("_S")
-    _H = TypeVar("_H")
+    _S, _H = TypeVar("_S"), TypeVar("_H")
 
 
 @dataclass
 class Stream(Generic[_S, _H]):
-    """What a streaming method returns: ``Stream[State]`` or ``Stream[State, Header]``.
-
-    On the client the same annotation stands for a `StreamSession`, whose methods are declared here for type checkers.
-
-    Attributes:
-        output_schema: Schema of every batch sent; decided at call time.
-        state: The state whose ``process`` serves each turn.
-        input_schema: Schema of the client's batches; empty for a producer.
-        header: Sent once, before the data, when the method declares one.
-        call_state: The part of the state that never changes (see `StreamState`).
-    """
-
-    output_schema: pa.Schema
-    state: _S
-    input_schema: pa.Schema = EMPTY_SCHEMA
-    header: _H | None = None
-    call_state: Any = None
-
-    if not typing.TYPE_CHECKING:
-
-        def __class_getitem__(cls, parameters: Any) -> Any:
-            return super().__class_getitem__(parameters if isinstance(parameters, tuple) else (parameters, type(None)))
+    """What a streaming method returns: ``Stream[State]`` or ``Stream[State, Header]``; a client gets a `StreamSession`."""
+    output_schema: pa.Schema  # of every batch sent; decided at call time
+    state: _S  # whose process() serves each turn
+    input_schema: pa.Schema = EMPTY_SCHEMA  # of the client's batches; empty for a producer
+    header: _H | None = None  # sent once, before the data, when the method declares one
+    call_state: Any = None  # the part of the state that never changes, see StreamState
 
     @property
     def is_producer(self) -> bool:
         """Whether turns run on ticks: nothing comes in, and the state is not an exchange's."""
         return not len(self.input_schema) and not isinstance(self.state, ExchangeState)
 
-    def _client_side(self, *_: Any) -> Any:
-        raise TypeError("a Stream is what a method returns; iterate or exchange on the session that a proxy returns")
+    if typing.TYPE_CHECKING:  # to a client's type checker a Stream is the StreamSession that the proxy returns
+        def __iter__(self) -> Iterator[AnnotatedBatch]: ...
+        def __enter__(self) -> Stream[_S, _H]: ...
+        def __exit__(self, *exc: object) -> None: ...
+        def exchange(self, input: AnnotatedBatch) -> AnnotatedBatch: ...
+        def tick(self, custom_metadata: pa.KeyValueMetadata | None = None) -> AnnotatedBatch: ...
+        def typed_header(self, header_type: type[_T]) -> _T: ...
+        def close(self) -> None: ...
+        def cancel(self) -> None: ...
+    else:
+        def __class_getitem__(cls, parameters):
+            return super().__class_getitem__(parameters if isinstance(parameters, tuple) else (parameters, type(None)))
 
-    def __iter__(self) -> Iterator[AnnotatedBatch]:
-        """See `StreamSession.__iter__`."""
-        return cast("Iterator[AnnotatedBatch]", self._client_side())
+        def _client_side(self, *_, **__):
+            """See the method of this name in `StreamSession`; a server's `Stream` has none and raises `TypeError`."""
+            raise TypeError("a Stream is what a method returns; iterate or exchange on the session that a proxy returns")
 
-    def __enter__(self) -> Stream[_S, _H]:
-        """See `StreamSession`."""
-        return cast("Stream[_S, _H]", self._client_side())
-
-    def __exit__(self, *exc: object) -> None:
-        """See `StreamSession`."""
-
-    def exchange(self, input: AnnotatedBatch) -> AnnotatedBatch:
-        """See `StreamSession.exchange`."""
-        return cast("AnnotatedBatch", self._client_side())
-
-    def tick(self, custom_metadata: pa.KeyValueMetadata | None = None) -> AnnotatedBatch:
-        """See `StreamSession.tick`."""
-        return cast("AnnotatedBatch", self._client_side())
-
-    def typed_header(self, header_type: type[_T]) -> _T:
-        """See `StreamSession.typed_header`."""
-        return cast("_T", self._client_side())
-
-    def close(self) -> None:
-        """See `StreamSession.close`."""
-        self._client_side()
-
-    def cancel(self) -> None:
-        """See `StreamSession.cancel`."""
-        self._client_side()
+        __iter__ = __enter__ = __exit__ = exchange = tick = typed_header = close = cancel = _client_side
 
 
 # ============================================================================
@@ -2666,86 +1912,56 @@ class Stream(Generic[_S, _H]):
 
 class MethodType(enum.Enum):
     """Whether a method returns a value or a stream."""
-
     UNARY = "unary"
     STREAM = "stream"
 
 
 @dataclass(frozen=True)
 class RpcMethodInfo:
-    """One method of a Protocol.
-
-    Attributes:
-        name: Its name.
-        params_schema: 1 row x len(parameters) columns.
-        result_schema: 1 row x 1 column ``result``; empty for ``-> None`` and for streams.
-        result_type: The return annotation.
-        method_type: Unary or stream.
-        has_return: Whether a unary method returns something.
-        doc: Its docstring.
-        param_defaults: Defaults by parameter.
-        param_types: Annotations by parameter.
-        param_docs: The ``Args:`` of the docstring, by parameter.
-        header_type: Dataclass of the stream's header.
-        is_exchange: ``True`` or ``False`` where the annotation tells, else ``None``.
-        protocol_name: The protocol's routing name.
-        params: Codecs of the parameters.
-        result: Codec of the result row.
-        header: Codec of the header.
-        idempotency: ``unknown``, ``idempotent`` or ``no_side_effects``.
-        deprecation: ``None``, or why the method should not be used any more.
-    """
-
+    """One method of a Protocol."""
     name: str
-    params_schema: pa.Schema
-    result_schema: pa.Schema
-    result_type: Any
+    params_schema: pa.Schema  # 1 row x len(parameters) columns
+    result_schema: pa.Schema  # 1 row x 1 column "result"; empty for "-> None" and for streams
+    result_type: Any  # the return annotation
     method_type: MethodType
-    has_return: bool
+    has_return: bool  # whether a unary method returns something
     doc: str | None
     param_defaults: dict[str, Any] = field(default_factory=dict)
-    param_types: dict[str, Any] = field(default_factory=dict)
-    param_docs: dict[str, str] = field(default_factory=dict)
-    header_type: type | None = None
-    is_exchange: bool | None = None
-    protocol_name: str = ""
+    param_types: dict[str, Any] = field(default_factory=dict)  # annotations by parameter
+    param_docs: dict[str, str] = field(default_factory=dict)  # the "Args:" of the docstring, by parameter
+    header_type: type | None = None  # dataclass of the stream's header
+    is_exchange: bool | None = None  # None where the annotation does not tell
+    protocol_name: str = ""  # the protocol's routing name
     params: RowCodec = field(default_factory=lambda: RowCodec(()), repr=False)
     result: RowCodec = field(default_factory=lambda: RowCodec(()), repr=False)
     header: DataclassCodec | None = field(default=None, repr=False)
-    idempotency: str = "unknown"
-    deprecation: str | None = None
+    idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
+    deprecation: str | None = None  # why the method should not be used any more
 
     @property
     def kind(self) -> str:
         """One word for people: ``unary``, ``producer``, ``exchange`` or ``stream`` (where the annotation does not tell)."""
-        if self.method_type is MethodType.UNARY:
-            return "unary"
-        return {True: "exchange", False: "producer", None: "stream"}[self.is_exchange]
+        stream = {True: "exchange", False: "producer", None: "stream"}[self.is_exchange]
+        return "unary" if self.method_type is MethodType.UNARY else stream
 
     def signature(self) -> str:
         """Return the Python signature without ``self``, as a person would write it."""
-        parts = []
-        for name, annotation in self.param_types.items():
-            default = f" = {self.param_defaults[name]!r}" if name in self.param_defaults else ""
-            parts.append(f"{name}: {_annotation_text(annotation)}{default}")
+        defaults = {name: f" = {value!r}" for name, value in self.param_defaults.items()}
+        parts = [f"{name}: {_annotation_text(hint)}{defaults.get(name, '')}" for name, hint in self.param_types.items()]
         result = "None" if self.result_type in (None, type(None)) else _annotation_text(self.result_type)
         return f"{self.name}({', '.join(parts)}) -> {result.replace('vgi_rpc.', '').replace(', NoneType]', ']')}"
 
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
 
 def idempotent(function: _Function) -> _Function:
     """Mark a Protocol's method: calling it twice has the effect of calling it once. Shown by reflection."""
     function.__vgi_idempotency__ = "idempotent"  # type: ignore[attr-defined]
     return function
 
-
 def no_side_effects(function: _Function) -> _Function:
     """Mark a Protocol's method: it changes nothing. Shown by reflection."""
     function.__vgi_idempotency__ = "no_side_effects"  # type: ignore[attr-defined]
     return function
-
 
 def deprecated(message: str) -> Callable[[_Function], _Function]:
     """Mark a Protocol's method as one not to use any more; *message* says what to use instead. Shown by reflection."""
@@ -2756,24 +1972,17 @@ def deprecated(message: str) -> Callable[[_Function], _Function]:
 
     return mark
 
-
 def protocol_name_of(protocol: type) -> str:
-    """Return the routing name: the class's own ``protocol_name``, else the class name.
-
-    Raises:
-        ValueError: It does not match the grammar of WIRE section 1.
-    """
+    """Return the class's own ``protocol_name``, else its name; raises `ValueError` unless it suits WIRE section 1."""
     name = vars(protocol).get("protocol_name", protocol.__name__)
     if not isinstance(name, str) or not PROTOCOL_NAME_PATTERN.fullmatch(name):
         raise ValueError(f"protocol name {name!r}: expected letters, digits, '_' and '.', not beginning with a digit")
     return name
 
-
 def _parse_version(text: str) -> tuple[int, int] | None:
     """``MAJOR.MINOR.PATCH`` -> (major, minor); ``None`` for anything else."""
     match = re.fullmatch(r"(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})", text)
     return (int(match[1]), int(match[2])) if match else None
-
 
 def _public_functions(cls: type) -> dict[str, Any]:
     """Public methods of a class by name; those of object, Protocol and Generic are nobody's service."""
@@ -2784,25 +1993,14 @@ def _public_functions(cls: type) -> dict[str, Any]:
     found.pop("on_serve_start", None)
     return found
 
-
 def _is_context(name: str, annotation: Any) -> bool:
     return _split_optional(annotation)[0] is CallContext or (name == "ctx" and annotation is inspect.Parameter.empty)
 
-
 def _doc_arguments(doc: str | None) -> dict[str, str]:
     """The ``Args:`` block of a Google docstring, by parameter."""
-    match = re.search(r"^ *Args:\n((?:(?: +\S.*)?(?:\n|$))+)", inspect.cleandoc(doc or ""), re.M)
-    found: dict[str, str] = {}
-    current = ""
-    for line in match[1].splitlines() if match else ():
-        entry = re.match(r" {2,8}(\w+)(?: *\([^)]*\))?: *(.*)", line)
-        if entry:
-            current = entry[1]
-            found[current] = entry[2]
-        elif current and line.strip():
-            found[current] += " " + line.strip()
-    return found
-
+    block = re.search(r"^ *Args:\n((?:(?: +\S.*)?(?:\n|$))+)", inspect.cleandoc(doc or ""), re.M)
+    entries = re.split(r"^ {2,8}(\w+)(?: *\([^)]*\))?:", block[1] if block else "", flags=re.M)[1:]
+    return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2])}
 
 def _stream_parts(annotation: Any) -> tuple[Any, type | None] | None:
     """``Stream[S, H]`` -> (S, H or None); ``None`` when the annotation is not a stream."""
@@ -2813,26 +2011,21 @@ def _stream_parts(annotation: Any) -> tuple[Any, type | None] | None:
     state, header = typing.get_args(annotation)
     return state, (None if header in (None, type(None)) else header)
 
-
 def _is_exchange(state: Any) -> bool | None:
-    for base, answer in ((ExchangeState, True), (ProducerState, False)):
-        if isinstance(state, type) and issubclass(state, base):
-            return answer
-    return None
-
+    if not isinstance(state, type):
+        return None
+    return True if issubclass(state, ExchangeState) else False if issubclass(state, ProducerState) else None
 
 def _method_info(protocol: str, name: str, function: Any) -> RpcMethodInfo:
     hints = _hints(function)
-    types_: dict[str, Any] = {}
-    defaults: dict[str, Any] = {}
-    codecs = []
+    types_, defaults, codecs = {}, {}, []
     for parameter in list(inspect.signature(function).parameters.values())[1:]:
-        annotation = hints.get(parameter.name, inspect.Parameter.empty)
+        annotation = hints.get(parameter.name, parameter.empty)
         if _is_context(parameter.name, annotation):
             continue
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise TypeError(f"{name}() parameter {parameter}: expected a named parameter, got {parameter.kind.description}")
-        if annotation is inspect.Parameter.empty:
+        if annotation is parameter.empty:
             raise TypeError(f"{name}() parameter {parameter.name!r} has no annotation; the Arrow type comes from it")
         try:
             codecs.append((parameter.name, codec_for(annotation, whole=True)))
@@ -2843,25 +2036,17 @@ def _method_info(protocol: str, name: str, function: Any) -> RpcMethodInfo:
             defaults[parameter.name] = parameter.default
     if "return" not in hints:
         raise TypeError(f"{name}() has no return annotation; write '-> None' if it returns nothing")
-    doc = inspect.getdoc(function)
-    facts: dict[str, Any] = {
-        "name": name,
-        "result_type": hints["return"],
-        "doc": doc,
-        "param_defaults": defaults,
-        "param_types": types_,
-        "param_docs": _doc_arguments(doc),
-        "protocol_name": protocol,
-        "params": RowCodec(codecs),
-        "idempotency": getattr(function, "__vgi_idempotency__", "unknown"),
-        "deprecation": getattr(function, "__vgi_deprecated__", None),
-    }
     try:
-        facts.update(_result_facts(hints["return"]))
+        result_facts = _result_facts(hints["return"])
     except TypeError as exc:
         raise TypeError(f"{name}() result: {exc}") from None
-    return RpcMethodInfo(params_schema=facts["params"].schema, **facts)
-
+    doc, params = inspect.getdoc(function), RowCodec(codecs)
+    return RpcMethodInfo(
+        name=name, protocol_name=protocol, doc=doc, params_schema=params.schema, params=params, param_defaults=defaults,
+        param_types=types_, param_docs=_doc_arguments(doc), result_type=hints["return"], **result_facts,
+        idempotency=getattr(function, "__vgi_idempotency__", "unknown"),
+        deprecation=getattr(function, "__vgi_deprecated__", None),
+    )
 
 def _result_facts(annotation: Any) -> dict[str, Any]:
     """The fields of `RpcMethodInfo` that the return annotation decides."""
@@ -2869,24 +2054,18 @@ def _result_facts(annotation: Any) -> dict[str, Any]:
     if stream:
         state, header = stream
         return {
-            "method_type": MethodType.STREAM,
-            "has_return": False,
-            "result_schema": EMPTY_SCHEMA,
-            "header_type": header,
-            "header": dataclass_codec(header) if header else None,
-            "is_exchange": _is_exchange(state),
+            "method_type": MethodType.STREAM, "has_return": False, "result_schema": EMPTY_SCHEMA, "header_type": header,
+            "header": dataclass_codec(header) if header else None, "is_exchange": _is_exchange(state),
         }
     has_return = annotation not in (None, type(None))
     result = RowCodec([("result", codec_for(annotation, whole=True))] if has_return else ())
     return {"method_type": MethodType.UNARY, "has_return": has_return, "result": result, "result_schema": result.schema}
 
-
 @functools.lru_cache(maxsize=256)
 def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
     """Return the methods of a Protocol class, or of a plain class that serves as its own, by name.
 
-    Raises:
-        TypeError: Annotations that are missing or have no Arrow type; one error names them all.
+    Raises one `TypeError` that names every annotation that is missing or has no Arrow type.
     """
     protocol_name = protocol_name_of(protocol)
     infos, problems = {}, []
@@ -2898,11 +2077,9 @@ def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
     _raise_problems(f"{protocol.__qualname__} cannot be served", problems)
     return types.MappingProxyType(infos)
 
-
 def _raise_problems(what: str, problems: list[str]) -> None:
     if problems:
         raise TypeError(f"{what}: " + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
-
 
 def describe_rpc(protocol: type, *, methods: Mapping[str, RpcMethodInfo] | None = None) -> str:
     """Return a text for people: the protocol's methods with their signatures, schemas and docstrings."""
@@ -2920,47 +2097,34 @@ def describe_rpc(protocol: type, *, methods: Mapping[str, RpcMethodInfo] | None 
 
 class BoundMethod(NamedTuple):
     """A method of a hosted protocol with the function that serves it."""
-
     info: RpcMethodInfo
     hosted: HostedService
     function: Callable[..., Any]
-    context_parameter: str | None
-    state_types: tuple[type, ...]
-
+    context_parameter: str | None  # which parameter gets the CallContext
+    state_types: tuple[type, ...]  # the concrete state classes that the implementation's annotation names
 
 @dataclass
 class HostedService:
-    """One protocol on a server.
-
-    Attributes:
-        name: Routing name.
-        protocol: The Protocol class.
-        version: ``MAJOR.MINOR.PATCH``, empty when the protocol declares none.
-        implementation: The object that serves it.
-        methods: Its methods by name.
-        hash: The family's protocol hash (hex SHA-256), filled in by the server.
-    """
-
-    name: str
+    """One protocol on a server."""
+    name: str  # routing name
     protocol: type
-    version: str
+    version: str  # MAJOR.MINOR.PATCH, empty when the protocol declares none
     implementation: Any
     methods: dict[str, BoundMethod]
-    hash: str = ""
-
+    hash: str = ""  # the family's protocol hash (hex SHA-256), filled in by the server
 
 def bind_implementation(protocol: type, implementation: Any) -> HostedService:
     """Check *implementation* against *protocol* and bind its methods.
 
-    Raises:
-        TypeError: Whatever is missing or does not agree, all of it in one error.
+    Raises one `TypeError` for all that is missing or does not agree, `ValueError` for a malformed name or version.
     """
     name = protocol_name_of(protocol)
     version = getattr(protocol, "protocol_version", "") or ""
     if version and _parse_version(version) is None:
         raise ValueError(f"{name}.protocol_version: expected MAJOR.MINOR.PATCH, got {version!r}")
     if isinstance(implementation, type):
-        raise TypeError(f"expected an instance of {implementation.__qualname__}, got the class; write {implementation.__qualname__}()")
+        wanted = implementation.__qualname__
+        raise TypeError(f"expected an instance of {wanted}, got the class; write {wanted}()")
     service = HostedService(name, protocol, version, implementation, {})
     problems: list[str] = []
     for info in rpc_methods(protocol).values():
@@ -2971,6 +2135,7 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
     _raise_problems(f"{type(implementation).__qualname__} does not implement {name}", problems)
     return service
 
+_CATCH_ALL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
     function = getattr(service.implementation, info.name, None)
@@ -2982,33 +2147,27 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
     except TypeError:
         hints = {}  # an implementation may annotate for its own eyes; the Protocol's annotations decide
     context = next((n for n in parameters if _is_context(n, hints.get(n, parameters[n].annotation)) or n == "ctx"), None)
-    catch_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     problems = []
-    for name in info.param_types:
-        if name not in parameters and not catch_all:
-            problems.append(f"takes no parameter {name!r}{_suggest(name, parameters)}")
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        unknown = [n for n in info.param_types if n not in parameters]
+        problems += [f"takes no parameter {n!r}{_suggest(n, parameters)}" for n in unknown]
     for name, parameter in parameters.items():
-        if name in info.param_types or name == context or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            continue
-        if parameter.default is parameter.empty:
+        expected = name in info.param_types or name == context or parameter.kind in _CATCH_ALL
+        if not expected and parameter.default is parameter.empty:
             problems.append(f"requires {name!r}, which the protocol does not have")
     state_types = _state_types(info, hints.get("return"), problems)
     if problems:
         raise TypeError("; ".join(f"{info.name}() {p}" for p in problems))
     return BoundMethod(info, service, function, context, state_types)
 
-
 def _state_types(info: RpcMethodInfo, returned: Any, problems: list[str]) -> tuple[type, ...]:
     """The concrete state classes that the implementation's annotation names; their fields are checked here."""
     stream = _stream_parts(returned) if returned is not None else _stream_parts(info.result_type)
-    if (stream is not None) != (info.method_type is MethodType.STREAM):
-        if returned is not None:
-            problems.append(f"returns {_annotation_text(returned)}, the protocol says {_annotation_text(info.result_type)}")
+    if returned is not None and (stream is not None) != (info.method_type is MethodType.STREAM):
+        problems.append(f"returns {_annotation_text(returned)}, the protocol says {_annotation_text(info.result_type)}")
+    if stream is None or info.method_type is MethodType.UNARY:
         return ()
-    if stream is None:
-        return ()
-    state, _ = stream
-    found = []
+    state, found = stream[0], []
     for cls in typing.get_args(state) if typing.get_origin(state) in (Union, types.UnionType) else (state,):
         if not (isinstance(cls, type) and issubclass(cls, StreamState)):
             problems.append(f"returns a Stream of {_annotation_text(cls)}, expected a StreamState")
@@ -3029,58 +2188,38 @@ def _state_types(info: RpcMethodInfo, returned: Any, problems: list[str]) -> tup
 # A call's arguments to a request stream and back, a result to its batch and back (WIRE sections 1 and 3).
 # Law: a request's schema equals the method's, name for name and type for type, before a single value is decoded.
 
-
 def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return one value per parameter, in order, defaults filled in.
-
-    Raises:
-        TypeError: An argument is missing, unknown, given twice, or one too many.
-    """
+    """Return one value per parameter, in order, defaults filled in; raises `TypeError` where the call does not fit."""
     names = info.params.names
     if len(args) > len(names):
         raise ParameterError(f"{info.name}() takes {len(names)} arguments {list(names)}, got {len(args)}")
-    values = list(args)
-    used = len(args)
-    for name in names[len(args) :]:
-        if name in kwargs:
-            values.append(kwargs[name])
-            used += 1
-        elif name in info.param_defaults:
-            values.append(info.param_defaults[name])
-        else:
-            raise ParameterError(f"{info.name}() is missing argument {name!r}; signature: {info.signature()}")
-    if used < len(args) + len(kwargs):
-        for name in kwargs:
-            if name not in names:
-                raise ParameterError(f"{info.name}() has no parameter {name!r}{_suggest(name, names)}; it has {list(names)}")
-            if name in names[: len(args)]:
-                raise ParameterError(f"{info.name}() got {name!r} twice, by position and by name")
-    return values
+    for name in kwargs:
+        if name not in names:
+            raise ParameterError(f"{info.name}() has no parameter {name!r}{_suggest(name, names)}; it has {list(names)}")
+        if name in names[: len(args)]:
+            raise ParameterError(f"{info.name}() got {name!r} twice, by position and by name")
+    given = {**info.param_defaults, **dict(zip(names, args)), **kwargs}
+    try:
+        return [given[name] for name in names]
+    except KeyError as exc:
+        raise ParameterError(f"{info.name}() is missing argument {exc}; signature: {info.signature()}") from None
 
+def _located(where: str, prefix: str, convert: Callable[[Any], _T], value: Any) -> _T:
+    """Return ``convert(value)``; a mismatch becomes a `ParameterError` that says *where*, its path without *prefix*."""
+    try:
+        return convert(value)
+    except _Mismatch as exc:
+        exc.path = exc.path.removeprefix(prefix)
+        raise exc.error(where) from None
 
 def request_batch(info: RpcMethodInfo, values: Sequence[Any]) -> pa.RecordBatch:
-    """Encode the arguments: 1 row x len(parameters) columns.
-
-    Raises:
-        TypeError: A value of the wrong type; the text gives the parameter and the path inside it.
-    """
-    if not info.params.names:
-        return _TICK
-    try:
-        return info.params.to_batch(values)
-    except _Mismatch as exc:
-        exc.path = exc.path[1:]
-        raise exc.error(f"{info.name}() argument ") from None
-
+    """Encode the arguments, 1 row x len(parameters) columns; a `TypeError` gives the parameter and the path inside it."""
+    return _located(f"{info.name}() argument ", ".", info.params.to_batch, values) if info.params.names else _TICK
 
 def request_metadata(info: RpcMethodInfo, version: str, request_id: str, timeout: float | None) -> dict[bytes, bytes]:
     """The metadata of a request (WIRE section 1); *timeout* in seconds."""
-    metadata = {
-        METHOD_KEY: info.name.encode(),
-        REQUEST_VERSION_KEY: REQUEST_VERSION,
-        PROTOCOL_KEY: info.protocol_name.encode(),
-        REQUEST_ID_KEY: request_id.encode(),
-    }
+    metadata = {METHOD_KEY: info.name.encode(), REQUEST_VERSION_KEY: REQUEST_VERSION, PROTOCOL_KEY: info.protocol_name.encode()}
+    metadata[REQUEST_ID_KEY] = request_id.encode()
     if version:
         metadata[PROTOCOL_VERSION_KEY] = version.encode()
     if timeout is not None:
@@ -3089,13 +2228,7 @@ def request_metadata(info: RpcMethodInfo, version: str, request_id: str, timeout
 
 
 class Request:
-    """One request as it came: metadata read, schema known, values not decoded yet.
-
-    Attributes:
-        schema: Its schema.
-        metadata: Custom metadata of its batch.
-        rows: Rows of its batch.
-    """
+    """One request as it came: metadata read, schema known, values not decoded yet."""
 
     def __init__(self, reader: IpcReader) -> None:
         self._reader = reader
@@ -3106,14 +2239,12 @@ class Request:
         self._message = message
         self.rows = message.head.rows
         self.metadata: dict[bytes, bytes] = message.head.metadata or {}
-        extra = 0
-        while reader.next_message() is not None:
-            extra += 1
+        extra = sum(1 for _ in iter(reader.next_message, None))
         if extra:
             raise ProtocolError(f"request: expected exactly one batch, got {extra + 1}")
 
     def text(self, key: bytes, what: str) -> str | None:
-        """Return a metadata value as text, ``None`` when absent."""
+        """Return a metadata value as text, ``None`` when absent; raises `ProtocolError` when it is not UTF-8."""
         value = self.metadata.get(key)
         try:
             return None if value is None else value.decode("utf-8")
@@ -3135,90 +2266,65 @@ class Request:
         """Decode the batch, fully validated as the reader was told."""
         return self._reader.decode(self._message)
 
-
 def clean_request_id(text: str | None) -> str:
     """Return *text* if it may be echoed and logged (1 to 128 visible ASCII characters), else an empty string."""
-    if text and len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable() and " " not in text:
-        return text
-    return ""
-
+    text = text or ""
+    return text if len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable() and " " not in text else ""
 
 def new_request_id() -> str:
     """Return 16 random hex characters."""
     return os.urandom(8).hex()
 
-
 def read_arguments(info: RpcMethodInfo, request: Request) -> dict[str, Any]:
     """Check a request against the method and decode its parameters.
 
-    Raises:
-        ProtocolError: Not exactly one row.
-        ParameterError: A parameter missing, extra, in another order, of another type or nullability, or null.
+    Raises `ParameterError` for one missing, extra, null or not as declared, `ProtocolError` unless there is one row.
     """
-    wanted, got = info.params_schema, request.schema
-    if not got.equals(wanted):
-        _refuse_schema(info, wanted, got)
+    wanted = info.params_schema
+    if not request.schema.equals(wanted):
+        _refuse_schema(info, wanted, request.schema)
     if not len(wanted):
         return {}
     if request.rows != 1:
         raise ProtocolError(f"{info.name}(): expected exactly 1 row of {_schema_text(wanted)}, got {request.rows} rows")
-    try:
-        return dict(zip(info.params.names, info.params.from_batch(request.batch())))
-    except _Mismatch as exc:
-        exc.path = exc.path[1:]
-        raise exc.error(f"{info.name}() parameter ") from None
-
+    return dict(zip(info.params.names, _located(f"{info.name}() parameter ", ".", info.params.from_batch, request.batch())))
 
 def _refuse_schema(info: RpcMethodInfo, wanted: pa.Schema, got: pa.Schema) -> None:
     """Raise for the first way in which a request's schema is not the method's."""
     where = f"{info.name}(): expected {_schema_text(wanted)}, got {_schema_text(got)[:2000]}"
-    extra = [n for n in got.names if n not in wanted.names]
+    extra, missing = ([n for n in x.names if n not in y.names] for x, y in ((got, wanted), (wanted, got)))
     if extra:
         raise ParameterError(f"{where}: no parameter {', '.join(map(repr, extra[:8]))}{_suggest(extra[0], wanted.names)}")
-    missing = [n for n in wanted.names if n not in got.names]
     if missing:
         raise ParameterError(f"{where}: missing {', '.join(map(repr, missing))}")
     if got.names != wanted.names:
         raise ParameterError(f"{where}: the order of the parameters differs, or one stands twice")
     for g, w in zip(got, wanted):
         if not g.type.equals(w.type) or g.nullable != w.nullable:
-            expected = f"{w.type}{'' if w.nullable else ' not null'}"
-            raise ParameterError(f"{where}: parameter {w.name!r}: expected {expected}, got {g.type}{'' if g.nullable else ' not null'}")
-
+            shown, expected = (f"{f.type}{'' if f.nullable else ' not null'}" for f in (g, w))
+            raise ParameterError(f"{where}: parameter {w.name!r}: expected {expected}, got {shown}")
 
 def result_batch(info: RpcMethodInfo, value: Any) -> pa.RecordBatch:
-    """Encode a unary result: 1 row x 1 column, or 0 x 0 for ``-> None``.
-
-    Raises:
-        TypeError: The method returned something else than it declares.
-    """
+    """Encode a unary result: 1 row x 1 column, or 0 x 0 for ``-> None``; raises `TypeError` for a value not as declared."""
     if not info.has_return:
         if value is not None:
             raise ParameterError(f"{info.name}() result: declared to return None, got {_got(value)}")
         return _TICK
-    try:
-        return info.result.to_batch([value])
-    except _Mismatch as exc:
-        exc.path = exc.path.removeprefix(".result")
-        raise exc.error(f"{info.name}() result") from None
+    return _located(f"{info.name}() result", ".result", info.result.to_batch, [value])
 
+def header_batch(info: RpcMethodInfo, header: Any) -> pa.RecordBatch:
+    """Encode a stream's header, 1 row x the fields of its dataclass; raises `TypeError` for a value not as declared."""
+    codec = cast("DataclassCodec", info.header)
+    return _located(f"{info.name}() header", "", lambda value: codec.row.to_batch(codec.values(value)), header)
 
 def read_result(info: RpcMethodInfo, batch: pa.RecordBatch) -> Any:
-    """Decode a unary result.
-
-    Raises:
-        ParameterError: Not what the method declares; client and server disagree.
-    """
+    """Decode a unary result; raises `ParameterError` when it is not what the method declares: client and server disagree."""
     if not info.has_return:
         return None
     if batch.num_rows != 1 or batch.schema.names != ["result"]:
         got = f"{batch.num_rows} rows of {_schema_text(batch.schema)}"
         raise ParameterError(f"{info.name}() result: expected 1 row of {_schema_text(info.result_schema)}, got {got}")
-    try:
-        return info.result.from_batch(batch)[0]
-    except _Mismatch as exc:
-        exc.path = exc.path.removeprefix(".result")
-        raise exc.error(f"{info.name}() result") from None
+    return _located(f"{info.name}() result", ".result", info.result.from_batch, batch)[0]
 
 
 # ============================================================================
@@ -3231,7 +2337,6 @@ def read_result(info: RpcMethodInfo, batch: pa.RecordBatch) -> Any:
 @dataclass(frozen=True)
 class ProtocolSummary(ArrowSerializableDataclass):
     """One hosted protocol, as `list_protocols` lists it."""
-
     protocol: str
     protocol_version: str
     protocol_hash: str
@@ -3239,21 +2344,17 @@ class ProtocolSummary(ArrowSerializableDataclass):
     deprecation_message: str = ""
     features: list[str] = field(default_factory=list)
 
-
 @dataclass(frozen=True)
 class ProtocolList(ArrowSerializableDataclass):
     """Answer of ``Reflection.list_protocols``."""
-
     server_id: str
     server_version: str
     request_version: str
     protocols: list[ProtocolSummary]
 
-
 @dataclass(frozen=True)
 class MethodSummary(ArrowSerializableDataclass):
     """One method, as ``Reflection.describe`` describes it; schemas are serialised, empty where there is none."""
-
     name: str
     method_type: str
     has_return: bool
@@ -3266,23 +2367,13 @@ class MethodSummary(ArrowSerializableDataclass):
     deprecated: bool = False
     deprecation_message: str = ""
 
-
 @dataclass(frozen=True)
-class ProtocolDescription(ArrowSerializableDataclass):
-    """Answer of ``Reflection.describe``."""
-
-    protocol: str
-    protocol_version: str
-    protocol_hash: str
-    deprecated: bool = False
-    deprecation_message: str = ""
-    features: list[str] = field(default_factory=list)
+class ProtocolDescription(ProtocolSummary):
+    """Answer of ``Reflection.describe``: the summary and the methods, sorted by name."""
     methods: list[MethodSummary] = field(default_factory=list)
-
 
 class Reflection(Protocol):
     """The protocol that every server hosts beside the application's."""
-
     protocol_name: ClassVar[str] = REFLECTION_PROTOCOL
 
     def list_protocols(self) -> ProtocolList:
@@ -3291,34 +2382,26 @@ class Reflection(Protocol):
     def describe(self, protocol: str) -> ProtocolDescription:
         """Describe one protocol and its methods, sorted by name."""
 
-
-_TYPE_TOKENS = {  # Arrow's own names, where Python's spelling of them differs
-    pa.string(): "utf8",
-    pa.large_string(): "large_utf8",
-    pa.float16(): "float16",
-    pa.float32(): "float32",
-    pa.float64(): "float64",
-    pa.date32(): "date32",
-    pa.date64(): "date64",
-    pa.bool_(): "bool",
-}
-
+_LEAF_TOKENS = (  # how the hash spells a type without children
+    (pa.types.is_string, "utf8"), (pa.types.is_large_string, "large_utf8"),
+    (pa.types.is_float16, "float16"), (pa.types.is_float32, "float32"), (pa.types.is_float64, "float64"),
+    (pa.types.is_date32, "date32"), (pa.types.is_date64, "date64"), (pa.types.is_time, "time{0.bit_width}({0.unit})"),
+    (pa.types.is_duration, "duration({0.unit})"), (pa.types.is_decimal, "decimal{0.bit_width}({0.precision},{0.scale})"),
+    (pa.types.is_fixed_size_binary, "fixed_size_binary({0.byte_width})"), (pa.types.is_boolean, "bool"),
+    (pa.types.is_binary, "binary"), (pa.types.is_large_binary, "large_binary"), (pa.types.is_null, "null"),
+    (pa.types.is_integer, "{0}"),
+)
 
 def _type_token(kind: pa.DataType) -> str:
     """The spelling of a type in the protocol hash; raises `TypeError` for a type that has none."""
     if isinstance(kind, pa.BaseExtensionType):
         return f"extension({kind.extension_name})<{_type_token(kind.storage_type)}>"
-    if kind in _TYPE_TOKENS:
-        return _TYPE_TOKENS[kind]
+    for is_kind, token in _LEAF_TOKENS:
+        if is_kind(kind):
+            return token.format(kind)
     t = pa.types
     if t.is_timestamp(kind):
         return f"timestamp({kind.unit}{',tz=' + kind.tz if kind.tz else ''})"
-    if t.is_time(kind) or t.is_duration(kind):
-        return f"{'duration' if t.is_duration(kind) else f'time{kind.bit_width}'}({kind.unit})"
-    if t.is_decimal(kind):
-        return f"decimal{kind.bit_width}({kind.precision},{kind.scale})"
-    if t.is_fixed_size_binary(kind):
-        return f"fixed_size_binary({kind.byte_width})"
     if t.is_dictionary(kind):
         ordered = ",ordered" if kind.ordered else ""
         return f"dictionary<index:{_type_token(kind.index_type)},value:{_type_token(kind.value_type)}{ordered}>"
@@ -3331,149 +2414,89 @@ def _type_token(kind: pa.DataType) -> str:
         return f"fixed_size_list({kind.list_size})<{_child_token('item', kind.value_field)}>"
     if t.is_list(kind) or t.is_large_list(kind):
         return f"{'large_' if t.is_large_list(kind) else ''}list<{_child_token('item', kind.value_field)}>"
-    if t.is_integer(kind) or t.is_binary(kind) or t.is_large_binary(kind) or t.is_null(kind):
-        return str(kind)
     raise TypeError(f"the protocol hash has no token for {kind}")
-
 
 def _child_token(name: str, child: pa.Field) -> str:
     return f"{name}{'?' if child.nullable else ''}:{_type_token(child.type)}"
 
+def _field_facts(schema: pa.Schema) -> list[dict[str, Any]]:
+    return [{"name": f.name, "nullable": f.nullable, "type": _type_token(f.type)} for f in schema]
 
 def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
-    """Return the family's fingerprint of a protocol: hex SHA-256 over its methods' names and schemas (WIRE section 7).
-
-    Raises:
-        TypeError: A type without a token.
-    """
-
-    def fields(schema: pa.Schema) -> list[dict[str, Any]]:
-        return [{"name": f.name, "nullable": f.nullable, "type": _type_token(f.type)} for f in schema]
-
+    """Return the family's fingerprint of a protocol (WIRE section 7), hex SHA-256; raises `TypeError` for a tokenless type."""
     methods = []
-    for info in sorted(infos, key=lambda i: i.name):
-        facts: dict[str, Any] = {
-            "name": info.name,
-            "type": info.method_type.value,
-            "has_return": info.has_return,
-            "has_header": info.header is not None,
-            "params": fields(info.params_schema),
-        }
+    for info in sorted(infos, key=operator.attrgetter("name")):
+        facts: dict[str, Any] = {"name": info.name, "type": info.method_type.value, "has_return": info.has_return}
+        facts.update(has_header=info.header is not None, params=_field_facts(info.params_schema))
         if info.has_return:
-            facts["result"] = fields(info.result_schema)
+            facts["result"] = _field_facts(info.result_schema)
         if info.header is not None:
-            facts["header"] = fields(info.header.row.schema)
+            facts["header"] = _field_facts(info.header.row.schema)
         methods.append(facts)
     text = json.dumps({"protocol": protocol, "methods": methods}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + text.encode()).hexdigest()
 
-
 def _serialized(schema: pa.Schema | None) -> bytes:
     return b"" if schema is None else schema.serialize().to_pybytes()
 
-
 def describe_service(service: HostedService) -> ProtocolDescription:
     """Return the reflection answer for one hosted protocol."""
-    methods = []
-    for _, info in sorted((m.info.name, m.info) for m in service.methods.values()):
-        bound = service.methods[info.name]
-        kinds = {_is_exchange(s) for s in bound.state_types} or {info.is_exchange}
-        exchange = kinds.pop() if len(kinds) == 1 else None
-        stream = {True: "exchange", False: "producer", None: "unknown"}[exchange]
-        methods.append(
-            MethodSummary(
-                name=info.name,
-                method_type=info.method_type.value,
-                has_return=info.has_return,
-                has_header=info.header is not None,
-                stream_kind=stream if info.method_type is MethodType.STREAM else "",
-                params_schema_ipc=_serialized(info.params_schema),
-                result_schema_ipc=_serialized(info.result_schema if info.has_return else None),
-                header_schema_ipc=_serialized(info.header.row.schema if info.header else None),
-                idempotency=info.idempotency,
-                deprecated=info.deprecation is not None,
-                deprecation_message=info.deprecation or "",
-            )
-        )
+    methods = [_method_summary(bound) for _, bound in sorted(service.methods.items())]
     return ProtocolDescription(service.name, service.version, service.hash, methods=methods)
+
+def _method_summary(bound: BoundMethod) -> MethodSummary:
+    info, stream = bound.info, ""
+    if info.method_type is MethodType.STREAM:
+        kinds = {_is_exchange(s) for s in bound.state_types} or {info.is_exchange}
+        stream = {True: "exchange", False: "producer", None: "unknown"}[kinds.pop() if len(kinds) == 1 else None]
+    return MethodSummary(
+        info.name, info.method_type.value, info.has_return, info.header is not None, stream,
+        params_schema_ipc=_serialized(info.params_schema),
+        result_schema_ipc=_serialized(info.result_schema if info.has_return else None),
+        header_schema_ipc=_serialized(info.header.row.schema if info.header else None),
+        idempotency=info.idempotency, deprecated=info.deprecation is not None, deprecation_message=info.deprecation or "",
+    )
 
 
 @dataclass(frozen=True)
 class MethodDescription:
-    """One method of a server, as a client learns of it.
-
-    Attributes:
-        name: Its name.
-        method_type: Unary or stream.
-        has_return: Whether a unary method returns something.
-        params_schema: 1 row x len(parameters) columns.
-        result_schema: 1 row x 1 column, or empty.
-        has_header: Whether its stream sends a header.
-        header_schema: Schema of the header, ``None`` without one.
-        is_exchange: ``None`` where the server does not say.
-        idempotency: ``unknown``, ``idempotent`` or ``no_side_effects``.
-        deprecation: ``None``, or why not to use it.
-    """
-
+    """One method of a server, as a client learns of it."""
     name: str
     method_type: MethodType
-    has_return: bool
-    params_schema: pa.Schema
-    result_schema: pa.Schema
-    has_header: bool = False
+    has_return: bool  # whether a unary method returns something
+    params_schema: pa.Schema  # 1 row x len(parameters) columns
+    result_schema: pa.Schema  # 1 row x 1 column, or empty
+    has_header: bool = False  # whether its stream sends a header
     header_schema: pa.Schema | None = None
-    is_exchange: bool | None = None
-    idempotency: str = "unknown"
-    deprecation: str | None = None
-
+    is_exchange: bool | None = None  # None where the server does not say
+    idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
+    deprecation: str | None = None  # why not to use it
 
 @dataclass(frozen=True)
 class ServiceDescription:
-    """One protocol of a server, as a client learns of it.
-
-    Attributes:
-        protocol_name: Routing name.
-        request_version: Wire version.
-        describe_version: Version of the reflection answer.
-        protocol_hash: The family's fingerprint.
-        server_id: 12 hex characters.
-        methods: Methods by name.
-        protocol_version: ``MAJOR.MINOR.PATCH``, empty when it declares none.
-    """
-
-    protocol_name: str
-    request_version: str
-    describe_version: str
-    protocol_hash: str
-    server_id: str
+    """One protocol of a server, as a client learns of it."""
+    protocol_name: str  # routing name
+    request_version: str  # of the wire
+    describe_version: str  # of the reflection answer
+    protocol_hash: str  # the family's fingerprint
+    server_id: str  # 12 hex characters
     methods: Mapping[str, MethodDescription]
-    protocol_version: str = ""
-
+    protocol_version: str = ""  # MAJOR.MINOR.PATCH, empty when it declares none
 
 def _service_description(listed: ProtocolList, described: ProtocolDescription) -> ServiceDescription:
-    methods = {}
-    for m in described.methods:
-        kinds = {"exchange": True, "producer": False}
-        methods[m.name] = MethodDescription(
-            name=m.name,
-            method_type=MethodType.STREAM if m.method_type == "stream" else MethodType.UNARY,
-            has_return=m.has_return,
-            params_schema=_schema_from_bytes(m.params_schema_ipc),
-            result_schema=_schema_from_bytes(m.result_schema_ipc),
-            has_header=m.has_header,
-            header_schema=_schema_from_bytes(m.header_schema_ipc) if m.has_header else None,
-            is_exchange=kinds.get(m.stream_kind),
-            idempotency=m.idempotency,
-            deprecation=m.deprecation_message if m.deprecated else None,
-        )
+    methods = types.MappingProxyType({m.name: _method_description(m) for m in described.methods})
     return ServiceDescription(
-        described.protocol,
-        listed.request_version,
-        DESCRIBE_VERSION,
-        described.protocol_hash,
-        listed.server_id,
-        types.MappingProxyType(methods),
+        described.protocol, listed.request_version, DESCRIBE_VERSION, described.protocol_hash, listed.server_id, methods,
         described.protocol_version,
+    )
+
+def _method_description(m: MethodSummary) -> MethodDescription:
+    return MethodDescription(
+        m.name, MethodType.STREAM if m.method_type == "stream" else MethodType.UNARY, m.has_return,
+        _schema_from_bytes(m.params_schema_ipc), _schema_from_bytes(m.result_schema_ipc),
+        m.has_header, _schema_from_bytes(m.header_schema_ipc) if m.has_header else None,
+        is_exchange={"exchange": True, "producer": False}.get(m.stream_kind),
+        idempotency=m.idempotency, deprecation=m.deprecation_message if m.deprecated else None,
     )
 
 
@@ -3490,31 +2513,20 @@ _STORED, _ZLIB, _ZSTD = 0, 1, 2
 _COMPRESS_FROM_BYTES = 1_024
 _MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
 
-
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _zstd_available() -> bool:
     return bool(pa.Codec.is_available("zstd"))
-
 
 def zstd_compress(data: _Buffer, level: int = 1) -> bytes:
     """Compress with pyarrow's own zstd codec."""
     return cast("bytes", pa.Codec("zstd", compression_level=level).compress(data, asbytes=True))
 
-
 def zstd_decompress(data: _Buffer, limit: int) -> bytes:
-    """Decompress at most *limit* bytes.
-
-    Raises:
-        RequestTooLargeError: More than *limit* would come out; nothing beyond it was decoded.
-        IPCError: Not zstd, or cut off.
-    """
+    """Decompress at most *limit* bytes, else `RequestTooLargeError` with no more decoded; `IPCError` unless it is whole."""
     pieces, left = [], limit + 1
     try:
         with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
-            while left > 0:
-                piece = stream.read(min(left, 1 << 20))
-                if not piece:
-                    break
+            while left > 0 and (piece := stream.read(min(left, 1 << 20))):
                 pieces.append(piece)
                 left -= len(piece)
     except _ARROW_FAILURES as exc:
@@ -3524,7 +2536,6 @@ def zstd_decompress(data: _Buffer, limit: int) -> bytes:
     if not pieces and len(data):
         raise IPCError("zstd: nothing to decode in it")
     return b"".join(pieces)
-
 
 def gzip_decompress(data: _Buffer, limit: int, window: int = 31) -> bytes:
     """Decompress at most *limit* bytes of gzip (or zlib, with *window* 15); raises as `zstd_decompress`."""
@@ -3543,33 +2554,22 @@ def gzip_decompress(data: _Buffer, limit: int, window: int = 31) -> bytes:
 class TokenSealer:
     """Seals and opens state tokens. Safe for use by several threads.
 
-    Args:
-        keys: At least one key of 16 bytes or more; the first signs, all verify.
-        ttl: How old a token may be, in seconds; 0 for any age.
-        clock: Gives seconds since the epoch; passed in so that tests can turn it.
-
-    Raises:
-        ValueError: No key, or one that is too short.
+    The first of *keys* signs, all verify; none, or one under 16 bytes, is a `ValueError`. *ttl* is how old a token may be,
+    in seconds, 0 for any age. *clock* gives seconds since the epoch and can be turned by tests.
     """
 
     def __init__(self, keys: Sequence[bytes], ttl: float = TOKEN_TTL_SECONDS, clock: Callable[[], float] = time.time) -> None:
         if not keys or any(len(k) < 16 for k in keys):
             raise ValueError(f"token key: expected at least 16 bytes, got {[len(k) for k in keys] or 'none'}")
-        self._keys = [bytes(k) for k in keys]
-        self.ttl = ttl
-        self._clock = clock
+        self._keys, self.ttl, self._clock = [bytes(k) for k in keys], ttl, clock
 
     @staticmethod
     def _mac(key: bytes, half: bytes, binding: Sequence[bytes], sealed: bytes) -> bytes:
         # Every part is preceded by its length, so that no two bindings give the same bytes.
-        mac = hmac.new(key, b"vgi_rpc.token.v1", hashlib.sha256)
-        for part in (half, *binding):
-            mac.update(struct.pack("<I", len(part)) + part)
-        mac.update(sealed)
-        return mac.digest()
+        return hmac.digest(key, b"".join((b"vgi_rpc.token.v1", pack_parts((half, *binding)), sealed)), "sha256")
 
     def seal(self, half: bytes, binding: Sequence[bytes], content: bytes) -> bytes:
-        """Return *content* as a token (base64), bound to *half* and *binding*."""
+        """Return *content* as a token (base64), bound to *half* (which half of the state it is) and *binding*."""
         method = _STORED
         if len(content) >= _COMPRESS_FROM_BYTES:
             packed = zstd_compress(content) if _zstd_available() else zlib.compress(content, 1)
@@ -3579,16 +2579,9 @@ class TokenSealer:
         return base64.b64encode(sealed + self._mac(self._keys[0], half, binding, sealed))
 
     def open(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> bytes:
-        """Return the content of a token sealed for the same *half* and *binding*.
+        """Return the content of a token sealed for the same *half* and *binding*; `ttl` applies if *aged*.
 
-        Args:
-            half: Which half of the state this is.
-            binding: What it must be bound to.
-            token: As it came.
-            aged: Whether `ttl` applies.
-
-        Raises:
-            TokenError: Anything wrong with the seal, in one uniform text; or, the seal being good, too old or from the future.
+        Raises `TokenError`: any fault of the seal in one uniform text; or, the seal being good, too old or from the future.
         """
         try:
             raw = base64.b64decode(token or b"", validate=True)
@@ -3603,28 +2596,22 @@ class TokenSealer:
             raise TokenError(_TOKEN_REFUSED)
         version, method, issued = struct.unpack_from("<BBQ", sealed)
         age = self._clock() - issued / 1000
-        if version != 1 or age < -TOKEN_CLOCK_SKEW_SECONDS:
-            raise TokenError("state token refused: issued in the future; check the servers' clocks" if version == 1 else _TOKEN_REFUSED)
+        if version != 1:
+            raise TokenError(_TOKEN_REFUSED)
+        if age < -TOKEN_CLOCK_SKEW_SECONDS:
+            raise TokenError("state token refused: issued in the future; check the servers' clocks")
         if aged and self.ttl and age > self.ttl:
             raise TokenError(f"token expired: {age:.0f} s old, at most {self.ttl:g} s are allowed; start the stream again")
-        if method == _STORED:
-            return sealed[10:]
         if method == _ZSTD:
             return zstd_decompress(sealed[10:], _MAX_STATE_BYTES)
-        return gzip_decompress(sealed[10:], _MAX_STATE_BYTES, 15)
-
+        return sealed[10:] if method == _STORED else gzip_decompress(sealed[10:], _MAX_STATE_BYTES, 15)
 
 def pack_parts(parts: Sequence[bytes]) -> bytes:
-    """Join byte strings so that `unpack_parts` gets them back."""
+    """Join byte strings so that `unpack_parts` gets them back: each is preceded by its length."""
     return b"".join(struct.pack("<I", len(p)) + p for p in parts)
 
-
 def unpack_parts(data: bytes, count: int) -> list[bytes]:
-    """Split what `pack_parts` joined; the data comes out of a seal, so a fault in it is our own.
-
-    Raises:
-        TokenError: Another number of parts: written by another version of this file.
-    """
+    """Split what `pack_parts` joined and was sealed; `TokenError` for other than *count* parts: another version wrote it."""
     parts, at = [], 0
     while at + 4 <= len(data):
         (size,) = struct.unpack_from("<I", data, at)
@@ -3645,50 +2632,27 @@ def unpack_parts(data: bytes, count: int) -> list[bytes]:
 
 @dataclass
 class CallRecord:
-    """The facts of one call, or of one HTTP request of a stream: what hooks and the access log see.
-
-    Attributes:
-        protocol: Routing name.
-        protocol_hash: Its fingerprint.
-        method: Method name.
-        method_type: ``unary`` or ``stream``.
-        request_id: Id of the request.
-        kind: Transport.
-        auth: Who calls.
-        remote_addr: Peer address, empty for pipes.
-        transport_metadata: ``traceparent``, ``tracestate`` and what else the transport knows.
-        stream_id: The same for every request of one stream, empty for unary calls.
-        request_schema: Schema of the parameters; ``None`` when this is a later request of a stream.
-        request_rows: Rows of the request.
-        http: ``http_status``, ``request_bytes``, ``response_bytes`` over HTTP.
-        cancelled: Whether the client cancelled.
-        statistics: Batches, rows and bytes in and out.
-        duration_ms: Milliseconds, at the end.
-    """
-
-    protocol: str = ""
-    protocol_hash: str = ""
+    """The facts of one call, or of one HTTP request of a stream: what hooks and the access log see."""
+    protocol: str = ""  # routing name
+    protocol_hash: str = ""  # its fingerprint
     method: str = ""
-    method_type: str = "unary"
+    method_type: str = "unary"  # or "stream"
     request_id: str = ""
     kind: TransportKind = TransportKind.PIPE
-    auth: AuthContext = _ANONYMOUS
-    remote_addr: str = ""
-    transport_metadata: Mapping[str, Any] = field(default_factory=dict)
-    stream_id: str = ""
-    request_schema: pa.Schema | None = None
+    auth: AuthContext = _ANONYMOUS  # who calls
+    remote_addr: str = ""  # peer address, empty for pipes
+    transport_metadata: Mapping[str, Any] = field(default_factory=dict)  # traceparent, tracestate and what else is known
+    stream_id: str = ""  # the same for every request of one stream, empty for unary calls
+    request_schema: pa.Schema | None = None  # of the parameters; None when this is a later request of a stream
     request_rows: int = 0
-    http: dict[str, int] = field(default_factory=dict)
-    cancelled: bool = False
+    http: dict[str, int] = field(default_factory=dict)  # over HTTP: http_status, request_bytes, response_bytes
+    cancelled: bool = False  # by the client
     statistics: CallStatistics = field(default_factory=CallStatistics)
-    duration_ms: float = 0.0
+    duration_ms: float = 0.0  # set at the end
 
 
 class DispatchHook(Protocol):
-    """Hears of the start and the end of each call: the door for tracing and metrics.
-
-    Called by the thread that serves the call; what it raises is logged and otherwise ignored.
-    """
+    """Hears of each call, on the thread that serves it, for tracing and metrics; what it raises is logged and ignored."""
 
     def on_dispatch_start(self, record: CallRecord) -> Any:
         """Called before the method; what it returns is handed to `on_dispatch_end`."""
@@ -3696,117 +2660,70 @@ class DispatchHook(Protocol):
     def on_dispatch_end(self, token: Any, record: CallRecord, error: BaseException | None) -> None:
         """Called after the last turn, with what the method raised."""
 
+def _tell(hook: DispatchHook, event: str, *facts: Any) -> Any:
+    try:
+        return getattr(hook, event)(*facts)
+    except Exception:
+        logger.exception("%s of %r raised", event, hook)
+        return None
+
 
 @dataclass(frozen=True)
 class Caller:
-    """What a transport knows of the other side of a call.
-
-    Attributes:
-        kind: Transport.
-        auth: Who calls.
-        remote_addr: Peer address, empty for pipes.
-        metadata: Further facts for ``ctx.transport_metadata``.
-        gone: Tells whether the client has left; ``None`` when the transport cannot know.
-        response_limit_bytes: What the caller accepts as one answer.
-    """
-
+    """What a transport knows of the other side of a call."""
     kind: TransportKind = TransportKind.PIPE
-    auth: AuthContext = _ANONYMOUS
-    remote_addr: str = ""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    gone: Callable[[], bool] | None = None
-    response_limit_bytes: int | None = None
-
-
-_PIPE_CALLER = Caller()
+    auth: AuthContext = _ANONYMOUS  # who calls
+    remote_addr: str = ""  # peer address, empty for pipes
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # further facts for ctx.transport_metadata
+    gone: Callable[[], bool] | None = None  # whether the client has left; None when the transport cannot know
+    response_limit_bytes: int | None = None  # what the caller accepts as one answer
 
 
 class Turn(NamedTuple):
-    """What one turn sends.
-
-    Attributes:
-        schema: Schema of the batches.
-        items: Logs first, then data, then an error; each with its metadata.
-        finished: Whether nothing follows.
-        error: What was raised; its error batch is already the last of `items`.
-        status: HTTP status of the answer.
-    """
-
-    schema: pa.Schema
-    items: list[tuple[pa.RecordBatch, Any]]
-    finished: bool
-    error: BaseException | None = None
-    status: int = 200
+    """What one turn sends."""
+    schema: pa.Schema  # of the batches
+    items: list[tuple[pa.RecordBatch, Any]]  # logs first, then data, then an error; each with its metadata
+    finished: bool  # whether nothing follows
+    error: BaseException | None = None  # what was raised; its error batch is already the last of the items
+    status: int = 200  # HTTP status of the answer
 
     @property
     def data_index(self) -> int | None:
         """Position of the data batch in `items`, ``None`` when the turn sent none."""
-        last = len(self.items) - 1
-        if self.error is not None or last < 0:
+        if self.error is not None or not self.items:
             return None
-        batch, metadata = self.items[last]
-        return last if batch_kind(batch.num_rows, metadata) is BatchKind.DATA else None
+        batch, metadata = self.items[-1]
+        return len(self.items) - 1 if batch_kind(batch.num_rows, metadata) is BatchKind.DATA else None
 
 
 class Call:
-    """One call being served: `begin`, then for a stream `turn` after `turn`, then `end`.
+    """One call being served: `begin`, for a stream `turn` after `turn`, then `end`; used by one thread at a time."""
 
-    Used by one thread at a time. None of its methods raises what the method raised.
-
-    Attributes:
-        bound: The method.
-        context: What the method sees.
-        record: What hooks and the access log see.
-        stream: The stream, once `begin` returned one.
-    """
-
-    def __init__(self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None, request_id: str) -> None:
+    def __init__(
+        self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None, request_id: str
+    ) -> None:
         info, hosted = bound.info, bound.hosted
         self.server, self.bound = server, bound
-        self.stream: Stream[Any, Any] | None = None
+        self.stream: Stream[Any, Any] | None = None  # once `begin` returned one
         self._messages: list[Message] = []
         self._error: BaseException | None = None
-        self._cancelled = False
         self._started = time.monotonic()
-        metadata = dict(caller.metadata)
-        for key in TRACE_KEYS if request is not None else ():
-            if key in request.metadata:  # type: ignore[union-attr]
-                metadata[key.decode()] = request.metadata[key].decode("utf-8", "replace")  # type: ignore[union-attr]
-        if caller.remote_addr:
-            metadata["remote_addr"] = caller.remote_addr
-        self.context = CallContext(
-            caller.auth,
-            self._messages.append,
-            metadata,
-            server_id=server.server_id,
-            method_name=info.name,
-            protocol_name=hosted.name,
-            kind=caller.kind,
-            implementation=hosted.implementation,
-        )
-        self.context.request_id = request_id
-        self.context.response_limit_bytes = caller.response_limit_bytes
-        self.context._gone = caller.gone
+        sent = request.metadata if request is not None else {}
+        traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
+        metadata = {**caller.metadata, **traces, **({"remote_addr": caller.remote_addr} if caller.remote_addr else {})}
         timeout = request.timeout if request is not None else None
-        self.context.deadline = None if timeout is None else self._started + timeout
-        self.record = CallRecord(
-            hosted.name,
-            hosted.hash,
-            info.name,
-            info.method_type.value,
-            request_id,
-            caller.kind,
-            caller.auth,
-            caller.remote_addr,
-            metadata,
+        self.context = CallContext(
+            caller.auth, self._messages.append, metadata, server_id=server.server_id, method_name=info.name,
+            protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=request_id,
+            deadline=None if timeout is None else self._started + timeout,
+            response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone,
         )
-        if request is not None:
-            self.record.request_schema, self.record.request_rows = request.schema, request.rows
-        if info.method_type is MethodType.STREAM:
-            self.record.stream_id = os.urandom(16).hex()
-        self._tokens = server._hooks_start(self.record)
-
-    # -- the parts of a turn
+        self.record = CallRecord(
+            hosted.name, hosted.hash, info.name, info.method_type.value, request_id, caller.kind, caller.auth,
+            caller.remote_addr, metadata, os.urandom(16).hex() if info.method_type is MethodType.STREAM else "",
+            request.schema if request is not None else None, request.rows if request is not None else 0,
+        )
+        self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
 
     def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
         """Pending log lines as batches; the list is emptied."""
@@ -3819,10 +2736,8 @@ class Call:
         self._error = exc
         if not refused and not isinstance(exc, StatusError):
             logger.debug("%s.%s raised", self.record.protocol, self.record.method, exc_info=exc)
-        items = self._logs(schema, logs)
-        items.append(self.server.error_item(exc, schema, self.context.request_id))
-        status = exc.http_status if refused and isinstance(exc, _Refusal) else 200
-        return Turn(schema, items, True, exc, status)
+        items = [*self._logs(schema, logs), self.server.error_item(exc, schema, self.context.request_id)]
+        return Turn(schema, items, True, exc, exc.http_status if refused and isinstance(exc, _Refusal) else 200)
 
     def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the application's code with this call as the current one; a deadline that has passed is an error."""
@@ -3836,56 +2751,43 @@ class Call:
             raise DeadlineExceededError(f"{self.record.method}(): the time that the client allowed has passed")
         return result
 
-    # -- the life of a call
-
     def refuse(self, exc: BaseException) -> Turn:
         """Answer with an error without running the method."""
         return self._failed(EMPTY_SCHEMA if self.bound.info.header else self.bound.info.result_schema, exc, refused=True)
 
     def begin(self, arguments: dict[str, Any]) -> Turn:
-        """Run the method.
+        """Run the method and return a unary method's whole answer, or the header turn of a stream.
 
-        Returns:
-            A unary method's whole answer. For a stream the header turn: logs and the header row on the header's schema,
-            or no items and an empty schema when it declares none (its logs then go with the first turn).
+        That is logs and the header row; without a header no items and an empty schema, and the logs go with the first turn.
         """
         info = self.bound.info
         if self.bound.context_parameter is not None:
             arguments = {**arguments, self.bound.context_parameter: self.context}
         try:
+            result = self._run(self.bound.function, **arguments)
             if info.method_type is MethodType.UNARY:
-                batch = result_batch(info, self._run(self.bound.function, **arguments))
+                batch = result_batch(info, result)
                 self.record.statistics.record_output(batch)
                 return Turn(info.result_schema, [*self._logs(info.result_schema), (batch, None)], True)
-            self.stream = self._checked_stream(self._run(self.bound.function, **arguments))
+            self.stream = self._checked_stream(result)
             if self.stream.call_state is not None:
                 self._run(self.stream.state.bind_call_state, self.stream.call_state)
             if info.header is None:
                 return Turn(EMPTY_SCHEMA, [], False)
-            header = self._header_batch(info, self.stream.header)
+            header = header_batch(info, self.stream.header)
             return Turn(header.schema, [*self._logs(header.schema), (header, None)], False)
         except BaseException as exc:  # SystemExit and KeyboardInterrupt raised by a method must not end the server
             self.stream = None
             return self._failed(info.result_schema, exc)
 
     def _checked_stream(self, value: Any) -> Stream[Any, Any]:
-        info = self.bound.info
+        where = f"{self.bound.info.name}() result: "
         if not isinstance(value, Stream):
-            raise ParameterError(f"{info.name}() result: expected a Stream, got {_got(value)}")
-        if not isinstance(value.state, StreamState):
-            raise ParameterError(f"{info.name}() result: Stream.state: expected a StreamState, got {_got(value.state)}")
-        for name in ("output_schema", "input_schema"):
-            if not isinstance(getattr(value, name), pa.Schema):
-                raise ParameterError(f"{info.name}() result: Stream.{name}: expected a pyarrow.Schema, got {_got(getattr(value, name))}")
+            raise ParameterError(f"{where}expected a Stream, got {_got(value)}")
+        for name, expected in (("state", StreamState), ("output_schema", pa.Schema), ("input_schema", pa.Schema)):
+            if not isinstance(getattr(value, name), expected):
+                raise ParameterError(f"{where}Stream.{name}: expected a {expected.__name__}, got {_got(getattr(value, name))}")
         return value
-
-    @staticmethod
-    def _header_batch(info: RpcMethodInfo, header: Any) -> pa.RecordBatch:
-        codec = cast("DataclassCodec", info.header)
-        try:
-            return codec.row.to_batch(codec.values(header))
-        except _Mismatch as exc:
-            raise exc.error(f"{info.name}() header") from None
 
     def turn(self, given: AnnotatedBatch) -> Turn:
         """Serve one turn of the stream on *given* (a tick for a producer)."""
@@ -3909,9 +2811,9 @@ class Call:
 
     def cancel(self) -> None:
         """Tell the state, once, that the client has cancelled; what ``on_cancel`` raises is swallowed."""
-        if self._cancelled or self.stream is None:
+        if self.record.cancelled or self.stream is None:
             return
-        self._cancelled = self.record.cancelled = True
+        self.record.cancelled = True
         try:
             self._run(self.stream.state.on_cancel, self.context)
         except BaseException as exc:
@@ -3920,45 +2822,25 @@ class Call:
     def end(self) -> None:
         """Report the call to the hooks and the access log."""
         self.record.duration_ms = (time.monotonic() - self._started) * 1000
-        self.server._hooks_end(self._tokens, self.record, self._error)
-
-
-class _ReflectionImpl:
-    def __init__(self, server: ServerCore) -> None:
-        self._server = server
-
-    def list_protocols(self) -> ProtocolList:
-        server = self._server
-        hosted = [ProtocolSummary(s.name, s.version, s.hash) for s in server.services.values()]
-        return ProtocolList(server.server_id, server.server_version, REQUEST_VERSION.decode(), hosted)
-
-    def describe(self, protocol: str) -> ProtocolDescription:
-        return describe_service(self._server.service(protocol))
+        for hook, token in zip(self.server._hooks, self._tokens):
+            _tell(hook, "on_dispatch_end", token, self.record, self._error)
 
 
 class ServerCore:
     """What an `RpcServer` is before it has a transport: the hosted protocols and the rules of calling them.
 
-    Fixed at construction and safe for use by several threads.
+    Fixed at construction and safe for use by several threads. `protocol_name`, `protocol_version` (empty when there is
+    none), `protocol_hash`, `implementation` and `methods` (by name) are those of the primary protocol.
     """
 
     def __init__(
-        self,
-        protocol: type,
-        implementation: Any,
-        *,
-        extra_protocols: Sequence[tuple[type, Any]] = (),
-        server_id: str | None = None,
-        server_version: str = "",
-        enable_describe: bool = True,
-        ipc_validation: IpcValidation | None = None,
-        include_tracebacks: bool = True,
+        self, protocol: type, implementation: Any, *, extra_protocols: Sequence[tuple[type, Any]] = (),
+        server_id: str | None = None, server_version: str = "", enable_describe: bool = True,
+        ipc_validation: IpcValidation | None = None, include_tracebacks: bool = True,
     ) -> None:
         self.server_id = server_id if server_id is not None else os.urandom(6).hex()
-        self.server_version = server_version
-        self.describe_enabled = enable_describe
-        self.ipc_validation = ipc_validation or IpcValidation.FULL
-        self.include_tracebacks = include_tracebacks
+        self.server_version, self.describe_enabled = server_version, enable_describe
+        self.ipc_validation, self.include_tracebacks = ipc_validation or IpcValidation.FULL, include_tracebacks
         self.services: dict[str, HostedService] = {}
         for cls, target in [(protocol, implementation), *extra_protocols]:
             service = bind_implementation(cls, target)
@@ -3967,98 +2849,68 @@ class ServerCore:
             if service.name in self.services:
                 raise ValueError(f"protocol name {service.name!r} is given twice; names must be unique on a server")
             self.services[service.name] = service
-        self.primary = next(iter(self.services.values()))
         if enable_describe:
-            self.services[REFLECTION_PROTOCOL] = bind_implementation(Reflection, _ReflectionImpl(self))
+            self.services[REFLECTION_PROTOCOL] = bind_implementation(Reflection, self)
         for service in self.services.values():
             service.hash = protocol_hash(service.name, [m.info for m in service.methods.values()])
+        self.primary = primary = next(iter(self.services.values()))
+        self.protocol_name, self.protocol_version, self.protocol_hash = primary.name, primary.version, primary.hash
+        self.implementation: Any = primary.implementation
+        self.methods: Mapping[str, RpcMethodInfo] = {name: bound.info for name, bound in primary.methods.items()}
         self._hooks: list[DispatchHook] = []
         self._started: set[TransportKind] = set()
-        self._state = threading.Condition()
-        self._active = 0
-        self.draining = False
+        self._state, self._active, self.draining = threading.Condition(), 0, False
 
-    # -- facts
+    def list_protocols(self) -> ProtocolList:
+        """What reflection answers to ``list_protocols``."""
+        hosted = [ProtocolSummary(s.name, s.version, s.hash) for s in self.services.values()]
+        return ProtocolList(self.server_id, self.server_version, REQUEST_VERSION.decode(), hosted)
 
-    @property
-    def protocol_name(self) -> str:
-        """Routing name of the primary protocol."""
-        return self.primary.name
-
-    @property
-    def protocol_version(self) -> str:
-        """Version of the primary protocol, empty when it declares none."""
-        return self.primary.version
-
-    @property
-    def protocol_hash(self) -> str:
-        """Fingerprint of the primary protocol."""
-        return self.primary.hash
-
-    @property
-    def implementation(self) -> Any:
-        """The object that serves the primary protocol."""
-        return self.primary.implementation
-
-    @property
-    def methods(self) -> Mapping[str, RpcMethodInfo]:
-        """Methods of the primary protocol by name."""
-        return {name: bound.info for name, bound in self.primary.methods.items()}
-
-    def service(self, name: str) -> HostedService:
-        """Return a hosted protocol.
-
-        Raises:
-            ProtocolNotSupportedError: It is not hosted, or the name is none (then it is not echoed).
-        """
-        service = self.services.get(name)
-        if service is None:
-            hosted = list(self.services)
-            if not PROTOCOL_NAME_PATTERN.fullmatch(name):
-                raise ProtocolNotSupportedError(f"the protocol key does not hold a protocol name; hosted: {hosted}")
-            raise ProtocolNotSupportedError(f"protocol {name!r} is not hosted{_suggest(name, hosted)}; hosted: {hosted}")
-        return service
-
-    def method(self, service: HostedService, name: str) -> BoundMethod:
-        """Return a method of a hosted protocol; raises `MethodNotImplementedError`, which lists those there are."""
-        bound = service.methods.get(name)
-        if bound is None:
-            shown = name if len(name) <= 255 and name.isprintable() else "…"
-            known = sorted(service.methods)
-            raise MethodNotImplementedError(f"{service.name} has no method {shown!r}{_suggest(shown, known)}; it has {known}")
-        return bound
+    def describe(self, protocol: str) -> ProtocolDescription:
+        """What reflection answers to ``describe``."""
+        return describe_service(self.service(protocol))
 
     # -- resolve
 
+    def service(self, name: str) -> HostedService:
+        """Return a hosted protocol; raises `ProtocolNotSupportedError`, which echoes *name* only if it may be a name."""
+        if name not in self.services:
+            text = "the protocol key does not hold a protocol name"
+            if PROTOCOL_NAME_PATTERN.fullmatch(name):
+                text = f"protocol {name!r} is not hosted{_suggest(name, self.services)}"
+            raise ProtocolNotSupportedError(f"{text}; hosted: {list(self.services)}")
+        return self.services[name]
+
+    def method(self, service: HostedService, name: str) -> BoundMethod:
+        """Return a method of a hosted protocol; raises `MethodNotImplementedError`, which lists those there are."""
+        if name not in service.methods:
+            shown, known = name if len(name) <= 255 and name.isprintable() else "…", sorted(service.methods)
+            raise MethodNotImplementedError(f"{service.name} has no method {shown!r}{_suggest(shown, known)}; it has {known}")
+        return service.methods[name]
+
     def resolve(self, request: Request, path: tuple[str, str] | None = None) -> BoundMethod:
-        """Find the method that a request asks for, and check every version.
+        """Find the method that a request asks for; *path* is (protocol, method) where a URL names them, too.
 
-        Args:
-            request: The request.
-            path: (protocol, method) where a URL names them too: the request must agree.
-
-        Raises:
-            VersionError, ProtocolError: The request names no wire version, protocol or method, or not one of ours.
+        Raises `VersionError` or `ProtocolError` for a version, protocol or method that is absent, not ours, or not the path's.
         """
         self.check_wire_version(request.metadata)
-        protocol = request.text(PROTOCOL_KEY, "the protocol")
-        name = request.text(METHOD_KEY, "the method name")
+        protocol, name = request.text(PROTOCOL_KEY, "the protocol"), request.text(METHOD_KEY, "the method name")
         if path is not None:
-            service, bound = self.service(path[0]), self.method(self.service(path[0]), path[1])
             if protocol not in (None, path[0]):
                 exc = ProtocolNotSupportedError(f"the path says protocol {path[0]!r}, the request says another one")
                 exc.http_status = 400
                 raise exc
             if name != path[1]:
-                raise ProtocolError(f"the path says method {path[1]!r}, the request says {f'{name!r:.100}' if name else 'none'}")
-        else:
-            if not protocol:
-                hosted = list(self.services)
-                raise ProtocolNotSpecifiedError(f"the request has no {PROTOCOL_KEY.decode()!r} key; this server hosts {hosted}")
-            service = self.service(protocol)
-            if not name:
-                raise ProtocolError(f"the request has no {METHOD_KEY.decode()!r} key: it must name its method")
-            bound = self.method(service, name)
+                got = f"{name!r:.100}" if name else "none"
+                raise ProtocolError(f"the path says method {path[1]!r}, the request says {got}")
+            protocol = path[0]
+        if not protocol:
+            text = f"the request has no {PROTOCOL_KEY.decode()!r} key; this server hosts {list(self.services)}"
+            raise ProtocolNotSpecifiedError(text)
+        service = self.service(protocol)
+        if not name:
+            raise ProtocolError(f"the request has no {METHOD_KEY.decode()!r} key: it must name its method")
+        bound = self.method(service, name)
         self._check_protocol_version(service, request)
         return bound
 
@@ -4071,19 +2923,14 @@ class ServerCore:
 
     @staticmethod
     def _check_protocol_version(service: HostedService, request: Request) -> None:
-        if not service.version:
-            return
         raw = request.metadata.get(PROTOCOL_VERSION_KEY, b"").decode("utf-8", "replace")
         wanted, got = _parse_version(service.version), _parse_version(raw)
-        if got == wanted:
+        if wanted is None or got == wanted:
             return
-        facts = {"protocol": service.name, "client_version": raw[:60], "server_version": service.version}
-        speaks = f"protocol {service.name}: the server speaks {service.version}, the client"
-        if got is None:
-            named = f"sent {raw[:60]!r}, which is not MAJOR.MINOR.PATCH" if raw else "sent no version"
-            raise ProtocolVersionError(f"{speaks} {named}; upgrade the client", **facts)
-        side = "client" if got < cast("tuple[int, int]", wanted) else "server"
-        raise ProtocolVersionError(f"{speaks} {raw}; upgrade the {side}", **facts)
+        said = raw if got else f"sent {raw[:60]!r}, which is not MAJOR.MINOR.PATCH" if raw else "sent no version"
+        text = f"protocol {service.name}: the server speaks {service.version}, the client {said}; upgrade the "
+        text += "server" if got and got > wanted else "client"
+        raise ProtocolVersionError(text, protocol=service.name, client_version=raw[:60], server_version=service.version)
 
     # -- begin and end
 
@@ -4101,22 +2948,17 @@ class ServerCore:
     def start(self, kind: TransportKind) -> None:
         """Call the implementations' ``on_serve_start`` once per kind of transport.
 
-        Raises:
-            StatusError: One of them failed (UNAVAILABLE); the next request asks again.
+        Raises `StatusError` (UNAVAILABLE) when one fails; the next request asks again.
         """
-        if kind in self._started:
-            return
         with self._state:
-            if kind in self._started:
-                return
-            for service in self.services.values():
+            for service in self.services.values() if kind not in self._started else ():
                 hook = getattr(service.implementation, "on_serve_start", None)
-                if callable(hook):
-                    try:
+                try:
+                    if callable(hook):
                         hook(kind)
-                    except Exception as exc:
-                        logger.exception("on_serve_start(%s) of %s raised", kind, service.name)
-                        raise StatusError(f"{service.name} could not start: {_text_of(exc)}", code=Code.UNAVAILABLE) from exc
+                except Exception as exc:
+                    logger.exception("on_serve_start(%s) of %s raised", kind, service.name)
+                    raise StatusError(f"{service.name} could not start: {_text_of(exc)}", code=Code.UNAVAILABLE) from exc
             self._started.add(kind)
 
     # -- draining
@@ -4144,36 +2986,15 @@ class ServerCore:
         with self._state:
             return self._state.wait_for(lambda: not self._active, timeout=grace)
 
-    # -- hooks
-
     def add_hook(self, hook: DispatchHook) -> None:
         """Have *hook* called at the start and the end of each call, after those added before it."""
         self._hooks.append(hook)
 
-    def _hooks_start(self, record: CallRecord) -> list[Any]:
-        tokens: list[Any] = []
-        for hook in self._hooks:
-            try:
-                tokens.append(hook.on_dispatch_start(record))
-            except Exception:
-                logger.exception("on_dispatch_start of %r raised", hook)
-                tokens.append(None)
-        return tokens
-
-    def _hooks_end(self, tokens: Sequence[Any], record: CallRecord, error: BaseException | None) -> None:
-        for hook, token in zip(self._hooks, tokens):
-            try:
-                hook.on_dispatch_end(token, record, error)
-            except Exception:
-                logger.exception("on_dispatch_end of %r raised", hook)
-
 
 class AccessLog:
-    """A dispatch hook that writes one JSON line per call (WIRE section 11): never a payload, a value or a token.
+    """A dispatch hook that writes one JSON line per call (WIRE section 11) to a text file: never a payload, value or token.
 
-    Args:
-        server: Whose id goes into each line.
-        stream: A text file, open for writing; lines are written whole, by any thread.
+    Lines are written whole, by any thread.
     """
 
     def __init__(self, server: ServerCore, stream: typing.TextIO) -> None:
@@ -4184,51 +3005,35 @@ class AccessLog:
 
     def on_dispatch_end(self, token: Any, record: CallRecord, error: BaseException | None) -> None:
         """Write the line."""
-        now = time.time()
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
-        line: dict[str, Any] = {
-            "timestamp": stamp,
-            "level": "INFO",
-            "logger": "vgi_rpc.access",
-            "message": f"{record.protocol}.{record.method} {'error' if error else 'ok'}",
-            "server_id": self._server.server_id,
-            "protocol": record.protocol,
-            "protocol_hash": record.protocol_hash,
-            "method": record.method,
-            "method_type": record.method_type,
-            "principal": record.auth.principal or "",
-            "auth_domain": record.auth.domain or "",
-            "authenticated": record.auth.authenticated,
-            "remote_addr": record.remote_addr,
-            "duration_ms": round(record.duration_ms, 3),
-            "status": "error" if error else "ok",
-            "error_type": _error_type_of(error) if error else "",
-            "request_id": record.request_id,
-            **record.http,
-        }
-        if error is not None:
-            line["error_message"] = _text_of(error)[:1000]
-            line["error_code"] = _error_code_of(error).value
-        if record.stream_id:
-            line["stream_id"] = record.stream_id
-            if record.cancelled:
-                line["cancelled"] = True
-        if record.request_schema is not None:
-            line["request_fields"] = [{"name": f.name, "type": str(f.type)} for f in record.request_schema]
-            line["request_rows"] = record.request_rows
-        line.update(dataclasses.asdict(record.statistics))
-        text = json.dumps(line, ensure_ascii=False) + "\n"
+        text = json.dumps(self._line(record, error), ensure_ascii=False) + "\n"
         with self._lock:
             self._stream.write(text)
             self._stream.flush()
 
+    def _line(self, record: CallRecord, error: BaseException | None) -> dict[str, Any]:
+        now, status = time.time(), "error" if error else "ok"
+        line: dict[str, Any] = {
+            "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z",
+            "level": "INFO", "logger": "vgi_rpc.access", "message": f"{record.protocol}.{record.method} {status}",
+            "server_id": self._server.server_id, "protocol": record.protocol, "protocol_hash": record.protocol_hash,
+            "method": record.method, "method_type": record.method_type,
+            "principal": record.auth.principal or "", "auth_domain": record.auth.domain or "",
+            "authenticated": record.auth.authenticated, "remote_addr": record.remote_addr,
+            "duration_ms": round(record.duration_ms, 3), "status": status,
+            "error_type": _error_type_of(error) if error else "", "request_id": record.request_id, **record.http,
+        }
+        if error is not None:
+            line.update(error_message=_text_of(error)[:1000], error_code=_error_code_of(error).value)
+        if record.stream_id:
+            line["stream_id"] = record.stream_id
+            line.update({"cancelled": True} if record.cancelled else {})
+        if record.request_schema is not None:
+            line["request_fields"] = [{"name": f.name, "type": str(f.type)} for f in record.request_schema]
+            line["request_rows"] = record.request_rows
+        return {**line, **dataclasses.asdict(record.statistics)}
 
 def configure_access_log(path: str, server: ServerCore) -> None:
-    """Append one JSON line per call of *server* to *path*; ``-`` is standard error. The file stays open.
-
-    Raises:
-        OSError: The file cannot be opened.
-    """
+    """Append one JSON line per call of *server* to *path* (else `OSError`); ``-`` is standard error. The file stays open."""
     stream = sys.stderr if path == "-" else open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
     server.add_hook(AccessLog(server, stream))
 
@@ -4241,44 +3046,37 @@ def configure_access_log(path: str, server: ServerCore) -> None:
 
 _RECEIVE_BYTES = 65_536
 _MAX_PIECES = 512  # per writev(2); POSIX allows 1024 on every system we know
+_MAX_IO_BYTES = 1 << 30  # per system call: some systems, and TLS, refuse 2 GiB and more
+_MAX_POLL_SECONDS = 1e6  # poll(2) counts milliseconds in an int
+_TOO_LATE = "no answer within the time allowed"
 
 
 class ByteChannel(ByteSource):
-    """One connection: bytes in, bytes out. Used by one thread at a time; `close` may come from any.
-
-    Attributes:
-        deadline: ``time.monotonic()`` seconds at which reads and writes give up; ``None`` for never.
-        ended: Whether the peer has closed its side.
-    """
+    """One connection: bytes in, bytes out. Used by one thread at a time; `close` may come from any."""
 
     def __init__(self) -> None:
-        self._buffer = b""
-        self._at = 0
-        self.deadline: float | None = None
+        self._buffer, self._at = b"", 0
+        self.deadline: float | None = None  # ``time.monotonic()`` seconds at which reads and writes give up
         self.gap: float | None = None  # seconds that a single wait may take at most
-        self.ended = False
+        self.ended = False  # whether the peer has closed its side
 
     # What a kind of channel provides.
-
-    def _receive(self, size: int) -> bytes:
-        raise io.UnsupportedOperation("receive")
-
-    def _receive_into(self, view: memoryview) -> int:
-        piece = self._receive(len(view))
-        view[: len(piece)] = piece
-        return len(piece)
-
-    def _send(self, pieces: list[memoryview]) -> int:
-        raise io.UnsupportedOperation("send")
-
-    def close(self) -> None:
-        """Close both directions; may be called twice."""
+    fileno: Callable[[], int]  # the descriptor that is read from, -1 once closed
+    close: Callable[[], None]  # both directions; may be called twice
+    _receive: Callable[[int], bytes]
+    _receive_into: Callable[[memoryview], int]
+    _send: Callable[[list[memoryview]], int]
 
     def peer_gone(self) -> bool:
         """Whether the other side has hung up."""
-        return self.ended
+        import select
 
-    # What is made of it.
+        try:
+            poll = select.poll()
+            poll.register(self.fileno(), getattr(select, "POLLRDHUP", 0))  # POLLHUP is always reported
+            return bool(poll.poll(0))
+        except (OSError, ValueError, AttributeError):
+            return True
 
     def _time_left(self) -> float | None:
         """Seconds that a wait may take, ``None`` for any; raises `DeadlineExceededError` at the deadline."""
@@ -4286,7 +3084,7 @@ class ByteChannel(ByteSource):
             return self.gap
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise DeadlineExceededError("no answer within the time allowed")
+            raise DeadlineExceededError(_TOO_LATE)
         return left if self.gap is None else min(left, self.gap)
 
     def _fill(self) -> bool:
@@ -4298,16 +3096,12 @@ class ByteChannel(ByteSource):
         return bool(piece)
 
     def read(self, size: int) -> bytes:
-        end = self._at + size
-        while end > len(self._buffer):
-            if size > _RECEIVE_BYTES:
-                return bytes(self.read_after(b"", size))
-            if not self._fill():
-                end = len(self._buffer)
-                break
-            end = self._at + size
-        piece = self._buffer[self._at : end]
-        self._at = end
+        if size > _RECEIVE_BYTES:
+            return bytes(self.read_after(b"", size))
+        while self._at + size > len(self._buffer) and self._fill():
+            pass
+        piece = self._buffer[self._at : self._at + size]
+        self._at += len(piece)
         return piece
 
     def read_after(self, head: bytes, size: int) -> _Buffer:
@@ -4320,7 +3114,7 @@ class ByteChannel(ByteSource):
         filled = len(head) + len(rest)
         view[:filled] = head + rest
         while filled < len(view):
-            got = self._receive_into(view[filled:])
+            got = self._receive_into(view[filled : filled + _MAX_IO_BYTES])
             if not got:
                 self.ended = True
                 return whole.slice(0, filled)
@@ -4334,10 +3128,8 @@ class ByteChannel(ByteSource):
             found = self._buffer.find(marker, max(self._at, seen - len(marker)))
             if found >= 0:
                 return self.read(found + len(marker) - self._at)
-            if len(self._buffer) - self._at >= limit:
-                return None
             seen = len(self._buffer) - self._at
-            if not self._fill():
+            if seen >= limit or not self._fill():
                 return None
 
     def peek(self) -> bytes:
@@ -4358,7 +3150,7 @@ class ByteChannel(ByteSource):
 
 
 def _lost(exc: BaseException) -> TransportError:
-    return TransportError(f"connection lost: {exc.strerror if isinstance(exc, OSError) and exc.strerror else _text_of(exc)}")
+    return TransportError(f"connection lost: {getattr(exc, 'strerror', None) or _text_of(exc)}")
 
 
 class FdChannel(ByteChannel):
@@ -4366,112 +3158,56 @@ class FdChannel(ByteChannel):
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         super().__init__()
-        self._read_fd, self._write_fd = read_fd, write_fd
+        self.read_fd, self.write_fd = read_fd, write_fd  # -1 once closed: the number may then be somebody else's
         self._blocking = True
         self._lock = threading.Lock()
 
-    def _wait(self, fd: int, events: int) -> None:
-        """Wait until *fd* is ready, when there is a limit on waiting; a plain blocking call needs no wait."""
-        left = self._time_left()
-        if left is None:
-            if not self._blocking:
-                self._set_blocking(True)
-            return
-        import select
+    def fileno(self) -> int:
+        return self.read_fd
 
-        if self._blocking:
-            self._set_blocking(False)
-        poll = select.poll()
-        poll.register(fd, events)
-        if not poll.poll(max(1, int(left * 1000))):
-            raise DeadlineExceededError("no answer within the time allowed")
-
-    def _set_blocking(self, blocking: bool) -> None:
-        self._blocking = blocking
-        os.set_blocking(self._read_fd, blocking)
-        os.set_blocking(self._write_fd, blocking)
-
-    def _receive(self, size: int) -> bytes:
+    def _io(self, side: str, call: Callable[..., _T], argument: Any) -> _T:
         while True:
             try:
                 if self.deadline is not None or not self._blocking:
-                    self._wait(self._read_fd, 1)  # POLLIN
-                return os.read(self._read_fd, size)
+                    self._wait(side)
+                return call(getattr(self, side), argument)
             except BlockingIOError:
                 continue
-            except OSError as exc:
+            except (OSError, ValueError) as exc:
                 raise _lost(exc) from None
+
+    def _wait(self, side: str) -> None:
+        """Wait until one side is ready, when there is a limit on waiting; a plain blocking call needs no wait."""
+        import select
+
+        left = self._time_left()
+        if self._blocking != (left is None):
+            self._blocking = left is None
+            os.set_blocking(self.read_fd, self._blocking)
+            os.set_blocking(self.write_fd, self._blocking)
+        if left is not None:
+            poll = select.poll()
+            poll.register(getattr(self, side), select.POLLIN if side == "read_fd" else select.POLLOUT)
+            if not poll.poll(max(1, int(min(left, _MAX_POLL_SECONDS) * 1000))):
+                raise DeadlineExceededError(_TOO_LATE)
+
+    def _receive(self, size: int) -> bytes:
+        return self._io("read_fd", os.read, size)
 
     def _receive_into(self, view: memoryview) -> int:
-        while True:
-            try:
-                if self.deadline is not None or not self._blocking:
-                    self._wait(self._read_fd, 1)
-                return os.readv(self._read_fd, [view[: 1 << 30]])
-            except BlockingIOError:
-                continue
-            except OSError as exc:
-                raise _lost(exc) from None
+        return self._io("read_fd", os.readv, [view])
 
     def _send(self, pieces: list[memoryview]) -> int:
-        while True:
-            try:
-                if self.deadline is not None or not self._blocking:
-                    self._wait(self._write_fd, 4)  # POLLOUT
-                if len(pieces) == 1 or not hasattr(os, "writev"):
-                    return os.write(self._write_fd, pieces[0][: 1 << 30])
-                return os.writev(self._write_fd, pieces)
-            except BlockingIOError:
-                continue
-            except OSError as exc:
-                raise _lost(exc) from None
-
-    def peer_gone(self) -> bool:
-        import select
-
-        try:
-            poll = select.poll()
-            poll.register(self._read_fd, 0)  # POLLHUP is always reported
-            return bool(poll.poll(0))
-        except (OSError, ValueError, AttributeError):
-            return True
-
-    def close_write(self) -> None:
-        """Close the sending direction: the peer reads the end."""
-        with self._lock:
-            fd, self._write_fd = self._write_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if len(pieces) == 1 or not hasattr(os, "writev"):
+            return self._io("write_fd", os.write, pieces[0][:_MAX_IO_BYTES])
+        return self._io("write_fd", os.writev, pieces)
 
     def close(self) -> None:
-        self.close_write()
         with self._lock:
-            fd, self._read_fd = self._read_fd, -1
-        if fd >= 0:
+            open_fds = [fd for fd in (self.write_fd, self.read_fd) if fd >= 0]
+            self.read_fd = self.write_fd = -1
+        for fd in open_fds:
             os.close(fd)
-
-
-class FileChannel(ByteChannel):
-    """A channel over two Python file objects that have no descriptor, which it does not own."""
-
-    def __init__(self, reader: Any, writer: Any) -> None:
-        super().__init__()
-        self._reader, self._writer = reader, writer
-        self._read_some = getattr(reader, "read1", None) or reader.read
-
-    def _receive(self, size: int) -> bytes:
-        try:
-            return bytes(self._read_some(size) or b"")
-        except (OSError, ValueError) as exc:
-            raise _lost(exc) from None
-
-    def _send(self, pieces: list[memoryview]) -> int:
-        try:
-            sent = self._writer.write(pieces[0])
-            self._writer.flush()
-        except (OSError, ValueError) as exc:
-            raise _lost(exc) from None
-        return len(pieces[0]) if sent is None else int(sent)
 
 
 class SocketChannel(ByteChannel):
@@ -4483,64 +3219,46 @@ class SocketChannel(ByteChannel):
         self._gather = not hasattr(connected, "pending") and hasattr(connected, "sendmsg")  # TLS sockets cannot gather
         self._timeout: float | None = connected.gettimeout()
 
-    def _wait(self) -> None:
-        left = self._time_left()
-        if left is not None or self._timeout is not None:
-            self._timeout = left
-            self.socket.settimeout(left)
+    def fileno(self) -> int:
+        return self.socket.fileno()
 
-    def _io(self, call: Callable[..., _T], *args: Any) -> _T:
+    def _io(self, call: Callable[..., _T], argument: Any) -> _T:
         try:
-            self._wait()
-            return call(*args)
-        except (TimeoutError, socket.timeout):
-            raise DeadlineExceededError("no answer within the time allowed") from None
+            left = self._time_left()
+            if left is not None or self._timeout is not None:
+                self._timeout = left
+                self.socket.settimeout(left)
+            return call(argument)
         except (OSError, ValueError) as exc:
+            if isinstance(exc, TimeoutError) and exc.errno is None:  # with an errno it is the network's: a lost connection
+                raise DeadlineExceededError(_TOO_LATE) from None
             raise _lost(exc) from None
 
     def _receive(self, size: int) -> bytes:
         return self._io(self.socket.recv, size)
 
     def _receive_into(self, view: memoryview) -> int:
-        return self._io(self.socket.recv_into, view[: 1 << 30])
+        return self._io(self.socket.recv_into, view)
 
     def _send(self, pieces: list[memoryview]) -> int:
         if self._gather and len(pieces) > 1:
             return self._io(self.socket.sendmsg, pieces)
-        return self._io(self.socket.send, pieces[0][: 1 << 30])
-
-    def peer_gone(self) -> bool:
-        import select
-
-        try:
-            poll = select.poll()
-            poll.register(self.socket.fileno(), getattr(select, "POLLRDHUP", 0))
-            return bool(poll.poll(0))
-        except (OSError, ValueError, AttributeError):
-            return True
-
-    def stop_reading(self) -> None:
-        """Make the reader see the end, from any thread: how an idle connection is told that its server stops."""
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RD)
+        return self._io(self.socket.send, pieces[0][:_MAX_IO_BYTES])
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits in it, which close alone does not
         with contextlib.suppress(OSError):
             self.socket.close()
 
 
 class Transport:
-    """A byte channel with a name and an owner: what `RpcConnection` and `RpcServer.serve` take.
+    """A byte channel with a name and an owner: what `RpcConnection` and `RpcServer.serve` take."""
 
-    Attributes:
-        channel: The bytes.
-        kind: What the methods see as ``ctx.kind``.
-    """
+    peer = "the server"  # how error texts call the other side
 
     def __init__(self, channel: ByteChannel, kind: TransportKind, remote_addr: str = "") -> None:
-        self.channel = channel
-        self.kind = kind
-        self.remote_addr = remote_addr
+        self.channel, self.kind, self.remote_addr = channel, kind, remote_addr
 
     def obituary(self) -> str:
         """Say why no more bytes come, as far as is known here."""
@@ -4556,14 +3274,16 @@ class Transport:
 
 
 class PipeTransport(Transport):
-    """Two file objects: binary, one for reading, one for writing. Closing the transport closes both."""
+    """Two binary file objects that have a descriptor each and nothing buffered; closing the transport closes both."""
 
     def __init__(self, reader: Any, writer: Any) -> None:
         self.reader, self.writer = reader, writer
+        channel = FdChannel(os.dup(reader.fileno()), -1)
         try:
-            channel: ByteChannel = FdChannel(os.dup(reader.fileno()), os.dup(writer.fileno()))
-        except (OSError, AttributeError, ValueError):
-            channel = FileChannel(reader, writer)
+            channel.write_fd = os.dup(writer.fileno())
+        except BaseException:
+            channel.close()
+            raise
         super().__init__(channel, TransportKind.PIPE)
 
     def close(self) -> None:
@@ -4573,14 +3293,21 @@ class PipeTransport(Transport):
                 f.close()
 
 
-def _fd_transport(read_fd: int, write_fd: int) -> Transport:
-    return Transport(FdChannel(read_fd, write_fd), TransportKind.PIPE)
-
+def _channel_pair() -> tuple[FdChannel, FdChannel]:
+    """Two channels, each of which reads what the other writes."""
+    near = FdChannel(*os.pipe())
+    try:
+        far = FdChannel(*os.pipe())
+    except OSError:
+        near.close()
+        raise
+    near.read_fd, far.read_fd = far.read_fd, near.read_fd
+    return near, far
 
 def make_pipe_pair() -> tuple[Transport, Transport]:
     """Return two connected transports over a pair of pipes; the caller closes both."""
-    (client_read, server_write), (server_read, client_write) = os.pipe(), os.pipe()
-    return _fd_transport(client_read, client_write), _fd_transport(server_read, server_write)
+    near, far = _channel_pair()
+    return Transport(near, TransportKind.PIPE), Transport(far, TransportKind.PIPE)
 
 
 class StderrMode(enum.Enum):
@@ -4601,6 +3328,7 @@ class SubprocessTransport(Transport):
 
     Raises:
         TransportError: The program cannot be started.
+        TypeError: *cmd* is one string.
     """
 
     def __init__(
@@ -4608,37 +3336,43 @@ class SubprocessTransport(Transport):
     ) -> None:
         import subprocess
 
+        if isinstance(cmd, (str, bytes)):
+            raise ParameterError(f"cmd: expected a list of program and arguments, got {cmd!r}; shlex.split makes one of it")
         self.command = list(cmd)
-        target = subprocess.DEVNULL if stderr is StderrMode.DEVNULL else subprocess.PIPE
-        try:
-            self.proc: subprocess.Popen[bytes] = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=target, bufsize=0
-            )
-        except (OSError, ValueError, IndexError, TypeError) as exc:
-            raise TransportError(f"worker {self.command!r} cannot be started: {_text_of(exc)}") from None
-        assert self.proc.stdin is not None and self.proc.stdout is not None
-        read_fd, write_fd = os.dup(self.proc.stdout.fileno()), os.dup(self.proc.stdin.fileno())
-        self.proc.stdout.close()
-        self.proc.stdin.close()
+        self.peer = f"worker {self.command!r}"
         self._lines: deque[str] = deque(maxlen=20)
-        self._pump: threading.Thread | None = None
-        if self.proc.stderr is not None:
-            log = (stderr_logger or logging.getLogger("vgi_rpc.worker")) if stderr is StderrMode.PIPE else None
-            self._pump = threading.Thread(target=self._forward_stderr, args=(log,), daemon=True, name="vgi_rpc stderr")
+        log = (stderr_logger or logging.getLogger("vgi_rpc.worker")) if stderr is StderrMode.PIPE else None
+        self._pump = threading.Thread(target=self._forward_stderr, args=(log,), daemon=True, name="vgi_rpc stderr")
+        target = subprocess.DEVNULL if stderr is StderrMode.DEVNULL else subprocess.PIPE
+        channel, theirs = _channel_pair()
+        super().__init__(channel, TransportKind.PIPE)
+        try:
+            self.proc = subprocess.Popen(self.command, stdin=theirs.read_fd, stdout=theirs.write_fd, stderr=target)
+        except BaseException as exc:
+            channel.close()
+            if not isinstance(exc, (OSError, ValueError, IndexError, TypeError)):
+                raise
+            raise TransportError(f"{self.peer} cannot be started: {_text_of(exc)}") from None
+        finally:
+            theirs.close()
+        try:
             self._pump.start()
-        super().__init__(FdChannel(read_fd, write_fd), TransportKind.PIPE)
+        except BaseException:
+            self.abort()
+            raise
 
     def _forward_stderr(self, log: logging.Logger | None) -> None:
         source = self.proc.stderr
-        assert source is not None
-        with contextlib.suppress(OSError, ValueError), io.BufferedReader(cast("Any", source)) as lines:
-            for raw in lines:
+        if source is None:
+            return
+        with contextlib.suppress(OSError, ValueError), source:
+            for raw in iter(lambda: source.readline(_RECEIVE_BYTES), b""):
                 line = raw.decode("utf-8", "replace")
                 self._lines.append(line.rstrip())
                 if log is not None:
                     log.info("%s", line.rstrip())
                 else:
-                    with contextlib.suppress(OSError, ValueError):
+                    with contextlib.suppress(OSError, ValueError, AttributeError):  # a program may have no stderr
                         sys.stderr.write(line)
                         sys.stderr.flush()
 
@@ -4647,13 +3381,12 @@ class SubprocessTransport(Transport):
 
         try:
             status = self.proc.wait(1.0)
-            if self._pump is not None:
-                self._pump.join(1.0)
+            self._pump.join(1.0)
             ending = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
         except subprocess.TimeoutExpired:
             ending = "closed its stdout but still runs"
         said = "".join(f"\n  {line}" for line in list(self._lines)[-5:])
-        return f"worker {self.command!r} {ending}" + (f"; its last lines on stderr:{said}" if said else "")
+        return f"{self.peer} {ending}" + (f"; its last lines on stderr:{said}" if said else "")
 
     def close(self) -> None:
         """Close the pipes and reap the worker: it has 5 s to leave by itself, then it is terminated, then killed."""
@@ -4666,51 +3399,48 @@ class SubprocessTransport(Transport):
         import subprocess
 
         self.channel.close()
-        for act, wait in ((lambda: None, patience), (self.proc.terminate, 2.0), (self.proc.kill, 10.0)):
-            try:
-                act()
+        for act, wait in ((self.proc.poll, patience), (self.proc.terminate, 1.0), (self.proc.kill, 10.0)):
+            act()
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.proc.wait(wait)
                 break
-            except subprocess.TimeoutExpired:
-                continue
-        if self._pump is not None:
+        if self._pump.ident is not None:
             # A grandchild may hold the worker's stderr open for ever; the thread is a daemon and does not keep us.
             self._pump.join(1.0)
 
 
+@contextlib.contextmanager
+def _connecting(where: str) -> Iterator[contextlib.ExitStack]:
+    """Turn failures into `TransportError`, and close what the stack was given."""
+    with contextlib.ExitStack() as opened:
+        try:
+            yield opened
+        except (OSError, ValueError, OverflowError) as exc:
+            reason = _text_of(getattr(exc, "strerror", None) or exc)
+            raise TransportError(f"cannot connect to {where}: {reason}") from None
+        opened.pop_all()
+
 def connect_unix_socket(path: str, timeout: float | None = None) -> Transport:
-    """Connect to a Unix socket; raises `TransportError`."""
-    connected = socket.socket(socket.AF_UNIX)
-    try:
+    """Connect to a Unix socket; *timeout* in seconds. Raises `TransportError`."""
+    with _connecting(f"unix:{path}") as opened:
+        connected = opened.enter_context(socket.socket(socket.AF_UNIX))
         connected.settimeout(timeout)
         connected.connect(path)
         connected.settimeout(None)
-    except OSError as exc:
-        connected.close()
-        raise TransportError(f"cannot connect to unix:{path}: {exc.strerror or exc}") from None
     return Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}")
 
-
 def connect_tcp_socket(
-    host: str,
-    port: int,
-    timeout: float | None = None,
-    tls_context: ssl.SSLContext | None = None,
-    server_hostname: str | None = None,
+    host: str, port: int, timeout: float | None = None,
+    tls_context: ssl.SSLContext | None = None, server_hostname: str | None = None
 ) -> socket.socket:
-    """Connect to host and port, with TLS if there is a context; raises `TransportError`."""
-    connected: socket.socket | None = None
-    try:
-        connected = socket.create_connection((host, port), timeout=timeout)
+    """Connect to host and port, with TLS if there is a context; *timeout* in seconds. Raises `TransportError`."""
+    with _connecting(f"{host}:{port}") as opened:
+        connected = opened.enter_context(socket.create_connection((host, port), timeout=timeout))
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls_context is not None:
-            connected = tls_context.wrap_socket(connected, server_hostname=server_hostname or host)
+            connected = opened.enter_context(tls_context.wrap_socket(connected, server_hostname=server_hostname or host))
         connected.settimeout(None)
-        return connected
-    except (OSError, ValueError, OverflowError) as exc:
-        if connected is not None:
-            connected.close()
-        raise TransportError(f"cannot connect to {host}:{port}: {_text_of(getattr(exc, 'strerror', None) or exc)}") from None
+    return connected
 
 
 # ============================================================================
@@ -4723,19 +3453,16 @@ def connect_tcp_socket(
 
 @dataclass(frozen=True)
 class CallOptions:
-    """How one proxy calls.
+    """How one proxy calls. Raises `ValueError` for a timeout that is none."""
 
-    Attributes:
-        on_log: Takes the server's log lines; ``None`` drops them.
-        timeout: Seconds per call or turn, ``None`` for no limit.
-        ipc_validation: How much of each answer is checked.
-        version: The protocol's version, sent with each request.
-    """
+    on_log: Callable[[Message], None] | None = None  # takes the server's log lines; ``None`` drops them
+    timeout: float | None = None  # seconds per call or turn, ``None`` for no limit
+    ipc_validation: IpcValidation = IpcValidation.FULL  # how much of each answer is checked
+    version: str = ""  # the protocol's, sent with each request
 
-    on_log: Callable[[Message], None] | None = None
-    timeout: float | None = None
-    ipc_validation: IpcValidation = IpcValidation.FULL
-    version: str = ""
+    def __post_init__(self) -> None:
+        if self.timeout is not None and not 0 < self.timeout <= threading.TIMEOUT_MAX:
+            raise ValueError(f"timeout: expected seconds above 0, or None for no limit, got {self.timeout!r}")
 
     @property
     def deadline(self) -> float | None:
@@ -4779,7 +3506,6 @@ def next_reply_item(reader: IpcReader, options: CallOptions) -> ReplyItem | None
         else:
             return ReplyItem(kind, reader.decode(message), metadata)
 
-
 def _deliver_log(on_log: Callable[[Message], None] | None, metadata: _Metadata) -> None:
     if on_log is not None:
         try:
@@ -4789,19 +3515,15 @@ def _deliver_log(on_log: Callable[[Message], None] | None, metadata: _Metadata) 
 
 
 class ClientStream:
-    """One stream as a client holds it; the interface under `StreamSession`.
+    """One stream as a client holds it; the interface under `StreamSession`."""
 
-    Attributes:
-        header: The header row's batch, ``None`` when the method declares none.
-        done: Whether nothing more can be sent or read.
-    """
-
-    header: Any = None
-    done = False
+    header: Any = None  # the header row's batch, ``None`` when the method declares none
+    done = False  # whether nothing more can be sent or read
+    cut_off = ""  # why it ended, when that was neither its own end nor asked for
 
     def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
         """Send a batch, return the answer; ``None`` when the stream has finished."""
-        raise io.UnsupportedOperation("turn")
+        raise NotImplementedError
 
     def close(self) -> None:
         """End the stream; the connection stays usable."""
@@ -4811,7 +3533,7 @@ class ClientStream:
 
     def token(self) -> bytes:
         """Return what `resume` needs."""
-        raise RpcError("ProtocolError", "only streams over HTTP can be resumed: elsewhere the state stays with the connection", "")
+        raise RpcError("ProtocolError", "only streams over HTTP can be resumed: else the state stays with the connection", "")
 
     def restore(self, token: bytes) -> None:
         """Take over what `token` saved."""
@@ -4823,11 +3545,11 @@ class ClientChannel:
 
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         """Call a unary method and return its result."""
-        raise io.UnsupportedOperation("unary")
+        raise NotImplementedError
 
     def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
         """Start a stream."""
-        raise io.UnsupportedOperation("stream")
+        raise NotImplementedError
 
     def resume(self, info: RpcMethodInfo, token: bytes, options: CallOptions) -> ClientStream:
         """Go on with a stream from a saved token."""
@@ -4835,6 +3557,15 @@ class ClientChannel:
 
     def close(self) -> None:
         """Give back connections."""
+
+
+_PLAIN_TICK = AnnotatedBatch(_TICK)
+
+
+def _tick(metadata: pa.KeyValueMetadata | Mapping[bytes, bytes] | None) -> AnnotatedBatch:
+    if metadata is not None and not isinstance(metadata, pa.KeyValueMetadata):
+        metadata = pa.KeyValueMetadata(dict(metadata))
+    return AnnotatedBatch(_TICK, metadata)
 
 
 class StreamSession:
@@ -4845,7 +3576,7 @@ class StreamSession:
 
     def __init__(self, stream: ClientStream, info: RpcMethodInfo) -> None:
         self._stream, self._info = stream, info
-        self._header = None
+        self._header: Any = None
         if stream.header is not None:
             assert info.header is not None
             try:
@@ -4860,57 +3591,43 @@ class StreamSession:
         return self._header
 
     def typed_header(self, header_type: type[_T]) -> _T:
-        """Return the header as *header_type*.
-
-        Raises:
-            TypeError: The stream has none, or one of another type.
-        """
+        """Return the header as *header_type*; raises `TypeError` when there is none, or one of another type."""
         if not isinstance(self._header, header_type):
             raise ParameterError(f"{self._info.name}() header: expected {header_type.__name__}, got {_got(self._header)}")
         return self._header
 
     def _turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
         if self._stream.done:
-            raise RpcError("ProtocolError", f"the stream of {self._info.name}() is closed", "")
+            how = self._stream.cut_off or "is closed"
+            raise RpcError("ProtocolError", f"the stream of {self._info.name}() {how}", "")
         return self._stream.turn(given)
 
     def __iter__(self) -> Iterator[AnnotatedBatch]:
         """Yield each batch of a producer until it finishes.
 
         Raises:
-            RpcError: A turn failed; the stream is over, the connection is not.
+            RpcError: A turn failed, or another call on the connection ended the stream. The connection serves the next call.
         """
-        while not self._stream.done:
+        while not self._stream.done or self._stream.cut_off:
             answer = self._turn(_PLAIN_TICK)
             if answer is None:
                 return
             yield answer
 
     def tick(self, custom_metadata: pa.KeyValueMetadata | Mapping[bytes, bytes] | None = None) -> AnnotatedBatch:
-        """Ask a producer for one batch; the metadata reaches its state.
-
-        Raises:
-            StopIteration: The stream has finished.
-            RpcError: The turn failed, or the stream is closed.
-        """
-        metadata = custom_metadata
-        if metadata is not None and not isinstance(metadata, pa.KeyValueMetadata):
-            metadata = pa.KeyValueMetadata(dict(metadata))
-        answer = self._turn(AnnotatedBatch(_TICK, metadata))
+        """Ask a producer for one batch; its state sees the metadata. Raises `StopIteration` at the end, `RpcError`."""
+        answer = self._turn(_tick(custom_metadata))
         if answer is None:
             raise StopIteration
         return answer
 
     def exchange(self, input: AnnotatedBatch) -> AnnotatedBatch:
-        """Send a batch and return the answer to it.
-
-        Raises:
-            RpcError: The turn failed, or the stream is closed.
-            TypeError: *input* is not an `AnnotatedBatch`.
-        """
+        """Send a batch and return the answer. Raises `RpcError`; `TypeError` for what is no batch."""
+        where = f"{self._info.name}() exchange"
         if not isinstance(input, AnnotatedBatch):
-            got = _got(input)
-            raise ParameterError(f"{self._info.name}() exchange: expected an AnnotatedBatch, got {got}; wrap it: AnnotatedBatch(batch)")
+            raise ParameterError(f"{where}: expected an AnnotatedBatch, got {_got(input)}; wrap it: AnnotatedBatch(batch)")
+        if not isinstance(input.batch, pa.RecordBatch):
+            raise ParameterError(f"{where}: expected a pyarrow.RecordBatch in the AnnotatedBatch, got {_got(input.batch)}")
         answer = self._turn(input)
         if answer is None:
             raise RpcError("ProtocolError", f"{self._info.name}() finished instead of answering", "")
@@ -4923,11 +3640,9 @@ class StreamSession:
         """
         return self._stream.token()
 
-    def next_with_token(
-        self, custom_metadata: pa.KeyValueMetadata | None = None
-    ) -> tuple[AnnotatedBatch | None, bytes | None]:
+    def next_with_token(self, custom_metadata: pa.KeyValueMetadata | None = None) -> tuple[AnnotatedBatch | None, bytes | None]:
         """Ask a producer for one batch; return it with the `token` behind it. ``None`` stands for what there is not."""
-        answer = None if self.closed else self._turn(AnnotatedBatch(_TICK, custom_metadata))
+        answer = None if self.closed else self._turn(_tick(custom_metadata))
         try:
             return answer, self.token()
         except RpcError:
@@ -4959,7 +3674,9 @@ class StreamSession:
         self.close()
 
 
-_PLAIN_TICK = AnnotatedBatch(_TICK)
+def _was_answer(exc: RpcError) -> bool:
+    """Whether the server sent this error: one made on this side is local and has no request id."""
+    return not isinstance(exc, _LocalError) or bool(exc.request_id)
 
 
 class ByteClient(ClientChannel):
@@ -4967,91 +3684,116 @@ class ByteClient(ClientChannel):
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        self._channel = transport.channel
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._caller = 0  # the thread that holds the lock
         self._open: _ByteClientStream | None = None
-        self._broken = ""
+        self._broken = ""  # why the connection is closed
+        self._between = False  # whether a stream is expected next: what comes else is text that something printed
         self._stray = False  # an input stream was sent that a refusing server may have taken for a request
-
-    # -- one connection, shared by calls
 
     @contextlib.contextmanager
     def exclusive(self, deadline: float | None) -> Iterator[ByteChannel]:
-        """Hold the connection; whatever is not an answer breaks it for good."""
-        with self._lock:
+        """Hold the connection; whatever is not an answer breaks it for good.
+
+        Raises:
+            DeadlineExceededError: Other threads held it for too long; it stays usable.
+            RpcError: This thread holds it: ``on_log`` calls back.
+        """
+        if self._caller == threading.get_ident():
+            raise RpcError("ProtocolError", "a call is running on this connection: on_log cannot make another one on it", "")
+        left = -1.0 if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+        if not self._lock.acquire(timeout=left):
+            raise DeadlineExceededError(f"{_TOO_LATE}: calls of other threads use the connection")
+        try:
+            self._caller = threading.get_ident()
             if self._broken:
                 raise TransportError(f"the connection is closed: {self._broken}")
-            self._channel.deadline = deadline
+            channel = self.transport.channel
+            channel.deadline = deadline
             try:
-                yield self._channel
-            except (EOFError, IPCError, _LocalError) as exc:
+                yield channel
+            except ParameterError:  # before a byte was sent
+                raise
+            except (EOFError, _Refusal, RpcError) as exc:
+                if isinstance(exc, RpcError) and _was_answer(exc):
+                    raise
                 raise self._break(exc) from None
             except BaseException as exc:
-                if not isinstance(exc, (RpcError, ParameterError)):
-                    self._break(exc)  # interrupted in the middle of an exchange: nobody knows where the bytes stand
+                self._break(exc)  # interrupted in the middle of an exchange: nobody knows where the bytes stand
                 raise
+        finally:
+            self._caller = 0
+            self._lock.release()
 
     def _break(self, exc: BaseException) -> RpcError:
-        deadline = isinstance(exc, DeadlineExceededError)
-        stray = self._stray_text()
-        if deadline:
-            error: RpcError = cast("DeadlineExceededError", exc)
+        stray = self._stray_text(isinstance(exc, TransportError))
+        if isinstance(exc, DeadlineExceededError):
+            error: RpcError = exc
         elif stray:
-            error = TransportError(f"expected Arrow IPC, got text: {stray!r} ({self._shown()} prints to the channel)")
-        elif self._channel.ended or isinstance(exc, (EOFError, TransportError)):
+            error = TransportError(f"expected Arrow IPC, got text: {stray!r} ({self.transport.peer} prints to the channel)")
+        elif isinstance(exc, (EOFError, TransportError)) or (self.transport.channel.ended and isinstance(exc, _Refusal)):
             error = TransportError(self.transport.obituary())
-        else:
+        elif isinstance(exc, _Refusal):
             error = TransportError(f"not an answer: {_text_of(exc)}")
-        self._broken = error.error_message.partition("\n")[0]
-        if self._open is not None:
-            self._open.done = True
+        else:
+            error = TransportError(f"a call was interrupted by {type(exc).__name__}")
+        self._broken = self._broken or error.error_message.partition("\n")[0]
+        if self._open is not None and not self._open.done:
+            self._open.done, self._open.cut_off = True, f"was cut off: {self._broken}"
         self.transport.abort()
         return error
 
-    def _stray_text(self) -> str:
-        """What a worker printed before it served, as text, when that is what came instead of Arrow."""
-        seen = self._channel._buffer[:200]
-        if not seen or seen[:4] == _CONTINUATION or not all(32 <= b < 127 or b in b"\r\n\t\x1b" for b in seen[:8]):
+    def _end_open(self, why: str) -> None:
+        """End the stream that was left open, if one was."""
+        if self._open is not None and not self._open.done:
+            self._open.cut_off = why
+            self._open.finish()
+        self._open = None
+
+    def _stray_text(self, lost: bool) -> str:
+        """What a worker printed, as text, when that is what came instead of a stream."""
+        channel = self.transport.channel
+        if self._between and lost:  # it may have gone before our request was written, and left its text in the pipe
+            channel.deadline = time.monotonic() + 1.0
+            with contextlib.suppress(RpcError):
+                channel._fill()
+        start = max(0, channel._at - 8)  # eight bytes were taken for the prefix of a message
+        seen = channel._buffer[start : start + 200] if self._between else b""
+        if not seen or not all(32 <= b < 127 or b in b"\r\n\t\x1b" for b in seen[:8]):
             return ""
         return seen.decode("utf-8", "replace").strip()
 
-    def _shown(self) -> str:
-        command = getattr(self.transport, "command", None)
-        return f"worker {command!r}" if command else "the server"
+    def open_reply(self, request_id: str, options: CallOptions) -> tuple[IpcReader, ReplyItem | None]:
+        """Open the next answer and read its first item, past the answer that a refused stream's input may have earned.
 
-    def open_reply(self, request_id: str, options: CallOptions) -> IpcReader:
-        """Open the next answer, past the one that a refused stream's stray input may have earned."""
-        reader = IpcReader(self._channel, validation=options.ipc_validation)
-        while self._stray:
-            self._stray = False
-            message = reader.next_message()
-            metadata = (message.head.metadata if message else None) or {}
-            if message is None or batch_kind(message.head.rows, metadata) is not BatchKind.ERROR:
-                return _Prepended(reader, message)
-            if metadata.get(REQUEST_ID_KEY, request_id.encode()) == request_id.encode():
-                return _Prepended(reader, message)
-            reader.skip()
-            reader = IpcReader(self._channel, validation=options.ipc_validation)
-        return reader
+        Raises:
+            RpcError: The answer is an error; it was read to its end.
+        """
+        while True:
+            reader = IpcReader(self.transport.channel, validation=options.ipc_validation)
+            self._between = False
+            stray, self._stray = self._stray, False
+            try:
+                return reader, next_reply_item(reader, options)
+            except RpcError as exc:
+                if not _was_answer(exc):
+                    raise
+                reader.skip()
+                if not stray or exc.request_id in ("", request_id):
+                    raise
+                self._between = True
 
     def _send_request(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> str:
-        if self._open is not None and not self._open.done:
-            self._open.close()
+        self._end_open("was ended by another call on its connection; read it to its end first, or connect twice")
         request_id = new_request_id()
         metadata = request_metadata(info, options.version, request_id, options.timeout)
-        self._channel.write([stream_bytes(batch.schema, [(batch, metadata)])])
+        self._between = True
+        self.transport.channel.write([stream_bytes(batch.schema, [(batch, metadata)])])
         return request_id
 
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         with self.exclusive(options.deadline):
-            request_id = self._send_request(info, batch, options)
-            reader = self.open_reply(request_id, options)
-            try:
-                item = next_reply_item(reader, options)
-            except RpcError as exc:
-                if not isinstance(exc, TransportError):
-                    reader.skip()
-                raise
+            reader, item = self.open_reply(self._send_request(info, batch, options), options)
             reader.skip()
             if item is None:
                 raise IPCError(f"{info.name}(): expected a result, got an end of stream")
@@ -5059,52 +3801,32 @@ class ByteClient(ClientChannel):
 
     def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
         with self.exclusive(options.deadline):
-            request_id = self._send_request(info, batch, options)
-            stream = _ByteClientStream(self, request_id, options)
+            stream = _ByteClientStream(self, self._send_request(info, batch, options), options)
             if info.header is not None:
                 stream.read_header(info.name)
             self._open = stream
             return stream
 
     def close(self) -> None:
-        with contextlib.suppress(RpcError, ParameterError):
-            if self._open is not None and not self._open.done and not self._broken:
-                self._open.options = dataclasses.replace(self._open.options, timeout=1.0)
-                self._open.close()
-        self.transport.close()
+        with contextlib.suppress(RpcError):
+            if not self._broken:
+                with self.exclusive(time.monotonic() + 1.0):
+                    self._end_open("was ended with its connection")
         self._broken = self._broken or "it was closed here"
-
-
-class _Prepended(IpcReader):
-    """A reader that hands out one message again that was already looked at."""
-
-    def __init__(self, reader: IpcReader, message: BatchMessage | None) -> None:
-        self.__dict__.update(vars(reader))
-        self._again = message
-
-    def next_message(self) -> BatchMessage | None:
-        message, self._again = self._again, None
-        return message if message is not None else super().next_message()
+        self.transport.close()
 
 
 class _ByteClientStream(ClientStream):
     def __init__(self, client: ByteClient, request_id: str, options: CallOptions) -> None:
-        self._client, self._request_id, self.options = client, request_id, options
+        self._client, self._request_id, self._options = client, request_id, options
         self._writer: IpcWriter | None = None
         self._reader: IpcReader | None = None
 
     def read_header(self, name: str) -> None:
         """Read the header stream that precedes the data; an error in its place ends the stream."""
-        reader = self._client.open_reply(self._request_id, self.options)
-        try:
-            item = next_reply_item(reader, self.options)
-        except RpcError as exc:
-            if isinstance(exc, TransportError):
-                raise
-            reader.skip()
-            self._fail()
-            raise
-        reader.skip()
+        item = self._next()
+        cast("IpcReader", self._reader).skip()
+        self._reader = None
         if item is None:
             raise IPCError(f"{name}(): expected a header, got an end of stream")
         self.header = item.batch
@@ -5114,56 +3836,62 @@ class _ByteClientStream(ClientStream):
             self._writer = IpcWriter(self._client.transport.channel.write, schema)
         return self._writer
 
-    def _output(self) -> IpcReader:
-        if self._reader is None:
-            self._reader = self._client.open_reply(self._request_id, self.options)
-        return self._reader
-
-    def _fail(self) -> None:
-        """After an error batch: end our input, which the server reads to its end or takes for a stray request."""
-        self.done = True
-        # The error of a turn comes on an output stream that a begun call opened; one before it may be a refusal.
-        self._client._stray = True
-        self._input(EMPTY_SCHEMA).close()
+    def _next(self) -> ReplyItem | None:
+        """Read to the next item of the answer. The server's error ends the stream, not the connection."""
+        try:
+            if self._reader is not None:
+                return next_reply_item(self._reader, self._options)
+            self._reader, item = self._client.open_reply(self._request_id, self._options)
+            return item
+        except RpcError as exc:
+            if _was_answer(exc):
+                if self._reader is not None:
+                    self._reader.skip()
+                if not self.done:
+                    self._input(EMPTY_SCHEMA).close()
+                self.done = True
+                # A begun call reads our input to its end; a server that refused the call may take it for a request.
+                self._client._stray = True
+            raise
 
     def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
-        with self._client.exclusive(self.options.deadline):
-            writer = self._input(given.batch.schema)
-            batch = given.batch
+        with self._client.exclusive(self._options.deadline):
+            if self.done:  # another thread's call ended it while this one waited for the connection
+                raise RpcError("ProtocolError", f"the stream {self.cut_off or 'is closed'}", "")
+            batch, writer = given.batch, self._input(given.batch.schema)
             if batch.schema is not writer.schema and not batch.schema.equals(writer.schema, check_metadata=True):
                 batch = conform_batch(batch, writer.schema, "exchange input", cast_values=True)
             writer.write(batch, given.custom_metadata)
-            try:
-                item = next_reply_item(self._output(), self.options)
-            except RpcError as exc:
-                if not isinstance(exc, TransportError):
-                    self._output().skip()
-                    self._fail()
+            item = self._next()
+            if item is not None:
+                return item.annotated()
+            self.done = True
+            writer.close()
+            return None
+
+    def finish(self) -> None:
+        """End both directions; the caller holds the connection."""
+        self.done = True
+        self._input(EMPTY_SCHEMA).close()
+        try:
+            while self._next() is not None:
+                pass
+        except RpcError as exc:
+            if not _was_answer(exc):  # nobody waits for the server's error on a stream that is being closed
                 raise
-            if item is None:
-                self.done = True
-                writer.close()
-                return None
-            return item.annotated()
 
     def close(self) -> None:
-        self.done = True
-        with self._client.exclusive(self.options.deadline):
-            self._input(EMPTY_SCHEMA).close()
-            try:
-                while next_reply_item(self._output(), self.options) is not None:
-                    pass
-            except RpcError as exc:  # nobody waits for the error of a stream that is being closed
-                if isinstance(exc, TransportError):
-                    raise
-                self._output().skip()
-                self._client._stray = True
+        with self._client.exclusive(self._options.deadline):
+            if not self.done:
+                self.finish()
 
     def cancel(self) -> None:
-        with self._client.exclusive(self.options.deadline):
+        with self._client.exclusive(self._options.deadline):
+            if self.done:
+                return
             writer = self._input(EMPTY_SCHEMA)
             writer.write(empty_batch(writer.schema), {CANCEL_KEY: b"1"})
-        self.close()
+            self.finish()
 
 
 class RpcConnection(Generic[_P]):
@@ -5171,24 +3899,23 @@ class RpcConnection(Generic[_P]):
 
     Args:
         protocol: The Protocol class.
-        transport: A byte transport, or another `ClientChannel`; closed on leaving.
+        transport: A byte transport, or another `ClientChannel`; closed on leaving, and when *protocol* has mistakes.
         on_log: Takes the server's log lines.
         timeout: Seconds per call or turn, ``None`` for no limit.
         ipc_validation: How much of each answer is checked.
     """
 
     def __init__(
-        self,
-        protocol: type[_P],
-        transport: Transport | ClientChannel,
-        on_log: Callable[[Message], None] | None = None,
-        *,
-        timeout: float | None = None,
-        ipc_validation: IpcValidation = IpcValidation.FULL,
+        self, protocol: type[_P], transport: Transport | ClientChannel, on_log: Callable[[Message], None] | None = None, *,
+        timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL
     ) -> None:
         self.channel = transport if isinstance(transport, ClientChannel) else ByteClient(transport)
         version = getattr(protocol, "protocol_version", "") or ""
-        self._proxy = make_proxy(protocol, self.channel, CallOptions(on_log, timeout, ipc_validation, version))
+        try:
+            self._proxy = make_proxy(protocol, self.channel, CallOptions(on_log, timeout, ipc_validation, version))
+        except BaseException:
+            self.channel.close()
+            raise
 
     def __enter__(self) -> _P:
         return cast("_P", self._proxy)
@@ -5211,11 +3938,6 @@ class RpcProxy:
         known = rpc_methods(self._protocol)
         raise AttributeError(f"{self._protocol.__qualname__} has no method {name!r}{_suggest(name, known)}")
 
-    def with_options(self, *, timeout: float | None = None, on_log: Callable[[Message], None] | None = None) -> Any:
-        """Return a proxy on the same connection with another timeout (seconds per call or turn) or ``on_log``."""
-        options = dataclasses.replace(self._options, timeout=timeout, on_log=on_log or self._options.on_log)
-        return make_proxy(self._protocol, self._channel, options)
-
 
 def make_proxy(protocol: type, channel: ClientChannel, options: CallOptions) -> RpcProxy:
     """Return a proxy of *protocol* over *channel*."""
@@ -5225,33 +3947,26 @@ def make_proxy(protocol: type, channel: ClientChannel, options: CallOptions) -> 
         proxy.__dict__[info.name] = _proxy_method(info, channel, options)
     return proxy
 
-
 def _proxy_method(info: RpcMethodInfo, channel: ClientChannel, options: CallOptions) -> Callable[..., Any]:
-    if info.method_type is MethodType.UNARY:
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return channel.unary(info, request_batch(info, bind_arguments(info, args, kwargs)), options)
-
-    else:
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            batch = request_batch(info, bind_arguments(info, args, kwargs))
-            return StreamSession(channel.stream(info, batch, options), info)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        batch = request_batch(info, bind_arguments(info, args, kwargs))
+        if info.method_type is MethodType.UNARY:
+            return channel.unary(info, batch, options)
+        return StreamSession(channel.stream(info, batch, options), info)
 
     call.__name__, call.__doc__ = info.name, info.doc
     return call
 
-
 def with_options(proxy: _P, *, timeout: float | None = None, on_log: Callable[[Message], None] | None = None) -> _P:
-    """Return a proxy on the same connection with another timeout (seconds per call or turn) or ``on_log``."""
-    return cast("_P", RpcProxy.with_options(cast("RpcProxy", proxy), timeout=timeout, on_log=on_log))
-
+    """Return a proxy on the same connection with another ``on_log`` or timeout: seconds per call or turn, ``None`` for none."""
+    known = cast("RpcProxy", proxy)
+    options = dataclasses.replace(known._options, timeout=timeout, on_log=on_log or known._options.on_log)
+    return cast("_P", make_proxy(known._protocol, known._channel, options))
 
 def resume(proxy: Any, method: str, token: bytes) -> StreamSession:
     """Go on with a stream of *method* where `StreamSession.token` was taken; also in another process. HTTP only.
 
-    Raises:
-        RpcError: The token is not one, or the server refuses it.
+    Raises `RpcError` when the token is not one, or the server refuses it.
     """
     info = rpc_methods(proxy._protocol).get(method)
     if info is None or info.method_type is not MethodType.STREAM:
@@ -5259,38 +3974,29 @@ def resume(proxy: Any, method: str, token: bytes) -> StreamSession:
     return StreamSession(proxy._channel.resume(info, token, proxy._options), info)
 
 
-def _reflection(target: Any) -> Any:
+def _reflection(target: Any, ipc_validation: IpcValidation = IpcValidation.FULL) -> Any:
     """A proxy of the reflection protocol on the connection of a proxy, a transport or a channel."""
-    channel = getattr(target, "_channel", None) or target
-    if isinstance(channel, Transport):
-        channel = ByteClient(channel)
+    timeout = None
+    if isinstance(target, RpcProxy):
+        timeout, target = target._options.timeout, target._channel
+    channel = ByteClient(target) if isinstance(target, Transport) else target
     if not isinstance(channel, ClientChannel):
-        raise TypeError(f"expected a proxy, a transport or a URL, got {_got(target)}")
-    options = getattr(target, "_options", None)
-    timeout = options.timeout if options is not None else None
-    return make_proxy(Reflection, channel, CallOptions(timeout=timeout))
-
+        raise TypeError(f"expected a proxy, a transport or a channel, got {_got(target)}")
+    return make_proxy(Reflection, channel, CallOptions(timeout=timeout, ipc_validation=ipc_validation))
 
 def list_protocols(target: Any) -> list[ProtocolSummary]:
-    """Return the protocols that the server behind a proxy or transport hosts, the application's first.
-
-    Raises:
-        RpcError: The server does not answer, or hosts no reflection.
-    """
+    """Return what the server behind a proxy or transport hosts, the application's first; `RpcError` if it does not tell."""
     return cast("ProtocolList", _reflection(target).list_protocols()).protocols
-
 
 def describe_protocol(target: Any, name: str) -> ServiceDescription:
     """Return what the server behind a proxy or transport says of the protocol *name*; raises as `list_protocols`."""
-    proxy = _reflection(target)
-    return _service_description(proxy.list_protocols(), proxy.describe(protocol=name))
-
+    return introspect(target, protocol=name)
 
 def introspect(
     transport: Any, ipc_validation: IpcValidation = IpcValidation.FULL, protocol: str | None = None
 ) -> ServiceDescription:
     """Return the description of *protocol*, by default the primary one; raises as `list_protocols`."""
-    proxy = _reflection(transport)
+    proxy = _reflection(transport, ipc_validation)
     listed = cast("ProtocolList", proxy.list_protocols())
     if protocol is None:
         named = [p.protocol for p in listed.protocols if not p.protocol.startswith(RESERVED_PROTOCOL_PREFIX)]
@@ -5324,29 +4030,25 @@ class RpcServer(ServerCore):
     """
 
     def serve(self, transport: Transport, *, auth: AuthContext | None = None) -> None:
-        """Serve one client until it leaves; *transport* stays open. Raises only what ``on_serve_start`` raises."""
-        caller = Caller(transport.kind, auth or _ANONYMOUS, transport.remote_addr, gone=transport.channel.peer_gone)
-        _ByteServing(self, transport.channel, caller).run()
+        """Serve one client until it leaves, or the server drains; *transport* stays open."""
+        serving = _ByteServing(self, transport, auth or _ANONYMOUS)
+        while serving.serve_next() and not self.draining:
+            pass
 
     def serve_one(self, transport: Transport) -> None:
         """Serve one request; as `serve`."""
-        caller = Caller(transport.kind, remote_addr=transport.remote_addr, gone=transport.channel.peer_gone)
-        _ByteServing(self, transport.channel, caller).serve_next()
+        _ByteServing(self, transport, _ANONYMOUS).serve_next()
 
 
 class _ByteServing:
     """Serves one byte channel, request after request."""
 
-    def __init__(self, server: ServerCore, channel: ByteChannel, caller: Caller) -> None:
-        self._server, self._channel, self._caller = server, channel, caller
+    def __init__(self, server: ServerCore, transport: Transport, auth: AuthContext) -> None:
+        self._server, self._channel = server, transport.channel
+        self._caller = Caller(transport.kind, auth, transport.remote_addr, gone=transport.channel.peer_gone)
         # After a refusal the client may still send the input stream of the stream it had asked for: it has no method
         # key, cannot be a request, and is passed over.
         self._orphan_expected = False
-
-    def run(self) -> None:
-        """Serve until the client leaves, the bytes make no sense any more, or the server drains."""
-        while self.serve_next() and not self._server.draining:
-            pass
 
     def serve_next(self) -> bool:
         """Serve one request; ``False`` when the connection is at its end."""
@@ -5366,9 +4068,11 @@ class _ByteServing:
     def _reader(self) -> IpcReader:
         return IpcReader(self._channel, validation=self._server.ipc_validation)
 
+    def _write(self, schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]]) -> None:
+        self._channel.write([stream_bytes(schema, items)])
+
     def _answer(self, exc: BaseException, request_id: str = "") -> None:
-        item = self._server.error_item(exc, EMPTY_SCHEMA, request_id or new_request_id())
-        self._channel.write([stream_bytes(EMPTY_SCHEMA, [item])])
+        self._write(EMPTY_SCHEMA, [self._server.error_item(exc, EMPTY_SCHEMA, request_id or new_request_id())])
 
     def _serve_stream(self, reader: IpcReader) -> bool:
         orphan_expected, self._orphan_expected = self._orphan_expected, False
@@ -5395,7 +4099,7 @@ class _ByteServing:
         """`__transport_options__` (WIRE section 9): shared memory is not offered."""
         self._server.check_wire_version(request.metadata)
         metadata = {SHM_KEY: b"false", REQUEST_VERSION_KEY: REQUEST_VERSION, SERVER_ID_KEY: self._server.server_id.encode()}
-        self._channel.write([stream_bytes(EMPTY_SCHEMA, [(_TICK, metadata)])])
+        self._write(EMPTY_SCHEMA, [(_TICK, metadata)])
 
     def _serve_request(self, request: Request, request_id: str) -> None:
         bound = self._server.resolve(request)
@@ -5411,12 +4115,12 @@ class _ByteServing:
                 turn = call.begin(arguments)
             if call.stream is not None:
                 if turn.items:
-                    self._channel.write([stream_bytes(turn.schema, turn.items)])
+                    self._write(turn.schema, turn.items)
                 self._serve_turns(call, call.stream)
                 return
             self._orphan_expected = bound.info.method_type is MethodType.STREAM
             schema = EMPTY_SCHEMA if turn.error is not None and bound.info.header is not None else turn.schema
-            self._channel.write([stream_bytes(schema, turn.items)])
+            self._write(schema, turn.items)
         finally:
             call.end()
 
@@ -5427,15 +4131,13 @@ class _ByteServing:
         while True:
             try:
                 item = reader.next()
-            except IPCError as exc:
+            except _Refusal as exc:
                 turn = call._failed(stream.output_schema, exc, refused=True)
             else:
-                if item is None:
-                    writer.close()
-                    return
-                batch, metadata = item
-                if metadata and CANCEL_KEY in metadata:
-                    call.cancel()
+                batch, metadata = item or (None, None)
+                if batch is None or CANCEL_KEY in (metadata or ()):
+                    if batch is not None:
+                        call.cancel()
                     writer.close()
                     reader.skip()
                     return
@@ -5447,17 +4149,41 @@ class _ByteServing:
 
 
 @contextlib.contextmanager
-def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Have SIGTERM and SIGINT call *stop* while inside; only the main thread can, elsewhere nothing changes."""
+def _stop_signals(
+    server: ServerCore, grace: float = DRAIN_GRACE_SECONDS, wake: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Have SIGTERM and SIGINT end what is inside: an idle server at once, else after the running calls or *grace* seconds.
+
+    The first signal drains the server and calls *wake*; a second one does not wait. Only the main thread gets signals:
+    in another thread nothing changes.
+    """
     import signal
 
-    if threading.current_thread() is not threading.main_thread():
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
         yield
         return
-    old = {s: signal.signal(s, lambda *_: stop()) for s in (signal.SIGTERM, signal.SIGINT)}
+    # A thread that is blocked in a read between two turns of a stream can only be waked by another signal.
+    timer = threading.Timer(grace, lambda: signal.pthread_kill(cast("int", main.ident), signal.SIGTERM))
+    timer.daemon = True
+    caught: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        caught.append(number)
+        server.draining = True
+        if len(caught) > 1 or not server._active:
+            raise SystemExit(0)
+        timer.start()
+        wake()
+
+    old = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except SystemExit:
+        if not caught:
+            raise
     finally:
+        timer.cancel()
         for number, handler in old.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
@@ -5468,33 +4194,24 @@ def serve_stdio(server: RpcServer) -> None:
     While serving, descriptor 1 is standard error: whatever prints to stdout cannot break the channel. SIGTERM and SIGINT
     let the running call finish.
     """
-    read_fd, write_fd = os.dup(0), os.dup(1)  # not inherited by children of the methods
-    null = os.open(os.devnull, os.O_RDONLY)
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    os.dup2(null, 0)
-    os.close(null)
-
-    def stop() -> None:
-        server.draining = True
-        if not server._active:
-            raise SystemExit(0)
-
-    transport = _fd_transport(read_fd, write_fd)
+    write_fd = os.dup(1)
+    transport = Transport(FdChannel(os.dup(0), write_fd), TransportKind.PIPE)  # not inherited by children of the methods
     try:
-        with _stop_signals(stop):
+        with open(os.devnull, "rb") as null:
+            os.dup2(null.fileno(), 0)
+        os.dup2(2, 1)
+        _flush_stdout()  # now, so that what the program printed before it served goes to standard error too
+        with _stop_signals(server):
             server.serve(transport)
-    except SystemExit as exc:
-        if exc.code != 0 or not server.draining:
-            raise
     finally:
+        _flush_stdout()
+        os.dup2(write_fd, 1)
         transport.close()
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
+
+def _flush_stdout() -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none at all
+        sys.stdout.flush()
 
 class Listener:
     """Accepts connections and gives each to a handler, until told to stop or idle for too long.
@@ -5508,45 +4225,50 @@ class Listener:
     """
 
     def __init__(
-        self,
-        listening: socket.socket,
-        handle: Callable[[socket.socket, Any], None],
-        *,
-        threaded: bool = False,
-        max_connections: int | None = None,
-        idle_timeout: float | None = None,
+        self, listening: socket.socket, handle: Callable[[socket.socket, Any], None], *,
+        threaded: bool = False, max_connections: int | None = None, idle_timeout: float | None = None
     ) -> None:
         self._socket, self._handle, self._threaded = listening, handle, threaded
         self._max, self._idle = max_connections, idle_timeout
         self._wake_read, self._wake_write = socket.socketpair()
+        for ours in (listening, self._wake_read, self._wake_write):
+            ours.setblocking(False)  # a connection may vanish between select and accept
         self._stopping = False
-        self._connections: set[socket.socket] = set()
-        self._changed = threading.Condition()
+        self._free_since = time.monotonic()
+        self._connections: dict[socket.socket, socket.socket] = {}  # as accepted, and as used: TLS makes it another one
 
     def stop(self) -> None:
         """Have `run` return; may be called from a signal handler or any thread."""
         self._stopping = True
+        self._wake()
+
+    def _wake(self) -> None:
         with contextlib.suppress(OSError):
             self._wake_write.send(b"x")
 
     def run(self) -> None:
         """Accept until stopped; connections that are still served stay open."""
+        while not self._stopping:
+            if self._connections:
+                self._free_since = time.monotonic()
+            left = None if self._idle is None else self._free_since + self._idle - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            if self._wait(left):
+                self._accept()
+
+    def _wait(self, seconds: float | None) -> bool:
+        """Wait for a connection to accept, a wake-up or the end of *seconds*; return whether it is a connection."""
         import selectors
 
-        idle_since = time.monotonic()
         with selectors.DefaultSelector() as selector:
-            selector.register(self._socket, selectors.EVENT_READ)
             selector.register(self._wake_read, selectors.EVENT_READ)
-            while not self._stopping:
-                if self._connections:
-                    idle_since = time.monotonic()
-                wait = None if self._idle is None else max(0.05, min(self._idle, idle_since + self._idle - time.monotonic()))
-                ready = selector.select(wait)
-                if any(key.fileobj is self._socket for key, _ in ready):
-                    self._accept()
-                    idle_since = time.monotonic()
-                elif self._idle is not None and not self._connections and time.monotonic() >= idle_since + self._idle:
-                    return
+            if self._max is None or len(self._connections) < self._max:
+                selector.register(self._socket, selectors.EVENT_READ)
+            ready = [key.fileobj for key, _ in selector.select(None if seconds is None else max(0.0, seconds))]
+        if self._wake_read in ready:
+            self._wake_read.recv(4096)
+        return self._socket in ready and not self._stopping
 
     def _accept(self) -> None:
         try:
@@ -5555,14 +4277,17 @@ class Listener:
             if exc.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(0.05)  # out of descriptors: let running connections give some back
             return
-        with self._changed:
-            self._connections.add(connected)
+        connected.setblocking(True)
+        self._connections[connected] = connected
         if not self._threaded:
             self._serve(connected, address)
             return
-        threading.Thread(target=self._serve, args=(connected, address), daemon=True, name="vgi_rpc connection").start()
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._max is None or len(self._connections) < self._max)
+        thread = threading.Thread(target=self._serve, args=(connected, address), daemon=True, name="vgi_rpc connection")
+        try:
+            thread.start()
+        except RuntimeError as exc:
+            logger.error("connection refused: %s", exc)
+            self._forget(connected)
 
     def _serve(self, connected: socket.socket, address: Any) -> None:
         try:
@@ -5570,31 +4295,35 @@ class Listener:
         except Exception:
             logger.exception("a connection's handler raised")
         finally:
-            with contextlib.suppress(OSError):
-                connected.close()
-            with self._changed:
-                self._connections.discard(connected)
-                self._changed.notify_all()
+            self._forget(connected)
+
+    def _forget(self, connected: socket.socket) -> None:
+        connected.close()
+        self._free_since = time.monotonic()
+        del self._connections[connected]
+        if self._max is not None:
+            self._wake()
 
     def close(self) -> None:
         """Stop listening and hang up on the connections that are left."""
         self._socket.close()
-        for connected in list(self._connections):
+        for connected in list(self._connections.values()):
             with contextlib.suppress(OSError):
                 connected.shutdown(socket.SHUT_RDWR)
         self._wake_read.close()
         self._wake_write.close()
 
 
-def run_listener(server: ServerCore, listener: Listener, grace: float = DRAIN_GRACE_SECONDS) -> None:
-    """Run *listener* until SIGTERM, SIGINT or its end; then let running calls finish for *grace* seconds, and close."""
+def run_listener(
+    server: ServerCore, listener: Listener, grace: float = DRAIN_GRACE_SECONDS, on_bound: Callable[[], object] = lambda: None
+) -> None:
+    """Run *listener* until SIGTERM, SIGINT or its end; then let running calls finish for *grace* seconds, and close.
 
-    def stop() -> None:
-        server.draining = True
-        listener.stop()
-
+    *on_bound* is called once signals are handled: who is told of the address may stop us.
+    """
     try:
-        with _stop_signals(stop):
+        with _stop_signals(server, grace, listener.stop):
+            on_bound()
             listener.run()
             if server.draining:
                 server.drain(grace)
@@ -5602,18 +4331,9 @@ def run_listener(server: ServerCore, listener: Listener, grace: float = DRAIN_GR
         listener.close()
 
 
-def _serve_socket(server: RpcServer, kind: TransportKind, connected: socket.socket, address: str) -> None:
-    server.serve(Transport(SocketChannel(connected), kind, address))
-
-
 def serve_unix(
-    server: RpcServer,
-    path: str,
-    *,
-    threaded: bool = False,
-    max_connections: int | None = None,
-    idle_timeout: float | None = None,
-    on_bound: Callable[[str], None] | None = None,
+    server: RpcServer, path: str, *, threaded: bool = False, max_connections: int | None = None,
+    idle_timeout: float | None = None, on_bound: Callable[[str], None] | None = None
 ) -> None:
     """Serve on a Unix socket until SIGTERM, SIGINT or *idle_timeout* seconds without a connection.
 
@@ -5628,6 +4348,10 @@ def serve_unix(
     Raises:
         OSError: The path is in use by a live server, or cannot be made.
     """
+
+    def handle(connected: socket.socket, address: Any) -> None:
+        server.serve(Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}"))
+
     listening = socket.socket(socket.AF_UNIX)
     try:
         _remove_dead_socket(path)
@@ -5636,26 +4360,18 @@ def serve_unix(
             listening.bind(path)
         finally:
             os.umask(old)
+        made = os.stat(path).st_ino
         listening.listen(128)
-    except OSError:
+        listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
+    except BaseException:
         listening.close()
         raise
-    made = os.stat(path)
-    handle = functools.partial(_serve_unix_connection, server, path)
-    listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
     try:
-        if on_bound is not None:
-            on_bound(path)
-        run_listener(server, listener)
+        run_listener(server, listener, on_bound=lambda: on_bound(path) if on_bound is not None else None)
     finally:
         with contextlib.suppress(OSError):
-            if os.stat(path).st_ino == made.st_ino:
+            if os.stat(path).st_ino == made:
                 os.unlink(path)
-
-
-def _serve_unix_connection(server: RpcServer, path: str, connected: socket.socket, address: Any) -> None:
-    _serve_socket(server, TransportKind.UNIX, connected, f"unix:{path}")
-
 
 def _remove_dead_socket(path: str) -> None:
     """Remove a socket file behind which nobody listens any more."""
@@ -5676,17 +4392,8 @@ def _remove_dead_socket(path: str) -> None:
 def listen_tcp(host: str, port: int) -> socket.socket:
     """Bind and listen; *port* 0 takes a free one. Raises `OSError`."""
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if os.name == "posix":
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(512)
-    except BaseException:
-        listening.close()
-        raise
-    return listening
-
+    both = family is socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" takes IPv4 too
+    return socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=both)
 
 def _start_tls(connected: socket.socket, tls_context: ssl.SSLContext | None) -> socket.socket:
     """Set up an accepted TCP connection; the TLS handshake runs here, in the connection's own thread, within 5 s."""
@@ -5698,31 +4405,21 @@ def _start_tls(connected: socket.socket, tls_context: ssl.SSLContext | None) -> 
     wrapped.settimeout(None)
     return wrapped
 
-
 def _address_text(address: Any) -> str:
     return f"{address[0]}:{address[1]}" if isinstance(address, tuple) and len(address) >= 2 else ""
 
 
 def serve_tcp(
-    server: RpcServer,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    *,
-    threaded: bool = False,
-    max_connections: int | None = None,
-    idle_timeout: float | None = None,
-    on_bound: Callable[[str, int], None] | None = None,
-    tls_context: ssl.SSLContext | None = None,
+    server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, threaded: bool = False,
+    max_connections: int | None = None, idle_timeout: float | None = None,
+    on_bound: Callable[[str, int], None] | None = None, tls_context: ssl.SSLContext | None = None
 ) -> None:
-    """Serve on TCP, as `serve_unix` does; there is no authentication but what *tls_context* asks of clients.
+    """Serve on TCP; what is not said here is as in `serve_unix`. Only *tls_context* can authenticate clients.
 
     Args:
         server: What to serve.
         host: Address to bind; by default only this machine reaches it.
         port: 0 takes a free one.
-        threaded: A thread for each connection; otherwise one after the other.
-        max_connections: At most so many at a time.
-        idle_timeout: Seconds; ``None`` for never.
         on_bound: Called with host and port once connections are accepted.
         tls_context: Server-side context of the standard library's ``ssl``; ``None`` for plain TCP.
 
@@ -5736,14 +4433,14 @@ def serve_tcp(
         except OSError as exc:
             logger.info("TLS handshake with %s failed: %s", _address_text(address), exc)
             return
+        listener._connections[connected] = ready
         with ready:
-            _serve_socket(server, TransportKind.TCP, ready, _address_text(address))
+            server.serve(Transport(SocketChannel(ready), TransportKind.TCP, _address_text(address)))
 
     listening = listen_tcp(host, port)
+    bound_port = listening.getsockname()[1]
     listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
-    if on_bound is not None:
-        on_bound(host, listening.getsockname()[1])
-    run_listener(server, listener)
+    run_listener(server, listener, on_bound=lambda: on_bound(host, bound_port) if on_bound is not None else None)
 
 
 # ============================================================================
@@ -5756,25 +4453,15 @@ def serve_tcp(
 
 @dataclass
 class HttpRequest:
-    """A request as `HttpApp` and ``authenticate`` callbacks see it.
+    """A request as `HttpApp` and ``authenticate`` callbacks see it."""
 
-    Attributes:
-        method: ``GET``, ``POST`` …
-        path: Raw path, not decoded, without the query.
-        headers: Values by lower-case name; repeated ones joined by ", ".
-        remote_addr: Peer address.
-        read_body: Reads the body, at most so many bytes; raises `RequestTooLargeError` beyond.
-        repeated: Names that came more than once.
-        gone: Tells whether the client has left; ``None`` when unknown.
-    """
-
-    method: str
-    path: str
-    headers: Mapping[str, str]
+    method: str  # GET, POST …
+    path: str  # as it came: not decoded, without the query
+    headers: Mapping[str, str]  # by lower-case name; the values of a repeated one are joined by ", "
     remote_addr: str = ""
-    read_body: Callable[[int], bytes] = lambda limit: b""
-    repeated: frozenset[str] = frozenset()
-    gone: Callable[[], bool] | None = None
+    read_body: Callable[[int], bytes] = lambda limit: b""  # reads at most so many bytes; RequestTooLargeError beyond
+    repeated: frozenset[str] = frozenset()  # names of the headers that came more than once
+    gone: Callable[[], bool] | None = None  # whether the client has left; None when that cannot be known
 
     def get_header(self, name: str, default: str | None = None) -> str | None:
         """Return a header's value by its name in any case."""
@@ -5783,19 +4470,12 @@ class HttpRequest:
 
 @dataclass
 class HttpResponse:
-    """A response: the shells add nothing but framing, ``Date`` and ``Connection``.
-
-    Attributes:
-        status: Status code.
-        headers: (name, value) pairs.
-        body: Bytes, or an iterator of pieces to be sent as they come.
-        close: Whether the connection must not be used again.
-    """
+    """A response: the shells add nothing but framing, ``Date`` and ``Connection``."""
 
     status: int
     headers: list[tuple[str, str]] = field(default_factory=list)
-    body: bytes | Iterator[bytes] = b""
-    close: bool = False
+    body: bytes | Iterator[bytes] = b""  # an iterator's pieces are sent as they come
+    close: bool = False  # the connection must not be used again
 
 
 Authenticate = Callable[[HttpRequest], AuthContext]
@@ -5804,21 +4484,19 @@ Authenticate = Callable[[HttpRequest], AuthContext]
 def bearer_authenticate(*, validate: Callable[[str], AuthContext]) -> Authenticate:
     """Return a callback that hands the bearer token of ``Authorization`` to *validate*.
 
-    Args:
-        validate: Returns who it is, or raises ``ValueError``; compare secrets with ``hmac.compare_digest``.
+    *validate* returns who it is, or raises ``ValueError``; let it compare secrets with ``hmac.compare_digest``.
     """
 
     def authenticate(request: HttpRequest) -> AuthContext:
         scheme, _, token = (request.get_header("authorization") or "").partition(" ")
-        if not scheme or scheme.lower() != "bearer":
+        if scheme.lower() != "bearer":
             raise AuthFailure(AuthReason.MISSING_CREDENTIAL, "expected 'Authorization: Bearer <token>'")
-        if not token or token != token.strip() or not token.isascii() or " " in token or len(token) > 16_384:
+        if not re.fullmatch(r"[!-~]{1,16384}", token):
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "malformed bearer token")
         return validate(token)
 
     authenticate.challenge = "Bearer"  # type: ignore[attr-defined]
     return authenticate
-
 
 def bearer_authenticate_static(*, tokens: Mapping[str, AuthContext]) -> Authenticate:
     """Return a callback that knows a fixed set of bearer tokens; compared in constant time, all of them each time."""
@@ -5834,7 +4512,6 @@ def bearer_authenticate_static(*, tokens: Mapping[str, AuthContext]) -> Authenti
         return found
 
     return bearer_authenticate(validate=validate)
-
 
 def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
     """Return a callback that asks each in turn until one knows the caller; the last refusal stands.
@@ -5855,48 +4532,33 @@ def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
                 refusal = exc if refusal is None or not missing else refusal
         raise cast("ValueError", refusal)
 
-    challenges = [c for c in (getattr(a, "challenge", "") for a in authenticators) if c]
-    authenticate.challenge = challenges[0] if challenges else ""  # type: ignore[attr-defined]
+    challenges = (getattr(one, "challenge", "") for one in authenticators)
+    authenticate.challenge = next(filter(None, challenges), "")  # type: ignore[attr-defined]
     return authenticate
 
 
 @dataclass
 class HttpOptions:
-    """What an HTTP server can be told; `make_wsgi_app`, `serve_http` and `make_sync_client` take these as keywords.
+    """What an HTTP server can be told; `make_wsgi_app`, `serve_http` and `make_sync_client` take these as keywords."""
 
-    Attributes:
-        prefix: Path under which everything is served, such as ``/api``.
-        token_key: Key of the state tokens (16 bytes or more), or several, the first of which signs; default
-            ``VGI_RPC_TOKEN_KEY``, else a random one with a warning.
-        token_ttl: Seconds that a state token is good for; 0 for ever.
-        authenticate: Callback from request to `AuthContext`; ``ValueError`` and ``PermissionError`` refuse (401).
-        cors_origins: Origins whose pages may call, ``"*"`` for all; ``None`` for none.
-        max_request_bytes: Largest body, encoded and decoded; ``None`` for the default of 256 MiB.
-        max_response_bytes: Largest answer, decoded; ``None`` for any size.
-        compression_level: zstd and gzip level of answers, 1 to 9; ``None`` switches compression off.
-        call_state_cache_entries: Opened call tokens kept in memory; 0 for none.
-        max_rows: Rows of one batch, ``None`` for what its bytes pay for.
-        pages: Whether the pages for people are served (they need reflection as well).
-        json: Whether calls in JSON are answered.
-    """
-
-    prefix: str = ""
+    prefix: str = ""  # path under which everything is served, such as /api
+    # Key of the state tokens (16 bytes or more), or several: the first signs. By default VGI_RPC_TOKEN_KEY, else random.
     token_key: bytes | str | Sequence[bytes] | None = None
-    token_ttl: float = TOKEN_TTL_SECONDS
-    authenticate: Authenticate | None = None
-    cors_origins: str | Iterable[str] | None = None
-    max_request_bytes: int | None = None
-    max_response_bytes: int | None = None
-    compression_level: int | None = 1
-    call_state_cache_entries: int = 4096
-    max_rows: int | None = None
-    pages: bool = True
-    json: bool = True
+    token_ttl: float = TOKEN_TTL_SECONDS  # seconds that a state token is good for; 0 for ever
+    authenticate: Authenticate | None = None  # gives the AuthContext; ValueError and PermissionError refuse (401)
+    cors_origins: str | Iterable[str] | None = None  # origins whose pages may call, "*" for all; None for none
+    max_request_bytes: int | None = None  # largest body, encoded and decoded; None for the default of 256 MiB
+    max_response_bytes: int | None = None  # largest answer, decoded; None for any size
+    compression_level: int | None = 1  # zstd and gzip level of answers, 1 to 9; None switches compression off
+    call_state_cache_entries: int = 4096  # opened call tokens kept in memory; 0 for none
+    max_rows: int | None = None  # rows of one batch; None for what its bytes pay for
+    pages: bool = True  # serve the pages for people (they need reflection as well)
+    json: bool = True  # answer calls in JSON
 
     def __post_init__(self) -> None:
         self.prefix = "/" + self.prefix.strip("/") if self.prefix.strip("/") else ""
-        if isinstance(self.cors_origins, str):
-            self.cors_origins = [self.cors_origins]
+        if self.cors_origins is not None:
+            self.cors_origins = [self.cors_origins] if isinstance(self.cors_origins, str) else list(self.cors_origins)
         for name in ("max_request_bytes", "max_response_bytes", "max_rows"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value <= 0):
@@ -5923,35 +4585,24 @@ def _takes_options(*kinds: type) -> Callable[[_Function], _Function]:
         signature = inspect.signature(function)
         kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         for f in (f for kind in kinds for f in dataclasses.fields(kind)):
-            default = f.default if f.default is not dataclasses.MISSING else None
-            kept.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=f.type))
+            kept.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type))
         function.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
         return function
 
     return mark
 
-
 def _split_options(options: dict[str, Any], *kinds: type) -> list[Any]:
     """Build one instance of each of *kinds* from keywords; an unknown keyword is a `TypeError` with a suggestion."""
-    left = dict(options)
-    made = []
-    for kind in kinds:
-        names = {f.name for f in dataclasses.fields(kind)}
-        made.append(kind(**{n: left.pop(n) for n in list(left) if n in names}))
-    if left:
-        name = next(iter(left))
-        known = [f.name for kind in kinds for f in dataclasses.fields(kind)]
-        raise TypeError(f"no option {name!r}{_suggest(name, known)}; there are {', '.join(known)}")
-    return made
-
-
-_ENCODINGS = ("zstd", "gzip")
-
+    names = {kind: [f.name for f in dataclasses.fields(kind)] for kind in kinds}
+    known = [name for kind in kinds for name in names[kind]]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"no option {name!r}{_suggest(name, known)}; there are {', '.join(known)}")
+    return [kind(**{n: options[n] for n in names[kind] if n in options}) for kind in kinds]
 
 def supported_encodings() -> tuple[str, ...]:
     """Return the body codings that this machine can read and write, best first."""
-    return tuple(e for e in _ENCODINGS if e != "zstd" or _zstd_available())
-
+    return ("zstd", "gzip") if _zstd_available() else ("gzip",)
 
 def compress_body(body: bytes, encoding: str, level: int) -> bytes:
     """Encode a body; *level* from 1 to 9."""
@@ -5960,11 +4611,17 @@ def compress_body(body: bytes, encoding: str, level: int) -> bytes:
     encoder = zlib.compressobj(level, wbits=31)
     return encoder.compress(body) + encoder.flush()
 
-
 def decompress_body(body: _Buffer, encoding: str, limit: int) -> bytes:
     """Decode a body to at most *limit* bytes; raises `IPCError` or `RequestTooLargeError`."""
     return zstd_decompress(body, limit) if encoding == "zstd" else gzip_decompress(body, limit)
 
+def _decoded_body(headers: Mapping[str, str], read: Callable[[], _Buffer], limit: int) -> _Buffer:
+    """Read a body and undo the coding that its headers name (our private header first); one we do not know is a 415."""
+    encoding = (headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding") or "identity").strip().lower()
+    if encoding != "identity" and encoding not in supported_encodings():
+        known = ", ".join(supported_encodings())
+        raise _protocol_error(f"Content-Encoding: expected one of {known}, got {encoding[:60]!r}", 415)
+    return read() if encoding == "identity" else decompress_body(read(), encoding, limit)
 
 def choose_encoding(headers: Mapping[str, str]) -> tuple[str, str]:
     """Choose the coding of an answer: (coding or empty, header that names it).
@@ -5985,6 +4642,12 @@ def choose_encoding(headers: Mapping[str, str]) -> tuple[str, str]:
             return name, "Content-Encoding" if in_public else CONTENT_ENCODING_HEADER
     return "", ""
 
+def _protocol_error(text: str, status: int) -> ProtocolError:
+    """A refusal with another HTTP status than 400."""
+    exc = ProtocolError(text)
+    exc.http_status = status
+    return exc
+
 
 class _HttpFailure(Exception):
     """Ends the handling of a request with a response that is not Arrow."""
@@ -5993,11 +4656,21 @@ class _HttpFailure(Exception):
         super().__init__(response.status)
         self.response = response
 
-
 def json_response(status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> HttpResponse:
     """Return a response with *value* as compact JSON."""
     body = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_text_of).encode("utf-8", "backslashreplace")
     return HttpResponse(status, [("Content-Type", "application/json"), *headers], body)
+
+def _method_not_allowed(allowed: str) -> HttpResponse:
+    return json_response(405, {"error": "method_not_allowed", "detail": f"expected {allowed}"}, [("Allow", allowed)])
+
+def _internal_error(request_id: str) -> HttpResponse:
+    """What went wrong stands in the server's log under the id; its text is not the client's business."""
+    return json_response(500, {"error": "internal_error", "request_id": request_id})
+
+
+_Path = tuple[str, str]  # protocol and method, as the URL names them
+_Started = tuple[Call, dict[str, Any], Request]  # a call, its arguments, and what it was read from
 
 
 class _OpenedCall(NamedTuple):
@@ -6015,8 +4688,7 @@ class HttpApp:
     """Answers requests for a server; safe for use by several threads. Made by `make_wsgi_app` and `serve_http`."""
 
     def __init__(self, server: ServerCore, options: HttpOptions | None = None) -> None:
-        self.server = server
-        self.options = options or HttpOptions()
+        self.server, self.options = server, options or HttpOptions()
         self.sealer = TokenSealer(self.options.keys(), self.options.token_ttl)
         self._limit = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
         self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
@@ -6025,17 +4697,12 @@ class HttpApp:
 
     def _capability_headers(self) -> list[tuple[str, str]]:
         """What every response says of this server (WIRE section 6); nothing of a feature that is off."""
-        encodings = supported_encodings() if self.options.compression_level is not None else ()
-        headers = [
-            (SUPPORTED_ENCODINGS_HEADER, ", ".join(encodings)),
-            (EXTERNALIZATION_HEADER, "false"),
-            (ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"),
-        ]
-        if self.options.max_request_bytes is not None:
-            headers.append((MAX_REQUEST_BYTES_HEADER, str(self.options.max_request_bytes)))
-        if self.options.max_response_bytes is not None:
-            headers.append((MAX_RESPONSE_BYTES_HEADER, str(self.options.max_response_bytes)))
-        return headers
+        options = self.options
+        encodings = supported_encodings() if options.compression_level is not None else ()
+        headers = [(SUPPORTED_ENCODINGS_HEADER, ", ".join(encodings)), (EXTERNALIZATION_HEADER, "false")]
+        headers.append((ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"))
+        sizes = ((MAX_REQUEST_BYTES_HEADER, options.max_request_bytes), (MAX_RESPONSE_BYTES_HEADER, options.max_response_bytes))
+        return headers + [(name, str(size)) for name, size in sizes if size is not None]
 
     # -- one request
 
@@ -6053,89 +4720,79 @@ class HttpApp:
             response.close = True
         except Exception:
             logger.exception("request %s failed", request_id)
-            response = json_response(500, {"error": "internal_error", "request_id": request_id})
+            response = _internal_error(request_id)
         response.headers += [(REQUEST_ID_HEADER, request_id), *self._capabilities, *self._cors_headers(request)]
         return response
 
     def _cors_headers(self, request: HttpRequest) -> list[tuple[str, str]]:
-        origin = request.get_header("origin")
-        allowed = self.options.cors_origins
+        origin, allowed = request.get_header("origin"), self.options.cors_origins
         if not allowed or origin is None or ("*" not in allowed and origin not in allowed):
             return []
+        everyone = "*" in allowed
         exposed = ["WWW-Authenticate", REQUEST_ID_HEADER, CONTENT_ENCODING_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER]
         exposed += [name for name, _ in self._capabilities]
         headers = [("Access-Control-Expose-Headers", ", ".join(exposed))]
-        headers.append(("Access-Control-Allow-Origin", "*" if "*" in allowed else origin))
-        if "*" not in allowed:
-            headers.append(("Vary", "Origin"))
-        return headers
+        headers.append(("Access-Control-Allow-Origin", "*" if everyone else origin))
+        return headers if everyone else [*headers, ("Vary", "Origin")]
 
     def _preflight(self, request: HttpRequest) -> HttpResponse:
         headers = [("Allow", "GET, HEAD, POST, OPTIONS"), ("Cache-Control", "public, max-age=300"), ("Content-Type", "text/plain")]
         if self._cors_headers(request) and request.get_header("access-control-request-method"):
             asked = request.get_header("access-control-request-headers") or "Content-Type"
-            headers += [
-                ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
-                ("Access-Control-Allow-Headers", re.sub(r"[^A-Za-z0-9_, -]", "", asked)),
-                ("Access-Control-Max-Age", "7200"),
-            ]
+            headers.append(("Access-Control-Allow-Methods", "GET, POST, OPTIONS"))
+            headers.append(("Access-Control-Allow-Headers", re.sub(r"[^A-Za-z0-9_, -]", "", asked)))
+            headers.append(("Access-Control-Max-Age", "7200"))
         return HttpResponse(200, headers)
 
     def _route(self, request: HttpRequest, request_id: str) -> HttpResponse:
         path, prefix = request.path, self.options.prefix
-        if not path.startswith(prefix) or (len(path) > len(prefix) and path[len(prefix)] != "/"):
+        if not path.startswith(prefix) or (len(path) > len(prefix) and prefix and path[len(prefix)] != "/"):
             return self._not_found(request)
         path = path[len(prefix) :] or "/"
         if request.method == "OPTIONS":
             return self._preflight(request)
         if path == "/health":
             return self._health(request)
-        if "%" in path or "//" in path or not path.isascii() or "authorization" in request.repeated:
-            return self._not_found(request) if "authorization" not in request.repeated else self._bad("two Authorization headers")
+        if "%" in path or "//" in path or not path.isascii():
+            return self._not_found(request)
         segments = path[1:].split("/")
         if request.method in ("GET", "HEAD"):
             return self._get(request, segments)
-        is_call = len(segments) == 2 or (len(segments) == 3 and segments[2] in ("init", "exchange"))
-        if not is_call or (len(segments) == 2 and segments[0] == ""):
+        if not segments[0] or not (len(segments) == 2 or (len(segments) == 3 and segments[2] in ("init", "exchange"))):
             return self._not_found(request)
         if request.method != "POST":
-            return self._method_not_allowed("POST")
-        caller = self._caller(request, request_id)
-        if len(segments) == 2 and segments[1] in ("init", "exchange") and segments[0].startswith("__"):
-            self.server.service(segments[0])
-        return self._post(request, request_id, caller, segments)
+            return _method_not_allowed("POST")
+        return self._post(request, request_id, self._caller(request, request_id), segments)
 
     def _post(self, request: HttpRequest, request_id: str, caller: Caller, segments: list[str]) -> HttpResponse:
-        self._check_content_type(request)
+        if segments[0].startswith("__"):
+            self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
+        content_type = request.get_header("content-type") or ""
+        if content_type.strip().lower() != ARROW_CONTENT_TYPE:
+            raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
         self.server.refuse_if_draining()
         self.server.start(TransportKind.HTTP)
         body = self._body(request)
-        action = segments[2] if len(segments) == 3 else ""
-        handler = {"": self._unary, "init": self._init, "exchange": self._exchange}[action]
+        handler = {2: self._unary, 3: self._init if segments[-1] == "init" else self._exchange}[len(segments)]
         with self.server.working():
             return handler((segments[0], segments[1]), body, caller, request, request_id)
 
     # -- everything that is not a call
 
-    def _bad(self, detail: str, status: int = 400) -> HttpResponse:
-        return json_response(status, {"error": "bad_request", "detail": detail})
-
     def _not_found(self, request: HttpRequest) -> HttpResponse:
         return json_response(404, {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"})
 
-    def _method_not_allowed(self, allowed: str) -> HttpResponse:
-        return json_response(405, {"error": "method_not_allowed", "detail": f"expected {allowed}"}, [("Allow", allowed)])
-
     def _health(self, request: HttpRequest) -> HttpResponse:
         if request.method not in ("GET", "HEAD"):
-            return self._method_not_allowed("GET, HEAD, OPTIONS")
+            return _method_not_allowed("GET, HEAD, OPTIONS")
         status = "draining" if self.server.draining else "ok"
         facts = {"status": status, "server_id": self.server.server_id, "protocol": self.server.protocol_name}
         return json_response(200, facts, [("Cache-Control", "no-store")])
 
     def _get(self, request: HttpRequest, segments: list[str]) -> HttpResponse:
-        if 2 <= len(segments) <= 3 and segments[0] in self.server.services and segments[1] in self.server.services[segments[0]].methods:
-            return self._method_not_allowed("POST")
+        service, action = self.server.services.get(segments[0]), segments[2:]
+        if service is not None and action in ([], ["init"], ["exchange"]) and "".join(segments[1:2]) in service.methods:
+            return _method_not_allowed("POST")
         return self._not_found(request)
 
     # -- who calls, and what they sent
@@ -6151,15 +4808,14 @@ class HttpApp:
             return _ANONYMOUS
         try:
             auth = self.options.authenticate(request)
+            if not isinstance(auth, AuthContext):
+                raise TypeError(f"authenticate: expected an AuthContext, got {_got(auth)}")
+            return auth
         except (ValueError, PermissionError) as exc:
             raise _HttpFailure(self._unauthorized(request, exc)) from None
         except Exception:
             logger.exception("authenticate raised; request %s is refused", request_id)
-            raise _HttpFailure(json_response(500, {"error": "internal_error", "request_id": request_id})) from None
-        if not isinstance(auth, AuthContext):
-            logger.error("authenticate returned %s, not an AuthContext; request %s is refused", _got(auth), request_id)
-            raise _HttpFailure(json_response(500, {"error": "internal_error", "request_id": request_id}))
-        return auth
+            raise _HttpFailure(_internal_error(request_id)) from None
 
     def _unauthorized(self, request: HttpRequest, exc: Exception) -> HttpResponse:
         reason = exc.reason if isinstance(exc, AuthFailure) else AuthReason.UNAUTHORIZED
@@ -6169,8 +4825,8 @@ class HttpApp:
         if "text/html" in (request.get_header("accept") or ""):
             import html
 
-            text = f"<!doctype html><title>401</title><h1>401 Unauthorized</h1><p>{html.escape(reason.value)}: {html.escape(detail)}</p>"
-            return HttpResponse(401, [("Content-Type", "text/html; charset=utf-8"), *headers], text.encode())
+            page = f"<!doctype html><title>401</title><h1>401 Unauthorized</h1><p>{html.escape(f'{reason}: {detail}')}</p>"
+            return HttpResponse(401, [("Content-Type", "text/html; charset=utf-8"), *headers], page.encode())
         return json_response(401, {"error": "unauthorized", "reason": reason.value, "detail": detail}, headers)
 
     def _response_limit(self, request: HttpRequest) -> int | None:
@@ -6180,47 +4836,32 @@ class HttpApp:
         if given is None:
             return own
         low, high = MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
-        digits = given.isascii() and given.isdigit() and (given == "0" or given[0] != "0") and len(given) <= 16
-        if name.lower() in request.repeated or not digits or not low <= int(given) <= high:
+        if name.lower() in request.repeated or not re.fullmatch("[1-9][0-9]{0,15}", given) or not low <= int(given) <= high:
             raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
-        return int(given) if own is None else min(int(given), own)
-
-    def _check_content_type(self, request: HttpRequest) -> None:
-        given = request.get_header("content-type") or ""
-        if given.strip().lower() != ARROW_CONTENT_TYPE:
-            exc = ProtocolError(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {given[:100]!r}")
-            exc.http_status = 415
-            raise exc
+        return _smallest(int(given), own)
 
     def _body(self, request: HttpRequest) -> bytes:
         """Read and decode the body, within the limit before and after decoding."""
-        encoding = (request.get_header(CONTENT_ENCODING_HEADER) or request.get_header("content-encoding") or "identity").strip().lower()
-        if encoding != "identity" and encoding not in supported_encodings():
-            known = ", ".join(supported_encodings())
-            exc = ProtocolError(f"Content-Encoding: expected one of {known}, got {encoding[:60]!r}")
-            exc.http_status = 415
-            raise exc
-        body = request.read_body(self._limit)
-        return body if encoding == "identity" else decompress_body(body, encoding, self._limit)
+        return cast("bytes", _decoded_body(request.headers, lambda: request.read_body(self._limit), self._limit))
 
     # -- calls
 
     def _reader(self, source: BufferSource) -> IpcReader:
-        limits = IpcLimits(self._limit, self.options.max_rows)
         try:
-            return IpcReader(source, limits, self.server.ipc_validation)
+            return IpcReader(source, IpcLimits(self._limit, self.options.max_rows), self.server.ipc_validation)
         except EOFError:
             raise IPCError("request: expected an Arrow IPC stream, got an empty body") from None
 
-    def _open(
-        self, path: tuple[str, str], body: bytes, caller: Caller, request_id: str, kind: MethodType
-    ) -> tuple[Call, dict[str, Any], Request]:
-        """Read a request that starts a call, resolve it, and decode its arguments."""
-        service = self.server.service(path[0])
-        bound = self.server.method(service, path[1])
+    def _bound(self, path: _Path, kind: MethodType, hint: str) -> BoundMethod:
+        """The method that a path names; *hint* says where to post instead when it is of the other kind."""
+        bound = self.server.method(self.server.service(path[0]), path[1])
         if bound.info.method_type is not kind:
-            wanted = "is a stream; post to its /init" if kind is MethodType.UNARY else "is not a stream; post without /init"
-            raise ProtocolError(f"{path[1]}() {wanted}")
+            raise ProtocolError(f"{path[1]}() is {'' if kind is MethodType.UNARY else 'not '}a stream; {hint}")
+        return bound
+
+    def _open(self, path: _Path, body: bytes, caller: Caller, request_id: str, kind: MethodType) -> _Started:
+        """Read a request that starts a call, resolve it, and decode its arguments."""
+        bound = self._bound(path, kind, "post to its /init" if kind is MethodType.UNARY else "post without /init")
         source = BufferSource(body)
         request = Request(self._reader(source))
         if source.left:
@@ -6231,7 +4872,7 @@ class HttpApp:
         call.record.http["request_bytes"] = len(body)
         return call, arguments, request
 
-    def _unary(self, path: tuple[str, str], body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
+    def _unary(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
         call, arguments, _ = self._open(path, body, caller, request_id, MethodType.UNARY)
         try:
             turn = call.begin(arguments)
@@ -6239,33 +4880,35 @@ class HttpApp:
         finally:
             call.end()
 
-    def _init(self, path: tuple[str, str], body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
+    def _init(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
         call, arguments, _ = self._open(path, body, caller, request_id, MethodType.STREAM)
         try:
-            turn = call.begin(arguments)
-            if call.stream is None:
-                return self._respond(call, request, stream_bytes(turn.schema, turn.items), turn)
-            header = stream_bytes(turn.schema, turn.items) if turn.items else b""
-            stream, call_id = call.stream, os.urandom(16)
-            call_token = self._seal_call(call, stream, call_id)
-            if stream.is_producer:
-                turn = call.turn(_PLAIN_TICK)
-            else:
-                turn = Turn(stream.output_schema, call._logs(stream.output_schema), False)
-            turn = self._with_cursor(call, stream, call_id, turn, call_token)
+            turn, header = call.begin(arguments), b""
+            if call.stream is not None:
+                header = stream_bytes(turn.schema, turn.items) if turn.items else b""
+                turn = self._first_turn(call, call.stream)
             return self._respond(call, request, header + stream_bytes(turn.schema, turn.items), turn)
         finally:
             call.end()
 
-    def _exchange(self, path: tuple[str, str], body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
-        bound = self.server.method(self.server.service(path[0]), path[1])
-        if bound.info.method_type is not MethodType.STREAM:
-            raise ProtocolError(f"{path[1]}() is not a stream; post without /exchange")
+    def _first_turn(self, call: Call, stream: Stream[Any, Any]) -> Turn:
+        call_id = os.urandom(16)
+        try:
+            call_token = self._seal_call(call, stream, call_id)
+        except Exception as exc:  # before the producer runs: a stream that cannot go on does not start
+            return call._failed(stream.output_schema, exc)
+        logs = Turn(stream.output_schema, call._logs(stream.output_schema), False) if not stream.is_producer else None
+        turn = logs or call.turn(_PLAIN_TICK)
+        return self._with_cursor(call, stream, call_id, turn, call_token)
+
+    def _exchange(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
+        bound = self._bound(path, MethodType.STREAM, "post without /exchange")
         source = BufferSource(body)
         reader = self._reader(source)
         item = reader.next()
         if item is None or reader.next_message() is not None or source.left:
-            raise ProtocolError("exchange: expected one batch and the end of the stream, got " + ("none" if item is None else "more"))
+            got = "none" if item is None else "more"
+            raise ProtocolError(f"exchange: expected one batch and the end of the stream, got {got}")
         batch, metadata = item[0], item[1] or {}
         opened, state = self._open_tokens(bound, caller.auth, metadata)
         caller = dataclasses.replace(caller, response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
@@ -6276,22 +4919,23 @@ class HttpApp:
             call.context.deadline = time.monotonic() + int(timeout) / 1000
         call.record.stream_id, call.record.http["request_bytes"] = opened.stream_id, len(body)
         try:
-            stream = self._revive(call, opened, state)
-            if CANCEL_KEY in metadata:
-                call.cancel()
-                turn = Turn(stream.output_schema, call._logs(stream.output_schema), True)
-            else:
-                ours = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY)
-                shown = {k: v for k, v in metadata.items() if k not in ours}
-                turn = call.turn(AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None))
-                turn = self._with_cursor(call, stream, opened.call_id, turn)
+            turn = self._next_turn(call, opened, state, batch, metadata)
             return self._respond(call, request, stream_bytes(turn.schema, turn.items), turn)
-        except Exception as exc:
-            # rehydrate() and bind_call_state() are the application's: what they raise is an answer, too.
-            failed = call._failed(opened.output_schema, exc)
-            return self._respond(call, request, stream_bytes(failed.schema, failed.items), failed)
         finally:
             call.end()
+
+    def _next_turn(self, call: Call, opened: _OpenedCall, state: bytes, batch: pa.RecordBatch, metadata: _Metadata) -> Turn:
+        try:
+            stream = self._revive(call, opened, state)
+        except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer
+            return call._failed(opened.output_schema, exc)
+        if CANCEL_KEY in metadata:
+            call.cancel()
+            return Turn(stream.output_schema, call._logs(stream.output_schema), True)
+        ours = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY)
+        shown = {k: v for k, v in metadata.items() if k not in ours}
+        turn = call.turn(AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None))
+        return self._with_cursor(call, stream, opened.call_id, turn)
 
     # -- the two halves of a stream's state
 
@@ -6301,16 +4945,13 @@ class HttpApp:
         return (bound.hosted.name.encode(), bound.info.name.encode(), who[0].encode(), who[1].encode())
 
     def _seal_call(self, call: Call, stream: Stream[Any, Any], call_id: bytes) -> bytes:
-        limit = call.context.response_limit_bytes
-        call_state = stream.call_state.serialize_to_bytes() if stream.call_state is not None else b""
-        parts = (
-            call_id,
-            _serialized(stream.output_schema),
-            _serialized(stream.input_schema),
-            call_state,
-            call.record.stream_id.encode(),
-            b"" if limit is None else str(limit).encode(),
-        )
+        limit, fixed, kind = call.context.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
+        if fixed is not None and (kind is None or not isinstance(fixed, kind)):
+            wanted = "CALL_STATE_TYPE, which is not set" if kind is None else kind.__name__
+            raise ParameterError(f"{type(stream.state).__name__}: Stream(call_state=...): expected {wanted}, got {_got(fixed)}")
+        call_state = fixed.serialize_to_bytes() if fixed is not None else b""
+        schemas = _serialized(stream.output_schema), _serialized(stream.input_schema)
+        parts = (call_id, *schemas, call_state, call.record.stream_id.encode(), b"" if limit is None else str(limit).encode())
         return self.sealer.seal(b"call", (*self._binding(call.bound, call.context.auth), call_id), pack_parts(parts))
 
     def _with_cursor(
@@ -6319,20 +4960,19 @@ class HttpApp:
         """Add the fresh cursor to a turn that goes on; a state that cannot be sealed turns it into an error."""
         if turn.finished:
             return turn
+        state_types = call.bound.state_types
         try:
-            state_types = call.bound.state_types
             if type(stream.state) not in state_types:
                 names = ", ".join(t.__name__ for t in state_types) or "no concrete class"
                 raise ParameterError(
                     f"{call.bound.info.name}() state: expected {names} (from the implementation's return annotation), "
                     f"got {type(stream.state).__name__}; over HTTP the state is read back as the annotated class"
                 )
-            state = stream.state.serialize_to_bytes()
-            content = pack_parts((call_id, bytes([state_types.index(type(stream.state))]), state))
-            cursor = self.sealer.seal(b"state", self._binding(call.bound, call.context.auth), content)
+            index = bytes([state_types.index(type(stream.state))])
+            content = pack_parts((call_id, index, stream.state.serialize_to_bytes()))
+            tokens = {STATE_KEY: self.sealer.seal(b"state", self._binding(call.bound, call.context.auth), content)}
         except Exception as exc:
             return call._failed(stream.output_schema, exc)
-        tokens = {STATE_KEY: cursor}
         if call_token is not None:
             tokens[CALL_STATE_KEY] = call_token
         items, at = list(turn.items), turn.data_index
@@ -6345,8 +4985,7 @@ class HttpApp:
     def _open_tokens(self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata) -> tuple[_OpenedCall, bytes]:
         """Open the cursor first, and the call half that belongs to the call id found inside it."""
         binding = self._binding(bound, auth)
-        content = self.sealer.open(b"state", binding, metadata.get(STATE_KEY))
-        call_id, index, state = unpack_parts(content, 3)
+        call_id, index, state = unpack_parts(self.sealer.open(b"state", binding, metadata.get(STATE_KEY)), 3)
         token = metadata.get(CALL_STATE_KEY, b"")
         cache_key = (binding, call_id, token)
         with self._lock:
@@ -6359,8 +4998,7 @@ class HttpApp:
             schemas = _schema_from_bytes(output), _schema_from_bytes(input_)
             opened = _OpenedCall(call_id, *schemas, call_state, stream_id.decode(), int(limit) if limit else None)
             with self._lock:
-                if self.options.call_state_cache_entries > 0:
-                    self._opened[cache_key] = opened
+                self._opened[cache_key] = opened
                 while len(self._opened) > self.options.call_state_cache_entries:
                     self._opened.popitem(last=False)
         if len(index) != 1 or index[0] >= len(bound.state_types):
@@ -6373,7 +5011,7 @@ class HttpApp:
         call_state = None
         if opened.call_state:
             if cls.CALL_STATE_TYPE is None:
-                raise ParameterError(f"{cls.__name__}: Stream(call_state=...) was given, but CALL_STATE_TYPE is not set")
+                raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had one
             call_state = cls.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
         stream: Stream[Any, Any] = Stream(opened.output_schema, state, opened.input_schema, call_state=call_state)
         call._run(state.rehydrate, call.context.implementation)
@@ -6386,20 +5024,16 @@ class HttpApp:
 
     def _arrow_error(self, exc: BaseException, request_id: str, status: int) -> HttpResponse:
         body = stream_bytes(EMPTY_SCHEMA, [self.server.error_item(exc, EMPTY_SCHEMA, request_id)])
-        headers = [("Content-Type", ARROW_CONTENT_TYPE)]
-        if status == 200:
-            headers.append((RPC_ERROR_HEADER, "true"))
-        if status == 503:
-            headers.append(("Retry-After", "1"))
-        return HttpResponse(status, headers, body)
+        further = {200: [(RPC_ERROR_HEADER, "true")], 503: [("Retry-After", "1")]}.get(status, [])
+        return HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE), *further], body)
 
     def _respond(self, call: Call, request: HttpRequest, body: bytes, turn: Turn) -> HttpResponse:
         """Put a turn's bytes into a response: budget first, then coding."""
         limit = call.context.response_limit_bytes
         if limit is not None and len(body) > limit:
             text = f"{call.record.method}(): the answer exceeds max_response_bytes ({len(body)} > {limit})"
-            failed = call._failed(EMPTY_SCHEMA, ResponseTooLargeError(text))
-            turn, body = failed, stream_bytes(failed.schema, failed.items)
+            turn = call._failed(EMPTY_SCHEMA, ResponseTooLargeError(text))
+            body = stream_bytes(turn.schema, turn.items)
         headers = [("Content-Type", ARROW_CONTENT_TYPE)]
         if turn.error is not None:
             headers.append((RPC_ERROR_HEADER, "true"))
@@ -6417,11 +5051,10 @@ def _smallest(*limits: int | None) -> int | None:
 
 
 _REASONS = {
-    100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
-    404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required",
-    413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type", 429: "Too Many Requests",
-    431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
-    503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+    100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required", 413: "Content Too Large",
+    414: "URI Too Long", 415: "Unsupported Media Type", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
 }  # fmt: skip
 
 
@@ -6429,12 +5062,9 @@ _REASONS = {
 def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[bytes]]:
     """Return a WSGI application (PEP 3333) for any WSGI server; the keywords are those of `HttpOptions`.
 
-    Raises:
-        TypeError: An option that does not exist.
-        ValueError: An option's value is out of range.
+    Raises ``TypeError`` for an option that does not exist, ``ValueError`` for one that is out of range.
     """
-    (chosen,) = _split_options(options, HttpOptions)
-    app = HttpApp(server, chosen)
+    app = HttpApp(server, *_split_options(options, HttpOptions))
 
     def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         response = app(_request_from_environ(environ))
@@ -6448,7 +5078,6 @@ def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[b
     wsgi.app = app  # type: ignore[attr-defined]
     return wsgi
 
-
 def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
     headers = {k[5:].replace("_", "-").lower(): v for k, v in environ.items() if k.startswith("HTTP_")}
     for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
@@ -6457,10 +5086,10 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
 
     def read_body(limit: int) -> bytes:
         source, length = environ["wsgi.input"], environ.get("CONTENT_LENGTH") or ""
-        if not length and environ.get("wsgi.input_terminated"):
+        if not length and environ.get("wsgi.input_terminated"):  # chunked, decoded by the server under us
             body = source.read(limit + 1)
             if len(body) > limit:
-                raise RequestTooLargeError(f"request body: expected at most {limit} bytes (max_request_bytes), got more")
+                raise _too_large(limit, "more")
             return cast("bytes", body)
         size = _content_length(length, limit)
         body = source.read(size)
@@ -6472,49 +5101,37 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
     path = raw.partition("?")[0] if raw.startswith("/") else environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
     return HttpRequest(environ["REQUEST_METHOD"], path, headers, environ.get("REMOTE_ADDR", ""), read_body)
 
+def _too_large(limit: int, got: object, rule: str = "max_request_bytes") -> RequestTooLargeError:
+    return RequestTooLargeError(f"body: expected at most {limit} bytes ({rule}), got {got}")
 
-def _content_length(text: str, limit: int) -> int:
-    """Parse a Content-Length strictly: ASCII digits only (RFC 9110 section 8.6), and within the limit."""
+def _content_length(text: str, limit: int, rule: str = "max_request_bytes") -> int:
+    """Parse a Content-Length strictly: ASCII digits only (RFC 9110 section 8.6), and within the limit that *rule* names."""
     if not text:
-        exc: ProtocolError = ProtocolError("expected a Content-Length")
-        exc.http_status = 411
-        raise exc
+        raise _protocol_error("expected a Content-Length", 411)
     if not (text.isascii() and text.isdigit()):
         raise ProtocolError(f"Content-Length: expected decimal digits, got {text[:40]!r}")
     if len(text) > 18 or int(text) > limit:
-        raise RequestTooLargeError(f"request body: expected at most {limit} bytes (max_request_bytes), got {text[:40]}")
+        raise _too_large(limit, text[:40], rule)
     return int(text)
 
 
 class HttpHead(NamedTuple):
-    """A parsed message head.
+    """A parsed message head."""
 
-    Attributes:
-        start: The three parts of the request line or status line.
-        headers: Values by lower-case name; repeated ones joined by ", ".
-        repeated: Names that came more than once.
-    """
-
-    start: tuple[str, str, str]
-    headers: dict[str, str]
-    repeated: frozenset[str]
+    start: tuple[str, str, str]  # the three parts of the request line or status line
+    headers: dict[str, str]  # by lower-case name; the values of a repeated one are joined by ", "
+    repeated: frozenset[str]  # names that came more than once
 
 
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 
-
 def parse_http_head(raw: bytes) -> HttpHead:
-    """Parse a head that ends with an empty line, strictly by RFC 9112.
-
-    Raises:
-        ProtocolError: A rule is broken; the text names it.
-    """
+    """Parse a head that ends with an empty line, strictly by RFC 9112; raises `ProtocolError`, which names the broken rule."""
     lines = raw[:-4].split(b"\r\n")
     if len(lines) > MAX_HEADERS + 1:
-        exc = ProtocolError(f"expected at most {MAX_HEADERS} headers, got {len(lines) - 1}")
-        exc.http_status = 431
-        raise exc
-    if b"\n" in raw.replace(b"\r\n", b"") or b"\r" in raw.replace(b"\r\n", b""):
+        raise _protocol_error(f"expected at most {MAX_HEADERS} headers, got {len(lines) - 1}", 431)
+    bare = raw.replace(b"\r\n", b"")
+    if b"\n" in bare or b"\r" in bare:
         raise ProtocolError("a bare CR or LF in the head")
     start = lines[0].decode("latin-1").split(" ", 2)
     if len(start) != 3:
@@ -6533,13 +5150,10 @@ def parse_http_head(raw: bytes) -> HttpHead:
         headers[name] = value
     return HttpHead((start[0], start[1], start[2]), headers, frozenset(repeated))
 
-
 def read_http_head(channel: ByteChannel) -> HttpHead | None:
-    """Read one head; ``None`` when the channel ends before its first byte.
+    """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
 
-    Raises:
-        ProtocolError: A rule of the grammar or a bound (64 KiB, 100 headers) is broken.
-        TransportError: The channel ends in the middle.
+    Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken.
     """
     raw = channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
     if raw is not None:
@@ -6548,18 +5162,13 @@ def read_http_head(channel: ByteChannel) -> HttpHead | None:
     if not seen:
         return None
     if len(seen) >= MAX_HEAD_BYTES:
-        exc = ProtocolError(f"the head exceeds {MAX_HEAD_BYTES} bytes")
-        exc.http_status = 414 if b"\r\n" not in seen else 431
-        raise exc
+        raise _protocol_error(f"the head exceeds {MAX_HEAD_BYTES} bytes", 414 if b"\r\n" not in seen else 431)
     raise TransportError("the connection was closed in the middle of a head")
 
-
-def read_chunked(channel: ByteChannel, limit: int) -> Iterator[bytes]:
+def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Iterator[bytes]:
     """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped.
 
-    Raises:
-        ProtocolError: The framing is wrong.
-        RequestTooLargeError: More than *limit* bytes.
+    Raises `ProtocolError` for wrong framing, `RequestTooLargeError` beyond *limit* bytes, which *rule* names.
     """
     total = 0
     while True:
@@ -6570,7 +5179,7 @@ def read_chunked(channel: ByteChannel, limit: int) -> Iterator[bytes]:
         size = int(match[1], 16)
         total += size
         if total > limit:
-            raise RequestTooLargeError(f"body: expected at most {limit} bytes, got at least {total}")
+            raise _too_large(limit, f"at least {total}", rule)
         if not size:
             break
         piece = channel.read(size)
@@ -6590,24 +5199,35 @@ class _HttpConnection:
     """Serves the requests of one connection: reads strictly, answers, closes when the framing is in doubt."""
 
     def __init__(self, owner: HttpServing, channel: SocketChannel, remote_addr: str, only_health: bool) -> None:
-        self._owner, self._channel, self._remote = owner, channel, remote_addr
-        self._only_health = only_health
+        self._app, self._options, self._channel, self._remote = owner.app, owner.options, channel, remote_addr
+        self._only_health = only_health  # beyond the cap on connections: one request, and soon
+        self._wait = _OVER_CAP_WAIT_SECONDS if only_health else self._options.read_timeout
+        self._unread = False  # of the current request, a body that must not be taken for the next one
 
     def run(self) -> None:
         """Serve until either side closes."""
-        with contextlib.suppress(TransportError, DeadlineExceededError):
-            while self._serve_one():
-                pass
+        try:
+            while self._wait_for_request() and self._serve_one():
+                self._wait = self._options.keep_alive_timeout
+            if self._unread:
+                self._linger()
+        except (TransportError, DeadlineExceededError) as exc:
+            logger.info("connection from %s ended early: %s", self._remote, exc.error_message)
+
+    def _wait_for_request(self) -> bool:
+        channel = self._channel
+        channel.gap, channel.deadline = None, time.monotonic() + self._wait
+        try:
+            return bool(channel.peek()) or channel._fill()
+        except (TransportError, DeadlineExceededError):
+            return False  # between two requests, leaving is nobody's fault
 
     def _serve_one(self) -> bool:
-        channel, options = self._channel, self._owner.options
+        channel, options, started = self._channel, self._options, time.monotonic()
         channel.gap = options.read_timeout
-        channel.deadline = time.monotonic() + options.keep_alive_timeout
-        if not channel.peek() and not channel._fill():
-            return False
-        started = time.monotonic()
-        channel.deadline = started + options.read_timeout  # for the whole head: one byte a second does not pass
+        channel.deadline = started + min(self._wait, options.read_timeout)  # for the whole head: a byte a second does not pass
         head: HttpHead | None = None
+        self._unread = True
         try:
             if not channel.peek()[:1].isalpha():
                 raise ProtocolError("expected an HTTP request line")
@@ -6615,27 +5235,29 @@ class _HttpConnection:
             if head is None:
                 return False
             request = self._request(head, started + options.request_deadline)
-            keep = self._keeps_alive(head)
         except ProtocolError as exc:
             response = json_response(exc.http_status, {"error": "bad_request", "detail": str(exc)})
-            response.headers += [(REQUEST_ID_HEADER, new_request_id()), *self._owner.app._capabilities]
+            response.headers += [(REQUEST_ID_HEADER, new_request_id()), *self._app._capabilities]
             self._send(response, head.start[0] if head else "GET", keep=False)
             return False
         if self._only_health and not request.path.endswith("/health"):
-            response, keep = self._owner.busy_response(), False
+            facts = {"error": "too_many_connections", "detail": f"this server takes {options.max_connections} at a time"}
+            response = json_response(503, facts, [("Retry-After", "1"), *self._app._capabilities])
         else:
-            response = self._owner.app(request)
-        if not self._body_was_read:
-            # What was not read must not be taken for the next request.
-            keep = keep and not self._has_body(head)
+            response = self._app(request)
         channel.deadline = time.monotonic() + options.request_deadline
-        keep = keep and not response.close and not self._owner.app.server.draining
+        refused = self._unread or self._only_health or response.close or self._app.server.draining
+        keep = self._keeps_alive(head) and not refused
         self._send(response, request.method, keep)
         return keep
 
-    @staticmethod
-    def _has_body(head: HttpHead) -> bool:
-        return "transfer-encoding" in head.headers or head.headers.get("content-length", "0") != "0"
+    def _linger(self) -> None:
+        """Read on for a moment before closing: closing on unread bytes resets the connection, and the answer is lost."""
+        self._channel.deadline = time.monotonic() + _LINGER_SECONDS
+        with contextlib.suppress(OSError, TransportError, DeadlineExceededError):
+            self._channel.socket.shutdown(socket.SHUT_WR)
+            while self._channel._fill():
+                pass
 
     @staticmethod
     def _keeps_alive(head: HttpHead) -> bool:
@@ -6644,38 +5266,39 @@ class _HttpConnection:
 
     def _request(self, head: HttpHead, deadline: float) -> HttpRequest:
         """Check what RFC 9112 asks of a request's head, and set up the reading of its body."""
-        method, target, version = head.start
-        if not re.fullmatch(r"HTTP/[0-9]\.[0-9]", version):
-            raise ProtocolError(f"expected HTTP/1.1, got {version[:40]!r}")
+        (method, target, version), headers = head.start, head.headers
         if version not in ("HTTP/1.1", "HTTP/1.0"):
-            raise _with_status(ProtocolError(f"expected HTTP/1.1, got {version}"), 505)
+            known = re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version)
+            raise _protocol_error(f"expected HTTP/1.1, got {version[:40]!r}", 505 if known else 400)
         if not re.fullmatch(r"[A-Z]{1,20}", method):
             raise ProtocolError(f"not a method: {method[:40]!r}")
-        if not target.startswith("/") and not (target == "*" and method == "OPTIONS"):
+        if not target.startswith("/") and (target, method) != ("*", "OPTIONS"):
             raise ProtocolError("the request target must be a path")
         if len(target) > 8192:
-            raise _with_status(ProtocolError("the request target exceeds 8192 bytes"), 414)
-        if any(not 33 <= ord(c) < 127 and ord(c) < 128 for c in target):
+            raise _protocol_error("the request target exceeds 8192 bytes", 414)
+        if re.search(r"[\x00-\x20\x7f]", target):
             raise ProtocolError("a control character in the request target")
-        for name in ("content-length", "host", "transfer-encoding", "content-type", "content-encoding", "authorization"):
+        for name in ("content-length", "host", "transfer-encoding", "authorization"):
             if name in head.repeated:
                 raise ProtocolError(f"two {name} headers")
-        if version == "HTTP/1.1" and "host" not in head.headers:
+        if version == "HTTP/1.1" and "host" not in headers:
             raise ProtocolError("HTTP/1.1 requires a Host header")
-        coding = head.headers.get("transfer-encoding")
-        if coding is not None and "content-length" in head.headers:
-            raise ProtocolError("both Transfer-Encoding and Content-Length")
+        self._check_framing(method, version, headers)
+        self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        path, read = target.partition("?")[0], functools.partial(self._read_body, head, deadline)
+        return HttpRequest(method, path, headers, self._remote, read, head.repeated, self._channel.peer_gone)
+
+    @staticmethod
+    def _check_framing(method: str, version: str, headers: Mapping[str, str]) -> None:
+        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+        if coding is not None and (length is not None or version == "HTTP/1.0"):
+            raise ProtocolError("both Transfer-Encoding and " + ("HTTP/1.0" if length is None else "Content-Length"))
         if coding is not None and coding.lower() != "chunked":
-            raise _with_status(ProtocolError(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}"), 501)
-        length = head.headers.get("content-length")
+            raise _protocol_error(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}", 501)
         if length is not None and not (length.isascii() and length.isdigit()):
             raise ProtocolError(f"Content-Length: expected decimal digits, got {length[:40]!r}")
         if method == "POST" and coding is None and length is None:
-            raise _with_status(ProtocolError("POST requires a Content-Length"), 411)
-        path = target.partition("?")[0]
-        self._body_was_read = False
-        read = functools.partial(self._read_body, head, deadline)
-        return HttpRequest(method, path, head.headers, self._remote, read, head.repeated, self._channel.peer_gone)
+            raise _protocol_error("POST requires a Content-Length", 411)
 
     def _read_body(self, head: HttpHead, deadline: float, limit: int) -> bytes:
         channel = self._channel
@@ -6690,35 +5313,27 @@ class _HttpConnection:
             body = cast("bytes", channel.read_after(b"", size)) if size > SMALL_BODY_BYTES else channel.read(size)
             if len(body) < size:
                 raise TransportError(f"request body: expected {size} bytes, got {len(body)}")
-        self._body_was_read = True
+        self._unread = False
         return body
 
     def _send(self, response: HttpResponse, method: str, keep: bool) -> None:
-        reason = _REASONS.get(response.status, "Status")
-        lines = [f"HTTP/1.1 {response.status} {reason}"]
+        lines = [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Status')}"]
         lines += [f"{name}: {value}" for name, value in response.headers]
         lines.append(f"Date: {_http_date(int(time.time()))}")
         if not keep:
             lines.append("Connection: close")
         body = response.body
-        if isinstance(body, bytes):
-            lines.append(f"Content-Length: {len(body)}")
-        else:
-            lines.append("Transfer-Encoding: chunked")
+        lines.append(f"Content-Length: {len(body)}" if isinstance(body, bytes) else "Transfer-Encoding: chunked")
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
-        if method == "HEAD" or isinstance(body, bytes):
-            self._channel.write([head] if method == "HEAD" or not body else [head, cast("bytes", body)])
-            return
-        self._channel.write([head])
-        for piece in body:
-            if piece:
+        if method == "HEAD":
+            self._channel.write([head])
+        elif isinstance(body, bytes):
+            self._channel.write([head, body])
+        else:
+            self._channel.write([head])
+            for piece in filter(None, body):
                 self._channel.write([b"%x\r\n" % len(piece), piece, b"\r\n"])
-        self._channel.write([b"0\r\n\r\n"])
-
-
-def _with_status(exc: ProtocolError, status: int) -> ProtocolError:
-    exc.http_status = status
-    return exc
+            self._channel.write([b"0\r\n\r\n"])
 
 
 @functools.lru_cache(maxsize=2)
@@ -6730,58 +5345,42 @@ def _http_date(second: int) -> str:
 
 @dataclass
 class HttpServeOptions:
-    """What `serve_http` can be told beside `HttpOptions`.
+    """What `serve_http` can be told beside `HttpOptions`; times in seconds."""
 
-    Attributes:
-        tls_context: Server-side context of the standard library's ``ssl``; ``None`` for plain HTTP.
-        max_connections: At most so many at a time; further ones are answered 503, except for health.
-        read_timeout: Seconds for a head, and between two reads of a body.
-        request_deadline: Seconds for reading one request, and for sending its answer.
-        keep_alive_timeout: Seconds that an idle connection is kept.
-        drain_grace_seconds: Seconds that running calls have to finish after SIGTERM or SIGINT.
-        on_bound: Called with host and port once connections are accepted.
-    """
+    tls_context: Any = None  # server-side context of the standard library's ssl; None for plain HTTP
+    max_connections: int = 512  # at most so many at a time; further ones are answered 503, except for health
+    read_timeout: float = READ_TIMEOUT_SECONDS  # for a head, and between two reads of a body
+    request_deadline: float = REQUEST_DEADLINE_SECONDS  # for reading one request, and for sending its answer
+    keep_alive_timeout: float = 75.0  # how long a connection is kept between two requests
+    drain_grace_seconds: float = DRAIN_GRACE_SECONDS  # how long running calls may take after SIGTERM or SIGINT
+    idle_timeout: float | None = None  # without a connection for so long, it ends; None for never
+    on_bound: Callable[[str, int], None] | None = None  # called with host and port once connections are accepted
 
-    tls_context: Any = None
-    max_connections: int = 512
-    read_timeout: float = READ_TIMEOUT_SECONDS
-    request_deadline: float = REQUEST_DEADLINE_SECONDS
-    keep_alive_timeout: float = 75.0
-    drain_grace_seconds: float = DRAIN_GRACE_SECONDS
-    on_bound: Callable[[str, int], None] | None = None
+
+_OVER_CAP_CONNECTIONS = 512  # connections beyond the cap that may still ask for health …
+_OVER_CAP_WAIT_SECONDS = 1.0  # … if they ask this soon
+_LINGER_SECONDS = 1.0
+_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class HttpServing:
-    """An HTTP server on a bound socket: a thread per connection, a cap on them, a clean stop.
-
-    Args:
-        app: Answers the requests.
-        host: Address to bind.
-        port: 0 takes a free one.
-        options: See `HttpServeOptions`.
-
-    Attributes:
-        port: The port that was bound.
-
-    Raises:
-        OSError: The address is in use, or cannot be bound.
-    """
-
-    _RESERVE = 16  # connections beyond the cap that may still ask for health
+    """An HTTP server on a bound socket (`port`): a thread per connection, a cap on them, a clean stop; raises ``OSError``."""
 
     def __init__(self, app: HttpApp, host: str, port: int, options: HttpServeOptions | None = None) -> None:
         self.app, self.host = app, host
         self.options = options or HttpServeOptions()
         listening = listen_tcp(host, port)
         self.port = listening.getsockname()[1]
-        self.listener = Listener(listening, self._handle, threaded=True)
+        self.listener = Listener(listening, self._handle, threaded=True, idle_timeout=self.options.idle_timeout)
+        if app.options.authenticate is None and not re.fullmatch(r"localhost|127\..*|::1", host):
+            logger.warning("serving HTTP on %s port %d without authentication: whoever reaches it may call it", host, self.port)
 
     def _handle(self, connected: socket.socket, address: Any) -> None:
         over = len(self.listener._connections) - self.options.max_connections
         try:
-            if over > self._RESERVE:
-                connected.settimeout(1.0)
-                connected.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            if over > _OVER_CAP_CONNECTIONS:
+                connected.settimeout(_OVER_CAP_WAIT_SECONDS)
+                connected.sendall(_BUSY)
                 return
             ready = _start_tls(connected, self.options.tls_context)
         except OSError as exc:
@@ -6789,11 +5388,6 @@ class HttpServing:
             return
         with ready:
             _HttpConnection(self, SocketChannel(ready), _address_text(address), over > 0).run()
-
-    def busy_response(self) -> HttpResponse:
-        """Return the answer to a connection beyond the cap."""
-        facts = {"error": "too_many_connections", "detail": f"this server takes {self.options.max_connections} at a time"}
-        return json_response(503, facts, [("Retry-After", "1"), *self.app._capabilities])
 
     def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `stop`; then drain and close."""
@@ -6808,10 +5402,7 @@ class HttpServing:
 def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **options: Any) -> None:
     """Serve over HTTP/1.1 until SIGTERM or SIGINT; the keywords are those of `HttpOptions` and `HttpServeOptions`.
 
-    Raises:
-        OSError: The address is in use, or cannot be bound.
-        TypeError: An option that does not exist.
-        ValueError: An option's value is out of range.
+    Raises ``OSError`` when the address cannot be bound; for options as `make_wsgi_app`.
     """
     chosen, serving = _split_options(options, HttpOptions, HttpServeOptions)
     http = HttpServing(HttpApp(server, chosen), host, port, serving)
@@ -6829,27 +5420,16 @@ def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **o
 
 @dataclass(frozen=True)
 class HttpServerCapabilities:
-    """What a server says of itself in its headers; sizes in bytes, ``None`` for no limit.
-
-    Attributes:
-        max_request_bytes: Largest request body.
-        max_response_bytes: Largest answer.
-        max_externalized_response_bytes: Largest answer by way of external storage.
-        externalization_enabled: Whether it may answer with pointers to external storage.
-        upload_url_support: Whether it hands out upload URLs.
-        max_upload_bytes: Largest upload.
-        supported_encodings: Body codings it reads and writes.
-        accept_max_response_bytes_support: Whether it honours a client's budget.
-    """
+    """What a server says of itself in its headers; sizes in bytes, ``None`` for no limit."""
 
     max_request_bytes: int | None = None
     max_response_bytes: int | None = None
-    max_externalized_response_bytes: int | None = None
-    externalization_enabled: bool = False
-    upload_url_support: bool = False
+    max_externalized_response_bytes: int | None = None  # of an answer by way of external storage
+    externalization_enabled: bool = False  # it may answer with pointers to external storage
+    upload_url_support: bool = False  # it hands out upload URLs
     max_upload_bytes: int | None = None
-    supported_encodings: tuple[str, ...] = ()
-    accept_max_response_bytes_support: bool = False
+    supported_encodings: tuple[str, ...] = ()  # body codings it reads and writes
+    accept_max_response_bytes_support: bool = False  # it honours a client's budget
 
     @classmethod
     def from_headers(cls, headers: Mapping[str, str]) -> HttpServerCapabilities:
@@ -6857,21 +5437,17 @@ class HttpServerCapabilities:
 
         def number(name: str) -> int | None:
             text = headers.get(name.lower(), "")
-            return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+            return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
         def flag(name: str) -> bool:
             return headers.get(name.lower()) == "true"
 
+        encodings = tuple(e.strip() for e in headers.get(SUPPORTED_ENCODINGS_HEADER.lower(), "").split(",") if e.strip())
         return cls(
-            number(MAX_REQUEST_BYTES_HEADER),
-            number(MAX_RESPONSE_BYTES_HEADER),
-            number("VGI-Max-Externalized-Response-Bytes"),
-            flag(EXTERNALIZATION_HEADER),
-            flag("VGI-Upload-URL-Support"),
-            number("VGI-Max-Upload-Bytes"),
-            tuple(e.strip() for e in headers.get(SUPPORTED_ENCODINGS_HEADER.lower(), "").split(",") if e.strip()),
+            number(MAX_REQUEST_BYTES_HEADER), number(MAX_RESPONSE_BYTES_HEADER), number("VGI-Max-Externalized-Response-Bytes"),
+            flag(EXTERNALIZATION_HEADER), flag("VGI-Upload-URL-Support"), number("VGI-Max-Upload-Bytes"), encodings,
             flag(ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER),
-        )
+        )  # fmt: skip
 
 
 class HttpReply(NamedTuple):
@@ -6882,12 +5458,13 @@ class HttpReply(NamedTuple):
     body: _Buffer
 
 
+_HeaderList = Sequence[tuple[str, str]]
+
+
 class HttpSender:
     """Sends one HTTP request and returns its answer: over sockets (`HttpConnections`), or into an app (`SyncClient`)."""
 
-    def send(
-        self, method: str, path: str, headers: Sequence[tuple[str, str]], body: bytes, deadline: float | None, limit: int
-    ) -> HttpReply:
+    def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         """Send a request; raise `TransportError` when no answer comes, `ResponseTooLargeError` when it exceeds *limit*."""
         raise io.UnsupportedOperation("send")
 
@@ -6897,38 +5474,27 @@ class HttpSender:
 
 @dataclass(frozen=True)
 class HttpTarget:
-    """Where an HTTP client connects.
-
-    Attributes:
-        tls: Whether the scheme is https.
-        host: Host name or address.
-        port: Port.
-        prefix: Path in front of every request, without a slash at its end.
-        proxy: (host, port, ``Proxy-Authorization`` value or empty) from the environment, ``None`` for none.
-    """
+    """Where an HTTP client connects."""
 
     tls: bool
     host: str
     port: int
-    prefix: str
-    proxy: tuple[str, int, str] | None = None
+    prefix: str  # path in front of every request, without a slash at its end
+    proxy: tuple[str, int, str] | None = None  # host, port, Proxy-Authorization or empty; None for a direct connection
 
     @classmethod
     def parse(cls, url: str) -> HttpTarget:
-        """Read a base URL, and the environment's proxy for it as urllib reads it.
-
-        Raises:
-            ValueError: Not an http(s) URL with a host.
-        """
+        """Read a base URL, and the environment's proxy for it as urllib reads it; raises ``ValueError``."""
         from urllib.parse import urlsplit
 
+        shown = re.sub("//[^/]*@", "//…@", url)
         try:
             parts = urlsplit(url)
             port = parts.port
         except ValueError as exc:
-            raise ValueError(f"base URL {url!r}: {exc}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
-            raise ValueError(f"base URL: expected http(s)://host[:port][/prefix], got {url!r}")
+            raise ValueError(f"base URL {shown!r}: {exc}") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
+            raise ValueError(f"base URL: expected http(s)://host[:port][/prefix], got {shown!r}")
         if not re.fullmatch(r"[!-~]*", url):
             raise ValueError("base URL: a space or control character in it")
         tls = parts.scheme == "https"
@@ -6936,10 +5502,14 @@ class HttpTarget:
         return cls(tls, parts.hostname, port or (443 if tls else 80), parts.path.rstrip("/"), proxy)
 
     @property
+    def address(self) -> str:
+        """Host and port, as CONNECT wants them."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
     def authority(self) -> str:
-        """Host and port as the Host header has them."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
+        """Host and port as the Host header has them: without the scheme's own port."""
+        return self.address.removesuffix(":443" if self.tls else ":80")
 
 
 def _environment_proxy(scheme: str, netloc: str, host: str) -> tuple[str, int, str] | None:
@@ -6955,23 +5525,23 @@ def _environment_proxy(scheme: str, netloc: str, host: str) -> tuple[str, int, s
     parts = urlsplit(url if "://" in url else f"http://{url}")
     if not parts.hostname:
         return None
-    credentials = ""
-    if parts.username is not None:
-        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        credentials = "Basic " + base64.b64encode(pair.encode()).decode()
+    pair = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+    credentials = "Basic " + base64.b64encode(pair.encode()).decode() if parts.username is not None else ""
     return parts.hostname, parts.port or 80, credentials
+
+
+class _NotSent(Exception):
+    """The connection was closed before the whole request was handed over, and not a byte came back."""
 
 
 class HttpConnections(HttpSender):
     """Kept-alive connections to one server; safe for use by several threads, each call on a connection of its own.
 
-    Args:
-        target: Where to.
-        tls_context: For https; default ``ssl.create_default_context()``.
-        connect_timeout: Seconds.
+    For https *tls_context* defaults to ``ssl.create_default_context()``; *connect_timeout* is in seconds.
     """
 
     _MAX_IDLE = 8
+    _MAX_INTERIM = 16  # 1xx answers before the one that counts
 
     def __init__(self, target: HttpTarget, tls_context: ssl.SSLContext | None = None, connect_timeout: float = 10.0) -> None:
         self._target, self._timeout = target, connect_timeout
@@ -6990,88 +5560,73 @@ class HttpConnections(HttpSender):
             return SocketChannel(connect_tcp_socket(target.host, target.port, timeout, self._tls))
         host, port, credentials = target.proxy
         connected = connect_tcp_socket(host, port, timeout)
-        if self._tls is None:
-            return SocketChannel(connected)
-        channel = SocketChannel(connected)
-        channel.deadline = deadline
+        try:
+            return self._tunnel(connected, timeout, credentials) if self._tls else SocketChannel(connected)
+        except (OSError, ProtocolError, _LocalError) as exc:
+            connected.close()
+            raise TransportError(f"no way to {target.address} through proxy {host}:{port}: {_text_of(exc)}") from None
+
+    def _tunnel(self, connected: socket.socket, timeout: float, credentials: str) -> SocketChannel:
+        channel, where = SocketChannel(connected), self._target.address
+        channel.deadline = time.monotonic() + timeout
         authorization = f"Proxy-Authorization: {credentials}\r\n" if credentials else ""
-        where = f"{target.host}:{target.port}"
         channel.write([f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n{authorization}\r\n".encode("latin-1")])
         head = read_http_head(channel)
         if head is None or head.start[1] != "200":
-            channel.close()
-            raise TransportError(f"proxy {host}:{port} refused: {' '.join(head.start[1:]) if head else 'no answer'}")
-        return SocketChannel(self._tls.wrap_socket(connected, server_hostname=target.host))
+            raise TransportError(f"it refused: {' '.join(head.start[1:])}" if head else "it gave no answer")
+        wrapped = cast("ssl.SSLContext", self._tls).wrap_socket(connected, server_hostname=self._target.host)
+        wrapped.settimeout(None)
+        return SocketChannel(wrapped)
 
     def _take(self) -> SocketChannel | None:
-        while True:
-            try:
+        with contextlib.suppress(IndexError):
+            while True:
                 channel = self._idle.pop()
-            except IndexError:
-                return None
-            if not channel.peer_gone() and not channel.peek():
-                return channel
-            channel.close()
+                if not channel.peer_gone() and not channel.peek():
+                    return channel
+                channel.close()
+        return None
 
-    def send(
-        self, method: str, path: str, headers: Sequence[tuple[str, str]], body: bytes, deadline: float | None, limit: int
-    ) -> HttpReply:
+    def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         if self._closed:
             raise TransportError("the connection is closed: it was closed here")
         message = self._message(method, path, headers, body)
-        channel = self._take()
-        if channel is not None:
-            try:
-                return self._exchange(channel, method, message, deadline, limit)
-            except _NoAnswer:
-                pass  # closed between two calls, and not a byte came back: the one case in which a request is sent again
-        channel = self._dial(deadline)
+        kept = self._take()
+        if kept is not None:
+            # Closed by the server between two calls: the one case in which a request is sent again, as it never got there.
+            with contextlib.suppress(_NotSent):
+                kept.deadline = deadline
+                return self._exchange(kept, method, message, limit)
         try:
-            return self._exchange(channel, method, message, deadline, limit)
-        except _NoAnswer as exc:
+            dialled = self._dial(deadline)
+            dialled.deadline = deadline
+            return self._exchange(dialled, method, message, limit)
+        except _NotSent as exc:
             raise TransportError(f"{self._target.authority} closed the connection without an answer: {exc}") from None
 
-    def _message(self, method: str, path: str, headers: Sequence[tuple[str, str]], body: bytes) -> list[bytes]:
+    def _message(self, method: str, path: str, headers: _HeaderList, body: bytes) -> list[bytes]:
         target = self._target
-        through = target.proxy is not None and not target.tls
-        url = f"http://{target.authority}{path}" if through else path
-        lines = [f"{method} {url} HTTP/1.1", f"Host: {target.authority}"]
-        if through and target.proxy and target.proxy[2]:
-            lines.append(f"Proxy-Authorization: {target.proxy[2]}")
+        lines = [f"{method} {path} HTTP/1.1", f"Host: {target.authority}"]
+        if target.proxy is not None and not target.tls:
+            lines[0] = f"{method} http://{target.authority}{path} HTTP/1.1"
+            lines += [f"Proxy-Authorization: {target.proxy[2]}"] if target.proxy[2] else []
         lines += [f"{name}: {value}" for name, value in headers]
         if body or method == "POST":
             lines.append(f"Content-Length: {len(body)}")
-        head = "\r\n".join(lines)
-        if "\r" in head.replace("\r\n", "") or "\n" in head.replace("\r\n", "") or "\0" in head or head.count("\r\n") != len(lines) - 1:
+        if any(c in line for line in lines for c in "\r\n\0"):
             raise ValueError("a header contains a line break")
-        return [(head + "\r\n\r\n").encode("latin-1"), body]
+        return [("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"), body]
 
-    def _exchange(self, channel: SocketChannel, method: str, message: list[bytes], deadline: float | None, limit: int) -> HttpReply:
+    def _exchange(self, channel: SocketChannel, method: str, message: list[bytes], limit: int) -> HttpReply:
         try:
-            channel.deadline = deadline
-            try:
-                channel.write(message)
-                head = read_http_head(channel)
-            except DeadlineExceededError:
-                raise
-            except TransportError as exc:
-                if channel.peek():
-                    raise
-                raise _NoAnswer(exc.error_message) from None
-            if head is None:
-                raise _NoAnswer("connection closed")
-            while head.start[1] == "100":
-                head = read_http_head(channel)
-                if head is None:
-                    raise TransportError("the connection was closed in the middle of an answer")
+            head = self._head_of_answer(channel, message)
             reply, keep = self._read_reply(channel, method, head, limit)
-        except ProtocolError as exc:
+        except BaseException as exc:
             channel.close()
             if isinstance(exc, RequestTooLargeError):
                 raise ResponseTooLargeError(f"the answer exceeds what this client accepts: {exc}") from None
-            raise TransportError(f"{self._target.authority} does not speak HTTP as it should: {exc}") from None
-        except BaseException:
-            channel.close()
+            if isinstance(exc, ProtocolError):
+                raise TransportError(f"{self._target.authority} does not speak HTTP as it should: {exc}") from None
             raise
         if keep and len(self._idle) < self._MAX_IDLE and not self._closed:
             self._idle.append(channel)
@@ -7079,37 +5634,52 @@ class HttpConnections(HttpSender):
             channel.close()
         return reply
 
+    def _head_of_answer(self, channel: SocketChannel, message: list[bytes]) -> HttpHead:
+        unsent: TransportError | None = None
+        try:
+            channel.write(message)
+        except TransportError as exc:
+            unsent = exc  # a server that refuses a large body early may have answered before it hung up
+        for _ in range(self._MAX_INTERIM):
+            try:
+                head = read_http_head(channel)
+            except TransportError as exc:
+                if unsent and not channel.peek():
+                    raise _NotSent(unsent.error_message) from None
+                raise exc
+            if head is None:
+                if unsent:
+                    raise _NotSent(unsent.error_message)
+                raise TransportError(f"{self._target.authority} closed the connection without an answer")
+            if not head.start[1].startswith("1"):
+                return head
+        raise ProtocolError(f"more than {self._MAX_INTERIM} interim answers")
+
     @staticmethod
     def _read_reply(channel: SocketChannel, method: str, head: HttpHead, limit: int) -> tuple[HttpReply, bool]:
-        version, status, _ = head.start
-        if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[1-5][0-9][0-9]", status):
+        (version, status, _), headers, rule = head.start, head.headers, "accepted_max_response_bytes"
+        if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[2-5][0-9][0-9]", status):
             raise ProtocolError(f"expected a status line, got {' '.join(head.start)[:80]!r}")
-        headers, code = head.headers, int(status)
-        keep = version == "HTTP/1.1" and "close" not in headers.get("connection", "").lower()
         if "content-length" in head.repeated or ("content-length" in headers and "transfer-encoding" in headers):
             raise ProtocolError("an answer with two lengths")
-        body: _Buffer
-        if method == "HEAD" or code in (204, 304):
-            body = b""
-        elif "transfer-encoding" in headers:
-            if headers["transfer-encoding"].lower() != "chunked":
-                raise ProtocolError(f"Transfer-Encoding: expected chunked, got {headers['transfer-encoding'][:40]!r}")
-            body = b"".join(read_chunked(channel, limit))
-        elif "content-length" in headers:
-            size = _content_length(headers["content-length"], limit)
+        bodiless, coding = method == "HEAD" or status in ("204", "304"), headers.get("transfer-encoding")
+        if coding is not None and coding.lower() != "chunked" and not bodiless:
+            raise ProtocolError(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}")
+
+        def read() -> _Buffer:
+            if coding is not None:
+                return b"".join(read_chunked(channel, limit, rule))
+            if "content-length" not in headers:
+                return _read_to_end(channel, limit, rule)
+            size = _content_length(headers["content-length"], limit, rule)
             body = channel.read_after(b"", size)
             if len(body) < size:
                 raise TransportError(f"half an answer: expected {size} bytes, got {len(body)}")
-        else:
-            keep, body = False, channel.read(limit + 1)
-            if len(body) > limit:
-                raise RequestTooLargeError(f"body: expected at most {limit} bytes, got more")
-        encoding = headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding") or "identity"
-        if encoding in supported_encodings():
-            body = decompress_body(body, encoding, limit)
-        elif encoding != "identity":
-            raise ProtocolError(f"Content-Encoding: expected one of {', '.join(supported_encodings())}, got {encoding[:40]!r}")
-        return HttpReply(code, headers, body), keep
+            return body
+
+        body = b"" if bodiless else _decoded_body(headers, read, limit)
+        keep = version == "HTTP/1.1" and "close" not in headers.get("connection", "").lower() and not channel.ended
+        return HttpReply(int(status), headers, body), keep
 
     def close(self) -> None:
         self._closed = True
@@ -7117,8 +5687,14 @@ class HttpConnections(HttpSender):
             self._idle.pop().close()
 
 
-class _NoAnswer(Exception):
-    """The connection ended before a byte of the answer."""
+def _read_to_end(channel: ByteChannel, limit: int, rule: str) -> bytes:
+    pieces, total = [], 0
+    while piece := channel.read(SMALL_BODY_BYTES):
+        pieces.append(piece)
+        total += len(piece)
+        if total > limit:
+            raise _too_large(limit, "more", rule)
+    return b"".join(pieces)
 
 
 class SyncClient(HttpSender):
@@ -7128,20 +5704,15 @@ class SyncClient(HttpSender):
         self.app = app
         self.prefix = app.options.prefix
 
-    def send(
-        self, method: str, path: str, headers: Sequence[tuple[str, str]], body: bytes, deadline: float | None, limit: int
-    ) -> HttpReply:
+    def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         def read_body(most: int) -> bytes:
             _content_length(str(len(body)), most)
             return body
 
-        request = HttpRequest(method, path, {k.lower(): v for k, v in headers}, "sync", read_body)
-        response = self.app(request)
+        response = self.app(HttpRequest(method, path, {k.lower(): v for k, v in headers}, "sync", read_body))
         answered = {k.lower(): v for k, v in response.headers}
-        whole: _Buffer = response.body if isinstance(response.body, bytes) else b"".join(response.body)
-        encoding = answered.get(CONTENT_ENCODING_HEADER.lower()) or answered.get("content-encoding")
-        if encoding:
-            whole = decompress_body(whole, encoding, limit)
+        given = response.body
+        whole = _decoded_body(answered, lambda: given if isinstance(given, bytes) else b"".join(given), limit)
         return HttpReply(response.status, answered, whole)
 
 
@@ -7151,45 +5722,29 @@ Headers = Union[Mapping[str, str], Callable[[], Mapping[str, str]]]
 class HttpClient(ClientChannel):
     """The HTTP implementation of a `ClientChannel`; safe for use by several threads.
 
-    Args:
-        sender: Sends requests.
-        prefix: Path in front of every request.
-        headers: Further headers, or a function that gives them for each request (a bearer token that changes, say).
-        compression_level: 1 to 9; ``None`` neither compresses nor asks for compressed answers.
-        max_response_bytes: What is asked for and read at most, decoded; ``None`` for the largest that the wire knows.
+    The arguments are those of `http_connect`; *max_response_bytes* ``None`` stands for the largest that the wire knows.
     """
 
     def __init__(
-        self,
-        sender: HttpSender,
-        prefix: str = "",
-        headers: Headers | None = None,
-        compression_level: int | None = 1,
+        self, sender: HttpSender, prefix: str = "", headers: Headers | None = None, compression_level: int | None = 1,
         max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if max_response_bytes is not None and not MIN_RESPONSE_BUDGET <= max_response_bytes <= MAX_RESPONSE_BUDGET:
-            raise ValueError(f"accepted_max_response_bytes: expected {MIN_RESPONSE_BUDGET} to 2**53-1, got {max_response_bytes}")
-        self._sender, self._prefix, self._level = sender, prefix, compression_level
-        self._headers = headers
+            text = f"expected {MIN_RESPONSE_BUDGET} to {MAX_RESPONSE_BUDGET}, got {max_response_bytes}"
+            raise ValueError(f"accepted_max_response_bytes: {text}")
+        self._sender, self._prefix, self._level, self._headers = sender, prefix, compression_level, headers
         self._budget = max_response_bytes or MAX_RESPONSE_BUDGET
         self._capabilities: HttpServerCapabilities | None = None
         accept = ", ".join(supported_encodings()) if compression_level is not None else "identity"
-        self._fixed = [
-            ("Content-Type", ARROW_CONTENT_TYPE),
-            ("Accept-Encoding", accept),
-            (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget)),
-        ]
+        budget = (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget))
+        self._fixed = [("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept), budget]
 
     def _own_headers(self) -> list[tuple[str, str]]:
         given = self._headers() if callable(self._headers) else self._headers
         return list(given.items()) if given else []
 
     def capabilities(self, deadline: float | None = None) -> HttpServerCapabilities:
-        """Ask ``HEAD /health`` once what the server can do.
-
-        Raises:
-            TransportError: It cannot be reached.
-        """
+        """Ask ``HEAD /health`` once what the server can do; raises `TransportError`."""
         if self._capabilities is None:
             reply = self._sender.send("HEAD", f"{self._prefix}/health", self._own_headers(), b"", deadline, MAX_HEAD_BYTES)
             if reply.status == 401:
@@ -7203,21 +5758,17 @@ class HttpClient(ClientChannel):
         Raises:
             AuthenticationError: 401.
             TransportError: No answer, or one that is not Arrow.
-            ResponseTooLargeError: More than the budget.
+            RpcError: The body or the answer is larger than the server or the budget allows.
         """
         server = self.capabilities(deadline)
         headers = [*self._fixed, *self._own_headers()]
         if self._level is not None and len(body) >= _COMPRESS_FROM_BYTES:
             body, encoding = self._compressed(body, server)
             headers += [("Content-Encoding", encoding)] if encoding else []
-        if server.max_request_bytes is not None and len(body) > server.max_request_bytes:
-            raise RpcError(
-                "RequestTooLargeError",
-                f"the server takes requests of at most {server.max_request_bytes} bytes, this one has {len(body)}",
-                "",
-                error_code=Code.RESOURCE_EXHAUSTED,
-            )
-        path = self._prefix + path
+        most, path = server.max_request_bytes, self._prefix + path
+        if most is not None and len(body) > most:
+            text = f"the server takes requests of at most {most} bytes, this one has {len(body)}"
+            raise RpcError("RequestTooLargeError", text, "", error_code=Code.RESOURCE_EXHAUSTED)
         for _ in range(3):
             try:
                 reply = self._sender.send("POST", path, headers, body, deadline, self._budget)
@@ -7234,7 +5785,7 @@ class HttpClient(ClientChannel):
     def _redirected(reply: HttpReply, path: str) -> str:
         """Follow a redirect within the same server; one that leads elsewhere would carry the credentials there."""
         where = reply.headers.get("location", "")
-        if not where.startswith("/") or where.startswith("//"):
+        if not re.fullmatch("/(?!/)[!-~]*", where):
             raise TransportError(f"the server redirects {path} to {where[:200]!r}; connect there instead")
         return where
 
@@ -7259,34 +5810,22 @@ class HttpClient(ClientChannel):
     @staticmethod
     def _unauthorized(reply: HttpReply) -> AuthenticationError:
         facts = _json_object(bytes(memoryview(reply.body)[:65_536]))
-        named = facts.get("reason") or reply.headers.get(AUTH_REASON_HEADER.lower())
-        try:
-            reason = AuthReason(str(named))
-        except ValueError:
-            reason = AuthReason.UNAUTHORIZED
+        named = str(facts.get("reason") or reply.headers.get(AUTH_REASON_HEADER.lower()))
+        reason = AuthReason(named) if named in [r.value for r in AuthReason] else AuthReason.UNAUTHORIZED
         return AuthenticationError(f"{reason}: {facts.get('detail') or 'HTTP 401'}", reason=reason)
 
     # -- calls
 
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
-        body = _request_body(info, batch, options)
-        reply = self.post(f"/{info.protocol_name}/{info.name}", body, options.deadline)
-        item = _answer_item(_open_answer(BufferSource(reply.body), options), options)
-        if item is None:
-            raise TransportError(f"{info.name}(): expected a result, got an end of stream")
-        return read_result(info, item.batch)
+        reply = self.post(f"/{info.protocol_name}/{info.name}", _request_body(info, batch, options), options.deadline)
+        return read_result(info, _answer_batch(_open_answer(BufferSource(reply.body), options), info, options, "a result"))
 
     def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
-        path = f"/{info.protocol_name}/{info.name}"
-        reply = self.post(f"{path}/init", _request_body(info, batch, options), options.deadline)
-        stream = _HttpClientStream(self, info, options)
-        source = BufferSource(reply.body)
+        reply = self.post(f"/{info.protocol_name}/{info.name}/init", _request_body(info, batch, options), options.deadline)
+        stream, source = _HttpClientStream(self, info, options), BufferSource(reply.body)
         if info.header is not None:
             reader = _open_answer(source, options)
-            item = _answer_item(reader, options)
-            if item is None:
-                raise TransportError(f"{info.name}(): expected a header, got an end of stream")
-            stream.header = item.batch
+            stream.header = _answer_batch(reader, info, options, "a header")
             _answer_call(reader.skip)
         stream.take(source)
         return stream
@@ -7307,14 +5846,14 @@ def _answer_call(call: Callable[..., _T], *args: Any) -> _T:
     except (IPCError, EOFError) as exc:
         raise TransportError(f"the answer is not what it should be: {_text_of(exc) or 'it is empty'}") from None
 
-
 def _open_answer(source: BufferSource, options: CallOptions) -> IpcReader:
     return _answer_call(functools.partial(IpcReader, source, validation=options.ipc_validation))
 
-
-def _answer_item(reader: IpcReader, options: CallOptions) -> ReplyItem | None:
-    return _answer_call(next_reply_item, reader, options)
-
+def _answer_batch(reader: IpcReader, info: RpcMethodInfo, options: CallOptions, what: str) -> pa.RecordBatch:
+    item = _answer_call(next_reply_item, reader, options)
+    if item is None:
+        raise TransportError(f"{info.name}(): expected {what}, got an end of stream")
+    return item.batch
 
 def _request_body(info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> bytes:
     metadata = request_metadata(info, options.version, new_request_id(), options.timeout)
@@ -7337,15 +5876,10 @@ class _HttpClientStream(ClientStream):
         """Read an answer's output stream: data batches, and the tokens by their keys."""
         reader = _open_answer(source, self._options)
         self._cursor = None
-        while True:
-            item = _answer_item(reader, self._options)
-            if item is None:
-                return
+        while (item := _answer_call(next_reply_item, reader, self._options)) is not None:
             metadata = item.metadata or {}
-            if CALL_STATE_KEY in metadata:
-                self._call_token = metadata[CALL_STATE_KEY]
-            if STATE_KEY in metadata:
-                self._cursor = metadata[STATE_KEY]
+            self._call_token = metadata.get(CALL_STATE_KEY, self._call_token)
+            self._cursor = metadata.get(STATE_KEY, self._cursor)
             if item.kind is BatchKind.DATA:
                 self._waiting.append(item.annotated())
 
@@ -7356,23 +5890,19 @@ class _HttpClientStream(ClientStream):
         return self._client.post(self._path, stream_bytes(batch.schema, [(batch, tokens)]), self._options.deadline)
 
     def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
-        if self._waiting:
-            self._handed_out += 1
-            return self._waiting.popleft()
-        if self._cursor is None:
-            self.done = True
-            return None
-        try:
-            self._saved, self._handed_out = self._cursor, 0
-            reply = self._post(given.batch, dict(given.custom_metadata or {}))
-            self.take(BufferSource(reply.body))
-        except BaseException:
-            self.done = True
-            raise
-        if not self._waiting:
-            self.done = self._cursor is None
-            return None if self.done else self.turn(given)
-        self._handed_out = 1
+        while not self._waiting:
+            if self._cursor is None:
+                self.done = True
+                return None
+            try:
+                self._saved, self._handed_out = self._cursor, 0
+                self.take(BufferSource(self._post(given.batch, dict(given.custom_metadata or {})).body))
+                if not self._waiting and self._cursor is not None and given.batch.num_columns:
+                    raise TransportError(f"{self._info.name}(): expected a data batch, got a token and none")
+            except BaseException:
+                self.done = True
+                raise
+        self._handed_out += 1
         return self._waiting.popleft()
 
     def token(self) -> bytes:
@@ -7381,16 +5911,17 @@ class _HttpClientStream(ClientStream):
         cursor, skip = (self._saved, self._handed_out) if self._waiting else (self._cursor, 0)
         if cursor is None:
             raise RpcError("ProtocolError", "no token yet: read the batches that came with the start of the stream first", "")
-        facts = {"method": self._info.name, "state": cursor.decode(), "call": self._call_token.decode(), "skip": skip}
-        return json.dumps(facts).encode()
+        state, call = cursor.decode("latin-1"), self._call_token.decode("latin-1")
+        return json.dumps({"method": self._info.name, "state": state, "call": call, "skip": skip}).encode()
 
     def restore(self, token: bytes) -> None:
         """Take over what `token` saved."""
         facts = _json_object(token)
-        if facts.get("method") != self._info.name or not isinstance(facts.get("state"), str) or not isinstance(facts.get("call"), str):
+        types = {key: type(facts.get(key)) for key in ("state", "call", "skip")}
+        if facts.get("method") != self._info.name or types != {"state": str, "call": str, "skip": int}:
             raise RpcError("ProtocolError", f"resume: expected a token of {self._info.name}(), as session.token() gives it", "")
-        self._cursor, self._call_token = facts["state"].encode(), facts["call"].encode()
-        for _ in range(int(facts.get("skip") or 0)):
+        self._cursor, self._call_token = facts["state"].encode("latin-1", "replace"), facts["call"].encode("latin-1", "replace")
+        for _ in range(facts["skip"]):
             if self.turn(_PLAIN_TICK) is None:
                 return
 
@@ -7412,27 +5943,29 @@ class _HttpClientStream(ClientStream):
 # ============================================================================
 # 17. ENTRY POINTS ...................................... uses 1-16
 # ============================================================================
-# What most programs call: one function per way to serve and per way to connect. Each connect function is a context
-# manager that gives the typed proxy and closes the connection; the keywords mean the same everywhere.
+# What most programs call: one function per way to serve and per way to connect. Each connect function returns a context
+# manager that gives the typed proxy and closes the connection; it connects on entering. Keywords mean the same everywhere:
+# `on_log` takes the server's log lines, `timeout` is seconds per call or turn (None for no limit), `ipc_validation` says
+# how much of each answer is checked.
 
 
 @contextlib.contextmanager
+def _connected(
+    dial: Callable[[], Transport | ClientChannel], protocol: type[_P], on_log: ClientLog | None, timeout: float | None,
+    ipc_validation: IpcValidation,
+) -> Iterator[_P]:  # fmt: skip
+    with contextlib.closing(dial()) as transport:
+        with RpcConnection(protocol, transport, on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
+            yield proxy
+
+@contextlib.contextmanager
 def serve_pipe(
-    protocol: type[_P],
-    implementation: Any,
-    *,
-    on_log: Callable[[Message], None] | None = None,
-    timeout: float | None = None,
+    protocol: type[_P], implementation: Any, *, on_log: ClientLog | None = None, timeout: float | None = None,
     ipc_validation: IpcValidation | None = None,
-) -> Iterator[_P]:
+) -> Iterator[_P]:  # fmt: skip
     """Serve *implementation* in a thread of this process, over a pair of pipes, and give a proxy to it.
 
-    Args:
-        protocol: The Protocol class.
-        implementation: The object that serves it.
-        on_log: Takes the server's log lines.
-        timeout: Seconds per call or turn, ``None`` for no limit.
-        ipc_validation: How much of each batch is checked, on both sides; default: every value.
+    *ipc_validation* holds for both sides; default: every value.
 
     Raises:
         TypeError: The implementation does not fit the protocol.
@@ -7441,115 +5974,67 @@ def serve_pipe(
     client, serving = make_pipe_pair()
 
     def serve() -> None:
-        try:
+        with contextlib.closing(serving):
             server.serve(serving)
-        finally:
-            serving.close()
 
     thread = threading.Thread(target=serve, daemon=True, name="vgi_rpc serve_pipe")
     thread.start()
     try:
-        options: dict[str, Any] = {"timeout": timeout, "ipc_validation": ipc_validation or IpcValidation.FULL}
-        with RpcConnection(protocol, client, on_log, **options) as proxy:
+        with _connected(lambda: client, protocol, on_log, timeout, ipc_validation or IpcValidation.FULL) as proxy:
             yield proxy
     finally:
-        client.close()
         thread.join(WORKER_EXIT_SECONDS)
 
 
-@contextlib.contextmanager
 def connect(
-    protocol: type[_P],
-    cmd: Sequence[str],
-    *,
-    on_log: Callable[[Message], None] | None = None,
-    stderr: StderrMode = StderrMode.INHERIT,
-    stderr_logger: logging.Logger | None = None,
-    timeout: float | None = None,
+    protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None, stderr: StderrMode = StderrMode.INHERIT,
+    stderr_logger: logging.Logger | None = None, timeout: float | None = None,
     ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> Iterator[_P]:
+) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
     """Start a worker and give a proxy to it; on leaving, its stdin is closed and it is reaped.
 
     Args:
         protocol: The Protocol class.
         cmd: Program and arguments; the program calls `run_server`.
-        on_log: Takes the server's log lines.
-        stderr: Where the worker's standard error goes.
-        stderr_logger: For ``StderrMode.PIPE``.
+        stderr, stderr_logger: Where the worker's standard error goes; the logger is for ``StderrMode.PIPE``.
+        on_log, ipc_validation: As everywhere.
         timeout: Seconds per call or turn; a worker that is deaf for longer is terminated.
-        ipc_validation: How much of each answer is checked.
 
     Raises:
-        TransportError: The program cannot be started; later, from a call: it has died.
+        TransportError: On entering: the program cannot be started; from a call: it has died.
     """
-    transport = SubprocessTransport(cmd, stderr=stderr, stderr_logger=stderr_logger)
-    try:
-        with RpcConnection(protocol, transport, on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
-            yield proxy
-    finally:
-        transport.close()
+    dial = functools.partial(SubprocessTransport, cmd, stderr=stderr, stderr_logger=stderr_logger)
+    return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
-
-@contextlib.contextmanager
 def unix_connect(
-    protocol: type[_P],
-    path: str,
-    *,
-    on_log: Callable[[Message], None] | None = None,
-    timeout: float | None = None,
+    protocol: type[_P], path: str, *, on_log: ClientLog | None = None, timeout: float | None = None,
     ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> Iterator[_P]:
-    """Connect to a Unix socket and give a proxy; arguments as in `connect`.
+) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
+    """Connect to a Unix socket and give a proxy; on entering raises `TransportError` when nobody listens there."""
+    return _connected(lambda: connect_unix_socket(path, timeout), protocol, on_log, timeout, ipc_validation)
 
-    Raises:
-        TransportError: Nobody listens there.
-    """
-    transport = connect_unix_socket(path, timeout)
-    with RpcConnection(protocol, transport, on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
-        yield proxy
-
-
-@contextlib.contextmanager
 def tcp_connect(
-    protocol: type[_P],
-    host: str,
-    port: int,
-    *,
-    connect_timeout: float | None = 5.0,
-    tls_context: ssl.SSLContext | None = None,
-    server_hostname: str | None = None,
-    on_log: Callable[[Message], None] | None = None,
-    timeout: float | None = None,
+    protocol: type[_P], host: str, port: int, *, connect_timeout: float | None = 5.0, tls_context: ssl.SSLContext | None = None,
+    server_hostname: str | None = None, on_log: ClientLog | None = None, timeout: float | None = None,
     ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> Iterator[_P]:
-    """Connect over TCP and give a proxy; arguments as in `connect`.
+) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
+    """Connect over TCP and give a proxy.
 
-    Args:
-        protocol: The Protocol class.
-        host: Host name or address.
-        port: Port.
-        connect_timeout: Seconds for connecting.
-        tls_context: Client-side context of the standard library's ``ssl``; ``None`` for plain TCP.
-        server_hostname: The name that the certificate must have, if it is not *host*.
-        on_log: Takes the server's log lines.
-        timeout: Seconds per call or turn, ``None`` for no limit.
-        ipc_validation: How much of each answer is checked.
+    With *tls_context*, a client-side context of the standard library's ``ssl``, over TLS; the certificate must be for
+    *server_hostname*, by default for *host*. *connect_timeout* is in seconds.
 
     Raises:
-        TransportError: Nobody listens there, or TLS fails.
+        TransportError: On entering: nobody listens there, or TLS fails.
     """
-    connected = connect_tcp_socket(host, port, connect_timeout, tls_context, server_hostname)
-    transport = Transport(SocketChannel(connected), TransportKind.TCP, f"{host}:{port}")
-    with RpcConnection(protocol, transport, on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
-        yield proxy
 
+    def dial() -> Transport:
+        connected = connect_tcp_socket(host, port, connect_timeout, tls_context, server_hostname)
+        return Transport(SocketChannel(connected), TransportKind.TCP, f"{host}:{port}")
+
+    return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
 def _http_client(
-    base_url: str | None,
-    prefix: str | None,
-    client: HttpSender | None,
-    tls_context: ssl.SSLContext | None,
-    **options: Any,
+    base_url: str | None, prefix: str | None, client: HttpSender | None, tls: ssl.SSLContext | None = None, **options: Any
 ) -> HttpClient:
     if client is not None:
         return HttpClient(client, prefix if prefix is not None else getattr(client, "prefix", ""), **options)
@@ -7557,56 +6042,35 @@ def _http_client(
         raise ValueError("expected a base URL or a client")
     target = HttpTarget.parse(base_url)
     path = target.prefix + ("/" + prefix.strip("/") if prefix and prefix.strip("/") else "")
-    return HttpClient(HttpConnections(target, tls_context), path, **options)
+    return HttpClient(HttpConnections(target, tls), path, **options)
 
-
-@contextlib.contextmanager
 def http_connect(
-    protocol: type[_P],
-    base_url: str | None = None,
-    *,
-    prefix: str | None = None,
-    on_log: Callable[[Message], None] | None = None,
-    client: HttpSender | None = None,
-    headers: Headers | None = None,
-    timeout: float | None = None,
-    tls_context: ssl.SSLContext | None = None,
-    compression_level: int | None = 1,
-    accepted_max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES,
-    ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> Iterator[_P]:
+    protocol: type[_P], base_url: str | None = None, *, prefix: str | None = None, on_log: ClientLog | None = None,
+    client: HttpSender | None = None, headers: Headers | None = None, timeout: float | None = None,
+    tls_context: ssl.SSLContext | None = None, compression_level: int | None = 1,
+    accepted_max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES, ipc_validation: IpcValidation = IpcValidation.FULL,
+) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
     """Connect over HTTP and give a proxy, which several threads may use.
 
     Args:
         protocol: The Protocol class.
         base_url: ``http(s)://host[:port][/prefix]``.
         prefix: Further path, if it is not part of the URL.
-        on_log: Takes the server's log lines.
         client: What `make_sync_client` gives, instead of a URL.
         headers: Further headers, such as ``{"Authorization": "Bearer …"}``, or a function that gives them for each request.
-        timeout: Seconds per call or turn, ``None`` for no limit.
+        on_log, timeout, ipc_validation: As everywhere.
         tls_context: For https; default ``ssl.create_default_context()``.
         compression_level: 1 to 9; ``None`` neither compresses nor asks for compressed answers.
         accepted_max_response_bytes: Largest answer, decoded; a larger one is refused by the server or here.
-        ipc_validation: How much of each answer is checked.
 
     Raises:
-        ValueError: Not a URL.
+        ValueError: On entering: not a URL.
         TransportError: From the first call: nobody answers there.
         AuthenticationError: From a call: 401.
     """
-    channel = _http_client(
-        base_url,
-        prefix,
-        client,
-        tls_context,
-        headers=headers,
-        compression_level=compression_level,
-        max_response_bytes=accepted_max_response_bytes,
-    )
-    with RpcConnection(protocol, channel, on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
-        yield proxy
-
+    options = {"headers": headers, "compression_level": compression_level, "max_response_bytes": accepted_max_response_bytes}
+    dial = functools.partial(_http_client, base_url, prefix, client, tls_context, **options)
+    return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
 @_takes_options(HttpOptions)
 def make_sync_client(server: RpcServer, **options: Any) -> SyncClient:
@@ -7615,52 +6079,45 @@ def make_sync_client(server: RpcServer, **options: Any) -> SyncClient:
     The keywords are those of `HttpOptions`; without ``token_key`` a random one is used, silently.
     """
     options.setdefault("token_key", os.urandom(32))
-    (chosen,) = _split_options(options, HttpOptions)
-    return SyncClient(HttpApp(server, chosen))
-
+    return SyncClient(HttpApp(server, *_split_options(options, HttpOptions)))
 
 def http_capabilities(
     base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None, timeout: float | None = None
 ) -> HttpServerCapabilities:
-    """Ask a server's ``/health`` what it can do; raises `TransportError`."""
-    channel = _http_client(base_url, prefix, client, None)
-    try:
+    """Ask a server's ``/health`` what it can do; raises `TransportError`. A *client* that was given stays open."""
+    channel = _http_client(base_url, prefix, client)
+    with contextlib.nullcontext() if client is not None else contextlib.closing(channel):
         return channel.capabilities(None if timeout is None else time.monotonic() + timeout)
-    finally:
-        if client is None:
-            channel.close()
-
 
 def http_introspect(
     base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None, protocol: str | None = None
 ) -> ServiceDescription:
     """Return what an HTTP server says of *protocol*, by default its primary one; raises as `list_protocols`."""
-    channel = _http_client(base_url, prefix, client, None)
-    try:
+    channel = _http_client(base_url, prefix, client)
+    with contextlib.nullcontext() if client is not None else contextlib.closing(channel):
         return introspect(channel, protocol=protocol)
-    finally:
-        if client is None:
-            channel.close()
-
 
 def announce(line: str) -> None:
     """Print a discovery line (``PORT:…``, ``UNIX:…``, ``TCP:…``) on stdout for the program that started us."""
     print(line, flush=True)
 
+def _host_and_port(text: str) -> tuple[str, int]:
+    """Read ``[HOST:]PORT``; the host may stand in brackets, as IPv6 addresses do."""
+    import argparse
+
+    host, _, port = text.rpartition(":")
+    if not re.fullmatch("[0-9]{1,5}", port):
+        raise argparse.ArgumentTypeError(f"expected [HOST:]PORT, got {text!r}")
+    return host.strip("[]") or "127.0.0.1", int(port)
 
 def run_server(protocol_or_server: type | RpcServer, implementation: Any = None) -> None:
-    """Be a worker: the ``main`` of a program that serves. Reads the program's own command line.
+    """Be a worker: the ``main`` of a program that serves, which reads the program's own command line.
 
     Without arguments it serves stdin and stdout. ``--http [--host H] [--port N]``, ``--unix PATH`` and ``--tcp [HOST:]PORT``
     listen instead, and print one discovery line on stdout: ``PORT:<n>``, ``UNIX:<path>`` or ``TCP:<host>:<port>``.
 
-    Args:
-        protocol_or_server: A Protocol class, or a ready `RpcServer`.
-        implementation: The object that serves the Protocol; ``None`` with a server, or to make one of a plain class.
-
-    Raises:
-        TypeError: The implementation does not fit the protocol.
-        SystemExit: The command line is wrong, or ``--help`` was asked for.
+    *implementation* is ``None`` with a ready server, or to make one of a plain class. Raises ``TypeError`` when it does not
+    fit the protocol, ``SystemExit`` when the command line is wrong or asks for help.
     """
     import argparse
 
@@ -7672,7 +6129,7 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--http", action="store_true", help="serve HTTP; prints PORT:<n>")
     where.add_argument("--unix", metavar="PATH", help="serve a Unix socket; prints UNIX:<path>")
-    where.add_argument("--tcp", metavar="[HOST:]PORT", help="serve TCP; prints TCP:<host>:<port>")
+    where.add_argument("--tcp", metavar="[HOST:]PORT", type=_host_and_port, help="serve TCP; prints TCP:<host>:<port>")
     parser.add_argument("--host", default="127.0.0.1", help="address for --http (default: %(default)s)")
     parser.add_argument("--port", type=int, default=0, help="port for --http (default: a free one)")
     parser.add_argument("--idle-timeout", type=float, metavar="SECONDS", help="end after so long without a connection")
@@ -7680,14 +6137,12 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     args = parser.parse_args()
     if args.access_log:
         configure_access_log(args.access_log, server)
+    idle = args.idle_timeout
     if args.http:
-        serve_http(server, host=args.host, port=args.port, on_bound=lambda _, port: announce(f"PORT:{port}"))
+        serve_http(server, host=args.host, port=args.port, idle_timeout=idle, on_bound=lambda _, port: announce(f"PORT:{port}"))
     elif args.unix:
-        options: dict[str, Any] = {"threaded": True, "idle_timeout": args.idle_timeout}
-        serve_unix(server, args.unix, on_bound=lambda path: announce(f"UNIX:{path}"), **options)
+        serve_unix(server, args.unix, threaded=True, idle_timeout=idle, on_bound=lambda path: announce(f"UNIX:{path}"))
     elif args.tcp:
-        host, _, port = args.tcp.rpartition(":")
-        options = {"threaded": True, "idle_timeout": args.idle_timeout}
-        serve_tcp(server, host or "127.0.0.1", int(port), on_bound=lambda h, p: announce(f"TCP:{h}:{p}"), **options)
+        serve_tcp(server, *args.tcp, threaded=True, idle_timeout=idle, on_bound=lambda h, p: announce(f"TCP:{h}:{p}"))
     else:
         serve_stdio(server)
