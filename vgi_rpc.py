@@ -1727,7 +1727,7 @@ class Codec:
         """Encode *values* into a column of len(values) rows; raises `_Mismatch` with the path to the first that fails."""
         encoded = list(map(self.encode, values))
         try:
-            return pa.array(encoded, type=self.arrow_type)
+            return _array(encoded, self.arrow_type)
         except _ARROW_FAILURES as exc:
             found = filter(None, (_failure(value, self.arrow_type) for value in encoded))
             raise next(found, _Mismatch(self.expected, _text_of(exc))) from None
@@ -1738,6 +1738,29 @@ class Codec:
         if column.type != self.arrow_type and not (value is None and self.nullable):
             self.to_array([value])
         return value
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    array_ = pa.array(values, type=kind)
+    if kind.num_fields and _has_dictionary(kind):
+        try:
+            array_.validate(full=True)
+        except pa.ArrowInvalid:
+            # Under a null struct pyarrow writes dictionary index 0, also where the dictionary is empty; readers refuse that.
+            array_ = pa.array([*values, _filler(kind)], type=kind).slice(0, len(values))
+    return array_
+
+
+def _filler(kind: pa.DataType) -> Any:
+    """A value without nulls, which puts an entry into every dictionary of *kind*."""
+    if pa.types.is_struct(kind):
+        return {f.name: _filler(f.type) for f in (kind.field(i) for i in range(kind.num_fields))}
+    if pa.types.is_map(kind):
+        return [(_filler(kind.key_type), _filler(kind.item_type))]
+    if kind.num_fields:
+        return [_filler(kind.value_type)]
+    leaf = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.Array.from_buffers(leaf, 1, [None, *[pa.py_buffer(bytes(64))] * (leaf.num_buffers - 1)])[0].as_py()
 
 
 def _failure(value: Any, kind: pa.DataType) -> _Mismatch | None:
@@ -5280,7 +5303,7 @@ class HttpApp:
         return headers if everyone else [*headers, ("Vary", "Origin")]
 
     def _preflight(self, request: HttpRequest) -> HttpResponse:
-        headers = [("Allow", "GET, HEAD, POST, OPTIONS"), ("Cache-Control", "public, max-age=300")]
+        headers = [("Allow", "GET, HEAD, POST, OPTIONS"), ("Cache-Control", "public, max-age=300"), ("Content-Type", "text/plain")]
         if self._cors_headers(request) and request.get_header("access-control-request-method"):
             asked = request.get_header("access-control-request-headers") or "Content-Type"
             headers.append(("Access-Control-Allow-Methods", "GET, POST, OPTIONS"))

@@ -1,0 +1,4568 @@
+# SPDX-License-Identifier: MIT
+"""Tests of vgi_rpc; the sections carry the module's numbers.
+
+``python -m unittest -q test_vgi_rpc`` runs all of them with nothing but pyarrow. Two groups need more and say so when they
+are skipped: ``VGI_RPC_REFERENCE_PYTHON`` (an interpreter with the public vgi-rpc package) and gunicorn.
+``python test_vgi_rpc.py worker ...`` is the subprocess worker of the tests; it takes the arguments of `run_server`.
+"""
+
+import ast
+import base64
+import contextlib
+import datetime
+import decimal
+import enum
+import faulthandler
+import functools
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import unittest
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, NamedTuple, NewType, Optional, Protocol
+from unittest import mock
+from wsgiref.util import setup_testing_defaults
+from wsgiref.validate import validator
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+import vgi_rpc
+from vgi_rpc import (
+    AnnotatedBatch,
+    ArrowSerializableDataclass,
+    ArrowType,
+    AuthContext,
+    AuthFailure,
+    AuthReason,
+    CallContext,
+    ExchangeState,
+    Level,
+    OutputCollector,
+    ProducerState,
+    RpcError,
+    RpcServer,
+    Stream,
+    StreamState,
+    Transient,
+    TransportError,
+)
+
+HERE = pathlib.Path(__file__).resolve().parent
+WORKER = [sys.executable, str(HERE / "test_vgi_rpc.py"), "worker"]
+KEY = b"a key of the tests long enough!"
+WATCHDOG_SECONDS = 60
+VALUE = pa.schema([pa.field("value", pa.float64())])
+INTEGERS = pa.schema([pa.field("value", pa.int64())])
+ARROW = "application/vnd.apache.arrow.stream"
+
+
+# ============================================================================
+# 0. THE SERVICE AND THE TOOLS OF THE TESTS
+# ============================================================================
+
+
+class Color(enum.Enum):
+    """An enum whose names differ from its values: names travel."""
+
+    RED = "r"
+    BLUE = "b"
+
+
+UserId = NewType("UserId", int)
+
+
+@dataclass(frozen=True)
+class Point(ArrowSerializableDataclass):
+    """Frozen, with an enum and a default."""
+
+    x: int
+    color: Color = Color.RED
+    note: str | None = None
+
+
+@dataclass
+class Shape(ArrowSerializableDataclass):
+    """Nested dataclasses in containers, default factories, and a field that does not travel."""
+
+    name: str
+    points: list[Point] = field(default_factory=list)
+    named: dict[str, Point] = field(default_factory=dict)
+    tags: frozenset[str] = frozenset()
+    cache: Annotated[Any, Transient()] = None
+
+
+class Case(NamedTuple):
+    """One row of the type table: an annotation, its Arrow type, whether it is nullable, and values that survive."""
+
+    annotation: Any
+    arrow_type: Any
+    values: tuple
+    nullable: bool = False
+
+
+UTC = datetime.timezone.utc
+BATCH = pa.RecordBatch.from_pydict({"a": [1, 2], "b": ["x", None]})
+NESTED = pa.struct(list(Point.ARROW_SCHEMA))
+ENUM = pa.dictionary(pa.int16(), pa.utf8())
+
+TYPES: dict[str, Case] = {
+    "str": Case(str, pa.utf8(), ("", "ü€😀", "x" * 1000)),
+    "bytes": Case(bytes, pa.binary(), (b"", b"\x00\xff")),
+    "int": Case(int, pa.int64(), (0, -(2**63), 2**63 - 1)),
+    "float": Case(float, pa.float64(), (0.0, -1.5, float("inf"))),
+    "bool": Case(bool, pa.bool_(), (True, False)),
+    "list_int": Case(list[int], pa.list_(pa.int64()), ([], [1, 2, 3])),
+    "list_list": Case(list[list[str]], pa.list_(pa.list_(pa.utf8())), ([], [[], ["a"]])),
+    "list_optional": Case(list[Optional[int]], pa.list_(pa.int64()), ([1, None], [None])),
+    "set": Case(set[int], pa.list_(pa.int64()), (set(), {1, 2})),
+    "frozenset": Case(frozenset[str], pa.list_(pa.utf8()), (frozenset(), frozenset({"a", "b"}))),
+    "dict": Case(dict[str, float], pa.map_(pa.utf8(), pa.float64()), ({}, {"a": 1.0, "b": 2.0})),
+    "dict_list": Case(dict[int, list[bool]], pa.map_(pa.int64(), pa.list_(pa.bool_())), ({1: [True], 2: []},)),
+    "dict_dict": Case(dict[str, dict[str, int]], pa.map_(pa.utf8(), pa.map_(pa.utf8(), pa.int64())), ({"a": {"b": 1}},)),
+    "enum": Case(Color, ENUM, (Color.RED, Color.BLUE)),
+    "list_enum": Case(list[Color], pa.list_(ENUM), ([], [Color.BLUE, Color.RED, Color.BLUE])),
+    "dict_enum": Case(dict[str, Color], pa.map_(pa.utf8(), ENUM), ({"a": Color.BLUE},)),
+    "optional_int": Case(Optional[int], pa.int64(), (None, 0, 5), True),
+    "union_str": Case(str | None, pa.utf8(), (None, "", "a"), True),
+    "optional_enum": Case(Optional[Color], ENUM, (None, Color.RED), True),
+    "optional_list": Case(Optional[list[int]], pa.list_(pa.int64()), (None, [], [1]), True),
+    "dataclass": Case(Point, pa.binary(), (Point(1), Point(-1, Color.BLUE, "n"))),
+    "optional_dataclass": Case(Optional[Point], pa.binary(), (None, Point(1)), True),
+    "deep_dataclass": Case(
+        Shape, pa.binary(), (Shape("a"), Shape("b", [Point(1), Point(2)], {"k": Point(3, Color.BLUE)}, frozenset({"t"})))
+    ),
+    "list_dataclass": Case(list[Point], pa.list_(NESTED), ([], [Point(1), Point(2, Color.BLUE, "x")])),
+    "dict_dataclass": Case(dict[str, Point], pa.map_(pa.utf8(), NESTED), ({"a": Point(1)},)),
+    "list_optional_dataclass": Case(list[Optional[Point]], pa.list_(NESTED), ([None], [None, Point(1)], [])),
+    "dict_optional_dataclass": Case(dict[str, Optional[Point]], pa.map_(pa.utf8(), NESTED), ({"a": None}, {"a": Point(1)})),
+    "list_dict_dataclass": Case(list[dict[str, Point]], pa.list_(pa.map_(pa.utf8(), NESTED)), ([{"a": Point(1)}, {}],)),
+    "batch": Case(pa.RecordBatch, pa.binary(), (BATCH, BATCH.slice(0, 0))),
+    "schema": Case(pa.Schema, pa.binary(), (BATCH.schema, pa.schema([]))),
+    "newtype": Case(UserId, pa.int64(), (UserId(7),)),
+    "annotated_other": Case(Annotated[str, "doc"], pa.utf8(), ("a",)),
+    "int8": Case(Annotated[int, ArrowType(pa.int8())], pa.int8(), (-128, 127)),
+    "uint64": Case(Annotated[int, ArrowType(pa.uint64())], pa.uint64(), (0, 2**64 - 1)),
+    "float32": Case(Annotated[float, ArrowType(pa.float32())], pa.float32(), (0.5, -2.0)),
+    "large_utf8": Case(Annotated[str, ArrowType(pa.large_utf8())], pa.large_utf8(), ("a",)),
+    "large_binary": Case(Annotated[bytes, ArrowType(pa.large_binary())], pa.large_binary(), (b"a",)),
+    "fixed_binary": Case(Annotated[bytes, ArrowType(pa.binary(4))], pa.binary(4), (b"abcd",)),
+    "date32": Case(Annotated[datetime.date, ArrowType(pa.date32())], pa.date32(), (datetime.date(2024, 2, 29),)),
+    "timestamp": Case(
+        Annotated[datetime.datetime, ArrowType(pa.timestamp("us"))],
+        pa.timestamp("us"),
+        (datetime.datetime(2024, 1, 2, 3, 4, 5, 6),),
+    ),
+    "timestamp_utc": Case(
+        Annotated[datetime.datetime, ArrowType(pa.timestamp("us", tz="UTC"))],
+        pa.timestamp("us", tz="UTC"),
+        (datetime.datetime(2024, 1, 2, 3, 4, 5, 6, tzinfo=UTC),),
+    ),
+    "time64": Case(Annotated[datetime.time, ArrowType(pa.time64("us"))], pa.time64("us"), (datetime.time(1, 2, 3, 4),)),
+    "duration": Case(
+        Annotated[datetime.timedelta, ArrowType(pa.duration("us"))], pa.duration("us"), (datetime.timedelta(days=-1, seconds=5),)
+    ),
+    "decimal": Case(
+        Annotated[decimal.Decimal, ArrowType(pa.decimal128(20, 4))], pa.decimal128(20, 4), (decimal.Decimal("-12.3400"),)
+    ),
+    "list_decimal": Case(
+        list[Optional[Annotated[decimal.Decimal, ArrowType(pa.decimal128(9, 2))]]],
+        pa.list_(pa.decimal128(9, 2)),
+        ([decimal.Decimal("1.25"), None],),
+    ),
+    "dictionary": Case(
+        Annotated[str, ArrowType(pa.dictionary(pa.int32(), pa.utf8()))], pa.dictionary(pa.int32(), pa.utf8()), ("a",)
+    ),
+    "large_list": Case(Annotated[list[int], ArrowType(pa.large_list(pa.int32()))], pa.large_list(pa.int32()), ([1, 2],)),
+    "optional_exact": Case(Optional[Annotated[int, ArrowType(pa.int16())]], pa.int16(), (None, 3), True),
+    "nullable_exact": Case(Annotated[int, ArrowType(pa.int16(), nullable=True)], pa.int16(), (None, 3), True),
+}
+
+
+def _echo(annotation: Any) -> Any:
+    def echo(self, value):
+        return value
+
+    echo.__annotations__ = {"value": annotation, "return": annotation}
+    return echo
+
+
+class Echo(Protocol):
+    """One method ``echo_<name>`` for every row of `TYPES`."""
+
+
+for _name, _case in TYPES.items():
+    setattr(Echo, f"echo_{_name}", _echo(_case.annotation))
+
+
+@dataclass(frozen=True)
+class Header(ArrowSerializableDataclass):
+    """A stream's header."""
+
+    total: int
+    text: str = "none"
+
+
+class Phase(enum.Enum):
+    """A state machine's states."""
+
+    COLLECTING = "collecting"
+    PROCESSING = "processing"
+
+
+@dataclass
+class Count(ProducerState):
+    """Counts to *limit*, a log line and batch metadata with each number."""
+
+    limit: int
+    at: int = 0
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        if self.at >= self.limit:
+            out.finish()
+            return
+        out.client_log(Level.INFO, f"number {self.at}", at=str(self.at))
+        out.emit_pydict({"value": [self.at]}, metadata={"at": str(self.at)})
+        self.at += 1
+
+
+@dataclass
+class Ticks(ProducerState):
+    """Echoes the metadata of each tick."""
+
+    def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        metadata = {k.decode(): v.decode() for k, v in dict(input.custom_metadata or {}).items()}
+        out.emit_pydict({"value": [json.dumps(metadata, sort_keys=True)]})
+
+
+@dataclass
+class Once(ProducerState):
+    """Emits and finishes in one turn."""
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        out.emit_pydict({"value": [1]})
+        out.finish()
+
+
+@dataclass
+class Running(ExchangeState):
+    """A running sum over everything that came, with the process that served the turn."""
+
+    label: str
+    count: int = 0
+    history: list[float] = field(default_factory=list)
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        self.history.extend(input.batch.column(0).to_pylist())
+        self.count += input.batch.num_rows
+        row = {"label": [self.label], "count": [self.count], "sum": [sum(self.history)], "pid": [os.getpid()]}
+        out.emit_pydict(row)
+
+    def on_cancel(self, ctx: CallContext) -> None:
+        ctx.implementation.cancelled.append(self.count)
+        raise RuntimeError("swallowed")
+
+
+RUNNING = pa.schema([("label", pa.utf8()), ("count", pa.int64()), ("sum", pa.float64()), ("pid", pa.int64())])
+
+
+@dataclass
+class Inner:
+    """A plain dataclass inside a state."""
+
+    seen: list[int] = field(default_factory=list)
+    color: Color = Color.RED
+
+
+@dataclass
+class Nested(ExchangeState):
+    """A state with an enum, nested dataclasses, a dict and an optional."""
+
+    inner: Inner = field(default_factory=Inner)
+    phase: Phase = Phase.COLLECTING
+    table: dict[str, Inner] = field(default_factory=dict)
+    last: int | None = None
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        values = input.batch.column(0).to_pylist()
+        self.inner.seen.extend(values)
+        self.inner.color = Color.BLUE
+        self.table[str(len(self.table))] = Inner([len(values)])
+        if len(self.inner.seen) > 2:
+            self.phase = Phase.PROCESSING
+        facts = [self.inner.seen, self.inner.color.name, self.phase.name, len(self.table), self.last]
+        self.last = len(values)
+        out.emit_pydict({"value": [json.dumps(facts)]})
+
+
+TEXT = pa.schema([pa.field("value", pa.utf8())])
+
+
+@dataclass
+class Shapes(ProducerState):
+    """Zero-row batches of any schema, between batches with rows."""
+
+    left: int
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        if not self.left:
+            out.finish()
+            return
+        self.left -= 1
+        rows = self.left % 2
+        columns = [pa.array([0] * rows, f.type) for f in out.output_schema]
+        out.emit(pa.RecordBatch.from_arrays(columns, schema=out.output_schema), metadata={"left": str(self.left)})
+
+
+@dataclass
+class Fixed(ArrowSerializableDataclass):
+    """A call state: what never changes during a stream."""
+
+    factor: int
+
+
+@dataclass
+class Scaled(ExchangeState):
+    """Multiplies by the factor of its call state, adds what the implementation holds."""
+
+    CALL_STATE_TYPE: ClassVar = Fixed
+    turns: int = 0
+    fixed: Annotated[Any, Transient()] = None
+    offset: Annotated[int, Transient()] = 0
+
+    def rehydrate(self, implementation: Any) -> None:
+        self.offset = implementation.offset
+
+    def bind_call_state(self, call_state: Any) -> None:
+        self.fixed = call_state
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        self.turns += 1
+        values = [v * self.fixed.factor + self.offset for v in input.batch.column(0).to_pylist()]
+        out.emit_pydict({"value": values}, metadata={"turns": str(self.turns)})
+
+
+@dataclass
+class Misbehaving(ProducerState):
+    """Breaks the rule that *how* names, in its second turn."""
+
+    how: str
+    at: int = 0
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        self.at += 1
+        if self.at == 1:
+            out.emit_pydict({"value": [1]})
+        elif self.how == "twice":
+            out.emit_pydict({"value": [1]})
+            out.emit_pydict({"value": [2]})
+        elif self.how == "type":
+            out.emit(pa.RecordBatch.from_pydict({"value": ["text"]}))
+        elif self.how == "names":
+            out.emit_pydict({"other": [1]})
+        elif self.how == "after finish":
+            out.finish()
+            out.emit_pydict({"value": [2]})
+        elif self.how == "raise":
+            raise LookupError("in the second turn")
+        elif self.how == "state":
+            self.at = "text"  # type: ignore[assignment]
+            out.emit_pydict({"value": [2]})
+
+
+@dataclass
+class BadExchange(ExchangeState):
+    """Breaks a rule of exchanges."""
+
+    how: str
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        if self.how == "finish":
+            out.finish()
+        elif self.how == "exit":
+            raise SystemExit(3)
+        elif self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class BrokenText(Exception):
+    """An exception that cannot be shown."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+FAILURES = {
+    "TypeError": lambda: len(3),  # type: ignore[arg-type]
+    "KeyError": lambda: {}["x"],
+    "SystemExit": lambda: sys.exit(7),
+    "KeyboardInterrupt": lambda: (_ for _ in ()).throw(KeyboardInterrupt()),
+    "RecursionError": lambda: (lambda f: f(f))(lambda f: f(f)),
+    "MemoryError": lambda: (_ for _ in ()).throw(MemoryError()),
+    "BrokenText": lambda: (_ for _ in ()).throw(BrokenText()),
+}
+
+
+class Service(Echo, Protocol):
+    """The service of the tests."""
+
+    def add(self, a: float, b: float = 2.0) -> float:
+        """Add.
+
+        Args:
+            a: The one.
+            b: The other.
+        """
+        ...
+
+    def nothing(self) -> None: ...
+
+    def optional(self, value: int | None = None) -> int | None: ...
+
+    def defaults(self, point: Point = Point(9), names: list[str] = ["a"], *, color: Color = Color.BLUE) -> str: ...  # noqa: B006
+
+    def logs(self, count: int) -> int: ...
+
+    def fail(self, how: str) -> int: ...
+
+    def refuse(self) -> None: ...
+
+    def lie(self, how: str) -> list[int]: ...
+
+    def lie_none(self) -> None: ...
+
+    def noisy(self) -> str: ...
+
+    def process_id(self) -> int: ...
+
+    def kill(self) -> int: ...
+
+    def cancels(self) -> list[int]: ...
+
+    def context(self) -> dict[str, str]: ...
+
+    def wait(self, seconds: float) -> int: ...
+
+    def count(self, limit: int) -> Stream[StreamState]: ...
+
+    def count_with_header(self, limit: int) -> Stream[StreamState, Header]: ...
+
+    def ticks(self) -> Stream[ProducerState]: ...
+
+    def once(self) -> Stream[StreamState]: ...
+
+    def running(self, label: str = "r") -> Stream[ExchangeState]: ...
+
+    def running_with_header(self, label: str) -> Stream[StreamState, Header]: ...
+
+    def nested(self) -> Stream[StreamState]: ...
+
+    def shapes(self, columns: list[str], left: int) -> Stream[StreamState]: ...
+
+    def scaled(self, factor: int) -> Stream[StreamState]: ...
+
+    def init_fails(self) -> Stream[StreamState]: ...
+
+    def exchange_init_fails(self) -> Stream[ExchangeState]: ...
+
+    def header_init_fails(self) -> Stream[StreamState, Header]: ...
+
+    def wrong_header(self) -> Stream[StreamState, Header]: ...
+
+    def not_a_stream(self) -> Stream[StreamState]: ...
+
+    def misbehaving(self, how: str) -> Stream[StreamState]: ...
+
+    def bad_exchange(self, how: str) -> Stream[StreamState]: ...
+
+
+class ServiceImpl(Echo):
+    """Implements `Service`; one instance serves every transport of a server."""
+
+    def __init__(self) -> None:
+        self.cancelled: list[int] = []
+        self.offset = 100
+
+    def cancels(self) -> list[int]:
+        taken, self.cancelled = self.cancelled, []
+        return taken
+
+    def add(self, a: float, b: float = 2.0) -> float:
+        return a + b
+
+    def nothing(self) -> None:
+        return None
+
+    def optional(self, value: int | None = None) -> int | None:
+        return value
+
+    def defaults(self, point: Point, names: list[str], color: Color) -> str:
+        return f"{point.x} {','.join(names)} {color.name}"
+
+    def logs(self, count: int, ctx: CallContext) -> int:
+        for i in range(count):
+            ctx.client_log(Level.WARN, f"line {i}", index=str(i))
+        return count
+
+    def fail(self, how: str) -> int:
+        try:
+            return FAILURES[how]()
+        except Exception as exc:
+            if how != "KeyError":
+                raise
+            raise KeyError("y") from exc
+
+    def refuse(self) -> None:
+        details = [vgi_rpc.RetryInfo(1.5), vgi_rpc.ErrorInfo({"a": "b"}), {"@type": "tests.Own", "n": 1}]
+        raise vgi_rpc.StatusError("not now", code=vgi_rpc.Code.RESOURCE_EXHAUSTED, kind="tests_busy", details=details)
+
+    def lie(self, how: str) -> list[int]:
+        return {"type": "text", "member": [1, "x"], "none": None, "large": [2**63]}[how]  # type: ignore[return-value]
+
+    def lie_none(self) -> None:
+        return 3  # type: ignore[return-value]
+
+    def noisy(self) -> str:
+        print("printed by a method", flush=True)
+        os.write(1, b"written to descriptor 1\n")
+        subprocess.run([sys.executable, "-S", "-c", "print('printed by a child')"], check=True)
+        return "quiet"
+
+    def process_id(self) -> int:
+        return os.getpid()
+
+    def kill(self) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    def context(self, ctx: CallContext) -> dict[str, str]:
+        facts = {"method": ctx.method_name, "protocol": ctx.protocol_name, "kind": str(ctx.kind), "id": ctx.request_id}
+        return {**facts, "principal": ctx.auth.principal or "", "domain": vgi_rpc.current_auth().domain or ""}
+
+    def wait(self, seconds: float, ctx: CallContext) -> int:
+        gate = threading.Event()
+        rounds = 0
+        while not gate.wait(min(seconds, 0.01)) and not ctx.cancelled and rounds * 0.01 < seconds:
+            rounds += 1
+        return rounds
+
+    def count(self, limit: int) -> Stream[Count]:
+        return Stream(INTEGERS, Count(limit))
+
+    def count_with_header(self, limit: int, ctx: CallContext) -> Stream[Count, Header]:
+        ctx.client_log(Level.DEBUG, "with the header")
+        return Stream(INTEGERS, Count(limit), header=Header(limit, "counting"))
+
+    def ticks(self) -> Stream[Ticks]:
+        return Stream(TEXT, Ticks())
+
+    def once(self) -> Stream[Once]:
+        return Stream(INTEGERS, Once())
+
+    def running(self, label: str) -> Stream[Running]:
+        return Stream(RUNNING, Running(label), input_schema=VALUE)
+
+    def running_with_header(self, label: str) -> Stream[Running, Header]:
+        return Stream(RUNNING, Running(label), input_schema=VALUE, header=Header(0))
+
+    def nested(self) -> Stream[Nested]:
+        return Stream(TEXT, Nested(), input_schema=INTEGERS)
+
+    def shapes(self, columns: list[str], left: int) -> Stream[Shapes]:
+        return Stream(pa.schema([(name, pa.int32()) for name in columns]), Shapes(left))
+
+    def scaled(self, factor: int) -> Stream[Scaled]:
+        fixed = Fixed(factor)
+        return Stream(INTEGERS, Scaled(offset=self.offset), input_schema=INTEGERS, call_state=fixed)
+
+    def init_fails(self) -> Stream[Count]:
+        raise KeyError("at init")
+
+    def exchange_init_fails(self) -> Stream[Running]:
+        raise KeyError("at init")
+
+    def header_init_fails(self) -> Stream[Count, Header]:
+        raise KeyError("at init")
+
+    def wrong_header(self) -> Stream[Count, Header]:
+        return Stream(INTEGERS, Count(1), header=Header("text"))  # type: ignore[arg-type]
+
+    def not_a_stream(self) -> Stream[Count]:
+        return 3  # type: ignore[return-value]
+
+    def misbehaving(self, how: str) -> Stream[Misbehaving]:
+        return Stream(INTEGERS, Misbehaving(how))
+
+    def bad_exchange(self, how: str) -> Stream[BadExchange]:
+        return Stream(INTEGERS, BadExchange(how), input_schema=INTEGERS)
+
+
+def make_server(**options: Any) -> RpcServer:
+    """The server of the tests; `Doc` is hosted beside `Service`."""
+    return RpcServer(Service, ServiceImpl(), extra_protocols=[(DocService, DocServiceImpl())], **options)
+
+
+def gunicorn_app(environ: dict[str, Any], start_response: Any) -> Any:
+    """The WSGI application that gunicorn's workers serve; its key comes from the environment."""
+    return _gunicorn_app()(environ, start_response)
+
+
+@functools.lru_cache(maxsize=None)
+def _gunicorn_app() -> Any:
+    return vgi_rpc.make_wsgi_app(make_server())
+
+
+def values(*numbers: Any) -> AnnotatedBatch:
+    """A batch with one column ``value``."""
+    return AnnotatedBatch.from_pydict({"value": list(numbers)})
+
+
+# -- bytes, made and read with pyarrow alone
+
+
+def ipc_bytes(schema: pa.Schema, *items: Any) -> bytes:
+    """An IPC stream; each item is a batch or (batch, metadata)."""
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        for item in items:
+            batch, metadata = item if isinstance(item, tuple) else (item, None)
+            writer.write_batch(batch, custom_metadata=metadata)
+    return sink.getvalue()
+
+
+def request_metadata(method: Any, protocol: Any = b"Service", **changes: Any) -> dict[bytes, bytes]:
+    """Metadata of a request; a value of ``None`` leaves the key out."""
+    found = {"vgi_rpc.method": method, "vgi_rpc.request_version": b"1", "vgi_rpc.protocol": protocol, **changes}
+    encoded = {k: v.encode() if isinstance(v, str) else v for k, v in found.items()}
+    return {k.encode(): v for k, v in encoded.items() if v is not None}
+
+
+def request_bytes(method: str, data: Any = None, schema: pa.Schema | None = None, **metadata: Any) -> bytes:
+    """A request of one row (none for a method without parameters), as a foreign client would write it."""
+    schema = schema if schema is not None else vgi_rpc.rpc_methods(Service)[method].params_schema
+    columns = [pa.array([(data or {})[f.name]], f.type) for f in schema]
+    batch = pa.RecordBatch.from_arrays(columns, schema=schema)
+    return ipc_bytes(schema, (batch, request_metadata(metadata.pop("named", method), **metadata)))
+
+
+def read_streams(data: Any) -> list[list[Any]]:
+    """All IPC streams in *data* (bytes or a file): lists of (batch, metadata as a dict)."""
+    source = io.BytesIO(data) if isinstance(data, bytes) else data
+    streams = []
+    while not isinstance(data, bytes) or source.tell() < len(data):
+        streams.append(read_stream(source))
+    return streams
+
+
+def read_stream(source: Any) -> list[Any]:
+    """One IPC stream, to its end marker and not a byte further."""
+    reader = pa.ipc.open_stream(source)
+    found = []
+    while True:
+        try:
+            batch, metadata = reader.read_next_batch_with_custom_metadata()
+        except StopIteration:
+            return found
+        found.append((batch, dict(metadata or {})))
+
+
+def error_of(items: list[Any]) -> dict[str, Any]:
+    """The error batch of an answer: ``type``, ``text``, ``code`` and ``kind``."""
+    for batch, metadata in items:
+        if metadata.get(b"vgi_rpc.log_level") == b"EXCEPTION":
+            assert batch.num_rows == 0
+            extra = json.loads(metadata[b"vgi_rpc.log_extra"])
+            facts = {"type": extra["exception_type"], "text": extra["exception_message"], "extra": extra}
+            facts["code"] = metadata[b"vgi_rpc.error_code"].decode()
+            facts["kind"] = metadata.get(b"vgi_rpc.error_kind", b"").decode()
+            return facts
+    raise AssertionError(f"no error in {items!r:.300}")
+
+
+class Reply(NamedTuple):
+    """An HTTP answer; header names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error batch in the body."""
+        return error_of(read_streams(self.body)[-1])
+
+
+def decode_body(body: bytes, coding: str) -> bytes:
+    """Undo a content coding."""
+    if coding == "zstd":
+        return pa.CompressedInputStream(pa.BufferReader(body), "zstd").read()
+    return zlib.decompress(body, 31) if coding == "gzip" else body
+
+
+class WsgiClient:
+    """Calls a WSGI application through `wsgiref.validate`; it is also a ``client`` for `http_connect`."""
+
+    prefix = ""
+
+    def __init__(self, app: Any) -> None:
+        self.app = validator(app)
+
+    def send(self, method: str, path: str, headers: Any, body: bytes, deadline: Any = None, limit: Any = None) -> Reply:
+        path, _, query = path.partition("?")
+        environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "SCRIPT_NAME": "", "QUERY_STRING": query}
+        environ["wsgi.input"] = io.BytesIO(body)
+        if method == "POST":
+            environ["CONTENT_LENGTH"] = str(len(body))
+        for name, value in headers:
+            key = name.upper().replace("-", "_")
+            environ[key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"] = value
+        setup_testing_defaults(environ)
+        seen: list[Any] = []
+        result = self.app(environ, lambda status, given, exc_info=None: seen.append((status, given)) or (lambda data: None))
+        try:
+            whole = b"".join(result)
+        finally:
+            result.close()
+        (status, given) = seen[0]
+        answered = {k.lower(): v for k, v in given}
+        coding = answered.get("x-vgi-content-encoding") or answered.get("content-encoding") or ""
+        return Reply(int(status[:3]), answered, decode_body(whole, coding))
+
+    def post(self, path: str, body: bytes, **headers: str) -> Reply:
+        """Post Arrow; a keyword ``x_y`` is the header ``x-y``."""
+        given = {"content-type": ARROW, **{k.replace("_", "-"): v for k, v in headers.items()}}
+        return self.send("POST", path, [(k, v) for k, v in given.items() if v], body)
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+def wsgi_client(server: RpcServer | None = None, **options: Any) -> WsgiClient:
+    """A client of a fresh application."""
+    options.setdefault("token_key", KEY)
+    return WsgiClient(vgi_rpc.make_wsgi_app(server or make_server(), **options))
+
+
+class BytePeer:
+    """A served pipe seen from the far end: raw bytes in, IPC streams out."""
+
+    def __init__(self, server: RpcServer) -> None:
+        (server_read, write), (read, server_write) = os.pipe(), os.pipe()
+        self.input, self.output = os.fdopen(write, "wb", 0), os.fdopen(read, "rb")
+        transport = vgi_rpc.PipeTransport(os.fdopen(server_read, "rb", 0), os.fdopen(server_write, "wb", 0))
+        self.thread = threading.Thread(target=self._serve, args=(server, transport), daemon=True)
+        self.thread.start()
+
+    @staticmethod
+    def _serve(server: RpcServer, transport: Any) -> None:
+        try:
+            server.serve(transport)
+        finally:
+            transport.close()
+
+    def ask(self, data: bytes) -> list[Any]:
+        """Send bytes, read one stream of an answer."""
+        self.input.write(data)
+        return read_stream(self.output)
+
+    def hang_up(self) -> bytes:
+        """Close the way there, return what still comes back."""
+        self.input.close()
+        rest = self.output.read()
+        self.thread.join(WATCHDOG_SECONDS)
+        assert not self.thread.is_alive()
+        return rest
+
+    def __enter__(self) -> "BytePeer":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.input.close()
+        self.output.close()
+        self.thread.join(WATCHDOG_SECONDS)
+
+
+def in_thread(serve: Any, server: RpcServer, *args: Any, **options: Any) -> tuple:
+    """Run a ``serve_...`` function in a thread; return what it gave to ``on_bound``."""
+    bound: list[Any] = []
+    ready = threading.Event()
+
+    def on_bound(*where: Any) -> None:
+        bound.extend(where)
+        ready.set()
+
+    thread = threading.Thread(target=serve, args=(server, *args), kwargs={**options, "on_bound": on_bound}, daemon=True)
+    thread.start()
+    assert ready.wait(WATCHDOG_SECONDS)
+    return (*bound, thread)
+
+
+class Worker:
+    """The worker as a process that listens: ``--http``, ``--tcp`` or ``--unix``; its discovery line is read."""
+
+    def __init__(self, *arguments: str, key: bytes = KEY) -> None:
+        environment = {**os.environ, "VGI_RPC_TOKEN_KEY": key.decode(), "PYTHONWARNINGS": "default"}
+        self.process = subprocess.Popen([*WORKER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline().decode().strip()
+        self.port = self.line.rpartition(":")[2]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Signal it; return exit status and what it wrote on stderr."""
+        self.process.send_signal(number)
+        _, error = self.process.communicate(timeout=WATCHDOG_SECONDS)
+        return self.process.returncode, error.decode()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
+
+
+class TestCase(unittest.TestCase):
+    """A test that dumps all threads and ends the run when it hangs."""
+
+    maxDiff = 2000
+
+    def setUp(self) -> None:
+        faulthandler.dump_traceback_later(WATCHDOG_SECONDS, exit=True, file=sys.__stderr__)
+        self.addCleanup(faulthandler.cancel_dump_traceback_later)
+
+    def raises(self, kind: type, *parts: str) -> Any:
+        """A context in which *kind* is raised, with every one of *parts* in its text."""
+        return _Raises(self, kind, parts)
+
+
+class _Raises:
+    def __init__(self, test: unittest.TestCase, kind: type, parts: tuple[str, ...]) -> None:
+        self._test, self._kind, self._parts = test, kind, parts
+        self.exception: Any = None
+
+    def __enter__(self) -> "_Raises":
+        return self
+
+    def __exit__(self, kind: Any, exc: Any, tb: Any) -> bool:
+        if exc is None:
+            self._test.fail(f"{self._kind.__name__} not raised")
+        if not isinstance(exc, self._kind):
+            return False
+        self.exception = exc
+        for part in self._parts:
+            self._test.assertIn(part, str(exc))
+        return True
+
+
+def setUpModule() -> None:
+    """Log lines of the module are of no interest here, unless a test asks for them."""
+    logging.getLogger("vgi_rpc").addHandler(logging.NullHandler())
+    logging.getLogger("vgi_rpc").propagate = False
+
+
+# -- the user's description of streaming: its code blocks as they stand, with the service around them
+
+
+@dataclass
+class RunningStatsState(ExchangeState):
+    """All fields are automatically serialized between calls."""
+
+    count: int = 0  # simple counter
+    total: float = 0.0  # running accumulator
+    history: list[float] = field(default_factory=list)  # grows each call
+    label: str = ""  # set once at init
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        """Each call sees the updated state from the previous call."""
+        values = input.batch.column("value").to_pylist()
+        self.count += len(values)
+        self.total += sum(values)
+        self.history.extend(values)
+        out.emit_pydict({"count": [self.count], "mean": [self.total / self.count]})
+
+
+@dataclass
+class PaginatedQueryState(ProducerState):
+    """Produces pages of results, tracking the current offset."""
+
+    query: str
+    page_size: int = 100
+    offset: int = 0  # persisted — increments each call
+    exhausted: bool = False  # persisted — signals completion
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        """Emit one page per call."""
+        if self.exhausted:
+            out.finish()
+            return
+        # ... fetch results from offset ... (a table of 250 rows stands for the query's results)
+        results = list(range(self.offset, min(self.offset + self.page_size, 250)))
+        if len(results) < self.page_size:
+            self.exhausted = True
+        self.offset += self.page_size
+        out.emit_pydict({"value": results})
+
+
+@dataclass
+class StatefulPipeline(ExchangeState):
+    """Exchange state with enum and list fields — all serialized automatically."""
+
+    phase: Phase = Phase.COLLECTING
+    buffer: list[float] = field(default_factory=list)
+    threshold: float = 100.0
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        """Accumulate values, switch phase when threshold is reached."""
+        values = input.batch.column("value").to_pylist()
+        self.buffer.extend(values)
+        if sum(self.buffer) >= self.threshold and self.phase == Phase.COLLECTING:
+            self.phase = Phase.PROCESSING
+        out.emit_pydict({
+            "phase": [self.phase.value],
+            "buffer_size": [len(self.buffer)],
+            "total": [sum(self.buffer)],
+        })  # fmt: skip
+
+
+@dataclass(frozen=True)
+class JobHeader(ArrowSerializableDataclass):
+    """One-time metadata sent before the stream begins."""
+
+    total_rows: int
+    description: str
+
+
+@dataclass
+class FetchState(ProducerState):
+    """Produces query results."""
+
+    remaining: int
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        """Emit one batch per call."""
+        if self.remaining <= 0:
+            out.finish()
+            return
+        out.emit_pydict({"value": [self.remaining]})
+        self.remaining -= 1
+
+
+@dataclass
+class TransformState(ExchangeState):
+    """Scales the values of a batch."""
+
+    factor: float
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        """Multiply."""
+        out.emit_pydict({"value": [v * self.factor for v in input.batch.column("value").to_pylist()]})
+
+
+class DocService(Protocol):
+    """The services of the description in one."""
+
+    def stats(self, label: str) -> Stream[StreamState]: ...
+
+    def search(self, query: str, page_size: int = 100) -> Stream[StreamState]: ...
+
+    def pipeline(self, threshold: float) -> Stream[StreamState]: ...
+
+    def fetch_rows(self, query: str) -> Stream[StreamState, JobHeader]: ...
+
+    def transform_rows(self, factor: float) -> Stream[StreamState, JobHeader]: ...
+
+
+class DocServiceImpl:
+    """Implementation with stream headers."""
+
+    def stats(self, label: str) -> Stream[RunningStatsState]:
+        """Keep statistics."""
+        schema = pa.schema([("count", pa.int64()), ("mean", pa.float64())])
+        return Stream(output_schema=schema, state=RunningStatsState(label=label), input_schema=VALUE)
+
+    def search(self, query: str, page_size: int) -> Stream[PaginatedQueryState]:
+        """Return pages."""
+        return Stream(output_schema=INTEGERS, state=PaginatedQueryState(query, page_size))
+
+    def pipeline(self, threshold: float) -> Stream[StatefulPipeline]:
+        """Return the pipeline."""
+        schema = pa.schema([("phase", pa.utf8()), ("buffer_size", pa.int64()), ("total", pa.float64())])
+        return Stream(output_schema=schema, state=StatefulPipeline(threshold=threshold), input_schema=VALUE)
+
+    def fetch_rows(self, query: str) -> Stream[FetchState, JobHeader]:
+        """Return a stream with a header."""
+        schema = pa.schema([pa.field("value", pa.int64())])
+        header = JobHeader(total_rows=100, description=f"Results for: {query}")
+        return Stream(output_schema=schema, state=FetchState(remaining=100), header=header)
+
+    def transform_rows(self, factor: float) -> Stream[TransformState, JobHeader]:
+        """Return an exchange with a header."""
+        header = JobHeader(total_rows=-1, description=f"times {factor}")
+        return Stream(output_schema=VALUE, state=TransformState(factor), input_schema=VALUE, header=header)
+
+
+# ============================================================================
+# 2. ERRORS
+# ============================================================================
+
+
+class ErrorTests(TestCase):
+    """The error classes on their own; how they travel is in the transport contract."""
+
+    def test_details_travel_as_json_and_come_back_typed(self) -> None:
+        details = [
+            vgi_rpc.ErrorInfo({"a": "b"}),
+            vgi_rpc.RetryInfo(2.5),
+            vgi_rpc.BadRequest((vgi_rpc.FieldViolation("a.b", "too long"),)),
+            vgi_rpc.PreconditionFailure((vgi_rpc.PreconditionViolation("tos", "user", "not accepted"),)),
+            vgi_rpc.QuotaFailure((vgi_rpc.QuotaViolation("user", "spent"),)),
+            vgi_rpc.ResourceInfo("table", "t", "me", "gone"),
+            vgi_rpc.Help((vgi_rpc.HelpLink("read", "https://example.org"),)),
+            vgi_rpc.LocalizedMessage("de", "nein"),
+        ]
+        raised = vgi_rpc.StatusError("no", code="NOT_FOUND", kind="k", details=details)
+        received = RpcError("StatusError", "no", "", error_code="NOT_FOUND", error_details=json.loads(json.dumps(raised.error_details)))
+        self.assertEqual(received.details(), details)
+        self.assertEqual(received.retry_info(), details[1])
+        self.assertEqual(received.help(), details[6])
+        self.assertTrue(all(d["@type"].startswith("vgi_rpc.") for d in raised.error_details))
+
+    def test_wrong_details_are_refused_where_they_are_given(self) -> None:
+        twice = [vgi_rpc.RetryInfo(1), vgi_rpc.RetryInfo(2)]
+        for details, text in ((twice, "twice"), ([{"a": 1}], "@type"), ([{"@type": "vgi_rpc.Mine"}], "reserved"), ([3], "mapping")):
+            with self.subTest(text=text), self.raises(ValueError, text):
+                vgi_rpc.StatusError("x", code="UNKNOWN", details=details)  # type: ignore[arg-type]
+        with self.raises(ValueError, "NO_SUCH"):
+            vgi_rpc.StatusError("x", code="NO_SUCH")
+
+    def test_retryable(self) -> None:
+        retry = [vgi_rpc.RetryInfo(1.0).to_json()]
+        for code, details, answer in (
+            ("UNAVAILABLE", [], True),
+            ("RESOURCE_EXHAUSTED", [], False),
+            ("RESOURCE_EXHAUSTED", retry, True),
+            ("ABORTED", retry, False),
+            ("FROM_THE_FUTURE", [], False),
+        ):
+            with self.subTest(code=code, details=bool(details)):
+                self.assertIs(RpcError("E", "m", "", error_code=code, error_details=details).is_retryable(), answer)
+
+    def test_an_unknown_code_counts_as_unknown(self) -> None:
+        self.assertIs(RpcError("E", "m", "", error_code="FROM_THE_FUTURE").code, vgi_rpc.Code.UNKNOWN)
+
+    def test_errors_survive_pickling(self) -> None:
+        import pickle
+
+        sent = RpcError("E", "m", "tb", request_id="r", error_code="ABORTED", error_kind="k", error_details=[{"@type": "x"}])
+        got = pickle.loads(pickle.dumps(sent))
+        self.assertEqual((type(got), vars(got), str(got)), (RpcError, vars(sent), str(sent)))
+        self.assertEqual(str(pickle.loads(pickle.dumps(TransportError("gone")))), str(TransportError("gone")))
+
+
+# ============================================================================
+# 3. LOG MESSAGES
+# ============================================================================
+
+
+class MessageTests(TestCase):
+    """Messages on their own."""
+
+    def test_constructors(self) -> None:
+        for level in Level:
+            with self.subTest(level=level):
+                made = getattr(vgi_rpc.Message, level.name.lower())("text", key="value")
+                self.assertEqual(made, vgi_rpc.Message(level, "text", key="value"))
+                self.assertEqual(made.extra, {"key": "value"})
+        self.assertIsNone(vgi_rpc.Message.info("text").extra)
+
+    def test_an_exception_becomes_a_message(self) -> None:
+        try:
+            try:
+                raise KeyError("inner")
+            except KeyError as exc:
+                raise ValueError("outer") from exc
+        except ValueError as exc:
+            message = vgi_rpc.Message.from_exception(exc)
+        assert message.extra is not None
+        self.assertEqual((message.level, message.message), (Level.EXCEPTION, "ValueError: outer"))
+        self.assertIn("test_an_exception_becomes_a_message", message.extra["traceback"])
+        self.assertEqual(message.extra["frames"][-1]["function"], "test_an_exception_becomes_a_message")
+        self.assertIn("KeyError", message.extra["cause"])
+
+    def test_a_long_traceback_is_cut_and_five_frames_are_kept(self) -> None:
+        def deep(n: int) -> None:
+            if not n:
+                raise ValueError("x" * 20_000)
+            deep(n - 1)
+
+        try:
+            deep(30)
+        except ValueError as exc:
+            extra = vgi_rpc.Message.from_exception(exc).extra
+        assert extra is not None
+        self.assertTrue(extra["traceback"].endswith("\n… <traceback truncated>"))
+        self.assertEqual(len(extra["frames"]), 5)
+
+    def test_metadata(self) -> None:
+        metadata = vgi_rpc.Message.warn("text", a="b").add_to_metadata({"own": "1"})
+        extra = json.loads(metadata.pop("vgi_rpc.log_extra"))
+        self.assertEqual(metadata, {"own": "1", "vgi_rpc.log_level": "WARN", "vgi_rpc.log_message": "text"})
+        self.assertEqual(extra, {"a": "b"})
+
+
+# ============================================================================
+# 4. BATCHES
+# ============================================================================
+
+
+class OneByteSource(vgi_rpc.BufferSource):
+    """A source whose reads come in the smallest pieces that a socket could give; it must be asked again."""
+
+    def read(self, size: int) -> bytes:
+        return b"".join(super(OneByteSource, self).read(1) for _ in range(size))
+
+
+def read_all(data: bytes, source: Any = None) -> list[Any]:
+    """Everything in one stream, by the module's reader."""
+    reader = vgi_rpc.IpcReader(source or vgi_rpc.BufferSource(data))
+    return list(iter(reader.next, None))
+
+
+COLORS = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0], pa.int16()), pa.array(["RED", "BLUE"]))
+STREAMS = {
+    "no batch": ipc_bytes(VALUE),
+    "no columns": ipc_bytes(pa.schema([]), (pa.RecordBatch.from_arrays([], schema=pa.schema([])), {b"k": b"v"})),
+    "two batches": ipc_bytes(BATCH.schema, (BATCH, {b"k": b"\xff"}), BATCH.slice(1)),
+    "dictionary": ipc_bytes(pa.schema([("c", COLORS.type)]), pa.RecordBatch.from_arrays([COLORS], names=["c"])),
+    "nested": ipc_bytes(
+        pa.schema([("n", pa.list_(pa.struct([("a", pa.map_(pa.utf8(), pa.int64()))])))]),
+        pa.RecordBatch.from_arrays([pa.array([[{"a": [("k", 1)]}], None], pa.list_(pa.struct([("a", pa.map_(pa.utf8(), pa.int64()))])))], names=["n"]),
+    ),
+}
+
+
+def flat_message(head: bytes, body: bytes = b"") -> bytes:
+    """An encapsulated message around a flatbuffer head."""
+    head += b"\0" * (-len(head) % 8)
+    return b"\xff\xff\xff\xff" + struct.pack("<i", len(head)) + head + body
+
+
+def tampered(data: bytes, old: bytes, new: bytes) -> bytes:
+    """Replace bytes that stand exactly once or more; the tests must notice when they do not."""
+    assert old in data and len(old) == len(new), old
+    return data.replace(old, new)
+
+
+def claiming_rows(rows: int) -> bytes:
+    """A stream whose null column says that it has *rows* rows, in two hundred bytes."""
+    schema = pa.schema([("n", pa.null())])
+    honest = ipc_bytes(schema, pa.RecordBatch.from_arrays([pa.nulls(123_456_789)], schema=schema))
+    return tampered(honest, struct.pack("<q", 123_456_789), struct.pack("<q", rows))
+
+
+def raw_text(offsets: Any, data: bytes) -> bytes:
+    """A stream of one text column with these offsets and data in its body, valid or not."""
+    column = pa.array(["x" * len(data)] + [""] * (len(offsets) - 2))
+    honest = ipc_bytes(pa.schema([("s", pa.utf8())]), pa.RecordBatch.from_arrays([column], names=["s"]))
+    stream = tampered(honest, b"x" * len(data), data)
+    before = struct.pack(f"<{len(offsets)}i", 0, *[len(data)] * (len(offsets) - 1))
+    return tampered(stream, before, struct.pack(f"<{len(offsets)}i", *offsets))
+
+
+def _dictionary_index() -> bytes:
+    honest = STREAMS["dictionary"]
+    return tampered(honest, struct.pack("<3h", 0, 1, 0), struct.pack("<3h", 0, 99, 0))
+
+
+def _deep(levels: int) -> bytes:
+    kind: pa.DataType = pa.int8()
+    for _ in range(levels):
+        kind = pa.list_(kind)
+    return ipc_bytes(pa.schema([("d", kind)]))
+
+
+def _compressed_bomb() -> bytes:
+    sink = io.BytesIO()
+    batch = pa.RecordBatch.from_pydict({"z": pa.array([0.0] * 4_000_000)})
+    options = pa.ipc.IpcWriteOptions(compression="zstd" if pa.Codec.is_available("zstd") else "lz4")
+    with pa.ipc.new_stream(sink, batch.schema, options=options) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+HOSTILE = {  # name: bytes that are no request, and a part of what is said about them
+    "random bytes": (b"\x00\x01garbage that is not Arrow at all", "not an Arrow IPC stream"),
+    "text": (b"GET / HTTP/1.1\r\n\r\n", "not an Arrow IPC stream"),
+    "end of stream only": (b"\xff\xff\xff\xff\0\0\0\0", "schema"),
+    "negative head": (b"\xff\xff\xff\xff" + struct.pack("<i", -1), "head"),
+    "head of 2 GiB": (b"\xff\xff\xff\xff" + struct.pack("<i", 2**31 - 1), "head"),
+    "head of zeros": (flat_message(b"\0" * 64), "head"),
+    "head of ones": (flat_message(b"\xff" * 64), "head"),
+    "schema and no batch": (ipc_bytes(VALUE), "no batch"),
+    "nesting that pyarrow would take": (_deep(70), "nesting"),
+    "two batches": (ipc_bytes(VALUE, *[pa.RecordBatch.from_pydict({"value": [1.0]}, VALUE)] * 2), "one batch"),
+    "many columns": (ipc_bytes(pa.schema([(f"c{i}", pa.int8()) for i in range(5000)])), "columns"),
+    "deep nesting": (_deep(500), ""),
+    "a trillion rows": (claiming_rows(10**12), "rows"),
+    "negative rows": (claiming_rows(-5), "rows"),
+}
+
+
+class BatchTests(TestCase):
+    """The IPC reader: the same as pyarrow on good bytes, an error of our own on all others."""
+
+    def test_reads_what_pyarrow_wrote(self) -> None:
+        for name, data in STREAMS.items():
+            for source in (vgi_rpc.BufferSource, OneByteSource):
+                with self.subTest(name=name, source=source.__name__):
+                    found = [(b, m or {}) for b, m in read_all(data, source(data))]
+                    self.assertEqual(found, read_stream(io.BytesIO(data)))
+
+    def test_stops_at_the_end_marker(self) -> None:
+        source = vgi_rpc.BufferSource(STREAMS["two batches"] + STREAMS["dictionary"] + b"rest")
+        self.assertEqual(len(list(iter(vgi_rpc.IpcReader(source).next, None))), 2)
+        self.assertEqual(len(list(iter(vgi_rpc.IpcReader(source).next, None))), 1)
+        self.assertEqual(source.read(100), b"rest")
+
+    def test_every_strict_prefix_is_refused(self) -> None:
+        for name, data in STREAMS.items():
+            for end in range(len(data)):
+                with self.subTest(name=name, end=end), self.assertRaises(vgi_rpc.IPCError if end else EOFError):
+                    read_all(data[:end])
+
+    def test_every_flipped_byte_is_read_or_refused(self) -> None:
+        for name, data in STREAMS.items():
+            outcomes = set()
+            for at in range(len(data)):
+                broken = data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
+                try:
+                    read_all(broken)
+                    outcomes.add("read")
+                except (vgi_rpc.IPCError, vgi_rpc.RequestTooLargeError):
+                    outcomes.add("refused")
+            with self.subTest(name=name):
+                self.assertIn("refused", outcomes)
+
+    def test_values_are_validated(self) -> None:
+        for name, data in (
+            ("bad UTF-8", raw_text((0, 40), b"\xff" * 40)),
+            ("offsets backwards", raw_text((0, 40, 20), b"a" * 40)),
+            ("negative offset", raw_text((-4, 40), b"a" * 40)),
+            ("offset past the data", raw_text((0, 4000), b"a" * 40)),
+            ("dictionary index out of range", _dictionary_index()),
+        ):
+            with self.subTest(name), self.assertRaises(vgi_rpc.IPCError):
+                read_all(data)
+
+    def test_raw_columns_are_readable_when_they_are_right(self) -> None:
+        self.assertEqual(read_all(raw_text((0, 40), b"a" * 40))[0][0].column(0).to_pylist(), ["a" * 40])
+
+    def test_a_claim_of_rows_costs_nothing(self) -> None:
+        with self.raises(vgi_rpc.IPCError, "1000000000000 rows"):
+            read_all(claiming_rows(10**12))
+        self.assertEqual(read_all(claiming_rows(1000))[0][0].num_rows, 1000)
+
+    def test_from_pydict(self) -> None:
+        self.assertEqual(AnnotatedBatch.from_pydict({"a": [1, None]}).batch.schema, pa.schema([("a", pa.int64())]))
+        self.assertEqual(AnnotatedBatch.from_pydict({"value": [1]}, schema=VALUE).batch.schema, VALUE)
+        strict = pa.schema([pa.field("value", pa.int64(), nullable=False)])
+        for data, schema, parts in (
+            ({"value": ["x"]}, VALUE, ("'value'", "double")),
+            ({"other": [1.0]}, VALUE, ("['value']", "['other']")),
+            ({"value": [None]}, strict, ("'value'", "null")),
+            ({"a": [1], "b": [1, 2]}, None, ()),
+            ({"a": [1, "x"]}, None, ()),
+        ):
+            with self.subTest(data=data), self.raises(TypeError, *parts):
+                AnnotatedBatch.from_pydict(data, schema)
+
+
+# ============================================================================
+# 5. TYPES
+# ============================================================================
+
+
+def row_class(annotation: Any) -> Any:
+    """A dataclass with the one field ``value`` of *annotation*."""
+
+    class Row(ArrowSerializableDataclass):
+        value: Any
+
+    Row.__annotations__ = {"value": annotation}
+    return dataclass(Row)
+
+
+class Unsupported:
+    """A class without a mapping."""
+
+
+@dataclass
+class Recursive(ArrowSerializableDataclass):
+    """Contains itself."""
+
+    inner: "Recursive | None" = None
+
+
+@dataclass
+class Versioned(ArrowSerializableDataclass):
+    """What a newer or older peer may have written."""
+
+    kept: int
+    added: str = "default"
+    made: list[int] = field(default_factory=lambda: [1])
+
+
+@dataclass
+class Late(ArrowSerializableDataclass):
+    """A field that the constructor does not take."""
+
+    given: int
+    derived: int = field(init=False, default=0)
+
+
+class TypeTests(TestCase):
+    """Annotations, both ways from one table."""
+
+    def test_table_in_dataclasses(self) -> None:
+        for name, case in TYPES.items():
+            cls = row_class(case.annotation)
+            inside = name not in ("dataclass", "optional_dataclass", "deep_dataclass")
+            with self.subTest(name):
+                if inside:
+                    self.assertEqual(cls.ARROW_SCHEMA, pa.schema([pa.field("value", case.arrow_type, nullable=case.nullable)]))
+                else:
+                    self.assertTrue(pa.types.is_struct(cls.ARROW_SCHEMA.field(0).type))
+                for value in case.values:
+                    got = cls.deserialize_from_bytes(cls(value).serialize_to_bytes())
+                    self.assertEqual(got.value, value)
+                    self.assertIs(type(got.value), type(value))
+
+    def test_table_in_methods(self) -> None:
+        methods = vgi_rpc.rpc_methods(Service)
+        for name, case in TYPES.items():
+            info = methods[f"echo_{name}"]
+            with self.subTest(name):
+                self.assertEqual(info.params_schema, pa.schema([pa.field("value", case.arrow_type, nullable=case.nullable)]))
+                self.assertEqual(info.result_schema, pa.schema([pa.field("result", case.arrow_type, nullable=case.nullable)]))
+
+    def test_what_pyarrow_sees_of_an_encoded_row(self) -> None:
+        shape = Shape("b", [Point(1, Color.BLUE)], {"k": Point(3)}, frozenset({"t"}), cache=object())
+        [(batch, _)] = read_stream(io.BytesIO(shape.serialize_to_bytes()))
+        point = {"x": 1, "color": "BLUE", "note": None}
+        self.assertEqual(
+            batch.to_pylist(),
+            [{"name": "b", "points": [point], "named": [("k", {"x": 3, "color": "RED", "note": None})], "tags": ["t"]}],
+        )
+
+    def test_wrong_values(self) -> None:
+        with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
+            for name, value, parts in (
+                ("int", "x", ("value", "expected int64", "got str")),
+                ("int", True, ("expected int64", "got bool")),
+                ("int", 1.5, ("expected int64", "got float")),
+                ("int", None, ("expected int64", "got None")),
+                ("int", 2**63, ("expected int64", str(2**63))),
+                ("float", "1", ("expected float64", "got str")),
+                ("str", b"x", ("expected utf8", "got bytes")),
+                ("bytes", "x", ("expected binary", "got str")),
+                ("bool", 1, ("expected bool", "got int")),
+                ("list_int", "abc", ("expected list of int64", "got str")),
+                ("list_int", [1, "x"], ("value[1]", "expected int64", "got str")),
+                ("list_int", [1, 2**63], ("value[1]", "expected int64")),
+                ("set", [1], ("expected set", "got list")),
+                ("dict", {"a": "x"}, ("value['a']", "expected float64", "got str")),
+                ("dict", [("a", 1.0)], ("expected dict", "got list")),
+                ("list_list", [["a"], [3]], ("value[1][0]", "expected utf8", "got int")),
+                ("enum", "RED", ("Color", "RED, BLUE", "got str")),
+                ("dataclass", Header(1), ("expected Point", "got Header")),
+                ("dataclass", Point("1"), ("value.x", "expected int64", "got str")),
+                ("list_dataclass", [Point(1), Point(2, note=3)], ("value[1].note", "expected utf8", "got int")),
+                ("deep_dataclass", Shape("a", named={"k": Point("z")}), ("value.named['k'].x", "expected int64", "got str")),
+                ("batch", {"a": [1]}, ("RecordBatch", "got dict")),
+                ("schema", 3, ("Schema", "got int")),
+                ("int8", 128, ("value", "int8", "128")),
+                ("fixed_binary", b"abc", ("value", "fixed_size_binary[4]")),
+                ("decimal", decimal.Decimal("1e30"), ("value", "decimal128(20, 4)")),
+                ("date32", "2024", ("value", "date32")),
+            ):
+                with self.subTest(name=name, value=value), self.raises(TypeError, f"echo_{name}()", *parts):
+                    getattr(proxy, f"echo_{name}")(value=value)
+                with self.subTest("serialised", name=name, value=value), self.raises(TypeError):
+                    row_class(TYPES[name].annotation)(value).serialize_to_bytes()
+            self.assertEqual(proxy.add(a=1.0), 3.0)
+
+    def test_numbers_that_fit_are_taken(self) -> None:
+        with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
+            self.assertEqual(proxy.echo_float(3), 3.0)
+            self.assertEqual(proxy.echo_int(pa.scalar(5)), 5)
+            self.assertEqual(proxy.echo_bytes(bytearray(b"x")), b"x")
+            self.assertEqual(proxy.echo_list_int((1, 2)), [1, 2])
+
+    def test_annotations_without_a_mapping(self) -> None:
+        for annotation, parts in (
+            (complex, ("complex",)),
+            (object, ("object",)),
+            (Any, ("Any",)),
+            (list, ("list", "list[T]")),
+            (dict, ("dict", "dict[K, V]")),
+            (tuple[int, str], ("tuple",)),
+            (datetime.datetime, ("datetime", "ArrowType(pa.timestamp('us'))")),
+            (datetime.date, ("date", "ArrowType(pa.date32())")),
+            (decimal.Decimal, ("Decimal", "ArrowType(pa.decimal128(20, 4))")),
+            (int | str, ("int | str",)),
+            (list[complex], ("complex",)),
+            (dict[str, list[Unsupported]], ("Unsupported",)),
+            (pa.Table, ("Table", "RecordBatch")),
+        ):
+            cls = row_class(annotation)
+            with self.subTest(annotation=annotation), self.raises(TypeError, "Row.value", *parts):
+                cls(None).serialize_to_bytes()
+        with self.raises(TypeError, "Recursive", "contains itself"):
+            Recursive().serialize_to_bytes()
+
+    def test_reading_goes_by_name(self) -> None:
+        def read(**columns: Any) -> Versioned:
+            batch = pa.RecordBatch.from_pydict(columns)
+            self.assertEqual(Versioned.deserialize_from_batch(batch), Versioned.deserialize_from_bytes(ipc_bytes(batch.schema, batch)))
+            return Versioned.deserialize_from_batch(batch)
+
+        self.assertEqual(read(unknown=[1.5], made=[[3]], kept=[2]), Versioned(2, made=[3]))
+        self.assertEqual(read(kept=[2]), Versioned(2, "default", [1]))
+        with self.raises(TypeError, "Versioned.kept", "no default"):
+            read(added=["x"])
+        with self.raises(TypeError, "Versioned.kept", "expected int64", "got None"):
+            read(kept=pa.array([None], pa.int64()))
+        with self.raises(TypeError, "Versioned.kept"):
+            read(kept=["x"])
+        with self.raises(TypeError, "one row", "2 rows"):
+            read(kept=[1, 2])
+        self.assertEqual(Late.deserialize_from_bytes(Late(3).serialize_to_bytes()), Late(3))
+
+    def test_nothing_means_a_row_of_defaults(self) -> None:
+        @dataclass
+        class Defaults(ArrowSerializableDataclass):
+            a: int = 3
+
+        self.assertEqual(Defaults.deserialize_from_bytes(ipc_bytes(Defaults.ARROW_SCHEMA)), Defaults())
+        self.assertEqual(Defaults.deserialize_from_bytes(b""), Defaults())
+
+    def test_bytes_that_are_no_dataclass(self) -> None:
+        for data in (b"x", b"\xff\xff\xff\xff", b"\0" * 100):
+            with self.subTest(data=data), self.assertRaises(vgi_rpc.IPCError):
+                Point.deserialize_from_bytes(data)
+
+    def test_an_unknown_enum_name(self) -> None:
+        column = pa.DictionaryArray.from_arrays(pa.array([0], pa.int16()), pa.array(["GREEN"]))
+        with self.raises(TypeError, "Point.color", "Color", "GREEN"):
+            Point.deserialize_from_batch(pa.RecordBatch.from_arrays([pa.array([1]), column], names=["x", "color"]))
+
+    def test_serialize_to_a_file(self) -> None:
+        sink = io.BytesIO()
+        Point(5).serialize(sink)
+        self.assertEqual(sink.getvalue(), Point(5).serialize_to_bytes())
+
+    def test_a_state_that_forgot_its_decorator(self) -> None:
+        class Forgot(ProducerState):
+            count: int = 0
+
+        with self.raises(TypeError, "Forgot", "count", "@dataclass"):
+            Forgot().serialize_to_bytes()
+
+    def test_a_transient_field_needs_a_default(self) -> None:
+        @dataclass
+        class Needs(ArrowSerializableDataclass):
+            cache: Annotated[Any, Transient()]
+
+        with self.raises(TypeError, "Needs.cache", "default"):
+            Needs(1).serialize_to_bytes()
+
+
+# ============================================================================
+# 6. STREAM STATE
+# ============================================================================
+
+
+class OutputCollectorTests(TestCase):
+    """The collector of one turn on its own."""
+
+    def test_one_batch_a_turn(self) -> None:
+        out = OutputCollector(INTEGERS)
+        self.assertIsNone(out.data_batch)
+        with self.raises(RuntimeError, "nothing emitted"):
+            out.validate()
+        out.emit_pydict({"value": [1]}, metadata={"k": "v"})
+        out.validate()
+        assert out.data_batch is not None
+        self.assertEqual(out.data_batch.batch.to_pydict(), {"value": [1]})
+        self.assertEqual(dict(out.data_batch.custom_metadata or {}), {b"k": b"v"})
+        for again in (
+            lambda: out.emit(values(1).batch),
+            lambda: out.emit_pydict({"value": [1]}),
+            lambda: out.emit_arrays([pa.array([1])]),
+        ):
+            with self.raises(RuntimeError, "emit called twice"):
+                again()
+
+    def test_finish(self) -> None:
+        out = OutputCollector(INTEGERS)
+        out.finish()
+        out.validate()
+        self.assertTrue(out.finished)
+        with self.raises(RuntimeError, "after finish"):
+            out.emit_pydict({"value": [1]})
+        with self.raises(RuntimeError, "exchange"):
+            OutputCollector(INTEGERS, producer_mode=False).finish()
+
+    def test_schema(self) -> None:
+        for emit, parts in (
+            (lambda out: out.emit(pa.RecordBatch.from_pydict({"value": ["x"]})), ("'value'", "expected int64", "got utf8")),
+            (lambda out: out.emit(pa.RecordBatch.from_pydict({"other": [1]})), ("value: int64", "other: int64")),
+            (lambda out: out.emit({"value": [1]}), ("RecordBatch", "dict")),
+            (lambda out: out.emit_arrays([]), ("1 columns", "0")),
+            (lambda out: out.emit_pydict({"value": ["x"]}), ("'value'", "int64")),
+            (lambda out: out.emit_pydict({}), ("['value']", "[]")),
+        ):
+            with self.subTest(parts=parts), self.raises(TypeError, *parts):
+                emit(OutputCollector(INTEGERS))
+        self.assertEqual(OutputCollector(INTEGERS).output_schema, INTEGERS)
+
+    def test_statistics(self) -> None:
+        counted = vgi_rpc.CallStatistics()
+        counted.record_input(BATCH)
+        counted.record_output(BATCH.slice(1))
+        self.assertEqual((counted.input_batches, counted.input_rows, counted.input_bytes), (1, 2, BATCH.nbytes))
+        self.assertEqual((counted.output_batches, counted.output_rows), (1, 1))
+
+    def test_auth_context(self) -> None:
+        self.assertFalse(AuthContext.anonymous().authenticated)
+        self.assertEqual(vgi_rpc.current_auth(), AuthContext.anonymous())
+        AuthContext("d", True, "me").require_authenticated()
+        with self.assertRaises(vgi_rpc.StatusError) as caught:
+            AuthContext.anonymous().require_authenticated()
+        self.assertIs(caught.exception.error_code, vgi_rpc.Code.UNAUTHENTICATED)
+
+    def test_states_that_define_nothing(self) -> None:
+        context = CallContext(AuthContext.anonymous(), print)
+        for state in (StreamState(), ProducerState(), ExchangeState()):
+            with self.subTest(type(state).__name__), self.raises(TypeError, type(state).__name__):
+                state.process(values(), OutputCollector(INTEGERS), context)
+
+
+# ============================================================================
+# 7. METHODS
+# ============================================================================
+
+
+class MethodTests(TestCase):
+    """Protocol classes and implementations, checked at construction."""
+
+    def test_problems_of_a_protocol_are_reported_together(self) -> None:
+        class Broken(Protocol):
+            def one(self, a: complex) -> int: ...
+            def two(self, a) -> int: ...
+            def three(self, a: int): ...
+            def four(self, *args: int) -> int: ...
+            def five(self) -> "NoSuchName": ...  # noqa: F821
+            def six(self) -> list[Unsupported]: ...
+            def fine(self) -> int: ...
+
+        with self.raises(TypeError) as caught:
+            vgi_rpc.rpc_methods(Broken)
+        text = str(caught.exception)
+        for part in ("one() parameter 'a'", "complex", "two() parameter 'a' has no annotation", "three() has no return annotation",
+                     "four()", "NoSuchName", "six() result", "Unsupported"):  # fmt: skip
+            self.assertIn(part, text)
+        self.assertNotIn("fine()", text)
+
+    def test_problems_of_an_implementation_are_reported_together(self) -> None:
+        class Contract(Protocol):
+            def missing(self) -> int: ...
+            def not_callable(self) -> int: ...
+            def renamed(self, alpha: int) -> int: ...
+            def demands(self, a: int) -> int: ...
+            def streams(self) -> Stream[StreamState]: ...
+            def state(self) -> Stream[StreamState]: ...
+            def fine(self, a: int) -> int: ...
+
+        @dataclass
+        class Unserialisable(ProducerState):
+            handle: Unsupported
+
+        class Implementation:
+            not_callable = 3
+
+            def renamed(self, alpa: int) -> int: ...  # type: ignore[empty-body]
+            def demands(self, a: int, b: int) -> int: ...  # type: ignore[empty-body]
+            def streams(self) -> int: ...  # type: ignore[empty-body]
+            def state(self) -> Stream[Unserialisable]: ...  # type: ignore[empty-body]
+            def fine(self, a: int, ctx: CallContext, optional: int = 3) -> int: ...  # type: ignore[empty-body]
+
+        with self.raises(TypeError) as caught:
+            RpcServer(Contract, Implementation())
+        text = str(caught.exception)
+        for part in ("missing() is missing", "not_callable is not callable", "renamed() takes no parameter 'alpha'", "did you mean 'alpa'",
+                     "demands() requires 'b'", "streams() returns int", "state() has a state", "Unserialisable.handle", "Unsupported"):  # fmt: skip
+            self.assertIn(part, text)
+        self.assertNotIn("fine()", text)
+
+    def test_a_class_instead_of_an_instance(self) -> None:
+        with self.raises(TypeError, "ServiceImpl()"):
+            RpcServer(Service, ServiceImpl)
+
+    def test_a_plain_class_is_its_own_protocol(self) -> None:
+        class Plain:
+            def double(self, value: int) -> int:
+                return 2 * value
+
+            def _private(self) -> object:
+                return self
+
+        with vgi_rpc.serve_pipe(Plain, Plain()) as proxy:
+            self.assertEqual(proxy.double(4), 8)
+            self.assertEqual(list(vgi_rpc.rpc_methods(Plain)), ["double"])
+
+    def test_what_a_method_info_says(self) -> None:
+        methods = vgi_rpc.rpc_methods(Service)
+        add = methods["add"]
+        self.assertEqual((add.name, add.method_type, add.has_return), ("add", vgi_rpc.MethodType.UNARY, True))
+        self.assertEqual((add.param_defaults, add.param_docs), ({"b": 2.0}, {"a": "The one.", "b": "The other."}))
+        self.assertFalse(methods["nothing"].has_return)
+        self.assertIs(methods["count_with_header"].header_type, Header)
+        self.assertEqual([methods[m].is_exchange for m in ("running", "ticks", "count")], [True, False, None])
+        text = vgi_rpc.describe_rpc(Service)
+        for part in ("Service", "add(a: float, b: float = 2.0) -> float", "a: float64 not null", "The one.", "total: int64"):
+            self.assertIn(part, text)
+
+    def test_names_and_versions(self) -> None:
+        def service(**facts: Any) -> RpcServer:
+            class Named(Protocol):
+                def ping(self) -> None: ...
+
+            class Impl:
+                def ping(self) -> None: ...
+
+            for key, value in facts.items():
+                setattr(Named, key, value)
+            return RpcServer(Named, Impl())
+
+        self.assertEqual(service().protocol_name, "Named")
+        self.assertEqual(service(protocol_name="a.B_1").protocol_name, "a.B_1")
+        for name in ("", "1a", "a-b", "ü", "a" * 256, 3):
+            with self.subTest(name=name), self.assertRaises(ValueError):
+                service(protocol_name=name)
+        with self.raises(ValueError, "reserved"):
+            service(protocol_name="vgi_rpc.Mine")
+        for version in ("1", "1.2", "1.2.x", "01.2.3", "1.2.3-rc1"):
+            with self.subTest(version=version), self.raises(ValueError, "MAJOR.MINOR.PATCH"):
+                service(protocol_version=version)
+        with self.raises(ValueError, "unique"):
+            RpcServer(DocService, DocServiceImpl(), extra_protocols=[(DocService, DocServiceImpl())])
+
+    def test_an_inherited_protocol_name_is_not_used(self) -> None:
+        class Base(Protocol):
+            protocol_name = "base"
+
+        class Derived(Base, Protocol):
+            def ping(self) -> None: ...
+
+        class Impl:
+            def ping(self) -> None: ...
+
+        self.assertEqual(RpcServer(Derived, Impl()).protocol_name, "Derived")
+
+
+# ============================================================================
+# 8. REQUESTS AND REPLIES
+# ============================================================================
+
+ADD = vgi_rpc.rpc_methods(Service)["add"].params_schema
+GOOD = request_bytes("add", {"a": 1.0, "b": 2.0})
+
+
+def reshaped(*fields: Any, rows: int = 1, **metadata: Any) -> bytes:
+    """A request to ``add`` with other columns: (name, type, nullable)."""
+    schema = pa.schema([pa.field(n, t, nullable=nullable) for n, t, nullable in fields])
+    columns = [pa.array([1] * rows, t) if t != pa.utf8() else pa.array(["1"] * rows) for _, t, _ in fields]
+    return ipc_bytes(schema, (pa.RecordBatch.from_arrays(columns, schema=schema), request_metadata("add", **metadata)))
+
+
+F64 = pa.float64()
+NULL_ARGUMENT = ipc_bytes(ADD, (pa.RecordBatch.from_arrays([pa.array([None], F64), pa.array([1.0])], schema=ADD), request_metadata("add")))
+REFUSED = {  # name: request, HTTP status, error type, code, kind, parts of the text; the connection stays usable
+    "missing": (reshaped(("a", F64, False)), 400, "TypeError", "INVALID_ARGUMENT", "", ("add()", "missing 'b'")),
+    "extra": (
+        reshaped(("a", F64, False), ("b", F64, False), ("c", F64, False)), 400, "TypeError", "INVALID_ARGUMENT", "", ("no parameter 'c'",)
+    ),
+    "renamed": (reshaped(("a", F64, False), ("bb", F64, False)), 400, "TypeError", "INVALID_ARGUMENT", "", ("'bb'", "did you mean 'b'")),
+    "reordered": (reshaped(("b", F64, False), ("a", F64, False)), 400, "TypeError", "INVALID_ARGUMENT", "", ("order",)),
+    "twice": (reshaped(("a", F64, False), ("a", F64, False)), 400, "TypeError", "INVALID_ARGUMENT", "", ("add()",)),
+    "type": (
+        reshaped(("a", F64, False), ("b", pa.int64(), False)), 400, "TypeError", "INVALID_ARGUMENT", "", ("'b'", "expected double", "got int64")
+    ),
+    "nullability": (reshaped(("a", F64, True), ("b", F64, False)), 400, "TypeError", "INVALID_ARGUMENT", "", ("'a'", "not null")),
+    "null": (NULL_ARGUMENT, 400, "TypeError", "INVALID_ARGUMENT", "", ("parameter a", "expected float64", "got None")),
+    "no row": (reshaped(("a", F64, False), ("b", F64, False), rows=0), 400, "ProtocolError", "INVALID_ARGUMENT", "", ("1 row", "got 0")),
+    "two rows": (reshaped(("a", F64, False), ("b", F64, False), rows=2), 400, "ProtocolError", "INVALID_ARGUMENT", "", ("1 row", "got 2")),
+    "no method": (
+        request_bytes("add", {"a": 1.0, "b": 2.0}, named=None), 400, "ProtocolError", "INVALID_ARGUMENT", "", ("method",)
+    ),
+    "method not UTF-8": (
+        request_bytes("add", {"a": 1.0, "b": 2.0}, named=b"\xff\xfe"), 400, "ProtocolError", "INVALID_ARGUMENT", "", ("UTF-8",)
+    ),
+    "no version": (
+        request_bytes("add", {"a": 1.0, "b": 2.0}, **{"vgi_rpc.request_version": None}),
+        400, "VersionError", "FAILED_PRECONDITION", "", ("wire version", "got none"),
+    ),
+    "another version": (
+        request_bytes("add", {"a": 1.0, "b": 2.0}, **{"vgi_rpc.request_version": b"999"}),
+        400, "VersionError", "FAILED_PRECONDITION", "", ("999",),
+    ),
+}  # fmt: skip
+
+
+class RequestTests(TestCase):
+    """Requests as foreign clients may write them: over pipe bytes and over HTTP, the same refusal."""
+
+    def check(self, error: dict[str, Any], kind: str, code: str, error_kind: str, parts: Any) -> None:
+        """Compare an error batch."""
+        self.assertEqual((error["type"], error["code"], error["kind"]), (kind, code, error_kind), error["text"])
+        for part in parts:
+            self.assertIn(part, error["text"])
+
+    def test_refused_requests_on_a_pipe(self) -> None:
+        with BytePeer(make_server()) as peer:
+            for name, (data, _, *expected) in REFUSED.items():
+                with self.subTest(name):
+                    self.check(error_of(peer.ask(data)), *expected)
+                    self.assertEqual(peer.ask(GOOD)[0][0].to_pydict(), {"result": [3.0]})
+
+    def test_refused_requests_over_http(self) -> None:
+        client = wsgi_client()
+        for name, (data, status, *expected) in REFUSED.items():
+            with self.subTest(name):
+                reply = client.post("/Service/add", data)
+                self.assertEqual(reply.status, status)
+                self.check(reply.error, *expected)
+        self.assertEqual(read_stream(io.BytesIO(client.post("/Service/add", GOOD).body))[0][0].to_pydict(), {"result": [3.0]})
+
+    def test_hostile_bytes_on_a_pipe(self) -> None:
+        for name, (data, part) in HOSTILE.items():
+            with self.subTest(name), BytePeer(make_server()) as peer:
+                error = error_of(peer.ask(data + b"\0" * 8))
+                self.assertIn(part, error["text"])
+                self.assertEqual(error["code"], "INVALID_ARGUMENT")
+
+    def test_well_framed_hostile_bytes_leave_the_pipe_usable(self) -> None:
+        for name in ("schema and no batch", "two batches"):
+            with self.subTest(name), BytePeer(make_server()) as peer:
+                error_of(peer.ask(HOSTILE[name][0]))
+                self.assertEqual(peer.ask(GOOD)[0][0].to_pydict(), {"result": [3.0]})
+
+    def test_hostile_bytes_over_http(self) -> None:
+        client = wsgi_client()
+        for name, (data, part) in {**HOSTILE, "empty": (b"", "empty"), "trailing bytes": (GOOD + b"x", "1 bytes after")}.items():
+            with self.subTest(name):
+                reply = client.post("/Service/add", data)
+                self.assertEqual(reply.status, 400)
+                self.assertIn(part, reply.error["text"])
+                self.assertEqual(client.post("/Service/add", GOOD).status, 200)
+
+    def test_every_prefix_of_a_request_over_http(self) -> None:
+        client = wsgi_client()
+        for end in range(len(GOOD)):
+            with self.subTest(end=end):
+                self.assertEqual(client.post("/Service/add", GOOD[:end]).status, 400)
+
+    def test_every_prefix_of_a_request_on_a_pipe(self) -> None:
+        server = make_server()
+        for end in range(0, len(GOOD), 13):
+            with self.subTest(end=end), BytePeer(server) as peer:
+                peer.input.write(GOOD[:end])
+                answer = peer.hang_up()
+                self.assertEqual(bool(answer), bool(end))
+                if end:
+                    error = error_of(read_streams(answer)[0])
+                    self.assertEqual((error["type"], error["code"]), ("IPCError", "INVALID_ARGUMENT"))
+
+    def test_a_request_in_single_bytes(self) -> None:
+        with BytePeer(make_server()) as peer:
+            for byte in GOOD[:-1]:
+                peer.input.write(bytes([byte]))
+            self.assertEqual(peer.ask(GOOD[-1:])[0][0].to_pydict(), {"result": [3.0]})
+
+    def test_a_compressed_bomb_is_refused_over_http(self) -> None:
+        bomb = _compressed_bomb()
+        self.assertLess(len(bomb), 1_000_000)
+        reply = wsgi_client(max_request_bytes=1_000_000).post("/Service/add", bomb)
+        self.assertEqual(reply.status, 413)
+        self.assertEqual(reply.headers["vgi-max-request-bytes"], "1000000")
+
+    def test_values_are_validated_before_dispatch(self) -> None:
+        schema = vgi_rpc.rpc_methods(Service)["echo_str"].params_schema
+        column = pa.Array.from_buffers(pa.utf8(), 1, [None, pa.py_buffer(struct.pack("<2i", 0, 2)), pa.py_buffer(b"\xff\xfe")])
+        data = ipc_bytes(schema, (pa.RecordBatch.from_arrays([column], schema=schema), request_metadata("echo_str")))
+        reply = wsgi_client().post("/Service/echo_str", data)
+        self.assertEqual((reply.status, reply.error["type"]), (400, "IPCError"))
+
+    def test_a_request_without_parameters_may_have_rows(self) -> None:
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        one_row = pa.RecordBatch.from_struct_array(pa.array([{}], pa.struct([])))
+        for batch in (empty, one_row):
+            data = ipc_bytes(batch.schema, (batch, request_metadata("nothing")))
+            with self.subTest(rows=batch.num_rows), BytePeer(make_server()) as peer:
+                [(answer, metadata)] = peer.ask(data)
+                self.assertEqual((answer.num_rows, answer.num_columns, metadata), (0, 0, {}))
+
+    def test_request_ids(self) -> None:
+        with BytePeer(make_server()) as peer:
+            for sent, echoed in ((b"0123456789abcdef", True), (b"x" * 128, True), (b"x" * 129, False), (b"a b", False), (b"\xff", False)):
+                data = request_bytes("fail", {"how": "TypeError"}, **{"vgi_rpc.request_id": sent})
+                [(_, metadata)] = peer.ask(data)
+                with self.subTest(sent=sent):
+                    self.assertEqual(metadata[b"vgi_rpc.request_id"] == sent, echoed)
+                    self.assertTrue(metadata[b"vgi_rpc.request_id"])
+
+
+# ============================================================================
+# 9. INTROSPECTION
+# ============================================================================
+
+
+class IntrospectionTests(TestCase):
+    """Reflection, and the protocol hash, which the family computes alike."""
+
+    def test_the_hash_depends_on_the_signatures_alone(self) -> None:
+        def service(annotation: Any, doc: str = "", name: str = "P") -> str:
+            def method(self, value):
+                return value
+
+            method.__annotations__, method.__doc__ = {"value": annotation, "return": annotation}, doc
+            cls = type(name, (), {"method": method, "__module__": __name__})
+            return RpcServer(cls, cls()).protocol_hash
+
+        self.assertRegex(service(int), "^[0-9a-f]{64}$")
+        self.assertEqual(service(int), service(UserId, doc="other words"))
+        self.assertEqual(len({service(t) for t in (int, str, int | None, list[int], list[str])}), 5)
+        self.assertNotEqual(service(int), service(int, name="Q"))
+
+    def test_the_hash_of_a_known_protocol(self) -> None:
+        import hashlib
+
+        class Known(Protocol):
+            def add(self, a: int, b: float | None) -> list[int]: ...
+
+        class Impl:
+            def add(self, a: int, b: float | None) -> list[int]: ...  # type: ignore[empty-body]
+
+        spelt = (
+            '{"methods":[{"has_header":false,"has_return":true,"name":"add","params":[{"name":"a","nullable":false,"type":"int64"},'
+            '{"name":"b","nullable":true,"type":"float64"}],"result":[{"name":"result","nullable":false,"type":"list<item?:int64>"}],'
+            '"type":"unary"}],"protocol":"Known"}'
+        )
+        expected = hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + spelt.encode()).hexdigest()
+        self.assertEqual(RpcServer(Known, Impl()).protocol_hash, expected)
+
+    def test_marks(self) -> None:
+        class Marked(Protocol):
+            @vgi_rpc.idempotent
+            def put(self) -> None: ...
+
+            @vgi_rpc.no_side_effects
+            def get(self) -> None: ...
+
+            @vgi_rpc.deprecated("use get")
+            def old(self) -> None: ...
+
+        class Impl:
+            def put(self) -> None: ...
+            def get(self) -> None: ...
+            def old(self) -> None: ...
+
+        with vgi_rpc.serve_pipe(Marked, Impl()) as proxy:
+            methods = vgi_rpc.introspect(proxy).methods
+        self.assertEqual([methods[m].idempotency for m in ("put", "get", "old")], ["idempotent", "no_side_effects", "unknown"])
+        self.assertEqual([methods[m].deprecation for m in ("get", "old")], [None, "use get"])
+
+    def test_it_can_be_switched_off(self) -> None:
+        client = vgi_rpc.make_sync_client(make_server(enable_describe=False))
+        with vgi_rpc.http_connect(Service, client=client) as proxy:
+            self.assertEqual(proxy.add(1.0), 3.0)
+            with self.assertRaises(RpcError) as caught:
+                vgi_rpc.introspect(proxy)
+        self.assertEqual(caught.exception.error_kind, "protocol_not_supported")
+
+
+# ============================================================================
+# 10. TOKENS
+# ============================================================================
+
+
+class Clock:
+    """A clock that tests turn."""
+
+    now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class SealTests(TestCase):
+    """The sealer alone: what was sealed for one binding opens for it, everything else is one uniform refusal."""
+
+    BINDING = (b"protocol", b"method", b"domain", b"principal")
+
+    def refused(self, sealer: Any, token: Any, half: bytes = b"state", binding: Any = BINDING) -> str:
+        """Return the text of the refusal."""
+        with self.assertRaises(vgi_rpc.TokenError) as caught:
+            sealer.open(half, binding, token)
+        return str(caught.exception)
+
+    def test_contents_come_back(self) -> None:
+        sealer = vgi_rpc.TokenSealer([KEY])
+        for content in (b"", b"\0", b"x" * 1_000_000, os.urandom(5000)):
+            with self.subTest(size=len(content)):
+                token = sealer.seal(b"state", self.BINDING, content)
+                self.assertEqual(sealer.open(b"state", self.BINDING, token), content)
+                self.assertLess(len(token), len(content) * 4 // 3 + 100)
+        self.assertLess(len(sealer.seal(b"state", self.BINDING, b"x" * 1_000_000)), 10_000)
+
+    def test_every_damage_has_the_same_answer(self) -> None:
+        sealer = vgi_rpc.TokenSealer([KEY])
+        token = sealer.seal(b"state", self.BINDING, b"content of the state")
+        raw = base64.b64decode(token)
+        broken: list[Any] = [None, b"", b"not base64!", token + b"\n", token.rstrip(b"=")[:-1], token + token, raw]
+        broken += [base64.b64encode(raw[:at] + bytes([raw[at] ^ (1 << bit)]) + raw[at + 1 :]) for at in range(len(raw)) for bit in range(8)]
+        broken += [token[:end] for end in range(len(token))] + [base64.b64encode(raw[:end]) for end in range(len(raw))]
+        broken += [base64.b64encode(raw + b"\0"), base64.b64encode(b"\0" + raw)]
+        broken += [token[:at] + bytes([token[at] ^ (1 << bit)]) + token[at + 1 :] for at in range(len(token)) for bit in range(8)]
+        self.assertEqual(len({self.refused(sealer, t) for t in broken}), 1)
+        self.assertEqual(sealer.open(b"state", self.BINDING, token), b"content of the state")
+
+    def test_the_url_safe_alphabet_is_not_ours(self) -> None:
+        sealer = vgi_rpc.TokenSealer([KEY])
+        token = next(t for t in (sealer.seal(b"s", (), os.urandom(200)) for _ in range(50)) if b"+" in t or b"/" in t)
+        self.refused(sealer, token.translate(bytes.maketrans(b"+/", b"-_")), b"s", ())
+
+    def test_binding(self) -> None:
+        sealer = vgi_rpc.TokenSealer([KEY])
+        token = sealer.seal(b"state", self.BINDING, b"content")
+        texts = {self.refused(sealer, token, half=b"call")}
+        for at, _ in enumerate(self.BINDING):
+            changed = list(self.BINDING)
+            changed[at] += b"2"
+            texts.add(self.refused(sealer, token, binding=changed))
+        for shifted in ((b"protocolm", b"ethod", *self.BINDING[2:]), self.BINDING[:3], (*self.BINDING, b"")):
+            texts.add(self.refused(sealer, token, binding=shifted))
+        self.assertEqual(len(texts), 1)
+
+    def test_rotation(self) -> None:
+        old, new = b"old" * 8, b"new" * 8
+        token = vgi_rpc.TokenSealer([old]).seal(b"s", (), b"content")
+        both = vgi_rpc.TokenSealer([new, old])
+        self.assertEqual(both.open(b"s", (), token), b"content")
+        self.refused(vgi_rpc.TokenSealer([new]), token, b"s", ())
+        self.assertEqual(vgi_rpc.TokenSealer([new]).open(b"s", (), both.seal(b"s", (), b"content")), b"content")
+
+    def test_keys_that_are_none(self) -> None:
+        for keys in ([], [b"short"], [KEY, b""]):
+            with self.subTest(keys=keys), self.raises(ValueError, "16 bytes"):
+                vgi_rpc.TokenSealer(keys)
+
+    def test_age(self) -> None:
+        clock = Clock()
+        sealer = vgi_rpc.TokenSealer([KEY], ttl=100.0, clock=clock)
+        for_ever = vgi_rpc.TokenSealer([KEY], ttl=0, clock=clock)
+        token = sealer.seal(b"s", (), b"content")
+        clock.now += 99
+        self.assertEqual(sealer.open(b"s", (), token), b"content")
+        clock.now += 2
+        self.assertIn("expired", self.refused(sealer, token, b"s", ()))
+        self.assertNotIn("expired", self.refused(sealer, token, b"other", ()))
+        self.assertEqual(sealer.open(b"s", (), token, aged=False), b"content")
+        self.assertEqual(for_ever.open(b"s", (), token), b"content")
+        clock.now -= 10_000
+        self.assertIn("future", self.refused(sealer, token, b"s", ()))
+        self.assertIn("future", self.refused(for_ever, token, b"s", ()))
+
+
+class RawStream:
+    """A stream over HTTP with the tokens in hand."""
+
+    def __init__(self, client: Any, method: str = "running", data: Any = None, protocol: str = "Service", **headers: str) -> None:
+        self.client, self.path, self.headers = client, f"/{protocol}/{method}", headers
+        body = request_bytes(method, data if data is not None else {"label": "r"}, protocol=protocol)
+        reply = client.post(f"{self.path}/init", body, **headers)
+        assert reply.status == 200, reply
+        self.items = read_streams(reply.body)[-1]
+        self.tokens = self.items[-1][1] if self.items else {}
+
+    def exchange(self, batch: Any = None, path: str | None = None, tokens: Any = None, **headers: str) -> Reply:
+        """One turn with these or other tokens."""
+        batch = batch if batch is not None else values(1.0).batch
+        body = ipc_bytes(batch.schema, (batch, self.tokens if tokens is None else tokens))
+        return self.client.post(f"{path or self.path}/exchange", body, **{**self.headers, **headers})
+
+
+STATE, CALL = b"vgi_rpc.stream_state#b64", b"vgi_rpc.call_state#b64"
+
+
+class HttpTokenTests(TestCase):
+    """Tokens in requests."""
+
+    def refused(self, reply: Reply) -> str:
+        """Return the text of a refusal."""
+        self.assertEqual((reply.status, reply.error["type"]), (400, "TokenError"), reply)
+        return str(reply.error["text"])
+
+    def test_damaged_tokens(self) -> None:
+        client = wsgi_client()
+        stream = RawStream(client)
+        texts = set()
+        for key in (STATE, CALL):
+            token = stream.tokens[key]
+            for at in range(0, len(token), 3):
+                flipped = token[:at] + (b"A" if token[at : at + 1] != b"A" else b"B") + token[at + 1 :]
+                texts.add(self.refused(stream.exchange(tokens={**stream.tokens, key: flipped})))
+                texts.add(self.refused(stream.exchange(tokens={**stream.tokens, key: token[:at]})))
+            texts.add(self.refused(stream.exchange(tokens={k: v for k, v in stream.tokens.items() if k != key})))
+            texts.add(self.refused(stream.exchange(tokens={**stream.tokens, key: b"\xff" * 20})))
+        texts.add(self.refused(stream.exchange(tokens={STATE: stream.tokens[CALL], CALL: stream.tokens[STATE]})))
+        texts.add(self.refused(stream.exchange(tokens={STATE: stream.tokens[CALL], CALL: stream.tokens[CALL]})))
+        texts.add(self.refused(stream.exchange(tokens={STATE: stream.tokens[STATE], CALL: stream.tokens[STATE]})))
+        self.assertEqual(len(texts), 1)
+        self.assertEqual(stream.exchange().status, 200)
+
+    def test_tokens_of_another_stream_method_or_protocol(self) -> None:
+        client = wsgi_client()
+        one, two = RawStream(client), RawStream(client)
+        header = RawStream(client, "running_with_header")
+        stats = RawStream(client, "nested", {})
+        self.refused(one.exchange(tokens={STATE: one.tokens[STATE], CALL: two.tokens[CALL]}))
+        self.refused(one.exchange(tokens={STATE: two.tokens[STATE], CALL: one.tokens[CALL]}))
+        self.refused(one.exchange(tokens=header.tokens))
+        self.refused(one.exchange(path="/Service/running_with_header"))
+        self.refused(one.exchange(tokens=stats.tokens))
+        self.refused(one.exchange(path="/DocService/stats"))
+        for stream in (one, two, header):
+            self.assertEqual(stream.exchange().status, 200)
+
+    def test_tokens_of_another_principal(self) -> None:
+        people = {name: AuthContext("static", True, name) for name in ("ada", "bob")}
+        client = wsgi_client(authenticate=vgi_rpc.chain_authenticate(
+            vgi_rpc.bearer_authenticate_static(tokens=people), lambda request: AuthContext.anonymous()
+        ))  # fmt: skip
+        ada = RawStream(client, authorization="Bearer ada")
+        self.refused(ada.exchange(authorization="Bearer bob"))
+        self.refused(ada.exchange(authorization=""))
+        anonymous = RawStream(client)
+        self.refused(anonymous.exchange(authorization="Bearer ada"))
+        self.assertEqual(ada.exchange().status, 200)
+        self.assertEqual(anonymous.exchange().status, 200)
+
+    def test_another_server_needs_the_same_key(self) -> None:
+        stream = RawStream(wsgi_client(token_key=KEY))
+        for key, good in ((KEY, True), (b"another" * 4, False), ([b"new" * 8, KEY], True), (f"{'n' * 20},{KEY.decode()}", True)):
+            stream.client = wsgi_client(token_key=key)
+            with self.subTest(key=key):
+                self.assertEqual(stream.exchange().status == 200, good)
+
+    def test_expiry(self) -> None:
+        stream = RawStream(wsgi_client())
+        for seconds, ttl, text in ((59, 60, ""), (62, 60, "expired"), (62, 0, ""), (-1000, 60, "future")):
+            reply = moved(stream, seconds, token_ttl=ttl).exchange()
+            with self.subTest(seconds=seconds, ttl=ttl):
+                if text:
+                    self.assertIn(text, self.refused(reply))
+                else:
+                    self.assertEqual(reply.status, 200)
+
+    def test_a_long_stream_outlives_the_age_of_its_call_half(self) -> None:
+        stream = RawStream(wsgi_client())
+        for turn in range(1, 6):
+            reply = moved(stream, 50 * turn, token_ttl=60).exchange()
+            self.assertEqual(reply.status, 200)
+            stream.tokens = {**stream.tokens, STATE: read_streams(reply.body)[-1][-1][1][STATE]}
+
+    def test_an_old_cursor_is_an_old_state(self) -> None:
+        stream = RawStream(wsgi_client())
+        sums = [read_streams(stream.exchange(values(n).batch).body)[-1][-1][0].to_pydict()["sum"] for n in (1.0, 5.0)]
+        self.assertEqual(sums, [[1.0], [5.0]])
+
+    def test_the_call_half_is_not_sent_again(self) -> None:
+        stream = RawStream(wsgi_client())
+        metadata = read_streams(stream.exchange().body)[-1][-1][1]
+        self.assertEqual(set(metadata), {STATE})
+
+    def test_no_key_is_said_aloud_once(self) -> None:
+        with mock.patch.dict(os.environ), self.assertLogs("vgi_rpc", "WARNING") as seen:
+            os.environ.pop("VGI_RPC_TOKEN_KEY", None)
+            client = WsgiClient(vgi_rpc.make_wsgi_app(make_server()))
+            self.assertEqual(RawStream(client).exchange().status, 200)
+        self.assertEqual(len(seen.output), 1)
+        self.assertIn("VGI_RPC_TOKEN_KEY", seen.output[0])
+
+    def test_the_key_of_the_environment(self) -> None:
+        with mock.patch.dict(os.environ, {"VGI_RPC_TOKEN_KEY": KEY.decode()}):
+            stream = RawStream(WsgiClient(vgi_rpc.make_wsgi_app(make_server())))
+        stream.client = wsgi_client(token_key=KEY)
+        self.assertEqual(stream.exchange().status, 200)
+
+    def test_a_state_that_cannot_be_sealed_is_an_error_at_the_turn(self) -> None:
+        with vgi_rpc.http_connect(Service, client=wsgi_client()) as proxy:
+            with self.raises(RpcError, "Misbehaving.at", "expected int64", "got str"):
+                list(proxy.misbehaving("state"))
+            self.assertEqual(proxy.add(1.0), 3.0)
+
+
+def moved(stream: RawStream, seconds: float, **options: Any) -> RawStream:
+    """The same stream at a fresh server, which has opened none of its tokens yet and lives *seconds* later."""
+    there = RawStream.__new__(RawStream)
+    late = functools.partial(vgi_rpc.TokenSealer, clock=lambda: time.time() + seconds)
+    with mock.patch.object(vgi_rpc, "TokenSealer", late):
+        vars(there).update(vars(stream), client=wsgi_client(**options))
+    return there
+
+
+# ============================================================================
+# 11. SERVER CORE
+# ============================================================================
+
+
+class Stranger(Protocol):
+    """A client's idea of `Service` that does not agree with it."""
+
+    protocol_name = "Service"
+
+    def ad(self) -> None: ...
+
+    def process_id(self) -> str: ...
+
+
+class Elsewhere(Protocol):
+    """A protocol that no server hosts."""
+
+    protocol_name = "Servise"
+
+    def add(self, a: float, b: float) -> float: ...
+
+
+class Recorder:
+    """A dispatch hook that keeps everything; *fails* makes it raise as well."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.records, self.errors, self.tokens = fails, [], [], []
+
+    def on_dispatch_start(self, record: Any) -> int:
+        if self.fails:
+            raise RuntimeError("a hook's own failure")
+        return len(self.records)
+
+    def on_dispatch_end(self, token: Any, record: Any, error: Any) -> None:
+        if self.fails:
+            raise RuntimeError("a hook's own failure")
+        self.tokens.append(token)
+        self.records.append(record)
+        self.errors.append(error)
+
+
+class ServerTests(TestCase):
+    """Routing, versions, hooks and the access log; on a pipe or without a socket."""
+
+    def sync(self, protocol: Any, server: RpcServer | None = None, **options: Any) -> Any:
+        """A connection to a server in this process."""
+        return vgi_rpc.http_connect(protocol, client=vgi_rpc.make_sync_client(server or make_server(), **options))
+
+    def test_unknown_method(self) -> None:
+        with self.sync(Stranger) as proxy, self.raises(RpcError, "'ad'", "did you mean 'add'", "'echo_int'") as caught:
+            proxy.ad()
+        error = caught.exception
+        self.assertEqual((error.error_type, error.error_kind), ("MethodNotImplementedError", "method_not_implemented"))
+        self.assertEqual(error.error_code, "UNIMPLEMENTED")
+
+    def test_unknown_protocol(self) -> None:
+        with self.sync(Elsewhere) as proxy, self.raises(RpcError, "did you mean 'Service'", "DocService") as caught:
+            proxy.add(1.0, 2.0)
+        self.assertEqual((caught.exception.error_kind, caught.exception.error_code), ("protocol_not_supported", "UNIMPLEMENTED"))
+
+    def test_routing_on_a_pipe(self) -> None:
+        data = {"a": 1.0, "b": 2.0}
+        with BytePeer(make_server()) as peer:
+            for changes, kind, code, part in (
+                ({"protocol": None}, "protocol_not_specified", "INVALID_ARGUMENT", "Service"),
+                ({"protocol": "Nobody"}, "protocol_not_supported", "UNIMPLEMENTED", "'Nobody'"),
+                ({"named": "nobody"}, "method_not_implemented", "UNIMPLEMENTED", "'nobody'"),
+                ({"protocol": "DocService"}, "method_not_implemented", "UNIMPLEMENTED", "DocService has no method 'add'"),
+            ):
+                with self.subTest(changes=changes):
+                    error = error_of(peer.ask(request_bytes("add", data, **changes)))
+                    self.assertEqual((error["kind"], error["code"]), (kind, code))
+                    self.assertIn(part, error["text"])
+            error = error_of(peer.ask(request_bytes("add", data, protocol="no/../name")))
+            self.assertEqual(error["kind"], "protocol_not_supported")
+            self.assertNotIn("no/../name", error["text"])
+            self.assertEqual(peer.ask(GOOD)[0][0].to_pydict(), {"result": [3.0]})
+
+    def test_the_handshake_offers_no_shared_memory(self) -> None:
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        asked = request_metadata("__transport_options__", None, **{"vgi_rpc.transport.shm": b"true"})
+        with BytePeer(make_server(server_id="0123456789ab")) as peer:
+            [(batch, metadata)] = peer.ask(ipc_bytes(empty.schema, (empty, asked)))
+            self.assertEqual(batch.num_rows, 0)
+            self.assertEqual(metadata[b"vgi_rpc.transport.shm"], b"false")
+            self.assertEqual(metadata[b"vgi_rpc.server_id"], b"0123456789ab")
+            self.assertEqual(metadata[b"vgi_rpc.request_version"], b"1")
+
+    def test_protocol_versions(self) -> None:
+        class Impl:
+            def ping(self) -> str:
+                return "pong"
+
+        def protocol(version: str) -> Any:
+            class Ping(Protocol):
+                def ping(self) -> str: ...
+
+            if version:
+                Ping.protocol_version = version  # type: ignore[attr-defined]
+            return Ping
+
+        for ours, theirs, side in (
+            ("1.2.3", "1.2.9", None),
+            ("1.2.3", "1.3.0", "upgrade the server"),
+            ("1.2.3", "2.0.0", "upgrade the server"),
+            ("1.2.3", "1.1.0", "upgrade the client"),
+            ("1.2.3", "", "upgrade the client"),
+            ("1.2.3", "one", "upgrade the client"),
+            ("", "7.0.0", None),
+        ):
+            client = vgi_rpc.make_sync_client(RpcServer(protocol(ours), Impl()))
+            with self.subTest(ours=ours, theirs=theirs), vgi_rpc.http_connect(protocol(theirs), client=client) as proxy:
+                if side is None:
+                    self.assertEqual(proxy.ping(), "pong")
+                    continue
+                with self.raises(RpcError, "Ping", ours, theirs, side) as caught:
+                    proxy.ping()
+                error = caught.exception
+                self.assertEqual((error.error_kind, error.error_code), ("protocol_version_mismatch", "FAILED_PRECONDITION"))
+                [violation] = error.precondition_failure().violations
+                self.assertEqual((violation.type, violation.subject), ("protocol_version", "Ping"))
+
+    def test_tracebacks_can_be_left_out(self) -> None:
+        for show in (True, False):
+            with self.subTest(show=show), self.sync(Service, make_server(include_tracebacks=show)) as proxy:
+                with self.assertRaises(RpcError) as caught:
+                    proxy.fail("TypeError")
+                self.assertIs("test_vgi_rpc" in caught.exception.remote_traceback, show)
+                self.assertEqual(caught.exception.error_type, "TypeError")
+
+    def test_details_that_are_too_large_are_left_out_whole(self) -> None:
+        class Verbose:
+            def run(self, size: int) -> None:
+                raise vgi_rpc.StatusError("x", code="ABORTED", details=[vgi_rpc.ErrorInfo({"k": "v" * size})])
+
+        with vgi_rpc.serve_pipe(Verbose, Verbose()) as proxy:
+            for size, kept in ((3000, 1), (5000, 0)):
+                with self.subTest(size=size), self.assertRaises(RpcError) as caught:
+                    proxy.run(size)
+                self.assertEqual((caught.exception.error_code, len(caught.exception.error_details)), ("ABORTED", kept))
+
+    def test_hooks(self) -> None:
+        server, recorder = make_server(), Recorder()
+        server.add_hook(Recorder(fails=True))
+        server.add_hook(recorder)
+        with self.sync(Service, server) as proxy, self.assertLogs("vgi_rpc", "ERROR") as seen:
+            proxy.add(1.0)
+            with self.assertRaises(RpcError):
+                proxy.fail("KeyError")
+            list(proxy.count(2))
+        self.assertIn("a hook's own failure", "".join(seen.output))
+        methods = [(r.method, r.method_type, bool(e)) for r, e in zip(recorder.records, recorder.errors)]
+        self.assertEqual(methods[:2], [("add", "unary", False), ("fail", "unary", True)])
+        self.assertEqual(set(methods[2:]), {("count", "stream", False)})
+        self.assertEqual(len({r.stream_id for r in recorder.records[2:]}), 1)
+        self.assertTrue(all(r.duration_ms >= 0 and r.kind is vgi_rpc.TransportKind.HTTP for r in recorder.records))
+        self.assertEqual(sum(r.statistics.output_rows for r in recorder.records[2:]), 2)
+
+    def test_access_log(self) -> None:
+        server, written = make_server(), io.StringIO()
+        with contextlib.redirect_stderr(written):
+            vgi_rpc.configure_access_log("-", server)
+        with self.sync(Service, server) as proxy:
+            proxy.echo_str("a secret value")
+            with self.assertRaises(RpcError):
+                proxy.fail("TypeError")
+            session = proxy.running("secret label")
+            session.exchange(values(1.0))
+            session.cancel()
+        text = written.getvalue()
+        self.assertNotIn("secret", text)
+        lines = [json.loads(line) for line in text.splitlines()]
+        self.assertEqual([line["method"] for line in lines], ["echo_str", "fail", "running", "running", "running"])
+        self.assertEqual([line["status"] for line in lines], ["ok", "error", "ok", "ok", "ok"])
+        first, failed = lines[0], lines[1]
+        self.assertRegex(first["timestamp"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+        self.assertEqual((first["logger"], first["protocol"], first["http_status"]), ("vgi_rpc.access", "Service", 200))
+        self.assertEqual((first["request_fields"], first["request_rows"]), ([{"name": "value", "type": "string"}], 1))
+        self.assertEqual((failed["error_type"], failed["error_code"]), ("TypeError", "UNKNOWN"))
+        self.assertEqual(len({line["stream_id"] for line in lines[2:]}), 1)
+        self.assertTrue(lines[-1]["cancelled"])
+
+    def test_on_serve_start_is_called_once_and_again_after_a_failure(self) -> None:
+        class Starting:
+            def __init__(self) -> None:
+                self.calls: list[str] = []
+
+            def on_serve_start(self, kind: vgi_rpc.TransportKind) -> None:
+                self.calls.append(str(kind))
+                if len(self.calls) == 1:
+                    raise OSError("no database yet")
+
+            def ping(self) -> str:
+                return "pong"
+
+        implementation = Starting()
+        with vgi_rpc.serve_pipe(Starting, implementation) as proxy, self.assertLogs("vgi_rpc", "ERROR"):
+            with self.raises(RpcError, "no database yet") as caught:
+                proxy.ping()
+            self.assertTrue(caught.exception.is_retryable())
+            self.assertEqual([proxy.ping(), proxy.ping()], ["pong", "pong"])
+        self.assertEqual(implementation.calls, ["pipe", "pipe"])
+
+    def test_draining_refuses_new_calls(self) -> None:
+        server = make_server()
+        with self.sync(Service, server) as proxy:
+            self.assertEqual(proxy.add(1.0), 3.0)
+            self.assertTrue(server.drain(0))
+            with self.raises(RpcError) as caught:
+                proxy.add(1.0)
+        self.assertEqual((caught.exception.error_kind, caught.exception.is_retryable()), ("server_draining", True))
+
+    def test_trace_context_is_handed_through(self) -> None:
+        class Traced:
+            def trace(self, ctx: CallContext) -> str:
+                return str(ctx.transport_metadata.get("traceparent"))
+
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        metadata = request_metadata("trace", "Traced", traceparent=b"00-ab-cd-01")
+        with BytePeer(RpcServer(Traced, Traced())) as peer:
+            self.assertEqual(peer.ask(ipc_bytes(empty.schema, (empty, metadata)))[0][0].to_pydict(), {"result": ["00-ab-cd-01"]})
+
+
+# ============================================================================
+# 12, 13, 14. BYTE TRANSPORTS, CLIENT, BYTE SERVING - and the same behaviour over HTTP
+# ============================================================================
+
+
+class TransportContract:
+    """What holds on every transport; a subclass says how to connect. One connection serves all tests of a class."""
+
+    kind = ""
+    proxy: Any
+    log: list[Any]
+    in_process = True
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        """Return a proxy of `Service` whose ``on_log`` is ``cls.log.append``; *stack* closes what was opened."""
+        raise AssertionError("a transport opens its own connection")
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Connect."""
+        cls.log = []
+        cls.stack = contextlib.ExitStack()
+        cls.proxy = cls.open(cls.stack)
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        """Disconnect."""
+        cls.stack.close()
+
+    def setUp(self) -> None:
+        """Each test begins without log lines, and on a connection that answers."""
+        super().setUp()  # type: ignore[misc]
+        self.log.clear()
+        self.addCleanup(lambda: self.assertEqual(self.proxy.add(a=20.0, b=22.0), 42.0))
+
+    # -- unary
+
+    def test_every_type(self) -> None:
+        for name, case in TYPES.items():
+            echo = getattr(self.proxy, f"echo_{name}")
+            for value in case.values:
+                with self.subTest(name=name, value=value):
+                    got = echo(value=value)
+                    self.assertEqual(got, value)
+                    self.assertIs(type(got), type(value))
+
+    def test_calls(self) -> None:
+        proxy = self.proxy
+        self.assertEqual([proxy.add(1.0), proxy.add(1.0, 5.0), proxy.add(b=1.0, a=2), proxy.add(a=1.5)], [3.0, 6.0, 3.0, 3.5])
+        self.assertIsNone(proxy.nothing())
+        self.assertEqual([proxy.optional(), proxy.optional(None), proxy.optional(4)], [None, None, 4])
+        self.assertEqual(proxy.defaults(), "9 a BLUE")
+        self.assertEqual(proxy.defaults(Point(1), names=["x", "y"], color=Color.RED), "1 x,y RED")
+
+    def test_arguments_that_do_not_fit_are_refused_here(self) -> None:
+        before = len(self.proxy.context()["id"])
+        for call, parts in (
+            (lambda p: p.add(), ("missing argument 'a'", "add(a: float, b: float = 2.0) -> float")),
+            (lambda p: p.add(1.0, c=1.0), ("no parameter 'c'", "['a', 'b']")),
+            (lambda p: p.add(1.0, 2.0, 3.0), ("2 arguments", "got 3")),
+            (lambda p: p.add(1.0, a=1.0), ("'a' twice",)),
+            (lambda p: p.add(a="x"), ("argument a", "expected float64", "got str")),
+            (lambda p: p.add(a=None), ("argument a", "got None")),
+            (lambda p: p.count(limit="x"), ("count()", "argument limit", "expected int64", "got str")),
+        ):
+            with self.subTest(parts=parts), self.raises(TypeError, *parts):
+                call(self.proxy)
+        with self.raises(AttributeError, "'ad'", "did you mean 'add'"):
+            self.proxy.ad()
+        self.assertEqual(len(self.proxy.context()["id"]), before)
+
+    def test_logs(self) -> None:
+        self.assertEqual(self.proxy.logs(3), 3)
+        expected = [vgi_rpc.Message(Level.WARN, f"line {i}", index=str(i)) for i in range(3)]
+        self.assertEqual(self.log, expected)
+
+    def test_context(self) -> None:
+        facts = self.proxy.context()
+        self.assertEqual((facts["method"], facts["protocol"], facts["kind"]), ("context", "Service", self.kind))
+        self.assertRegex(facts["id"], "^[0-9a-f]{16}$")
+        self.assertEqual((facts["principal"], facts["domain"]), ("", ""))
+        self.assertNotEqual(facts["id"], self.proxy.context()["id"])
+
+    def test_exceptions(self) -> None:
+        for name in FAILURES:
+            with self.subTest(name), self.assertRaises(RpcError) as caught:
+                self.proxy.fail(name)
+            error = caught.exception
+            self.assertEqual((error.error_type, error.error_code), (name, "UNKNOWN"))
+            self.assertIn("test_vgi_rpc.py", error.remote_traceback)
+            self.assertRegex(error.request_id, "^[0-9a-f]{16}$")
+            self.assertEqual(self.proxy.add(1.0), 3.0)
+        with self.raises(RpcError, "KeyError: 'y'") as caught:
+            self.proxy.fail("KeyError")
+        self.assertEqual(caught.exception.error_message, "'y'")
+
+    def test_status_errors(self) -> None:
+        with self.assertRaises(RpcError) as caught:
+            self.proxy.refuse()
+        error = caught.exception
+        self.assertEqual((error.error_type, error.error_message), ("StatusError", "not now"))
+        self.assertEqual((error.error_code, error.error_kind), ("RESOURCE_EXHAUSTED", "tests_busy"))
+        details = [vgi_rpc.RetryInfo(1.5), vgi_rpc.ErrorInfo({"a": "b"}), {"@type": "tests.Own", "n": 1}]
+        self.assertEqual(error.details(), details)
+        self.assertTrue(error.is_retryable())
+
+    def test_results_that_are_not_what_was_declared(self) -> None:
+        for how, parts in (
+            ("type", ("lie() result", "expected list of int64", "got str")),
+            ("member", ("lie() result[1]", "expected int64", "got str")),
+            ("none", ("lie() result", "got None")),
+            ("large", ("lie() result[0]", "expected int64", str(2**63))),
+        ):
+            with self.subTest(how), self.raises(RpcError, "TypeError", *parts):
+                self.proxy.lie(how)
+        with self.raises(RpcError, "TypeError", "lie_none() result", "None", "got int"):
+            self.proxy.lie_none()
+
+    def test_large_values(self) -> None:
+        batch = pa.RecordBatch.from_pydict({"x": pa.array(range(1_000_000))})
+        self.assertTrue(self.proxy.echo_batch(batch).equals(batch))
+
+    # -- producers
+
+    def test_producer(self) -> None:
+        batches = list(self.proxy.count(3))
+        self.assertEqual([b.batch.to_pydict() for b in batches], [{"value": [i]} for i in range(3)])
+        self.assertEqual([dict(b.custom_metadata) for b in batches], [{b"at": b"%d" % i} for i in range(3)])
+        self.assertEqual([(m.level, m.message, m.extra) for m in self.log], [(Level.INFO, f"number {i}", {"at": str(i)}) for i in range(3)])
+        self.assertEqual(list(self.proxy.count(0)), [])
+
+    def test_producer_with_header(self) -> None:
+        with self.proxy.count_with_header(2) as session:
+            self.assertEqual(session.header, Header(2, "counting"))
+            self.assertEqual(session.typed_header(Header), Header(2, "counting"))
+            with self.raises(TypeError, "expected Point", "got Header"):
+                session.typed_header(Point)
+            self.assertEqual([m.message for m in self.log if m.level is Level.DEBUG], ["with the header"])
+            self.assertEqual(len(list(session)), 2)
+        with self.proxy.count(1) as session:
+            self.assertIsNone(session.header)
+            with self.raises(TypeError, "expected Header", "got None"):
+                session.typed_header(Header)
+
+    def test_ticks_carry_metadata(self) -> None:
+        with self.proxy.ticks() as session:
+            seen = [session.tick(m).batch.column(0)[0].as_py() for m in (None, {b"a": b"1"}, pa.KeyValueMetadata({"b": "2"}))]
+        expected = ["{}", '{"a": "1"}', '{"b": "2"}']
+        # Over HTTP the first turn runs when the stream starts: before any tick could carry metadata.
+        self.assertEqual(seen[-1] if self.kind != "http" else seen[1:], expected[-1] if self.kind != "http" else expected[1:])
+        self.assertEqual(seen[0], "{}")
+
+    def test_emit_and_finish_in_one_turn(self) -> None:
+        session = self.proxy.once()
+        self.assertEqual([b.batch.to_pydict() for b in session], [{"value": [1]}])
+        self.assertTrue(session.closed)
+        with self.assertRaises((RpcError, StopIteration)):
+            session.tick()
+
+    def test_the_end_of_a_tick(self) -> None:
+        session = self.proxy.count(1)
+        self.assertEqual(session.tick().batch.to_pydict(), {"value": [0]})
+        with self.assertRaises(StopIteration):
+            session.tick()
+        self.assertTrue(session.closed)
+
+    def test_zero_rows_and_zero_columns(self) -> None:
+        for columns in (["a", "b"], ["only"], []):
+            with self.subTest(columns=columns):
+                batches = list(self.proxy.shapes(columns, 4))
+                self.assertEqual([b.batch.schema.names for b in batches], [columns] * 4)
+                self.assertEqual([dict(b.custom_metadata)[b"left"] for b in batches], [b"3", b"2", b"1", b"0"])
+                if columns:
+                    self.assertEqual([b.batch.num_rows for b in batches], [1, 0, 1, 0])
+
+    def test_abandoned_streams(self) -> None:
+        for _ in self.proxy.count(1000):
+            break
+        self.assertEqual(self.proxy.add(1.0), 3.0)
+        session = self.proxy.count(1000)
+        session.close()
+        session.close()
+        self.assertEqual(self.proxy.add(1.0), 3.0)
+        with self.proxy.running():
+            pass
+        unused = self.proxy.running()
+        half = self.proxy.running()
+        half.exchange(values(1.0))
+        self.assertEqual(self.proxy.add(1.0), 3.0)
+        if self.kind != "http":
+            self.assertTrue(unused.closed and half.closed)
+        self.proxy.count_with_header(3)
+        self.assertEqual(self.proxy.add(1.0), 3.0)
+
+    # -- exchanges
+
+    def test_exchange(self) -> None:
+        with self.proxy.running("label") as session:
+            answers = [session.exchange(values(float(i), 1.0)).batch.to_pydict() for i in range(5)]
+        self.assertEqual([a["sum"] for a in answers], [[1.0], [3.0], [6.0], [10.0], [15.0]])
+        self.assertEqual([a["count"] for a in answers], [[2], [4], [6], [8], [10]])
+        self.assertEqual({a["label"][0] for a in answers}, {"label"})
+        with self.raises(RpcError, "closed"):
+            session.exchange(values(1.0))
+
+    def test_exchange_with_header(self) -> None:
+        with self.proxy.running_with_header("label") as session:
+            self.assertEqual(session.header, Header(0, "none"))
+            self.assertEqual(session.exchange(values(2.0)).batch.to_pydict()["sum"], [2.0])
+
+    def test_nested_state(self) -> None:
+        with self.proxy.nested() as session:
+            answers = [json.loads(session.exchange(values(*v)).batch.column(0)[0].as_py()) for v in ([1], [2, 3], [4])]
+        self.assertEqual(
+            answers,
+            [
+                [[1], "BLUE", "COLLECTING", 1, None],
+                [[1, 2, 3], "BLUE", "PROCESSING", 2, 1],
+                [[1, 2, 3, 4], "BLUE", "PROCESSING", 3, 2],
+            ],
+        )
+
+    def test_call_state_and_rehydration(self) -> None:
+        with self.proxy.scaled(3) as session:
+            answers = [session.exchange(values(1, 2)) for _ in range(3)]
+        self.assertEqual([a.batch.to_pydict() for a in answers], [{"value": [103, 106]}] * 3)
+        self.assertEqual([dict(a.custom_metadata) for a in answers], [{b"turns": b"1"}, {b"turns": b"2"}, {b"turns": b"3"}])
+
+    def test_cancel(self) -> None:
+        self.proxy.cancels()
+        session = self.proxy.running()
+        session.exchange(values(1.0, 2.0))
+        session.cancel()
+        session.cancel()
+        session.close()
+        with self.raises(RpcError, "closed"):
+            session.exchange(values(1.0))
+        self.assertEqual(self.proxy.cancels(), [2])
+        self.proxy.running().cancel()
+        self.assertEqual(self.proxy.cancels(), [0])
+        self.proxy.running().close()
+        self.assertEqual(self.proxy.cancels(), [])
+        self.proxy.count(5).cancel()
+
+    def test_inputs_are_cast_where_that_is_safe(self) -> None:
+        with self.proxy.running() as session:
+            self.assertEqual(session.exchange(values(1, 2)).batch.to_pydict()["sum"], [3.0])
+            self.assertEqual(session.exchange(values(3)).batch.to_pydict()["sum"], [6.0])
+        for batch, parts in (
+            (values("x"), ("'value'", "float64")),
+            (AnnotatedBatch.from_pydict({"other": [1.0]}), ("value: float64", "other: float64")),
+            (AnnotatedBatch.from_pydict({"value": [1.0], "more": [1.0]}), ("running() input",)),
+            (AnnotatedBatch(pa.RecordBatch.from_arrays([], schema=pa.schema([]))), ("running() input",)),
+        ):
+            with self.subTest(parts=parts), self.proxy.running() as session:
+                with self.raises(RpcError, "TypeError", *parts):
+                    session.exchange(batch)
+                self.assertTrue(session.closed)
+        with self.proxy.nested() as session, self.raises(RpcError, "TypeError", "'value'", "int64"):
+            session.exchange(values(1.5))
+        with self.proxy.running() as session, self.raises(TypeError, "AnnotatedBatch", "got RecordBatch"):
+            session.exchange(values(1.0).batch)
+
+    def test_zero_rows_in(self) -> None:
+        with self.proxy.running() as session:
+            empty = AnnotatedBatch(pa.RecordBatch.from_pydict({"value": []}, schema=VALUE))
+            self.assertEqual(session.exchange(empty).batch.to_pydict()["count"], [0])
+
+    # -- streams that go wrong
+
+    def test_errors_at_init(self) -> None:
+        for start in (
+            lambda p: list(p.init_fails()),
+            lambda p: p.exchange_init_fails().exchange(values(1.0)),
+            lambda p: p.header_init_fails(),
+        ):
+            with self.raises(RpcError, "KeyError: 'at init'") as caught:
+                start(self.proxy)
+            self.assertIn("test_vgi_rpc.py", caught.exception.remote_traceback)
+            self.assertEqual(self.proxy.add(1.0), 3.0)
+        with self.raises(RpcError, "wrong_header() header.total", "expected int64", "got str"):
+            self.proxy.wrong_header()
+        with self.raises(RpcError, "not_a_stream()", "expected a Stream", "got int"):
+            list(self.proxy.not_a_stream())
+
+    def test_states_that_break_the_rules(self) -> None:
+        for how, parts in (
+            ("twice", ("RuntimeError", "emit called twice")),
+            ("none", ("RuntimeError", "nothing emitted")),
+            ("type", ("TypeError", "'value'", "expected int64", "got utf8")),
+            ("names", ("TypeError", "['value']", "['other']")),
+            ("after finish", ("RuntimeError", "after finish")),
+            ("raise", ("LookupError", "in the second turn")),
+        ):
+            with self.subTest(how):
+                session = self.proxy.misbehaving(how)
+                self.assertEqual(session.tick().batch.to_pydict(), {"value": [1]})
+                with self.raises(RpcError, *parts):
+                    session.tick()
+                self.assertTrue(session.closed)
+                self.assertEqual(self.proxy.add(1.0), 3.0)
+        for how, parts in (
+            ("none", ("RuntimeError", "nothing emitted")),
+            ("finish", ("RuntimeError", "finish() in an exchange")),
+            ("exit", ("SystemExit", "3")),
+        ):
+            with self.subTest("exchange", how=how), self.proxy.bad_exchange(how) as session:
+                with self.raises(RpcError, *parts):
+                    session.exchange(values(1))
+                self.assertEqual(self.proxy.add(1.0), 3.0)
+
+    # -- introspection
+
+    def test_introspection(self) -> None:
+        listed = [p.protocol for p in vgi_rpc.list_protocols(self.proxy)]
+        self.assertEqual((listed[0], listed[-1]), ("Service", "vgi_rpc.Reflection.v1"))
+        described = vgi_rpc.introspect(self.proxy)
+        self.assertEqual((described.protocol_name, described.request_version), ("Service", "1"))
+        self.assertEqual(described.protocol_hash, make_server().protocol_hash)
+        self.assertEqual(set(described.methods), set(vgi_rpc.rpc_methods(Service)))
+        count, running, add = (described.methods[m] for m in ("count_with_header", "running", "add"))
+        self.assertEqual((count.has_header, count.header_schema, count.is_exchange), (True, Header.ARROW_SCHEMA, False))
+        self.assertEqual((running.has_header, running.header_schema, running.is_exchange), (False, None, True))
+        self.assertEqual((add.params_schema, add.result_schema.names, add.has_return), (ADD, ["result"], True))
+        self.assertEqual(vgi_rpc.describe_protocol(self.proxy, "Service").methods, described.methods)
+        with self.raises(RpcError, "Nobody"):
+            vgi_rpc.describe_protocol(self.proxy, "Nobody")
+
+
+class PipeTests(TransportContract, TestCase):
+    """In this process, over a pair of pipes."""
+
+    kind = "pipe"
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        return stack.enter_context(vgi_rpc.serve_pipe(Service, ServiceImpl(), on_log=cls.log.append))
+
+
+class SubprocessTests(TransportContract, TestCase):
+    """A worker process."""
+
+    kind = "pipe"
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        connection = vgi_rpc.connect(Service, WORKER, on_log=cls.log.append, stderr=vgi_rpc.StderrMode.PIPE)
+        return stack.enter_context(connection)
+
+    def test_what_a_method_prints_goes_to_stderr(self) -> None:
+        seen, complete = set(), threading.Event()
+        expected = {"printed by a method", "written to descriptor 1", "printed by a child"}
+
+        class Handler(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                seen.add(record.getMessage())
+                if expected <= seen:
+                    complete.set()
+
+        worker_log = logging.getLogger("vgi_rpc.worker")
+        handler, level = Handler(), worker_log.level
+        worker_log.addHandler(handler)
+        worker_log.setLevel(logging.INFO)
+        self.addCleanup(worker_log.setLevel, level)
+        self.addCleanup(worker_log.removeHandler, handler)
+        self.assertEqual(self.proxy.noisy(), "quiet")
+        self.assertTrue(complete.wait(WATCHDOG_SECONDS / 4), seen)
+
+
+class UnixTests(TransportContract, TestCase):
+    """A Unix socket, one thread a connection."""
+
+    kind = "unix"
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        cls.path, _ = in_thread(vgi_rpc.serve_unix, make_server(), os.path.join(folder, "s"), threaded=True)
+        return stack.enter_context(vgi_rpc.unix_connect(Service, cls.path, on_log=cls.log.append))
+
+    def test_only_the_owner_may_connect(self) -> None:
+        self.assertEqual(os.stat(self.path).st_mode & 0o077, 0)
+
+    def test_connections_are_served_side_by_side(self) -> None:
+        with vgi_rpc.unix_connect(Service, self.path) as one, vgi_rpc.unix_connect(Service, self.path) as two:
+            session = one.running()
+            session.exchange(values(1.0))
+            self.assertEqual(two.add(1.0), 3.0)
+            self.assertEqual(session.exchange(values(1.0)).batch.to_pydict()["sum"], [2.0])
+
+
+class TcpTests(TransportContract, TestCase):
+    """A TCP socket."""
+
+    kind = "tcp"
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        _, cls.port, _ = in_thread(vgi_rpc.serve_tcp, make_server(), threaded=True)
+        return stack.enter_context(vgi_rpc.tcp_connect(Service, "127.0.0.1", cls.port, on_log=cls.log.append))
+
+    def test_garbage_hurts_nobody_else(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.port), WATCHDOG_SECONDS) as raw:
+            raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            answer = raw.makefile("rb").read()
+        self.assertIn("not an Arrow IPC stream", error_of(read_streams(answer)[0])["text"])
+        self.assertEqual(self.proxy.add(1.0), 3.0)
+
+
+class HttpContract(TransportContract):
+    """What holds over HTTP beside the contract."""
+
+    kind = "http"
+
+    def test_a_stream_goes_on_from_its_token(self) -> None:
+        session = self.proxy.running("saved")
+        session.exchange(values(1.0, 2.0))
+        token = session.token()
+        session.exchange(values(100.0))
+        again = vgi_rpc.resume(self.proxy, "running", token)
+        answer = again.exchange(values(4.0)).batch.to_pydict()
+        self.assertEqual((answer["sum"], answer["label"], answer["count"]), ([7.0], ["saved"], [3]))
+        session.close()
+        with self.raises(RpcError, "over"):
+            session.token()
+
+    def test_a_producer_goes_on_from_its_token(self) -> None:
+        session = self.proxy.count(5)
+        for seen in range(1, 5):
+            self.assertEqual(session.tick().batch.to_pydict(), {"value": [seen - 1]})
+            rest = [b.batch.to_pydict()["value"][0] for b in vgi_rpc.resume(self.proxy, "count", session.token())]
+            self.assertEqual(rest, list(range(seen, 5)))
+
+    def test_tokens_that_are_none(self) -> None:
+        token = self.proxy.running().token()
+        for bad in (b"", b"{}", b"\xff", b'{"method":"running"}', token[:-5]):
+            with self.subTest(bad=bad), self.raises(RpcError, "resume"):
+                vgi_rpc.resume(self.proxy, "running", bad)
+        with self.raises(RpcError, "resume"):
+            vgi_rpc.resume(self.proxy, "nested", token)
+        with self.raises(RpcError, "not a stream"):
+            vgi_rpc.resume(self.proxy, "add", token)
+        damaged = json.loads(token)
+        damaged["state"] = damaged["state"][:-8] + "AAAAAAA="
+        with self.raises(RpcError, "state token refused"):
+            vgi_rpc.resume(self.proxy, "running", json.dumps(damaged).encode()).exchange(values(1.0))
+
+
+class WsgiTests(HttpContract, TestCase):
+    """A WSGI application behind `wsgiref.validate`."""
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        return stack.enter_context(vgi_rpc.http_connect(Service, client=wsgi_client(), on_log=cls.log.append))
+
+
+class SyncClientTests(HttpContract, TestCase):
+    """The HTTP side without a socket, under a prefix, and nothing cached between turns."""
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        client = vgi_rpc.make_sync_client(make_server(), prefix="/some/where", call_state_cache_entries=0)
+        return stack.enter_context(vgi_rpc.http_connect(Service, client=client, on_log=cls.log.append))
+
+
+class HttpTests(HttpContract, TestCase):
+    """A real HTTP server and real connections."""
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack) -> Any:
+        _, port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, prefix="/deep/path/")
+        cls.url = f"http://127.0.0.1:{port}/deep/path"
+        return stack.enter_context(vgi_rpc.http_connect(Service, cls.url, on_log=cls.log.append))
+
+    def test_the_same_without_compression(self) -> None:
+        with vgi_rpc.http_connect(Service, self.url, compression_level=None) as proxy:
+            batch = pa.RecordBatch.from_pydict({"x": [0] * 100_000})
+            self.assertTrue(proxy.echo_batch(batch).equals(batch))
+
+    def test_one_proxy_serves_many_threads(self) -> None:
+        failures: list[Any] = []
+
+        def work(n: int) -> None:
+            try:
+                with self.proxy.running() as session:
+                    for i in range(10):
+                        total = session.exchange(values(float(n))).batch.to_pydict()["sum"][0]
+                        self.assertEqual(total, n * (i + 1.0))
+            except BaseException as exc:  # noqa: BLE001
+                failures.append(exc)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(failures, [])
+
+    def test_capabilities_and_description(self) -> None:
+        found = vgi_rpc.http_capabilities(self.url)
+        self.assertTrue(found.accept_max_response_bytes_support)
+        self.assertEqual(set(found.supported_encodings) - {"zstd"}, {"gzip"})
+        self.assertFalse(found.externalization_enabled or found.upload_url_support)
+        self.assertEqual(vgi_rpc.http_introspect(self.url).protocol_name, "Service")
+
+
+class StreamingDocTests(TestCase):
+    """Every statement of the user's description of streaming, on a transport with state in memory and on a stateless one."""
+
+    def proxies(self) -> Any:
+        """One proxy of `DocService` after the other."""
+        for name in ("pipe", "http"):
+            with self.subTest(name):
+                if name == "pipe":
+                    with vgi_rpc.serve_pipe(DocService, DocServiceImpl()) as proxy:
+                        yield proxy
+                else:
+                    with vgi_rpc.http_connect(DocService, client=wsgi_client()) as proxy:
+                        yield proxy
+
+    def test_running_stats(self) -> None:
+        for proxy in self.proxies():
+            with proxy.stats(label="temperatures") as session:
+                for data, count, mean in (([1.0, 2.0], 2, 1.5), ([6.0], 3, 3.0), ([-9.0], 4, 0.0)):
+                    answer = session.exchange(AnnotatedBatch.from_pydict({"value": data}))
+                    self.assertEqual(answer.batch.to_pydict(), {"count": [count], "mean": [mean]})
+
+    def test_every_field_of_a_state_is_serialised(self) -> None:
+        state = RunningStatsState(3, 4.5, [1.0, 2.0], "label")
+        self.assertEqual(RunningStatsState.deserialize_from_bytes(state.serialize_to_bytes()), state)
+        table = {"count": pa.int64(), "total": pa.float64(), "history": pa.list_(pa.float64()), "label": pa.utf8()}
+        self.assertEqual(RunningStatsState.ARROW_SCHEMA, pa.schema([pa.field(n, t, nullable=False) for n, t in table.items()]))
+        self.assertTrue(issubclass(StreamState, ArrowSerializableDataclass))
+        self.assertTrue(pa.types.is_dictionary(StatefulPipeline.ARROW_SCHEMA.field("phase").type))
+
+    def test_paginated_query(self) -> None:
+        for proxy in self.proxies():
+            pages = []
+            for batch in proxy.search(query="SELECT *", page_size=100):
+                rows = batch.batch.to_pylist()
+                pages.append(len(rows))
+            self.assertEqual(pages, [100, 100, 50])
+
+    def test_stateful_pipeline(self) -> None:
+        for proxy in self.proxies():
+            with proxy.pipeline(threshold=100.0) as session:
+                r1 = session.exchange(AnnotatedBatch.from_pydict({"value": [10.0, 20.0]}))
+                self.assertEqual(r1.batch.to_pydict(), {"phase": ["collecting"], "buffer_size": [2], "total": [30.0]})
+                r2 = session.exchange(AnnotatedBatch.from_pydict({"value": [80.0]}))
+                self.assertEqual(r2.batch.to_pydict(), {"phase": ["processing"], "buffer_size": [3], "total": [110.0]})
+
+    def test_headers(self) -> None:
+        for proxy in self.proxies():
+            session = proxy.fetch_rows(query="SELECT *")
+            self.assertEqual(repr(session.header), "JobHeader(total_rows=100, description='Results for: SELECT *')")
+            self.assertEqual([b.batch.to_pydict() for b in session], [{"value": [n]} for n in range(100, 0, -1)])
+            with proxy.transform_rows(factor=2.0) as session:
+                self.assertEqual(session.header, JobHeader(-1, "times 2.0"))
+                result = session.exchange(AnnotatedBatch.from_pydict({"value": [1.0]}))
+                self.assertEqual(result.batch.to_pydict(), {"value": [2.0]})
+                self.assertEqual(session.typed_header(JobHeader).total_rows, -1)
+            with proxy.pipeline(threshold=1.0) as session:
+                self.assertIsNone(session.header)
+                with self.assertRaises(TypeError):
+                    session.typed_header(JobHeader)
+            description = vgi_rpc.describe_protocol(proxy, "DocService").methods["fetch_rows"]
+            self.assertEqual((description.has_header, description.header_schema), (True, JobHeader.ARROW_SCHEMA))
+
+    def test_a_header_is_sent_once(self) -> None:
+        stream = RawStream(wsgi_client(), "running_with_header")
+        reply = stream.exchange()
+        self.assertEqual([len(read_streams(body)) for body in (reply.body,)], [1])
+
+    def test_state_lives_in_memory_or_in_the_token(self) -> None:
+        """On a pipe the same object serves all turns; over HTTP each turn has one of its own."""
+        alive: list[RunningStatsState] = []
+
+        @dataclass
+        class Observed(RunningStatsState):
+            def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+                if not any(self is seen for seen in alive):
+                    alive.append(self)
+                super().exchange(input, out, ctx)
+
+        class Watching:
+            def stats(self, label: str) -> Stream[Observed]:
+                schema = pa.schema([("count", pa.int64()), ("mean", pa.float64())])
+                return Stream(schema, Observed(label=label), VALUE)
+
+        server = RpcServer(Watching, Watching())
+        for connection, objects in (
+            (vgi_rpc.serve_pipe(Watching, Watching()), 1),
+            (vgi_rpc.http_connect(Watching, client=vgi_rpc.make_sync_client(server)), 3),
+        ):
+            alive.clear()
+            with self.subTest(objects=objects), connection as proxy, proxy.stats("x") as session:
+                counts = [session.exchange(values(1.0)).batch.to_pydict()["count"][0] for _ in range(3)]
+                self.assertEqual((counts, len(alive)), ([1, 2, 3], objects))
+
+    def test_a_token_is_signed_and_readable(self) -> None:
+        stream = RawStream(wsgi_client(), "running", {"label": "readable"})
+        self.assertIn(b"readable", base64.b64decode(stream.tokens[STATE]))
+        self.assertNotIn(KEY, base64.b64decode(stream.tokens[STATE]))
+
+
+class ByteServingTests(TestCase):
+    """Listeners and the serve loop, beside the contract."""
+
+    def test_connections_one_after_the_other(self) -> None:
+        _, port, _ = in_thread(vgi_rpc.serve_tcp, make_server())
+        for _ in range(3):
+            with vgi_rpc.tcp_connect(Service, "127.0.0.1", port) as proxy:
+                self.assertEqual(proxy.add(1.0), 3.0)
+
+    def test_an_idle_server_ends_and_removes_its_socket(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path, thread = in_thread(vgi_rpc.serve_unix, make_server(), os.path.join(folder, "s"), threaded=True, idle_timeout=0.3)
+            with vgi_rpc.unix_connect(Service, path) as proxy:
+                self.assertEqual(proxy.add(1.0), 3.0)
+            thread.join(WATCHDOG_SECONDS / 2)
+            self.assertFalse(thread.is_alive())
+            self.assertFalse(os.path.exists(path))
+            with self.raises(TransportError, path):
+                vgi_rpc.unix_connect(Service, path).__enter__()
+
+    def test_a_dead_socket_is_replaced_and_a_live_one_is_not(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "s")
+            with socket.socket(socket.AF_UNIX) as dead:
+                dead.bind(path)
+            in_thread(vgi_rpc.serve_unix, make_server(), path, threaded=True)
+            with vgi_rpc.unix_connect(Service, path) as proxy:
+                self.assertEqual(proxy.add(1.0), 3.0)
+            with self.assertRaises(OSError):
+                vgi_rpc.serve_unix(make_server(), path)
+            with vgi_rpc.unix_connect(Service, path) as proxy:
+                self.assertEqual(proxy.add(1.0), 3.0)
+
+    def test_a_port_in_use(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            with self.assertRaises(OSError):
+                vgi_rpc.serve_tcp(make_server(), port=port)
+            with self.assertRaises(OSError):
+                vgi_rpc.serve_http(make_server(), port=port, token_key=KEY)
+
+    def test_nobody_listens(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        with self.raises(TransportError, f"127.0.0.1:{port}"):
+            vgi_rpc.tcp_connect(Service, "127.0.0.1", port).__enter__()
+        with vgi_rpc.http_connect(Service, f"http://127.0.0.1:{port}") as proxy, self.raises(TransportError, str(port)):
+            proxy.add(1.0)
+
+    def test_a_stream_in_raw_bytes(self) -> None:
+        """Lockstep as WIRE section 5 has it: logs, then one data batch; an end of input ends the output."""
+        with BytePeer(make_server()) as peer:
+            peer.input.write(request_bytes("running", {"label": "raw"}))
+            with pa.ipc.new_stream(peer.input, VALUE) as writer:
+                writer.write_batch(values(1.0, 2.0).batch)
+                reader = pa.ipc.open_stream(peer.output)
+                self.assertEqual(reader.read_next_batch().to_pydict()["sum"], [3.0])
+                writer.write_batch(values(4.0).batch)
+                self.assertEqual(reader.read_next_batch().to_pydict()["sum"], [7.0])
+            with self.assertRaises(StopIteration):
+                reader.read_next_batch()
+            self.assertEqual(peer.ask(GOOD)[0][0].to_pydict(), {"result": [3.0]})
+
+    def test_cancel_in_raw_bytes(self) -> None:
+        server = make_server()
+        with BytePeer(server) as peer:
+            peer.input.write(request_bytes("running", {"label": "raw"}))
+            empty = pa.RecordBatch.from_pydict({"value": []}, schema=VALUE)
+            data = ipc_bytes(VALUE, values(1.0).batch, (empty, {b"vgi_rpc.cancel": b"1"}))
+            self.assertEqual([b.num_rows for b, _ in peer.ask(data)], [1])
+            self.assertEqual(peer.ask(GOOD)[0][0].to_pydict(), {"result": [3.0]})
+        self.assertEqual(server.implementation.cancels(), [1])
+
+    def test_an_error_at_init_drains_the_input(self) -> None:
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        for method in ("init_fails", "exchange_init_fails", "header_init_fails"):
+            with self.subTest(method), BytePeer(make_server()) as peer:
+                data = ipc_bytes(empty.schema, (empty, request_metadata(method)))
+                self.assertEqual(error_of(peer.ask(data + ipc_bytes(VALUE, values(1.0).batch)))["type"], "KeyError")
+                self.assertEqual(peer.ask(GOOD)[0][0].to_pydict(), {"result": [3.0]})
+
+    def test_input_that_turns_into_garbage(self) -> None:
+        with BytePeer(make_server()) as peer:
+            peer.input.write(request_bytes("running", {"label": "raw"}))
+            peer.input.write(ipc_bytes(VALUE, values(1.0).batch)[:-8] + b"garbage in the stream")
+            answer = read_stream(peer.output)
+            self.assertEqual(answer[0][0].to_pydict()["sum"], [1.0])
+            self.assertEqual(error_of(answer)["type"], "IPCError")
+
+
+class ProcessTests(TestCase):
+    """Workers that are not what they should be (each test reaps what it starts)."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        quiet = mock.patch("sys.stderr", io.StringIO())
+        self.stderr = quiet.start()
+        self.addCleanup(quiet.stop)
+
+    def python(self, program: str, **options: Any) -> Any:
+        """Connect to a worker that runs *program*, without site packages."""
+        return vgi_rpc.connect(Service, [sys.executable, "-S", "-c", program], **options)
+
+    def test_not_found(self) -> None:
+        for command in (["/no/such/worker", "--flag"], [str(HERE)], []):
+            with self.subTest(command=command), self.raises(TransportError, repr(command)):
+                with vgi_rpc.connect(Service, command):
+                    pass
+
+    def test_exits_at_once(self) -> None:
+        with self.python("import sys; print('first line', file=sys.stderr); print('last line', file=sys.stderr); sys.exit(3)") as proxy:
+            with self.raises(TransportError, "exited with status 3", "first line", "last line", "-c"):
+                proxy.add(1.0)
+            with self.raises(TransportError, "closed"):
+                proxy.add(1.0)
+
+    def test_prints_text_first(self) -> None:
+        with self.python("import sys; print('Welcome to the worker', flush=True); sys.stdin.read()") as proxy:
+            with self.raises(TransportError, "Welcome to the worker", "-c"):
+                proxy.add(1.0)
+
+    def test_killed_in_a_call(self) -> None:
+        with vgi_rpc.connect(Service, WORKER) as proxy:
+            self.assertNotEqual(proxy.process_id(), os.getpid())
+            with self.raises(TransportError, "killed by signal 9"):
+                proxy.kill()
+            with self.raises(TransportError, "closed"):
+                proxy.add(1.0)
+
+    def test_killed_in_a_stream(self) -> None:
+        with vgi_rpc.connect(Service, WORKER) as proxy, proxy.bad_exchange("kill") as session:
+            with self.raises(TransportError, "killed by signal 9"):
+                session.exchange(values(1))
+            self.assertTrue(session.closed)
+
+    def test_deaf(self) -> None:
+        with self.python("import time; time.sleep(600)", timeout=0.2) as proxy, self.assertRaises(vgi_rpc.DeadlineExceededError):
+            proxy.add(1.0)
+
+    def test_a_deadline_reaches_the_method(self) -> None:
+        with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
+            with self.assertRaises(vgi_rpc.DeadlineExceededError):
+                vgi_rpc.with_options(proxy, timeout=0.05).wait(seconds=WATCHDOG_SECONDS)
+        with vgi_rpc.http_connect(Service, client=wsgi_client()) as proxy:
+            with self.assertRaises(vgi_rpc.DeadlineExceededError):
+                vgi_rpc.with_options(proxy, timeout=0.05).wait(seconds=WATCHDOG_SECONDS)
+            self.assertEqual(proxy.add(1.0), 3.0)
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "counts descriptors in /proc")
+    def test_nothing_is_left_behind(self) -> None:
+        def once() -> None:
+            with self.python("import sys; sys.stdin.read()"):
+                pass
+            with self.python("raise SystemExit(1)") as proxy, self.assertRaises(TransportError):
+                proxy.add(1.0)
+            with self.assertRaises(TransportError), vgi_rpc.connect(Service, ["/no/such/worker"]):
+                pass
+            with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
+                next(iter(proxy.count(5)))
+
+        once()
+        before, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+        for _ in range(3):
+            once()
+        self.assertEqual((len(os.listdir("/proc/self/fd")), threading.active_count()), (before, threads))
+        children = pathlib.Path(f"/proc/self/task/{os.getpid()}/children")
+        if children.exists():
+            states = [pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in children.read_text().split()]
+            self.assertNotIn("Z", states)
+
+    def test_a_worker_without_a_parent_ends(self) -> None:
+        worker = subprocess.Popen(WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        output, error = worker.communicate(GOOD, timeout=WATCHDOG_SECONDS)
+        self.assertEqual((read_stream(io.BytesIO(output))[0][0].to_pydict(), error, worker.returncode), ({"result": [3.0]}, b"", 0))
+
+    def test_listening_workers_announce_themselves_and_stop_when_told(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path, log = os.path.join(folder, "s"), os.path.join(folder, "log")
+            with Worker("--unix", path, "--access-log", log) as worker:
+                self.assertEqual(worker.line, f"UNIX:{path}")
+                with vgi_rpc.unix_connect(Service, path) as proxy:
+                    self.assertEqual(proxy.echo_str("secret"), "secret")
+                self.assertEqual(worker.stop()[0], 0)
+            text = pathlib.Path(log).read_text(encoding="utf-8")
+            self.assertEqual(json.loads(text)["method"], "echo_str")
+            self.assertNotIn("secret", text)
+        with Worker("--tcp", "0") as worker:
+            self.assertRegex(worker.line, r"^TCP:127\.0\.0\.1:\d+$")
+            with vgi_rpc.tcp_connect(Service, "127.0.0.1", int(worker.port)) as proxy:
+                self.assertEqual(proxy.add(1.0), 3.0)
+            self.assertEqual(worker.stop()[0], 0)
+
+    def test_http_streams_survive_a_killed_server(self) -> None:
+        with Worker("--http") as first:
+            self.assertRegex(first.line, r"^PORT:\d+$")
+            with vgi_rpc.http_connect(Service, first.url) as proxy:
+                session = proxy.running("survivor")
+                one = session.exchange(values(1.0)).batch.to_pydict()
+                token = session.token()
+                first.stop(signal.SIGKILL)
+                with self.assertRaises(TransportError):
+                    proxy.add(1.0)
+                with Worker("--http", "--port", first.port) as second:
+                    two = session.exchange(values(2.0)).batch.to_pydict()
+                    self.assertEqual((one["sum"], two["sum"], two["label"]), ([1.0], [3.0], ["survivor"]))
+                    self.assertEqual((two["pid"], one["pid"]), ([second.process.pid], [first.process.pid]))
+                    self.assertEqual(self.resumed_elsewhere(second.url, token), 11.0)
+                    status, error = second.stop(signal.SIGINT)
+                    self.assertNotIn("Traceback", error)
+                    self.assertIn(status, (0, 130))
+
+    def resumed_elsewhere(self, url: str, token: bytes) -> float:
+        """Go on with a saved stream in another process; return the running sum."""
+        program = (
+            "import sys, vgi_rpc, test_vgi_rpc as t\n"
+            "with vgi_rpc.http_connect(t.Service, sys.argv[1]) as proxy:\n"
+            "    session = vgi_rpc.resume(proxy, 'running', sys.stdin.buffer.read())\n"
+            "    print(session.exchange(t.values(10.0)).batch.to_pydict()['sum'][0])\n"
+        )
+        command = [sys.executable, "-c", program, url]
+        return float(subprocess.run(command, input=token, stdout=subprocess.PIPE, cwd=HERE, check=True).stdout)
+
+
+class BadPeerTests(TestCase):
+    """A client on a byte stream whose far end does not keep to the wire."""
+
+    def client(self, answer: bytes) -> Any:
+        """A proxy that finds *answer* in its pipe, whatever it asks."""
+        (read, write), (drain, sink) = os.pipe(), os.pipe()
+        with os.fdopen(write, "wb") as f:
+            f.write(answer)
+        self.addCleanup(os.close, drain)
+        transport = vgi_rpc.PipeTransport(os.fdopen(read, "rb", 0), os.fdopen(sink, "wb", 0))
+        return vgi_rpc.RpcConnection(Service, transport)
+
+    def test_answers_that_are_none(self) -> None:
+        result = vgi_rpc.rpc_methods(Service)["add"].result_schema
+        good = pa.RecordBatch.from_arrays([pa.array([1.0])], schema=result)
+        pointer = (good.slice(0, 0), {b"vgi_rpc.location": b"https://example.org/x"})
+        for name, answer, parts in (
+            ("nothing", b"", ()),
+            ("text", b"Segmentation fault\n", ("Segmentation fault",)),
+            ("half", ipc_bytes(result, good)[:-20], ()),
+            ("zeros", b"\0" * 100, ()),
+            ("no batch", ipc_bytes(result), ("result",)),
+            ("pointer", ipc_bytes(result, pointer), ("external storage",)),
+            ("a trillion rows", claiming_rows(10**12), ("rows",)),
+        ):
+            with self.subTest(name), self.client(answer) as proxy:
+                with self.raises(TransportError, *parts):
+                    proxy.add(1.0)
+                with self.raises(TransportError, "closed"):
+                    proxy.add(1.0)
+
+    def test_results_of_another_type(self) -> None:
+        for batch in (
+            pa.RecordBatch.from_pydict({"result": ["x"]}),
+            pa.RecordBatch.from_pydict({"other": [1.0]}),
+            pa.RecordBatch.from_pydict({"result": [1.0, 2.0]}),
+            pa.RecordBatch.from_pydict({"result": pa.array([None], pa.float64())}),
+        ):
+            with self.subTest(batch=batch), self.client(ipc_bytes(batch.schema, batch)) as proxy:
+                with self.raises(TypeError, "add() result"):
+                    proxy.add(1.0)
+
+    def test_errors_of_other_servers(self) -> None:
+        """Code, kind and details come from their own keys, else from log_extra, and nothing needs to be there."""
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        base = {b"vgi_rpc.log_level": b"EXCEPTION", b"vgi_rpc.log_message": b"Oops: text"}
+        extra = {"exception_type": "E", "exception_message": "m", "error_code": "ABORTED", "error_kind": "k", "error_details": [{"@type": "x"}]}
+        for metadata, expected in (
+            (base, ("Oops", "Oops: text", "", "", [])),
+            ({**base, b"vgi_rpc.log_extra": b"not json"}, ("Oops", "Oops: text", "", "", [])),
+            ({**base, b"vgi_rpc.log_extra": json.dumps(extra).encode()}, ("E", "m", "ABORTED", "k", [{"@type": "x"}])),
+            (
+                {
+                    **base,
+                    b"vgi_rpc.log_extra": json.dumps(extra).encode(),
+                    b"vgi_rpc.error_code": b"NOT_FOUND",
+                    b"vgi_rpc.error_kind": b"own",
+                    b"vgi_rpc.error_details": b'[{"@type": "y"}]',
+                },
+                ("E", "m", "NOT_FOUND", "own", [{"@type": "y"}]),
+            ),
+        ):
+            with self.subTest(metadata=metadata), self.client(ipc_bytes(empty.schema, (empty, metadata))) as proxy:
+                with self.assertRaises(RpcError) as caught:
+                    proxy.add(1.0)
+                error = caught.exception
+                found = (error.error_type, error.error_message, error.error_code, error.error_kind, error.error_details)
+                self.assertEqual(found, expected)
+
+
+# ============================================================================
+# 15. HTTP SERVING
+# ============================================================================
+
+
+class HttpSemanticsTests(TestCase):
+    """Paths, statuses, headers, codings, budgets: the request function below both HTTP shells, through WSGI."""
+
+    def test_paths_and_methods(self) -> None:
+        client = wsgi_client()
+        for method, path, status in (
+            ("POST", "/Service/nobody", 404),
+            ("POST", "/Nobody/add", 404),
+            ("POST", "/Service", 404),
+            ("POST", "/", 404),
+            ("POST", "/Service/add/extra", 404),
+            ("POST", "/Service/add/", 404),
+            ("POST", "//Service/add", 404),
+            ("POST", "/Service%2Fadd", 404),
+            ("POST", "/Servic%65/add", 404),
+            ("POST", "/Service/../Service/add", 404),
+            ("POST", "/Service/%2e%2e", 404),
+            ("POST", "/\xff/add", 404),
+            ("POST", "/Service/add/init", 400),
+            ("POST", "/Service/count", 400),
+            ("POST", "/Service/add/exchange", 400),
+            ("GET", "/Service/add", 405),
+            ("GET", "/Service/count/init", 405),
+            ("PUT", "/Service/add", 405),
+            ("DELETE", "/Service/add", 405),
+            ("GET", "/nowhere/at/all", 404),
+            ("GET", "/Nobody/add", 404),
+            ("POST", "/health", 405),
+            ("GET", "/health", 200),
+            ("HEAD", "/health", 200),
+        ):
+            with self.subTest(method=method, path=path):
+                reply = client.send(method, path, [("Content-Type", ARROW)], GOOD if method == "POST" else b"")
+                self.assertEqual(reply.status, status)
+                if status == 405:
+                    self.assertTrue(reply.headers["allow"])
+                if path == "/Service/nobody":
+                    self.assertEqual(reply.error["kind"], "method_not_implemented")
+                if path == "/Nobody/add" and method == "POST":
+                    self.assertEqual(reply.error["kind"], "protocol_not_supported")
+        for path in ("/__session__", "/__upload_url__/init", "/__anything__/x"):
+            for method in ("GET", "DELETE", "POST"):
+                with self.subTest(method=method, path=path):
+                    self.assertIn(client.send(method, path, [("Content-Type", ARROW)], b"").status, (400, 404, 405))
+
+    def test_the_path_must_agree_with_the_request(self) -> None:
+        client = wsgi_client()
+        reply = client.post("/Service/nothing", GOOD)
+        self.assertEqual((reply.status, reply.error["type"]), (400, "ProtocolError"))
+        reply = client.post("/Service/add", request_bytes("add", {"a": 1.0, "b": 2.0}, protocol="DocService"))
+        self.assertEqual((reply.status, reply.error["kind"]), (400, "protocol_not_supported"))
+        reply = client.post("/Service/add", request_bytes("add", {"a": 1.0, "b": 2.0}, protocol=None))
+        self.assertEqual(reply.status, 200)
+
+    def test_health(self) -> None:
+        reply = wsgi_client(make_server(server_id="0123456789ab")).send("GET", "/health", [], b"")
+        self.assertEqual(json.loads(reply.body), {"status": "ok", "server_id": "0123456789ab", "protocol": "Service"})
+
+    def test_headers_of_every_answer(self) -> None:
+        client = wsgi_client(max_request_bytes=1_000_000, max_response_bytes=2_000_000)
+        replies = {
+            200: client.post("/Service/add", GOOD),
+            400: client.post("/Service/add", b"x"),
+            404: client.post("/Service/nobody", GOOD),
+            405: client.send("GET", "/Service/add", [], b""),
+            413: client.post("/Service/add", b"x" * 1_000_001),
+            415: client.post("/Service/add", GOOD, content_type="text/plain"),
+        }
+        encodings = "zstd, gzip" if pa.Codec.is_available("zstd") else "gzip"
+        for status, reply in replies.items():
+            with self.subTest(status=status):
+                self.assertEqual(reply.status, status)
+                self.assertRegex(reply.headers["x-request-id"], "^[0-9a-f]{16}$")
+                self.assertEqual(reply.headers["vgi-supported-encodings"], encodings)
+                self.assertEqual(reply.headers["vgi-externalization-enabled"], "false")
+                self.assertEqual(reply.headers["vgi-accept-max-response-bytes-support"], "true")
+                self.assertEqual(reply.headers["vgi-max-request-bytes"], "1000000")
+                self.assertEqual(reply.headers["vgi-max-response-bytes"], "2000000")
+                if status not in (200, 405):
+                    self.assertTrue(reply.error["text"])
+        self.assertIn(ARROW, replies[415].error["text"])
+        self.assertFalse([n for n in wsgi_client().send("GET", "/health", [], b"").headers if n.startswith("vgi-max")])
+
+    def test_errors_of_methods_are_answers(self) -> None:
+        reply = wsgi_client().post("/Service/fail", request_bytes("fail", {"how": "TypeError"}))
+        self.assertEqual((reply.status, reply.headers["x-vgi-rpc-error"], reply.error["type"]), (200, "true", "TypeError"))
+        self.assertNotIn("x-vgi-rpc-error", wsgi_client().post("/Service/add", GOOD).headers)
+
+    def test_request_ids(self) -> None:
+        client = wsgi_client()
+        for sent, echoed in (("abc-123", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), ("\xff", False), ("x" * 5000, False)):
+            with self.subTest(sent=sent[:200]):
+                got = client.post("/Service/add", GOOD, x_request_id=sent).headers["x-request-id"]
+                self.assertEqual(got == sent, echoed)
+                self.assertTrue(got)
+
+    def test_content_types(self) -> None:
+        for given, status in ((ARROW, 200), ("text/plain", 415), ("", 415), (f"{ARROW}; charset=x", 415), ("application/json; x", 415)):
+            with self.subTest(given=given):
+                self.assertEqual(wsgi_client().post("/Service/add", GOOD, content_type=given).status, status)
+
+    def test_request_codings(self) -> None:
+        client = wsgi_client(max_request_bytes=1_000_000)
+        packer = zlib.compressobj(wbits=31)
+        packed = packer.compress(GOOD) + packer.flush()
+        packer = zlib.compressobj(wbits=31)
+        bomb = packer.compress(b"\0" * 50_000_000) + packer.flush()
+        cases: list[Any] = [
+            ("gzip", packed, 200), ("GZIP", packed, 200), ("identity", GOOD, 200), ("br", GOOD, 415), ("gzip, gzip", packed, 415),
+            ("gzip", GOOD, 400), ("gzip", packed[:-9], 400), ("gzip", packed + b"x", 400), ("gzip", b"", 400), ("gzip", bomb, 413),
+        ]  # fmt: skip
+        if pa.Codec.is_available("zstd"):
+            codec = pa.Codec("zstd")
+            zstd = codec.compress(GOOD, asbytes=True)
+            huge = codec.compress(b"\0" * 50_000_000, asbytes=True)
+            cases += [("zstd", zstd, 200), ("zstd", GOOD, 400), ("zstd", zstd[:-3], 400), ("zstd", huge, 413)]
+        for coding, body, status in cases:
+            with self.subTest(coding=coding, size=len(body), status=status):
+                self.assertEqual(client.post("/Service/add", body, content_encoding=coding).status, status)
+        self.assertEqual(client.post("/Service/add", packed, x_vgi_content_encoding="gzip").status, 200)
+
+    def test_answer_codings(self) -> None:
+        client = wsgi_client()
+        best = "zstd" if pa.Codec.is_available("zstd") else "gzip"
+        for public, private, header, coding in (
+            ("", "", None, None),
+            ("br", "", None, None),
+            ("gzip", "", "content-encoding", "gzip"),
+            (f"{best}, gzip", "", "content-encoding", best),
+            (f"gzip, {best}", "", "content-encoding", "gzip"),
+            ("identity, gzip", "", None, None),
+            ("gzip;q=0", "", None, None),
+            ("gzip;q=0.5", "", "content-encoding", "gzip"),
+            ("", "gzip", "x-vgi-content-encoding", "gzip"),
+            ("br", "gzip", "x-vgi-content-encoding", "gzip"),
+            ("gzip", "gzip", "content-encoding", "gzip"),
+            ("gzip", "identity", None, None),
+        ):
+            with self.subTest(public=public, private=private):
+                reply = client.post("/Service/add", GOOD, accept_encoding=public, x_vgi_accept_encoding=private)
+                found = {k: v for k, v in reply.headers.items() if "content-encoding" in k}
+                self.assertEqual(found, {header: coding} if header else {})
+                self.assertEqual(read_streams(reply.body)[0][0][0].to_pydict(), {"result": [3.0]})
+
+    def test_response_budgets(self) -> None:
+        client = wsgi_client()
+        body = request_bytes("echo_bytes", {"value": b"x" * 100_000})
+        for budget, status in (("65536", 200), ("1000000", 200), ("65535", 400), ("0", 400), ("abc", 400), ("", 200), ("065536", 400),
+                               ("+65536", 400), (str(2**53 - 1), 200), (str(2**53), 400), ("65536, 65536", 400)):  # fmt: skip
+            with self.subTest(budget=budget):
+                reply = client.post("/Service/echo_bytes", body, vgi_accept_max_response_bytes=budget)
+                self.assertEqual(reply.status, status)
+                if budget == "65536":
+                    error = reply.error
+                    self.assertEqual((error["type"], reply.headers["x-vgi-rpc-error"]), ("ResponseTooLargeError", "true"))
+                    self.assertRegex(error["text"], r"echo_bytes.*max_response_bytes \(\d+ > 65536\)")
+                elif status == 200:
+                    self.assertEqual(read_streams(reply.body)[0][0][0].to_pydict(), {"result": [b"x" * 100_000]})
+        own = wsgi_client(max_response_bytes=70_000).post("/Service/echo_bytes", body, vgi_accept_max_response_bytes="1000000")
+        self.assertIn("> 70000", own.error["text"])
+
+    def test_the_budget_of_init_stays_with_the_stream(self) -> None:
+        class Large:
+            def data(self) -> Stream[LargeState]:
+                return Stream(TEXT, LargeState(), INTEGERS)
+
+        client = wsgi_client(RpcServer(Large, Large()))
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        for budget, later, fits in (("65536", "", False), ("65536", "1000000", False), ("1000000", "", True), ("1000000", "65536", False)):
+            body = ipc_bytes(empty.schema, (empty, request_metadata("data", "Large")))
+            reply = client.post("/Large/data/init", body, vgi_accept_max_response_bytes=budget)
+            tokens = read_streams(reply.body)[-1][-1][1]
+            turn = ipc_bytes(INTEGERS, (values(100_000).batch, tokens))
+            answer = client.post("/Large/data/exchange", turn, vgi_accept_max_response_bytes=later)
+            items = read_streams(answer.body)[-1]
+            with self.subTest(budget=budget, later=later):
+                if fits:
+                    self.assertEqual(len(items[0][0].column(0)[0].as_py()), 100_000)
+                else:
+                    self.assertEqual(error_of(items)["type"], "ResponseTooLargeError")
+                    self.assertFalse([m for _, m in items if STATE in m])
+
+    def test_bodies_of_a_producer(self) -> None:
+        client = wsgi_client()
+        for limit, rows in ((0, [1][:0]), (2, [1, 0])):
+            stream = RawStream(client, "count", {"limit": limit})
+            data = [(b.num_rows, set(m) & {STATE, CALL}) for b, m in stream.items if b"vgi_rpc.log_level" not in m]
+            with self.subTest(limit=limit):
+                self.assertEqual([r for r, _ in data], rows)
+                if rows:
+                    self.assertEqual(data[-1][1], {STATE, CALL})
+        reply = RawStream(client, "count", {"limit": 1}).exchange(pa.RecordBatch.from_arrays([], schema=pa.schema([])))
+        self.assertEqual(read_streams(reply.body), [[]])
+        once = RawStream(client, "once", {})
+        self.assertEqual([b.num_rows for b, _ in once.items], [1])
+
+    def test_ticks_reach_the_state_without_the_tokens(self) -> None:
+        stream = RawStream(wsgi_client(), "ticks", {})
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        reply = stream.exchange(empty, tokens={**stream.tokens, b"own": b"1"})
+        self.assertEqual(read_streams(reply.body)[0][0][0].to_pydict(), {"value": ['{"own": "1"}']})
+
+    def test_cors(self) -> None:
+        origin = "https://page.example"
+        for allowed, given, expected in (
+            (None, origin, None), ([origin], origin, origin), (origin, origin, origin), ([origin], "https://evil.example", None), ("*", origin, "*")
+        ):  # fmt: skip
+            client = wsgi_client(cors_origins=allowed, authenticate=lambda request: (_ for _ in ()).throw(ValueError("no")))
+            with self.subTest(allowed=allowed, given=given):
+                asked = [("Origin", given), ("Access-Control-Request-Method", "POST"), ("Access-Control-Request-Headers", "Content-Type")]
+                preflight = client.send("OPTIONS", "/Service/add", asked, b"")
+                self.assertIn(preflight.status, (200, 204))
+                refused = client.post("/Service/add", GOOD, origin=given)
+                self.assertEqual(refused.status, 401)
+                for reply in (preflight, refused):
+                    self.assertEqual(reply.headers.get("access-control-allow-origin"), expected)
+                if expected:
+                    exposed = refused.headers["access-control-expose-headers"]
+                    for name in ("WWW-Authenticate", "X-Request-ID", "X-VGI-Content-Encoding", "X-VGI-RPC-Error", "VGI-Auth-Reason",
+                                 "VGI-Supported-Encodings", "VGI-Accept-Max-Response-Bytes-Support"):  # fmt: skip
+                        self.assertIn(name, exposed)
+                    self.assertIn("POST", preflight.headers["access-control-allow-methods"])
+
+    def test_prefixes(self) -> None:
+        for prefix in ("/api", "api/", "/a/b"):
+            client, base = wsgi_client(prefix=prefix), "/" + prefix.strip("/")
+            with self.subTest(prefix=prefix):
+                self.assertEqual(client.post(f"{base}/Service/add", GOOD).status, 200)
+                self.assertEqual(client.send("GET", f"{base}/health", [], b"").status, 200)
+                for path in ("/Service/add", f"{base}x/Service/add", f"{base}/{base}/Service/add"):
+                    self.assertEqual(client.post(path, GOOD).status, 404)
+
+    def test_options_that_do_not_exist(self) -> None:
+        with self.raises(TypeError, "'token_keys'", "did you mean 'token_key'"):
+            vgi_rpc.make_wsgi_app(make_server(), token_keys=KEY)
+        for name in ("max_request_bytes", "max_response_bytes"):
+            with self.subTest(name), self.raises(ValueError, name, "-1"):
+                vgi_rpc.make_wsgi_app(make_server(), token_key=KEY, **{name: -1})
+        with self.raises(ValueError, "16 bytes"):
+            vgi_rpc.make_wsgi_app(make_server(), token_key=b"short")
+
+
+@dataclass
+class LargeState(ExchangeState):
+    """Answers with a text as long as it is told."""
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        out.emit_pydict({"value": ["x" * input.batch.column(0)[0].as_py()]})
+
+
+class AuthenticationTests(TestCase):
+    """Who calls, over HTTP."""
+
+    TOKENS: ClassVar = {"ada-token": AuthContext("static", True, "ada", {"role": "admin"})}
+
+    def client(self, authenticate: Any) -> WsgiClient:
+        """A client of a server that asks."""
+        return wsgi_client(authenticate=authenticate)
+
+    def test_credentials(self) -> None:
+        client = self.client(vgi_rpc.bearer_authenticate_static(tokens=self.TOKENS))
+        for given, reason in (
+            ("", "missing_credential"),
+            ("Basic YTpi", "missing_credential"),
+            ("Bearer", "invalid_credential"),
+            ("Bearer ", "invalid_credential"),
+            ("Bearer  ada-token ", "invalid_credential"),
+            ("Bearer ada-token x", "invalid_credential"),
+            ("Bearer ada-toke", "invalid_credential"),
+            ("Bearer ada-tokeN", "invalid_credential"),
+            ("Bearer " + "x" * 100_000, "invalid_credential"),
+            ("Bearer \xe9", "invalid_credential"),
+        ):
+            with self.subTest(given=given[:100]):
+                reply = client.post("/Service/add", GOOD, authorization=given)
+                self.assertEqual(reply.status, 401)
+                body = json.loads(reply.body)
+                self.assertEqual((body["error"], body["reason"]), ("unauthorized", reason))
+                self.assertEqual(reply.headers["vgi-auth-reason"], reason)
+                self.assertEqual(reply.headers["cache-control"], "no-store")
+                self.assertTrue(reply.headers["www-authenticate"].startswith("Bearer"))
+                self.assertNotIn("ada-token", reply.body.decode())
+        for given in ("Bearer ada-token", "bearer ada-token"):
+            self.assertEqual(client.post("/Service/add", GOOD, authorization=given).status, 200)
+        self.assertEqual(client.send("GET", "/health", [], b"").status, 200)
+
+    def test_what_callbacks_raise(self) -> None:
+        def raising(exc: Exception) -> Any:
+            def authenticate(request: Any) -> AuthContext:
+                raise exc
+
+            return authenticate
+
+        for exc, status, reason in (
+            (ValueError("why"), 401, "unauthorized"),
+            (PermissionError("why"), 401, "unauthorized"),
+            (AuthFailure(AuthReason.EXPIRED_CREDENTIAL, "why"), 401, "expired_credential"),
+        ):
+            reply = self.client(raising(exc)).post("/Service/add", GOOD)
+            with self.subTest(exc=exc):
+                self.assertEqual((reply.status, reply.headers["vgi-auth-reason"], json.loads(reply.body)["detail"]), (status, reason, "why"))
+        for broken in (raising(KeyError("a secret of the server")), lambda request: "not a context"):
+            with self.assertLogs("vgi_rpc", "ERROR"):
+                reply = self.client(broken).post("/Service/add", GOOD)
+            self.assertEqual(reply.status, 500)
+            self.assertNotIn(b"secret", reply.body)
+
+    def test_html_for_browsers_and_nothing_raw_in_it(self) -> None:
+        def authenticate(request: Any) -> AuthContext:
+            raise ValueError("<script>")
+
+        reply = self.client(authenticate).post("/Service/add", GOOD, accept="text/html,*/*")
+        self.assertEqual(reply.status, 401)
+        self.assertTrue(reply.headers["content-type"].startswith("text/html"))
+        self.assertNotIn(b"<script>", reply.body)
+
+    def test_methods_know_who_calls(self) -> None:
+        client = self.client(vgi_rpc.bearer_authenticate_static(tokens=self.TOKENS))
+        with vgi_rpc.http_connect(Service, client=client, headers={"Authorization": "Bearer ada-token"}) as proxy:
+            facts = proxy.context()
+            self.assertEqual((facts["principal"], facts["domain"]), ("ada", "static"))
+            with proxy.running() as session:
+                self.assertEqual(session.exchange(values(1.0)).batch.num_rows, 1)
+        self.assertEqual(vgi_rpc.current_auth(), AuthContext.anonymous())
+
+    def test_clients_learn_why(self) -> None:
+        client = self.client(vgi_rpc.bearer_authenticate_static(tokens=self.TOKENS))
+        with vgi_rpc.http_connect(Service, client=client) as proxy, self.assertRaises(vgi_rpc.AuthenticationError) as caught:
+            proxy.add(1.0)
+        error = caught.exception
+        self.assertIs(error.reason, AuthReason.MISSING_CREDENTIAL)
+        self.assertEqual((error.error_code, isinstance(error, RpcError)), ("UNAUTHENTICATED", True))
+
+    def test_headers_may_change(self) -> None:
+        given = iter(["Bearer wrong", "Bearer wrong", "Bearer ada-token"])
+        client = self.client(vgi_rpc.bearer_authenticate_static(tokens=self.TOKENS))
+        with vgi_rpc.http_connect(Service, client=client, headers=lambda: {"Authorization": next(given)}) as proxy:
+            with self.assertRaises(vgi_rpc.AuthenticationError):
+                proxy.add(1.0)
+            self.assertEqual(proxy.add(1.0), 3.0)
+
+    def test_chains(self) -> None:
+        def header(request: Any) -> AuthContext:
+            name = request.get_header("X-User")
+            if name is None:
+                raise AuthFailure(AuthReason.MISSING_CREDENTIAL)
+            if name == "banned":
+                raise PermissionError("banned")
+            return AuthContext("header", True, name)
+
+        chain = vgi_rpc.chain_authenticate(vgi_rpc.bearer_authenticate_static(tokens=self.TOKENS), header)
+        client = self.client(chain)
+        for headers, status, reason in (
+            ({"authorization": "Bearer ada-token"}, 200, None),
+            ({"x_user": "bob"}, 200, None),
+            ({"authorization": "Bearer wrong", "x_user": "bob"}, 200, None),
+            ({}, 401, "missing_credential"),
+            ({"authorization": "Bearer wrong"}, 401, "invalid_credential"),
+            ({"x_user": "banned"}, 401, "unauthorized"),
+        ):
+            with self.subTest(headers=headers):
+                reply = client.post("/Service/add", GOOD, **headers)
+                self.assertEqual((reply.status, reply.headers.get("vgi-auth-reason")), (status, reason))
+        with self.assertRaises(ValueError):
+            vgi_rpc.chain_authenticate()
+
+
+def http_head(*lines: str, start: str = "POST /Service/add HTTP/1.1", host: str = "Host: x") -> bytes:
+    """A request head with these further lines."""
+    given = [start, *([host] if host else []), f"Content-Type: {ARROW}", *lines]
+    return ("\r\n".join(given) + "\r\n\r\n").encode("latin-1")
+
+
+LENGTH = f"Content-Length: {len(GOOD)}"
+CHUNKED = b"%x\r\n" % len(GOOD) + GOOD + b"\r\n0\r\n\r\n"
+ASKED = http_head(LENGTH) + GOOD
+FRAMING = {  # name: raw request, accepted statuses; after any but 200, 404, 405 and 415 the server hangs up
+    "good": (ASKED, (200,)),
+    "no length": (http_head() + GOOD, (411,)),
+    "two equal lengths": (http_head(LENGTH, LENGTH) + GOOD, (400,)),
+    "two lengths": (http_head(LENGTH, "Content-Length: 1") + GOOD, (400,)),
+    "length with plus": (http_head(f"Content-Length: +{len(GOOD)}") + GOOD, (400,)),
+    "negative length": (http_head("Content-Length: -1") + GOOD, (400,)),
+    "length with underscore": (http_head("Content-Length: 1_0") + GOOD, (400,)),
+    "length with a space": (http_head("Content-Length: 4 4") + GOOD, (400,)),
+    "length in hex": (http_head("Content-Length: 0x4") + GOOD, (400,)),
+    "length in other digits": (http_head("Content-Length: \xb2") + GOOD, (400,)),
+    "length of 20 digits": (http_head("Content-Length: " + "9" * 20), (413,)),
+    "length over the limit": (http_head("Content-Length: 1000001"), (413,)),
+    "chunked": (http_head("Transfer-Encoding: chunked") + CHUNKED, (200,)),
+    "chunked with an extension": (http_head("Transfer-Encoding: chunked") + CHUNKED.replace(b"\r\n", b";a=b\r\n", 1), (200,)),
+    "chunked and a length": (http_head("Transfer-Encoding: chunked", LENGTH) + CHUNKED, (400,)),
+    "another transfer coding": (http_head("Transfer-Encoding: gzip, chunked") + CHUNKED, (400, 501)),
+    "negative chunk": (http_head("Transfer-Encoding: chunked") + b"-1\r\n", (400,)),
+    "chunk in 0x": (http_head("Transfer-Encoding: chunked") + b"0x10\r\n", (400,)),
+    "chunk of a gigabyte": (http_head("Transfer-Encoding: chunked") + b"40000000\r\n", (413,)),
+    "chunk without its end": (http_head("Transfer-Encoding: chunked") + b"2\r\nabXX0\r\n\r\n", (400,)),
+    "10,000 trailers": (http_head("Transfer-Encoding: chunked") + CHUNKED[:-2] + b"a: b\r\n" * 10_000 + b"\r\n", (400,)),
+    "bare LF": (ASKED.replace(b"Host: x\r\n", b"Host: x\n"), (400,)),
+    "bare CR": (ASKED.replace(b"Host: x", b"Host: x\ry"), (400,)),
+    "space before the colon": (ASKED.replace(b"Host:", b"Host :"), (400,)),
+    "NUL": (ASKED.replace(b"Host: x", b"Host: x\0"), (400,)),
+    "folded header": (ASKED.replace(b"Host: x\r\n", b"Host: x\r\n y\r\n"), (400,)),
+    "header without a colon": (ASKED.replace(b"Host: x\r\n", b"Host: x\r\nnonsense\r\n"), (400,)),
+    "no host": (http_head(LENGTH, host="") + GOOD, (400,)),
+    "two hosts": (http_head(LENGTH, "Host: y") + GOOD, (400,)),
+    "HTTP/0.9": (b"GET /health\r\n\r\n", (400,)),
+    "HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (505,)),
+    "HTTP/3.0": (http_head(start="GET /health HTTP/3.0"), (505,)),
+    "no such version": (http_head(start="GET /health HTTP/one"), (400,)),
+    "lower-case method": (http_head(LENGTH, start="post /Service/add HTTP/1.1") + GOOD, (400, 405)),
+    "TLS hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 50, (400,)),
+    "absolute form": (http_head(start="GET http://x/health HTTP/1.1"), (200, 400)),
+    "long target": (http_head(start="GET /" + "x" * 70_000 + " HTTP/1.1"), (414,)),
+    "target not ASCII": (http_head(start="GET /\xff HTTP/1.1"), (400, 404)),
+    "too many headers": (http_head(*[f"x-{i}: y" for i in range(200)], start="GET /health HTTP/1.1"), (431,)),
+    "a header of 100 kB": (http_head("x: " + "y" * 100_000, start="GET /health HTTP/1.1"), (431,)),
+    "two authorizations": (http_head(LENGTH, "Authorization: a", "Authorization: b") + GOOD, (400,)),
+    "two budgets": (http_head(LENGTH, *["VGI-Accept-Max-Response-Bytes: 65536"] * 2) + GOOD, (400,)),
+    "two codings": (http_head(LENGTH, "Content-Encoding: gzip", "Content-Encoding: gzip") + GOOD, (400, 415)),
+    "no content type": (ASKED.replace(f"Content-Type: {ARROW}\r\n".encode(), b""), (415,)),
+    "not found": (http_head(start="GET /%6d HTTP/1.1"), (404,)),
+}  # fmt: skip
+
+
+class RawHttp:
+    """A socket to an HTTP server, and a reader of answers that trusts nothing."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), WATCHDOG_SECONDS / 2)
+        self.file = self.socket.makefile("rb")
+
+    def send(self, data: bytes) -> None:
+        """Send; a server that has already hung up is no failure."""
+        with contextlib.suppress(ConnectionError):
+            self.socket.sendall(data)
+
+    def answer(self, head_only: bool = False) -> Reply:
+        """Read one answer; its framing must be right."""
+        try:
+            version, status, _ = self.file.readline().decode("latin-1").split(" ", 2)
+        except ConnectionError:
+            return Reply(0, {}, b"")
+        assert version == "HTTP/1.1", version
+        headers: dict[str, str] = {}
+        for line in iter(self.file.readline, b"\r\n"):
+            name, _, value = line.decode("latin-1").rstrip("\r\n").partition(": ")
+            assert name.lower() not in headers, name
+            headers[name.lower()] = value
+        body = b"" if head_only else self.file.read(int(headers["content-length"]))
+        return Reply(int(status), headers, body)
+
+    def ended(self) -> bool:
+        """Whether the server hangs up."""
+        try:
+            return self.file.read(1) == b""
+        except ConnectionError:
+            return True
+
+    def __enter__(self) -> "RawHttp":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.file.close()
+        self.socket.close()
+
+
+class HttpFramingTests(TestCase):
+    """The HTTP/1.1 server by raw bytes."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        _, cls.port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, max_request_bytes=1_000_000)
+
+    def test_table(self) -> None:
+        for name, (data, statuses) in FRAMING.items():
+            with self.subTest(name), RawHttp(self.port) as raw:
+                raw.send(data)
+                reply = raw.answer()
+                self.assertIn(reply.status, statuses)
+                self.assertTrue(reply.headers["x-request-id"])
+                self.assertTrue(reply.headers["date"])
+                if reply.status in (400, 413, 414, 431, 501, 505):
+                    self.assertLess(len(reply.body.splitlines()), 200)
+                    if name not in ("two budgets", "two codings"):
+                        self.assertEqual(reply.headers.get("connection"), "close")
+                        self.assertTrue(raw.ended())
+                if reply.status == 413:
+                    self.assertEqual(reply.headers["vgi-max-request-bytes"], "1000000")
+        with RawHttp(self.port) as raw:
+            raw.send(ASKED)
+            self.assertEqual(raw.answer().status, 200)
+
+    def test_heads_alone(self) -> None:
+        """The parser without a socket, over the same table: an error of its own, or a head."""
+        for name, (data, _) in FRAMING.items():
+            head = data[: data.index(b"\r\n\r\n") + 4] if b"\r\n\r\n" in data else b""
+            if head:
+                with self.subTest(name), contextlib.suppress(vgi_rpc.ProtocolError):
+                    parsed = vgi_rpc.parse_http_head(head)
+                    self.assertEqual(len(parsed.start), 3)
+                    self.assertEqual(parsed.headers.get("host", "x").split(",")[0], "x")
+        parsed = vgi_rpc.parse_http_head(b"GET / HTTP/1.1\r\nA: 1\r\nb:  2 \r\na: 3\r\n\r\n")
+        self.assertEqual(parsed.headers, {"a": "1, 3", "b": "2"})
+        self.assertEqual(set(parsed.repeated), {"a"})
+
+    def test_keep_alive_and_pipelining(self) -> None:
+        with RawHttp(self.port) as raw:
+            raw.send(ASKED * 3)
+            for _ in range(3):
+                self.assertEqual(raw.answer().status, 200)
+            raw.send(http_head(LENGTH, start="POST /Service/nobody HTTP/1.1") + GOOD)
+            self.assertEqual(raw.answer().status, 404)
+        for line, start, closes in (
+            ("Connection: close", "POST /Service/add HTTP/1.1", True),
+            ("Connection: Keep-Alive, CLOSE", "POST /Service/add HTTP/1.1", True),
+            ("X: y", "POST /Service/add HTTP/1.0", True),
+        ):
+            with self.subTest(line=line, start=start), RawHttp(self.port) as raw:
+                raw.send(http_head(LENGTH, line, start=start) + GOOD)
+                self.assertEqual((raw.answer().status, raw.ended()), (200, closes))
+
+    def test_a_body_that_was_refused_is_not_the_next_request(self) -> None:
+        smuggled = http_head(start="GET /health HTTP/1.1")
+        with RawHttp(self.port) as raw:
+            raw.send(http_head(f"Content-Length: {len(smuggled)}", start="POST /Service/add HTTP/1.1").replace(ARROW.encode(), b"text/plain") + smuggled)
+            self.assertEqual(raw.answer().status, 415)
+            self.assertTrue(raw.ended())
+
+    def test_one_byte_at_a_time(self) -> None:
+        with RawHttp(self.port) as raw:
+            raw.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for byte in ASKED:
+                raw.send(bytes([byte]))
+            self.assertEqual(raw.answer().status, 200)
+
+    def test_head_and_continue(self) -> None:
+        with RawHttp(self.port) as raw:
+            raw.send(http_head(start="HEAD /health HTTP/1.1"))
+            reply = raw.answer(head_only=True)
+            self.assertEqual(reply.status, 200)
+            self.assertGreater(int(reply.headers["content-length"]), 0)
+            raw.send(http_head(LENGTH, "Expect: 100-continue"))
+            self.assertEqual(raw.file.readline() + raw.file.readline(), b"HTTP/1.1 100 Continue\r\n\r\n")
+            raw.send(GOOD)
+            self.assertEqual(raw.answer().status, 200)
+
+    def test_slow_silent_and_vanished_clients(self) -> None:
+        _, port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, read_timeout=0.2, keep_alive_timeout=0.2)
+        with RawHttp(port) as silent, RawHttp(port) as half_head, RawHttp(port) as half_body, RawHttp(port) as vanished:
+            half_head.send(ASKED[:20])
+            half_body.send(ASKED[:-5])
+            vanished.send(ASKED[:-5])
+            vanished.socket.shutdown(socket.SHUT_WR)
+            with RawHttp(port) as busy:
+                busy.send(ASKED)
+                self.assertEqual(busy.answer().status, 200)
+            for raw in (silent, half_head):
+                self.assertTrue(raw.ended())
+            self.assertEqual((half_body.answer().status, half_body.ended()), (408, True))
+            vanished.file.read()
+
+    def test_a_cap_on_connections(self) -> None:
+        _, port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, max_connections=2)
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                held = stack.enter_context(RawHttp(port))
+                held.send(ASKED)
+                self.assertEqual(held.answer().status, 200)
+            with RawHttp(port) as refused:
+                refused.send(ASKED)
+                reply = refused.answer()
+                self.assertEqual((reply.status, reply.headers["retry-after"]), (503, "1"))
+            with RawHttp(port) as asking:
+                asking.send(http_head(start="GET /health HTTP/1.1"))
+                self.assertEqual(asking.answer().status, 200)
+
+    def test_a_client_that_leaves_in_a_call(self) -> None:
+        with RawHttp(self.port) as raw:
+            body = request_bytes("wait", {"seconds": 1000.0})
+            raw.send(http_head(f"Content-Length: {len(body)}", start="POST /Service/wait HTTP/1.1") + body)
+        with RawHttp(self.port) as raw:
+            raw.send(ASKED)
+            self.assertEqual(raw.answer().status, 200)
+
+
+# ============================================================================
+# 16. HTTP CLIENT
+# ============================================================================
+
+HEALTHY = b"HTTP/1.1 200 OK\r\nVGI-Accept-Max-Response-Bytes-Support: true\r\nContent-Length: 0\r\n\r\n"
+
+
+class BadHttpServer:
+    """Answers ``/health`` as it should, and everything else with given bytes; then it hangs up."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.answer, self.requests = answer, 0
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connected, _ = self.listening.accept()
+                with connected, connected.makefile("rb") as source, contextlib.suppress(OSError):
+                    connected.settimeout(WATCHDOG_SECONDS / 4)
+                    while self._answer(connected, source):
+                        pass
+
+    def _answer(self, connected: socket.socket, source: Any) -> bool:
+        start = source.readline()
+        length = 0
+        for line in iter(source.readline, b"\r\n"):
+            if not line:
+                return False
+            if line.lower().startswith(b"content-length:"):
+                length = int(line.partition(b":")[2])
+        source.read(length)
+        if start.startswith(b"HEAD"):
+            connected.sendall(HEALTHY)
+            return True
+        self.requests += 1
+        connected.sendall(self.answer)
+        connected.shutdown(socket.SHUT_WR)
+        source.read()
+        return False
+
+    def __enter__(self) -> "BadHttpServer":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.listening.shutdown(socket.SHUT_RDWR)
+        self.listening.close()
+        self.thread.join(WATCHDOG_SECONDS / 4)
+
+
+def http_answer(body: bytes, *lines: str, status: str = "200 OK", length: bool = True) -> bytes:
+    """An HTTP answer."""
+    given = [f"HTTP/1.1 {status}", f"Content-Type: {ARROW}", *lines, *([f"Content-Length: {len(body)}"] if length else [])]
+    return "\r\n".join(given).encode() + b"\r\n\r\n" + body
+
+
+def _gzip_bomb() -> bytes:
+    packer = zlib.compressobj(wbits=31)
+    return packer.compress(b"\0" * 50_000_000) + packer.flush()
+
+
+RESULT = vgi_rpc.rpc_methods(Service)["add"].result_schema
+THREE = ipc_bytes(RESULT, pa.RecordBatch.from_arrays([pa.array([3.0])], schema=RESULT))
+BAD_ANSWERS = {  # name: what a server sends, what the error's text holds
+    "nothing": (b"", ""),
+    "garbage": (b"\x00\x01\x02", ""),
+    "text": (b"I am not an HTTP server\r\n\r\n", "HTTP"),
+    "endless headers": (b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 20_000, ""),
+    "one endless header": (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 200_000, ""),
+    "half a head": (b"HTTP/1.1 200 OK\r\nContent-Le", ""),
+    "half a body": (http_answer(THREE)[:-9], ""),
+    "not Arrow": (http_answer(b"x" * 100), ""),
+    "empty": (http_answer(b""), ""),
+    "half a stream": (http_answer(THREE[:-30]), ""),
+    "no batch": (http_answer(ipc_bytes(RESULT)), "result"),
+    "a page": (http_answer(b"<h1>Bad Gateway</h1>", status="502 Bad Gateway").replace(ARROW.encode(), b"text/html"), "502"),
+    "a length of 10 GB": (http_answer(b"", f"Content-Length: {10**10}", length=False), "65536"),
+    "no length and no end": (http_answer(b"\0" * 2_000_000, length=False), "65536"),
+    "a large body": (http_answer(b"\0" * 2_000_000), "65536"),
+    "large chunks": (http_answer(b"fffffff\r\n", "Transfer-Encoding: chunked", length=False), "65536"),
+    "many chunks": (http_answer(b"400\r\n" + b"\0" * 1024 + b"\r\n", "Transfer-Encoding: chunked", length=False) + (b"400\r\n" + b"\0" * 1024 + b"\r\n") * 100, "65536"),
+    "a wrong chunk": (http_answer(b"zz\r\n", "Transfer-Encoding: chunked", length=False), "chunk"),
+    "two lengths": (http_answer(THREE, "Content-Length: 3"), ""),
+    "length and chunks": (http_answer(THREE, "Transfer-Encoding: chunked"), ""),
+    "a negative length": (http_answer(b"", "Content-Length: -1", length=False), ""),
+    "a gzip bomb": (http_answer(_gzip_bomb(), "Content-Encoding: gzip"), "65536"),
+    "broken gzip": (http_answer(THREE, "Content-Encoding: gzip"), ""),
+    "an unknown coding": (http_answer(THREE, "Content-Encoding: br"), "br"),
+    "a redirect elsewhere": (http_answer(b"", "Location: http://elsewhere.invalid/", status="307 Temporary Redirect"), "elsewhere"),
+    "a redirect in circles": (http_answer(b"", "Location: /again", status="308 Permanent Redirect"), ""),
+    "a trillion rows": (http_answer(claiming_rows(10**12)), ""),
+}
+
+
+class HttpClientTests(TestCase):
+    """The client against servers that do not keep to the rules, and its own rules."""
+
+    def test_bad_answers(self) -> None:
+        for name, (answer, part) in BAD_ANSWERS.items():
+            with self.subTest(name), BadHttpServer(answer) as server:
+                with vgi_rpc.http_connect(Service, server.url, accepted_max_response_bytes=65536, timeout=20.0) as proxy:
+                    with self.raises(RpcError, part) as caught:
+                        proxy.add(1.0)
+                    self.assertNotIsInstance(caught.exception, vgi_rpc.DeadlineExceededError)
+                    if "redirect" not in name:  # and a connection that ends without a byte is dialled once more
+                        self.assertIn(server.requests, (1, 2) if name == "nothing" else (1,))
+
+    def test_a_good_answer_by_the_same_means(self) -> None:
+        chunked = b"".join(b"%x\r\n%c\r\n" % (1, byte) for byte in THREE) + b"0\r\n\r\n"
+        for answer in (
+            http_answer(THREE),
+            http_answer(THREE, length=False),
+            http_answer(chunked, "Transfer-Encoding: chunked", length=False),
+            b"HTTP/1.1 100 Continue\r\n\r\n" + http_answer(THREE),
+        ):
+            with self.subTest(answer=answer[:200]), BadHttpServer(answer) as server:
+                with vgi_rpc.http_connect(Service, server.url, timeout=20.0) as proxy:
+                    self.assertEqual(proxy.add(1.0), 3.0)
+
+    def test_a_401_is_never_read_as_arrow(self) -> None:
+        for lines, body, reason in (
+            ((), b'{"error":"unauthorized","reason":"expired_credential"}', AuthReason.EXPIRED_CREDENTIAL),
+            (("VGI-Auth-Reason: insufficient_scope",), b"not json", AuthReason.INSUFFICIENT_SCOPE),
+            (("VGI-Auth-Reason: from_the_future",), THREE, AuthReason.UNAUTHORIZED),
+        ):
+            with self.subTest(reason=reason), BadHttpServer(http_answer(body, *lines, status="401 Unauthorized")) as server:
+                with vgi_rpc.http_connect(Service, server.url, timeout=20.0) as proxy:
+                    with self.assertRaises(vgi_rpc.AuthenticationError) as caught:
+                        proxy.add(1.0)
+                    self.assertIs(caught.exception.reason, reason)
+
+    def test_several_data_batches_before_the_token(self) -> None:
+        """Older servers send a producer's batches in one answer; zero-row data among them is data."""
+        batches = [pa.RecordBatch.from_pydict({"value": v}, schema=INTEGERS) for v in ([1], [], [2])]
+
+        class Old(WsgiClient):
+            def send(self, method: str, path: str, headers: Any, body: bytes, deadline: Any = None, limit: Any = None) -> Reply:
+                if method == "POST":
+                    return Reply(200, {"content-type": ARROW}, ipc_bytes(INTEGERS, *batches))
+                return super().send(method, path, headers, body)
+
+        with vgi_rpc.http_connect(Service, client=Old(wsgi_client().app)) as proxy:
+            self.assertEqual([b.batch.to_pydict()["value"] for b in proxy.count(3)], [[1], [], [2]])
+
+    def test_urls(self) -> None:
+        for url in ("ftp://x", "x", "http://", "http://x?y", "http://u@x", "http://x:99999", "http://a b", None):
+            with self.subTest(url=url), self.assertRaises(ValueError):
+                vgi_rpc.http_connect(Service, url).__enter__()
+        with self.raises(ValueError, "65536"):
+            vgi_rpc.http_connect(Service, "http://x", accepted_max_response_bytes=5).__enter__()
+
+    def test_headers_cannot_be_smuggled(self) -> None:
+        with BadHttpServer(http_answer(THREE)) as server:
+            with vgi_rpc.http_connect(Service, server.url, headers={"X": "a\r\nY: b"}) as proxy, self.assertRaises(ValueError):
+                proxy.add(1.0)
+            self.assertEqual(server.requests, 0)
+
+    def test_a_connection_that_the_server_had_closed_is_reopened(self) -> None:
+        _, port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, keep_alive_timeout=0.05)
+        with vgi_rpc.http_connect(Service, f"http://127.0.0.1:{port}") as proxy:
+            for _ in range(3):
+                self.assertEqual(proxy.add(1.0), 3.0)
+                threading.Event().wait(0.1)
+
+    def test_a_proxy_of_the_environment_is_used(self) -> None:
+        with BadHttpServer(http_answer(THREE)) as proxy_server:
+            with mock.patch.dict(os.environ, {"http_proxy": proxy_server.url, "no_proxy": ""}):
+                with vgi_rpc.http_connect(Service, "http://never.invalid", timeout=20.0) as proxy:
+                    self.assertEqual(proxy.add(1.0), 3.0)
+
+    def test_a_server_limit_is_heeded_before_sending(self) -> None:
+        with vgi_rpc.http_connect(Service, client=wsgi_client(max_request_bytes=1000)) as proxy:
+            with self.raises(RpcError, "RequestTooLargeError", "1000"):
+                proxy.echo_bytes(os.urandom(5000))
+            self.assertEqual(proxy.add(1.0), 3.0)
+
+    def test_an_answer_over_the_budget(self) -> None:
+        with vgi_rpc.http_connect(Service, client=wsgi_client(), accepted_max_response_bytes=65536) as proxy:
+            with self.raises(RpcError, "ResponseTooLargeError", "> 65536") as caught:
+                proxy.echo_bytes(b"x" * 100_000)
+            self.assertEqual(caught.exception.error_code, "RESOURCE_EXHAUSTED")
+            self.assertEqual(proxy.echo_bytes(b"x"), b"x")
+
+
+@unittest.skipUnless(importlib.util.find_spec("gunicorn"), "gunicorn is not installed")
+class GunicornTests(TestCase):
+    """Two processes behind one port, one shared key."""
+
+    def test_a_stream_lands_on_both_processes(self) -> None:
+        environment = {**os.environ, "VGI_RPC_TOKEN_KEY": KEY.decode(), "PYTHONWARNINGS": "default"}
+        command = [sys.executable, "-m", "gunicorn", "-w", "2", "-b", "127.0.0.1:0", "test_vgi_rpc:gunicorn_app"]
+        process = subprocess.Popen(command, cwd=HERE, env=environment, stderr=subprocess.PIPE, text=True)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        assert process.stderr is not None
+        found = None
+        while found is None:
+            line = process.stderr.readline()
+            self.assertTrue(line, "gunicorn ended")
+            found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        drain = threading.Thread(target=process.stderr.read, daemon=True)
+        drain.start()
+        served, total = set(), 0.0
+        with vgi_rpc.http_connect(Service, found[0], timeout=30.0) as proxy:
+            # Which process takes a turn is the kernel's choice: while one stream goes on, another keeps a process busy.
+            with proxy.running("both") as session, vgi_rpc.http_connect(Service, found[0]) as other:
+                for turn in range(200):
+                    busy = threading.Thread(target=other.wait, kwargs={"seconds": 0.02}) if turn % 20 == 0 else None
+                    if busy:
+                        busy.start()
+                    row = session.exchange(values(float(turn))).batch.to_pydict()
+                    if busy:
+                        busy.join()
+                    served.add(row["pid"][0])
+                    total = row["sum"][0]
+        process.terminate()
+        drain.join(WATCHDOG_SECONDS / 4)
+        self.assertEqual(total, sum(range(200)))
+        self.assertEqual(len(served), 2)
+
+
+# ============================================================================
+# THE REFERENCE: the public vgi-rpc package on the other end
+# ============================================================================
+
+REFERENCE = os.environ.get("VGI_RPC_REFERENCE_PYTHON", "")
+
+# One program for both packages: a service written for the one runs on the other.
+INTEROP = '''
+import json, sys
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import pyarrow as pa
+from vgi_rpc import (
+    AnnotatedBatch, ArrowSerializableDataclass, CallContext, ExchangeState, Level, OutputCollector, ProducerState, RpcError,
+    Stream, StreamState, connect, http_connect, run_server,
+)
+
+try:
+    from vgi_rpc import tcp_connect, unix_connect
+except ImportError:
+    from vgi_rpc.rpc import tcp_connect, unix_connect
+
+
+class Color(Enum):
+    RED = "r"
+    BLUE = "b"
+
+
+@dataclass(frozen=True)
+class Point(ArrowSerializableDataclass):
+    x: int
+    color: Color
+    names: list[str]
+    table: dict[str, float]
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Header(ArrowSerializableDataclass):
+    total: int
+    text: str
+
+
+SCHEMA = pa.schema([pa.field("value", pa.float64())])
+
+
+@dataclass
+class Count(ProducerState):
+    limit: int
+    at: int = 0
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        if self.at >= self.limit:
+            out.finish()
+            return
+        out.client_log(Level.INFO, f"at {self.at}")
+        out.emit_pydict({"value": [float(self.at)]})
+        self.at += 1
+
+
+@dataclass
+class Sum(ExchangeState):
+    seen: list[float] = field(default_factory=list)
+    color: Color = Color.RED
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        self.seen.extend(input.batch.column("value").to_pylist())
+        if sum(self.seen) < 0:
+            raise ValueError("negative")
+        out.emit_pydict({"value": [sum(self.seen)]})
+
+    def on_cancel(self, ctx: CallContext) -> None:
+        CANCELLED.append(len(self.seen))
+
+
+CANCELLED = []
+
+
+class Interop(Protocol):
+    def echo(self, point: Point, many: list[Point], flags: frozenset[int], maybe: int | None = None) -> Point: ...
+    def numbers(self, values: dict[str, list[int]]) -> dict[str, list[int]]: ...
+    def nothing(self) -> None: ...
+    def fail(self) -> int: ...
+    def cancelled(self) -> int: ...
+    def count(self, limit: int) -> Stream[StreamState]: ...
+    def count_with_header(self, limit: int) -> Stream[StreamState, Header]: ...
+    def header_fails(self) -> Stream[StreamState, Header]: ...
+    def total(self) -> Stream[StreamState]: ...
+
+
+class InteropImpl:
+    def echo(self, point: Point, many: list[Point], flags: frozenset[int], maybe: int | None = None) -> Point:
+        assert many == [point, point] and flags == frozenset({1, 2}), (many, flags)
+        return point
+
+    def numbers(self, values: dict[str, list[int]]) -> dict[str, list[int]]:
+        return values
+
+    def nothing(self) -> None:
+        return None
+
+    def fail(self) -> int:
+        raise LookupError("as asked")
+
+    def cancelled(self) -> int:
+        return len(CANCELLED)
+
+    def count(self, limit: int) -> Stream[Count]:
+        return Stream(output_schema=SCHEMA, state=Count(limit))
+
+    def count_with_header(self, limit: int) -> Stream[Count, Header]:
+        return Stream(output_schema=SCHEMA, state=Count(limit), header=Header(limit, "text"))
+
+    def header_fails(self) -> Stream[Count, Header]:
+        raise KeyError("no header")
+
+    def total(self) -> Stream[Sum]:
+        return Stream(output_schema=SCHEMA, state=Sum(), input_schema=SCHEMA)
+
+
+def values(*numbers):
+    return AnnotatedBatch.from_pydict({"value": list(numbers)}, schema=SCHEMA)
+
+
+def error_of(call):
+    try:
+        call()
+    except RpcError as exc:
+        return [exc.error_type, "as asked" in exc.error_message, exc.error_code]
+    return None
+
+
+def exercise(p, logs):
+    point = Point(7, Color.BLUE, ["a", "b"], {"k": 1.5}, None)
+    facts = {}
+    facts["unary"] = p.echo(point=point, many=[point, point], flags=frozenset({1, 2})) == point
+    facts["map"] = p.numbers(values={"a": [1, 2], "b": []})
+    facts["none"] = p.nothing()
+    facts["error"] = error_of(lambda: p.fail())
+    facts["producer"] = [b.batch.to_pydict()["value"] for b in p.count(limit=3)]
+    facts["logs"] = [m.message for m in logs]
+    session = p.count_with_header(limit=2)
+    facts["header"] = repr(session.header)
+    facts["header rows"] = sum(b.batch.num_rows for b in session)
+    facts["header error"] = error_of(lambda: p.header_fails())[0]
+    with p.total() as session:
+        facts["exchange"] = [session.exchange(values(float(i), 1.0)).batch.to_pydict()["value"][0] for i in range(4)]
+        facts["exchange error"] = error_of(lambda: session.exchange(values(-100.0)))[0]
+    before = p.cancelled()
+    session = p.total()
+    session.exchange(values(1.0))
+    session.cancel()
+    facts["cancelled"] = p.cancelled() - before
+    facts["after"] = p.numbers(values={})
+    return facts
+
+
+CONNECT = {
+    "pipe": lambda where, **o: connect(Interop, where.split("|"), **o),
+    "unix": lambda where, **o: unix_connect(Interop, where, **o),
+    "tcp": lambda where, **o: tcp_connect(Interop, where.rpartition(":")[0], int(where.rpartition(":")[2]), **o),
+    "http": lambda where, **o: http_connect(Interop, where, **o),
+}
+
+if __name__ == "__main__":
+    if sys.argv[1] == "client":
+        logs = []
+        with CONNECT[sys.argv[2]](sys.argv[3], on_log=logs.append) as proxy:
+            print(json.dumps(exercise(proxy, logs)))
+    else:
+        del sys.argv[1]
+        run_server(Interop, InteropImpl())
+'''
+
+EXPECTED = {
+    "unary": True,
+    "map": {"a": [1, 2], "b": []},
+    "none": None,
+    "error": ["LookupError", True, "UNKNOWN"],
+    "producer": [[0.0], [1.0], [2.0]],
+    "logs": ["at 0", "at 1", "at 2"],
+    "header": "Header(total=2, text='text')",
+    "header rows": 2,
+    "header error": "KeyError",
+    "exchange": [1.0, 3.0, 6.0, 10.0],
+    "exchange error": "ValueError",
+    "cancelled": 1,
+    "after": {},
+}
+
+
+@unittest.skipUnless(REFERENCE, "VGI_RPC_REFERENCE_PYTHON names no interpreter with the public vgi-rpc package")
+class ReferenceTests(TestCase):
+    """The same program on this file and on the public package, each as client of the other."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.folder = tempfile.mkdtemp()
+        cls.addClassCleanup(shutil.rmtree, cls.folder)
+        cls.program = os.path.join(cls.folder, "interop.py")
+        pathlib.Path(cls.program).write_text(INTEROP, encoding="utf-8")
+
+    def python(self, ours: bool) -> tuple[list[str], dict[str, str]]:
+        """The command of the program with this file or with the package, and its environment."""
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        environment.update(VGI_RPC_TOKEN_KEY=KEY.decode(), PYTHONWARNINGS="ignore")
+        if ours:
+            environment["PYTHONPATH"] = str(HERE)
+        return [sys.executable if ours else REFERENCE, self.program], environment
+
+    @contextlib.contextmanager
+    def server(self, ours: bool, *arguments: str) -> Iterator[str]:
+        """A listening server; gives what stands behind the first colon of its discovery line."""
+        command, environment = self.python(ours)
+        process = subprocess.Popen([*command, "server", *arguments], stdout=subprocess.PIPE, env=environment, cwd=self.folder, text=True)
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().strip().partition(":")[2]
+        finally:
+            process.kill()
+            process.communicate()
+
+    def run_client(self, ours: bool, kind: str, where: str) -> Any:
+        """Run the client; return what it found."""
+        command, environment = self.python(ours)
+        done = subprocess.run(
+            [*command, "client", kind, where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=self.folder, text=True,
+            timeout=WATCHDOG_SECONDS / 2, check=False,
+        )  # fmt: skip
+        self.assertEqual(done.returncode, 0, done.stderr[-3000:])
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def both_ways(self, kind: str, *arguments: str) -> None:
+        """Our client and their server, then the other way round."""
+        for ours in (True, False):
+            with self.subTest(client="ours" if ours else "theirs"), self.server(not ours, *arguments) as where:
+                where = f"http://127.0.0.1:{where}" if kind == "http" else where
+                self.assertEqual(self.run_client(ours, kind, where), EXPECTED)
+
+    def test_subprocess(self) -> None:
+        for ours in (True, False):
+            command, environment = self.python(not ours)
+            # The worker inherits the client's environment: its module path must be its own.
+            path = [f"PYTHONPATH={environment.get('PYTHONPATH', '')}"]
+            with self.subTest(client="ours" if ours else "theirs"):
+                self.assertEqual(self.run_client(ours, "pipe", "|".join(["env", *path, *command, "server"])), EXPECTED)
+
+    def test_unix(self) -> None:
+        self.both_ways("unix", "--unix", os.path.join(self.folder, "socket"))
+
+    def test_tcp(self) -> None:
+        self.both_ways("tcp", "--tcp", "127.0.0.1:0")
+
+    def test_http(self) -> None:
+        self.both_ways("http", "--http")
+
+
+# ============================================================================
+# THE FILE ITSELF
+# ============================================================================
+
+SOURCE = HERE / "vgi_rpc.py"
+BANNER = re.compile(r"^# (\d+)\. ([A-Z ]+?) \.{3,} uses (nothing|[0-9, -]+)$", re.M)
+SECTIONS = {
+    1: "CONSTANTS", 2: "ERRORS", 3: "LOG MESSAGES", 4: "BATCHES", 5: "TYPES", 6: "STREAM STATE", 7: "METHODS", 8: "REQUESTS AND REPLIES",
+    9: "INTROSPECTION", 10: "TOKENS", 11: "SERVER CORE", 12: "BYTE TRANSPORTS", 13: "CLIENT", 14: "BYTE SERVING", 15: "HTTP SERVING",
+    16: "HTTP CLIENT", 17: "ENTRY POINTS", 18: "COMMAND LINE",
+}  # fmt: skip
+
+
+def type_checking_only(node: ast.AST) -> bool:
+    """Whether *node* is ``if typing.TYPE_CHECKING``."""
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not ast.unparse(node.test).startswith("not")
+
+
+def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below *node* but annotations (never evaluated) and what is for type checkers alone."""
+    yield node
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                if type_checking_only(child):
+                    for other in child.orelse:  # type: ignore[attr-defined]
+                        yield from run_time_nodes(other)
+                else:
+                    yield from run_time_nodes(child)
+
+
+def import_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """As `run_time_nodes`, without the bodies of functions."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        for part in [*node.decorator_list, *node.args.defaults, *[d for d in node.args.kw_defaults if d]]:
+            yield from run_time_nodes(part)
+    elif isinstance(node, ast.ClassDef):
+        for part in [*node.decorator_list, *node.bases, *[k.value for k in node.keywords]]:
+            yield from run_time_nodes(part)
+        for statement in node.body:
+            yield from import_time_nodes(statement)
+    elif isinstance(node, ast.Lambda):
+        return
+    elif not type_checking_only(node):
+        yield node
+        for name, value in ast.iter_fields(node):
+            if name not in ("annotation", "returns"):
+                for child in value if isinstance(value, list) else [value]:
+                    if isinstance(child, ast.AST):
+                        yield from import_time_nodes(child)
+
+
+class ModuleTests(TestCase):
+    """The file as its readers find it."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.text = SOURCE.read_text(encoding="utf-8")
+        cls.tree = ast.parse(cls.text)
+        cls.starts = [(cls.text.count("\n", 0, m.start()) + 1, int(m[1])) for m in BANNER.finditer(cls.text)]
+
+    def section(self, line: int) -> int:
+        """The number of the section in which *line* stands."""
+        return max((number for start, number in self.starts if start <= line), default=0)
+
+    def definitions(self) -> dict[str, int]:
+        """Top-level names and the section that defines them."""
+        found: dict[str, int] = {}
+        for node in self.tree.body:
+            names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            for target in targets:
+                names += [n.id for n in ast.walk(target) if isinstance(n, ast.Name)]
+            for name in names:
+                found.setdefault(name, self.section(node.lineno))
+        return found
+
+    def test_banners(self) -> None:
+        found = {int(m[1]): m[2] for m in BANNER.finditer(self.text)}
+        self.assertEqual(list(found), list(range(1, len(found) + 1)))
+        for number, name in found.items():
+            self.assertEqual(name, SECTIONS[number])
+        self.assertGreaterEqual(len(found), 17)
+        grep = re.findall(r"^# [0-9]*\. [A-Z]", self.text, re.M)
+        self.assertEqual(len(grep), len(found))
+        for match in BANNER.finditer(self.text):
+            if match[3] != "nothing":
+                with self.subTest(match[0]):
+                    self.assertLess(max(map(int, re.findall(r"\d+", match[3]))), int(match[1]))
+
+    def test_no_reference_upwards(self) -> None:
+        defined = self.definitions()
+        wrong = set()
+        for statement in self.tree.body:
+            here = self.section(statement.lineno)
+            for node in run_time_nodes(statement):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and defined.get(node.id, 0) > here:
+                    wrong.add(f"line {node.lineno} (section {here}) uses {node.id} of section {defined[node.id]}")
+        self.assertEqual(sorted(wrong), [])
+
+    def test_nothing_is_used_at_import_before_it_is_defined(self) -> None:
+        line_of = {}
+        for node in self.tree.body:
+            for name in [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []:
+                line_of[name] = node.lineno
+        for statement in self.tree.body:
+            for node in import_time_nodes(statement):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in line_of:
+                    self.assertLess(line_of[node.id], node.lineno, node.id)
+
+    def test_public_names(self) -> None:
+        names = vgi_rpc.__all__
+        self.assertEqual(len(names), len(set(names)))
+        defined = self.definitions()
+        for name in names:
+            with self.subTest(name):
+                self.assertIn(name, defined)
+                self.assertFalse(name.startswith("_"))
+                thing = getattr(vgi_rpc, name)
+                if isinstance(thing, type) or callable(thing) and isinstance(thing, types.FunctionType):
+                    self.assertTrue((thing.__doc__ or "").strip() and not thing.__doc__.startswith(f"{name}("), "no docstring")
+        self.assertTrue(vgi_rpc.__doc__ and vgi_rpc.__version__)
+
+    def test_public_methods_have_docstrings(self) -> None:
+        missing = []
+        for node in self.tree.body:
+            if isinstance(node, ast.ClassDef) and node.name in vgi_rpc.__all__:
+                for member in node.body:
+                    if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
+                        inherited = any(getattr(getattr(base, member.name, None), "__doc__", None) for base in getattr(vgi_rpc, node.name).__mro__[1:])
+                        if not ast.get_docstring(member) and not inherited and not any("setter" in ast.unparse(d) for d in member.decorator_list):
+                            missing.append(f"{node.name}.{member.name}")
+        self.assertEqual(missing, [])
+
+    def test_imports(self) -> None:
+        allowed = set(sys.stdlib_module_names) | {"pyarrow", "__future__"}
+        for node in run_time_nodes(self.tree):
+            if isinstance(node, ast.Import):
+                self.assertLessEqual({alias.name.partition(".")[0] for alias in node.names}, allowed)
+            elif isinstance(node, ast.ImportFrom):
+                self.assertEqual(node.level, 0)
+                self.assertIn((node.module or "").partition(".")[0], allowed)
+
+    def run_python(self, program: str, cwd: Any, *arguments: str) -> str:
+        """Run a program in a fresh interpreter, without this folder on its path."""
+        command = [sys.executable, "-c", program, *arguments]
+        environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONDEVMODE")}
+        done = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout
+
+    def test_it_works_under_another_name(self) -> None:
+        program = """
+import carried, sys
+
+class Calculator:
+    def add(self, a: float, b: float = 1.0) -> float:
+        return a + b
+
+with carried.serve_pipe(Calculator, Calculator()) as proxy:
+    assert proxy.add(a=2.0) == 3.0
+    assert carried.introspect(proxy).protocol_name == "Calculator"
+with carried.http_connect(Calculator, client=carried.make_sync_client(carried.RpcServer(Calculator, Calculator()))) as proxy:
+    assert proxy.add(a=2.0) == 3.0
+assert "vgi_rpc" not in sys.modules
+print("carried")
+"""
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(SOURCE, os.path.join(folder, "carried.py"))
+            self.assertEqual(self.run_python(program, folder), "carried\n")
+
+    def test_what_an_import_loads(self) -> None:
+        program = """
+import sys, pyarrow, pyarrow.ipc
+before = set(sys.modules)
+import vgi_rpc, threading
+lazy = {"http.server", "http.client", "argparse", "subprocess", "ssl", "urllib.request", "asyncio", "email", "socketserver", "multiprocessing"}
+assert not lazy & (set(sys.modules) - before), lazy & (set(sys.modules) - before)
+assert threading.active_count() == 1
+print("lazy")
+"""
+        self.assertEqual(self.run_python(program, HERE), "lazy\n")
+
+    def test_the_example_of_the_docstring_runs(self) -> None:
+        block = re.search(r"::\n\n((?:    .*\n|\n)+)", vgi_rpc.__doc__ or "")
+        assert block is not None
+        self.run_block(re.sub(r"^    ", "", block[1], flags=re.M), "docstring")
+
+    def test_the_blocks_of_the_readme_run(self) -> None:
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+        self.assertTrue(blocks, "README.md has no Python block")
+        with tempfile.TemporaryDirectory() as folder:
+            here = os.getcwd()
+            os.chdir(folder)
+            try:
+                for number, block in enumerate(blocks):
+                    with self.subTest(block=block[:200]):
+                        self.run_block(block, f"readme_{number}")
+            finally:
+                os.chdir(here)
+
+    def run_block(self, block: str, name: str) -> None:
+        """Run a block as a module of its own, since annotations are resolved there; what it prints is dropped."""
+        module = types.ModuleType(name)
+        with mock.patch.dict(sys.modules, {name: module}), contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(block, name, "exec", dont_inherit=True), vars(module))
+
+    def test_settings_of_the_project_agree(self) -> None:
+        text = (HERE / "pyproject.toml").read_text(encoding="utf-8")
+        self.assertIn('requires-python = ">=3.10"', text)
+        self.assertIn("pyarrow>=14.0.1", text)
+        head = self.text[: self.text.index('"""')]
+        self.assertIn('# requires-python = ">=3.10"', head)
+        self.assertIn("# SPDX-License-Identifier: MIT", head)
+        self.assertIn("pyarrow>=14.0.1", head)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        del sys.argv[1]
+        vgi_rpc.run_server(make_server())
+    else:
+        unittest.main()
