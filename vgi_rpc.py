@@ -83,7 +83,7 @@ logger = logging.getLogger("vgi_rpc")
 
 
 # ============================================================================
-# 1. CONSTANTS .......................................... uses nothing
+# 1. CONSTANTS ......................................... uses nothing
 # ============================================================================
 # Every key on the wire, every header name and every default limit, each once.
 # Peers of other languages depend on the spelling: none of it changes without a new wire version.
@@ -146,7 +146,7 @@ EMPTY_SCHEMA = pa.schema([])
 
 
 # ============================================================================
-# 2. ERRORS ............................................. uses 1
+# 2. ERRORS ............................................ uses 1
 # ============================================================================
 # Every exception of this file, its code, kind and HTTP status. An exception of another library never reaches a user.
 #
@@ -510,7 +510,7 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 
 
 # ============================================================================
-# 3. LOG MESSAGES ....................................... uses 1-2
+# 3. LOG MESSAGES ...................................... uses 1-2
 # ============================================================================
 # A log line or an error as it travels: level, text, extra. An error is a message of level EXCEPTION.
 # The metadata of a message is the only form in which an exception leaves a process.
@@ -658,7 +658,7 @@ def _error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
 
 
 # ============================================================================
-# 4. BATCHES ............................................ uses 1-3
+# 4. BATCHES ........................................... uses 1-3
 # ============================================================================
 # Arrow IPC streams in and out, message by message: framing, bounds, validation, casting, telling batches apart.
 # Law: nothing foreign reaches pyarrow's decoder before its head was read and its size, rows and buffers were found
@@ -1321,7 +1321,7 @@ def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values:
 
 
 # ============================================================================
-# 5. PLAIN ROWS ......................................... uses 1-4
+# 5. PLAIN ROWS ........................................ uses 1-4
 # ============================================================================
 # Short columns of everyday types between Python values and message bytes, without pyarrow, whose calls cost more than a
 # small message is worth. Law: this section only saves time. It writes the bytes that pyarrow would write, from a layout
@@ -1663,7 +1663,7 @@ class PlainBatch:
 
 
 # ============================================================================
-# 5. TYPES .............................................. uses 1-4
+# 6. TYPES ............................................. uses 1-5
 # ============================================================================
 # Annotation -> codec: the Arrow type, whether it is nullable, how a Python value becomes one and comes back (WIRE section 2).
 # Law: a codec is built once per annotation and cached; a value that does not fit raises _Mismatch, to which each
@@ -2184,7 +2184,7 @@ class ArrowSerializableDataclass:
 
 
 # ============================================================================
-# 6. STREAM STATE ....................................... uses 1-5
+# 7. STREAM STATE ...................................... uses 1-6
 # ============================================================================
 # What a method's author holds in hand: the context of a call, the collector of one turn, the state that lives on
 # between turns. Law: nothing here knows a transport; facts of one call travel in CallContext, never in globals.
@@ -2453,7 +2453,7 @@ class Stream(Generic[_S, _H]):
 
 
 # ============================================================================
-# 7. METHODS ............................................ uses 1-6
+# 8. METHODS ........................................... uses 1-7
 # ============================================================================
 # A Protocol class read once: every method with its schemas and codecs, and an implementation checked against it.
 # Law: whatever is wrong with a service is said when it is built, all of it in one error.
@@ -2732,7 +2732,7 @@ def _state_types(info: RpcMethodInfo, returned: Any, problems: list[str]) -> tup
 
 
 # ============================================================================
-# 8. REQUESTS AND REPLIES ............................... uses 1-7
+# 9. REQUESTS AND REPLIES .............................. uses 1-8
 # ============================================================================
 # A call's arguments to a request stream and back, a result to its batch and back (WIRE sections 1 and 3).
 # Law: a request's schema equals the method's, name for name and type for type, before a single value is decoded.
@@ -2881,7 +2881,7 @@ def read_result(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage) -
 
 
 # ============================================================================
-# 9. INTROSPECTION ...................................... uses 1-8
+# 10. INTROSPECTION .................................... uses 1-9
 # ============================================================================
 # What a server says of itself (WIRE section 7): the reflection protocol, its dataclasses, the protocol hash.
 # Field names, their order and the tokens of the hash are the family's; a change here is a change of the wire.
@@ -3054,7 +3054,7 @@ def _method_description(m: MethodSummary) -> MethodDescription:
 
 
 # ============================================================================
-# 10. TOKENS ............................................ uses 1-9
+# 11. TOKENS ........................................... uses 1-10
 # ============================================================================
 # Seals a stream's state so that only this service's own can come back (WIRE section 6). HMAC-SHA256 over half, binding,
 # time and content; signed, not encrypted: a client can read what is inside.
@@ -3176,7 +3176,7 @@ def unpack_parts(data: bytes, count: int) -> list[bytes]:
 
 
 # ============================================================================
-# 11. SERVER CORE ....................................... uses 1-10
+# 12. SERVER CORE ...................................... uses 1-11
 # ============================================================================
 # resolve -> begin -> turn -> end, for every transport: no socket, no thread, no file. A byte stream and an HTTP handler are
 # thin shells around a `Call`. The rules of a turn (one data batch, logs before data, finish, the error batch, cancel)
@@ -3592,7 +3592,7 @@ def configure_access_log(path: str, server: ServerCore) -> None:
 
 
 # ============================================================================
-# 12. BYTE TRANSPORTS ................................... uses 1-11
+# 13. BYTE TRANSPORTS .................................. uses 1-12
 # ============================================================================
 # Pipes and sockets as byte channels: exact reads, whole writes, deadlines, hang-up. The shells under which everything
 # above runs. Law: a short read or write is continued, a failure leaves as TransportError, a deadline as DeadlineExceededError.
@@ -3997,9 +3997,9 @@ def connect_tcp_socket(
 
 
 # ============================================================================
-# 13. CLIENT ............................................ uses 1-12
+# 14. CLIENT ........................................... uses 1-13
 # ============================================================================
-# One proxy class and one StreamSession over a small interface with two implementations: byte streams here, HTTP in 16.
+# One proxy class and one StreamSession over a small interface with two implementations: byte streams here, HTTP in 17.
 # Law: an argument that does not fit fails before a byte is sent; after any error that was an answer the connection
 # serves the next call; after any other error it is closed, and says so.
 
@@ -4572,7 +4572,7 @@ def introspect(
 
 
 # ============================================================================
-# 14. BYTE SERVING ...................................... uses 1-13
+# 15. BYTE SERVING ..................................... uses 1-14
 # ============================================================================
 # The loop that serves one byte stream, and the listeners that give each connection such a loop.
 # Law: after any refusal whose bytes were well framed the connection serves the next request; else it is closed.
@@ -5011,7 +5011,7 @@ def serve_tcp(
 
 
 # ============================================================================
-# 15. HTTP SERVING ...................................... uses 1-14
+# 16. HTTP SERVING ..................................... uses 1-15
 # ============================================================================
 # One function from request to response (`HttpApp.__call__`) under both our own server and WSGI: routes, limits, codings,
 # authentication, tokens. Above it a strict HTTP/1.1 reader: what the grammar does not allow is refused and the connection
@@ -5979,7 +5979,7 @@ def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **o
 
 
 # ============================================================================
-# 16. HTTP CLIENT ....................................... uses 1-15
+# 17. HTTP CLIENT ...................................... uses 1-16
 # ============================================================================
 # The HTTP channel: kept-alive connections, budgets, codings, redirects, the environment's proxies, as a ClientChannel.
 # Law: what a server sends is bounded before it is kept; a call is sent once, never retried behind the caller's back.
@@ -6502,7 +6502,7 @@ class _HttpClientStream(ClientStream):
 
 
 # ============================================================================
-# 17. ENTRY POINTS ...................................... uses 1-16
+# 18. ENTRY POINTS ..................................... uses 1-17
 # ============================================================================
 # What most programs call: one function per way to serve and per way to connect. Each connect function returns a context
 # manager that gives the typed proxy and closes the connection; it connects on entering. Keywords mean the same everywhere:
