@@ -911,7 +911,7 @@ class HeadLayout:
     Heads of one schema whose metadata values have the same lengths differ nowhere else, so one `struct` call reads or
     writes them. Learned from heads that `_parse_head` has accepted; what has other fixed bytes is not of this layout.
     """
-    __slots__ = ("_fixed", "_fixed_of", "_head", "_keys", "_parts", "_slots", "_struct")
+    __slots__ = ("_fixed", "_fixed_of", "_head", "_keys", "_numbers", "_parts", "_slots", "_struct")
 
     def __init__(self, data: bytes, head: MessageHead, regions: list[_Region]) -> None:
         codes, fixed, count, at = ["<"], [], 0, 0
@@ -927,6 +927,7 @@ class HeadLayout:
         self._fixed_of = operator.itemgetter(*fixed)
         self._fixed = self._fixed_of(self._parts)
         self._keys = [(key, self._slots[key].start) for key in head.metadata or () if key in self._slots]
+        self._numbers = [self._slots.get(name) for name in ("body_length", "rows", "nodes", "buffers")]
         self._head = head
 
     @classmethod
@@ -939,9 +940,12 @@ class HeadLayout:
         parts = self._struct.unpack(data)
         if self._fixed_of(parts) != self._fixed:
             return None
-        known, at = self._head, self._slots.get
-        metadata = {**known.metadata, **{key: parts[i] for key, i in self._keys}} if known.metadata else None
-        body, rows, nodes, buffers = at("body_length"), at("rows"), at("nodes"), at("buffers")
+        known, (body, rows, nodes, buffers) = self._head, self._numbers
+        metadata = None
+        if known.metadata:
+            metadata = known.metadata.copy()
+            for key, index in self._keys:
+                metadata[key] = parts[index]
         return MessageHead(
             known.kind, parts[body.start] if body else 0, metadata, parts[rows.start] if rows else 0,
             parts[nodes] if nodes else (), parts[buffers] if buffers else (), *known[6:],
@@ -949,10 +953,10 @@ class HeadLayout:
 
     def message(self, rows: int, nodes: Sequence[int], buffers: Sequence[int], body: bytes, metadata: _Metadata | None) -> bytes:
         """Return the whole message of a batch of this layout."""
-        parts, slots = self._parts.copy(), self._slots
-        for name, numbers in (("body_length", (len(body),)), ("rows", (rows,)), ("nodes", nodes), ("buffers", buffers)):
-            if name in slots:
-                parts[slots[name]] = numbers
+        parts = self._parts.copy()
+        for slot, numbers in zip(self._numbers, ((len(body),), (rows,), nodes, buffers)):
+            if slot:
+                parts[slot] = numbers
         for key, index in self._keys if metadata else ():
             parts[index] = metadata[key]  # type: ignore[index]
         return b"".join((_CONTINUATION, struct.pack("<i", self._struct.size), self._struct.pack(*parts), body))
@@ -2788,7 +2792,9 @@ class Request:
         self._message = message
         self.rows = message.head.rows
         self.metadata: dict[bytes, bytes] = message.head.metadata or {}
-        extra = sum(1 for _ in iter(reader.next_message, None))
+        extra = 0
+        while reader.next_message() is not None:
+            extra += 1
         if extra:
             raise ProtocolError(f"request: expected exactly one batch, got {extra + 1}")
 
@@ -3280,6 +3286,8 @@ class Call:
 
     def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
         """Pending log lines as batches; the list is emptied."""
+        if not self._messages and not messages:
+            return []
         taken = [*self._messages, *messages]
         self._messages.clear()
         empty, request_id = empty_batch(schema), self.context.request_id
@@ -3476,6 +3484,8 @@ class ServerCore:
 
     @staticmethod
     def _check_protocol_version(service: HostedService, request: Request) -> None:
+        if not service.version:
+            return
         raw = request.metadata.get(PROTOCOL_VERSION_KEY, b"").decode("utf-8", "replace")
         wanted, got = _parse_version(service.version), _parse_version(raw)
         if wanted is None or got == wanted:
@@ -3503,6 +3513,8 @@ class ServerCore:
 
         Raises `StatusError` (UNAVAILABLE) when one fails; the next request asks again.
         """
+        if kind in self._started:
+            return
         with self._state:
             for service in self.services.values() if kind not in self._started else ():
                 hook = getattr(service.implementation, "on_serve_start", None)
@@ -3516,16 +3528,16 @@ class ServerCore:
 
     # -- draining
 
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """Count the work inside as running, so that `drain` waits for it."""
+    def __enter__(self) -> ServerCore:
+        """Count the work inside ``with server`` as running, so that `drain` waits for it."""
         with self._state:
             self._active += 1
-        try:
-            yield
-        finally:
-            with self._state:
-                self._active -= 1
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._state:
+            self._active -= 1
+            if self.draining:
                 self._state.notify_all()
 
     def refuse_if_draining(self) -> None:
@@ -3691,8 +3703,12 @@ class ByteChannel(ByteSource):
 
     def write(self, pieces: Sequence[_Buffer]) -> None:
         """Write all of *pieces*, in order; large ones are not copied."""
-        if len(pieces) > 1 and sum(map(len, pieces)) <= SMALL_BODY_BYTES:
-            pieces = [b"".join(pieces)]
+        if sum(map(len, pieces)) <= SMALL_BODY_BYTES:
+            data = b"".join(pieces)
+            sent = self._send([data]) if data else 0  # type: ignore[list-item]
+            if sent == len(data):
+                return
+            pieces = [data[sent:]]
         views = [memoryview(p).cast("B") for p in pieces if len(p)]
         while views:
             sent = self._send(views[:_MAX_PIECES])
@@ -4622,7 +4638,7 @@ class _ByteServing:
         try:
             self._channel.deadline = None
             reader = self._reader()
-            with self._server.working():
+            with self._server:
                 return self._serve_stream(reader)
         except (EOFError, TransportError):
             return False
@@ -5341,7 +5357,7 @@ class HttpApp:
         self.server.start(TransportKind.HTTP)
         body = self._body(request)
         handler = {2: self._unary, 3: self._init if segments[-1] == "init" else self._exchange}[len(segments)]
-        with self.server.working():
+        with self.server:
             return handler((segments[0], segments[1]), body, caller, request, request_id)
 
     # -- everything that is not a call
