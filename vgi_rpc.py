@@ -7668,3 +7668,1576 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
         serve_tcp(server, host or "127.0.0.1", int(port), on_bound=lambda h, p: announce(f"TCP:{h}:{p}"), **options)
     else:
         serve_stdio(server)
+
+
+# ============================================================================
+# 18. COMMAND LINE ...................................... uses 1-17
+# ============================================================================
+# `python vgi_rpc.py COMMAND`: answers go to stdout, everything said about them to stderr; stdin is read only where `-` stands.
+# Law: nothing of this section runs on import; a failure is one line, a hint where there is one, and an exit code.
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_REFUSED, EXIT_TIMEOUT, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+_EXIT_RELOAD = 75  # sysexits' EX_TEMPFAIL: the child of `serve --reload` asks to be started again
+_EXIT_BY_CODE = {
+    **dict.fromkeys(("UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"), EXIT_REFUSED),
+    "DEADLINE_EXCEEDED": EXIT_TIMEOUT,
+}
+_DEFAULT_TURN_ROWS = 100  # of CSV and NDJSON, where nothing else says what a batch is
+_SAMPLE_BYTES = 1 << 20  # of a CSV or NDJSON file, from which the types of its columns are inferred
+
+
+# -- the service that is there when no other is named
+
+
+@dataclass(frozen=True)
+class CountdownHeader(ArrowSerializableDataclass):
+    """What `Demo.countdown` says before its first number."""
+
+    start: int
+    batches: int
+
+
+@dataclass
+class CountdownState(ProducerState):
+    """Where a countdown stands."""
+
+    left: int
+    pause: float
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        if self.left < 0:
+            out.finish()
+            return
+        time.sleep(self.pause)
+        out.emit_pydict({"n": [self.left]})
+        self.left -= 1
+
+
+@dataclass
+class Tally:
+    """Running statistics of one column; nulls are passed over."""
+
+    count: int = 0
+    total: float = 0.0
+    low: float | None = None
+    high: float | None = None
+
+    def add(self, column: pa.Array) -> None:
+        """Count the values of *column*, any number of rows."""
+        import pyarrow.compute as pc
+
+        values = column.cast(pa.float64(), safe=False).drop_null()
+        if not len(values):
+            return
+        low, high = (pc.min_max(values)[edge].as_py() for edge in ("min", "max"))
+        self.count += len(values)
+        self.total += pc.sum(values).as_py()
+        self.low = low if self.low is None else min(low, self.low)
+        self.high = high if self.high is None else max(high, self.high)
+
+    def summary(self) -> dict[str, Any]:
+        """Return count, mean, min and max; ``None`` for what no value has decided yet."""
+        return {"count": self.count, "mean": self.total / self.count if self.count else None, "min": self.low, "max": self.high}
+
+
+_SUMMARY = pa.struct([("count", pa.int64()), ("mean", pa.float64()), ("min", pa.float64()), ("max", pa.float64())])
+
+
+@dataclass
+class StatisticsState(ExchangeState):
+    """The statistics so far, by column."""
+
+    columns: dict[str, Tally]
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        for name, tally in self.columns.items():
+            tally.add(input.batch.column(name))
+        out.emit_pydict({name: [tally.summary()] for name, tally in self.columns.items()})
+
+
+class Demo(Protocol):
+    """A small service with one method of each kind."""
+
+    def add(self, a: float, b: float = 1.0) -> float:
+        """Return a + b."""
+
+    def countdown(self, start: int, pause: float | None = None) -> Stream[ProducerState, CountdownHeader]:
+        """Count from start to 0, one number a batch.
+
+        Args:
+            start: The first number.
+            pause: Seconds to wait before each number.
+        """
+
+    def statistics(self, schema: pa.Schema) -> Stream[ExchangeState]:
+        """Answer each batch with count, mean, min and max of every numeric column so far; nulls are passed over.
+
+        Args:
+            schema: Schema of the batches; `call` takes it from the input.
+        """
+
+
+class DemoImpl:
+    """The implementation of `Demo`."""
+
+    def add(self, a: float, b: float = 1.0) -> float:
+        """See `Demo.add`."""
+        return a + b
+
+    def countdown(self, start: int, pause: float | None = None) -> Stream[CountdownState, CountdownHeader]:
+        """See `Demo.countdown`."""
+        header = CountdownHeader(start, max(0, start + 1))
+        return Stream(pa.schema([("n", pa.int64())]), CountdownState(start, pause or 0.0), header=header)
+
+    def statistics(self, schema: pa.Schema) -> Stream[StatisticsState]:
+        """See `Demo.statistics`."""
+        t = pa.types
+        names = [f.name for f in schema if t.is_integer(f.type) or t.is_floating(f.type) or t.is_decimal(f.type)]
+        if not names or len(set(schema.names)) < len(schema):
+            problem = f"expected numeric columns under unique names, got {_schema_text(schema)}"
+            raise StatusError(problem, code=Code.INVALID_ARGUMENT)
+        output = pa.schema([(name, _SUMMARY) for name in names])
+        return Stream(output, StatisticsState({name: Tally() for name in names}), input_schema=schema)
+
+
+# -- what is said to people
+
+
+class _CliError(Exception):
+    """Ends a command with one line, a hint and an exit code."""
+
+    def __init__(self, message: str, hint: str = "", code: int = EXIT_USAGE) -> None:
+        super().__init__(message)
+        self.hint, self.code = hint, code
+
+
+def _paint(text: str, style: str, stream: Any) -> str:
+    """Colour *text* when *stream* is a terminal that may show it; ``NO_COLOR`` wins (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+    return text if plain else f"\x1b[{style}m{text}\x1b[0m"
+
+
+def _say(text: str = "") -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _program() -> str:
+    name = os.path.basename(sys.argv[0] or "vgi_rpc.py")
+    return f"python {name}" if name.endswith(".py") else name
+
+
+def _exit_code(exc: Exception) -> int:
+    if isinstance(exc, _CliError):
+        return exc.code
+    if not isinstance(exc, RpcError):
+        return EXIT_USAGE
+    if isinstance(exc, TransportError) and not isinstance(exc, DeadlineExceededError):
+        return EXIT_UNREACHABLE
+    return EXIT_REFUSED if "VersionError" in exc.error_type else _EXIT_BY_CODE.get(exc.error_code, EXIT_FAILED)
+
+
+def _hint_of(exc: Exception) -> str:
+    if isinstance(exc, _CliError):
+        return exc.hint
+    if isinstance(exc, AuthenticationError):
+        return "send credentials: --bearer-file FILE, or -H 'Authorization: Bearer …'"
+    if isinstance(exc, TransportError) and exc.error_message.startswith("cannot connect"):
+        return f"is the server running? {_program()} serve"
+    if isinstance(exc, RpcError) and REFLECTION_PROTOCOL in exc.error_message:
+        return "the server does not describe itself (--no-describe), and without that nothing can be called by name"
+    return ""
+
+
+def _report(exc: Exception, args: Any) -> int:
+    """Say on stderr what failed, as the flags ask for it; return the exit code."""
+    code, hint = _exit_code(exc), _hint_of(exc)
+    remote = exc if isinstance(exc, RpcError) else None
+    traceback_ = remote.remote_traceback.rstrip() if remote and getattr(args, "verbose", False) else ""
+    if getattr(args, "format", None) == "json":
+        facts: dict[str, Any] = {"type": type(exc).__name__.lstrip("_"), "message": _text_of(exc), "exit_code": code, "hint": hint}
+        if remote:
+            facts.update(type=remote.error_type, message=remote.error_message, code=remote.error_code, kind=remote.error_kind)
+            facts.update(details=remote.error_details, request_id=remote.request_id, traceback=traceback_)
+        _say(json.dumps({"error": {k: v for k, v in facts.items() if v}}, ensure_ascii=False))
+        return code
+    text = _text_of(exc.strerror and f"{exc.filename or ''}: {exc.strerror}" if isinstance(exc, OSError) else exc)
+    _say(f"{_paint('error:', '1;31', sys.stderr)} {' '.join(line.strip() for line in text.splitlines())}")
+    if hint:
+        _say(f"{_paint('hint:', '1;36', sys.stderr)} {hint}")
+    if traceback_:
+        _say(traceback_)
+    return code
+
+
+# -- serve: finding the service
+
+
+def _load_target(text: str) -> Any:
+    """Import what ``module:Class``, ``path/to/file.py:Class`` or ``module:factory()`` names."""
+    match = re.fullmatch(r"(.+?):([A-Za-z_][\w.]*)(\(\))?", text)
+    if not match:
+        raise _CliError(f"target {text!r}: expected module:Class, path/to/file.py:Class or module:factory()", f"try {text}:NAME")
+    module = _guarded(match[1], _import_module, match[1])
+    try:
+        found = functools.reduce(getattr, match[2].split("."), module)
+    except AttributeError:
+        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__ and n[0] != "_"]
+        hint = f"it defines {', '.join(own)}" if own else "it defines no class"
+        raise _CliError(f"{match[1]} has no {match[2]!r}{_suggest(match[2], own)}", hint) from None
+    return _guarded(text, found) if match[3] else found
+
+
+def _import_module(name: str) -> Any:
+    import importlib
+    import importlib.util
+
+    if not name.endswith(".py"):
+        sys.path.insert(0, os.getcwd())
+        return importlib.import_module(name)
+    if not os.path.isfile(name):
+        raise _CliError(f"no file {name!r}", f"this is {os.getcwd()}")
+    stem = os.path.splitext(os.path.basename(name))[0]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(name)))
+    spec = importlib.util.spec_from_file_location(stem, os.path.abspath(name))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _guarded(what: str, call: Callable[..., Any], *args: Any) -> Any:
+    """Run the user's code; what it raises becomes one line with its file and line."""
+    try:
+        return call(*args)
+    except (_CliError, KeyboardInterrupt):
+        raise
+    except BaseException as exc:
+        if isinstance(exc, ModuleNotFoundError) and exc.name and what.split(":")[0].startswith(exc.name):
+            raise _CliError(f"no module {exc.name!r}", "run from the folder that holds it, or give path/to/file.py:Class") from None
+        last = traceback.extract_tb(exc.__traceback__)[-1]
+        where = (exc.filename, exc.lineno) if isinstance(exc, SyntaxError) else (last.filename, last.lineno)
+        raise _CliError(f"{where[0]}:{where[1]}: {type(exc).__name__}: {_text_of(exc)}", f"{what} must load by itself") from None
+
+
+def _is_protocol(value: Any) -> bool:
+    return isinstance(value, type) and bool(vars(value).get("_is_protocol")) and value.__module__ not in ("typing", "typing_extensions")
+
+
+def _protocol_of(cls: type) -> type:
+    """The Protocol that a class subclasses, names (``protocol = P``) or, alone in its module, fits; else the class itself."""
+    named = [c for c in (vars(cls).get("protocol"), *cls.__mro__[1:]) if _is_protocol(c) and _public_functions(cast("type", c))]
+    if named:
+        return cast("type", named[0])
+    methods = set(_public_functions(cls))
+    around = dict.fromkeys(v for v in vars(sys.modules[cls.__module__]).values() if _is_protocol(v))
+    fitting = [p for p in around if _public_functions(p) and set(_public_functions(p)) <= methods]
+    exact = [p for p in fitting if cls.__name__.startswith(p.__name__)] or fitting
+    if len(exact) > 1:
+        names = ", ".join(p.__name__ for p in exact)
+        raise _CliError(f"{cls.__name__} fits several protocols: {names}", f"say which: protocol = {exact[0].__name__} in its body")
+    return exact[0] if exact else cls
+
+
+def _service_of(target: str | None) -> RpcServer:
+    """Return the server for a target; the demo without one."""
+    found = _load_target(target) if target else DemoImpl
+    if isinstance(found, RpcServer):
+        return found
+    if inspect.isroutine(found):
+        raise _CliError(f"{target} is a function", f"have it called: {target}()")
+    cls = found if isinstance(found, type) else type(found)
+    if _is_protocol(found):
+        raise _CliError(f"{cls.__name__} is a Protocol, and says only what is served", "name the class that implements it")
+    protocol = _protocol_of(cls)
+    try:
+        rpc_methods(protocol)
+        needed = [n for n, p in inspect.signature(cls).parameters.items() if p.default is p.empty and p.kind not in (2, 4)]
+        if cls is found and needed:
+            raise _CliError(f"{cls.__name__}() needs {', '.join(needed)}", "write a function that makes one, and name it: module:make()")
+        return RpcServer(protocol, _guarded(str(target), cls) if cls is found else found)
+    except (TypeError, ValueError) as exc:
+        raise _CliError(_located(_text_of(exc), (protocol, cls)), "every parameter and result needs an annotation that Arrow has") from None
+
+
+def _located(text: str, classes: Iterable[type]) -> str:
+    """Put file and line of the method that an error text names in front of it."""
+    for name in re.findall(r"\b(\w+)\(\)", text):
+        for cls in classes:
+            code = getattr(getattr(cls, name, None), "__code__", None)
+            if code is not None:
+                return f"{code.co_filename}:{code.co_firstlineno}: {text}"
+    return text
+
+
+# -- serve: running it
+
+
+def _size(text: str) -> int:
+    """``64M`` -> bytes."""
+    match = re.fullmatch(r"([0-9]+)([KMG]?)(i?B)?", text, re.I)
+    if not match:
+        raise ValueError(text)
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
+
+
+def _words_of(path: str) -> list[list[str]]:
+    """The words of each line of a file of secrets that is not empty and not a comment."""
+    with open(path, encoding="utf-8") as f:
+        lines = [line.split() for line in f if line.strip() and not line.startswith("#")]
+    if not lines:
+        raise _CliError(f"{path}: expected a secret on a line, got none")
+    return lines
+
+
+def _token_keys(args: Any) -> tuple[list[bytes], str]:
+    """The keys of the state tokens, and what the banner says of them."""
+    if args.token_key_file:
+        return [line[0].encode() for line in _words_of(args.token_key_file)], f"from {args.token_key_file}"
+    if os.environ.get("VGI_RPC_TOKEN_KEY"):
+        return HttpOptions().keys(), "from VGI_RPC_TOKEN_KEY"
+    return [os.urandom(32)], "random: open streams end with this process; VGI_RPC_TOKEN_KEY or --token-key-file keeps them"
+
+
+def _http_options(args: Any, keys: list[bytes]) -> dict[str, Any]:
+    options = {n: getattr(args, n) for n in ("prefix", "token_ttl", "max_request_bytes", "max_response_bytes", "max_connections")}
+    options = {name: value for name, value in options.items() if value is not None}
+    options.update(token_key=keys, pages=not args.no_describe, json=not args.no_json, tls_context=_tls_context(args))
+    if args.timeout is not None:
+        options["request_deadline"] = args.timeout
+    if args.cors:
+        options["cors_origins"] = [origin.strip() for origin in args.cors.split(",")]
+    if args.bearer_file:
+        known = {line[-1]: AuthContext("bearer", True, line[0] if len(line) > 1 else "bearer") for line in _words_of(args.bearer_file)}
+        options["authenticate"] = bearer_authenticate_static(tokens=known)
+    return options
+
+
+def _tls_context(args: Any) -> ssl.SSLContext | None:
+    if not args.tls_cert:
+        return None
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(args.tls_cert, args.tls_key)
+    except OSError as exc:
+        raise _CliError(f"--tls-cert {args.tls_cert}: {exc.strerror or exc}", "PEM files: the certificate chain, and its key") from None
+    return context
+
+
+def _banner(server: RpcServer, where: str, key: str, warning: str = "") -> None:
+    infos = list(server.methods.values())
+    width = max((len(info.signature()) for info in infos), default=0)
+    _say(f"{_paint(server.protocol_name, '1', sys.stderr)} served by vgi_rpc {__version__}")
+    for info in infos:
+        _say(f"  {info.signature():{min(width, 90)}}  {info.kind}")
+    if warning:
+        _say(f"{_paint('warning:', '1;33', sys.stderr)} {warning}")
+    if key:
+        _say(f"token key  {key}")
+    _say(f"address    {_paint(where, '1;36', sys.stderr)}")
+    _say(f"look       {_program()} describe {where}")
+    _say("stop       Ctrl-C")
+
+
+def _open_door(args: Any) -> str:
+    """The warning that belongs to an address that others reach without any credentials."""
+    if args.unix or args.host in ("localhost", "::1") or args.host.startswith("127.") or args.bearer_file:
+        return ""
+    return f"everybody who reaches {args.host} can call this: no authentication (--bearer-file FILE asks for a token)"
+
+
+def _serve(args: Any) -> int:
+    if args.reload and not os.environ.get("VGI_RPC_RELOADED"):
+        return _serve_reloading(args)
+    reload_asked = _watch(args.target) if args.reload else None
+    try:
+        server = _service_of(args.target)
+        server.include_tracebacks = server.include_tracebacks and not args.no_tracebacks
+        if args.no_describe:
+            server.describe_enabled = bool(server.services.pop(REFLECTION_PROTOCOL, None)) and False
+        keys, key_text = _token_keys(args)
+        options = _http_options(args, keys)
+        HttpApp(server, _split_options(options, HttpOptions, HttpServeOptions)[0])  # says now what is wrong with them
+        if args.check:
+            print(describe_rpc(server.primary.protocol))
+            return EXIT_OK
+        if args.access_log:
+            configure_access_log(args.access_log, server)
+        _run_server(args, server, options, key_text)
+    except (_CliError, OSError, ValueError) as exc:
+        if reload_asked is None:
+            raise
+        _report(exc, args)
+        _say("waiting for a change …")
+        reload_asked.wait()
+    return _EXIT_RELOAD if reload_asked is not None and reload_asked.is_set() else EXIT_OK
+
+
+def _run_server(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> None:
+    """Listen where the flags say, until stopped."""
+    announced = announce if args.announce else (lambda line: None)
+    sockets = {"threaded": True, "max_connections": args.max_connections}
+
+    def on_tcp(host: str, port: int) -> None:
+        _banner(server, f"tcp:{host}:{port}", "", _open_door(args))
+        announced(f"TCP:{host}:{port}")
+
+    def on_unix(path: str) -> None:
+        _banner(server, f"unix:{path}", "")
+        announced(f"UNIX:{path}")
+
+    def on_http(host: str, port: int) -> None:
+        shown = f"[{host}]" if ":" in host else host
+        scheme = "https" if options["tls_context"] else "http"
+        _banner(server, f"{scheme}://{shown}:{port}{HttpOptions(args.prefix or '').prefix}", key, _open_door(args))
+        announced(f"PORT:{port}")
+
+    if sum(map(bool, (args.stdio, args.unix, args.tcp))) > 1:
+        raise _CliError("--stdio, --unix and --tcp: one at a time")
+    if args.bearer_file and (args.stdio or args.unix or args.tcp):
+        raise _CliError("--bearer-file works over HTTP", "a Unix socket is its owner's alone; TCP has no authentication")
+    try:
+        if args.stdio:
+            if sys.stdin.isatty():
+                _say("serving Arrow on stdin and stdout: this is for a program that starts us; press Ctrl-C to stop")
+            serve_stdio(server)
+        elif args.unix:
+            serve_unix(server, args.unix, on_bound=on_unix, **sockets)
+        elif args.tcp:
+            host, _, port = args.tcp.rpartition(":")
+            args.host = host or "127.0.0.1"
+            serve_tcp(server, args.host, int(port), on_bound=on_tcp, tls_context=options["tls_context"], **sockets)
+        else:
+            serve_http(server, host=args.host, port=args.port, on_bound=on_http, **options)
+    except OSError as exc:
+        where = args.unix or args.tcp or f"{args.host}:{args.port}"
+        taken = exc.errno == errno.EADDRINUSE
+        hint = "another server runs there; --port 0 takes a free port" if taken else ""
+        raise _CliError(f"cannot listen on {where}: {exc.strerror or exc}", hint, EXIT_UNREACHABLE) from None
+
+
+def _serve_reloading(args: Any) -> int:
+    """Keep a child serving: the same port and the same key in each life, so that clients' open streams go on."""
+    import subprocess
+
+    words = [word for word in args.words if word != "--port" or not args.tcp]
+    if not (args.stdio or args.unix or args.tcp or args.port):
+        with listen_tcp(args.host, 0) as free:
+            words += ["--port", str(free.getsockname()[1])]
+    keys, _ = _token_keys(args)
+    key = base64.b64encode(os.urandom(32)).decode() if len(keys[0]) == 32 else keys[0].decode("latin-1")
+    environment = {"VGI_RPC_TOKEN_KEY": key, **os.environ, "VGI_RPC_RELOADED": "1"}
+    while True:
+        child = subprocess.Popen([sys.executable, os.path.abspath(__file__), *words], env=environment)
+        with _stop_signals(child.terminate):
+            code = child.wait()
+        if code != _EXIT_RELOAD:
+            return max(code, 0)
+        _say("something changed: starting again")
+
+
+def _watch(target: str | None) -> threading.Event:
+    """Watch the files of all loaded modules; when one changes, set the event and have the server stop."""
+    import signal
+
+    changed = threading.Event()
+    given = [target.rpartition(":")[0]] if target else []
+
+    def stamps() -> dict[str, int]:
+        files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} | set(given)
+        found = {}
+        for path in files:
+            with contextlib.suppress(OSError, TypeError):
+                found[cast("str", path)] = os.stat(cast("str", path)).st_mtime_ns
+        return found
+
+    def watch() -> None:
+        known = stamps()
+        while not changed.wait(0.5):
+            now = stamps()
+            if any(known.get(path, stamp) != stamp for path, stamp in now.items()):
+                changed.set()
+                os.kill(os.getpid(), signal.SIGTERM)
+            known.update(now)
+
+    threading.Thread(target=watch, daemon=True, name="vgi_rpc reload").start()
+    return changed
+
+
+# -- connecting
+
+
+@contextlib.contextmanager
+def _connected(args: Any) -> Iterator[ClientChannel]:
+    """The channel to WHERE: a URL, ``unix:PATH``, ``tcp:HOST:PORT`` or a command that is started."""
+    where = args.where
+    headers = _request_headers(args)
+    if where.startswith(("http://", "https://")):
+        target = HttpTarget.parse(where)
+        channel: ClientChannel = HttpClient(HttpConnections(target), target.prefix, headers=headers)
+    elif headers:
+        raise _CliError("-H and --bearer-file work over HTTP only")
+    else:
+        channel = ByteClient(_transport(where, args))
+    try:
+        yield channel
+    finally:
+        channel.close()
+
+
+def _transport(where: str, args: Any) -> Transport:
+    import shlex
+
+    kind, _, rest = where.partition(":")
+    if kind == "unix":
+        return connect_unix_socket(rest, args.timeout)
+    host, _, port = rest.rpartition(":")
+    if kind == "tcp" and port.isdigit():
+        connected = connect_tcp_socket(host or "127.0.0.1", int(port), args.timeout or 10.0)
+        return Transport(SocketChannel(connected), TransportKind.TCP, rest)
+    if kind == "tcp" or re.fullmatch(r"[\w.-]+:\d+(/.*)?", where):
+        raise _CliError(f"WHERE {where!r}: expected a URL, unix:PATH, tcp:HOST:PORT or a command", f"http://{where.replace('tcp:', '')}?")
+    command = shlex.split(where)
+    if not command:
+        raise _CliError("WHERE is empty", "give a URL, unix:PATH, tcp:HOST:PORT or a command")
+    return SubprocessTransport(command, stderr=StderrMode.INHERIT if args.verbose else StderrMode.PIPE)
+
+
+def _request_headers(args: Any) -> dict[str, str]:
+    headers = {}
+    for line in args.header:
+        name, colon, value = line.partition(":")
+        if not colon or not name.strip():
+            raise _CliError(f"-H {line!r}: expected 'Name: value'")
+        headers[name.strip()] = value.strip()
+    if args.bearer_file:
+        headers["Authorization"] = f"Bearer {_words_of(args.bearer_file)[0][-1]}"
+    return headers
+
+
+def _options(args: Any, version: str = "") -> CallOptions:
+    def on_log(message: Message) -> None:
+        _say(f"{_paint(f'[{message.level.value}]', '2', sys.stderr)} {message.message}")
+
+    return CallOptions(on_log if args.verbose else None, args.timeout, version=version)
+
+
+def _described(channel: ClientChannel, args: Any, protocol: str | None = None) -> ServiceDescription:
+    return introspect(make_proxy(Reflection, channel, _options(args)), protocol=protocol)
+
+
+def _find_method(channel: ClientChannel, args: Any) -> tuple[ServiceDescription, MethodDescription]:
+    """Look ``method`` or ``Protocol.method`` up in the live service."""
+    protocol, _, name = (args.method or "").rpartition(".")
+    service = _described(channel, args, protocol or None)
+    if name not in service.methods:
+        known = sorted(service.methods)
+        said = f"{service.protocol_name} has no method {name!r}{_suggest(name, known)}" if name else "METHOD is missing"
+        raise _CliError(said, f"{service.protocol_name} has {', '.join(known)}")
+    return service, service.methods[name]
+
+
+# -- call: parameters by the live schema
+
+
+def _usage_of(method: MethodDescription) -> str:
+    """One line that says how `call` wants a method."""
+    words = []
+    for f in method.params_schema:
+        derived = method.method_type is MethodType.STREAM and f.name == "schema"
+        word = f"{f.name}={_type_text(f.type).upper()}"
+        words.append(f"[{word}]" if f.nullable or derived else word)
+    if method.is_exchange:
+        words.append("-i FILE")
+    return f"usage: {_program()} call WHERE {' '.join([method.name, *words])}"
+
+
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _from_text(text: str, kind: pa.DataType) -> Any:
+    """A word of the command line as ``pa.array`` takes it for *kind*; raises ``ValueError`` and the like."""
+    import datetime
+    import decimal
+
+    t = pa.types
+    if t.is_string(kind) or t.is_large_string(kind) or t.is_dictionary(kind):
+        return text
+    if t.is_boolean(kind):
+        return _TRUTH[text.lower()]
+    for matches, convert in (
+        (t.is_integer, int),
+        (t.is_floating, float),
+        (t.is_decimal, decimal.Decimal),
+        (t.is_time, datetime.time.fromisoformat),
+        (t.is_duration, int),
+        (t.is_temporal, lambda text: pa.array([text]).cast(kind)[0].as_py()),
+        (t.is_nested, lambda text: _from_json(json.loads(text), kind)),
+    ):
+        if matches(kind):
+            return convert(text)
+    return text.encode()
+
+
+def _from_json(value: Any, kind: pa.DataType) -> Any:
+    """A JSON value as ``pa.array`` takes it for *kind*: bytes are base64, a dataclass is an object."""
+    t = pa.types
+    if isinstance(value, str) and (t.is_temporal(kind) or t.is_decimal(kind)):
+        return _from_text(value, kind)
+    if isinstance(value, str) and (t.is_binary(kind) or t.is_large_binary(kind)):
+        return base64.b64decode(value, validate=True)
+    if isinstance(value, dict) and t.is_map(kind):
+        return [(_from_json(_map_key(k, kind.key_type), kind.key_type), _from_json(v, kind.item_type)) for k, v in value.items()]
+    if isinstance(value, dict) and t.is_struct(kind):
+        return {f.name: _from_json(value.get(f.name), f.type) for f in (kind.field(i) for i in range(kind.num_fields))}
+    if isinstance(value, list) and t.is_nested(kind):
+        return [_from_json(v, kind.value_type) for v in value]
+    if isinstance(value, (dict, list)) and t.is_binary(kind):  # a dataclass, or a batch, travels as a stream of its own
+        batch = _rows_to_batch([value] if isinstance(value, dict) else value)
+        return stream_bytes(batch.schema, [(batch, None)])
+    return value
+
+
+def _map_key(key: str, kind: pa.DataType) -> Any:
+    return key if pa.types.is_string(kind) else _from_text(key, kind)
+
+
+def _read_file(path: str) -> bytes:
+    if path == "-":
+        return sys.stdin.buffer.read()
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def _arguments(args: Any, method: MethodDescription) -> dict[str, Any]:
+    """The values that ``-j`` and ``k=v | k:=json | k=@file`` give, typed by the method's schema."""
+    fields = {f.name: f for f in method.params_schema}
+    values: dict[str, Any] = {}
+
+    def give(name: str, convert: Callable[[Any, pa.DataType], Any], given: Any) -> None:
+        if name not in fields:
+            raise _CliError(f"{method.name}() has no parameter {name!r}{_suggest(name, fields)}", _usage_of(method))
+        try:
+            values[name] = convert(given, fields[name].type)
+        except (*_ARROW_FAILURES, KeyError) as exc:
+            detail = "" if isinstance(exc, KeyError) else f" ({_text_of(exc)})"
+            wanted = _type_text(fields[name].type)
+            raise _CliError(f"{method.name}() parameter {name!r}: expected {wanted}, got {given!r:.80}{detail}", _usage_of(method)) from None
+
+    if args.json:
+        data = _parsed_json("-j", _read_file(args.json.lstrip("@")) if args.json[0] in "@-" else args.json)
+        if not isinstance(data, dict):
+            raise _CliError(f"-j: expected a JSON object, got {type(data).__name__}")
+        for name, value in data.items():
+            give(name, _from_json, value)
+    for word in args.parameters:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise _CliError(f"parameter {word!r}: expected key=value, key:=json or key=@file", _usage_of(method))
+        data = _read_file(text[1:]) if text.startswith("@") else None
+        if name.endswith(":"):
+            give(name[:-1], _from_json, _parsed_json(word, text if data is None else data))
+        elif data is not None and name in fields and pa.types.is_binary(fields[name].type):
+            values[name] = data
+        else:
+            give(name, _from_text, text if data is None else data.decode("utf-8", "replace").rstrip("\r\n"))
+    return values
+
+
+def _parsed_json(where: str, text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as exc:
+        raise _CliError(f"{where}: not JSON: {_text_of(exc)}") from None
+
+
+def _complete(values: dict[str, Any], method: MethodDescription) -> list[Any]:
+    """One value per parameter; the wire does not carry defaults, so that only a nullable one may be left out."""
+    missing = [f.name for f in method.params_schema if f.name not in values and not f.nullable]
+    if missing:
+        raise _CliError(f"{method.name}() needs {', '.join(missing)} (defaults are not known to clients)", _usage_of(method))
+    return [values.get(name) for name in method.params_schema.names]
+
+
+class _RawHeader:
+    """Stands for the header's codec: the header stays the batch that came."""
+
+    @staticmethod
+    def from_batch(batch: pa.RecordBatch) -> pa.RecordBatch:
+        return batch
+
+
+def _live_method(service: ServiceDescription, method: MethodDescription) -> RpcMethodInfo:
+    """A method as the channels want it, from what the server says of it; values are what pyarrow makes of them."""
+
+    def row(schema: pa.Schema) -> RowCodec:
+        return RowCodec((f.name, codec_for(Annotated[object, ArrowType(f.type, f.nullable)])) for f in schema)
+
+    return RpcMethodInfo(
+        name=method.name,
+        params_schema=method.params_schema,
+        result_schema=method.result_schema,
+        result_type=None,
+        method_type=method.method_type,
+        has_return=method.has_return,
+        doc=None,
+        is_exchange=method.is_exchange,
+        protocol_name=service.protocol_name,
+        params=row(method.params_schema),
+        result=row(method.result_schema if method.has_return else EMPTY_SCHEMA),
+        header=cast("DataclassCodec", _RawHeader()) if method.has_header else None,
+    )
+
+
+# -- call: batches in
+
+
+class _FileSource(ByteSource):
+    """The bytes of an open binary file."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        return cast("bytes", self._file.read(size))
+
+
+def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
+    """The batches of an Arrow, NDJSON or CSV file, told apart by their first bytes; ``-`` is read as it comes."""
+    with contextlib.ExitStack() as stack:
+        file: Any = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
+        first = file.peek(8)[:8]
+        if first[:6] == b"ARROW1":
+            file.read(8)  # the file format is a stream between two magic words (format/Columnar.rst, "IPC File Format")
+        if first[:4] != _CONTINUATION and first[:6] != b"ARROW1":
+            yield from _text_batches(file, rows, live=path == "-")
+            return
+        reader = _guard(path, IpcReader, _FileSource(file))
+        for batch, _ in iter(reader.next, None):
+            for start in range(0, max(batch.num_rows, 1), rows or max(batch.num_rows, 1)):
+                yield batch.slice(start, rows)
+
+
+def _text_batches(file: Any, rows: int | None, live: bool) -> Iterator[pa.RecordBatch]:
+    """Lines to batches. From a pipe without a number of rows, a turn takes what has come; types are those of the beginning."""
+    pending: list[bytes] = []
+    head: bytes | None = None
+    schema: pa.Schema | None = None
+    size = rows or _DEFAULT_TURN_ROWS
+    for lines in _line_groups(file, live):
+        pending += lines
+        if head is None and pending:
+            head = b"" if pending[0].lstrip()[:1] == b"{" else pending.pop(0).removeprefix(b"\xef\xbb\xbf")
+        at_end = not lines
+        while len(pending) >= size or (pending and (at_end or (live and rows is None))):
+            if schema is None:
+                schema = _decode_lines(head or b"", pending, None).schema
+            yield _decode_lines(head or b"", pending[:size], schema)
+            del pending[:size]
+
+
+def _line_groups(file: Any, live: bool) -> Iterator[list[bytes]]:
+    """Whole lines as they arrive (a quoted line break does not end one), and an empty list at the end."""
+    rest = b""
+    while True:
+        data = file.read1(1 << 16) if live else file.read(_SAMPLE_BYTES)
+        pieces = (rest + data).splitlines(keepends=True)
+        lines, rest = [], b""
+        for piece in pieces:
+            rest += piece
+            if rest.endswith(b"\n") and rest.count(b'"') % 2 == 0:
+                lines, rest = [*lines, rest] if rest.strip() else lines, b""
+        if not data:
+            yield from ([[rest], []] if rest.strip() else [[]])
+            return
+        if lines:
+            yield lines
+
+
+def _decode_lines(head: bytes, lines: list[bytes], schema: pa.Schema | None) -> pa.RecordBatch:
+    if not head:
+        rows = [_parsed_json(f"input line {line[:60]!r}", line) for line in lines]
+        return _rows_to_batch(rows, schema)
+    import pyarrow.csv
+
+    options = pyarrow.csv.ConvertOptions(column_types=schema, strings_can_be_null=True)
+    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    try:
+        table = pyarrow.csv.read_csv(io.BytesIO(head + b"".join(lines)), parse_options=parsing, convert_options=options)
+        return _one_batch(table)
+    except _ARROW_FAILURES as exc:
+        raise _CliError(f"input: {_text_of(exc)}", "the types of a CSV's columns are those of its beginning") from None
+
+
+def _rows_to_batch(rows: list[Any], schema: pa.Schema | None = None) -> pa.RecordBatch:
+    if not all(isinstance(row, dict) for row in rows):
+        raise _CliError("input: expected a JSON object per row")
+    names = schema.names if schema is not None else list(dict.fromkeys(name for row in rows for name in row))
+    unknown = next((name for row in rows for name in row if name not in names), None)
+    if unknown is not None:
+        raise _CliError(f"input: column {unknown!r} is not in the rows before it: {names}")
+    return _batch_from_pydict({name: [row.get(name) for row in rows] for name in names}, schema, "input")
+
+
+def _one_batch(table: pa.Table) -> pa.RecordBatch:
+    table = table.cast(pa.schema([pa.field(f.name, pa.utf8() if pa.types.is_null(f.type) else f.type) for f in table.schema]))
+    batches = table.combine_chunks().to_batches()
+    return batches[0] if batches else empty_batch(table.schema)
+
+
+def _skip_rows(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        if batch.num_rows > rows:
+            yield batch.slice(rows)
+        rows = max(0, rows - batch.num_rows)
+
+
+# -- call: rows out
+
+
+def _json_ready(value: Any) -> Any:
+    """A value of ``to_pylist`` as JSON has it: maps are objects, bytes base64, times ISO 8601, what is not a number null."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {k: _json_ready(v) for k, v in value.items()}
+    if isinstance(value, list):
+        if value and all(isinstance(v, tuple) for v in value):
+            return {str(k): _json_ready(v) for k, v in value}
+        return [_json_ready(v) for v in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_json_ready(value), ensure_ascii=False, indent=indent)
+
+
+def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    columns = []
+    for column in batch.columns:
+        try:
+            columns.append(column.to_pylist())
+        except ValueError:  # nanoseconds, which Python's own datetime does not have
+            columns.append(column.cast(pa.utf8()).to_pylist())
+    return [dict(zip(batch.schema.names, row)) for row in zip(*columns)] if columns else [{} for _ in range(batch.num_rows)]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    if isinstance(value, dict):
+        return " ".join(f"{k}={_cell(v)}" for k, v in value.items())
+    return "" if value is None else value if isinstance(value, str) else _to_json(value).strip('"')
+
+
+class _Output:
+    """Writes a header, batches or one value to a binary file, each as it comes, in one of the formats."""
+
+    def __init__(self, kind: str, file: Any) -> None:
+        self._file, self._kind = file, kind
+        self._batch = getattr(self, f"_{kind}")
+        self._begun = False
+        self._widths: list[int] = []
+        self._arrow_writer: IpcWriter | None = None
+
+    def _line(self, text: str) -> None:
+        self._file.write(text.encode("utf-8", "backslashreplace") + b"\n")
+
+    def header(self, batch: pa.RecordBatch) -> None:
+        """Write a stream's header ahead of its batches."""
+        row = _rows(batch)[0]
+        if self._kind == "arrow":
+            self._file.write(stream_bytes(batch.schema, [(batch, None)]))
+        elif self._kind == "table":
+            self._line(_paint("Header:", "1", self._file))
+            width = max(map(len, row), default=0)
+            for name, value in row.items():
+                self._line(f"  {name:{width}}  {_cell(value)}")
+        else:
+            start = {"json": "[\n", "csv": "# "}.get(self._kind, "")
+            self._begun = self._kind == "json"
+            self._file.write((start + _to_json({"__header__": row}) + ("" if self._begun else "\n")).encode())
+        self._file.flush()
+
+    def batch(self, batch: pa.RecordBatch, metadata: Any = None) -> None:
+        """Write the rows of a batch."""
+        self._batch(batch, metadata)
+        self._file.flush()
+
+    def value(self, value: Any, schema: pa.Schema) -> None:
+        """Write a unary result: a plain value as itself, a dataclass or a batch as rows."""
+        opened = _opened(value)
+        if opened is None and self._kind in ("arrow", "csv") and len(schema):
+            opened = pa.RecordBatch.from_arrays([pa.array([value], schema.field(0).type)], schema=schema)
+        if self._kind in ("json", "ndjson") and (opened is None or opened.num_rows == 1):
+            self._begun, self._kind = True, "ndjson"
+            self._line(_to_json(value if opened is None else _rows(opened)[0]))
+        elif opened is not None:
+            self.batch(opened)
+        elif value is not None:
+            self._line(_cell(value))
+
+    def close(self) -> None:
+        """Write what ends the format."""
+        if self._kind == "json":
+            self._line("\n]" if self._begun else "[]")
+        if self._arrow_writer is not None:
+            self._arrow_writer.close()
+        self._file.flush()
+
+    def _ndjson(self, batch: pa.RecordBatch, metadata: Any) -> None:
+        self._file.write("".join(_to_json(row) + "\n" for row in _rows(batch)).encode("utf-8", "backslashreplace"))
+
+    def _json(self, batch: pa.RecordBatch, metadata: Any) -> None:
+        for row in _rows(batch):
+            self._file.write((",\n" if self._begun else "[\n").encode() + _to_json(row).encode("utf-8", "backslashreplace"))
+            self._begun = True
+
+    def _csv(self, batch: pa.RecordBatch, metadata: Any) -> None:
+        import csv
+
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if not self._begun:
+            writer.writerow(batch.schema.names)
+            self._begun = True
+        for row in _rows(batch):
+            writer.writerow([v if isinstance(v, (str, int, float)) else "" if v is None else _to_json(v).strip('"') for v in row.values()])
+        self._file.write(text.getvalue().encode("utf-8", "backslashreplace"))
+
+    def _arrow(self, batch: pa.RecordBatch, metadata: Any) -> None:
+        if self._arrow_writer is None:
+            self._arrow_writer = IpcWriter(lambda pieces: [self._file.write(piece) for piece in pieces], batch.schema)
+        self._arrow_writer.write(batch, metadata)
+
+    def _table(self, batch: pa.RecordBatch, metadata: Any) -> None:
+        rows = [[_cell(v) for v in row.values()] for row in _rows(batch)]
+        names = batch.schema.names
+        if not self._begun:
+            self._begun = True
+            self._widths = [min(60, max(len(name), *(len(r[i]) for r in rows), 6)) if rows else len(name) for i, name in enumerate(names)]
+            self._line(_paint("  ".join(f"{n:{w}}" for n, w in zip(names, self._widths)).rstrip(), "1", self._file))
+        right = [pa.types.is_integer(t) or pa.types.is_floating(t) for t in batch.schema.types]
+        for row in rows:
+            self._line("  ".join(f"{c:{'>' if r else '<'}{w}}" for c, w, r in zip(row, self._widths, right)).rstrip())
+
+
+def _opened(value: Any) -> pa.RecordBatch | None:
+    """The batch inside a binary result, where it is an IPC stream: a dataclass (one row) or a record batch."""
+    if not isinstance(value, bytes) or value[:4] != _CONTINUATION:
+        return None
+    try:
+        reader = IpcReader(BufferSource(value))
+        item = reader.next()
+    except (IPCError, ProtocolError):
+        return None
+    if item is None:  # a schema by itself
+        return pa.RecordBatch.from_pydict({"name": reader.schema.names, "type": [_type_text(t) for t in reader.schema.types]})
+    return item[0]
+
+
+@contextlib.contextmanager
+def _output(args: Any) -> Iterator[_Output]:
+    """Open where the rows go, in the format that the flags, the file's name or the terminal decide."""
+    by_name = {".csv": "csv", ".arrow": "arrow", ".arrows": "arrow", ".json": "json"}
+    kind = args.format
+    if kind == "auto":
+        kind = by_name.get(os.path.splitext(args.output or "")[1], "ndjson")
+        kind = "table" if args.output is None and sys.stdout.isatty() else kind
+    with contextlib.ExitStack() as stack:
+        mode = "ab" if args.resume and os.path.exists(args.resume) else "wb"
+        file = stack.enter_context(open(args.output, mode)) if args.output else sys.stdout.buffer
+        yield _Output(kind, file)
+
+
+class _Progress:
+    """A line on a terminal's stderr, from one second on: batches, rows, MB, rate. Cleared around what is written."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+        self._started = self._drawn = time.monotonic()
+        self.statistics = CallStatistics()
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def count(self, batch: pa.RecordBatch) -> None:
+        """Count a batch, and draw the line again when it is time."""
+        self.statistics.record_output(batch)
+        now = time.monotonic()
+        if self._shown and now - self._started >= 1 and now - self._drawn >= 0.1:
+            self._drawn, s = now, self.statistics
+            rate = s.output_rows / (now - self._started)
+            sys.stderr.write(f"\r\x1b[K{s.output_batches} batches, {s.output_rows} rows, {s.output_bytes / 1e6:.1f} MB, {rate:.0f} rows/s")
+            sys.stderr.flush()
+
+
+class _Bookmark:
+    """The file of ``--resume``: the stream's token and the input rows that it has answered."""
+
+    def __init__(self, path: str | None, name: str) -> None:
+        self._path, self._name = path, name
+        self.rows, self.token = 0, b""
+        if path and os.path.exists(path):
+            facts = _json_object(_read_file(path))
+            if facts.get("method") != name or not isinstance(facts.get("token"), str) or not isinstance(facts.get("rows"), int):
+                raise _CliError(f"{path}: not where a call of {name} stopped", "remove the file to start from the beginning")
+            self.rows, self.token = facts["rows"], facts["token"].encode()
+
+    def save(self, session: StreamSession, rows: int) -> None:
+        """Remember that all so far was written; the old file stays until the new one is whole."""
+        if self._path and not session.closed:
+            self.rows += rows
+            facts = {"method": self._name, "rows": self.rows, "token": session.token().decode()}
+            with open(f"{self._path}.new", "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
+                json.dump(facts, f)
+            os.replace(f"{self._path}.new", self._path)
+
+    def remove(self) -> None:
+        """The stream has ended: nothing is left to resume."""
+        if self._path:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+
+
+def _trace(args: Any, arrow: str, what: str, batch: pa.RecordBatch | None) -> None:
+    if args.debug:
+        shape = "nothing" if batch is None else f"{batch.num_rows} rows of {_schema_text(batch.schema)}, {batch.nbytes} bytes"
+        _say(_paint(f"{arrow} {what}: {shape}", "2", sys.stderr))
+
+
+def _call(args: Any) -> int:
+    with _connected(args) as channel:
+        service, method = _find_method(channel, args)
+        if args.input and method.method_type is MethodType.UNARY:
+            raise _CliError(f"{method.name}() takes no input: it is not an exchange", _usage_of(method))
+        if method.is_exchange and not args.input:
+            raise _CliError(f"{method.name}() is an exchange: it needs batches, -i FILE or -i -", _usage_of(method))
+        info, options = _live_method(service, method), _options(args, service.protocol_version)
+        values = _arguments(args, method)
+        if method.method_type is MethodType.STREAM:
+            return _call_stream(args, channel, info, method, options, values)
+        request = request_batch(info, _complete(values, method))
+        _trace(args, ">", method.name, request)
+        value = channel.unary(info, request, options)
+        with _output(args) as output:
+            output.value(value, info.result.schema)
+            output.close() if output._kind != "json" else None
+    return EXIT_OK
+
+
+def _call_stream(
+    args: Any,
+    channel: ClientChannel,
+    info: RpcMethodInfo,
+    method: MethodDescription,
+    options: CallOptions,
+    values: dict[str, Any],
+) -> int:
+    if args.resume and not isinstance(channel, HttpClient):
+        raise _CliError("--resume works over HTTP: elsewhere the state of a stream ends with its connection")
+    bookmark = _Bookmark(args.resume, f"{info.protocol_name}.{info.name}")
+    batches = _skip_rows(_input_batches(args.input, args.rows), bookmark.rows) if args.input else None
+    first = next(batches, None) if batches is not None else None
+    if batches is not None:
+        given = [] if first is None else [first]
+        if first is not None and "schema" in method.params_schema.names:
+            values.setdefault("schema", first.schema.serialize().to_pybytes() + END_OF_STREAM)
+        batches = (b for group in (given, batches) for b in group)
+    if bookmark.token:
+        stream = channel.resume(info, bookmark.token, options)
+    else:
+        request = request_batch(info, _complete(values, method))
+        _trace(args, ">", method.name, request)
+        stream = channel.stream(info, request, options)
+    with StreamSession(stream, info) as session, _output(args) as output:
+        _write_stream(args, session, batches, output, bookmark)
+    return EXIT_OK
+
+
+def _turns(args: Any, session: StreamSession, batches: Iterator[pa.RecordBatch] | None) -> Iterator[tuple[AnnotatedBatch, int]]:
+    """(answer, input rows that it answers) of each turn."""
+    if batches is None:
+        for answer in session:
+            yield answer, 0
+        return
+    for batch in batches:
+        _trace(args, ">", "input", batch)
+        yield session.exchange(AnnotatedBatch(batch)), batch.num_rows
+
+
+def _write_stream(
+    args: Any, session: StreamSession, batches: Iterator[pa.RecordBatch] | None, output: _Output, bookmark: _Bookmark
+) -> None:
+    progress = _Progress()
+    left = args.limit
+    if session.header is not None:
+        _trace(args, "<", "header", session.header)
+        output.header(session.header)
+    try:
+        for answer, rows in _turns(args, session, batches) if left != 0 else ():
+            _trace(args, "<", "answer", answer.batch)
+            progress.clear()
+            # A stream that may be resumed is cut between its batches: what a token stands behind was written whole.
+            cut = left is not None and not args.resume
+            output.batch(answer.batch.slice(0, left) if cut else answer.batch, answer.custom_metadata)
+            progress.count(answer.batch)
+            bookmark.save(session, rows)
+            left = None if left is None else left - answer.batch.num_rows
+            if left is not None and left <= 0:
+                return
+        if left != 0:
+            bookmark.remove()
+    finally:
+        progress.clear()
+        output.close()
+
+
+# -- describe
+
+
+def _describe(args: Any) -> int:
+    with _connected(args) as channel:
+        if args.method:
+            service, method = _find_method(channel, args)
+            service = dataclasses.replace(service, methods={method.name: method})
+        else:
+            service = _described(channel, args)
+        limits = dataclasses.asdict(channel.capabilities(_options(args).deadline)) if isinstance(channel, HttpClient) else {}
+    print(_DESCRIPTIONS[args.format](service, limits))
+    return EXIT_OK
+
+
+def _kind_of(method: MethodDescription) -> str:
+    return "unary" if method.method_type is MethodType.UNARY else {True: "exchange", False: "producer"}.get(method.is_exchange, "stream")  # type: ignore[arg-type]
+
+
+def _facts_of(method: MethodDescription) -> dict[str, Any]:
+    """What there is to say about a method, left out what there is not."""
+    schemas = {"parameters": method.params_schema, "result": method.result_schema if method.has_return else None}
+    schemas["header"] = method.header_schema
+    facts: dict[str, Any] = {"name": method.name, "kind": _kind_of(method)}
+    for name, schema in schemas.items():
+        if schema is not None:
+            facts[name] = [{"name": f.name, "type": _type_text(f.type), "nullable": f.nullable} for f in schema]
+    if method.idempotency != "unknown":
+        facts["idempotency"] = method.idempotency
+    if method.deprecation is not None:
+        facts["deprecated"] = method.deprecation or True
+    return facts
+
+
+def _fields_text(fields: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{f['name']}: {f['type']}{' | null' if f['nullable'] else ''}" for f in fields) or "none"
+
+
+def _describe_text(service: ServiceDescription, limits: dict[str, Any], markdown: bool = False) -> str:
+    bold, item = ("# ", "- ") if markdown else ("", "  ")
+    version = f" {service.protocol_version}" if service.protocol_version else ""
+    lines = [f"{bold}{service.protocol_name}{version}: {len(service.methods)} methods"]
+    for method in service.methods.values():
+        facts = _facts_of(method)
+        lines += ["", f"## {method.name}" if markdown else _paint(method.name, "1", sys.stdout), ""][: 3 if markdown else 2]
+        lines += [f"{item}{k}: {_fields_text(v) if isinstance(v, list) else v}" for k, v in facts.items() if k != "name"]
+        lines += [f"{item}{_usage_of(method)}"]
+    shown = {k: v for k, v in limits.items() if v}
+    lines += ["", *(f"{item}{k.replace('_', ' ')}: {', '.join(v) if isinstance(v, tuple) else v}" for k, v in shown.items())] if shown else []
+    return "\n".join([*lines, "", f"{item}protocol hash: {service.protocol_hash}", f"{item}server id: {service.server_id}"])
+
+
+def _describe_json(service: ServiceDescription, limits: dict[str, Any]) -> str:
+    facts = {f.name: getattr(service, f.name) for f in dataclasses.fields(service) if f.name != "methods"}
+    return json.dumps({**facts, "limits": limits, "methods": [_facts_of(m) for m in service.methods.values()]}, indent=2)
+
+
+def _annotation_of(kind: pa.DataType, nullable: bool = False) -> str:
+    """Python source of an annotation that has exactly this Arrow type."""
+    plain = {codec_for(t).arrow_type: t.__name__ for t in (bool, int, float, str, bytes)}
+    if kind in plain:
+        text = plain[kind]
+    elif kind in {pa.list_(pa.field("item", t)) for t in plain}:
+        text = f"list[{plain[kind.value_type]}]"
+    elif kind in {pa.map_(pa.utf8(), t) for t in plain}:
+        text = f"dict[str, {plain[kind.item_type]}]"
+    else:  # any other type, exactly, in Arrow's own words
+        data = pa.schema([pa.field("_", kind)]).serialize().to_pybytes()
+        text = f'Annotated[Any, vgi_rpc.ArrowType(arrow("{base64.b64encode(data).decode()}"))]'
+    return text + (" | None" if nullable else "")
+
+
+def _describe_python(service: ServiceDescription, limits: dict[str, Any]) -> str:
+    """A module with a typed Protocol of the service."""
+    lines: list[str] = []
+    for method in service.methods.values():
+        if method.header_schema is not None:
+            name = "".join(word.capitalize() for word in method.name.split("_")) + "Header"
+            fields = [f"    {f.name}: {_annotation_of(f.type, f.nullable)}" for f in method.header_schema] or ["    pass"]
+            lines += ["@dataclass(frozen=True)", f"class {name}(vgi_rpc.ArrowSerializableDataclass):", *fields, "", ""]
+    own = re.sub(r"\W", "_", service.protocol_name)
+    lines += [f"class {own}(Protocol):"]
+    lines += [f'    protocol_name: ClassVar[str] = "{service.protocol_name}"']
+    if service.protocol_version:
+        lines += [f'    protocol_version: ClassVar[str] = "{service.protocol_version}"']
+    for method in service.methods.values():
+        fields = [f"{f.name}: {_annotation_of(f.type, f.nullable)}" for f in method.params_schema]
+        result = _annotation_of(method.result_schema.field(0).type, method.result_schema.field(0).nullable) if method.has_return else "None"
+        if method.method_type is MethodType.STREAM:
+            state = {"exchange": "ExchangeState", "producer": "ProducerState"}.get(_kind_of(method), "StreamState")
+            header = "".join(word.capitalize() for word in method.name.split("_")) + "Header" if method.header_schema is not None else ""
+            result = f"vgi_rpc.Stream[vgi_rpc.{state}{', ' + header if header else ''}]"
+        lines += ["", f"    def {method.name}({', '.join(['self', *fields])}) -> {result}: ..."]
+    body = "\n".join(lines)
+    needs = [name for name in ("Annotated", "Any", "ClassVar", "Protocol") if re.search(rf"\b{name}\b", body)]
+    head = [f'"""{service.protocol_name}, as the server described itself to vgi_rpc {__version__}."""', ""]
+    head += ["import base64"] if "arrow(" in body else []
+    head += ["from dataclasses import dataclass"] if "@dataclass" in body else []
+    head += [f"from typing import {', '.join(needs)}", ""]
+    head += ["import pyarrow as pa"] if "arrow(" in body else []
+    head += ["import vgi_rpc", "", ""]
+    if "arrow(" in body:
+        head += ["def arrow(schema: str) -> pa.DataType:", "    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema))).field(0).type"]
+        head += ["", ""]
+    return "\n".join(head) + body
+
+
+_DESCRIPTIONS: dict[str, Callable[[ServiceDescription, dict[str, Any]], str]] = {
+    "text": _describe_text,
+    "json": _describe_json,
+    "markdown": functools.partial(_describe_text, markdown=True),
+    "python": _describe_python,
+}
+
+
+# -- ping, selfcheck, explain, completion
+
+
+def _ping(args: Any) -> int:
+    times = []
+    with _connected(args) as channel:
+        proxy = make_proxy(Reflection, channel, _options(args))
+        proxy.list_protocols()  # connects, and warms what is compiled or cached at first use
+        for _ in range(max(1, args.number)):
+            start = time.perf_counter()
+            proxy.list_protocols()
+            times.append((time.perf_counter() - start) * 1000)
+    times.sort()
+    facts = {"min": times[0], "median": times[len(times) // 2], "p99": times[min(len(times) - 1, int(len(times) * 0.99))]}
+    print(f"{len(times)} round trips: " + ", ".join(f"{name} {value:.3f} ms" for name, value in facts.items()))
+    return EXIT_OK
+
+
+def _versions() -> str:
+    python = ".".join(map(str, sys.version_info[:3]))
+    codings = ", ".join(supported_encodings())
+    return f"vgi_rpc {__version__} (wire {REQUEST_VERSION.decode()}, Python {python}, pyarrow {pa.__version__}, codings {codings})"
+
+
+@contextlib.contextmanager
+def _listening(server: RpcServer, serve: Callable[..., None], *where: Any) -> Iterator[Any]:
+    """Serve in a thread that ends by itself once its client has gone; gives what ``on_bound`` was told."""
+    bound: deque[Any] = deque()
+    ready = threading.Event()
+
+    def on_bound(*address: Any) -> None:
+        bound.append(address)
+        ready.set()
+
+    thread = threading.Thread(target=serve, args=(server, *where), kwargs={"on_bound": on_bound, "idle_timeout": 2.0}, daemon=True)
+    thread.start()
+    if not ready.wait(10.0):
+        raise TransportError("the listener did not come up within 10 s")
+    yield bound[0]
+
+
+@contextlib.contextmanager
+def _selfcheck_http(server: RpcServer) -> Iterator[Any]:
+    http = HttpServing(HttpApp(server, HttpOptions(token_key=os.urandom(32))), "127.0.0.1", 0)
+    thread = threading.Thread(target=http.run, daemon=True)
+    thread.start()
+    try:
+        with http_connect(Demo, f"http://127.0.0.1:{http.port}") as proxy:
+            yield proxy
+    finally:
+        http.stop()
+        thread.join(WORKER_EXIT_SECONDS)
+
+
+@contextlib.contextmanager
+def _selfcheck_proxy(kind: str, server: RpcServer, folder: str) -> Iterator[Any]:
+    """A proxy of the demo over one kind of transport."""
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        if kind == "pipe":
+            yield enter(serve_pipe(Demo, DemoImpl()))
+        elif kind == "subprocess":
+            yield enter(connect(Demo, [sys.executable, os.path.abspath(__file__), "serve", "--stdio"]))
+        elif kind == "unix":
+            yield enter(unix_connect(Demo, *enter(_listening(server, serve_unix, os.path.join(folder, "s")))))
+        elif kind == "tcp":
+            yield enter(tcp_connect(Demo, *enter(_listening(server, serve_tcp))))
+        elif kind == "http":
+            yield enter(_selfcheck_http(server))
+        else:
+            yield enter(http_connect(Demo, client=make_sync_client(server)))
+
+
+def _check_demo(proxy: Any) -> Iterator[float]:
+    """Call each method of the demo; give the milliseconds of each, and raise `StatusError` on a wrong answer."""
+    batch = pa.RecordBatch.from_pydict({"x": [1.0, None, 3.0]})
+
+    def statistics() -> Any:
+        with proxy.statistics(schema=batch.schema) as session:
+            return [session.exchange(AnnotatedBatch(batch)).batch.to_pylist()[0]["x"]["count"] for _ in range(2)]
+
+    def countdown() -> Any:
+        session = proxy.countdown(start=2)
+        return [session.header.batches, *(a.batch.to_pylist()[0]["n"] for a in session)]
+
+    for call, wanted in ((lambda: proxy.add(a=2.0, b=3.0), 5.0), (countdown, [3, 2, 1, 0]), (statistics, [2, 4])):
+        start = time.perf_counter()
+        got = call()
+        if got != wanted:
+            raise StatusError(f"expected {wanted}, got {got}", code=Code.INTERNAL)
+        yield (time.perf_counter() - start) * 1000
+
+
+def _selfcheck(args: Any) -> int:
+    import tempfile
+
+    print(_versions())
+    print(f"{'transport':12}{'unary ms':>10}{'producer ms':>13}{'exchange ms':>13}")
+    failed = 0
+    server = RpcServer(Demo, DemoImpl())
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("pipe", "subprocess", "unix", "tcp", "http", "wsgi"):
+            if kind == "unix" and not hasattr(socket, "AF_UNIX"):
+                print(f"{kind:12} this machine has none")
+                continue
+            try:
+                with _selfcheck_proxy(kind, server, folder) as proxy:
+                    unary, producer, exchange = _check_demo(proxy)
+                print(f"{kind:12}{unary:10.2f}{producer:13.2f}{exchange:13.2f}  {_paint('ok', '32', sys.stdout)}")
+            except (RpcError, StatusError, OSError, TypeError) as exc:
+                failed += 1
+                print(f"{kind:12} {_paint('FAILED', '1;31', sys.stdout)} {_text_of(exc)}")
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+def _explain(args: Any) -> int:
+    data = _read_file(args.file)
+    end = data.find(b"\r\n\r\n")
+    if end > 0 and re.match(rb"HTTP/1|[A-Z]+ \S+ HTTP/1", data):
+        for line in data[:end].decode("latin-1").splitlines():
+            print(re.sub(r"(?i)^((?:proxy-)?authorization|cookie): .*", r"\1: …", line))
+        data = data[end + 4 :]
+    for magic, encoding in ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd")):
+        if data.startswith(magic):
+            print(f"{len(data)} bytes of {encoding}")
+            data = decompress_body(data, encoding, CLIENT_MAX_RESPONSE_BYTES)
+    source = BufferSource(data)
+    number = 0
+    try:
+        while source.left:
+            number += 1
+            _explain_stream(source, number)
+    except (IPCError, ProtocolError) as exc:
+        raise _CliError(f"at byte {source.position} of {len(data)}: {_text_of(exc)}", "the rest is not Arrow IPC", EXIT_FAILED) from None
+    return EXIT_OK
+
+
+def _explain_stream(source: BufferSource, number: int) -> None:
+    """Print one IPC stream, message by message."""
+    start = source.position
+    reader = IpcReader(source)
+    print(f"stream {number} at byte {start}: {_schema_text(reader.schema)}")
+    for index, message in enumerate(iter(reader.next_message, None)):
+        metadata = message.head.metadata or {}
+        kind = "request" if METHOD_KEY in metadata else batch_kind(message.head.rows, metadata).value
+        kind = "tick" if kind == "data" and not len(reader.schema) else kind
+        print(f"  batch {index}: {kind}, {message.head.rows} rows, head and body of {len(message.data)} bytes")
+        for key, value in metadata.items():
+            secret = key in (STATE_KEY, CALL_STATE_KEY)
+            shown = f"<{len(value)} bytes>" if secret else value.decode("utf-8", "backslashreplace")[:500]
+            print(f"    {key.decode('utf-8', 'replace')} = {shown}")
+        for row in _rows(reader.decode(message).slice(0, 3)) if len(reader.schema) else ():
+            print(f"    {_to_json(row)[:200]}")
+    print(f"  end of stream at byte {source.position}")
+
+
+def _completion(args: Any) -> int:
+    commands = {name: [w for a in c.arguments for w in a[0].split() if w[0] == "-"] for name, c in _commands().items()}
+    if args.shell == "fish":
+        for name, flags in commands.items():
+            print(f"complete -c vgi-rpc -n __fish_use_subcommand -a {name} -d {_commands()[name].summary!r}")
+            for flag in flags:
+                kind = f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}"
+                print(f"complete -c vgi-rpc -n '__fish_seen_subcommand_from {name}' {kind}")
+        return EXIT_OK
+    cases = "\n".join(f"    {name}) words='{' '.join(flags)}' ;;" for name, flags in commands.items())
+    if args.shell == "zsh":
+        print("autoload -U +X bashcompinit && bashcompinit")
+    print(f"""_vgi_rpc() {{
+  local words='{' '.join(commands)} --version --help'
+  [ "$COMP_CWORD" -gt 1 ] && case "${{COMP_WORDS[1]}}" in
+{cases}
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _vgi_rpc vgi-rpc""")
+    return EXIT_OK
+
+
+# -- the commands
+
+
+class _Command(NamedTuple):
+    """A command: what runs it, what it is for, its arguments as argparse takes them, and examples."""
+
+    run: Callable[[Any], int]
+    summary: str
+    arguments: list[tuple[str, dict[str, Any]]]
+    examples: tuple[str, ...] = ()
+
+
+def _commands() -> dict[str, _Command]:
+    """Every command with everything it takes; flags of one argument are separated by a space."""
+
+    def flag(help: str) -> dict[str, Any]:
+        return {"action": "store_true", "help": help}
+
+    def text(metavar: str, help: str, **more: Any) -> dict[str, Any]:
+        return {"metavar": metavar, "help": help, **more}
+
+    where = ("where", text("WHERE", "http(s)://HOST[:PORT][/PREFIX], unix:PATH, tcp:HOST:PORT, or a command in quotes"))
+    connecting = [
+        ("-H --header", text("'K: V'", "a further HTTP header; may be repeated", action="append", default=[])),
+        ("--bearer-file", text("FILE", "send the token that this file holds")),
+        ("--timeout", text("SECONDS", "give up on a call or a turn after so long", type=float)),
+        ("-v --verbose", flag("the server's log lines, its stderr, and remote tracebacks, on stderr")),
+    ]
+    serve = [
+        ("target", text("TARGET", "module:Class, path/to/file.py:Class or module:factory(); default: a small demo", nargs="?")),
+        ("--host", text("HOST", "address to bind (default: %(default)s)", default="127.0.0.1")),
+        ("--port", text("PORT", "0 takes a free one (default: %(default)s)", type=int, default=8000)),
+        ("--unix", text("PATH", "serve a Unix socket instead of HTTP")),
+        ("--tcp", text("[HOST:]PORT", "serve TCP instead of HTTP")),
+        ("--stdio", flag("serve stdin and stdout instead of HTTP")),
+        ("--prefix", text("/PATH", "serve HTTP under this path")),
+        ("--token-key-file", text("FILE", "keys of the state tokens, one a line: the first signs, all verify")),
+        ("--bearer-file", text("FILE", "ask for a bearer token: a line is 'TOKEN' or 'NAME TOKEN'")),
+        ("--cors", text("ORIGINS", "origins whose pages may call, separated by commas; * for all")),
+        ("--max-request-bytes", text("SIZE", "largest request, such as 64M", type=_size)),
+        ("--max-response-bytes", text("SIZE", "largest answer", type=_size)),
+        ("--max-connections", text("N", "at most so many at a time", type=int)),
+        ("--timeout", text("SECONDS", "for reading one request and for sending its answer", type=float)),
+        ("--token-ttl", text("SECONDS", "how long a state token is good for; 0 for ever", type=float)),
+        ("--tls-cert", text("FILE", "serve TLS with this certificate chain (PEM)")),
+        ("--tls-key", text("FILE", "the certificate's key, when it is in a file of its own")),
+        ("--access-log", text("FILE", "append a JSON line per call; - is stderr")),
+        ("--no-describe", flag("no reflection and no pages")),
+        ("--no-json", flag("no calls in JSON")),
+        ("--no-tracebacks", flag("errors without the server's traceback")),
+        ("--announce", flag("print PORT:<n>, UNIX:<path> or TCP:<host>:<port> on stdout when listening")),
+        ("--check", flag("load the service, print what would be served, and exit")),
+        ("--reload", flag("start again when a loaded module changes; open streams go on")),
+    ]
+    for name, settings in serve[1:]:
+        twin = "VGI_RPC_" + name[2:].replace("-", "_").upper()
+        settings["help"] += f" [{twin}]"
+        given = os.environ.get(twin)
+        if given:
+            settings["default"] = _TRUTH.get(given.lower(), False) if "action" in settings else given
+    call = [
+        where,
+        ("method", text("METHOD", "name of the method, or Protocol.method", nargs="?")),
+        ("parameters", text("KEY=VALUE", "key=value typed by the live schema, key:=json, key=@file", nargs="*")),
+        ("-j --json", text("JSON", "parameters as a JSON object; @file, or - for stdin")),
+        ("-i --input", text("FILE", "batches for an exchange: Arrow, NDJSON or CSV; - is stdin, read as it comes")),
+        ("--rows", text("N", "rows of the input per turn (default: Arrow's batches; 100 rows of text)", type=int)),
+        ("-f --format", {"choices": ["auto", "json", "ndjson", "table", "csv", "arrow"], "default": "auto", "help": "of the answer; auto is a table on a terminal, else NDJSON"}),
+        ("-o --output", text("FILE", "write the answer there; its ending decides the format")),
+        ("--limit", text("N", "stop after so many rows", type=int)),
+        ("--resume", text("FILE", "keep the stream's token there, and go on from it if it exists (HTTP)")),
+        ("--debug", flag("what goes over the wire, on stderr")),
+        *connecting,
+    ]
+    formats = {"choices": list(_DESCRIPTIONS), "default": "text", "help": "python gives a typed Protocol that works as it is"}
+    describe = [where, ("method", text("METHOD", "only this one", nargs="?")), ("-f --format", formats), *connecting]
+    url, worker = "http://127.0.0.1:8000", f'"{_program()} serve --stdio"'
+    return {
+        "serve": _Command(_serve, "serve a class, over HTTP unless told otherwise", serve, ("", "app.py:Calculator --port 0", "app:make() --check", "--unix /tmp/demo.sock")),
+        "call": _Command(_call, "call a method", call, (f"{url} add a=1 b=2", f"{worker} countdown start=3 -f json", f"{url} statistics -i weather.csv --rows 500")),
+        "describe": _Command(_describe, "show what a server offers", describe, (url, f"{url} add -f json", f"{worker} -f python")),
+        "ping": _Command(_ping, "measure round trips", [where, ("-n --number", text("N", "how many (default: 10)", type=int, default=10)), *connecting], (url, f"{worker} -n 100")),
+        "selfcheck": _Command(_selfcheck, "call the demo over every transport of this machine", [], ("",)),
+        "explain": _Command(_explain, "print captured bytes of the wire as text", [("file", text("FILE", "captured bytes; - is stdin"))], ("answer.bin",)),
+        "completion": _Command(_completion, "print a completion script for a shell", [("shell", {"choices": ["bash", "zsh", "fish"]})], ("bash",)),
+    }  # fmt: skip
+
+
+def _parse(words: list[str]) -> tuple[_Command | None, Any]:
+    """Read the command line; the command is ``None`` when all is said already."""
+    import argparse
+
+    commands = _commands()
+    name = words[0] if words else "--help"
+    if name in ("--version", "-V"):
+        print(_versions())
+        return None, EXIT_OK
+    if name not in commands:
+        lines = [f"usage: {_program()} COMMAND …", "", *(f"  {n:12}{c.summary}" for n, c in commands.items())]
+        lines += ["", f"{_program()} COMMAND --help shows what each takes, with examples; --version shows the versions."]
+        if name in ("--help", "-h", "help"):
+            print("\n".join(lines), file=sys.stdout if words else sys.stderr)
+            return None, EXIT_OK if words else EXIT_USAGE
+        raise _CliError(f"no command {name!r}{_suggest(name, commands)}", f"there are {', '.join(commands)}")
+    command = commands[name]
+    program = f"{_program()} {name}"
+    examples = "".join(f"\n  {program} {example}".rstrip() for example in command.examples)
+    parser = argparse.ArgumentParser(
+        program, description=command.summary.capitalize() + ".", epilog=f"examples:{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    for flags, settings in command.arguments:
+        parser.add_argument(*flags.split(), **settings)
+    args = parser.parse_intermixed_args(words[1:])
+    args.words = words
+    return command, args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: The words behind the program's name; default ``sys.argv[1:]``.
+    """
+    args: Any = None
+    try:
+        command, args = _parse(list(sys.argv[1:] if argv is None else argv))
+        code = command.run(args) if command is not None else cast("int", args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as exc:  # argparse has said what it had to say
+        return exc.code if isinstance(exc.code, int) else EXIT_OK
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our stdout has had enough; the interpreter's last flush must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_OK
+    except (_CliError, RpcError, ParameterError, IPCError, ProtocolError, OSError, ValueError) as exc:
+        return _report(exc, args)
+
+
+if __name__ == "__main__":
+    # A served module that does `import vgi_rpc` must see these very classes, and not a second copy of them.
+    sys.modules.setdefault("vgi_rpc", sys.modules["__main__"])
+    sys.exit(main())
