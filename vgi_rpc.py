@@ -7676,17 +7676,12 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
 # `python vgi_rpc.py COMMAND`: answers go to stdout, everything said about them to stderr; stdin is read only where `-` stands.
 # Law: nothing of this section runs on import; a failure is one line, a hint where there is one, and an exit code.
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_REFUSED, EXIT_TIMEOUT, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
-_EXIT_RELOAD = 75  # sysexits' EX_TEMPFAIL: the child of `serve --reload` asks to be started again
-_EXIT_BY_CODE = {
-    **dict.fromkeys(("UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"), EXIT_REFUSED),
-    "DEADLINE_EXCEEDED": EXIT_TIMEOUT,
-}
-_DEFAULT_TURN_ROWS = 100  # of CSV and NDJSON, where nothing else says what a batch is
-_SAMPLE_BYTES = 1 << 20  # of a CSV or NDJSON file, from which the types of its columns are inferred
-
-
-# -- the service that is there when no other is named
+_OK, _FAILED, _USAGE, _UNREACHABLE, _REFUSED, _TIMEOUT, _INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+_RELOAD = 75  # sysexits' EX_TEMPFAIL: the child of `serve --reload` asks to be started again
+_REFUSALS = (Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.RESOURCE_EXHAUSTED)
+_TEXT_ROWS = 100  # of CSV and NDJSON in a turn, where nothing else says what a batch is
+_CHUNK_BYTES = 1 << 20  # of a CSV or NDJSON file read at once; the types of its columns are those of the first chunk
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -7715,32 +7710,23 @@ class CountdownState(ProducerState):
 
 @dataclass
 class Tally:
-    """Running statistics of one column; nulls are passed over."""
+    """Running statistics of one column; nulls are passed over, ``None`` stands for what no value has decided yet."""
 
     count: int = 0
     total: float = 0.0
     low: float | None = None
     high: float | None = None
 
-    def add(self, column: pa.Array) -> None:
-        """Count the values of *column*, any number of rows."""
+    def add(self, column: pa.Array) -> dict[str, Any]:
+        """Count the values of *column*, any number of rows, and return the statistics so far."""
         import pyarrow.compute as pc
 
-        values = column.cast(pa.float64(), safe=False).drop_null()
-        if not len(values):
-            return
-        low, high = (pc.min_max(values)[edge].as_py() for edge in ("min", "max"))
-        self.count += len(values)
-        self.total += pc.sum(values).as_py()
-        self.low = low if self.low is None else min(low, self.low)
-        self.high = high if self.high is None else max(high, self.high)
-
-    def summary(self) -> dict[str, Any]:
-        """Return count, mean, min and max; ``None`` for what no value has decided yet."""
-        return {"count": self.count, "mean": self.total / self.count if self.count else None, "min": self.low, "max": self.high}
-
-
-_SUMMARY = pa.struct([("count", pa.int64()), ("mean", pa.float64()), ("min", pa.float64()), ("max", pa.float64())])
+        values = column.cast(pa.float64(), safe=False)
+        self.count += len(values) - values.null_count
+        self.total += pc.sum(values).as_py() or 0.0
+        edges = pc.min_max(pa.concat_arrays([values, pa.array([self.low, self.high], pa.float64())])).as_py()
+        self.low, self.high = edges["min"], edges["max"]
+        return {"count": self.count, "mean": self.total / self.count if self.count else None, **edges}
 
 
 @dataclass
@@ -7750,9 +7736,7 @@ class StatisticsState(ExchangeState):
     columns: dict[str, Tally]
 
     def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
-        for name, tally in self.columns.items():
-            tally.add(input.batch.column(name))
-        out.emit_pydict({name: [tally.summary()] for name, tally in self.columns.items()})
+        out.emit_pydict({name: [tally.add(input.batch.column(name))] for name, tally in self.columns.items()})
 
 
 class Demo(Protocol):
@@ -7762,23 +7746,14 @@ class Demo(Protocol):
         """Return a + b."""
 
     def countdown(self, start: int, pause: float | None = None) -> Stream[ProducerState, CountdownHeader]:
-        """Count from start to 0, one number a batch.
-
-        Args:
-            start: The first number.
-            pause: Seconds to wait before each number.
-        """
+        """Count from start to 0, one number a batch; pause is for seconds before each."""
 
     def statistics(self, schema: pa.Schema) -> Stream[ExchangeState]:
-        """Answer each batch with count, mean, min and max of every numeric column so far; nulls are passed over.
-
-        Args:
-            schema: Schema of the batches; `call` takes it from the input.
-        """
+        """Answer each batch of schema with count, mean, min and max of every numeric column so far."""
 
 
 class DemoImpl:
-    """The implementation of `Demo`."""
+    """Implements `Demo`."""
 
     def add(self, a: float, b: float = 1.0) -> float:
         """See `Demo.add`."""
@@ -7796,8 +7771,9 @@ class DemoImpl:
         if not names or len(set(schema.names)) < len(schema):
             problem = f"expected numeric columns under unique names, got {_schema_text(schema)}"
             raise StatusError(problem, code=Code.INVALID_ARGUMENT)
-        output = pa.schema([(name, _SUMMARY) for name in names])
-        return Stream(output, StatisticsState({name: Tally() for name in names}), input_schema=schema)
+        summary = pa.struct([("count", pa.int64()), ("mean", pa.float64()), ("min", pa.float64()), ("max", pa.float64())])
+        state = StatisticsState({name: Tally() for name in names})
+        return Stream(pa.schema([(name, summary) for name in names]), state, input_schema=schema)
 
 
 # -- what is said to people
@@ -7806,18 +7782,18 @@ class DemoImpl:
 class _CliError(Exception):
     """Ends a command with one line, a hint and an exit code."""
 
-    def __init__(self, message: str, hint: str = "", code: int = EXIT_USAGE) -> None:
+    def __init__(self, message: str, hint: str = "", code: int = _USAGE) -> None:
         super().__init__(message)
         self.hint, self.code = hint, code
 
 
-def _paint(text: str, style: str, stream: Any) -> str:
-    """Colour *text* when *stream* is a terminal that may show it; ``NO_COLOR`` wins (no-color.org)."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+def _paint(text: str, style: str, stream: Any = None) -> str:
+    """Colour *text* when *stream* (stderr) is a terminal that may show it; ``NO_COLOR`` wins (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not (stream or sys.stderr).isatty()
     return text if plain else f"\x1b[{style}m{text}\x1b[0m"
 
 
-def _say(text: str = "") -> None:
+def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -7826,50 +7802,44 @@ def _program() -> str:
     return f"python {name}" if name.endswith(".py") else name
 
 
-def _exit_code(exc: Exception) -> int:
+def _verdict(exc: Exception) -> tuple[int, str]:
+    """The exit code of a failure, and a hint."""
     if isinstance(exc, _CliError):
-        return exc.code
+        return exc.code, exc.hint
     if not isinstance(exc, RpcError):
-        return EXIT_USAGE
-    if isinstance(exc, TransportError) and not isinstance(exc, DeadlineExceededError):
-        return EXIT_UNREACHABLE
-    return EXIT_REFUSED if "VersionError" in exc.error_type else _EXIT_BY_CODE.get(exc.error_code, EXIT_FAILED)
-
-
-def _hint_of(exc: Exception) -> str:
-    if isinstance(exc, _CliError):
-        return exc.hint
-    if isinstance(exc, AuthenticationError):
-        return "send credentials: --bearer-file FILE, or -H 'Authorization: Bearer …'"
-    if isinstance(exc, TransportError) and exc.error_message.startswith("cannot connect"):
-        return f"is the server running? {_program()} serve"
-    if isinstance(exc, RpcError) and REFLECTION_PROTOCOL in exc.error_message:
-        return "the server does not describe itself (--no-describe), and without that nothing can be called by name"
-    return ""
+        return _USAGE, ""
+    if exc.code is Code.DEADLINE_EXCEEDED:
+        return _TIMEOUT, ""
+    if isinstance(exc, TransportError):
+        refused = exc.error_message.startswith("cannot connect")
+        return _UNREACHABLE, f"is the server running? {_program()} serve" if refused else ""
+    if exc.code in _REFUSALS or "VersionError" in exc.error_type:
+        unknown = isinstance(exc, AuthenticationError)
+        return _REFUSED, "send credentials: --bearer-file FILE or -H 'Authorization: Bearer …'" if unknown else ""
+    hidden = REFLECTION_PROTOCOL in exc.error_message
+    return _FAILED, "a server with --no-describe does not say what it has, and cannot be called by name" if hidden else ""
 
 
 def _report(exc: Exception, args: Any) -> int:
     """Say on stderr what failed, as the flags ask for it; return the exit code."""
-    code, hint = _exit_code(exc), _hint_of(exc)
-    remote = exc if isinstance(exc, RpcError) else None
-    traceback_ = remote.remote_traceback.rstrip() if remote and getattr(args, "verbose", False) else ""
-    if getattr(args, "format", None) == "json":
-        facts: dict[str, Any] = {"type": type(exc).__name__.lstrip("_"), "message": _text_of(exc), "exit_code": code, "hint": hint}
-        if remote:
-            facts.update(type=remote.error_type, message=remote.error_message, code=remote.error_code, kind=remote.error_kind)
-            facts.update(details=remote.error_details, request_id=remote.request_id, traceback=traceback_)
-        _say(json.dumps({"error": {k: v for k, v in facts.items() if v}}, ensure_ascii=False))
+    code, hint = _verdict(exc)
+    remote = vars(exc) if isinstance(exc, RpcError) else {}
+    trace = remote.get("remote_traceback", "").rstrip() if getattr(args, "verbose", False) else ""
+    if getattr(args, "format", "") == "json":
+        facts = {"error_type": type(exc).__name__.lstrip("_"), "error_message": _text_of(exc), **remote, "hint": hint}
+        facts.update(remote_traceback=trace, exit_code=code)
+        _say(json.dumps({"error": {k: v for k, v in facts.items() if v}}, default=str, ensure_ascii=False))
         return code
-    text = _text_of(exc.strerror and f"{exc.filename or ''}: {exc.strerror}" if isinstance(exc, OSError) else exc)
-    _say(f"{_paint('error:', '1;31', sys.stderr)} {' '.join(line.strip() for line in text.splitlines())}")
-    if hint:
-        _say(f"{_paint('hint:', '1;36', sys.stderr)} {hint}")
-    if traceback_:
-        _say(traceback_)
+    text = f"{exc.filename or ''}: {exc.strerror}" if isinstance(exc, OSError) else getattr(exc, "error_message", exc)
+    kind = f"{exc.error_type}: " if isinstance(exc, RpcError) and not isinstance(exc, _LocalError) else ""
+    _say(f"{_paint('error:', '1;31')} {kind}{' '.join(_text_of(text).split())}")
+    for line in (f"{_paint('hint:', '1;36')} {hint}" if hint else "", trace):
+        if line:
+            _say(line)
     return code
 
 
-# -- serve: finding the service
+# -- serve
 
 
 def _load_target(text: str) -> Any:
@@ -7881,25 +7851,23 @@ def _load_target(text: str) -> Any:
     try:
         found = functools.reduce(getattr, match[2].split("."), module)
     except AttributeError:
-        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__ and n[0] != "_"]
-        hint = f"it defines {', '.join(own)}" if own else "it defines no class"
+        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__ and n[0] != "_"]
+        hint = f"it defines {', '.join(own) or 'nothing to serve'}"
         raise _CliError(f"{match[1]} has no {match[2]!r}{_suggest(match[2], own)}", hint) from None
     return _guarded(text, found) if match[3] else found
 
 
 def _import_module(name: str) -> Any:
-    import importlib
     import importlib.util
 
     if not name.endswith(".py"):
         sys.path.insert(0, os.getcwd())
         return importlib.import_module(name)
-    if not os.path.isfile(name):
-        raise _CliError(f"no file {name!r}", f"this is {os.getcwd()}")
-    stem = os.path.splitext(os.path.basename(name))[0]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(name)))
-    spec = importlib.util.spec_from_file_location(stem, os.path.abspath(name))
-    assert spec is not None and spec.loader is not None
+    path, stem = os.path.abspath(name), os.path.basename(name)[:-3]
+    if not os.path.isfile(path):
+        raise _CliError(f"no file {path}")
+    sys.path.insert(0, os.path.dirname(path))
+    spec = cast("Any", importlib.util.spec_from_file_location(stem, path))
     module = sys.modules[stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -7912,30 +7880,29 @@ def _guarded(what: str, call: Callable[..., Any], *args: Any) -> Any:
     except (_CliError, KeyboardInterrupt):
         raise
     except BaseException as exc:
-        if isinstance(exc, ModuleNotFoundError) and exc.name and what.split(":")[0].startswith(exc.name):
+        if isinstance(exc, ModuleNotFoundError) and exc.name and what.startswith(exc.name):
             raise _CliError(f"no module {exc.name!r}", "run from the folder that holds it, or give path/to/file.py:Class") from None
         last = traceback.extract_tb(exc.__traceback__)[-1]
-        where = (exc.filename, exc.lineno) if isinstance(exc, SyntaxError) else (last.filename, last.lineno)
-        raise _CliError(f"{where[0]}:{where[1]}: {type(exc).__name__}: {_text_of(exc)}", f"{what} must load by itself") from None
+        where = f"{exc.filename}:{exc.lineno}" if isinstance(exc, SyntaxError) else f"{last.filename}:{last.lineno}"
+        raise _CliError(f"{where}: {type(exc).__name__}: {_text_of(exc)}", f"{what} must load without errors") from None
 
 
 def _is_protocol(value: Any) -> bool:
-    return isinstance(value, type) and bool(vars(value).get("_is_protocol")) and value.__module__ not in ("typing", "typing_extensions")
+    own = isinstance(value, type) and bool(vars(value).get("_is_protocol")) and not value.__module__.startswith("typing")
+    return own and bool(_public_functions(value))
 
 
 def _protocol_of(cls: type) -> type:
     """The Protocol that a class subclasses, names (``protocol = P``) or, alone in its module, fits; else the class itself."""
-    named = [c for c in (vars(cls).get("protocol"), *cls.__mro__[1:]) if _is_protocol(c) and _public_functions(cast("type", c))]
-    if named:
-        return cast("type", named[0])
-    methods = set(_public_functions(cls))
+    named = [c for c in (vars(cls).get("protocol"), *cls.__mro__[1:]) if _is_protocol(c)]
+    methods = _public_functions(cls).keys()
     around = dict.fromkeys(v for v in vars(sys.modules[cls.__module__]).values() if _is_protocol(v))
-    fitting = [p for p in around if _public_functions(p) and set(_public_functions(p)) <= methods]
-    exact = [p for p in fitting if cls.__name__.startswith(p.__name__)] or fitting
-    if len(exact) > 1:
-        names = ", ".join(p.__name__ for p in exact)
-        raise _CliError(f"{cls.__name__} fits several protocols: {names}", f"say which: protocol = {exact[0].__name__} in its body")
-    return exact[0] if exact else cls
+    fitting = named[:1] or [p for p in around if _public_functions(p).keys() <= methods]
+    fitting = [p for p in fitting if cls.__name__.startswith(p.__name__)] or fitting
+    if len(fitting) > 1:
+        names = ", ".join(p.__name__ for p in fitting)
+        raise _CliError(f"{cls.__name__} fits several protocols: {names}", f"say which: protocol = {fitting[0].__name__} in its body")
+    return cast("type", (fitting or [cls])[0])
 
 
 def _service_of(target: str | None) -> RpcServer:
@@ -7943,37 +7910,27 @@ def _service_of(target: str | None) -> RpcServer:
     found = _load_target(target) if target else DemoImpl
     if isinstance(found, RpcServer):
         return found
-    if inspect.isroutine(found):
-        raise _CliError(f"{target} is a function", f"have it called: {target}()")
+    if inspect.isroutine(found) or _is_protocol(found):
+        needed = f"{target}()" if inspect.isroutine(found) else "the class that implements it"
+        raise _CliError(f"{target} is a {'function' if needed[-1] == ')' else 'Protocol'}", f"name {needed}")
     cls = found if isinstance(found, type) else type(found)
-    if _is_protocol(found):
-        raise _CliError(f"{cls.__name__} is a Protocol, and says only what is served", "name the class that implements it")
     protocol = _protocol_of(cls)
     try:
         rpc_methods(protocol)
-        needed = [n for n, p in inspect.signature(cls).parameters.items() if p.default is p.empty and p.kind not in (2, 4)]
-        if cls is found and needed:
-            raise _CliError(f"{cls.__name__}() needs {', '.join(needed)}", "write a function that makes one, and name it: module:make()")
+        needs = [n for n, p in inspect.signature(cls).parameters.items() if p.default is p.empty and p.kind not in (2, 4)]
+        if cls is found and needs:
+            raise _CliError(f"{cls.__name__}() needs {', '.join(needs)}", "write a function that makes one, and name it: module:make()")
         return RpcServer(protocol, _guarded(str(target), cls) if cls is found else found)
     except (TypeError, ValueError) as exc:
-        raise _CliError(_located(_text_of(exc), (protocol, cls)), "every parameter and result needs an annotation that Arrow has") from None
-
-
-def _located(text: str, classes: Iterable[type]) -> str:
-    """Put file and line of the method that an error text names in front of it."""
-    for name in re.findall(r"\b(\w+)\(\)", text):
-        for cls in classes:
-            code = getattr(getattr(cls, name, None), "__code__", None)
-            if code is not None:
-                return f"{code.co_filename}:{code.co_firstlineno}: {text}"
-    return text
-
-
-# -- serve: running it
+        text = _text_of(exc)
+        functions = [getattr(c, name, None) for name in re.findall(r"\b(\w+)\(\)", text) for c in (protocol, cls)]
+        code = next((f.__code__ for f in functions if hasattr(f, "__code__")), None)
+        where = f"{code.co_filename}:{code.co_firstlineno}: " if code else ""
+        raise _CliError(where + text, "each parameter and result has an annotation with an Arrow type") from None
 
 
 def _size(text: str) -> int:
-    """``64M`` -> bytes."""
+    """``64M`` -> bytes; argparse names this function in its error text."""
     match = re.fullmatch(r"([0-9]+)([KMG]?)(i?B)?", text, re.I)
     if not match:
         raise ValueError(text)
@@ -7981,158 +7938,122 @@ def _size(text: str) -> int:
 
 
 def _words_of(path: str) -> list[list[str]]:
-    """The words of each line of a file of secrets that is not empty and not a comment."""
+    """The words of each line of a file of secrets that is neither empty nor a comment."""
     with open(path, encoding="utf-8") as f:
         lines = [line.split() for line in f if line.strip() and not line.startswith("#")]
     if not lines:
-        raise _CliError(f"{path}: expected a secret on a line, got none")
+        raise _CliError(f"{path}: expected a secret, got an empty file")
     return lines
 
 
-def _token_keys(args: Any) -> tuple[list[bytes], str]:
-    """The keys of the state tokens, and what the banner says of them."""
+def _http_options(args: Any) -> tuple[dict[str, Any], str]:
+    """The options of `serve_http`, and what the banner says of the token key."""
+    options: dict[str, Any] = {"pages": not args.no_describe, "json": not args.no_json, "request_deadline": args.timeout}
+    for name in ("prefix", "token_ttl", "max_request_bytes", "max_response_bytes", "max_connections"):
+        options[name] = getattr(args, name)
     if args.token_key_file:
-        return [line[0].encode() for line in _words_of(args.token_key_file)], f"from {args.token_key_file}"
-    if os.environ.get("VGI_RPC_TOKEN_KEY"):
-        return HttpOptions().keys(), "from VGI_RPC_TOKEN_KEY"
-    return [os.urandom(32)], "random: open streams end with this process; VGI_RPC_TOKEN_KEY or --token-key-file keeps them"
-
-
-def _http_options(args: Any, keys: list[bytes]) -> dict[str, Any]:
-    options = {n: getattr(args, n) for n in ("prefix", "token_ttl", "max_request_bytes", "max_response_bytes", "max_connections")}
-    options = {name: value for name, value in options.items() if value is not None}
-    options.update(token_key=keys, pages=not args.no_describe, json=not args.no_json, tls_context=_tls_context(args))
-    if args.timeout is not None:
-        options["request_deadline"] = args.timeout
+        options["token_key"], key = [line[0].encode() for line in _words_of(args.token_key_file)], f"from {args.token_key_file}"
+    elif os.environ.get("VGI_RPC_TOKEN_KEY"):
+        key = "from VGI_RPC_TOKEN_KEY"
+    else:
+        options["token_key"] = os.urandom(32)
+        key = "random: open streams end with this process; VGI_RPC_TOKEN_KEY or --token-key-file keeps them"
     if args.cors:
         options["cors_origins"] = [origin.strip() for origin in args.cors.split(",")]
     if args.bearer_file:
-        known = {line[-1]: AuthContext("bearer", True, line[0] if len(line) > 1 else "bearer") for line in _words_of(args.bearer_file)}
-        options["authenticate"] = bearer_authenticate_static(tokens=known)
-    return options
+        tokens = {line[-1]: AuthContext("bearer", True, line[0] if line[1:] else "bearer") for line in _words_of(args.bearer_file)}
+        options["authenticate"] = bearer_authenticate_static(tokens=tokens)
+    if args.tls_cert:
+        import ssl
 
-
-def _tls_context(args: Any) -> ssl.SSLContext | None:
-    if not args.tls_cert:
-        return None
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(args.tls_cert, args.tls_key)
-    except OSError as exc:
-        raise _CliError(f"--tls-cert {args.tls_cert}: {exc.strerror or exc}", "PEM files: the certificate chain, and its key") from None
-    return context
-
-
-def _banner(server: RpcServer, where: str, key: str, warning: str = "") -> None:
-    infos = list(server.methods.values())
-    width = max((len(info.signature()) for info in infos), default=0)
-    _say(f"{_paint(server.protocol_name, '1', sys.stderr)} served by vgi_rpc {__version__}")
-    for info in infos:
-        _say(f"  {info.signature():{min(width, 90)}}  {info.kind}")
-    if warning:
-        _say(f"{_paint('warning:', '1;33', sys.stderr)} {warning}")
-    if key:
-        _say(f"token key  {key}")
-    _say(f"address    {_paint(where, '1;36', sys.stderr)}")
-    _say(f"look       {_program()} describe {where}")
-    _say("stop       Ctrl-C")
-
-
-def _open_door(args: Any) -> str:
-    """The warning that belongs to an address that others reach without any credentials."""
-    if args.unix or args.host in ("localhost", "::1") or args.host.startswith("127.") or args.bearer_file:
-        return ""
-    return f"everybody who reaches {args.host} can call this: no authentication (--bearer-file FILE asks for a token)"
+        options["tls_context"] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        _guarded("--tls-cert and --tls-key", options["tls_context"].load_cert_chain, args.tls_cert, args.tls_key)
+    return {name: value for name, value in options.items() if value is not None}, key
 
 
 def _serve(args: Any) -> int:
     if args.reload and not os.environ.get("VGI_RPC_RELOADED"):
         return _serve_reloading(args)
-    reload_asked = _watch(args.target) if args.reload else None
+    changed = _watch(args.target) if args.reload else None
     try:
         server = _service_of(args.target)
-        server.include_tracebacks = server.include_tracebacks and not args.no_tracebacks
+        server.include_tracebacks &= not args.no_tracebacks
         if args.no_describe:
-            server.describe_enabled = bool(server.services.pop(REFLECTION_PROTOCOL, None)) and False
-        keys, key_text = _token_keys(args)
-        options = _http_options(args, keys)
-        HttpApp(server, _split_options(options, HttpOptions, HttpServeOptions)[0])  # says now what is wrong with them
+            server.services.pop(REFLECTION_PROTOCOL, None)
+            server.describe_enabled = False
+        options, key = _http_options(args)
+        HttpApp(server, _split_options(options, HttpOptions, HttpServeOptions)[0])  # what is wrong with them is said now
         if args.check:
-            print(describe_rpc(server.primary.protocol))
-            return EXIT_OK
+            print(describe_rpc(server.primary.protocol).replace("__main__.", ""))
+            return _OK
         if args.access_log:
             configure_access_log(args.access_log, server)
-        _run_server(args, server, options, key_text)
+        _listen(args, server, options, key)
     except (_CliError, OSError, ValueError) as exc:
-        if reload_asked is None:
+        if changed is None:
             raise
         _report(exc, args)
         _say("waiting for a change …")
-        reload_asked.wait()
-    return _EXIT_RELOAD if reload_asked is not None and reload_asked.is_set() else EXIT_OK
+        changed.wait()
+    return _RELOAD if changed is not None and changed.is_set() else _OK
 
 
-def _run_server(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> None:
-    """Listen where the flags say, until stopped."""
-    announced = announce if args.announce else (lambda line: None)
+def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> None:
+    """Serve where the flags say, until stopped; the banner comes once connections are accepted."""
+    http = not (args.stdio or args.unix or args.tcp)
+    if sum(map(bool, (args.stdio, args.unix, args.tcp))) > 1 or (args.bearer_file and not http):
+        raise _CliError("--stdio, --unix, --tcp: one at a time, and --bearer-file with none of them")
+    host, _, port = args.tcp.rpartition(":") if args.tcp else (args.host, "", args.port)
+    host = host or "127.0.0.1"
+
+    def bound(where: str, line: str) -> None:
+        _say(f"{_paint(server.protocol_name, '1')} served by vgi_rpc {__version__}")
+        for info in server.methods.values():
+            _say(f"  {info.signature().replace('__main__.', '')}    {info.kind}")
+        if not (args.unix or args.bearer_file or host.startswith("127.") or host in ("localhost", "::1")):
+            everybody = "anybody who reaches this address can call: there is no authentication; --bearer-file FILE asks for a token"
+            _say(f"{_paint('warning:', '1;33')} {everybody}")
+        _say((f"token key  {key}\n" if http else "") + f"address    {_paint(where, '1;36')}")
+        _say(f"look       {_program()} describe {where}\nstop       Ctrl-C")
+        if args.announce:
+            announce(line)
+
     sockets = {"threaded": True, "max_connections": args.max_connections}
-
-    def on_tcp(host: str, port: int) -> None:
-        _banner(server, f"tcp:{host}:{port}", "", _open_door(args))
-        announced(f"TCP:{host}:{port}")
-
-    def on_unix(path: str) -> None:
-        _banner(server, f"unix:{path}", "")
-        announced(f"UNIX:{path}")
-
-    def on_http(host: str, port: int) -> None:
-        shown = f"[{host}]" if ":" in host else host
-        scheme = "https" if options["tls_context"] else "http"
-        _banner(server, f"{scheme}://{shown}:{port}{HttpOptions(args.prefix or '').prefix}", key, _open_door(args))
-        announced(f"PORT:{port}")
-
-    if sum(map(bool, (args.stdio, args.unix, args.tcp))) > 1:
-        raise _CliError("--stdio, --unix and --tcp: one at a time")
-    if args.bearer_file and (args.stdio or args.unix or args.tcp):
-        raise _CliError("--bearer-file works over HTTP", "a Unix socket is its owner's alone; TCP has no authentication")
+    tls = options.get("tls_context")
+    base = HttpOptions(args.prefix or "", b"").prefix
     try:
         if args.stdio:
             if sys.stdin.isatty():
-                _say("serving Arrow on stdin and stdout: this is for a program that starts us; press Ctrl-C to stop")
+                _say("serving Arrow on stdin and stdout, for a program that starts this one; stop with Ctrl-C")
             serve_stdio(server)
         elif args.unix:
-            serve_unix(server, args.unix, on_bound=on_unix, **sockets)
+            serve_unix(server, args.unix, on_bound=lambda path: bound(f"unix:{path}", f"UNIX:{path}"), **sockets)
         elif args.tcp:
-            host, _, port = args.tcp.rpartition(":")
-            args.host = host or "127.0.0.1"
-            serve_tcp(server, args.host, int(port), on_bound=on_tcp, tls_context=options["tls_context"], **sockets)
+            name = "tcp:{}:{}".format
+            serve_tcp(server, host, int(port), on_bound=lambda h, p: bound(name(h, p), name(h, p).upper()), tls_context=tls, **sockets)
         else:
-            serve_http(server, host=args.host, port=args.port, on_bound=on_http, **options)
+            url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}"
+            serve_http(server, host=host, port=port, on_bound=lambda _, p: bound(f"{url}:{p}{base}", f"PORT:{p}"), **options)
     except OSError as exc:
-        where = args.unix or args.tcp or f"{args.host}:{args.port}"
-        taken = exc.errno == errno.EADDRINUSE
-        hint = "another server runs there; --port 0 takes a free port" if taken else ""
-        raise _CliError(f"cannot listen on {where}: {exc.strerror or exc}", hint, EXIT_UNREACHABLE) from None
+        where = args.unix or f"{host}:{port}"
+        hint = "another server runs there; port 0 takes a free one" if exc.errno == errno.EADDRINUSE else ""
+        raise _CliError(f"cannot listen on {where}: {exc.strerror or exc}", hint, _UNREACHABLE) from None
 
 
 def _serve_reloading(args: Any) -> int:
-    """Keep a child serving: the same port and the same key in each life, so that clients' open streams go on."""
+    """Keep a child serving: the same port and the same key in each of its lives, so that open streams go on."""
     import subprocess
 
-    words = [word for word in args.words if word != "--port" or not args.tcp]
+    words = list(args.words)
     if not (args.stdio or args.unix or args.tcp or args.port):
         with listen_tcp(args.host, 0) as free:
             words += ["--port", str(free.getsockname()[1])]
-    keys, _ = _token_keys(args)
-    key = base64.b64encode(os.urandom(32)).decode() if len(keys[0]) == 32 else keys[0].decode("latin-1")
-    environment = {"VGI_RPC_TOKEN_KEY": key, **os.environ, "VGI_RPC_RELOADED": "1"}
+    environment = {"VGI_RPC_TOKEN_KEY": os.urandom(32).hex(), **os.environ, "VGI_RPC_RELOADED": "1"}
     while True:
         child = subprocess.Popen([sys.executable, os.path.abspath(__file__), *words], env=environment)
         with _stop_signals(child.terminate):
             code = child.wait()
-        if code != _EXIT_RELOAD:
+        if code != _RELOAD:
             return max(code, 0)
         _say("something changed: starting again")
 
@@ -8141,25 +8062,20 @@ def _watch(target: str | None) -> threading.Event:
     """Watch the files of all loaded modules; when one changes, set the event and have the server stop."""
     import signal
 
-    changed = threading.Event()
-    given = [target.rpartition(":")[0]] if target else []
+    changed, known = threading.Event(), dict[str, int]()
 
-    def stamps() -> dict[str, int]:
-        files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} | set(given)
-        found = {}
-        for path in files:
-            with contextlib.suppress(OSError, TypeError):
-                found[cast("str", path)] = os.stat(cast("str", path)).st_mtime_ns
-        return found
+    def stale() -> bool:
+        files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} | {(target or "").rpartition(":")[0]}
+        found = {path: os.stat(path).st_mtime_ns for path in files if path and os.path.isfile(path)}
+        old = {path: known.get(path, stamp) for path, stamp in found.items()}
+        known.update(found)
+        return old != found
 
     def watch() -> None:
-        known = stamps()
-        while not changed.wait(0.5):
-            now = stamps()
-            if any(known.get(path, stamp) != stamp for path, stamp in now.items()):
-                changed.set()
-                os.kill(os.getpid(), signal.SIGTERM)
-            known.update(now)
+        while not stale():
+            time.sleep(0.3)
+        changed.set()
+        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True, name="vgi_rpc reload").start()
     return changed
@@ -8171,15 +8087,17 @@ def _watch(target: str | None) -> threading.Event:
 @contextlib.contextmanager
 def _connected(args: Any) -> Iterator[ClientChannel]:
     """The channel to WHERE: a URL, ``unix:PATH``, ``tcp:HOST:PORT`` or a command that is started."""
-    where = args.where
-    headers = _request_headers(args)
-    if where.startswith(("http://", "https://")):
-        target = HttpTarget.parse(where)
+    pairs = [line.partition(":")[::2] for line in args.header]
+    headers = {name.strip(): value.strip() for name, value in pairs}
+    if args.bearer_file:
+        headers["Authorization"] = f"Bearer {_words_of(args.bearer_file)[0][-1]}"
+    if args.where.startswith(("http://", "https://")):
+        target = HttpTarget.parse(args.where)
         channel: ClientChannel = HttpClient(HttpConnections(target), target.prefix, headers=headers)
     elif headers:
-        raise _CliError("-H and --bearer-file work over HTTP only")
+        raise _CliError("-H and --bearer-file are for HTTP")
     else:
-        channel = ByteClient(_transport(where, args))
+        channel = ByteClient(_transport(args.where, args))
     try:
         yield channel
     finally:
@@ -8196,46 +8114,27 @@ def _transport(where: str, args: Any) -> Transport:
     if kind == "tcp" and port.isdigit():
         connected = connect_tcp_socket(host or "127.0.0.1", int(port), args.timeout or 10.0)
         return Transport(SocketChannel(connected), TransportKind.TCP, rest)
-    if kind == "tcp" or re.fullmatch(r"[\w.-]+:\d+(/.*)?", where):
-        raise _CliError(f"WHERE {where!r}: expected a URL, unix:PATH, tcp:HOST:PORT or a command", f"http://{where.replace('tcp:', '')}?")
-    command = shlex.split(where)
-    if not command:
-        raise _CliError("WHERE is empty", "give a URL, unix:PATH, tcp:HOST:PORT or a command")
-    return SubprocessTransport(command, stderr=StderrMode.INHERIT if args.verbose else StderrMode.PIPE)
-
-
-def _request_headers(args: Any) -> dict[str, str]:
-    headers = {}
-    for line in args.header:
-        name, colon, value = line.partition(":")
-        if not colon or not name.strip():
-            raise _CliError(f"-H {line!r}: expected 'Name: value'")
-        headers[name.strip()] = value.strip()
-    if args.bearer_file:
-        headers["Authorization"] = f"Bearer {_words_of(args.bearer_file)[0][-1]}"
-    return headers
+    if kind == "tcp" or not where or re.fullmatch(r"[\w.-]+:\d+(/.*)?", where):
+        hint = f"http://{where.removeprefix('tcp:')}?" if where else ""
+        raise _CliError(f"WHERE {where!r}: expected a URL, unix:PATH, tcp:HOST:PORT or a command", hint)
+    return SubprocessTransport(shlex.split(where), stderr=StderrMode.INHERIT if args.verbose else StderrMode.PIPE)
 
 
 def _options(args: Any, version: str = "") -> CallOptions:
     def on_log(message: Message) -> None:
-        _say(f"{_paint(f'[{message.level.value}]', '2', sys.stderr)} {message.message}")
+        _say(_paint(f"[{message.level.value}] {message.message}", "2"))
 
     return CallOptions(on_log if args.verbose else None, args.timeout, version=version)
 
 
-def _described(channel: ClientChannel, args: Any, protocol: str | None = None) -> ServiceDescription:
-    return introspect(make_proxy(Reflection, channel, _options(args)), protocol=protocol)
-
-
-def _find_method(channel: ClientChannel, args: Any) -> tuple[ServiceDescription, MethodDescription]:
-    """Look ``method`` or ``Protocol.method`` up in the live service."""
+def _describe_live(channel: ClientChannel, args: Any) -> tuple[ServiceDescription, MethodDescription | None]:
+    """What the server says of its service, and of ``method`` or ``Protocol.method`` if one is asked for."""
     protocol, _, name = (args.method or "").rpartition(".")
-    service = _described(channel, args, protocol or None)
-    if name not in service.methods:
+    service = introspect(make_proxy(Reflection, channel, _options(args)), protocol=protocol or None)
+    if name and name not in service.methods:
         known = sorted(service.methods)
-        said = f"{service.protocol_name} has no method {name!r}{_suggest(name, known)}" if name else "METHOD is missing"
-        raise _CliError(said, f"{service.protocol_name} has {', '.join(known)}")
-    return service, service.methods[name]
+        raise _CliError(f"{service.protocol_name} has no method {name!r}{_suggest(name, known)}", f"it has {', '.join(known)}")
+    return service, service.methods.get(name)
 
 
 # -- call: parameters by the live schema
@@ -8243,17 +8142,11 @@ def _find_method(channel: ClientChannel, args: Any) -> tuple[ServiceDescription,
 
 def _usage_of(method: MethodDescription) -> str:
     """One line that says how `call` wants a method."""
-    words = []
+    words = [method.name]
     for f in method.params_schema:
-        derived = method.method_type is MethodType.STREAM and f.name == "schema"
         word = f"{f.name}={_type_text(f.type).upper()}"
-        words.append(f"[{word}]" if f.nullable or derived else word)
-    if method.is_exchange:
-        words.append("-i FILE")
-    return f"usage: {_program()} call WHERE {' '.join([method.name, *words])}"
-
-
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        words.append(f"[{word}]" if f.nullable or (method.method_type is MethodType.STREAM and f.name == "schema") else word)
+    return f"usage: {_program()} call WHERE {' '.join(words)}{' -i FILE' if method.is_exchange else ''}"
 
 
 def _from_text(text: str, kind: pa.DataType) -> Any:
@@ -8262,22 +8155,20 @@ def _from_text(text: str, kind: pa.DataType) -> Any:
     import decimal
 
     t = pa.types
-    if t.is_string(kind) or t.is_large_string(kind) or t.is_dictionary(kind):
-        return text
-    if t.is_boolean(kind):
-        return _TRUTH[text.lower()]
     for matches, convert in (
+        (t.is_boolean, lambda word: _TRUTH[word.lower()]),
         (t.is_integer, int),
         (t.is_floating, float),
         (t.is_decimal, decimal.Decimal),
         (t.is_time, datetime.time.fromisoformat),
         (t.is_duration, int),
-        (t.is_temporal, lambda text: pa.array([text]).cast(kind)[0].as_py()),
-        (t.is_nested, lambda text: _from_json(json.loads(text), kind)),
+        (t.is_temporal, lambda word: pa.array([word]).cast(kind)[0].as_py()),
+        (t.is_nested, lambda word: _from_json(json.loads(word), kind)),
+        (t.is_binary, str.encode),
     ):
         if matches(kind):
             return convert(text)
-    return text.encode()
+    return text
 
 
 def _from_json(value: Any, kind: pa.DataType) -> Any:
@@ -8285,12 +8176,12 @@ def _from_json(value: Any, kind: pa.DataType) -> Any:
     t = pa.types
     if isinstance(value, str) and (t.is_temporal(kind) or t.is_decimal(kind)):
         return _from_text(value, kind)
-    if isinstance(value, str) and (t.is_binary(kind) or t.is_large_binary(kind)):
+    if isinstance(value, str) and t.is_binary(kind):
         return base64.b64decode(value, validate=True)
     if isinstance(value, dict) and t.is_map(kind):
-        return [(_from_json(_map_key(k, kind.key_type), kind.key_type), _from_json(v, kind.item_type)) for k, v in value.items()]
+        return [(_from_text(k, kind.key_type), _from_json(v, kind.item_type)) for k, v in value.items()]
     if isinstance(value, dict) and t.is_struct(kind):
-        return {f.name: _from_json(value.get(f.name), f.type) for f in (kind.field(i) for i in range(kind.num_fields))}
+        return {k: _from_json(v, kind[kind.get_field_index(k)].type) for k, v in value.items()}
     if isinstance(value, list) and t.is_nested(kind):
         return [_from_json(v, kind.value_type) for v in value]
     if isinstance(value, (dict, list)) and t.is_binary(kind):  # a dataclass, or a batch, travels as a stream of its own
@@ -8299,8 +8190,11 @@ def _from_json(value: Any, kind: pa.DataType) -> Any:
     return value
 
 
-def _map_key(key: str, kind: pa.DataType) -> Any:
-    return key if pa.types.is_string(kind) else _from_text(key, kind)
+def _parsed_json(where: str, text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as exc:
+        raise _CliError(f"{where}: not JSON: {_text_of(exc)}") from None
 
 
 def _read_file(path: str) -> bytes:
@@ -8312,60 +8206,53 @@ def _read_file(path: str) -> bytes:
 
 def _arguments(args: Any, method: MethodDescription) -> dict[str, Any]:
     """The values that ``-j`` and ``k=v | k:=json | k=@file`` give, typed by the method's schema."""
-    fields = {f.name: f for f in method.params_schema}
-    values: dict[str, Any] = {}
-
-    def give(name: str, convert: Callable[[Any, pa.DataType], Any], given: Any) -> None:
-        if name not in fields:
-            raise _CliError(f"{method.name}() has no parameter {name!r}{_suggest(name, fields)}", _usage_of(method))
-        try:
-            values[name] = convert(given, fields[name].type)
-        except (*_ARROW_FAILURES, KeyError) as exc:
-            detail = "" if isinstance(exc, KeyError) else f" ({_text_of(exc)})"
-            wanted = _type_text(fields[name].type)
-            raise _CliError(f"{method.name}() parameter {name!r}: expected {wanted}, got {given!r:.80}{detail}", _usage_of(method)) from None
-
+    given: list[tuple[str, Any, Callable[[Any, pa.DataType], Any]]] = []
     if args.json:
         data = _parsed_json("-j", _read_file(args.json.lstrip("@")) if args.json[0] in "@-" else args.json)
         if not isinstance(data, dict):
             raise _CliError(f"-j: expected a JSON object, got {type(data).__name__}")
-        for name, value in data.items():
-            give(name, _from_json, value)
+        given += [(name, value, _from_json) for name, value in data.items()]
     for word in args.parameters:
         name, equals, text = word.partition("=")
         if not equals:
             raise _CliError(f"parameter {word!r}: expected key=value, key:=json or key=@file", _usage_of(method))
-        data = _read_file(text[1:]) if text.startswith("@") else None
+        data = _read_file(text[1:]) if text.startswith("@") else text
         if name.endswith(":"):
-            give(name[:-1], _from_json, _parsed_json(word, text if data is None else data))
-        elif data is not None and name in fields and pa.types.is_binary(fields[name].type):
-            values[name] = data
+            given.append((name[:-1], _parsed_json(word, data), _from_json))
         else:
-            give(name, _from_text, text if data is None else data.decode("utf-8", "replace").rstrip("\r\n"))
+            given.append((name, data, _from_text if data is text else _from_bytes))
+    values: dict[str, Any] = {}
+    for name, value, convert in given:
+        if name not in method.params_schema.names:
+            raise _CliError(f"{method.name}() has no parameter {name!r}{_suggest(name, method.params_schema.names)}", _usage_of(method))
+        kind = method.params_schema.field(name).type
+        try:
+            values[name] = convert(value, kind)
+        except _ARROW_FAILURES:
+            problem = f"{method.name}() parameter {name!r}: expected {_type_text(kind)}, got {value!r:.80}"
+            raise _CliError(problem, _usage_of(method)) from None
     return values
 
 
-def _parsed_json(where: str, text: str | bytes) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as exc:
-        raise _CliError(f"{where}: not JSON: {_text_of(exc)}") from None
+def _from_bytes(data: bytes, kind: pa.DataType) -> Any:
+    return data if pa.types.is_binary(kind) else _from_text(data.decode("utf-8", "replace").rstrip("\r\n"), kind)
 
 
-def _complete(values: dict[str, Any], method: MethodDescription) -> list[Any]:
-    """One value per parameter; the wire does not carry defaults, so that only a nullable one may be left out."""
+def _request(args: Any, info: RpcMethodInfo, method: MethodDescription, values: dict[str, Any]) -> pa.RecordBatch:
+    """The request; the wire does not carry defaults, so that only a nullable parameter may be left out."""
     missing = [f.name for f in method.params_schema if f.name not in values and not f.nullable]
     if missing:
-        raise _CliError(f"{method.name}() needs {', '.join(missing)} (defaults are not known to clients)", _usage_of(method))
-    return [values.get(name) for name in method.params_schema.names]
+        raise _CliError(f"{method.name}() needs {', '.join(missing)} (a server does not tell its defaults)", _usage_of(method))
+    try:
+        return _traced(args, "> request", request_batch(info, [values.get(name) for name in method.params_schema.names]))
+    except ParameterError as exc:
+        raise _CliError(_text_of(exc), _usage_of(method)) from None
 
 
-class _RawHeader:
-    """Stands for the header's codec: the header stays the batch that came."""
-
-    @staticmethod
-    def from_batch(batch: pa.RecordBatch) -> pa.RecordBatch:
-        return batch
+def _traced(args: Any, what: str, batch: pa.RecordBatch) -> pa.RecordBatch:
+    if args.debug:
+        _say(_paint(f"{what}: {batch.num_rows} rows of {_schema_text(batch.schema)}, {batch.nbytes} bytes", "2"))
+    return batch
 
 
 def _live_method(service: ServiceDescription, method: MethodDescription) -> RpcMethodInfo:
@@ -8382,11 +8269,10 @@ def _live_method(service: ServiceDescription, method: MethodDescription) -> RpcM
         method_type=method.method_type,
         has_return=method.has_return,
         doc=None,
-        is_exchange=method.is_exchange,
         protocol_name=service.protocol_name,
         params=row(method.params_schema),
         result=row(method.result_schema if method.has_return else EMPTY_SCHEMA),
-        header=cast("DataclassCodec", _RawHeader()) if method.has_header else None,
+        header=cast("Any", types.SimpleNamespace(from_batch=lambda batch: batch) if method.has_header else None),
     )
 
 
@@ -8394,137 +8280,110 @@ def _live_method(service: ServiceDescription, method: MethodDescription) -> RpcM
 
 
 class _FileSource(ByteSource):
-    """The bytes of an open binary file."""
-
     def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def read(self, size: int) -> bytes:
-        return cast("bytes", self._file.read(size))
+        self.read = file.read
 
 
 def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
     """The batches of an Arrow, NDJSON or CSV file, told apart by their first bytes; ``-`` is read as it comes."""
     with contextlib.ExitStack() as stack:
         file: Any = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
-        first = file.peek(8)[:8]
-        if first[:6] == b"ARROW1":
-            file.read(8)  # the file format is a stream between two magic words (format/Columnar.rst, "IPC File Format")
-        if first[:4] != _CONTINUATION and first[:6] != b"ARROW1":
+        first = file.peek(8)[:6]
+        if first == b"ARROW1":
+            file.read(8)  # the file format is a stream between two magic words (Columnar.rst, "IPC File Format")
+        elif first[:4] != _CONTINUATION:
             yield from _text_batches(file, rows, live=path == "-")
             return
-        reader = _guard(path, IpcReader, _FileSource(file))
+        reader = IpcReader(_FileSource(file))
         for batch, _ in iter(reader.next, None):
             for start in range(0, max(batch.num_rows, 1), rows or max(batch.num_rows, 1)):
                 yield batch.slice(start, rows)
 
 
 def _text_batches(file: Any, rows: int | None, live: bool) -> Iterator[pa.RecordBatch]:
-    """Lines to batches. From a pipe without a number of rows, a turn takes what has come; types are those of the beginning."""
+    """Lines to batches. From a pipe, without a number of rows, a turn takes what has come; types are those of the beginning."""
     pending: list[bytes] = []
     head: bytes | None = None
     schema: pa.Schema | None = None
-    size = rows or _DEFAULT_TURN_ROWS
+    size = rows or _TEXT_ROWS
     for lines in _line_groups(file, live):
         pending += lines
         if head is None and pending:
             head = b"" if pending[0].lstrip()[:1] == b"{" else pending.pop(0).removeprefix(b"\xef\xbb\xbf")
-        at_end = not lines
-        while len(pending) >= size or (pending and (at_end or (live and rows is None))):
+        while len(pending) >= size or (pending and (not lines or (live and rows is None))):
             if schema is None:
-                schema = _decode_lines(head or b"", pending, None).schema
-            yield _decode_lines(head or b"", pending[:size], schema)
+                schema = _parse_lines(head or b"", pending, None).schema
+            yield _parse_lines(head or b"", pending[:size], schema)
             del pending[:size]
 
 
 def _line_groups(file: Any, live: bool) -> Iterator[list[bytes]]:
-    """Whole lines as they arrive (a quoted line break does not end one), and an empty list at the end."""
-    rest = b""
-    while True:
-        data = file.read1(1 << 16) if live else file.read(_SAMPLE_BYTES)
-        pieces = (rest + data).splitlines(keepends=True)
-        lines, rest = [], b""
+    """Whole lines as they arrive (a line break in quotes does not end one), and an empty list at the end."""
+    rest, data = b"", b"\n"
+    while data:
+        data = file.read1(_CHUNK_BYTES) if live else file.read(_CHUNK_BYTES)
+        pieces, lines, rest = (rest + (data or b"\n")).splitlines(keepends=True), [], b""
         for piece in pieces:
             rest += piece
-            if rest.endswith(b"\n") and rest.count(b'"') % 2 == 0:
+            if rest.endswith(b"\n") and (rest.count(b'"') % 2 == 0 or not data):
                 lines, rest = [*lines, rest] if rest.strip() else lines, b""
-        if not data:
-            yield from ([[rest], []] if rest.strip() else [[]])
-            return
         if lines:
             yield lines
+    yield []
 
 
-def _decode_lines(head: bytes, lines: list[bytes], schema: pa.Schema | None) -> pa.RecordBatch:
+def _parse_lines(head: bytes, lines: list[bytes], schema: pa.Schema | None) -> pa.RecordBatch:
     if not head:
-        rows = [_parsed_json(f"input line {line[:60]!r}", line) for line in lines]
-        return _rows_to_batch(rows, schema)
+        return _rows_to_batch([_parsed_json(f"input {line[:60]!r}", line) for line in lines], schema)
     import pyarrow.csv
 
-    options = pyarrow.csv.ConvertOptions(column_types=schema, strings_can_be_null=True)
+    converting = pyarrow.csv.ConvertOptions(column_types=schema, strings_can_be_null=True)
     parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
     try:
-        table = pyarrow.csv.read_csv(io.BytesIO(head + b"".join(lines)), parse_options=parsing, convert_options=options)
-        return _one_batch(table)
+        table = pyarrow.csv.read_csv(io.BytesIO(head + b"".join(lines)), parse_options=parsing, convert_options=converting)
     except _ARROW_FAILURES as exc:
         raise _CliError(f"input: {_text_of(exc)}", "the types of a CSV's columns are those of its beginning") from None
+    fields = [pa.field(f.name, pa.utf8() if pa.types.is_null(f.type) else f.type) for f in table.schema]
+    return table.cast(pa.schema(fields)).combine_chunks().to_batches()[0]
 
 
 def _rows_to_batch(rows: list[Any], schema: pa.Schema | None = None) -> pa.RecordBatch:
     if not all(isinstance(row, dict) for row in rows):
-        raise _CliError("input: expected a JSON object per row")
+        raise _CliError("input: expected a JSON object for each row")
     names = schema.names if schema is not None else list(dict.fromkeys(name for row in rows for name in row))
-    unknown = next((name for row in rows for name in row if name not in names), None)
-    if unknown is not None:
-        raise _CliError(f"input: column {unknown!r} is not in the rows before it: {names}")
+    for name in {name for row in rows for name in row} - set(names):
+        raise _CliError(f"input: column {name!r} is not in the rows before it: {', '.join(names)}")
     return _batch_from_pydict({name: [row.get(name) for row in rows] for name in names}, schema, "input")
-
-
-def _one_batch(table: pa.Table) -> pa.RecordBatch:
-    table = table.cast(pa.schema([pa.field(f.name, pa.utf8() if pa.types.is_null(f.type) else f.type) for f in table.schema]))
-    batches = table.combine_chunks().to_batches()
-    return batches[0] if batches else empty_batch(table.schema)
-
-
-def _skip_rows(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        if batch.num_rows > rows:
-            yield batch.slice(rows)
-        rows = max(0, rows - batch.num_rows)
 
 
 # -- call: rows out
 
 
 def _json_ready(value: Any) -> Any:
-    """A value of ``to_pylist`` as JSON has it: maps are objects, bytes base64, times ISO 8601, what is not a number null."""
+    """A value of ``to_pylist`` as JSON has it: maps are objects, bytes base64, times ISO 8601, NaN and infinities null."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if value - value == 0 else None
-    if isinstance(value, dict):
-        return {k: _json_ready(v) for k, v in value.items()}
-    if isinstance(value, list):
-        if value and all(isinstance(v, tuple) for v in value):
-            return {str(k): _json_ready(v) for k, v in value}
+    if isinstance(value, list) and not (value and all(isinstance(v, tuple) for v in value)):
         return [_json_ready(v) for v in value]
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+    if isinstance(value, (dict, list)):
+        return {str(k): _json_ready(v) for k, v in dict(value).items()}
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(getattr(value, "isoformat", lambda: value)())
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(_json_ready(value), ensure_ascii=False, indent=indent)
+def _to_json(value: Any) -> str:
+    return json.dumps(_json_ready(value), ensure_ascii=False)
 
 
 def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    columns = []
-    for column in batch.columns:
+    def values(column: pa.Array) -> list[Any]:
         try:
-            columns.append(column.to_pylist())
+            return cast("list[Any]", column.to_pylist())
         except ValueError:  # nanoseconds, which Python's own datetime does not have
-            columns.append(column.cast(pa.utf8()).to_pylist())
-    return [dict(zip(batch.schema.names, row)) for row in zip(*columns)] if columns else [{} for _ in range(batch.num_rows)]
+            return cast("list[Any]", column.cast(pa.utf8()).to_pylist())
+
+    return [dict(zip(batch.schema.names, row)) for row in zip(*map(values, batch.columns))]
 
 
 def _cell(value: Any) -> str:
@@ -8535,157 +8394,135 @@ def _cell(value: Any) -> str:
     return "" if value is None else value if isinstance(value, str) else _to_json(value).strip('"')
 
 
-class _Output:
-    """Writes a header, batches or one value to a binary file, each as it comes, in one of the formats."""
-
-    def __init__(self, kind: str, file: Any) -> None:
-        self._file, self._kind = file, kind
-        self._batch = getattr(self, f"_{kind}")
-        self._begun = False
-        self._widths: list[int] = []
-        self._arrow_writer: IpcWriter | None = None
-
-    def _line(self, text: str) -> None:
-        self._file.write(text.encode("utf-8", "backslashreplace") + b"\n")
-
-    def header(self, batch: pa.RecordBatch) -> None:
-        """Write a stream's header ahead of its batches."""
-        row = _rows(batch)[0]
-        if self._kind == "arrow":
-            self._file.write(stream_bytes(batch.schema, [(batch, None)]))
-        elif self._kind == "table":
-            self._line(_paint("Header:", "1", self._file))
-            width = max(map(len, row), default=0)
-            for name, value in row.items():
-                self._line(f"  {name:{width}}  {_cell(value)}")
-        else:
-            start = {"json": "[\n", "csv": "# "}.get(self._kind, "")
-            self._begun = self._kind == "json"
-            self._file.write((start + _to_json({"__header__": row}) + ("" if self._begun else "\n")).encode())
-        self._file.flush()
-
-    def batch(self, batch: pa.RecordBatch, metadata: Any = None) -> None:
-        """Write the rows of a batch."""
-        self._batch(batch, metadata)
-        self._file.flush()
-
-    def value(self, value: Any, schema: pa.Schema) -> None:
-        """Write a unary result: a plain value as itself, a dataclass or a batch as rows."""
-        opened = _opened(value)
-        if opened is None and self._kind in ("arrow", "csv") and len(schema):
-            opened = pa.RecordBatch.from_arrays([pa.array([value], schema.field(0).type)], schema=schema)
-        if self._kind in ("json", "ndjson") and (opened is None or opened.num_rows == 1):
-            self._begun, self._kind = True, "ndjson"
-            self._line(_to_json(value if opened is None else _rows(opened)[0]))
-        elif opened is not None:
-            self.batch(opened)
-        elif value is not None:
-            self._line(_cell(value))
-
-    def close(self) -> None:
-        """Write what ends the format."""
-        if self._kind == "json":
-            self._line("\n]" if self._begun else "[]")
-        if self._arrow_writer is not None:
-            self._arrow_writer.close()
-        self._file.flush()
-
-    def _ndjson(self, batch: pa.RecordBatch, metadata: Any) -> None:
-        self._file.write("".join(_to_json(row) + "\n" for row in _rows(batch)).encode("utf-8", "backslashreplace"))
-
-    def _json(self, batch: pa.RecordBatch, metadata: Any) -> None:
-        for row in _rows(batch):
-            self._file.write((",\n" if self._begun else "[\n").encode() + _to_json(row).encode("utf-8", "backslashreplace"))
-            self._begun = True
-
-    def _csv(self, batch: pa.RecordBatch, metadata: Any) -> None:
-        import csv
-
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if not self._begun:
-            writer.writerow(batch.schema.names)
-            self._begun = True
-        for row in _rows(batch):
-            writer.writerow([v if isinstance(v, (str, int, float)) else "" if v is None else _to_json(v).strip('"') for v in row.values()])
-        self._file.write(text.getvalue().encode("utf-8", "backslashreplace"))
-
-    def _arrow(self, batch: pa.RecordBatch, metadata: Any) -> None:
-        if self._arrow_writer is None:
-            self._arrow_writer = IpcWriter(lambda pieces: [self._file.write(piece) for piece in pieces], batch.schema)
-        self._arrow_writer.write(batch, metadata)
-
-    def _table(self, batch: pa.RecordBatch, metadata: Any) -> None:
-        rows = [[_cell(v) for v in row.values()] for row in _rows(batch)]
-        names = batch.schema.names
-        if not self._begun:
-            self._begun = True
-            self._widths = [min(60, max(len(name), *(len(r[i]) for r in rows), 6)) if rows else len(name) for i, name in enumerate(names)]
-            self._line(_paint("  ".join(f"{n:{w}}" for n, w in zip(names, self._widths)).rstrip(), "1", self._file))
-        right = [pa.types.is_integer(t) or pa.types.is_floating(t) for t in batch.schema.types]
-        for row in rows:
-            self._line("  ".join(f"{c:{'>' if r else '<'}{w}}" for c, w, r in zip(row, self._widths, right)).rstrip())
-
-
 def _opened(value: Any) -> pa.RecordBatch | None:
     """The batch inside a binary result, where it is an IPC stream: a dataclass (one row) or a record batch."""
     if not isinstance(value, bytes) or value[:4] != _CONTINUATION:
         return None
-    try:
-        reader = IpcReader(BufferSource(value))
-        item = reader.next()
-    except (IPCError, ProtocolError):
-        return None
-    if item is None:  # a schema by itself
-        return pa.RecordBatch.from_pydict({"name": reader.schema.names, "type": [_type_text(t) for t in reader.schema.types]})
-    return item[0]
+    with contextlib.suppress(IPCError):
+        item = IpcReader(BufferSource(value)).next()
+        return item[0] if item else None
+    return None
+
+
+class _Output:
+    """Writes a header, batches or one value to a binary file, each as it comes, in one of the formats."""
+
+    def __init__(self, kind: str, file: Any) -> None:
+        self.kind, self.file, self.begun = kind, file, False
+        self.widths: list[int] = []
+        self.arrow: IpcWriter | None = None
+
+    def put(self, text: str) -> None:
+        """Write text."""
+        self.file.write(text.encode("utf-8", "backslashreplace"))
+
+    def header(self, batch: pa.RecordBatch) -> None:
+        """Write a stream's header ahead of its batches."""
+        row = _rows(batch)[0] if len(batch.schema) else {}
+        if self.kind == "arrow":
+            self.file.write(stream_bytes(batch.schema, [(batch, None)]))
+        elif self.kind == "table":
+            lines = "".join(f"\n  {name:{max(map(len, row))}}  {_cell(value)}" for name, value in row.items())
+            self.put(f"{_paint('Header:', '1', self.file)}{lines}\n")
+        else:
+            self.begun = self.kind == "json"
+            start = {"json": "[\n", "csv": "# "}.get(self.kind, "")
+            self.put(start + _to_json({"__header__": row}) + ("" if self.begun else "\n"))
+        self.file.flush()
+
+    def batch(self, batch: pa.RecordBatch, metadata: Any = None) -> None:
+        """Write the rows of a batch."""
+        if self.kind == "arrow":
+            self.arrow = self.arrow or IpcWriter(lambda pieces: [self.file.write(piece) for piece in pieces], batch.schema)
+            self.arrow.write(batch, metadata)
+        elif self.kind == "ndjson":
+            self.put("".join(_to_json(row) + "\n" for row in _rows(batch)))
+        elif self.kind == "json":
+            for row in _rows(batch):
+                self.put((",\n" if self.begun else "[\n") + _to_json(row))
+                self.begun = True
+        elif self.kind == "csv":
+            import csv
+
+            writer = csv.writer(cast("Any", types.SimpleNamespace(write=self.put)), lineterminator="\n")
+            rows = [] if self.begun else [batch.schema.names]
+            writer.writerows(rows + [[v if isinstance(v, float) else _cell(v) for v in row.values()] for row in _rows(batch)])
+            self.begun = True
+        else:
+            self._table(batch)
+        self.file.flush()
+
+    def _table(self, batch: pa.RecordBatch) -> None:
+        t = pa.types
+        sides = ["<>"[t.is_integer(f.type) or t.is_floating(f.type)] for f in batch.schema]
+        rows = [[_cell(v) for v in row.values()] for row in _rows(batch)]
+        lines = rows if self.begun else [batch.schema.names, *rows]
+        self.widths = self.widths or [min(60, max(map(len, column))) for column in zip(*lines)]
+        for row in lines:
+            line = "  ".join(f"{c:{side}{width}}" for c, side, width in zip(row, sides, self.widths)).rstrip()
+            self.put((line if self.begun else _paint(line, "1", self.file)) + "\n")
+            self.begun = True
+
+    def value(self, value: Any, schema: pa.Schema) -> None:
+        """Write a unary result: a plain value as itself, a dataclass or a batch as rows."""
+        opened = _opened(value)
+        if self.kind in ("json", "ndjson") and (opened is None or opened.num_rows == 1):
+            self.put(_to_json(value if opened is None else _rows(opened)[0]) + "\n")
+        elif opened is None and self.kind == "table":
+            self.put(_cell(value) + "\n" if value is not None else "")
+        elif opened is not None or len(schema):
+            self.batch(opened or pa.RecordBatch.from_arrays([pa.array([value], schema.field(0).type)], schema=schema))
+            self.close()
+        self.file.flush()
+
+    def close(self) -> None:
+        """Write what ends the format."""
+        if self.kind == "json":
+            self.put("\n]\n" if self.begun else "[]\n")
+        if self.arrow is not None:
+            self.arrow.close()
+        self.file.flush()
 
 
 @contextlib.contextmanager
 def _output(args: Any) -> Iterator[_Output]:
-    """Open where the rows go, in the format that the flags, the file's name or the terminal decide."""
-    by_name = {".csv": "csv", ".arrow": "arrow", ".arrows": "arrow", ".json": "json"}
-    kind = args.format
-    if kind == "auto":
-        kind = by_name.get(os.path.splitext(args.output or "")[1], "ndjson")
-        kind = "table" if args.output is None and sys.stdout.isatty() else kind
+    """Open where the answer goes, in the format that the flags, the file's name or the terminal decide."""
+    ending = os.path.splitext(args.output or "")[1].lstrip(".")
+    kind = args.format if args.format != "auto" else {"arrows": "arrow"}.get(ending, ending)
+    if kind not in _FORMATS:
+        kind = "table" if not args.output and sys.stdout.isatty() else "ndjson"
     with contextlib.ExitStack() as stack:
         mode = "ab" if args.resume and os.path.exists(args.resume) else "wb"
-        file = stack.enter_context(open(args.output, mode)) if args.output else sys.stdout.buffer
-        yield _Output(kind, file)
+        yield _Output(kind, stack.enter_context(open(args.output, mode)) if args.output else sys.stdout.buffer)
 
 
 class _Progress:
     """A line on a terminal's stderr, from one second on: batches, rows, MB, rate. Cleared around what is written."""
 
     def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
         self._started = self._drawn = time.monotonic()
-        self.statistics = CallStatistics()
+        self._counted = CallStatistics()
 
-    def clear(self) -> None:
-        """Take the line away."""
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
+    def clear(self, text: str = "") -> None:
+        """Take the line away, or put *text* in its place."""
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[K" + text)
             sys.stderr.flush()
 
     def count(self, batch: pa.RecordBatch) -> None:
         """Count a batch, and draw the line again when it is time."""
-        self.statistics.record_output(batch)
-        now = time.monotonic()
-        if self._shown and now - self._started >= 1 and now - self._drawn >= 0.1:
-            self._drawn, s = now, self.statistics
-            rate = s.output_rows / (now - self._started)
-            sys.stderr.write(f"\r\x1b[K{s.output_batches} batches, {s.output_rows} rows, {s.output_bytes / 1e6:.1f} MB, {rate:.0f} rows/s")
-            sys.stderr.flush()
+        self._counted.record_output(batch)
+        now, s = time.monotonic(), self._counted
+        if now - self._started >= 1 and now - self._drawn >= 0.1:
+            self._drawn, rate = now, s.output_rows / (now - self._started)
+            self.clear(f"{s.output_batches} batches, {s.output_rows} rows, {s.output_bytes / 1e6:.1f} MB, {rate:.0f} rows/s")
 
 
 class _Bookmark:
-    """The file of ``--resume``: the stream's token and the input rows that it has answered."""
+    """The file of ``--resume``: the stream's token, and how many input rows are answered."""
 
     def __init__(self, path: str | None, name: str) -> None:
-        self._path, self._name = path, name
-        self.rows, self.token = 0, b""
+        self.path, self.name, self.rows, self.token = path, name, 0, b""
         if path and os.path.exists(path):
             facts = _json_object(_read_file(path))
             if facts.get("method") != name or not isinstance(facts.get("token"), str) or not isinstance(facts.get("rows"), int):
@@ -8693,409 +8530,314 @@ class _Bookmark:
             self.rows, self.token = facts["rows"], facts["token"].encode()
 
     def save(self, session: StreamSession, rows: int) -> None:
-        """Remember that all so far was written; the old file stays until the new one is whole."""
-        if self._path and not session.closed:
-            self.rows += rows
-            facts = {"method": self._name, "rows": self.rows, "token": session.token().decode()}
-            with open(f"{self._path}.new", "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
+        """Remember that all so far was written; the old file stays until the new one is whole. It is its owner's alone."""
+        self.rows += rows
+        if self.path and not session.closed:
+            facts = {"method": self.name, "rows": self.rows, "token": session.token().decode()}
+            with open(f"{self.path}.new", "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
                 json.dump(facts, f)
-            os.replace(f"{self._path}.new", self._path)
+            os.replace(f"{self.path}.new", self.path)
 
     def remove(self) -> None:
         """The stream has ended: nothing is left to resume."""
-        if self._path:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path)
-
-
-def _trace(args: Any, arrow: str, what: str, batch: pa.RecordBatch | None) -> None:
-    if args.debug:
-        shape = "nothing" if batch is None else f"{batch.num_rows} rows of {_schema_text(batch.schema)}, {batch.nbytes} bytes"
-        _say(_paint(f"{arrow} {what}: {shape}", "2", sys.stderr))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path or "")
 
 
 def _call(args: Any) -> int:
     with _connected(args) as channel:
-        service, method = _find_method(channel, args)
-        if args.input and method.method_type is MethodType.UNARY:
-            raise _CliError(f"{method.name}() takes no input: it is not an exchange", _usage_of(method))
-        if method.is_exchange and not args.input:
-            raise _CliError(f"{method.name}() is an exchange: it needs batches, -i FILE or -i -", _usage_of(method))
+        service, method = _describe_live(channel, args)
+        if method is None:
+            raise _CliError("METHOD is missing", f"{service.protocol_name} has {', '.join(service.methods)}")
+        stream = method.method_type is MethodType.STREAM
+        if bool(args.input) != bool(method.is_exchange) and (not stream or method.is_exchange is not None):
+            raise _CliError(f"{method.name}() takes {'no input: it is no exchange' if args.input else 'batches'}", _usage_of(method))
+        if args.resume and not (stream and isinstance(channel, HttpClient)):
+            raise _CliError("--resume is for streams over HTTP: elsewhere the state ends with the connection")
         info, options = _live_method(service, method), _options(args, service.protocol_version)
         values = _arguments(args, method)
-        if method.method_type is MethodType.STREAM:
-            return _call_stream(args, channel, info, method, options, values)
-        request = request_batch(info, _complete(values, method))
-        _trace(args, ">", method.name, request)
-        value = channel.unary(info, request, options)
+        if stream:
+            _call_stream(args, channel, info, method, options, values)
+            return _OK
+        value = channel.unary(info, _request(args, info, method, values), options)
         with _output(args) as output:
-            output.value(value, info.result.schema)
-            output.close() if output._kind != "json" else None
-    return EXIT_OK
+            output.value(value, method.result_schema)
+    return _OK
 
 
-def _call_stream(
-    args: Any,
-    channel: ClientChannel,
-    info: RpcMethodInfo,
-    method: MethodDescription,
-    options: CallOptions,
-    values: dict[str, Any],
-) -> int:
-    if args.resume and not isinstance(channel, HttpClient):
-        raise _CliError("--resume works over HTTP: elsewhere the state of a stream ends with its connection")
+def _call_stream(args: Any, channel: Any, info: Any, method: MethodDescription, options: CallOptions, values: dict[str, Any]) -> None:
+    """Start a stream, or go on with the one that the bookmark remembers, and write what it answers."""
     bookmark = _Bookmark(args.resume, f"{info.protocol_name}.{info.name}")
-    batches = _skip_rows(_input_batches(args.input, args.rows), bookmark.rows) if args.input else None
-    first = next(batches, None) if batches is not None else None
-    if batches is not None:
-        given = [] if first is None else [first]
-        if first is not None and "schema" in method.params_schema.names:
-            values.setdefault("schema", first.schema.serialize().to_pybytes() + END_OF_STREAM)
-        batches = (b for group in (given, batches) for b in group)
+    batches = _input_batches(args.input, args.rows) if args.input else iter(())
+    first = next(batches, None)
+    if first is not None and "schema" in method.params_schema.names:
+        values.setdefault("schema", _schema_to_bytes(first.schema))
     if bookmark.token:
         stream = channel.resume(info, bookmark.token, options)
     else:
-        request = request_batch(info, _complete(values, method))
-        _trace(args, ">", method.name, request)
-        stream = channel.stream(info, request, options)
+        stream = channel.stream(info, _request(args, info, method, values), options)
     with StreamSession(stream, info) as session, _output(args) as output:
-        _write_stream(args, session, batches, output, bookmark)
-    return EXIT_OK
+        if session.header is not None:
+            output.header(_traced(args, "< header", session.header))
+        given = (batch for part in ([first] if first is not None else [], batches) for batch in part)
+        _write_turns(args, _turns(args, session, given, bookmark.rows), session, output, bookmark)
 
 
-def _turns(args: Any, session: StreamSession, batches: Iterator[pa.RecordBatch] | None) -> Iterator[tuple[AnnotatedBatch, int]]:
-    """(answer, input rows that it answers) of each turn."""
-    if batches is None:
-        for answer in session:
-            yield answer, 0
-        return
+def _turns(
+    args: Any, session: StreamSession, batches: Iterator[pa.RecordBatch], skip: int
+) -> Iterator[tuple[AnnotatedBatch, int]]:
+    """(answer, input rows that it answers) of each turn; *skip* input rows were answered before."""
+    if not args.input:
+        yield from ((answer, 0) for answer in session)
     for batch in batches:
-        _trace(args, ">", "input", batch)
-        yield session.exchange(AnnotatedBatch(batch)), batch.num_rows
+        fresh, skip = batch.slice(min(skip, batch.num_rows)), max(0, skip - batch.num_rows)
+        if fresh.num_rows or not batch.num_rows:
+            yield session.exchange(AnnotatedBatch(_traced(args, "> input", fresh))), fresh.num_rows
 
 
-def _write_stream(
-    args: Any, session: StreamSession, batches: Iterator[pa.RecordBatch] | None, output: _Output, bookmark: _Bookmark
-) -> None:
-    progress = _Progress()
-    left = args.limit
-    if session.header is not None:
-        _trace(args, "<", "header", session.header)
-        output.header(session.header)
+def _write_turns(args: Any, turns: Any, session: StreamSession, output: _Output, bookmark: _Bookmark) -> None:
+    progress, left = _Progress(), args.limit
     try:
-        for answer, rows in _turns(args, session, batches) if left != 0 else ():
-            _trace(args, "<", "answer", answer.batch)
+        while left is None or left > 0:
+            answer, rows = next(turns, (None, 0))
+            if answer is None:
+                bookmark.remove()
+                break
+            batch = _traced(args, "< answer", answer.batch)
             progress.clear()
-            # A stream that may be resumed is cut between its batches: what a token stands behind was written whole.
-            cut = left is not None and not args.resume
-            output.batch(answer.batch.slice(0, left) if cut else answer.batch, answer.custom_metadata)
-            progress.count(answer.batch)
+            # A stream that may be resumed is cut between batches only: what its token stands behind was written whole.
+            output.batch(batch if left is None or args.resume else batch.slice(0, left), answer.custom_metadata)
+            progress.count(batch)
             bookmark.save(session, rows)
-            left = None if left is None else left - answer.batch.num_rows
-            if left is not None and left <= 0:
-                return
-        if left != 0:
-            bookmark.remove()
+            left = None if left is None else left - batch.num_rows
     finally:
         progress.clear()
         output.close()
 
 
-# -- describe
+# -- describe, ping, selfcheck, explain, completion
 
 
 def _describe(args: Any) -> int:
     with _connected(args) as channel:
-        if args.method:
-            service, method = _find_method(channel, args)
-            service = dataclasses.replace(service, methods={method.name: method})
-        else:
-            service = _described(channel, args)
+        service, method = _describe_live(channel, args)
+        service = service if method is None else dataclasses.replace(service, methods={method.name: method})
         limits = dataclasses.asdict(channel.capabilities(_options(args).deadline)) if isinstance(channel, HttpClient) else {}
-    print(_DESCRIPTIONS[args.format](service, limits))
-    return EXIT_OK
-
-
-def _kind_of(method: MethodDescription) -> str:
-    return "unary" if method.method_type is MethodType.UNARY else {True: "exchange", False: "producer"}.get(method.is_exchange, "stream")  # type: ignore[arg-type]
+    facts = {f.name: getattr(service, f.name) for f in dataclasses.fields(service) if f.name != "methods"}
+    facts.update(limits={k: v for k, v in limits.items() if v}, methods=list(map(_facts_of, service.methods.values())))
+    if args.format == "json":
+        print(json.dumps(facts, indent=2))
+    else:
+        print(_describe_python(service) if args.format == "python" else _describe_text(facts, service, args.format == "markdown"))
+    return _OK
 
 
 def _facts_of(method: MethodDescription) -> dict[str, Any]:
-    """What there is to say about a method, left out what there is not."""
-    schemas = {"parameters": method.params_schema, "result": method.result_schema if method.has_return else None}
-    schemas["header"] = method.header_schema
-    facts: dict[str, Any] = {"name": method.name, "kind": _kind_of(method)}
-    for name, schema in schemas.items():
-        if schema is not None:
+    """What there is to say about a method."""
+    stream = method.method_type is MethodType.STREAM
+    facts: dict[str, Any] = {"name": method.name, "kind": {True: "exchange", False: "producer"}.get(cast("bool", method.is_exchange), "stream")}
+    facts["kind"] = facts["kind"] if stream else "unary"
+    for name, schema in (("parameters", method.params_schema), ("result", method.result_schema), ("header", method.header_schema)):
+        if schema is not None and (name != "result" or method.has_return):
             facts[name] = [{"name": f.name, "type": _type_text(f.type), "nullable": f.nullable} for f in schema]
-    if method.idempotency != "unknown":
-        facts["idempotency"] = method.idempotency
-    if method.deprecation is not None:
-        facts["deprecated"] = method.deprecation or True
-    return facts
+    extra = {"idempotency": method.idempotency, "deprecated": method.deprecation}
+    return {**facts, **{k: v for k, v in extra.items() if v not in ("unknown", None)}, "usage": _usage_of(method)[7:]}
 
 
-def _fields_text(fields: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{f['name']}: {f['type']}{' | null' if f['nullable'] else ''}" for f in fields) or "none"
+def _describe_text(facts: dict[str, Any], service: ServiceDescription, markdown: bool) -> str:
+    def shown(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return ", ".join(map(shown, value)) or "none"
+        return f"{value['name']}: {value['type']}{' | null' * value['nullable']}" if isinstance(value, dict) else str(value)
+
+    item = "- {}: {}" if markdown else "  {}: {}"
+    lines = [f"{'# ' * markdown}{service.protocol_name} {service.protocol_version}".rstrip()]
+    for method in facts["methods"]:
+        lines += ["", f"{'## ' * markdown}{method['name'] if markdown else _paint(method['name'], '1', sys.stdout)}"]
+        lines += [item.format(name, shown(value)) for name, value in method.items() if name != "name"]
+    rest = {**facts["limits"], "protocol_hash": service.protocol_hash, "server_id": service.server_id}
+    return "\n".join([*lines, "", *(item.format(name.replace("_", " "), shown(value)) for name, value in rest.items())])
 
 
-def _describe_text(service: ServiceDescription, limits: dict[str, Any], markdown: bool = False) -> str:
-    bold, item = ("# ", "- ") if markdown else ("", "  ")
-    version = f" {service.protocol_version}" if service.protocol_version else ""
-    lines = [f"{bold}{service.protocol_name}{version}: {len(service.methods)} methods"]
-    for method in service.methods.values():
-        facts = _facts_of(method)
-        lines += ["", f"## {method.name}" if markdown else _paint(method.name, "1", sys.stdout), ""][: 3 if markdown else 2]
-        lines += [f"{item}{k}: {_fields_text(v) if isinstance(v, list) else v}" for k, v in facts.items() if k != "name"]
-        lines += [f"{item}{_usage_of(method)}"]
-    shown = {k: v for k, v in limits.items() if v}
-    lines += ["", *(f"{item}{k.replace('_', ' ')}: {', '.join(v) if isinstance(v, tuple) else v}" for k, v in shown.items())] if shown else []
-    return "\n".join([*lines, "", f"{item}protocol hash: {service.protocol_hash}", f"{item}server id: {service.server_id}"])
+def _annotation_of(column: pa.Field) -> str:
+    """Python source of an annotation that has exactly this Arrow type; what Python has no word for, in Arrow's own bytes."""
+    known = {codec_for(t).arrow_type: t.__name__ for t in (bool, int, float, str, bytes)}
+    known.update({pa.list_(t): f"list[{n}]" for t, n in list(known.items())})
+    known.update({pa.map_(pa.utf8(), t): f"dict[str, {n}]" for t, n in list(known.items())})
+    data = base64.b64encode(pa.schema([column.with_name("_")]).serialize().to_pybytes()).decode()
+    return known.get(column.type, f'Annotated[Any, vgi_rpc.ArrowType(_arrow("{data}"))]') + (" | None" if column.nullable else "")
 
 
-def _describe_json(service: ServiceDescription, limits: dict[str, Any]) -> str:
-    facts = {f.name: getattr(service, f.name) for f in dataclasses.fields(service) if f.name != "methods"}
-    return json.dumps({**facts, "limits": limits, "methods": [_facts_of(m) for m in service.methods.values()]}, indent=2)
+_PYTHON_HEAD = '''"""{name}, as the server described itself to vgi_rpc {version}."""
+
+import base64
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Protocol
+
+import pyarrow as pa
+import vgi_rpc
 
 
-def _annotation_of(kind: pa.DataType, nullable: bool = False) -> str:
-    """Python source of an annotation that has exactly this Arrow type."""
-    plain = {codec_for(t).arrow_type: t.__name__ for t in (bool, int, float, str, bytes)}
-    if kind in plain:
-        text = plain[kind]
-    elif kind in {pa.list_(pa.field("item", t)) for t in plain}:
-        text = f"list[{plain[kind.value_type]}]"
-    elif kind in {pa.map_(pa.utf8(), t) for t in plain}:
-        text = f"dict[str, {plain[kind.item_type]}]"
-    else:  # any other type, exactly, in Arrow's own words
-        data = pa.schema([pa.field("_", kind)]).serialize().to_pybytes()
-        text = f'Annotated[Any, vgi_rpc.ArrowType(arrow("{base64.b64encode(data).decode()}"))]'
-    return text + (" | None" if nullable else "")
+def _arrow(schema: str) -> pa.DataType:
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema))).field(0).type
+'''
 
 
-def _describe_python(service: ServiceDescription, limits: dict[str, Any]) -> str:
+def _describe_python(service: ServiceDescription) -> str:
     """A module with a typed Protocol of the service."""
-    lines: list[str] = []
+    lines = _PYTHON_HEAD.format(name=service.protocol_name, version=__version__).splitlines()
+    headers = {m.name: m.name.title().replace("_", "") + "Header" for m in service.methods.values() if m.has_header}
+    for name, header in headers.items():
+        fields = [f"    {f.name}: {_annotation_of(f)}" for f in service.methods[name].header_schema or ()] or ["    pass"]
+        lines += ["", "", "@dataclass(frozen=True)", f"class {header}(vgi_rpc.ArrowSerializableDataclass):", *fields]
+    lines += ["", "", f"class {service.protocol_name.replace('.', '_')}(Protocol):"]
+    lines += [f"    protocol_name: ClassVar[str] = {service.protocol_name!r}"]
+    lines += [f"    protocol_version: ClassVar[str] = {service.protocol_version!r}"] if service.protocol_version else []
     for method in service.methods.values():
-        if method.header_schema is not None:
-            name = "".join(word.capitalize() for word in method.name.split("_")) + "Header"
-            fields = [f"    {f.name}: {_annotation_of(f.type, f.nullable)}" for f in method.header_schema] or ["    pass"]
-            lines += ["@dataclass(frozen=True)", f"class {name}(vgi_rpc.ArrowSerializableDataclass):", *fields, "", ""]
-    own = re.sub(r"\W", "_", service.protocol_name)
-    lines += [f"class {own}(Protocol):"]
-    lines += [f'    protocol_name: ClassVar[str] = "{service.protocol_name}"']
-    if service.protocol_version:
-        lines += [f'    protocol_version: ClassVar[str] = "{service.protocol_version}"']
-    for method in service.methods.values():
-        fields = [f"{f.name}: {_annotation_of(f.type, f.nullable)}" for f in method.params_schema]
-        result = _annotation_of(method.result_schema.field(0).type, method.result_schema.field(0).nullable) if method.has_return else "None"
+        parameters = ", ".join(["self", *(f"{f.name}: {_annotation_of(f)}" for f in method.params_schema)])
+        result = _annotation_of(method.result_schema.field(0)) if method.has_return else "None"
         if method.method_type is MethodType.STREAM:
-            state = {"exchange": "ExchangeState", "producer": "ProducerState"}.get(_kind_of(method), "StreamState")
-            header = "".join(word.capitalize() for word in method.name.split("_")) + "Header" if method.header_schema is not None else ""
-            result = f"vgi_rpc.Stream[vgi_rpc.{state}{', ' + header if header else ''}]"
-        lines += ["", f"    def {method.name}({', '.join(['self', *fields])}) -> {result}: ..."]
-    body = "\n".join(lines)
-    needs = [name for name in ("Annotated", "Any", "ClassVar", "Protocol") if re.search(rf"\b{name}\b", body)]
-    head = [f'"""{service.protocol_name}, as the server described itself to vgi_rpc {__version__}."""', ""]
-    head += ["import base64"] if "arrow(" in body else []
-    head += ["from dataclasses import dataclass"] if "@dataclass" in body else []
-    head += [f"from typing import {', '.join(needs)}", ""]
-    head += ["import pyarrow as pa"] if "arrow(" in body else []
-    head += ["import vgi_rpc", "", ""]
-    if "arrow(" in body:
-        head += ["def arrow(schema: str) -> pa.DataType:", "    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema))).field(0).type"]
-        head += ["", ""]
-    return "\n".join(head) + body
-
-
-_DESCRIPTIONS: dict[str, Callable[[ServiceDescription, dict[str, Any]], str]] = {
-    "text": _describe_text,
-    "json": _describe_json,
-    "markdown": functools.partial(_describe_text, markdown=True),
-    "python": _describe_python,
-}
-
-
-# -- ping, selfcheck, explain, completion
+            state = {True: "ExchangeState", False: "ProducerState"}.get(cast("bool", method.is_exchange), "StreamState")
+            header = f", {headers[method.name]}" if method.has_header else ""
+            result = f"vgi_rpc.Stream[vgi_rpc.{state}{header}]"
+        lines += ["", f"    def {method.name}({parameters}) -> {result}: ..."]
+    return "\n".join(lines)
 
 
 def _ping(args: Any) -> int:
     times = []
     with _connected(args) as channel:
         proxy = make_proxy(Reflection, channel, _options(args))
-        proxy.list_protocols()  # connects, and warms what is compiled or cached at first use
-        for _ in range(max(1, args.number)):
+        for _ in range(max(1, args.number) + 1):
             start = time.perf_counter()
             proxy.list_protocols()
             times.append((time.perf_counter() - start) * 1000)
-    times.sort()
-    facts = {"min": times[0], "median": times[len(times) // 2], "p99": times[min(len(times) - 1, int(len(times) * 0.99))]}
-    print(f"{len(times)} round trips: " + ", ".join(f"{name} {value:.3f} ms" for name, value in facts.items()))
-    return EXIT_OK
+    times = sorted(times[1:])  # the first one connects
+    median, p99 = times[len(times) // 2], times[int((len(times) - 1) * 0.99)]
+    print(f"{len(times)} round trips: min {times[0]:.3f} ms, median {median:.3f} ms, p99 {p99:.3f} ms")
+    return _OK
 
 
 def _versions() -> str:
-    python = ".".join(map(str, sys.version_info[:3]))
-    codings = ", ".join(supported_encodings())
-    return f"vgi_rpc {__version__} (wire {REQUEST_VERSION.decode()}, Python {python}, pyarrow {pa.__version__}, codings {codings})"
+    own = f"vgi_rpc {__version__} (wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}"
+    return f"{own}, pyarrow {pa.__version__}, codecs {', '.join(supported_encodings())})"
 
 
 @contextlib.contextmanager
-def _listening(server: RpcServer, serve: Callable[..., None], *where: Any) -> Iterator[Any]:
-    """Serve in a thread that ends by itself once its client has gone; gives what ``on_bound`` was told."""
-    bound: deque[Any] = deque()
-    ready = threading.Event()
+def _served(kind: str, folder: str) -> Iterator[Any]:
+    """A proxy of the demo over one kind of transport; whatever listens is a child, as in real life."""
+    import subprocess
 
-    def on_bound(*address: Any) -> None:
-        bound.append(address)
-        ready.set()
-
-    thread = threading.Thread(target=serve, args=(server, *where), kwargs={"on_bound": on_bound, "idle_timeout": 2.0}, daemon=True)
-    thread.start()
-    if not ready.wait(10.0):
-        raise TransportError("the listener did not come up within 10 s")
-    yield bound[0]
-
-
-@contextlib.contextmanager
-def _selfcheck_http(server: RpcServer) -> Iterator[Any]:
-    http = HttpServing(HttpApp(server, HttpOptions(token_key=os.urandom(32))), "127.0.0.1", 0)
-    thread = threading.Thread(target=http.run, daemon=True)
-    thread.start()
-    try:
-        with http_connect(Demo, f"http://127.0.0.1:{http.port}") as proxy:
+    command = [sys.executable, os.path.abspath(__file__), "serve"]
+    if kind == "pipe" or kind == "subprocess":
+        with serve_pipe(Demo, DemoImpl()) if kind == "pipe" else connect(Demo, [*command, "--stdio"]) as proxy:
             yield proxy
-    finally:
-        http.stop()
-        thread.join(WORKER_EXIT_SECONDS)
-
-
-@contextlib.contextmanager
-def _selfcheck_proxy(kind: str, server: RpcServer, folder: str) -> Iterator[Any]:
-    """A proxy of the demo over one kind of transport."""
-    with contextlib.ExitStack() as stack:
-        enter = stack.enter_context
-        if kind == "pipe":
-            yield enter(serve_pipe(Demo, DemoImpl()))
-        elif kind == "subprocess":
-            yield enter(connect(Demo, [sys.executable, os.path.abspath(__file__), "serve", "--stdio"]))
-        elif kind == "unix":
-            yield enter(unix_connect(Demo, *enter(_listening(server, serve_unix, os.path.join(folder, "s")))))
-        elif kind == "tcp":
-            yield enter(tcp_connect(Demo, *enter(_listening(server, serve_tcp))))
-        elif kind == "http":
-            yield enter(_selfcheck_http(server))
+        return
+    if kind == "wsgi":
+        with http_connect(Demo, client=make_sync_client(RpcServer(Demo, DemoImpl()))) as proxy:
+            yield proxy
+        return
+    flags = {"unix": ["--unix", os.path.join(folder, "s")], "tcp": ["--tcp", "0"], "http": ["--port", "0"]}[kind]
+    child = subprocess.Popen([*command, *flags, "--announce"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with child, contextlib.ExitStack() as stack:
+        stack.callback(child.terminate)
+        where = cast("Any", child.stdout).readline().strip().partition(":")[2]
+        host, _, port = where.rpartition(":")
+        if kind == "unix":
+            yield stack.enter_context(unix_connect(Demo, where))
         else:
-            yield enter(http_connect(Demo, client=make_sync_client(server)))
-
-
-def _check_demo(proxy: Any) -> Iterator[float]:
-    """Call each method of the demo; give the milliseconds of each, and raise `StatusError` on a wrong answer."""
-    batch = pa.RecordBatch.from_pydict({"x": [1.0, None, 3.0]})
-
-    def statistics() -> Any:
-        with proxy.statistics(schema=batch.schema) as session:
-            return [session.exchange(AnnotatedBatch(batch)).batch.to_pylist()[0]["x"]["count"] for _ in range(2)]
-
-    def countdown() -> Any:
-        session = proxy.countdown(start=2)
-        return [session.header.batches, *(a.batch.to_pylist()[0]["n"] for a in session)]
-
-    for call, wanted in ((lambda: proxy.add(a=2.0, b=3.0), 5.0), (countdown, [3, 2, 1, 0]), (statistics, [2, 4])):
-        start = time.perf_counter()
-        got = call()
-        if got != wanted:
-            raise StatusError(f"expected {wanted}, got {got}", code=Code.INTERNAL)
-        yield (time.perf_counter() - start) * 1000
+            yield stack.enter_context(tcp_connect(Demo, host, int(port)) if host else http_connect(Demo, f"http://127.0.0.1:{port}"))
 
 
 def _selfcheck(args: Any) -> int:
     import tempfile
 
-    print(_versions())
-    print(f"{'transport':12}{'unary ms':>10}{'producer ms':>13}{'exchange ms':>13}")
-    failed = 0
-    server = RpcServer(Demo, DemoImpl())
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("pipe", "subprocess", "unix", "tcp", "http", "wsgi"):
-            if kind == "unix" and not hasattr(socket, "AF_UNIX"):
-                print(f"{kind:12} this machine has none")
-                continue
-            try:
-                with _selfcheck_proxy(kind, server, folder) as proxy:
-                    unary, producer, exchange = _check_demo(proxy)
-                print(f"{kind:12}{unary:10.2f}{producer:13.2f}{exchange:13.2f}  {_paint('ok', '32', sys.stdout)}")
-            except (RpcError, StatusError, OSError, TypeError) as exc:
-                failed += 1
-                print(f"{kind:12} {_paint('FAILED', '1;31', sys.stdout)} {_text_of(exc)}")
-    return EXIT_FAILED if failed else EXIT_OK
+    batch = pa.RecordBatch.from_pydict({"x": [1.0, None, 3.0]})
+
+    def statistics(proxy: Any) -> Any:
+        with proxy.statistics(schema=batch.schema) as session:
+            return [session.exchange(AnnotatedBatch(batch)).batch.to_pylist()[0]["x"]["count"] for _ in range(2)]
+
+    def countdown(proxy: Any) -> Any:
+        session = proxy.countdown(start=2)
+        return [session.header.batches, *(answer.batch.to_pylist()[0]["n"] for answer in session)]
+
+    checks = {"unary": (lambda p: p.add(a=2.0), 3.0), "producer": (countdown, [3, 2, 1, 0]), "exchange": (statistics, [2, 4])}
+    print(_versions() + f"\n{'ms':12}" + "".join(f"{name:>10}" for name in checks))
+    code = _OK
+    for kind in ("pipe", "subprocess", "wsgi", "http", "tcp", *(["unix"] if hasattr(socket, "AF_UNIX") else [])):
+        line = f"{kind:12}"
+        try:
+            with tempfile.TemporaryDirectory() as folder, _served(kind, folder) as proxy:
+                for call, wanted in checks.values():
+                    start = time.perf_counter()
+                    got = call(proxy)
+                    if got != wanted:
+                        raise ValueError(f"expected {wanted}, got {got}")
+                    line += f"{(time.perf_counter() - start) * 1000:10.2f}"
+            print(f"{line}  {_paint('ok', '32', sys.stdout)}", flush=True)
+        except Exception as exc:
+            code = _FAILED
+            print(f"{line}  {_paint('FAILED', '1;31', sys.stdout)} {_text_of(exc)}", flush=True)
+    return code
 
 
 def _explain(args: Any) -> int:
     data = _read_file(args.file)
-    end = data.find(b"\r\n\r\n")
-    if end > 0 and re.match(rb"HTTP/1|[A-Z]+ \S+ HTTP/1", data):
-        for line in data[:end].decode("latin-1").splitlines():
-            print(re.sub(r"(?i)^((?:proxy-)?authorization|cookie): .*", r"\1: …", line))
-        data = data[end + 4 :]
+    if re.match(rb"HTTP/1|[A-Z]+ \S+ HTTP/1", data):
+        head, _, data = data.partition(b"\r\n\r\n")
+        print(re.sub(r"(?im)^((?:proxy-)?authorization|cookie): .*$", r"\1: …", head.decode("latin-1").replace("\r", "")))
     for magic, encoding in ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd")):
         if data.startswith(magic):
             print(f"{len(data)} bytes of {encoding}")
             data = decompress_body(data, encoding, CLIENT_MAX_RESPONSE_BYTES)
     source = BufferSource(data)
-    number = 0
     try:
         while source.left:
-            number += 1
-            _explain_stream(source, number)
+            _explain_stream(source)
     except (IPCError, ProtocolError) as exc:
-        raise _CliError(f"at byte {source.position} of {len(data)}: {_text_of(exc)}", "the rest is not Arrow IPC", EXIT_FAILED) from None
-    return EXIT_OK
+        raise _CliError(f"before byte {source.position} of {len(data)}: {_text_of(exc)}", code=_FAILED) from None
+    return _OK
 
 
-def _explain_stream(source: BufferSource, number: int) -> None:
+def _explain_stream(source: BufferSource) -> None:
     """Print one IPC stream, message by message."""
     start = source.position
     reader = IpcReader(source)
-    print(f"stream {number} at byte {start}: {_schema_text(reader.schema)}")
-    for index, message in enumerate(iter(reader.next_message, None)):
+    print(f"stream at byte {start}: {_schema_text(reader.schema)}")
+    for message in iter(reader.next_message, None):
         metadata = message.head.metadata or {}
         kind = "request" if METHOD_KEY in metadata else batch_kind(message.head.rows, metadata).value
-        kind = "tick" if kind == "data" and not len(reader.schema) else kind
-        print(f"  batch {index}: {kind}, {message.head.rows} rows, head and body of {len(message.data)} bytes")
+        print(f"  {'tick' if kind == 'data' and not len(reader.schema) else kind}: {message.head.rows} rows, {len(message.data)} bytes")
         for key, value in metadata.items():
-            secret = key in (STATE_KEY, CALL_STATE_KEY)
-            shown = f"<{len(value)} bytes>" if secret else value.decode("utf-8", "backslashreplace")[:500]
-            print(f"    {key.decode('utf-8', 'replace')} = {shown}")
-        for row in _rows(reader.decode(message).slice(0, 3)) if len(reader.schema) else ():
+            token = key in (STATE_KEY, CALL_STATE_KEY)
+            print(f"    {_as_text(key)} = {f'<{len(value)} bytes>' if token else _as_text(value)}")
+        for row in _rows(reader.decode(message).slice(0, 3)):
             print(f"    {_to_json(row)[:200]}")
-    print(f"  end of stream at byte {source.position}")
+    print(f"  end at byte {source.position}")
+
+
+def _as_text(data: bytes) -> str:
+    return data[:500].decode("utf-8", "backslashreplace")
 
 
 def _completion(args: Any) -> int:
-    commands = {name: [w for a in c.arguments for w in a[0].split() if w[0] == "-"] for name, c in _commands().items()}
+    flags = {name: " ".join(w for a in c.arguments for w in a[0].split() if w[0] == "-") for name, c in _commands().items()}
     if args.shell == "fish":
-        for name, flags in commands.items():
-            print(f"complete -c vgi-rpc -n __fish_use_subcommand -a {name} -d {_commands()[name].summary!r}")
-            for flag in flags:
-                kind = f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}"
-                print(f"complete -c vgi-rpc -n '__fish_seen_subcommand_from {name}' {kind}")
-        return EXIT_OK
-    cases = "\n".join(f"    {name}) words='{' '.join(flags)}' ;;" for name, flags in commands.items())
-    if args.shell == "zsh":
-        print("autoload -U +X bashcompinit && bashcompinit")
-    print(f"""_vgi_rpc() {{
-  local words='{' '.join(commands)} --version --help'
-  [ "$COMP_CWORD" -gt 1 ] && case "${{COMP_WORDS[1]}}" in
-{cases}
-  esac
-  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
-}}
-complete -o default -F _vgi_rpc vgi-rpc""")
-    return EXIT_OK
+        for name, words in flags.items():
+            print(f"complete -c vgi-rpc -n __fish_use_subcommand -a {name}")
+            print(f"complete -c vgi-rpc -n '__fish_seen_subcommand_from {name}' -a '{words}'")
+        return _OK
+    print("autoload -U +X bashcompinit && bashcompinit\n" * (args.shell == "zsh") + "_vgi_rpc() {")
+    print(f"  local words='{' '.join(flags)} --version --help'\n  [ $COMP_CWORD -gt 1 ] && case ${{COMP_WORDS[1]}} in")
+    print("\n".join(f"    {name}) words='{words}' ;;" for name, words in flags.items()))
+    print('  esac\n  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))\n}\ncomplete -o default -F _vgi_rpc vgi-rpc')
+    return _OK
 
 
 # -- the commands
+
+_FORMATS = ("auto", "json", "ndjson", "table", "csv", "arrow")
 
 
 class _Command(NamedTuple):
@@ -9104,135 +8846,128 @@ class _Command(NamedTuple):
     run: Callable[[Any], int]
     summary: str
     arguments: list[tuple[str, dict[str, Any]]]
-    examples: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ("",)
 
 
 def _commands() -> dict[str, _Command]:
-    """Every command with everything it takes; flags of one argument are separated by a space."""
+    """Every command with everything it takes."""
 
-    def flag(help: str) -> dict[str, Any]:
-        return {"action": "store_true", "help": help}
+    def value(flags: str, metavar: str, help: str, **more: Any) -> tuple[str, dict[str, Any]]:
+        return flags, {"metavar": metavar, "help": help, **more}
 
-    def text(metavar: str, help: str, **more: Any) -> dict[str, Any]:
-        return {"metavar": metavar, "help": help, **more}
+    def flag(flags: str, help: str) -> tuple[str, dict[str, Any]]:
+        return flags, {"action": "store_true", "help": help}
 
-    where = ("where", text("WHERE", "http(s)://HOST[:PORT][/PREFIX], unix:PATH, tcp:HOST:PORT, or a command in quotes"))
+    where = value("where", "WHERE", "http(s)://HOST[:PORT][/PREFIX], unix:PATH, tcp:HOST:PORT, or a command in quotes")
     connecting = [
-        ("-H --header", text("'K: V'", "a further HTTP header; may be repeated", action="append", default=[])),
-        ("--bearer-file", text("FILE", "send the token that this file holds")),
-        ("--timeout", text("SECONDS", "give up on a call or a turn after so long", type=float)),
-        ("-v --verbose", flag("the server's log lines, its stderr, and remote tracebacks, on stderr")),
+        value("-H --header", "'K: V'", "a further HTTP header; may be repeated", action="append", default=[]),
+        value("--bearer-file", "FILE", "send the token that this file holds"),
+        value("--timeout", "SECONDS", "give up on a call or a turn after so long", type=float),
+        flag("-v --verbose", "the server's log lines, its stderr and its tracebacks, on stderr"),
     ]
     serve = [
-        ("target", text("TARGET", "module:Class, path/to/file.py:Class or module:factory(); default: a small demo", nargs="?")),
-        ("--host", text("HOST", "address to bind (default: %(default)s)", default="127.0.0.1")),
-        ("--port", text("PORT", "0 takes a free one (default: %(default)s)", type=int, default=8000)),
-        ("--unix", text("PATH", "serve a Unix socket instead of HTTP")),
-        ("--tcp", text("[HOST:]PORT", "serve TCP instead of HTTP")),
-        ("--stdio", flag("serve stdin and stdout instead of HTTP")),
-        ("--prefix", text("/PATH", "serve HTTP under this path")),
-        ("--token-key-file", text("FILE", "keys of the state tokens, one a line: the first signs, all verify")),
-        ("--bearer-file", text("FILE", "ask for a bearer token: a line is 'TOKEN' or 'NAME TOKEN'")),
-        ("--cors", text("ORIGINS", "origins whose pages may call, separated by commas; * for all")),
-        ("--max-request-bytes", text("SIZE", "largest request, such as 64M", type=_size)),
-        ("--max-response-bytes", text("SIZE", "largest answer", type=_size)),
-        ("--max-connections", text("N", "at most so many at a time", type=int)),
-        ("--timeout", text("SECONDS", "for reading one request and for sending its answer", type=float)),
-        ("--token-ttl", text("SECONDS", "how long a state token is good for; 0 for ever", type=float)),
-        ("--tls-cert", text("FILE", "serve TLS with this certificate chain (PEM)")),
-        ("--tls-key", text("FILE", "the certificate's key, when it is in a file of its own")),
-        ("--access-log", text("FILE", "append a JSON line per call; - is stderr")),
-        ("--no-describe", flag("no reflection and no pages")),
-        ("--no-json", flag("no calls in JSON")),
-        ("--no-tracebacks", flag("errors without the server's traceback")),
-        ("--announce", flag("print PORT:<n>, UNIX:<path> or TCP:<host>:<port> on stdout when listening")),
-        ("--check", flag("load the service, print what would be served, and exit")),
-        ("--reload", flag("start again when a loaded module changes; open streams go on")),
+        value("target", "TARGET", "module:Class, path/to/file.py:Class or module:factory(); default: a small demo", nargs="?"),
+        value("--host", "HOST", "address to bind (default: %(default)s)", default="127.0.0.1"),
+        value("--port", "PORT", "0 takes a free one (default: %(default)s)", type=int, default=8000),
+        value("--unix", "PATH", "serve a Unix socket instead of HTTP"),
+        value("--tcp", "[HOST:]PORT", "serve TCP instead of HTTP"),
+        flag("--stdio", "serve stdin and stdout instead of HTTP"),
+        value("--prefix", "/PATH", "serve HTTP under this path"),
+        value("--token-key-file", "FILE", "keys of the state tokens, one a line: the first signs, all verify"),
+        value("--bearer-file", "FILE", "ask for a bearer token; a line is TOKEN, or NAME TOKEN"),
+        value("--cors", "ORIGINS", "origins whose pages may call, separated by commas; * for all"),
+        value("--max-request-bytes", "SIZE", "largest request, such as 64M", type=_size),
+        value("--max-response-bytes", "SIZE", "largest answer", type=_size),
+        value("--max-connections", "N", "at most so many at a time", type=int),
+        value("--timeout", "SECONDS", "for reading one request, and for sending its answer", type=float),
+        value("--token-ttl", "SECONDS", "how long a state token is good for; 0 for ever", type=float),
+        value("--tls-cert", "FILE", "serve TLS with this certificate chain (PEM)"),
+        value("--tls-key", "FILE", "the certificate's key, when it is in a file of its own"),
+        value("--access-log", "FILE", "append a JSON line per call; - is stderr"),
+        flag("--no-describe", "no reflection and no pages"),
+        flag("--no-json", "no calls in JSON"),
+        flag("--no-tracebacks", "errors without the server's traceback"),
+        flag("--announce", "print PORT:<n>, UNIX:<path> or TCP:<host>:<port> on stdout when listening"),
+        flag("--check", "load the service, print what would be served, and exit"),
+        flag("--reload", "start again when a loaded module changes; open streams go on"),
     ]
-    for name, settings in serve[1:]:
-        twin = "VGI_RPC_" + name[2:].replace("-", "_").upper()
+    for name, settings in serve:
+        twin = "VGI_RPC_" + name.lstrip("-").replace("-", "_").upper()
         settings["help"] += f" [{twin}]"
-        given = os.environ.get(twin)
-        if given:
+        if os.environ.get(twin):
+            given = os.environ[twin]
             settings["default"] = _TRUTH.get(given.lower(), False) if "action" in settings else given
     call = [
         where,
-        ("method", text("METHOD", "name of the method, or Protocol.method", nargs="?")),
-        ("parameters", text("KEY=VALUE", "key=value typed by the live schema, key:=json, key=@file", nargs="*")),
-        ("-j --json", text("JSON", "parameters as a JSON object; @file, or - for stdin")),
-        ("-i --input", text("FILE", "batches for an exchange: Arrow, NDJSON or CSV; - is stdin, read as it comes")),
-        ("--rows", text("N", "rows of the input per turn (default: Arrow's batches; 100 rows of text)", type=int)),
-        ("-f --format", {"choices": ["auto", "json", "ndjson", "table", "csv", "arrow"], "default": "auto", "help": "of the answer; auto is a table on a terminal, else NDJSON"}),
-        ("-o --output", text("FILE", "write the answer there; its ending decides the format")),
-        ("--limit", text("N", "stop after so many rows", type=int)),
-        ("--resume", text("FILE", "keep the stream's token there, and go on from it if it exists (HTTP)")),
-        ("--debug", flag("what goes over the wire, on stderr")),
+        value("method", "METHOD", "name of the method, or Protocol.method", nargs="?"),
+        value("parameters", "KEY=VALUE", "key=value typed by the live schema, key:=json, key=@file", nargs="*"),
+        value("-j --json", "JSON", "parameters as a JSON object; @file, or - for stdin"),
+        value("-i --input", "FILE", "batches for an exchange: Arrow, NDJSON or CSV; - is stdin, read as it comes"),
+        value("--rows", "N", "rows of the input per turn (default: Arrow's batches, 100 lines of text)", type=int),
+        ("-f --format", {"choices": _FORMATS, "default": "auto", "help": "of the answer; auto: a table on a terminal, else NDJSON"}),
+        value("-o --output", "FILE", "write the answer there; its ending may say the format"),
+        value("--limit", "N", "stop after so many rows", type=int),
+        value("--resume", "FILE", "keep the stream's token there, and go on from it if it is there (HTTP)"),
+        flag("--debug", "the shape of each batch on the wire, on stderr"),
         *connecting,
     ]
-    formats = {"choices": list(_DESCRIPTIONS), "default": "text", "help": "python gives a typed Protocol that works as it is"}
-    describe = [where, ("method", text("METHOD", "only this one", nargs="?")), ("-f --format", formats), *connecting]
+    method = value("method", "METHOD", "only this one", nargs="?")
+    formats = ("-f --format", {"choices": ("text", "json", "markdown", "python"), "default": "text", "help": "python: a typed Protocol"})
+    number = value("-n --number", "N", "how many (default: %(default)s)", type=int, default=10)
     url, worker = "http://127.0.0.1:8000", f'"{_program()} serve --stdio"'
+    demo = (f"{url} add a=1 b=2", f"{worker} countdown start=3 -f json", f"{url} statistics -i weather.csv --rows 500")
+    serving = ("", "app.py:Calculator --port 0", "app:make() --check".replace("app:make()", "'app:make()'"), "--unix /tmp/demo.sock")
+    shells = ("shell", {"choices": ("bash", "zsh", "fish")})
     return {
-        "serve": _Command(_serve, "serve a class, over HTTP unless told otherwise", serve, ("", "app.py:Calculator --port 0", "app:make() --check", "--unix /tmp/demo.sock")),
-        "call": _Command(_call, "call a method", call, (f"{url} add a=1 b=2", f"{worker} countdown start=3 -f json", f"{url} statistics -i weather.csv --rows 500")),
-        "describe": _Command(_describe, "show what a server offers", describe, (url, f"{url} add -f json", f"{worker} -f python")),
-        "ping": _Command(_ping, "measure round trips", [where, ("-n --number", text("N", "how many (default: 10)", type=int, default=10)), *connecting], (url, f"{worker} -n 100")),
-        "selfcheck": _Command(_selfcheck, "call the demo over every transport of this machine", [], ("",)),
-        "explain": _Command(_explain, "print captured bytes of the wire as text", [("file", text("FILE", "captured bytes; - is stdin"))], ("answer.bin",)),
-        "completion": _Command(_completion, "print a completion script for a shell", [("shell", {"choices": ["bash", "zsh", "fish"]})], ("bash",)),
-    }  # fmt: skip
+        "serve": _Command(_serve, "serve a class, over HTTP unless told otherwise", serve, serving),
+        "call": _Command(_call, "call a method", call, demo),
+        "describe": _Command(_describe, "show what a server offers", [where, method, formats, *connecting], (url, f"{url} add -f json")),
+        "ping": _Command(_ping, "measure round trips", [where, number, *connecting], (url, f"{worker} -n 100")),
+        "selfcheck": _Command(_selfcheck, "call the demo over every transport of this machine", []),
+        "explain": _Command(_explain, "print captured bytes of the wire as text", [value("file", "FILE", "- is stdin")], ("answer.bin",)),
+        "completion": _Command(_completion, "print a completion script for a shell", [shells], ("bash",)),
+    }
 
 
-def _parse(words: list[str]) -> tuple[_Command | None, Any]:
-    """Read the command line; the command is ``None`` when all is said already."""
+def _parse(words: list[str]) -> tuple[Callable[[Any], int], Any]:
+    """Read the command line: what is to be run, and with which arguments."""
     import argparse
 
-    commands = _commands()
-    name = words[0] if words else "--help"
-    if name in ("--version", "-V"):
-        print(_versions())
-        return None, EXIT_OK
-    if name not in commands:
+    commands, name = _commands(), words[0] if words else ""
+    if name in ("--version", "--help", "-h", ""):
         lines = [f"usage: {_program()} COMMAND …", "", *(f"  {n:12}{c.summary}" for n, c in commands.items())]
-        lines += ["", f"{_program()} COMMAND --help shows what each takes, with examples; --version shows the versions."]
-        if name in ("--help", "-h", "help"):
-            print("\n".join(lines), file=sys.stdout if words else sys.stderr)
-            return None, EXIT_OK if words else EXIT_USAGE
+        lines += ["", f"{_program()} COMMAND --help says what it takes, with examples; --version says the versions."]
+        print(_versions() if name == "--version" else "\n".join(lines), file=sys.stdout if name else sys.stderr)
+        return (lambda _: _OK if name else _USAGE), None
+    if name not in commands:
         raise _CliError(f"no command {name!r}{_suggest(name, commands)}", f"there are {', '.join(commands)}")
-    command = commands[name]
-    program = f"{_program()} {name}"
-    examples = "".join(f"\n  {program} {example}".rstrip() for example in command.examples)
-    parser = argparse.ArgumentParser(
-        program, description=command.summary.capitalize() + ".", epilog=f"examples:{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+    command, program = commands[name], f"{_program()} {name}"
+    examples = "examples:\n" + "\n".join(f"  {program} {example}".rstrip() for example in command.examples)
+    formatter, summary = argparse.RawDescriptionHelpFormatter, f"{command.summary.capitalize()}."
+    parser = argparse.ArgumentParser(program, None, summary, examples, formatter_class=formatter, allow_abbrev=False)
     for flags, settings in command.arguments:
         parser.add_argument(*flags.split(), **settings)
     args = parser.parse_intermixed_args(words[1:])
     args.words = words
-    return command, args
+    return command.run, args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code.
-
-    Args:
-        argv: The words behind the program's name; default ``sys.argv[1:]``.
-    """
+    """Run the command line and return its exit code; *argv* is what stands behind the program's name."""
     args: Any = None
     try:
-        command, args = _parse(list(sys.argv[1:] if argv is None else argv))
-        code = command.run(args) if command is not None else cast("int", args)
+        run, args = _parse(list(sys.argv[1:] if argv is None else argv))
+        code = run(args)
         sys.stdout.flush()
         return code
     except SystemExit as exc:  # argparse has said what it had to say
-        return exc.code if isinstance(exc.code, int) else EXIT_OK
+        return exc.code if isinstance(exc.code, int) else _OK
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return _INTERRUPTED
     except BrokenPipeError:
         # Whoever read our stdout has had enough; the interpreter's last flush must not complain about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return EXIT_OK
+        return _OK
     except (_CliError, RpcError, ParameterError, IPCError, ProtocolError, OSError, ValueError) as exc:
         return _report(exc, args)
 
