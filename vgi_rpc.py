@@ -8034,6 +8034,8 @@ def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> 
         else:
             url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}"
             serve_http(server, host=host, port=port, on_bound=lambda _, p: bound(f"{url}:{p}{base}", f"PORT:{p}"), **options)
+    except KeyboardInterrupt:  # before the listener's own handlers stood
+        return
     except OSError as exc:
         where = args.unix or f"{host}:{port}"
         hint = "another server runs there; port 0 takes a free one" if exc.errno == errno.EADDRINUSE else ""
@@ -8261,27 +8263,14 @@ def _live_method(service: ServiceDescription, method: MethodDescription) -> RpcM
     def row(schema: pa.Schema) -> RowCodec:
         return RowCodec((f.name, codec_for(Annotated[object, ArrowType(f.type, f.nullable)])) for f in schema)
 
-    return RpcMethodInfo(
-        name=method.name,
-        params_schema=method.params_schema,
-        result_schema=method.result_schema,
-        result_type=None,
-        method_type=method.method_type,
-        has_return=method.has_return,
-        doc=None,
-        protocol_name=service.protocol_name,
-        params=row(method.params_schema),
-        result=row(method.result_schema if method.has_return else EMPTY_SCHEMA),
-        header=cast("Any", types.SimpleNamespace(from_batch=lambda batch: batch) if method.has_header else None),
-    )
+    result = row(method.result_schema if method.has_return else EMPTY_SCHEMA)
+    header = cast("Any", types.SimpleNamespace(from_batch=lambda batch: batch) if method.has_header else None)
+    facts = (method.name, method.params_schema, method.result_schema, None, method.method_type, method.has_return, None)
+    return RpcMethodInfo(*facts, protocol_name=service.protocol_name, params=row(method.params_schema), result=result, header=header)
+
 
 
 # -- call: batches in
-
-
-class _FileSource(ByteSource):
-    def __init__(self, file: Any) -> None:
-        self.read = file.read
 
 
 def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
@@ -8294,7 +8283,8 @@ def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
         elif first[:4] != _CONTINUATION:
             yield from _text_batches(file, rows, live=path == "-")
             return
-        reader = IpcReader(_FileSource(file))
+        source = types.SimpleNamespace(read=file.read, read_after=lambda head, size: head + file.read(size))
+        reader = IpcReader(cast("ByteSource", source))
         for batch, _ in iter(reader.next, None):
             for start in range(0, max(batch.num_rows, 1), rows or max(batch.num_rows, 1)):
                 yield batch.slice(start, rows)
@@ -8377,13 +8367,9 @@ def _to_json(value: Any) -> str:
 
 
 def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    def values(column: pa.Array) -> list[Any]:
-        try:
-            return cast("list[Any]", column.to_pylist())
-        except ValueError:  # nanoseconds, which Python's own datetime does not have
-            return cast("list[Any]", column.cast(pa.utf8()).to_pylist())
-
-    return [dict(zip(batch.schema.names, row)) for row in zip(*map(values, batch.columns))]
+    # Python's own datetime has no nanoseconds: such columns are shown as Arrow writes them.
+    columns = [(c.cast(pa.utf8()) if "[ns" in str(c.type) else c).to_pylist() for c in batch.columns]
+    return [dict(zip(batch.schema.names, row)) for row in zip(*columns)]
 
 
 def _cell(value: Any) -> str:
@@ -8496,52 +8482,21 @@ def _output(args: Any) -> Iterator[_Output]:
         yield _Output(kind, stack.enter_context(open(args.output, mode)) if args.output else sys.stdout.buffer)
 
 
-class _Progress:
-    """A line on a terminal's stderr, from one second on: batches, rows, MB, rate. Cleared around what is written."""
-
-    def __init__(self) -> None:
-        self._started = self._drawn = time.monotonic()
-        self._counted = CallStatistics()
-
-    def clear(self, text: str = "") -> None:
-        """Take the line away, or put *text* in its place."""
-        if sys.stderr.isatty():
-            sys.stderr.write("\r\x1b[K" + text)
-            sys.stderr.flush()
-
-    def count(self, batch: pa.RecordBatch) -> None:
-        """Count a batch, and draw the line again when it is time."""
-        self._counted.record_output(batch)
-        now, s = time.monotonic(), self._counted
-        if now - self._started >= 1 and now - self._drawn >= 0.1:
-            self._drawn, rate = now, s.output_rows / (now - self._started)
-            self.clear(f"{s.output_batches} batches, {s.output_rows} rows, {s.output_bytes / 1e6:.1f} MB, {rate:.0f} rows/s")
+def _bookmark(path: str | None, name: str) -> tuple[int, bytes]:
+    """(input rows answered, token) as ``--resume`` left them; (0, nothing) at the beginning."""
+    if not path or not os.path.exists(path):
+        return 0, b""
+    facts = _json_object(_read_file(path))
+    if facts.get("method") != name or not isinstance(facts.get("token"), str) or not isinstance(facts.get("rows"), int):
+        raise _CliError(f"{path}: not where a call of {name} stopped", "remove the file to start from the beginning")
+    return facts["rows"], facts["token"].encode()
 
 
-class _Bookmark:
-    """The file of ``--resume``: the stream's token, and how many input rows are answered."""
-
-    def __init__(self, path: str | None, name: str) -> None:
-        self.path, self.name, self.rows, self.token = path, name, 0, b""
-        if path and os.path.exists(path):
-            facts = _json_object(_read_file(path))
-            if facts.get("method") != name or not isinstance(facts.get("token"), str) or not isinstance(facts.get("rows"), int):
-                raise _CliError(f"{path}: not where a call of {name} stopped", "remove the file to start from the beginning")
-            self.rows, self.token = facts["rows"], facts["token"].encode()
-
-    def save(self, session: StreamSession, rows: int) -> None:
-        """Remember that all so far was written; the old file stays until the new one is whole. It is its owner's alone."""
-        self.rows += rows
-        if self.path and not session.closed:
-            facts = {"method": self.name, "rows": self.rows, "token": session.token().decode()}
-            with open(f"{self.path}.new", "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
-                json.dump(facts, f)
-            os.replace(f"{self.path}.new", self.path)
-
-    def remove(self) -> None:
-        """The stream has ended: nothing is left to resume."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path or "")
+def _save_bookmark(path: str, name: str, rows: int, token: bytes) -> None:
+    """Remember that all so far was written; the old file stays until the new one is whole. It is its owner's alone."""
+    with open(f"{path}.new", "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
+        json.dump({"method": name, "rows": rows, "token": token.decode()}, f)
+    os.replace(f"{path}.new", path)
 
 
 def _call(args: Any) -> int:
@@ -8565,53 +8520,66 @@ def _call(args: Any) -> int:
     return _OK
 
 
-def _call_stream(args: Any, channel: Any, info: Any, method: MethodDescription, options: CallOptions, values: dict[str, Any]) -> None:
+def _call_stream(args: Any, channel: Any, info: RpcMethodInfo, method: MethodDescription, options: CallOptions, values: Any) -> None:
     """Start a stream, or go on with the one that the bookmark remembers, and write what it answers."""
-    bookmark = _Bookmark(args.resume, f"{info.protocol_name}.{info.name}")
+    name = f"{info.protocol_name}.{info.name}"
+    answered, token = _bookmark(args.resume, name)
     batches = _input_batches(args.input, args.rows) if args.input else iter(())
     first = next(batches, None)
     if first is not None and "schema" in method.params_schema.names:
         values.setdefault("schema", _schema_to_bytes(first.schema))
-    if bookmark.token:
-        stream = channel.resume(info, bookmark.token, options)
+    if token:
+        stream = channel.resume(info, token, options)
     else:
         stream = channel.stream(info, _request(args, info, method, values), options)
     with StreamSession(stream, info) as session, _output(args) as output:
         if session.header is not None:
             output.header(_traced(args, "< header", session.header))
         given = (batch for part in ([first] if first is not None else [], batches) for batch in part)
-        _write_turns(args, _turns(args, session, given, bookmark.rows), session, output, bookmark)
+        _write_turns(args, session, _turns(args, session, given, answered), output, name)
 
 
-def _turns(
-    args: Any, session: StreamSession, batches: Iterator[pa.RecordBatch], skip: int
-) -> Iterator[tuple[AnnotatedBatch, int]]:
-    """(answer, input rows that it answers) of each turn; *skip* input rows were answered before."""
+def _turns(args: Any, session: StreamSession, batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[tuple[AnnotatedBatch, int]]:
+    """(answer, input rows answered by then) of each turn; *skip* of them were answered before."""
     if not args.input:
         yield from ((answer, 0) for answer in session)
+    rows = 0
     for batch in batches:
-        fresh, skip = batch.slice(min(skip, batch.num_rows)), max(0, skip - batch.num_rows)
+        fresh = batch.slice(min(batch.num_rows, max(0, skip - rows)))
+        rows += batch.num_rows
         if fresh.num_rows or not batch.num_rows:
-            yield session.exchange(AnnotatedBatch(_traced(args, "> input", fresh))), fresh.num_rows
+            yield session.exchange(AnnotatedBatch(_traced(args, "> input", fresh))), rows
 
 
-def _write_turns(args: Any, turns: Any, session: StreamSession, output: _Output, bookmark: _Bookmark) -> None:
-    progress, left = _Progress(), args.limit
+def _write_turns(args: Any, session: StreamSession, turns: Any, output: _Output, name: str) -> None:
+    """Write each answer as it comes, with a line of progress on a terminal from one second on."""
+    counted, left, started = CallStatistics(), args.limit, time.monotonic()
+
+    def show(text: str = "") -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
     try:
         while left is None or left > 0:
             answer, rows = next(turns, (None, 0))
+            show()
             if answer is None:
-                bookmark.remove()
+                if args.resume and os.path.exists(args.resume):
+                    os.unlink(args.resume)
                 break
             batch = _traced(args, "< answer", answer.batch)
-            progress.clear()
             # A stream that may be resumed is cut between batches only: what its token stands behind was written whole.
             output.batch(batch if left is None or args.resume else batch.slice(0, left), answer.custom_metadata)
-            progress.count(batch)
-            bookmark.save(session, rows)
+            if args.resume and not session.closed:
+                _save_bookmark(args.resume, name, rows, session.token())
             left = None if left is None else left - batch.num_rows
+            counted.record_output(batch)
+            took = time.monotonic() - started
+            if took >= 1:
+                rate, size = counted.output_rows / took, counted.output_bytes / 1e6
+                show(f"{counted.output_batches} batches, {counted.output_rows} rows, {size:.1f} MB, {rate:.0f} rows/s")
     finally:
-        progress.clear()
+        show()
         output.close()
 
 
@@ -8725,28 +8693,29 @@ def _versions() -> str:
 
 @contextlib.contextmanager
 def _served(kind: str, folder: str) -> Iterator[Any]:
-    """A proxy of the demo over one kind of transport; whatever listens is a child, as in real life."""
+    """A proxy of the demo over one kind of transport; what listens is a child."""
     import subprocess
 
     command = [sys.executable, os.path.abspath(__file__), "serve"]
-    if kind == "pipe" or kind == "subprocess":
-        with serve_pipe(Demo, DemoImpl()) if kind == "pipe" else connect(Demo, [*command, "--stdio"]) as proxy:
-            yield proxy
-        return
-    if kind == "wsgi":
-        with http_connect(Demo, client=make_sync_client(RpcServer(Demo, DemoImpl()))) as proxy:
-            yield proxy
-        return
-    flags = {"unix": ["--unix", os.path.join(folder, "s")], "tcp": ["--tcp", "0"], "http": ["--port", "0"]}[kind]
-    child = subprocess.Popen([*command, *flags, "--announce"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    with child, contextlib.ExitStack() as stack:
-        stack.callback(child.terminate)
-        where = cast("Any", child.stdout).readline().strip().partition(":")[2]
-        host, _, port = where.rpartition(":")
-        if kind == "unix":
-            yield stack.enter_context(unix_connect(Demo, where))
-        else:
-            yield stack.enter_context(tcp_connect(Demo, host, int(port)) if host else http_connect(Demo, f"http://127.0.0.1:{port}"))
+    here: dict[str, Callable[[], Any]] = {
+        "pipe": lambda: serve_pipe(Demo, DemoImpl()),
+        "subprocess": lambda: connect(Demo, [*command, "--stdio"]),
+        "wsgi": lambda: http_connect(Demo, client=make_sync_client(RpcServer(Demo, DemoImpl()))),
+    }
+    there: dict[str, tuple[str, Callable[[str, str], Any]]] = {
+        "http": ("--port=0", lambda _, port: http_connect(Demo, f"http://127.0.0.1:{port}")),
+        "tcp": ("--tcp=0", lambda host, port: tcp_connect(Demo, host, int(port))),
+        "unix": (f"--unix={folder}/s", lambda _, path: unix_connect(Demo, path)),
+    }
+    with contextlib.ExitStack() as stack:
+        if kind in there:
+            flag, opened = there[kind]
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+            child = stack.enter_context(subprocess.Popen([*command, flag, "--announce"], **pipes))
+            stack.callback(child.terminate)
+            host, _, port = child.stdout.readline().strip().partition(":")[2].rpartition(":")
+            here[kind] = functools.partial(opened, host, port)
+        yield stack.enter_context(here[kind]())
 
 
 def _selfcheck(args: Any) -> int:
@@ -8916,7 +8885,7 @@ def _commands() -> dict[str, _Command]:
     number = value("-n --number", "N", "how many (default: %(default)s)", type=int, default=10)
     url, worker = "http://127.0.0.1:8000", f'"{_program()} serve --stdio"'
     demo = (f"{url} add a=1 b=2", f"{worker} countdown start=3 -f json", f"{url} statistics -i weather.csv --rows 500")
-    serving = ("", "app.py:Calculator --port 0", "app:make() --check".replace("app:make()", "'app:make()'"), "--unix /tmp/demo.sock")
+    serving = ("", "app.py:Calculator --port 0", "'app:make()' --check", "--unix /tmp/demo.sock")
     shells = ("shell", {"choices": ("bash", "zsh", "fish")})
     return {
         "serve": _Command(_serve, "serve a class, over HTTP unless told otherwise", serve, serving),
