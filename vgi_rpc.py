@@ -7719,7 +7719,7 @@ class Tally:
 
     def add(self, column: pa.Array) -> dict[str, Any]:
         """Count the values of *column*, any number of rows, and return the statistics so far."""
-        import pyarrow.compute as pc
+        import pyarrow.compute as pc  # type: ignore[import-untyped]
 
         values = column.cast(pa.float64(), safe=False)
         self.count += len(values) - values.null_count
@@ -7774,9 +7774,6 @@ class DemoImpl:
         summary = pa.struct([("count", pa.int64()), ("mean", pa.float64()), ("min", pa.float64()), ("max", pa.float64())])
         state = StatisticsState({name: Tally() for name in names})
         return Stream(pa.schema([(name, summary) for name in names]), state, input_schema=schema)
-
-
-# -- what is said to people
 
 
 class _CliError(Exception):
@@ -7839,19 +7836,17 @@ def _report(exc: Exception, args: Any) -> int:
     return code
 
 
-# -- serve
-
-
 def _load_target(text: str) -> Any:
     """Import what ``module:Class``, ``path/to/file.py:Class`` or ``module:factory()`` names."""
     match = re.fullmatch(r"(.+?):([A-Za-z_][\w.]*)(\(\))?", text)
     if not match:
-        raise _CliError(f"target {text!r}: expected module:Class, path/to/file.py:Class or module:factory()", f"try {text}:NAME")
+        wanted = "module:Class, path/to/file.py:Class or module:factory()"
+        raise _CliError(f"target {text!r}: expected {wanted}", f"try {text}:NAME")
     module = _guarded(match[1], _import_module, match[1])
     try:
         found = functools.reduce(getattr, match[2].split("."), module)
     except AttributeError:
-        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__ and n[0] != "_"]
+        own = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__ and n[0] != "_"]
         hint = f"it defines {', '.join(own) or 'nothing to serve'}"
         raise _CliError(f"{match[1]} has no {match[2]!r}{_suggest(match[2], own)}", hint) from None
     return _guarded(text, found) if match[3] else found
@@ -7881,7 +7876,7 @@ def _guarded(what: str, call: Callable[..., Any], *args: Any) -> Any:
         raise
     except BaseException as exc:
         if isinstance(exc, ModuleNotFoundError) and exc.name and what.startswith(exc.name):
-            raise _CliError(f"no module {exc.name!r}", "run from the folder that holds it, or give path/to/file.py:Class") from None
+            raise _CliError(f"no module {exc.name!r}", "run from its folder, or give path/to/file.py:Class") from None
         last = traceback.extract_tb(exc.__traceback__)[-1]
         where = f"{exc.filename}:{exc.lineno}" if isinstance(exc, SyntaxError) else f"{last.filename}:{last.lineno}"
         raise _CliError(f"{where}: {type(exc).__name__}: {_text_of(exc)}", f"{what} must load without errors") from None
@@ -7894,14 +7889,14 @@ def _is_protocol(value: Any) -> bool:
 
 def _protocol_of(cls: type) -> type:
     """The Protocol that a class subclasses, names (``protocol = P``) or, alone in its module, fits; else the class itself."""
-    named = [c for c in (vars(cls).get("protocol"), *cls.__mro__[1:]) if _is_protocol(c)]
+    named: list[Any] = [c for c in (vars(cls).get("protocol"), *cls.__mro__[1:]) if _is_protocol(c)]
     methods = _public_functions(cls).keys()
     around = dict.fromkeys(v for v in vars(sys.modules[cls.__module__]).values() if _is_protocol(v))
-    fitting = named[:1] or [p for p in around if _public_functions(p).keys() <= methods]
+    fitting: list[Any] = named[:1] or [p for p in around if _public_functions(p).keys() <= methods]
     fitting = [p for p in fitting if cls.__name__.startswith(p.__name__)] or fitting
     if len(fitting) > 1:
         names = ", ".join(p.__name__ for p in fitting)
-        raise _CliError(f"{cls.__name__} fits several protocols: {names}", f"say which: protocol = {fitting[0].__name__} in its body")
+        raise _CliError(f"{cls.__name__} fits several protocols: {names}", "its body says which: protocol = NAME")
     return cast("type", (fitting or [cls])[0])
 
 
@@ -7919,11 +7914,11 @@ def _service_of(target: str | None) -> RpcServer:
         rpc_methods(protocol)
         needs = [n for n, p in inspect.signature(cls).parameters.items() if p.default is p.empty and p.kind not in (2, 4)]
         if cls is found and needs:
-            raise _CliError(f"{cls.__name__}() needs {', '.join(needs)}", "write a function that makes one, and name it: module:make()")
+            raise _CliError(f"{cls.__name__}() needs {', '.join(needs)}", "name a function that makes one: module:make()")
         return RpcServer(protocol, _guarded(str(target), cls) if cls is found else found)
     except (TypeError, ValueError) as exc:
         text = _text_of(exc)
-        functions = [getattr(c, name, None) for name in re.findall(r"\b(\w+)\(\)", text) for c in (protocol, cls)]
+        functions: list[Any] = [getattr(c, name, None) for name in re.findall(r"\b(\w+)\(\)", text) for c in (protocol, cls)]
         code = next((f.__code__ for f in functions if hasattr(f, "__code__")), None)
         where = f"{code.co_filename}:{code.co_firstlineno}: " if code else ""
         raise _CliError(where + text, "each parameter and result has an annotation with an Arrow type") from None
@@ -7961,7 +7956,8 @@ def _http_options(args: Any) -> tuple[dict[str, Any], str]:
     if args.cors:
         options["cors_origins"] = [origin.strip() for origin in args.cors.split(",")]
     if args.bearer_file:
-        tokens = {line[-1]: AuthContext("bearer", True, line[0] if line[1:] else "bearer") for line in _words_of(args.bearer_file)}
+        lines = _words_of(args.bearer_file)
+        tokens = {line[-1]: AuthContext("bearer", True, line[0] if line[1:] else "bearer") for line in lines}
         options["authenticate"] = bearer_authenticate_static(tokens=tokens)
     if args.tls_cert:
         import ssl
@@ -8011,14 +8007,14 @@ def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> 
         for info in server.methods.values():
             _say(f"  {info.signature().replace('__main__.', '')}    {info.kind}")
         if not (args.unix or args.bearer_file or host.startswith("127.") or host in ("localhost", "::1")):
-            everybody = "anybody who reaches this address can call: there is no authentication; --bearer-file FILE asks for a token"
+            everybody = "anybody who reaches this address can call: no authentication (--bearer-file FILE asks for a token)"
             _say(f"{_paint('warning:', '1;33')} {everybody}")
         _say((f"token key  {key}\n" if http else "") + f"address    {_paint(where, '1;36')}")
         _say(f"look       {_program()} describe {where}\nstop       Ctrl-C")
         if args.announce:
             announce(line)
 
-    sockets = {"threaded": True, "max_connections": args.max_connections}
+    sockets: dict[str, Any] = {"threaded": True, "max_connections": args.max_connections}
     tls = options.get("tls_context")
     base = HttpOptions(args.prefix or "", b"").prefix
     try:
@@ -8029,8 +8025,8 @@ def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> 
         elif args.unix:
             serve_unix(server, args.unix, on_bound=lambda path: bound(f"unix:{path}", f"UNIX:{path}"), **sockets)
         elif args.tcp:
-            name = "tcp:{}:{}".format
-            serve_tcp(server, host, int(port), on_bound=lambda h, p: bound(name(h, p), name(h, p).upper()), tls_context=tls, **sockets)
+            sockets["on_bound"] = lambda h, p: bound(f"tcp:{h}:{p}", f"TCP:{h}:{p}")
+            serve_tcp(server, host, int(port), tls_context=tls, **sockets)
         else:
             url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}"
             serve_http(server, host=host, port=port, on_bound=lambda _, p: bound(f"{url}:{p}{base}", f"PORT:{p}"), **options)
@@ -8081,9 +8077,6 @@ def _watch(target: str | None) -> threading.Event:
 
     threading.Thread(target=watch, daemon=True, name="vgi_rpc reload").start()
     return changed
-
-
-# -- connecting
 
 
 @contextlib.contextmanager
@@ -8139,14 +8132,11 @@ def _describe_live(channel: ClientChannel, args: Any) -> tuple[ServiceDescriptio
     return service, service.methods.get(name)
 
 
-# -- call: parameters by the live schema
-
-
 def _usage_of(method: MethodDescription) -> str:
     """One line that says how `call` wants a method."""
     words = [method.name]
     for f in method.params_schema:
-        word = f"{f.name}={_type_text(f.type).upper()}"
+        word = f"{f.name}={re.split('[<[]', _type_text(f.type))[0].upper()}"
         words.append(f"[{word}]" if f.nullable or (method.method_type is MethodType.STREAM and f.name == "schema") else word)
     return f"usage: {_program()} call WHERE {' '.join(words)}{' -i FILE' if method.is_exchange else ''}"
 
@@ -8225,8 +8215,9 @@ def _arguments(args: Any, method: MethodDescription) -> dict[str, Any]:
             given.append((name, data, _from_text if data is text else _from_bytes))
     values: dict[str, Any] = {}
     for name, value, convert in given:
-        if name not in method.params_schema.names:
-            raise _CliError(f"{method.name}() has no parameter {name!r}{_suggest(name, method.params_schema.names)}", _usage_of(method))
+        names = method.params_schema.names
+        if name not in names:
+            raise _CliError(f"{method.name}() has no parameter {name!r}{_suggest(name, names)}", _usage_of(method))
         kind = method.params_schema.field(name).type
         try:
             values[name] = convert(value, kind)
@@ -8264,13 +8255,12 @@ def _live_method(service: ServiceDescription, method: MethodDescription) -> RpcM
         return RowCodec((f.name, codec_for(Annotated[object, ArrowType(f.type, f.nullable)])) for f in schema)
 
     result = row(method.result_schema if method.has_return else EMPTY_SCHEMA)
-    header = cast("Any", types.SimpleNamespace(from_batch=lambda batch: batch) if method.has_header else None)
-    facts = (method.name, method.params_schema, method.result_schema, None, method.method_type, method.has_return, None)
-    return RpcMethodInfo(*facts, protocol_name=service.protocol_name, params=row(method.params_schema), result=result, header=header)
+    header: Any = types.SimpleNamespace(from_batch=lambda batch: batch) if method.has_header else None
+    same = ("name", "params_schema", "result_schema", "method_type", "has_return")
+    facts: dict[str, Any] = {name: getattr(method, name) for name in same}
+    facts.update(doc=None, result_type=None, protocol_name=service.protocol_name)
+    return RpcMethodInfo(params=row(method.params_schema), result=result, header=header, **facts)
 
-
-
-# -- call: batches in
 
 
 def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
@@ -8312,7 +8302,8 @@ def _line_groups(file: Any, live: bool) -> Iterator[list[bytes]]:
     rest, data = b"", b"\n"
     while data:
         data = file.read1(_CHUNK_BYTES) if live else file.read(_CHUNK_BYTES)
-        pieces, lines, rest = (rest + (data or b"\n")).splitlines(keepends=True), [], b""
+        pieces, rest = (rest + (data or b"\n")).splitlines(keepends=True), b""
+        lines: list[bytes] = []
         for piece in pieces:
             rest += piece
             if rest.endswith(b"\n") and (rest.count(b'"') % 2 == 0 or not data):
@@ -8325,7 +8316,7 @@ def _line_groups(file: Any, live: bool) -> Iterator[list[bytes]]:
 def _parse_lines(head: bytes, lines: list[bytes], schema: pa.Schema | None) -> pa.RecordBatch:
     if not head:
         return _rows_to_batch([_parsed_json(f"input {line[:60]!r}", line) for line in lines], schema)
-    import pyarrow.csv
+    import pyarrow.csv  # type: ignore[import-untyped]
 
     converting = pyarrow.csv.ConvertOptions(column_types=schema, strings_can_be_null=True)
     parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
@@ -8344,9 +8335,6 @@ def _rows_to_batch(rows: list[Any], schema: pa.Schema | None = None) -> pa.Recor
     for name in {name for row in rows for name in row} - set(names):
         raise _CliError(f"input: column {name!r} is not in the rows before it: {', '.join(names)}")
     return _batch_from_pydict({name: [row.get(name) for row in rows] for name in names}, schema, "input")
-
-
-# -- call: rows out
 
 
 def _json_ready(value: Any) -> Any:
@@ -8506,7 +8494,8 @@ def _call(args: Any) -> int:
             raise _CliError("METHOD is missing", f"{service.protocol_name} has {', '.join(service.methods)}")
         stream = method.method_type is MethodType.STREAM
         if bool(args.input) != bool(method.is_exchange) and (not stream or method.is_exchange is not None):
-            raise _CliError(f"{method.name}() takes {'no input: it is no exchange' if args.input else 'batches'}", _usage_of(method))
+            taken = "no input: it is no exchange" if args.input else "batches"
+            raise _CliError(f"{method.name}() takes {taken}", _usage_of(method))
         if args.resume and not (stream and isinstance(channel, HttpClient)):
             raise _CliError("--resume is for streams over HTTP: elsewhere the state ends with the connection")
         info, options = _live_method(service, method), _options(args, service.protocol_version)
@@ -8520,7 +8509,7 @@ def _call(args: Any) -> int:
     return _OK
 
 
-def _call_stream(args: Any, channel: Any, info: RpcMethodInfo, method: MethodDescription, options: CallOptions, values: Any) -> None:
+def _call_stream(args: Any, channel: Any, info: Any, method: MethodDescription, options: CallOptions, values: Any) -> None:
     """Start a stream, or go on with the one that the bookmark remembers, and write what it answers."""
     name = f"{info.protocol_name}.{info.name}"
     answered, token = _bookmark(args.resume, name)
@@ -8539,7 +8528,7 @@ def _call_stream(args: Any, channel: Any, info: RpcMethodInfo, method: MethodDes
         _write_turns(args, session, _turns(args, session, given, answered), output, name)
 
 
-def _turns(args: Any, session: StreamSession, batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[tuple[AnnotatedBatch, int]]:
+def _turns(args: Any, session: StreamSession, batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[Any]:
     """(answer, input rows answered by then) of each turn; *skip* of them were answered before."""
     if not args.input:
         yield from ((answer, 0) for answer in session)
@@ -8583,9 +8572,6 @@ def _write_turns(args: Any, session: StreamSession, turns: Any, output: _Output,
         output.close()
 
 
-# -- describe, ping, selfcheck, explain, completion
-
-
 def _describe(args: Any) -> int:
     with _connected(args) as channel:
         service, method = _describe_live(channel, args)
@@ -8593,19 +8579,20 @@ def _describe(args: Any) -> int:
         limits = dataclasses.asdict(channel.capabilities(_options(args).deadline)) if isinstance(channel, HttpClient) else {}
     facts = {f.name: getattr(service, f.name) for f in dataclasses.fields(service) if f.name != "methods"}
     facts.update(limits={k: v for k, v in limits.items() if v}, methods=list(map(_facts_of, service.methods.values())))
-    if args.format == "json":
-        print(json.dumps(facts, indent=2))
+    if args.format in ("text", "markdown"):
+        print(_describe_text(facts, service, args.format == "markdown"))
     else:
-        print(_describe_python(service) if args.format == "python" else _describe_text(facts, service, args.format == "markdown"))
+        print(_describe_python(service) if args.format == "python" else json.dumps(facts, indent=2))
     return _OK
 
 
 def _facts_of(method: MethodDescription) -> dict[str, Any]:
     """What there is to say about a method."""
-    stream = method.method_type is MethodType.STREAM
-    facts: dict[str, Any] = {"name": method.name, "kind": {True: "exchange", False: "producer"}.get(cast("bool", method.is_exchange), "stream")}
-    facts["kind"] = facts["kind"] if stream else "unary"
-    for name, schema in (("parameters", method.params_schema), ("result", method.result_schema), ("header", method.header_schema)):
+    streams = {True: "exchange", False: "producer", None: "stream"}
+    kind = streams[method.is_exchange] if method.method_type is MethodType.STREAM else "unary"
+    facts: dict[str, Any] = {"name": method.name, "kind": kind}
+    schemas = {"parameters": method.params_schema, "result": method.result_schema, "header": method.header_schema}
+    for name, schema in schemas.items():
         if schema is not None and (name != "result" or method.has_return):
             facts[name] = [{"name": f.name, "type": _type_text(f.type), "nullable": f.nullable} for f in schema]
     extra = {"idempotency": method.idempotency, "deprecated": method.deprecation}
@@ -8633,7 +8620,8 @@ def _annotation_of(column: pa.Field) -> str:
     known.update({pa.list_(t): f"list[{n}]" for t, n in list(known.items())})
     known.update({pa.map_(pa.utf8(), t): f"dict[str, {n}]" for t, n in list(known.items())})
     data = base64.b64encode(pa.schema([column.with_name("_")]).serialize().to_pybytes()).decode()
-    return known.get(column.type, f'Annotated[Any, vgi_rpc.ArrowType(_arrow("{data}"))]') + (" | None" if column.nullable else "")
+    text = known.get(column.type, f'Annotated[Any, vgi_rpc.ArrowType(_arrow("{data}"))]')
+    return f"{text} | None" if column.nullable else text
 
 
 _PYTHON_HEAD = '''"""{name}, as the server described itself to vgi_rpc {version}."""
@@ -8711,7 +8699,7 @@ def _served(kind: str, folder: str) -> Iterator[Any]:
         if kind in there:
             flag, opened = there[kind]
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-            child = stack.enter_context(subprocess.Popen([*command, flag, "--announce"], **pipes))
+            child: Any = stack.enter_context(subprocess.Popen([*command, flag, "--announce"], **pipes))
             stack.callback(child.terminate)
             host, _, port = child.stdout.readline().strip().partition(":")[2].rpartition(":")
             here[kind] = functools.partial(opened, host, port)
@@ -8777,7 +8765,8 @@ def _explain_stream(source: BufferSource) -> None:
     for message in iter(reader.next_message, None):
         metadata = message.head.metadata or {}
         kind = "request" if METHOD_KEY in metadata else batch_kind(message.head.rows, metadata).value
-        print(f"  {'tick' if kind == 'data' and not len(reader.schema) else kind}: {message.head.rows} rows, {len(message.data)} bytes")
+        kind = "tick" if kind == "data" and not len(reader.schema) else kind
+        print(f"  {kind}: {message.head.rows} rows, {len(message.data)} bytes")
         for key, value in metadata.items():
             token = key in (STATE_KEY, CALL_STATE_KEY)
             print(f"    {_as_text(key)} = {f'<{len(value)} bytes>' if token else _as_text(value)}")
@@ -8800,11 +8789,10 @@ def _completion(args: Any) -> int:
     print("autoload -U +X bashcompinit && bashcompinit\n" * (args.shell == "zsh") + "_vgi_rpc() {")
     print(f"  local words='{' '.join(flags)} --version --help'\n  [ $COMP_CWORD -gt 1 ] && case ${{COMP_WORDS[1]}} in")
     print("\n".join(f"    {name}) words='{words}' ;;" for name, words in flags.items()))
-    print('  esac\n  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))\n}\ncomplete -o default -F _vgi_rpc vgi-rpc')
+    print('  esac\n  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))\n}')
+    print("complete -o default -F _vgi_rpc vgi-rpc")
     return _OK
 
-
-# -- the commands
 
 _FORMATS = ("auto", "json", "ndjson", "table", "csv", "arrow")
 
@@ -8821,7 +8809,7 @@ class _Command(NamedTuple):
 def _commands() -> dict[str, _Command]:
     """Every command with everything it takes."""
 
-    def value(flags: str, metavar: str, help: str, **more: Any) -> tuple[str, dict[str, Any]]:
+    def value(flags: str, metavar: str | None, help: str, **more: Any) -> tuple[str, dict[str, Any]]:
         return flags, {"metavar": metavar, "help": help, **more}
 
     def flag(flags: str, help: str) -> tuple[str, dict[str, Any]]:
@@ -8873,7 +8861,7 @@ def _commands() -> dict[str, _Command]:
         value("-j --json", "JSON", "parameters as a JSON object; @file, or - for stdin"),
         value("-i --input", "FILE", "batches for an exchange: Arrow, NDJSON or CSV; - is stdin, read as it comes"),
         value("--rows", "N", "rows of the input per turn (default: Arrow's batches, 100 lines of text)", type=int),
-        ("-f --format", {"choices": _FORMATS, "default": "auto", "help": "of the answer; auto: a table on a terminal, else NDJSON"}),
+        value("-f --format", None, "auto: a table on a terminal, else NDJSON", choices=_FORMATS, default="auto"),
         value("-o --output", "FILE", "write the answer there; its ending may say the format"),
         value("--limit", "N", "stop after so many rows", type=int),
         value("--resume", "FILE", "keep the stream's token there, and go on from it if it is there (HTTP)"),
@@ -8881,19 +8869,21 @@ def _commands() -> dict[str, _Command]:
         *connecting,
     ]
     method = value("method", "METHOD", "only this one", nargs="?")
-    formats = ("-f --format", {"choices": ("text", "json", "markdown", "python"), "default": "text", "help": "python: a typed Protocol"})
+    shapes = ("text", "json", "markdown", "python")
+    formats = value("-f --format", None, "python: a typed Protocol that works", choices=shapes, default="text")
     number = value("-n --number", "N", "how many (default: %(default)s)", type=int, default=10)
     url, worker = "http://127.0.0.1:8000", f'"{_program()} serve --stdio"'
     demo = (f"{url} add a=1 b=2", f"{worker} countdown start=3 -f json", f"{url} statistics -i weather.csv --rows 500")
     serving = ("", "app.py:Calculator --port 0", "'app:make()' --check", "--unix /tmp/demo.sock")
+    captured = value("file", "FILE", "- is stdin")
     shells = ("shell", {"choices": ("bash", "zsh", "fish")})
     return {
         "serve": _Command(_serve, "serve a class, over HTTP unless told otherwise", serve, serving),
         "call": _Command(_call, "call a method", call, demo),
-        "describe": _Command(_describe, "show what a server offers", [where, method, formats, *connecting], (url, f"{url} add -f json")),
+        "describe": _Command(_describe, "show what a server offers", [where, method, formats, *connecting], (url,)),
         "ping": _Command(_ping, "measure round trips", [where, number, *connecting], (url, f"{worker} -n 100")),
         "selfcheck": _Command(_selfcheck, "call the demo over every transport of this machine", []),
-        "explain": _Command(_explain, "print captured bytes of the wire as text", [value("file", "FILE", "- is stdin")], ("answer.bin",)),
+        "explain": _Command(_explain, "print captured bytes of the wire as text", [captured], ("answer.bin",)),
         "completion": _Command(_completion, "print a completion script for a shell", [shells], ("bash",)),
     }
 
