@@ -7963,7 +7963,11 @@ def _http_options(args: Any) -> tuple[dict[str, Any], str]:
         import ssl
 
         options["tls_context"] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        _guarded("--tls-cert and --tls-key", options["tls_context"].load_cert_chain, args.tls_cert, args.tls_key)
+        try:
+            options["tls_context"].load_cert_chain(args.tls_cert, args.tls_key)
+        except OSError as exc:
+            hint = "PEM files: the certificate chain, and its key"
+            raise _CliError(f"--tls-cert {args.tls_cert}: {exc.strerror or exc}", hint) from None
     return {name: value for name, value in options.items() if value is not None}, key
 
 
@@ -8719,7 +8723,8 @@ def _selfcheck(args: Any) -> int:
         session = proxy.countdown(start=2)
         return [session.header.batches, *(answer.batch.to_pylist()[0]["n"] for answer in session)]
 
-    checks = {"unary": (lambda p: p.add(a=2.0), 3.0), "producer": (countdown, [3, 2, 1, 0]), "exchange": (statistics, [2, 4])}
+    calls: tuple[Callable[[Any], Any], ...] = (lambda proxy: proxy.add(a=2.0), countdown, statistics)
+    checks = dict(zip(("unary", "producer", "exchange"), zip(calls, (3.0, [3, 2, 1, 0], [2, 4]))))
     print(_versions() + f"\n{'ms':12}" + "".join(f"{name:>10}" for name in checks))
     code = _OK
     for kind in ("pipe", "subprocess", "wsgi", "http", "tcp", *(["unix"] if hasattr(socket, "AF_UNIX") else [])):
@@ -8902,7 +8907,7 @@ def _parse(words: list[str]) -> tuple[Callable[[Any], int], Any]:
         raise _CliError(f"no command {name!r}{_suggest(name, commands)}", f"there are {', '.join(commands)}")
     command, program = commands[name], f"{_program()} {name}"
     examples = "examples:\n" + "\n".join(f"  {program} {example}".rstrip() for example in command.examples)
-    formatter, summary = argparse.RawDescriptionHelpFormatter, f"{command.summary.capitalize()}."
+    formatter, summary = argparse.RawDescriptionHelpFormatter, f"{command.summary[0].upper()}{command.summary[1:]}."
     parser = argparse.ArgumentParser(program, None, summary, examples, formatter_class=formatter, allow_abbrev=False)
     for flags, settings in command.arguments:
         parser.add_argument(*flags.split(), **settings)
