@@ -6726,7 +6726,7 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
 
 
 # ============================================================================
-# 18. COMMAND LINE ...................................... uses 1-17
+# 19. COMMAND LINE ..................................... uses 1-18
 # ============================================================================
 # `python vgi_rpc.py COMMAND`: answers go to stdout, everything said about them to stderr; stdin is read only where `-` stands.
 # Law: nothing of this section runs on import; a failure is one line, a hint where there is one, and an exit code.
