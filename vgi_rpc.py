@@ -1493,7 +1493,7 @@ def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
         _write_node(values, body)
         if not set(map(type, values)) <= {list, type(None)}:
             raise _NotPlain
-        offsets, flat = [0], []
+        offsets, flat = [0], list[Any]()
         for value in values:
             flat += value or ()
             offsets.append(len(flat))
@@ -1963,7 +1963,7 @@ class RowCodec:
         self.names = tuple(name for name, _ in pairs)
         self.codecs = tuple(codec for _, codec in pairs)
         self.schema = pa.schema([pa.field(n, c.arrow_type, nullable=c.nullable) for n, c in pairs])
-        self._plan: PlainPlan | None | bool = False  # made at first use
+        self._plan: PlainPlan | bool | None = False  # made at first use
 
     @property
     def plan(self) -> PlainPlan | None:
@@ -2078,9 +2078,8 @@ def _has_default(f: dataclasses.Field[Any]) -> bool:
 _building: set[type] = set()
 _codec_lock = threading.RLock()
 
-@functools.lru_cache(maxsize=None)
-def dataclass_codec(cls: Any) -> DataclassCodec:
-    """Return the codec of a class, built once; `TypeError`: a field has no Arrow mapping, or the class contains itself."""
+@functools.cache
+def _dataclass_codec(cls: Any) -> DataclassCodec:
     with _codec_lock:
         if cls in _building:
             raise TypeError(f"{cls.__qualname__} contains itself; an Arrow struct has a fixed depth")
@@ -2089,6 +2088,10 @@ def dataclass_codec(cls: Any) -> DataclassCodec:
             return DataclassCodec(cls)
         finally:
             _building.discard(cls)
+
+def dataclass_codec(cls: Any) -> DataclassCodec:
+    """Return the codec of a class, built once; `TypeError`: a field has no Arrow mapping, or the class contains itself."""
+    return _dataclass_codec(cls)
 
 _INSTEAD = {  # what would work, by the name of the type that has no mapping
     "list": "list[T], for example list[int]", "dict": "dict[K, V], for example dict[str, float]", "set": "set[T]",
@@ -2100,7 +2103,7 @@ _INSTEAD = {  # what would work, by the name of the type that has no mapping
 }
 _MAPPED = "str, bytes, int, float, bool, list, dict, set, Enum, a dataclass, or Annotated[T, ArrowType(...)]"
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def codec_for(annotation: Any, *, whole: bool = False) -> Codec:
     """Return the codec of an annotation; without a mapping a `TypeError` says what would work.
 
@@ -6299,7 +6302,7 @@ class SyncClient(HttpSender):
         return HttpReply(response.status, answered, whole)
 
 
-Headers = Union[Mapping[str, str], Callable[[], Mapping[str, str]]]
+Headers = Mapping[str, str] | Callable[[], Mapping[str, str]]
 
 
 class HttpClient(ClientChannel):
@@ -6531,9 +6534,9 @@ def _connected(
     dial: Callable[[], Transport | ClientChannel], protocol: type[_P], on_log: ClientLog | None, timeout: float | None,
     ipc_validation: IpcValidation,
 ) -> Iterator[_P]:  # fmt: skip
-    with contextlib.closing(dial()) as transport:
-        with RpcConnection(protocol, transport, on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
-            yield proxy
+    options: dict[str, Any] = {"timeout": timeout, "ipc_validation": ipc_validation}
+    with contextlib.closing(dial()) as transport, RpcConnection(protocol, transport, on_log, **options) as proxy:
+        yield proxy
 
 @contextlib.contextmanager
 def serve_pipe(
@@ -6774,7 +6777,7 @@ class Tally:
 
     def add(self, column: pa.Array) -> dict[str, Any]:
         """Count the values of *column*, any number of rows, and return the statistics so far."""
-        import pyarrow.compute as pc  # type: ignore[import-untyped]
+        import pyarrow.compute as pc
 
         values = column.cast(pa.float64(), safe=False)
         self.count += len(values) - values.null_count
@@ -7099,6 +7102,7 @@ def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> 
 
 def _serve_reloading(args: Any) -> int:
     """Keep a child serving: the same port and the same key in each of its lives, so that open streams go on."""
+    import signal
     import subprocess
 
     words = list(args.words)
@@ -7108,8 +7112,9 @@ def _serve_reloading(args: Any) -> int:
     environment = {"VGI_RPC_TOKEN_KEY": os.urandom(32).hex(), **os.environ, "VGI_RPC_RELOADED": "1"}
     while True:
         child = subprocess.Popen([sys.executable, os.path.abspath(__file__), *words], env=environment)
-        with _stop_signals(child.terminate):
-            code = child.wait()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_, child=child: child.terminate())
+        code = child.wait()
         if code != _RELOAD:
             return max(code, 0)
         _say("something changed: starting again")
@@ -7139,7 +7144,7 @@ def _watch(target: str | None) -> threading.Event:
 
 
 @contextlib.contextmanager
-def _connected(args: Any) -> Iterator[ClientChannel]:
+def _channel_to(args: Any) -> Iterator[ClientChannel]:
     """The channel to WHERE: a URL, ``unix:PATH``, ``tcp:HOST:PORT`` or a command that is started."""
     pairs = [line.partition(":")[::2] for line in args.header]
     headers = {name.strip(): value.strip() for name, value in pairs}
@@ -7375,7 +7380,7 @@ def _line_groups(file: Any, live: bool) -> Iterator[list[bytes]]:
 def _parse_lines(head: bytes, lines: list[bytes], schema: pa.Schema | None) -> pa.RecordBatch:
     if not head:
         return _rows_to_batch([_parsed_json(f"input {line[:60]!r}", line) for line in lines], schema)
-    import pyarrow.csv  # type: ignore[import-untyped]
+    import pyarrow.csv
 
     converting = pyarrow.csv.ConvertOptions(column_types=schema, strings_can_be_null=True)
     parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
@@ -7547,7 +7552,7 @@ def _save_bookmark(path: str, name: str, rows: int, token: bytes) -> None:
 
 
 def _call(args: Any) -> int:
-    with _connected(args) as channel:
+    with _channel_to(args) as channel:
         service, method = _describe_live(channel, args)
         if method is None:
             raise _CliError("METHOD is missing", f"{service.protocol_name} has {', '.join(service.methods)}")
@@ -7632,7 +7637,7 @@ def _write_turns(args: Any, session: StreamSession, turns: Any, output: _Output,
 
 
 def _describe(args: Any) -> int:
-    with _connected(args) as channel:
+    with _channel_to(args) as channel:
         service, method = _describe_live(channel, args)
         service = service if method is None else dataclasses.replace(service, methods={method.name: method})
         limits = dataclasses.asdict(channel.capabilities(_options(args).deadline)) if isinstance(channel, HttpClient) else {}
@@ -7721,7 +7726,7 @@ def _describe_python(service: ServiceDescription) -> str:
 
 def _ping(args: Any) -> int:
     times = []
-    with _connected(args) as channel:
+    with _channel_to(args) as channel:
         proxy = make_proxy(Reflection, channel, _options(args))
         for _ in range(max(1, args.number) + 1):
             start = time.perf_counter()
