@@ -83,7 +83,7 @@ logger = logging.getLogger("vgi_rpc")
 
 
 # ============================================================================
-# 1. CONSTANTS .......................................... uses nothing
+# 1. CONSTANTS ......................................... uses nothing
 # ============================================================================
 # Every key on the wire, every header name and every default limit, each once.
 # Peers of other languages depend on the spelling: none of it changes without a new wire version.
@@ -146,7 +146,7 @@ EMPTY_SCHEMA = pa.schema([])
 
 
 # ============================================================================
-# 2. ERRORS ............................................. uses 1
+# 2. ERRORS ............................................ uses 1
 # ============================================================================
 # Every exception of this file, its code, kind and HTTP status. An exception of another library never reaches a user.
 #
@@ -510,7 +510,7 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 
 
 # ============================================================================
-# 3. LOG MESSAGES ....................................... uses 1-2
+# 3. LOG MESSAGES ...................................... uses 1-2
 # ============================================================================
 # A log line or an error as it travels: level, text, extra. An error is a message of level EXCEPTION.
 # The metadata of a message is the only form in which an exception leaves a process.
@@ -658,7 +658,7 @@ def _error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
 
 
 # ============================================================================
-# 4. BATCHES ............................................ uses 1-3
+# 4. BATCHES ........................................... uses 1-3
 # ============================================================================
 # Arrow IPC streams in and out, message by message: framing, bounds, validation, casting, telling batches apart.
 # Law: nothing foreign reaches pyarrow's decoder before its head was read and its size, rows and buffers were found
@@ -789,7 +789,8 @@ class MessageHead(NamedTuple):
     body_length: int  # bytes
     metadata: dict[bytes, bytes] | None = None
     rows: int = 0
-    buffers: tuple[tuple[int, int], ...] = ()  # (offset, length) in the body, bytes
+    nodes: Sequence[int] = ()  # (length, null count) of each column and its children, flat
+    buffers: Sequence[int] = ()  # (offset, length) in the body, bytes, flat
     compressed: bool = False
     dictionary_id: int = 0
     is_delta: bool = False
@@ -798,6 +799,14 @@ class BatchMessage(NamedTuple):
     """A record batch's message: its head and all of its bytes, prefix included."""
     head: MessageHead
     data: _Buffer
+
+    def head_bytes(self) -> bytes:
+        """Return the bytes of the head, without the prefix."""
+        return bytes(memoryview(self.data)[8 : len(self.data) - self.head.body_length])
+
+    def body(self) -> memoryview:
+        """Return the bytes of the body."""
+        return memoryview(self.data)[len(self.data) - self.head.body_length :]
 
 
 class _Table:
@@ -845,39 +854,128 @@ def _inside(data: bytes, position: int) -> int:
         raise IndexError(position)
     return position
 
-def parse_message_head(data: bytes) -> MessageHead:
-    """Read the flatbuffer head of one IPC message; raises `IPCError` when it is not one."""
-    try:
-        message = _Table(data, struct.unpack_from("<I", data, 0)[0])
-        kind, body_length = message.scalar(1, "<B"), message.scalar(3, "<q")
-        batch, metadata = message.table(2), _head_metadata(message)
-        if batch is None or kind not in (_SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE) or body_length < 0:
-            raise ValueError(f"message type {kind}, body of {body_length} bytes")
-        if kind == _SCHEMA_MESSAGE:
-            return MessageHead(kind, body_length, metadata)
-        dictionary_id, is_delta = 0, False
-        if kind == _DICTIONARY_MESSAGE:
-            dictionary_id, is_delta, batch = batch.scalar(0, "<q"), bool(batch.scalar(2, "<B")), batch.table(1)
-            if batch is None:
-                raise ValueError("a dictionary without a batch")
-        start, count = batch.vector(2)
+_Region = tuple[int, int, Any]  # (start, size, what stands there) in a head: the name of a number, or a metadata key
+
+def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
+    """Read a head field by field; also return where it may differ from other heads of the same layout."""
+    regions: list[_Region] = []
+
+    def number(table: _Table, slot: int, name: str) -> int:
+        if table.slots[slot]:
+            regions.append((table.position + table.slots[slot], 8, name))
+        return table.scalar(slot, "<q")
+
+    def numbers(table: _Table, slot: int, name: str) -> Sequence[int]:
+        start, count = table.vector(slot)
         if count > len(data):
             raise IndexError(count)
-        flat = struct.unpack_from(f"<{2 * count}q", data, start)
-        buffers, compressed = tuple(zip(flat[::2], flat[1::2])), batch.target(3) is not None
-        return MessageHead(kind, body_length, metadata, batch.scalar(0, "<q"), buffers, compressed, dictionary_id, is_delta)
-    except (struct.error, IndexError, ValueError, OverflowError, MemoryError) as exc:
-        raise IPCError(f"not an Arrow IPC message: its head of {len(data)} bytes does not parse ({_text_of(exc)})") from None
+        if count:
+            regions.append((start, 16 * count, name))
+        return struct.unpack_from(f"<{2 * count}q", data, start)
 
-def _head_metadata(message: _Table) -> dict[bytes, bytes] | None:
+    message = _Table(data, struct.unpack_from("<I", data, 0)[0])
+    kind, body_length = message.scalar(1, "<B"), number(message, 3, "body_length")
+    batch, metadata = message.table(2), _head_metadata(message, regions)
+    if batch is None or kind not in (_SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE) or body_length < 0:
+        raise ValueError(f"message type {kind}, body of {body_length} bytes")
+    if kind == _SCHEMA_MESSAGE:
+        return MessageHead(kind, body_length, metadata), regions
+    dictionary_id, is_delta = 0, False
+    if kind == _DICTIONARY_MESSAGE:
+        dictionary_id, is_delta, batch = batch.scalar(0, "<q"), bool(batch.scalar(2, "<B")), batch.table(1)
+        if batch is None:
+            raise ValueError("a dictionary without a batch")
+    rows, nodes, buffers = number(batch, 0, "rows"), numbers(batch, 1, "nodes"), numbers(batch, 2, "buffers")
+    compressed = batch.target(3) is not None
+    return MessageHead(kind, body_length, metadata, rows, nodes, buffers, compressed, dictionary_id, is_delta), regions
+
+def _head_metadata(message: _Table, regions: list[_Region]) -> dict[bytes, bytes] | None:
     start, count = message.vector(4)
     if not count:
         return None
     if count * 4 > len(message.data):
         raise IndexError(count)
-    offsets = enumerate(struct.unpack_from(f"<{count}I", message.data, start))
-    pairs = [_Table(message.data, start + 4 * i + offset) for i, offset in offsets]
-    return {pair.text(0): pair.text(1) for pair in pairs}
+    metadata = {}
+    for i, offset in enumerate(struct.unpack_from(f"<{count}I", message.data, start)):
+        pair = _Table(message.data, start + 4 * i + offset)
+        key, value = pair.text(0), pair.text(1)
+        if value:
+            regions.append((pair.vector(1)[0], len(value), key))
+        metadata[key] = value
+    return metadata
+
+
+class HeadLayout:
+    """Where the numbers and metadata values of a head stand; all its other bytes are fixed.
+
+    Heads of one schema whose metadata values have the same lengths differ nowhere else, so one `struct` call reads or
+    writes them. Learned from heads that `_parse_head` has accepted; what has other fixed bytes is not of this layout.
+    """
+    __slots__ = ("_fixed", "_fixed_of", "_head", "_keys", "_parts", "_slots", "_struct")
+
+    def __init__(self, data: bytes, head: MessageHead, regions: list[_Region]) -> None:
+        codes, fixed, count, at = ["<"], [], 0, 0
+        self._slots: dict[Any, slice] = {}
+        for start, size, name in [*sorted(regions, key=operator.itemgetter(0)), (len(data), 0, None)]:
+            width = 1 if isinstance(name, bytes) else size // 8
+            codes.append(f"{start - at}s{size}s" if isinstance(name, bytes) else f"{start - at}s{width}q")
+            fixed.append(count)
+            self._slots[name] = slice(count + 1, count + 1 + width)
+            count, at = count + 1 + width, start + size
+        self._struct = struct.Struct("".join(codes))
+        self._parts = list(self._struct.unpack(data))
+        self._fixed_of = operator.itemgetter(*fixed)
+        self._fixed = self._fixed_of(self._parts)
+        self._keys = [(key, self._slots[key].start) for key in head.metadata or () if key in self._slots]
+        self._head = head
+
+    @classmethod
+    def learn(cls, data: bytes) -> HeadLayout:
+        """Make the layout of a head."""
+        return cls(data, *_parse_head(data))
+
+    def read(self, data: bytes) -> MessageHead | None:
+        """Read a head of the same length; ``None`` when it is not of this layout."""
+        parts = self._struct.unpack(data)
+        if self._fixed_of(parts) != self._fixed:
+            return None
+        known, at = self._head, self._slots.get
+        metadata = {**known.metadata, **{key: parts[i] for key, i in self._keys}} if known.metadata else None
+        body, rows, nodes, buffers = at("body_length"), at("rows"), at("nodes"), at("buffers")
+        return MessageHead(
+            known.kind, parts[body.start] if body else 0, metadata, parts[rows.start] if rows else 0,
+            parts[nodes] if nodes else (), parts[buffers] if buffers else (), *known[6:],
+        )
+
+    def message(self, rows: int, nodes: Sequence[int], buffers: Sequence[int], body: bytes, metadata: _Metadata | None) -> bytes:
+        """Return the whole message of a batch of this layout."""
+        parts, slots = self._parts.copy(), self._slots
+        for name, numbers in (("body_length", (len(body),)), ("rows", (rows,)), ("nodes", nodes), ("buffers", buffers)):
+            if name in slots:
+                parts[slots[name]] = numbers
+        for key, index in self._keys if metadata else ():
+            parts[index] = metadata[key]  # type: ignore[index]
+        return b"".join((_CONTINUATION, struct.pack("<i", self._struct.size), self._struct.pack(*parts), body))
+
+
+_layouts: dict[int, list[HeadLayout]] = {}  # by length of the head
+
+def parse_message_head(data: bytes) -> MessageHead:
+    """Read the flatbuffer head of one IPC message; raises `IPCError` when it is not one."""
+    layouts = _layouts.get(len(data), [])
+    for layout in layouts:
+        known = layout.read(data)
+        if known is not None and known.body_length >= 0:
+            return known
+    try:
+        head, regions = _parse_head(data)
+    except (struct.error, IndexError, ValueError, OverflowError, MemoryError) as exc:
+        raise IPCError(f"not an Arrow IPC message: its head of {len(data)} bytes does not parse ({_text_of(exc)})") from None
+    if len(data) <= 4096 and len(layouts) < 8:
+        if len(_layouts) >= 512:
+            _layouts.clear()
+        _layouts[len(data)] = [*layouts, HeadLayout(data, head, regions)]
+    return head
 
 def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
     """Call into pyarrow with foreign bytes: the one place where its exceptions become ours."""
@@ -896,19 +994,47 @@ def _has_dictionary(kind: pa.DataType) -> bool:
         return _has_dictionary(kind.storage_type)
     return pa.types.is_dictionary(kind) or any(_has_dictionary(kind.field(i).type) for i in range(kind.num_fields))
 
-class SchemaFacts(NamedTuple):
-    """A schema with what reading its batches needs to know."""
-    schema: pa.Schema
-    has_dictionary: bool
-    message: bytes  # the encapsulated schema message
+class SchemaFacts:
+    """A schema with what reading and writing its batches needs to know; safe for use by several threads."""
+    __slots__ = ("_shapes", "has_dictionary", "message", "plan", "schema")
+
+    def __init__(self, schema: pa.Schema, message: bytes) -> None:
+        self.schema, self.message = schema, message  # the encapsulated schema message
+        self.has_dictionary = any(map(_has_dictionary, schema.types))
+        self.plan: Any = False  # how its short batches travel without pyarrow: `plain_plan` fills it in
+        self._shapes: dict[Any, tuple[list[HeadLayout], HeadLayout]] = {}
+
+    def layouts(self, example: Any, metadata: _Metadata | None, has_body: bool) -> tuple[list[HeadLayout], HeadLayout]:
+        """Return the layouts of dictionary messages and of the batch's message, as pyarrow writes *example*.
+
+        Learned once for the same lengths of metadata; heads leave out numbers that are 0, so *has_body* matters too.
+        """
+        shape = (example.num_rows > 0, has_body, tuple([(k, len(v)) for k, v in metadata.items()]) if metadata else None)
+        known = self._shapes.get(shape)
+        if known is None:
+            batch = example if isinstance(example, pa.RecordBatch) else example.to_record_batch()
+            file = _Pieces()
+            with ipc.new_stream(file, self.schema) as writer:
+                writer.write_batch(batch, custom_metadata=metadata)
+            reader = IpcReader(BufferSource(b"".join(file.pieces)), validation=IpcValidation.NONE)
+            message = cast("BatchMessage", reader.next_message())
+            known = [HeadLayout.learn(m.head_bytes()) for m in reader.dictionaries()], HeadLayout.learn(message.head_bytes())
+            if len(self._shapes) >= 64:
+                self._shapes.clear()
+            self._shapes[shape] = known
+        return known
+
 
 def _decode_schema(message: bytes) -> SchemaFacts:
+    head = parse_message_head(message[8:])
+    if head.kind != _SCHEMA_MESSAGE or head.body_length:
+        raise IPCError(f"expected a schema message first, got message type {head.kind}")
     schema = _guard("the schema message", ipc.read_schema, pa.py_buffer(message))
     if len(schema) > MAX_COLUMNS:
         raise IPCError(f"schema: expected at most {MAX_COLUMNS} columns, got {len(schema)}")
     if max(map(_nesting, schema.types), default=0) > MAX_NESTING:
         raise IPCError(f"schema: expected at most {MAX_NESTING} levels of nesting")
-    return SchemaFacts(schema, any(map(_has_dictionary, schema.types)), message)
+    return SchemaFacts(schema, message)
 
 _cached_schema = functools.lru_cache(maxsize=256)(_decode_schema)
 
@@ -916,6 +1042,19 @@ def _schema_facts(message: bytes) -> SchemaFacts:
     """Decode an encapsulated schema message; the same bytes are decoded once, unless they are too large to be kept."""
     return _cached_schema(message) if len(message) <= SMALL_BODY_BYTES else _decode_schema(message)
 
+_facts_by_id: dict[int, tuple[pa.Schema, SchemaFacts]] = {}  # the schema is kept, so that its id stays its own
+
+def schema_facts(schema: pa.Schema) -> SchemaFacts:
+    """Return the facts of a schema; the same object is looked at once (bounded cache, safe between threads)."""
+    known = _facts_by_id.get(id(schema))
+    if known is None:
+        if len(_facts_by_id) >= 512:
+            _facts_by_id.clear()
+        known = _facts_by_id[id(schema)] = schema, _schema_facts(schema.serialize().to_pybytes())
+    return known[1]
+
+
+_VALIDATE = {v: operator.methodcaller("validate", full=v is IpcValidation.FULL) for v in IpcValidation}
 
 class IpcReader:
     """Reads one Arrow IPC stream from *source*, to its end marker and not a byte further; the schema at once.
@@ -931,14 +1070,12 @@ class IpcReader:
         self, source: ByteSource, limits: IpcLimits = IpcLimits(), validation: IpcValidation = IpcValidation.FULL
     ) -> None:
         self._source, self._limits, self._validation = source, limits, validation
-        self._dictionaries: dict[int, list[bytes]] = {}
+        self._dictionaries: dict[int, list[BatchMessage]] = {}
+        self._last: tuple[bytes, MessageHead] = (b"", MessageHead(0, 0))  # turns of a stream often have the very same head
         self.ended = False  # whether the end marker was read
         raw = self._read_head(first=True)
         if raw is None:
             raise IPCError("expected a schema message, got an end of stream")
-        head = parse_message_head(raw[8:])
-        if head.kind != _SCHEMA_MESSAGE or head.body_length:
-            raise IPCError(f"expected a schema message first, got message type {head.kind}")
         self.facts = _schema_facts(raw)
         self.schema = self.facts.schema  # of every batch
 
@@ -977,7 +1114,8 @@ class IpcReader:
             raw = None if self.ended else self._read_head()
             if raw is None:
                 return None
-            head = parse_message_head(raw[8:])
+            known = raw == self._last[0]
+            head = self._last[1] if known else parse_message_head(raw[8:])
             if head.kind == _SCHEMA_MESSAGE:
                 raise IPCError("expected a batch, got a second schema message")
             size, limit = head.body_length, self._limits.max_bytes
@@ -987,15 +1125,19 @@ class IpcReader:
             got = len(message) - len(raw)
             if got < size:
                 raise IPCError(f"half a message: expected a body of {size} bytes, got {got}")
-            self._check_bounds(head, memoryview(message)[len(raw) :])
+            if not known:
+                self._check_bounds(head, memoryview(message)[len(raw) :])
             if head.kind == _BATCH_MESSAGE:
+                if not head.compressed:  # else the bounds stand in the body
+                    self._last = raw, head
                 return BatchMessage(head, message)
             self._keep_dictionary(head, message)
 
     def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
         """Refuse rows that no body pays for, buffers outside it, and compressed buffers that grow past the limit."""
         decoded = 0
-        for offset, length in head.buffers:
+        buffers = iter(head.buffers)
+        for offset, length in zip(buffers, buffers):
             if offset < 0 or length < 0 or offset + length > head.body_length:
                 raise IPCError(f"buffer at {offset}, {length} bytes: outside the body of {head.body_length} bytes")
             size = -1
@@ -1017,26 +1159,32 @@ class IpcReader:
         kept = self._dictionaries.pop(head.dictionary_id, [])  # its new place is the last: it may build on those before
         if not head.is_delta:
             kept = []
-        kept.append(bytes(message))
+        kept.append(BatchMessage(head, message))
         self._dictionaries[head.dictionary_id] = kept
         limit = self._limits.max_bytes
-        if limit is not None and sum(map(len, kept)) > limit:
+        if limit is not None and sum(len(m.data) for m in kept) > limit:
             raise RequestTooLargeError(f"dictionary: expected at most {limit} bytes")
 
     def decode(self, message: BatchMessage) -> pa.RecordBatch:
         """Decode a message of this stream, the last one read if the schema has dictionaries; `IPCError` if it is not valid."""
+        if self.facts is _TICK_FACTS and not message.head.rows:
+            return _TICK
         if self.facts.has_dictionary:
             batch = _guard("the batch", self._decode_with_dictionaries, message.data)
         else:
             batch = _guard("the batch", ipc.read_record_batch, pa.py_buffer(message.data), self.schema)
         if self._validation is not IpcValidation.NONE:
-            _guard("the batch", functools.partial(batch.validate, full=self._validation is IpcValidation.FULL))
+            _guard("the batch", _VALIDATE[self._validation], batch)
         return batch
 
     def _decode_with_dictionaries(self, message: _Buffer) -> pa.RecordBatch:
         # pyarrow takes dictionaries only from a whole stream: give it schema, dictionaries and this one batch.
-        known = [m for messages in self._dictionaries.values() for m in messages]
+        known = [m.data for messages in self._dictionaries.values() for m in messages]
         return ipc.open_stream(b"".join([self.facts.message, *known, message, END_OF_STREAM])).read_next_batch()
+
+    def dictionaries(self) -> list[BatchMessage]:
+        """Return the dictionary messages in force, in the order of their ids."""
+        return [m for _, messages in sorted(self._dictionaries.items()) for m in messages]
 
     def skip(self) -> None:
         """Read on to the end marker without decoding, which leaves a connection usable after a refusal; raises `IPCError`."""
@@ -1049,6 +1197,8 @@ class IpcReader:
                     raise IPCError(f"half a message: {left} bytes short")
                 left -= got
 
+
+_TICK_FACTS = schema_facts(EMPTY_SCHEMA)
 
 class _Pieces(io.RawIOBase):
     """The file that collects what pyarrow's stream writer writes, without copying bodies."""
@@ -1072,25 +1222,52 @@ class IpcWriter:
 
     def __init__(self, write: Callable[[list[_Buffer]], object], schema: pa.Schema) -> None:
         self.schema = schema
-        self._write = write
+        self._facts = schema_facts(schema)
+        self._write, self._begun = write, False
         self._file = _Pieces()
-        self._writer: ipc.RecordBatchStreamWriter | None = None
+        self._writer: ipc.RecordBatchStreamWriter | None = None  # pyarrow's, once there are dictionaries to remember
 
-    def write(self, batch: pa.RecordBatch, metadata: _Metadata | pa.KeyValueMetadata | None = None) -> None:
+    def write(self, batch: pa.RecordBatch, metadata: Any = None) -> None:
         """Write one batch (schema first, if this is the first); *metadata* becomes the message's own."""
         self.write_all([(batch, metadata)])
 
-    def write_all(self, items: Iterable[tuple[pa.RecordBatch, Any]], *, close: bool = False) -> None:
-        """Write several batches, and the end marker if *close*, in one call of the sink."""
-        if self._writer is None:
-            self._writer = ipc.new_stream(self._file, self.schema)
+    def write_all(self, items: Iterable[tuple[Any, Any]], *, close: bool = False) -> None:
+        """Write several batches, and the end marker if *close*, in one call of the sink; a `PlainBatch` counts as a batch."""
+        out: list[_Buffer] = [] if self._begun else [self._facts.message]
+        self._begun = True
         for batch, metadata in items:
-            self._writer.write_batch(batch, custom_metadata=metadata)
+            out += self._messages(batch, dict(metadata) if metadata else None)
         if close:
-            self._writer.close()
+            out.append(END_OF_STREAM)
+        if out:
+            self._write(out)
+
+    def _messages(self, batch: Any, metadata: dict[bytes, bytes] | None) -> list[_Buffer]:
+        if not isinstance(batch, pa.RecordBatch):
+            if self._writer is None:
+                return cast("list[_Buffer]", batch.messages(metadata))
+            batch = batch.to_record_batch()
+        if self._facts.has_dictionary or batch.nbytes > SMALL_BODY_BYTES:
+            return self._by_pyarrow(batch, metadata)
+        raw = batch.serialize().to_pybytes()
+        if metadata is None:
+            return [raw]
+        size = 8 + struct.unpack_from("<i", raw, 4)[0]
+        head, body = parse_message_head(raw[8:size]), raw[size:]
+        _, layout = self._facts.layouts(batch, metadata, bool(body))
+        return [layout.message(head.rows, head.nodes, head.buffers, body, metadata)]
+
+    def _by_pyarrow(self, batch: pa.RecordBatch, metadata: dict[bytes, bytes] | None) -> list[_Buffer]:
+        writer, schema_left = self._writer, 0
+        if writer is None:
+            writer, schema_left = ipc.new_stream(self._file, self.schema), len(self._facts.message)
+        writer.write_batch(batch, custom_metadata=metadata)
+        if self._facts.has_dictionary:
+            self._writer = writer  # it knows which dictionaries it has sent
         pieces, self._file.pieces = self._file.pieces, []
-        if pieces:
-            self._write(pieces)
+        while schema_left > 0:  # written already
+            schema_left -= len(pieces.pop(0))
+        return pieces
 
     def close(self) -> None:
         """Write the end marker (after the schema, if nothing was written)."""
@@ -1144,7 +1321,349 @@ def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values:
 
 
 # ============================================================================
-# 5. TYPES .............................................. uses 1-4
+# 5. PLAIN ROWS ........................................ uses 1-4
+# ============================================================================
+# Short columns of everyday types between Python values and message bytes, without pyarrow, whose calls cost more than a
+# small message is worth. Law: this section only saves time. It writes the bytes that pyarrow would write, from a layout
+# learned of pyarrow's own; what it does not know, or what looks odd, it leaves to the ordinary way (_NotPlain). A reader
+# who skips it loses nothing but speed.
+
+_PLAIN_BYTES = 65_536  # above this pyarrow is the faster one
+_NUMBERS = {
+    pa.int8(): "b", pa.int16(): "h", pa.int32(): "i", pa.int64(): "q", pa.float64(): "d",
+    pa.uint8(): "B", pa.uint16(): "H", pa.uint32(): "I", pa.uint64(): "Q",
+}  # fmt: skip
+
+class _NotPlain(Exception):
+    """Not for this section: the ordinary way decides, and words the error if there is one."""
+
+
+class _Body:
+    """Nodes and buffers of one message, in the order of Arrow's pre-order walk over the columns."""
+
+    __slots__ = ("buffers", "dictionaries", "nodes")
+
+    def __init__(self) -> None:
+        self.nodes: list[int] = []  # (length, null count), flat
+        self.buffers: list[bytes] = []
+        self.dictionaries: list[list[Any]] = []  # distinct values of each dictionary column
+
+    def laid_out(self) -> tuple[list[int], bytes]:
+        """Return ((offset, length) of each buffer, flat) and the body, each buffer padded to 8 bytes."""
+        offsets: list[int] = []
+        at = 0
+        padded = []
+        for data in self.buffers:
+            size = len(data)
+            offsets += (at, size)
+            if size:
+                rest = -size % 8
+                padded.append(data + bytes(rest) if rest else data)
+                at += size + rest
+        return offsets, b"".join(padded)
+
+
+class _Parts:
+    """What a `_Body` becomes on the other side: nodes and buffers handed out one after the other."""
+
+    __slots__ = ("_body", "_buffers", "_nodes", "dictionaries")
+
+    def __init__(self, head: MessageHead, body: memoryview, dictionaries: Iterator[list[Any]]) -> None:
+        self._nodes, self._buffers, self._body = iter(head.nodes), iter(head.buffers), body
+        self.dictionaries = dictionaries
+
+    def node(self, length: int) -> bytes | None:
+        """Take the next node, which must have *length* values; return its validity bitmap, ``None`` without nulls."""
+        if next(self._nodes, -1) != length:
+            raise _NotPlain
+        nulls, validity = next(self._nodes, -1), self.buffer()
+        if not nulls:
+            return None
+        if nulls < 0 or len(validity) * 8 < length:
+            raise _NotPlain
+        present = int.from_bytes(validity, "little") & ((1 << length) - 1)
+        if bin(present).count("1") != length - nulls:
+            raise _NotPlain
+        return bytes(validity)
+
+    def buffer(self) -> memoryview:
+        """Take the next buffer; `IpcReader` has checked that it lies inside the body."""
+        offset = next(self._buffers, -1)
+        return self._body[offset : offset + next(self._buffers, -1)]
+
+    def offsets(self, length: int) -> tuple[int, ...]:
+        """Take a buffer of length + 1 offsets, each at least as large as the one before."""
+        data = self.buffer()
+        if len(data) < 4 * length + 4:
+            raise _NotPlain
+        found = struct.unpack_from(f"<{length + 1}i", data)
+        if found[0] < 0 or any(map(operator.gt, found, found[1:])):
+            raise _NotPlain
+        return found
+
+    def done(self) -> None:
+        """Make sure that nothing is left over."""
+        if next(self._nodes, None) is not None or next(self._buffers, None) is not None:
+            raise _NotPlain
+
+_Write = Callable[[Sequence[Any], _Body], None]
+_Read = Callable[[int, _Parts], list[Any]]
+
+def _bitmap(bits: Iterable[Any]) -> bytes:
+    """Pack truth values, the first into the lowest bit."""
+    text = "".join("1" if b else "0" for b in bits)[::-1]
+    return int(text or "0", 2).to_bytes((len(text) + 7) // 8, "little")
+
+def _write_node(values: Sequence[Any], body: _Body) -> bool:
+    """Add node and validity of a column; return whether it has nulls."""
+    nulls = values.count(None) if None in values else 0
+    body.nodes += (len(values), nulls)
+    body.buffers.append(_bitmap([v is not None for v in values]) if nulls else b"")
+    return nulls > 0
+
+def _with_nulls(values: list[Any], validity: bytes | None) -> list[Any]:
+    if validity is None:
+        return values
+    return [v if validity[i >> 3] >> (i & 7) & 1 else None for i, v in enumerate(values)]
+
+def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
+    size = struct.calcsize("<" + code)
+
+    def write(values: Sequence[Any], body: _Body) -> None:
+        if _write_node(values, body):
+            values = [0 if v is None else v for v in values]
+        if not set(map(type, values)) <= accepted:
+            raise _NotPlain
+        body.buffers.append(struct.pack(f"<{len(values)}{code}", *values))
+
+    def read(length: int, parts: _Parts) -> list[Any]:
+        validity, data = parts.node(length), parts.buffer()
+        if len(data) < size * length:
+            raise _NotPlain
+        return _with_nulls(list(struct.unpack_from(f"<{length}{code}", data)), validity)
+
+    return write, read
+
+def _bool_column() -> tuple[_Write, _Read]:
+    def write(values: Sequence[Any], body: _Body) -> None:
+        _write_node(values, body)
+        if not set(map(type, values)) <= {bool, type(None)}:
+            raise _NotPlain
+        body.buffers.append(_bitmap(values))
+
+    def read(length: int, parts: _Parts) -> list[Any]:
+        validity, data = parts.node(length), parts.buffer()
+        if len(data) * 8 < length:
+            raise _NotPlain
+        return _with_nulls([bool(data[i >> 3] >> (i & 7) & 1) for i in range(length)], validity)
+
+    return write, read
+
+def _text_column(kind: type) -> tuple[_Write, _Read]:
+    accepted = {kind, type(None)}
+
+    def write(values: Sequence[Any], body: _Body) -> None:
+        _write_node(values, body)
+        if not set(map(type, values)) <= accepted:
+            raise _NotPlain
+        pieces = [v.encode() if v else b"" for v in values] if kind is str else [v or b"" for v in values]
+        offsets, at = [0], 0
+        for piece in pieces:
+            at += len(piece)
+            offsets.append(at)
+        body.buffers += (struct.pack(f"<{len(offsets)}i", *offsets), b"".join(pieces))
+
+    def read(length: int, parts: _Parts) -> list[Any]:
+        validity, offsets, data = parts.node(length), parts.offsets(length), bytes(parts.buffer())
+        if offsets[-1] > len(data):
+            raise _NotPlain
+        pieces: list[Any] = [data[a:b] for a, b in zip(offsets, offsets[1:])]
+        return _with_nulls([p.decode() for p in pieces] if kind is str else pieces, validity)
+
+    return write, read
+
+def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
+    write_item, read_item = item
+
+    def write(values: Sequence[Any], body: _Body) -> None:
+        _write_node(values, body)
+        if not set(map(type, values)) <= {list, type(None)}:
+            raise _NotPlain
+        offsets, flat = [0], []
+        for value in values:
+            flat += value or ()
+            offsets.append(len(flat))
+        body.buffers.append(struct.pack(f"<{len(offsets)}i", *offsets))
+        write_item(flat, body)
+
+    def read(length: int, parts: _Parts) -> list[Any]:
+        validity, offsets = parts.node(length), parts.offsets(length)
+        if offsets[-1] > _PLAIN_BYTES:
+            raise _NotPlain
+        flat = read_item(offsets[-1], parts)
+        return _with_nulls([flat[a:b] for a, b in zip(offsets, offsets[1:])], validity)
+
+    return write, read
+
+def _struct_column(names: Sequence[str], columns: Sequence[tuple[_Write, _Read]], row: type) -> tuple[_Write, _Read]:
+    """A struct of dicts, or (for the entries of a map, *row* being tuple) of pairs."""
+    keys: Sequence[Any] = names if row is dict else range(len(names))
+
+    def write(values: Sequence[Any], body: _Body) -> None:
+        _write_node(values, body)
+        if not set(map(type, values)) <= {row, type(None)}:
+            raise _NotPlain
+        for key, (write_one, _) in zip(keys, columns):
+            write_one([None if v is None else v[key] for v in values], body)
+
+    def read(length: int, parts: _Parts) -> list[Any]:
+        validity = parts.node(length)
+        members = [read_one(length, parts) for _, read_one in columns]
+        rows: list[Any] = list(zip(*members)) if members else [()] * length
+        return _with_nulls([dict(zip(names, r)) for r in rows] if row is dict else rows, validity)
+
+    return write, read
+
+def _enum_column() -> tuple[_Write, _Read]:
+    """``dictionary<int16, utf8>``: the distinct values go into a dictionary message of their own."""
+
+    def write(values: Sequence[Any], body: _Body) -> None:
+        _write_node(values, body)
+        distinct = list(dict.fromkeys(v for v in values if v is not None))
+        if not distinct or not set(map(type, distinct)) <= {str}:
+            raise _NotPlain
+        index = {v: i for i, v in enumerate(distinct)}
+        body.dictionaries.append(distinct)
+        body.buffers.append(struct.pack(f"<{len(values)}h", *[index.get(v, 0) for v in values]))
+
+    def read(length: int, parts: _Parts) -> list[Any]:
+        validity, data, known = parts.node(length), parts.buffer(), next(parts.dictionaries)
+        if len(data) < 2 * length:
+            raise _NotPlain
+        found = _with_nulls(list(struct.unpack_from(f"<{length}h", data)), validity)
+        if any(i is not None and not 0 <= i < len(known) for i in found):
+            raise _NotPlain
+        return [None if i is None else known[i] for i in found]
+
+    return write, read
+
+_ENUM_TYPE = pa.dictionary(pa.int16(), pa.utf8())
+_UTF8_COLUMN = _text_column(str)
+
+def _plain_column(kind: pa.DataType) -> tuple[_Write, _Read]:
+    """Writer and reader of a column; raises `_NotPlain` for a type that is not plain."""
+    if kind in _NUMBERS:
+        return _number_column(_NUMBERS[kind], frozenset({float, int} if kind == pa.float64() else {int}))
+    if kind == _ENUM_TYPE:
+        return _enum_column()
+    if pa.types.is_boolean(kind):
+        return _bool_column()
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        return _text_column(str if pa.types.is_string(kind) else bytes)
+    if pa.types.is_map(kind):
+        return _list_column(_struct_column(("key", "value"), [_plain_column(kind.key_type), _plain_column(kind.item_type)], tuple))
+    if pa.types.is_list(kind):
+        return _list_column(_plain_column(kind.value_type))
+    if pa.types.is_struct(kind):
+        members = [kind.field(i) for i in range(kind.num_fields)]
+        return _struct_column([m.name for m in members], [_plain_column(m.type) for m in members], dict)
+    raise _NotPlain
+
+
+class PlainPlan:
+    """How short batches of one schema are written and read here; shared between threads."""
+
+    def __init__(self, facts: SchemaFacts) -> None:
+        self.facts = facts
+        self._columns = [_plain_column(t) for t in facts.schema.types]
+        self._nullable = [f.nullable for f in facts.schema]
+        self.names = frozenset(facts.schema.names)
+
+    def write(self, columns: Sequence[Sequence[Any]]) -> PlainBatch:
+        """Encode columns of equal length; raises `_NotPlain`."""
+        body, length = _Body(), len(columns[0])
+        try:
+            for values, (write, _), nullable in zip(columns, self._columns, self._nullable):
+                if len(values) != length or (not nullable and None in values):
+                    raise _NotPlain
+                write(values, body)
+        except (struct.error, OverflowError, TypeError, ValueError, LookupError, AttributeError):
+            raise _NotPlain from None
+        offsets, data = body.laid_out()
+        if not length or not data or len(data) > _PLAIN_BYTES:
+            raise _NotPlain
+        return PlainBatch(self.facts, columns, body, offsets, data)
+
+    def read(self, reader: IpcReader, message: BatchMessage) -> list[list[Any]]:
+        """Decode a message of this schema to a list of values per column, as fully checked as pyarrow's; raises `_NotPlain`."""
+        head = message.head
+        if head.compressed or len(message.data) > _PLAIN_BYTES or not 0 < head.rows <= _PLAIN_BYTES:
+            raise _NotPlain
+        try:
+            dictionaries = map(_read_dictionary, reader.dictionaries()) if self.facts.has_dictionary else iter(())
+            parts = _Parts(head, message.body(), dictionaries)
+            columns = [read(head.rows, parts) for _, read in self._columns]
+        except (struct.error, UnicodeDecodeError, StopIteration, LookupError, OverflowError, ValueError):
+            raise _NotPlain from None
+        parts.done()
+        return columns
+
+def plain_plan(schema: pa.Schema) -> PlainPlan | None:
+    """Return the plan of a schema, ``None`` when it has a type that is not plain or no columns at all."""
+    facts = schema_facts(schema)
+    if facts.plan is False:
+        try:
+            facts.plan = PlainPlan(facts) if len(schema) else None
+        except _NotPlain:
+            facts.plan = None
+    return cast("PlainPlan | None", facts.plan)
+
+def _read_dictionary(message: BatchMessage) -> list[Any]:
+    head = message.head
+    if head.compressed or head.is_delta or len(message.data) > _PLAIN_BYTES or head.rows > _PLAIN_BYTES:
+        raise _NotPlain
+    return _UTF8_COLUMN[1](head.rows, _Parts(head, message.body(), iter(())))
+
+
+class PlainBatch:
+    """A short batch, encoded here: stands in for a record batch until somebody wants to look at one."""
+
+    __slots__ = ("_body", "_columns", "_data", "_facts", "_offsets", "num_rows")
+
+    def __init__(self, facts: SchemaFacts, columns: Sequence[Sequence[Any]], body: _Body, offsets: list[int], data: bytes) -> None:
+        self._facts, self._columns, self._body, self._offsets, self._data = facts, columns, body, offsets, data
+        self.num_rows = len(columns[0])
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of the batch."""
+        return self._facts.schema
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its buffers."""
+        return len(self._data)
+
+    def to_record_batch(self) -> pa.RecordBatch:
+        """Build the record batch that this stands in for."""
+        arrays = [pa.array(c, t) for c, t in zip(self._columns, self.schema.types)]
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+
+    def messages(self, metadata: _Metadata | None) -> list[_Buffer]:
+        """Return the messages that carry it: dictionaries first."""
+        of_dictionaries, layout = self._facts.layouts(self, metadata, True)
+        out: list[_Buffer] = []
+        for one, names in zip(of_dictionaries, self._body.dictionaries):
+            body = _Body()
+            _UTF8_COLUMN[0](names, body)
+            offsets, data = body.laid_out()
+            out.append(one.message(len(names), body.nodes, offsets, data, None))
+        out.append(layout.message(self.num_rows, self._body.nodes, self._offsets, self._data, metadata))
+        return out
+
+
+# ============================================================================
+# 6. TYPES ............................................. uses 1-5
 # ============================================================================
 # Annotation -> codec: the Arrow type, whether it is nullable, how a Python value becomes one and comes back (WIRE section 2).
 # Law: a codec is built once per annotation and cached; a value that does not fit raises _Mismatch, to which each
@@ -1440,15 +1959,37 @@ class RowCodec:
         self.names = tuple(name for name, _ in pairs)
         self.codecs = tuple(codec for _, codec in pairs)
         self.schema = pa.schema([pa.field(n, c.arrow_type, nullable=c.nullable) for n, c in pairs])
+        self._plan: PlainPlan | None | bool = False  # made at first use
 
-    def to_batch(self, values: Sequence[Any]) -> pa.RecordBatch:
+    @property
+    def plan(self) -> PlainPlan | None:
+        """How the row travels without pyarrow, ``None`` when it cannot."""
+        if self._plan is False:
+            self._plan = plain_plan(self.schema)
+        return cast("PlainPlan | None", self._plan)
+
+    def to_batch(self, values: Sequence[Any]) -> pa.RecordBatch | PlainBatch:
         """Encode one row; raises `_Mismatch` whose path begins with ``.name``."""
+        plan = self.plan
+        if plan is not None:
+            encoded = [[_of_field(n, c.encode, v)] for n, c, v in zip(self.names, self.codecs, values)]
+            with contextlib.suppress(_NotPlain):
+                return plan.write(encoded)
         arrays = [_of_field(n, c.to_array, [v]) for n, c, v in zip(self.names, self.codecs, values)]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
     def from_batch(self, batch: pa.RecordBatch) -> list[Any]:
         """Decode the one row of a batch of this schema; raises `_Mismatch` whose path begins with ``.name``."""
         return [_of_field(n, c.from_array, column) for n, c, column in zip(self.names, self.codecs, batch.columns)]
+
+    def from_message(self, reader: IpcReader, message: BatchMessage) -> list[Any]:
+        """Decode the one row of a message of this schema; raises as `from_batch`, or `IPCError`."""
+        plan = self.plan
+        if plan is not None and reader.facts is plan.facts:
+            with contextlib.suppress(_NotPlain):
+                columns = plan.read(reader, message)
+                return [_of_field(n, c.decode, column[0]) for n, c, column in zip(self.names, self.codecs, columns)]
+        return self.from_batch(reader.decode(message))
 
 
 class DataclassCodec:
@@ -1643,7 +2184,7 @@ class ArrowSerializableDataclass:
 
 
 # ============================================================================
-# 6. STREAM STATE ....................................... uses 1-5
+# 7. STREAM STATE ...................................... uses 1-6
 # ============================================================================
 # What a method's author holds in hand: the context of a call, the collector of one turn, the state that lives on
 # between turns. Law: nothing here knows a transport; facts of one call travel in CallContext, never in globals.
@@ -1764,14 +2305,16 @@ class OutputCollector:
         self.output_schema, self._producer_mode = output_schema, producer_mode
         self.finished = False  # whether `finish` was called in this turn
         self.messages: list[Message] = []
-        self._data: pa.RecordBatch | None = None
+        self._data: pa.RecordBatch | PlainBatch | None = None
         self._metadata: dict[bytes, bytes] | None = None
 
     @property
     def data_batch(self) -> AnnotatedBatch | None:
         """The data batch of this turn, once it was emitted."""
-        metadata = pa.KeyValueMetadata(self._metadata) if self._metadata else None
-        return None if self._data is None else AnnotatedBatch(self._data, metadata)
+        if self._data is None:
+            return None
+        batch = self._data if isinstance(self._data, pa.RecordBatch) else self._data.to_record_batch()
+        return AnnotatedBatch(batch, pa.KeyValueMetadata(self._metadata) if self._metadata else None)
 
     def emit(self, batch: pa.RecordBatch, metadata: Mapping[str, str] | None = None) -> None:
         """Send *batch* (any rows x the columns of the output schema) with its own metadata.
@@ -1782,7 +2325,8 @@ class OutputCollector:
             raise RuntimeError("emit after finish(): a finished stream sends nothing more")
         if self._data is not None:
             raise RuntimeError("emit called twice in one turn: a turn sends exactly one data batch")
-        self._data = conform_batch(batch, self.output_schema, "emit", cast_values=False)
+        plain = isinstance(batch, PlainBatch)  # made by emit_pydict, of our schema
+        self._data = batch if plain else conform_batch(batch, self.output_schema, "emit", cast_values=False)
         self._metadata = {_as_bytes(k): _as_bytes(v) for k, v in dict(metadata).items()} if metadata else None
 
     def emit_arrays(self, arrays: Sequence[pa.Array], metadata: Mapping[str, str] | None = None) -> None:
@@ -1794,7 +2338,12 @@ class OutputCollector:
 
     def emit_pydict(self, data: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
         """Send ``{column: values}``; raises as `emit`."""
-        self.emit(_batch_from_pydict(data, self.output_schema, "emit_pydict"), metadata)
+        plan, schema = plain_plan(self.output_schema), self.output_schema
+        batch: Any = None
+        if plan is not None and data.keys() == plan.names:
+            with contextlib.suppress(_NotPlain):
+                batch = plan.write([data[name] for name in schema.names])
+        self.emit(_batch_from_pydict(data, schema, "emit_pydict") if batch is None else batch, metadata)
 
     def finish(self) -> None:
         """End a producer's stream after this turn, whose batch is still sent; raises `RuntimeError` in an exchange."""
@@ -1904,7 +2453,7 @@ class Stream(Generic[_S, _H]):
 
 
 # ============================================================================
-# 7. METHODS ............................................ uses 1-6
+# 8. METHODS ........................................... uses 1-7
 # ============================================================================
 # A Protocol class read once: every method with its schemas and codecs, and an implementation checked against it.
 # Law: whatever is wrong with a service is said when it is built, all of it in one error.
@@ -2183,7 +2732,7 @@ def _state_types(info: RpcMethodInfo, returned: Any, problems: list[str]) -> tup
 
 
 # ============================================================================
-# 8. REQUESTS AND REPLIES ............................... uses 1-7
+# 9. REQUESTS AND REPLIES .............................. uses 1-8
 # ============================================================================
 # A call's arguments to a request stream and back, a result to its batch and back (WIRE sections 1 and 3).
 # Law: a request's schema equals the method's, name for name and type for type, before a single value is decoded.
@@ -2212,7 +2761,7 @@ def _located(where: str, prefix: str, convert: Callable[[Any], _T], value: Any) 
         exc.path = exc.path.removeprefix(prefix)
         raise exc.error(where) from None
 
-def request_batch(info: RpcMethodInfo, values: Sequence[Any]) -> pa.RecordBatch:
+def request_batch(info: RpcMethodInfo, values: Sequence[Any]) -> pa.RecordBatch | PlainBatch:
     """Encode the arguments, 1 row x len(parameters) columns; a `TypeError` gives the parameter and the path inside it."""
     return _located(f"{info.name}() argument ", ".", info.params.to_batch, values) if info.params.names else _TICK
 
@@ -2262,9 +2811,13 @@ class Request:
         value = self.metadata.get(TIMEOUT_KEY, b"")
         return int(value) / 1000 if value.isdigit() and len(value) < 16 else None
 
-    def batch(self) -> pa.RecordBatch:
-        """Decode the batch, fully validated as the reader was told."""
-        return self._reader.decode(self._message)
+    def has_schema(self, row: RowCodec) -> bool:
+        """Whether the request has exactly the schema of *row*."""
+        return (row.plan is not None and self._reader.facts is row.plan.facts) or self.schema.equals(row.schema)
+
+    def values(self, row: RowCodec) -> list[Any]:
+        """Decode its one row, validated as the reader was told; raises `_Mismatch`, `IPCError`."""
+        return row.from_message(self._reader, self._message)
 
 def clean_request_id(text: str | None) -> str:
     """Return *text* if it may be echoed and logged (1 to 128 visible ASCII characters), else an empty string."""
@@ -2281,13 +2834,13 @@ def read_arguments(info: RpcMethodInfo, request: Request) -> dict[str, Any]:
     Raises `ParameterError` for one missing, extra, null or not as declared, `ProtocolError` unless there is one row.
     """
     wanted = info.params_schema
-    if not request.schema.equals(wanted):
+    if not request.has_schema(info.params):
         _refuse_schema(info, wanted, request.schema)
     if not len(wanted):
         return {}
     if request.rows != 1:
         raise ProtocolError(f"{info.name}(): expected exactly 1 row of {_schema_text(wanted)}, got {request.rows} rows")
-    return dict(zip(info.params.names, _located(f"{info.name}() parameter ", ".", info.params.from_batch, request.batch())))
+    return dict(zip(info.params.names, _located(f"{info.name}() parameter ", ".", request.values, info.params)))
 
 def _refuse_schema(info: RpcMethodInfo, wanted: pa.Schema, got: pa.Schema) -> None:
     """Raise for the first way in which a request's schema is not the method's."""
@@ -2304,7 +2857,7 @@ def _refuse_schema(info: RpcMethodInfo, wanted: pa.Schema, got: pa.Schema) -> No
             shown, expected = (f"{f.type}{'' if f.nullable else ' not null'}" for f in (g, w))
             raise ParameterError(f"{where}: parameter {w.name!r}: expected {expected}, got {shown}")
 
-def result_batch(info: RpcMethodInfo, value: Any) -> pa.RecordBatch:
+def result_batch(info: RpcMethodInfo, value: Any) -> pa.RecordBatch | PlainBatch:
     """Encode a unary result: 1 row x 1 column, or 0 x 0 for ``-> None``; raises `TypeError` for a value not as declared."""
     if not info.has_return:
         if value is not None:
@@ -2312,23 +2865,23 @@ def result_batch(info: RpcMethodInfo, value: Any) -> pa.RecordBatch:
         return _TICK
     return _located(f"{info.name}() result", ".result", info.result.to_batch, [value])
 
-def header_batch(info: RpcMethodInfo, header: Any) -> pa.RecordBatch:
+def header_batch(info: RpcMethodInfo, header: Any) -> pa.RecordBatch | PlainBatch:
     """Encode a stream's header, 1 row x the fields of its dataclass; raises `TypeError` for a value not as declared."""
     codec = cast("DataclassCodec", info.header)
     return _located(f"{info.name}() header", "", lambda value: codec.row.to_batch(codec.values(value)), header)
 
-def read_result(info: RpcMethodInfo, batch: pa.RecordBatch) -> Any:
+def read_result(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage) -> Any:
     """Decode a unary result; raises `ParameterError` when it is not what the method declares: client and server disagree."""
     if not info.has_return:
         return None
-    if batch.num_rows != 1 or batch.schema.names != ["result"]:
-        got = f"{batch.num_rows} rows of {_schema_text(batch.schema)}"
+    if message.head.rows != 1 or reader.schema.names != ["result"]:
+        got = f"{message.head.rows} rows of {_schema_text(reader.schema)}"
         raise ParameterError(f"{info.name}() result: expected 1 row of {_schema_text(info.result_schema)}, got {got}")
-    return _located(f"{info.name}() result", ".result", info.result.from_batch, batch)[0]
+    return _located(f"{info.name}() result", ".result", functools.partial(info.result.from_message, reader), message)[0]
 
 
 # ============================================================================
-# 9. INTROSPECTION ...................................... uses 1-8
+# 10. INTROSPECTION .................................... uses 1-9
 # ============================================================================
 # What a server says of itself (WIRE section 7): the reflection protocol, its dataclasses, the protocol hash.
 # Field names, their order and the tokens of the hash are the family's; a change here is a change of the wire.
@@ -2501,7 +3054,7 @@ def _method_description(m: MethodSummary) -> MethodDescription:
 
 
 # ============================================================================
-# 10. TOKENS ............................................ uses 1-9
+# 11. TOKENS ........................................... uses 1-10
 # ============================================================================
 # Seals a stream's state so that only this service's own can come back (WIRE section 6). HMAC-SHA256 over half, binding,
 # time and content; signed, not encrypted: a client can read what is inside.
@@ -2623,7 +3176,7 @@ def unpack_parts(data: bytes, count: int) -> list[bytes]:
 
 
 # ============================================================================
-# 11. SERVER CORE ....................................... uses 1-10
+# 12. SERVER CORE ...................................... uses 1-11
 # ============================================================================
 # resolve -> begin -> turn -> end, for every transport: no socket, no thread, no file. A byte stream and an HTTP handler are
 # thin shells around a `Call`. The rules of a turn (one data batch, logs before data, finish, the error batch, cancel)
@@ -3039,7 +3592,7 @@ def configure_access_log(path: str, server: ServerCore) -> None:
 
 
 # ============================================================================
-# 12. BYTE TRANSPORTS ................................... uses 1-11
+# 13. BYTE TRANSPORTS .................................. uses 1-12
 # ============================================================================
 # Pipes and sockets as byte channels: exact reads, whole writes, deadlines, hang-up. The shells under which everything
 # above runs. Law: a short read or write is continued, a failure leaves as TransportError, a deadline as DeadlineExceededError.
@@ -3444,9 +3997,9 @@ def connect_tcp_socket(
 
 
 # ============================================================================
-# 13. CLIENT ............................................ uses 1-12
+# 14. CLIENT ........................................... uses 1-13
 # ============================================================================
-# One proxy class and one StreamSession over a small interface with two implementations: byte streams here, HTTP in 16.
+# One proxy class and one StreamSession over a small interface with two implementations: byte streams here, HTTP in 17.
 # Law: an argument that does not fit fails before a byte is sent; after any error that was an answer the connection
 # serves the next call; after any other error it is closed, and says so.
 
@@ -3474,13 +4027,20 @@ class ReplyItem(NamedTuple):
     """A batch of an answer that is not a log or an error."""
 
     kind: BatchKind
-    batch: pa.RecordBatch
-    metadata: dict[bytes, bytes] | None
+    reader: IpcReader
+    message: BatchMessage
+
+    @property
+    def metadata(self) -> dict[bytes, bytes]:
+        """Metadata of its message."""
+        return self.message.head.metadata or {}
 
     def annotated(self) -> AnnotatedBatch:
-        """Return it as the user sees it: without the state tokens."""
-        shown = {k: v for k, v in (self.metadata or {}).items() if k not in (STATE_KEY, CALL_STATE_KEY)}
-        return AnnotatedBatch(self.batch, pa.KeyValueMetadata(shown) if shown else None)
+        """Return it as the user sees it: decoded, without the state tokens."""
+        batch, shown = self.reader.decode(self.message), self.message.head.metadata
+        if shown:
+            shown = {k: v for k, v in shown.items() if k not in (STATE_KEY, CALL_STATE_KEY)}
+        return AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
 
 
 def next_reply_item(reader: IpcReader, options: CallOptions) -> ReplyItem | None:
@@ -3504,7 +4064,14 @@ def next_reply_item(reader: IpcReader, options: CallOptions) -> ReplyItem | None
             where = "external storage" if kind is BatchKind.LOCATION else "shared memory that this client did not offer"
             raise IPCError(f"the answer points to {where}, which this client does not read")
         else:
-            return ReplyItem(kind, reader.decode(message), metadata)
+            return ReplyItem(kind, reader, message)
+
+def answer_call(call: Callable[..., _T], *args: Any) -> _T:
+    """Read from an answer that is there as a whole: bytes in it that are not Arrow are the transport's failure."""
+    try:
+        return call(*args)
+    except (IPCError, EOFError) as exc:
+        raise TransportError(f"the answer is not what it should be: {_text_of(exc) or 'it is empty'}") from None
 
 def _deliver_log(on_log: Callable[[Message], None] | None, metadata: _Metadata) -> None:
     if on_log is not None:
@@ -3797,7 +4364,7 @@ class ByteClient(ClientChannel):
             reader.skip()
             if item is None:
                 raise IPCError(f"{info.name}(): expected a result, got an end of stream")
-        return read_result(info, item.batch)
+        return answer_call(read_result, info, item.reader, item.message)
 
     def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
         with self.exclusive(options.deadline):
@@ -3825,11 +4392,11 @@ class _ByteClientStream(ClientStream):
     def read_header(self, name: str) -> None:
         """Read the header stream that precedes the data; an error in its place ends the stream."""
         item = self._next()
-        cast("IpcReader", self._reader).skip()
-        self._reader = None
         if item is None:
             raise IPCError(f"{name}(): expected a header, got an end of stream")
-        self.header = item.batch
+        self.header = item.annotated().batch
+        item.reader.skip()
+        self._reader = None
 
     def _input(self, schema: pa.Schema) -> IpcWriter:
         if self._writer is None:
@@ -4005,7 +4572,7 @@ def introspect(
 
 
 # ============================================================================
-# 14. BYTE SERVING ...................................... uses 1-13
+# 15. BYTE SERVING ..................................... uses 1-14
 # ============================================================================
 # The loop that serves one byte stream, and the listeners that give each connection such a loop.
 # Law: after any refusal whose bytes were well framed the connection serves the next request; else it is closed.
@@ -4444,7 +5011,7 @@ def serve_tcp(
 
 
 # ============================================================================
-# 15. HTTP SERVING ...................................... uses 1-14
+# 16. HTTP SERVING ..................................... uses 1-15
 # ============================================================================
 # One function from request to response (`HttpApp.__call__`) under both our own server and WSGI: routes, limits, codings,
 # authentication, tokens. Above it a strict HTTP/1.1 reader: what the grammar does not allow is refused and the connection
@@ -5412,7 +5979,7 @@ def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **o
 
 
 # ============================================================================
-# 16. HTTP CLIENT ....................................... uses 1-15
+# 17. HTTP CLIENT ...................................... uses 1-16
 # ============================================================================
 # The HTTP channel: kept-alive connections, budgets, codings, redirects, the environment's proxies, as a ClientChannel.
 # Law: what a server sends is bounded before it is kept; a call is sent once, never retried behind the caller's back.
@@ -5818,15 +6385,16 @@ class HttpClient(ClientChannel):
 
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         reply = self.post(f"/{info.protocol_name}/{info.name}", _request_body(info, batch, options), options.deadline)
-        return read_result(info, _answer_batch(_open_answer(BufferSource(reply.body), options), info, options, "a result"))
+        item = _answer_item(_open_answer(BufferSource(reply.body), options), info, options, "a result")
+        return answer_call(read_result, info, item.reader, item.message)
 
     def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
         reply = self.post(f"/{info.protocol_name}/{info.name}/init", _request_body(info, batch, options), options.deadline)
         stream, source = _HttpClientStream(self, info, options), BufferSource(reply.body)
         if info.header is not None:
             reader = _open_answer(source, options)
-            stream.header = _answer_batch(reader, info, options, "a header")
-            _answer_call(reader.skip)
+            stream.header = answer_call(_answer_item(reader, info, options, "a header").annotated).batch
+            answer_call(reader.skip)
         stream.take(source)
         return stream
 
@@ -5839,21 +6407,14 @@ class HttpClient(ClientChannel):
         self._sender.close()
 
 
-def _answer_call(call: Callable[..., _T], *args: Any) -> _T:
-    """Read from an answer: bytes that are not Arrow are the transport's failure."""
-    try:
-        return call(*args)
-    except (IPCError, EOFError) as exc:
-        raise TransportError(f"the answer is not what it should be: {_text_of(exc) or 'it is empty'}") from None
-
 def _open_answer(source: BufferSource, options: CallOptions) -> IpcReader:
-    return _answer_call(functools.partial(IpcReader, source, validation=options.ipc_validation))
+    return answer_call(functools.partial(IpcReader, source, validation=options.ipc_validation))
 
-def _answer_batch(reader: IpcReader, info: RpcMethodInfo, options: CallOptions, what: str) -> pa.RecordBatch:
-    item = _answer_call(next_reply_item, reader, options)
+def _answer_item(reader: IpcReader, info: RpcMethodInfo, options: CallOptions, what: str) -> ReplyItem:
+    item = answer_call(next_reply_item, reader, options)
     if item is None:
         raise TransportError(f"{info.name}(): expected {what}, got an end of stream")
-    return item.batch
+    return item
 
 def _request_body(info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> bytes:
     metadata = request_metadata(info, options.version, new_request_id(), options.timeout)
@@ -5876,12 +6437,12 @@ class _HttpClientStream(ClientStream):
         """Read an answer's output stream: data batches, and the tokens by their keys."""
         reader = _open_answer(source, self._options)
         self._cursor = None
-        while (item := _answer_call(next_reply_item, reader, self._options)) is not None:
-            metadata = item.metadata or {}
+        while (item := answer_call(next_reply_item, reader, self._options)) is not None:
+            metadata = item.metadata
             self._call_token = metadata.get(CALL_STATE_KEY, self._call_token)
             self._cursor = metadata.get(STATE_KEY, self._cursor)
             if item.kind is BatchKind.DATA:
-                self._waiting.append(item.annotated())
+                self._waiting.append(answer_call(item.annotated))
 
     def _post(self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes]) -> HttpReply:
         tokens = {**metadata, STATE_KEY: self._cursor or b"", CALL_STATE_KEY: self._call_token}
@@ -5941,7 +6502,7 @@ class _HttpClientStream(ClientStream):
 
 
 # ============================================================================
-# 17. ENTRY POINTS ...................................... uses 1-16
+# 18. ENTRY POINTS ..................................... uses 1-17
 # ============================================================================
 # What most programs call: one function per way to serve and per way to connect. Each connect function returns a context
 # manager that gives the typed proxy and closes the connection; it connects on entering. Keywords mean the same everywhere:
