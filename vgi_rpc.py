@@ -1034,6 +1034,7 @@ def _decode_schema(message: bytes) -> SchemaFacts:
     if head.kind != _SCHEMA_MESSAGE or head.body_length:
         raise IPCError(f"expected a schema message first, got message type {head.kind}")
     schema = _guard("the schema message", ipc.read_schema, pa.py_buffer(message))
+    _guard("a column's name", lambda: schema.names)  # pyarrow decodes it only here: it may not be UTF-8
     if len(schema) > MAX_COLUMNS:
         raise IPCError(f"schema: expected at most {MAX_COLUMNS} columns, got {len(schema)}")
     if max(map(_nesting, schema.types), default=0) > MAX_NESTING:
