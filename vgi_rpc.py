@@ -665,7 +665,7 @@ def _error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
 # Law: nothing foreign reaches pyarrow's decoder before its head was read and its size, rows and buffers were found
 # plausible; whatever pyarrow then raises leaves this section as IPCError.
 
-_Buffer = bytes | memoryview | pa.Buffer
+_Buffer: typing.TypeAlias = bytes | memoryview | pa.Buffer
 _Metadata = Mapping[bytes, bytes]
 
 _CONTINUATION = b"\xff\xff\xff\xff"
