@@ -6691,6 +6691,7 @@ def announce(line: str) -> None:
 
 def _host_and_port(text: str) -> tuple[str, int]:
     """Read ``[HOST:]PORT``; the host may stand in brackets, as IPv6 addresses do."""
+    import argparse
 
 
     host, _, port = text.rpartition(":")
@@ -6707,6 +6708,7 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     *implementation* is ``None`` with a ready server, or to make one of a plain class. Raises ``TypeError`` when it does not
     fit the protocol, ``SystemExit`` when the command line is wrong or asks for help.
     """
+    import argparse
 
 
     if isinstance(protocol_or_server, RpcServer):
@@ -7964,6 +7966,7 @@ def _commands() -> dict[str, _Command]:
 
 def _parse(words: list[str]) -> tuple[Callable[[Any], int], Any]:
     """Read the command line: what is to be run, and with which arguments."""
+    import argparse
 
 
     commands, name = _commands(), words[0] if words else ""
