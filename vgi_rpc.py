@@ -47,7 +47,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 if typing.TYPE_CHECKING:
-    import argparse, ssl
+    import ssl
 
 __version__ = "0.1.0"
 
