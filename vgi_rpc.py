@@ -1340,7 +1340,7 @@ def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values:
 # learned of pyarrow's own; what it does not know, or what looks odd, it leaves to the ordinary way (_NotPlain). A reader
 # who skips it loses nothing but speed.
 
-_PLAIN_BYTES = 65_536  # above this pyarrow is the faster one
+_PLAIN_BYTES = 1 << 20  # above this pyarrow is the faster one, also for numbers
 _NUMBERS = {
     pa.int8(): "b", pa.int16(): "h", pa.int32(): "i", pa.int64(): "q", pa.float64(): "d",
     pa.uint8(): "B", pa.uint16(): "H", pa.uint32(): "I", pa.uint64(): "Q",
@@ -1353,9 +1353,10 @@ class _NotPlain(Exception):
 class _Body:
     """Nodes and buffers of one message, in the order of Arrow's pre-order walk over the columns."""
 
-    __slots__ = ("buffers", "dictionaries", "nodes")
+    __slots__ = ("buffers", "checked", "dictionaries", "nodes")
 
-    def __init__(self) -> None:
+    def __init__(self, checked: bool = True) -> None:
+        self.checked = checked  # whether codecs have looked at the values already
         self.nodes: list[int] = []  # (length, null count), flat
         self.buffers: list[bytes] = []
         self.dictionaries: list[list[Any]] = []  # distinct values of each dictionary column
@@ -1444,7 +1445,7 @@ def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]
     def write(values: Sequence[Any], body: _Body) -> None:
         if _write_node(values, body):
             values = [0 if v is None else v for v in values]
-        if not set(map(type, values)) <= accepted:
+        if not body.checked and not set(map(type, values)) <= accepted:
             raise _NotPlain
         body.buffers.append(struct.pack(f"<{len(values)}{code}", *values))
 
@@ -1591,9 +1592,9 @@ class PlainPlan:
         self._nullable = [f.nullable for f in facts.schema]
         self.names = frozenset(facts.schema.names)
 
-    def write(self, columns: Sequence[Sequence[Any]]) -> PlainBatch:
-        """Encode columns of equal length; raises `_NotPlain`."""
-        body, length = _Body(), len(columns[0])
+    def write(self, columns: Sequence[Sequence[Any]], checked: bool = False) -> PlainBatch:
+        """Encode columns of equal length, of which codecs have *checked* the values or not; raises `_NotPlain`."""
+        body, length = _Body(checked), len(columns[0])
         try:
             for values, (write, _), nullable in zip(columns, self._columns, self._nullable):
                 if len(values) != length or (not nullable and None in values):
@@ -1986,7 +1987,7 @@ class RowCodec:
         if plan is not None:
             encoded = [[_of_field(n, c.encode, v)] for n, c, v in zip(self.names, self.codecs, values)]
             with contextlib.suppress(_NotPlain):
-                return plan.write(encoded)
+                return plan.write(encoded, checked=True)
         arrays = [_of_field(n, c.to_array, [v]) for n, c, v in zip(self.names, self.codecs, values)]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
@@ -3080,6 +3081,7 @@ def _method_description(m: MethodSummary) -> MethodDescription:
 _TOKEN_REFUSED = "state token refused: not issued by this service for this call; start the stream again"
 _MAC_BYTES = 32
 _STORED, _ZLIB, _ZSTD = 0, 1, 2
+_SAMPLE_BYTES = 32_768
 _COMPRESS_FROM_BYTES = 1_024
 _MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
 
@@ -5205,6 +5207,16 @@ def compress_body(body: bytes, encoding: str, level: int) -> bytes:
     encoder = zlib.compressobj(level, wbits=31)
     return encoder.compress(body) + encoder.flush()
 
+def compress_if_worth(body: bytes, encoding: str, level: int) -> bytes | None:
+    """Encode a body, if that makes it smaller by a fifth; ``None`` if it is short or, by a sample, does not compress."""
+    size, middle = len(body), len(body) // 2
+    if size < _COMPRESS_FROM_BYTES:
+        return None
+    if size > 4 * _SAMPLE_BYTES and len(compress_body(body[middle : middle + _SAMPLE_BYTES], encoding, level)) > 0.8 * _SAMPLE_BYTES:
+        return None
+    packed = compress_body(body, encoding, level)
+    return packed if len(packed) < 0.8 * size else None
+
 def decompress_body(body: _Buffer, encoding: str, limit: int) -> bytes:
     """Decode a body to at most *limit* bytes; raises `IPCError` or `RequestTooLargeError`."""
     return zstd_decompress(body, limit) if encoding == "zstd" else gzip_decompress(body, limit)
@@ -5217,24 +5229,25 @@ def _decoded_body(headers: Mapping[str, str], read: Callable[[], _Buffer], limit
         raise _protocol_error(f"Content-Encoding: expected one of {known}, got {encoding[:60]!r}", 415)
     return read() if encoding == "identity" else decompress_body(read(), encoding, limit)
 
-def choose_encoding(headers: Mapping[str, str]) -> tuple[str, str]:
-    """Choose the coding of an answer: (coding or empty, header that names it).
+@functools.lru_cache(maxsize=256)
+def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
+    """Choose the coding of an answer: (coding or empty, header that names it, whether to leave it out is as welcome).
 
-    The client's order decides; its private header beats the standard one, and a coding named only there is named in the
-    private answer header. ``identity`` first, or ``q=0``, means none.
+    The client's order decides; its private header (``None`` when absent) beats the standard one, and a coding named only
+    there is named in the private answer header. ``identity`` first, or ``q=0``, means none; anywhere else it says that an
+    answer may stay as it is where coding it is not worth the time.
     """
-    private, public = headers.get(ACCEPT_ENCODING_HEADER.lower()), headers.get("accept-encoding", "")
-    for offer in (private if private is not None else public).split(","):
-        name, _, parameters = offer.strip().lower().partition(";")
+    chosen, identity = "", False
+    for offer in (public if private is None else private).lower().split(","):
+        name, _, parameters = offer.partition(";")
         name = name.strip()
         if re.search(r"q=0(\.0*)?\s*$", parameters):
             continue
-        if name == "identity":
-            return "", ""
-        if name in supported_encodings():
-            in_public = re.search(rf"(?:^|[,\s]){name}\b", public.lower()) is not None
-            return name, "Content-Encoding" if in_public else CONTENT_ENCODING_HEADER
-    return "", ""
+        identity = identity or name == "identity"
+        if not chosen and not identity and name in supported_encodings():
+            chosen = name
+    in_public = re.search(rf"(?:^|[,\s]){chosen}\b", public.lower()) is not None
+    return chosen, "Content-Encoding" if in_public else CONTENT_ENCODING_HEADER, identity
 
 def _protocol_error(text: str, status: int) -> ProtocolError:
     """A refusal with another HTTP status than 400."""
@@ -5632,9 +5645,12 @@ class HttpApp:
         if turn.error is not None:
             headers.append((RPC_ERROR_HEADER, "true"))
         if self.options.compression_level is not None:
-            encoding, header = choose_encoding(request.headers)
-            if encoding:
-                body = compress_body(body, encoding, self.options.compression_level)
+            given, level = request.headers, self.options.compression_level
+            accepted = given.get(ACCEPT_ENCODING_HEADER.lower()), given.get("accept-encoding", "")[:1000]
+            encoding, header, identity = choose_encoding(*accepted)
+            packed = (compress_if_worth if identity else compress_body)(body, encoding, level) if encoding else None
+            if packed is not None:
+                body = packed
                 headers.append((header, encoding))
         call.record.http.update(http_status=turn.status, response_bytes=len(body))
         return HttpResponse(turn.status, headers, body)
@@ -5719,13 +5735,23 @@ class HttpHead(NamedTuple):
 
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 
+@functools.lru_cache(maxsize=512)
+def _short_header(line: bytes) -> tuple[str, str]:
+    return _header(line)
+
+def _header(line: bytes) -> tuple[str, str]:
+    """One header line as (lower-case name, value)."""
+    match = _HEADER_LINE.fullmatch(line)
+    if match is None:
+        raise ProtocolError(f"{'a folded header line' if line[:1] in (b' ', bytes([9])) else 'not a header line'}: {line[:80]!r}")
+    return match[1].decode().lower(), match[2].decode("latin-1").rstrip(" \t")
+
 def parse_http_head(raw: bytes) -> HttpHead:
     """Parse a head that ends with an empty line, strictly by RFC 9112; raises `ProtocolError`, which names the broken rule."""
     lines = raw[:-4].split(b"\r\n")
     if len(lines) > MAX_HEADERS + 1:
         raise _protocol_error(f"expected at most {MAX_HEADERS} headers, got {len(lines) - 1}", 431)
-    bare = raw.replace(b"\r\n", b"")
-    if b"\n" in bare or b"\r" in bare:
+    if not raw.count(b"\r\n") == raw.count(b"\n") == raw.count(b"\r"):
         raise ProtocolError("a bare CR or LF in the head")
     start = lines[0].decode("latin-1").split(" ", 2)
     if len(start) != 3:
@@ -5733,11 +5759,9 @@ def parse_http_head(raw: bytes) -> HttpHead:
     headers: dict[str, str] = {}
     repeated = set()
     for line in lines[1:]:
-        match = _HEADER_LINE.fullmatch(line)
-        if match is None:
-            folded = line[:1] in (b" ", b"\t")
-            raise ProtocolError(f"{'a folded header line' if folded else 'not a header line'}: {line[:80]!r}")
-        name, value = match[1].decode().lower(), match[2].decode("latin-1").rstrip(" \t")
+        # The same lines come again and again; what may be a secret is not kept.
+        short = len(line) < 100 and not line.lower().startswith((b"auth", b"proxy-auth", b"cookie", b"x-"))
+        name, value = (_short_header if short else _header)(line)
         if name in headers:
             repeated.add(name)
             value = f"{headers[name]}, {value}"
@@ -6329,7 +6353,7 @@ class HttpClient(ClientChannel):
         self._sender, self._prefix, self._level, self._headers = sender, prefix, compression_level, headers
         self._budget = max_response_bytes or MAX_RESPONSE_BUDGET
         self._capabilities: HttpServerCapabilities | None = None
-        accept = ", ".join(supported_encodings()) if compression_level is not None else "identity"
+        accept = ", ".join((*supported_encodings(), "identity")) if compression_level is not None else "identity"
         budget = (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget))
         self._fixed = [("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept), budget]
 
@@ -6386,8 +6410,8 @@ class HttpClient(ClientChannel):
     def _compressed(self, body: bytes, server: HttpServerCapabilities) -> tuple[bytes, str]:
         for encoding in supported_encodings():
             if encoding in server.supported_encodings:
-                packed = compress_body(body, encoding, self._level or 1)
-                return (packed, encoding) if len(packed) < len(body) else (body, "")
+                packed = compress_if_worth(body, encoding, self._level or 1)
+                return (body, "") if packed is None else (packed, encoding)
         return body, ""
 
     def _checked(self, reply: HttpReply) -> HttpReply:
