@@ -36,7 +36,7 @@ The file is read from top to bottom: a section uses only sections with a smaller
 from __future__ import annotations
 
 import base64, binascii, contextlib, contextvars, dataclasses, enum, errno, functools, hashlib, hmac
-import inspect, io, itertools, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
+import inspect, io, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
 import types, typing, zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,7 +47,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 if typing.TYPE_CHECKING:
-    import argparse, ssl
+    import argparse, ssl, subprocess
 
 __version__ = "0.1.0"
 
@@ -80,7 +80,6 @@ __all__ = [  # by kind of thing
 _T = TypeVar("_T")
 _P = TypeVar("_P")
 logger = logging.getLogger("vgi_rpc")
-_wire_read, _wire_write = (logging.getLogger(f"vgi_rpc.wire.{way}") for way in ("read", "write"))  # shapes, never values
 
 
 # ============================================================================
@@ -665,7 +664,7 @@ def _error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
 # Law: nothing foreign reaches pyarrow's decoder before its head was read and its size, rows and buffers were found
 # plausible; whatever pyarrow then raises leaves this section as IPCError.
 
-_Buffer = bytes | memoryview | pa.Buffer
+_Buffer = Union[bytes, memoryview, pa.Buffer]
 _Metadata = Mapping[bytes, bytes]
 
 _CONTINUATION = b"\xff\xff\xff\xff"
@@ -1084,8 +1083,6 @@ class IpcReader:
             raise IPCError("expected a schema message, got an end of stream")
         self.facts = _schema_facts(raw)
         self.schema = self.facts.schema  # of every batch
-        if _wire_read.isEnabledFor(logging.DEBUG):
-            _wire_read.debug("schema %s", _schema_text(self.schema))
 
     def _read_head(self, first: bool = False) -> bytes | None:
         """Read prefix and head of the next message; ``None`` at the end marker."""
@@ -1136,8 +1133,6 @@ class IpcReader:
             if not known:
                 self._check_bounds(head, memoryview(message)[len(raw) :])
             if head.kind == _BATCH_MESSAGE:
-                if _wire_read.isEnabledFor(logging.DEBUG):
-                    _wire_read.debug("batch of %d rows, %d bytes, metadata %s", head.rows, size, sorted(head.metadata or ()))
                 if not head.compressed:  # else the bounds stand in the body
                     self._last = raw, head
                 return BatchMessage(head, message)
@@ -1250,8 +1245,6 @@ class IpcWriter:
         if close:
             out.append(END_OF_STREAM)
         if out:
-            if _wire_write.isEnabledFor(logging.DEBUG):
-                _wire_write.debug("%d messages of %s, %d bytes", len(out), _schema_text(self.schema), sum(map(len, out)))
             self._write(out)
 
     def _messages(self, batch: Any, metadata: dict[bytes, bytes] | None) -> list[_Buffer]:
@@ -1489,7 +1482,7 @@ def _text_column(kind: type) -> tuple[_Write, _Read]:
         validity, offsets, data = parts.node(length), parts.offsets(length), bytes(parts.buffer())
         if offsets[-1] > len(data):
             raise _NotPlain
-        pieces: list[Any] = [data[a:b] for a, b in itertools.pairwise(offsets)]
+        pieces: list[Any] = [data[a:b] for a, b in zip(offsets, offsets[1:])]
         return _with_nulls([p.decode() for p in pieces] if kind is str else pieces, validity)
 
     return write, read
@@ -1513,7 +1506,7 @@ def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
         if offsets[-1] > _PLAIN_BYTES:
             raise _NotPlain
         flat = read_item(offsets[-1], parts)
-        return _with_nulls([flat[a:b] for a, b in itertools.pairwise(offsets)], validity)
+        return _with_nulls([flat[a:b] for a, b in zip(offsets, offsets[1:])], validity)
 
     return write, read
 
@@ -4753,12 +4746,12 @@ def _stop_signals(
     """
     import signal
 
-    waiting = threading.main_thread()
-    if threading.current_thread() is not waiting:
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
         yield
         return
     # A thread that is blocked in a read between two turns of a stream can only be waked by another signal.
-    timer = threading.Timer(grace, lambda: signal.pthread_kill(cast("int", waiting.ident), signal.SIGTERM))
+    timer = threading.Timer(grace, lambda: signal.pthread_kill(cast("int", main.ident), signal.SIGTERM))
     timer.daemon = True
     caught: list[int] = []
 
@@ -5281,6 +5274,8 @@ class _OpenedCall(NamedTuple):
 class HttpApp:
     """Answers requests for a server; safe for use by several threads. Made by `make_wsgi_app` and `serve_http`."""
 
+    scheme = "http"  # of the URLs that pages show
+
     def __init__(self, server: ServerCore, options: HttpOptions | None = None) -> None:
         self.server, self.options = server, options or HttpOptions()
         self.sealer = TokenSealer(self.options.keys(), self.options.token_ttl)
@@ -5308,7 +5303,10 @@ class HttpApp:
         except _HttpFailure as exc:
             response = exc.response
         except (_Refusal, StatusError) as exc:
-            response = self._arrow_error(exc, request_id, getattr(exc, "http_status", 200))
+            if _json_type(self, request):
+                response = _json_failure(self, exc, request_id)
+            else:
+                response = self._arrow_error(exc, request_id, getattr(exc, "http_status", 200))
         except (TransportError, DeadlineExceededError) as exc:  # while the body was read
             response = json_response(408, {"error": "request_timeout", "detail": exc.error_message})
             response.close = True
@@ -5351,7 +5349,7 @@ class HttpApp:
             return self._not_found(request)
         segments = path[1:].split("/")
         if request.method in ("GET", "HEAD"):
-            return self._get(request, segments)
+            return _page_at(self, request, request_id, segments) or self._get(request, segments)
         if not segments[0] or not (len(segments) == 2 or (len(segments) == 3 and segments[2] in ("init", "exchange"))):
             return self._not_found(request)
         if request.method != "POST":
@@ -5362,11 +5360,14 @@ class HttpApp:
         if segments[0].startswith("__"):
             self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
         content_type = request.get_header("content-type") or ""
-        if content_type.strip().lower() != ARROW_CONTENT_TYPE:
+        in_json = bool(_json_type(self, request))
+        if not in_json and content_type.strip().lower() != ARROW_CONTENT_TYPE:
             raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
         self.server.refuse_if_draining()
         self.server.start(TransportKind.HTTP)
         body = self._body(request)
+        if in_json:
+            return _post_json(self, segments, body, caller, request, request_id)
         handler = {2: self._unary, 3: self._init if segments[-1] == "init" else self._exchange}[len(segments)]
         with self.server:
             return handler((segments[0], segments[1]), body, caller, request, request_id)
@@ -5374,7 +5375,8 @@ class HttpApp:
     # -- everything that is not a call
 
     def _not_found(self, request: HttpRequest) -> HttpResponse:
-        return json_response(404, {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"})
+        page = _not_found_page(self, request)
+        return page or json_response(404, {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"})
 
     def _health(self, request: HttpRequest) -> HttpResponse:
         if request.method not in ("GET", "HEAD"):
@@ -5661,6 +5663,7 @@ def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[b
     app = HttpApp(server, *_split_options(options, HttpOptions))
 
     def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        app.scheme = environ.get("wsgi.url_scheme", "http")
         response = app(_request_from_environ(environ))
         body = response.body
         if isinstance(body, bytes):
@@ -5926,6 +5929,7 @@ class _HttpConnection:
         else:
             self._channel.write([head])
             for piece in filter(None, body):
+                self._channel.deadline = time.monotonic() + self._options.request_deadline  # for each piece
                 self._channel.write([b"%x\r\n" % len(piece), piece, b"\r\n"])
             self._channel.write([b"0\r\n\r\n"])
 
@@ -5963,6 +5967,7 @@ class HttpServing:
     def __init__(self, app: HttpApp, host: str, port: int, options: HttpServeOptions | None = None) -> None:
         self.app, self.host = app, host
         self.options = options or HttpServeOptions()
+        app.scheme = "https" if self.options.tls_context is not None else "http"
         listening = listen_tcp(host, port)
         self.port = listening.getsockname()[1]
         self.listener = Listener(listening, self._handle, threaded=True, idle_timeout=self.options.idle_timeout)
@@ -6003,6 +6008,389 @@ def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **o
     if serving.on_bound is not None:
         serving.on_bound(host, http.port)
     http.run()
+
+
+# What people and plain HTTP clients see of an `HttpApp`: calls in JSON on the URLs of the Arrow ones, and pages in HTML.
+
+_JSON_STATUS = {
+    "CANCELLED": 499, "INVALID_ARGUMENT": 400, "DEADLINE_EXCEEDED": 504, "NOT_FOUND": 404, "ALREADY_EXISTS": 409, "ABORTED": 409,
+    "PERMISSION_DENIED": 403, "RESOURCE_EXHAUSTED": 429, "FAILED_PRECONDITION": 400, "OUT_OF_RANGE": 400, "UNIMPLEMENTED": 404,
+    "UNAVAILABLE": 503, "UNAUTHENTICATED": 401,
+}  # fmt: skip
+_JSON, _NDJSON = "application/json", "application/x-ndjson"
+_JSON_MAX_REQUEST_BYTES = 1 << 24  # parsed JSON takes some thirty times its size; max_request_bytes overrides
+_NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+
+def _json_type(app: HttpApp, request: HttpRequest) -> str:
+    """The media type of a request that is to be answered in JSON, else nothing."""
+    kind = (request.get_header("content-type") or "").partition(";")[0].strip().lower()
+    return kind if app.options.json and kind in (_JSON, _NDJSON) else ""
+
+def _json_bytes(value: Any) -> bytes:
+    """One line of JSON in UTF-8; NaN and the infinities, which JSON does not have, become null."""
+    dump = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"), default=_text_of)
+    try:
+        text = dump(value, allow_nan=False)
+    except ValueError:
+        text = dump(json.loads(dump(value), parse_constant=lambda name: None))
+    return (text + "\n").encode("utf-8", "backslashreplace")
+
+def _parse_json(body: bytes) -> dict[str, Any]:
+    """Read one JSON object, strictly by RFC 8259; raises `ProtocolError`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"a key stands twice among {[k for k, _ in pairs][:20]}")
+        return dict(pairs)
+
+    def finite(text: str) -> float:
+        if float(text) - float(text) != 0:
+            raise ValueError(f"{text[:40]} is not a number of JSON")
+        return float(text)
+
+    try:
+        value = json.loads(str(body, "utf-8"), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+    except (ValueError, RecursionError) as exc:
+        raise ProtocolError(f"request: expected JSON: {_text_of(exc)}") from None
+    if not isinstance(value, dict):
+        raise ProtocolError(f"request: expected a JSON object, got {_got(value)}")
+    return value
+
+def _json_in(value: Any, kind: pa.DataType, step: str = "") -> Any:
+    """Turn parsed JSON into what ``to_pylist`` gives for *kind*: bytes from base64, times, dates and decimals from text."""
+    import datetime
+    import decimal
+
+    t = pa.types
+    kind = kind.value_type if t.is_dictionary(kind) else getattr(kind, "storage_type", kind)
+    try:
+        if value is None:
+            return None
+        if t.is_struct(kind) and isinstance(value, dict):
+            members = {f.name: f.type for f in (kind.field(i) for i in range(kind.num_fields))}
+            for name in value.keys() - members.keys():
+                raise _Mismatch(f"one of {list(members)}", f"{name!r:.60}{_suggest(name, members)}")
+            return {k: _json_in(v, members[k], f".{k}") for k, v in value.items()}
+        if t.is_map(kind) and isinstance(value, dict):
+            number = t.is_integer(kind.key_type) or t.is_floating(kind.key_type) or t.is_boolean(kind.key_type)
+            value = [[json.loads(k) if number and re.fullmatch(r"-?[1-9]\d*(\.\d+)?|0|true|false", k) else k, v] for k, v in value.items()]
+        if t.is_map(kind) and isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value):
+            return [(_json_in(k, kind.key_type, "<key>"), _json_in(v, kind.item_type, f"[{k!r:.40}]")) for k, v in value]
+        if (t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind)) and isinstance(value, list):
+            return [_json_in(v, kind.value_type, f"[{i}]") for i, v in enumerate(value)]
+        for matches, accepted, convert in (
+            (t.is_boolean(kind), (bool,), bool),
+            (t.is_integer(kind), (int,), int),
+            (t.is_floating(kind), (int, float), float),
+            (t.is_floating(kind), (str,), _NOT_FINITE.__getitem__),
+            (t.is_string(kind) or t.is_large_string(kind), (str,), str),
+            ("binary" in str(kind), (str,), functools.partial(base64.b64decode, validate=True)),
+            (t.is_decimal(kind), (str, int, float), lambda v: decimal.Decimal(str(v))),
+            (t.is_duration(kind), (int, float), lambda v: datetime.timedelta(seconds=v)),
+            (t.is_time(kind), (str,), datetime.time.fromisoformat),
+            (t.is_temporal(kind), (str,), lambda v: pa.scalar(v).cast(kind).as_py()),
+        ):
+            if matches and type(value) in accepted:
+                return convert(value)
+        raise _Mismatch(_type_text(kind), _got(value))
+    except _Mismatch as exc:
+        raise exc.under(step) from None
+    except _ARROW_FAILURES:
+        raise _Mismatch(_type_text(kind), f"{value!r:.60}").under(step) from None
+
+def _json_out(value: Any, kind: pa.DataType) -> Any:
+    """The way back from `_json_in`; a map becomes an object, a duration its seconds."""
+    kind = getattr(kind, "storage_type", kind)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if pa.types.is_map(kind):
+        pairs = [(_json_out(k, kind.key_type), _json_out(v, kind.item_type)) for k, v in value]
+        return {k if isinstance(k, str) else json.dumps(k): v for k, v in pairs}
+    if isinstance(value, dict):
+        return {k: _json_out(v, kind.field(k).type) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_json_out(v, kind.value_type) for v in value]
+    if hasattr(value, "total_seconds"):
+        return value.total_seconds()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+def _json_rows(batch: pa.RecordBatch | PlainBatch) -> list[dict[str, Any]]:
+    batch, columns = batch.to_record_batch() if isinstance(batch, PlainBatch) else batch, []
+    for column in batch.columns:
+        try:
+            columns.append([_json_out(v, column.type) for v in column.to_pylist()])
+        except ValueError:  # nanoseconds, which Python's own datetime does not have
+            columns.append(column.cast(pa.utf8()).to_pylist())
+    return [dict(zip(batch.schema.names, row)) for row in zip(*columns)] if columns else [{}] * batch.num_rows
+
+def _turn_rows(turn: Turn) -> list[dict[str, Any]]:
+    return [row for batch, _ in turn.items[-1:] for row in _json_rows(batch)]  # logs and errors have no rows
+
+def _json_arguments(info: RpcMethodInfo, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters in JSON as the method takes them; a batch may be a list of rows, a schema an object of types by name."""
+    arguments = dict(zip(info.params.names, bind_arguments(info, (), given)))
+    for name, value in given.items():
+        kind = _split_optional(info.param_types[name])[0]
+        where = f"{info.name}() parameter {name}"
+        try:
+            if kind is pa.RecordBatch and isinstance(value, list):
+                arguments[name] = pa.RecordBatch.from_pylist(value)
+            elif kind is pa.Schema and isinstance(value, dict):
+                arguments[name] = pa.schema([(n, pa.type_for_alias(t)) for n, t in value.items()])
+            else:
+                codec = codec_for(info.param_types[name])
+                arguments[name] = _located(where, "", lambda v: codec.decode(_json_in(v, codec.arrow_type)), value)
+                _located(where, "", codec.to_array, [arguments[name]])  # ranges, and nulls inside
+        except ParameterError:
+            raise
+        except (pa.ArrowException, ValueError, AttributeError) as exc:
+            raise ParameterError(f"{where}: {_text_of(exc)}") from None
+    return arguments
+
+def _json_result(info: RpcMethodInfo, batch: pa.RecordBatch | PlainBatch) -> Any:
+    batch = batch.to_record_batch() if isinstance(batch, PlainBatch) else batch
+    value = info.result.codecs[0].from_array(batch.column(0)) if info.has_return else None
+    if isinstance(value, pa.RecordBatch):
+        return _json_rows(value)
+    if isinstance(value, pa.Schema):
+        return {f.name: _type_text(f.type) for f in value}
+    column = codec_for(info.result_type).to_array([value]) if info.has_return else pa.nulls(1)
+    return _json_rows(pa.RecordBatch.from_arrays([column], ["result"]))[0]["result"]
+
+def _json_failure(app: HttpApp, exc: BaseException, request_id: str) -> HttpResponse:
+    """An error as JSON; its own status where it has one, else that of its code."""
+    error = _error_from_metadata(app.server.error_item(exc, EMPTY_SCHEMA, request_id)[1])
+    facts = {"type": error.error_type, "message": error.error_message, "code": error.error_code, "kind": error.error_kind}
+    facts.update(details=error.error_details, request_id=request_id)
+    if error.remote_traceback:
+        facts["traceback"] = error.remote_traceback
+    status = getattr(exc, "http_status", 200)
+    status = status if status not in (200, 400) else _JSON_STATUS.get(error.error_code, 500)
+    headers = [("Content-Type", _JSON), *([("Retry-After", "1")] if status == 503 else [])]
+    return HttpResponse(status, headers, _json_bytes({"error": facts}))
+
+def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterable[Any]], sent: int = 0) -> HttpResponse:
+    """The lines that *render* makes of a turn, or its error, or that of *render*; *sent* bytes went out before."""
+    error, response, limit = turn.error, HttpResponse(200, [("Content-Type", _JSON)]), call.context.response_limit_bytes
+    try:
+        response.body = body = b"" if error is not None else b"".join(map(_json_bytes, render()))
+        if limit is not None and sent + len(body) > limit:
+            text = f"{call.record.method}(): the answer exceeds max_response_bytes ({sent + len(body)} > {limit})"
+            raise ResponseTooLargeError(text)
+    except Exception as exc:
+        error = call._failed(turn.schema, exc).error
+    if error is not None:
+        response = _json_failure(app, error, call.context.request_id)
+    call.record.http.setdefault("http_status", response.status)
+    call.record.http["response_bytes"] = sent + len(cast("bytes", response.body))
+    return response
+
+def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[HttpResponse]:
+    """Run a call: one answer, or for a producer one for each turn."""
+    over, sent = True, 0
+    try:
+        with app.server:
+            turn = call.begin(arguments)
+            stream, header = call.stream, _turn_rows(turn) if call.stream is not None else []
+            if stream is None:
+                yield _turn_json(app, call, turn, lambda: [{"result": _json_result(call.bound.info, turn.items[-1][0])}])
+            elif not stream.is_producer:
+                turn = app._first_turn(call, stream)
+                yield _turn_json(app, call, turn, lambda: [{**dict(zip(["header"], header)), "token": _json_token(turn)}])
+            else:
+                lead, over = [{"__header__": row} for row in header], False
+            while not over and not (sent and call.context.cancelled):
+                turn = call.turn(_PLAIN_TICK)
+                answer = _turn_json(app, call, turn, lambda: [*lead, *_turn_rows(turn)], sent)
+                lead, over, sent = [], turn.finished or call._error is not None, sent + len(cast("bytes", answer.body))
+                yield answer
+    finally:
+        if not over:
+            call.cancel()
+        call.end()
+
+def _json_token(turn: Turn, call_token: bytes = b"") -> str:
+    """Both halves of a stream's state in one text."""
+    tokens = turn.items[-1][1]
+    return f"{tokens[STATE_KEY].decode()}.{tokens.get(CALL_STATE_KEY, call_token).decode()}"
+
+def _exchange_json(
+    app: HttpApp, bound: BoundMethod, entries: list[dict[str, Any]], caller: Caller, request_id: str
+) -> Iterator[HttpResponse]:
+    """Serve one turn for each ``{"token": …, "rows": […]}``; a later one may leave the token to the turn before it."""
+    token, sent, where = "", 0, f"{bound.info.name}() input"
+    for entry in entries:
+        if entry.keys() - {"token", "rows", "cancel"} or not entry.keys() & {"rows", "cancel"}:
+            raise ParameterError(f"{where}: expected token, and rows or cancel, got {', '.join(entry)[:200] or 'nothing'}")
+        state, _, fixed = str(entry.get("token", token)).encode("utf-8", "replace").partition(b".")
+        tokens = {STATE_KEY: state, CALL_STATE_KEY: fixed, **({CANCEL_KEY: b"1"} if entry.get("cancel") else {})}
+        opened, content = app._open_tokens(bound, caller.auth, tokens)
+        schema = opened.input_schema
+        rows = _located(where, "", lambda rows: _json_in(rows, pa.list_(pa.struct(list(schema)))), entry.get("rows")) or []
+        columns = {n: [(row or {}).get(n) for row in rows] for n in schema.names}
+        batch = empty_batch(schema) if "cancel" in entry else _batch_from_pydict(columns, schema, where)
+        limit = _smallest(caller.response_limit_bytes, opened.limit)
+        call = app.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, request_id)
+        call.record.stream_id = opened.stream_id
+        with app.server:
+            turn = app._next_turn(call, opened, content, batch, tokens)
+        token = "" if turn.finished else _json_token(turn, fixed)
+        answer = _turn_json(app, call, turn, lambda: [{"rows": _turn_rows(turn), **({"token": token} if token else {})}], sent)
+        sent += len(cast("bytes", answer.body))
+        call.end()
+        yield answer
+        if call._error is not None:
+            return
+
+def _json_lines(app: HttpApp, first: bytes, answers: Iterator[HttpResponse], request_id: str) -> Iterator[bytes]:
+    """The body of a streamed answer; the status is out, so that an error can only be its last line."""
+    yield first
+    try:
+        for answer in answers:
+            body = cast("bytes", answer.body)
+            yield body if answer.status == 200 else body.replace(b'{"error"', b'{"__error__"', 1)
+    except _Refusal as exc:
+        yield cast("bytes", _json_failure(app, exc, request_id).body).replace(b'{"error"', b'{"__error__"', 1)
+
+def _post_json(app: HttpApp, segments: list[str], body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
+    """Answer a call in JSON: ``{"result": …}``, the rows of a producer as NDJSON, or the token that begins an exchange."""
+    if app.options.max_request_bytes is None and len(body) > _JSON_MAX_REQUEST_BYTES:
+        raise RequestTooLargeError(f"request body: expected at most {_JSON_MAX_REQUEST_BYTES} bytes of JSON, got {len(body)}")
+    bound, in_lines = app.server.method(app.server.service(segments[0]), segments[1]), _json_type(app, request) == _NDJSON
+    if bound.info.method_type is MethodType.UNARY and len(segments) > 2:
+        raise ProtocolError(f"{segments[1]}() is not a stream; post without /{segments[2]}")
+    if segments[2:] == ["exchange"]:
+        lines = [line for line in bytes(body).splitlines() if line.strip()] if in_lines else []
+        answers = _exchange_json(app, bound, [_parse_json(line) for line in lines or [body]], caller, request_id)
+        first = next(answers)
+    else:
+        arguments = _json_arguments(bound.info, _parse_json(body))
+        call = app.server.open_call(bound, caller, None, request_id)
+        call.record.request_schema, call.record.request_rows = bound.info.params_schema, 1
+        call.record.http["request_bytes"] = len(body)
+        answers = _call_json(app, call, arguments)
+        first = next(answers)
+        in_lines = call.stream is not None and call.stream.is_producer
+    if first.status == 200 and in_lines:
+        lines_ = _json_lines(app, cast("bytes", first.body), answers, request_id)
+        return HttpResponse(200, [("Content-Type", _NDJSON)], lines_)
+    return first
+
+_PAGE_STYLE = """
+:root{color-scheme:light dark;--ink:#1c2430;--dim:#5a6675;--page:#f6f7f9;--card:#fff;--line:#dde2e8;--code:#f0f2f5;--link:#0b5cad}
+@media(prefers-color-scheme:dark){:root{--ink:#e4e8ee;--dim:#9aa7b6;--page:#12161c;--card:#1b2129;--line:#313a45;--code:#12171d;--link:#7cb8ff}}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}a{color:var(--link)}
+main{max-width:56rem;margin:auto;padding:1.5rem 1rem 3rem}h1{font-size:1.7rem;line-height:1.2;margin:.4rem 0}h3,p{margin:.5rem 0}
+h2{font-size:1.2rem;margin:2rem 0 .6rem}h3{font-size:1rem}h4{font-size:.85rem;margin:.9rem 0 .2rem;color:var(--dim)}
+article{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.5rem 1rem;margin:.7rem 0;scroll-margin-top:1rem}
+code,pre{font:.87rem/1.5 ui-monospace,monospace;white-space:pre-wrap}pre{background:var(--code);border-radius:6px;padding:.6rem .8rem;margin:.4rem 0}
+b{font-size:.72rem;font-weight:600;border:1px solid var(--line);border-radius:99px;padding:.1rem .5rem;color:var(--dim)}small,dt{color:var(--dim)}
+dl{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr;gap:.15rem 1rem;margin:.2rem 0 .6rem}dd{margin:0}small{display:block}
+"""
+
+def _text(value: object) -> str:
+    import html
+
+    return html.escape(_text_of(value))
+
+def _page(app: HttpApp, title: str, body: Iterable[str], status: int = 200) -> HttpResponse:
+    """A page on its own: no script, nothing loaded, only the style that its policy knows by hash."""
+    digest = base64.b64encode(hashlib.sha256(_PAGE_STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    headers = [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy), ("Cache-Control", "no-store")]
+    headers += [("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")]
+    places = (("", "Overview"), ("describe", "All methods"), ("health", "Health"))
+    links = " · ".join(f'<a href="{_text(app.options.prefix)}/{to}">{name}</a>' for to, name in places)
+    text = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{_PAGE_STYLE}</style><main><nav>{links}</nav><h1>{_text(title)}</h1>{''.join(body)}</main></html>"
+    )
+    return HttpResponse(status, headers, text.encode())
+
+def _page_at(app: HttpApp, request: HttpRequest, request_id: str, segments: list[str]) -> HttpResponse | None:
+    """The page at a path, ``None`` when there is none; it asks for the same authentication as calls do."""
+    server = app.server
+    if not app.options.pages or not server.describe_enabled or segments not in ([""], ["describe"]):
+        return None
+    app._authenticated(request, request_id)
+    body = [] if segments == ["describe"] else [*_call_lines(app, request)]
+    for service in server.services.values():
+        body.append(f"<h2>{_text(service.name)} {_text(service.version)}</h2>")
+        for m in describe_service(service).methods:
+            kind = m.stream_kind.replace("unknown", "stream") or "unary"
+            body.append((_method_card if segments == ["describe"] else _method_line)(app, service.methods[m.name].info, kind))
+    facts: dict[str, object] = {"Health": "draining: takes no new calls" if server.draining else "ok", "Server": server.server_id}
+    facts |= {"Version": server.server_version or "not given", "Protocol hash": server.protocol_hash}
+    facts["Made with"] = f"vgi_rpc {__version__}, wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}, pyarrow {pa.__version__}"
+    body.append(f"<h2>This server</h2><article>{_definitions(facts)}</article>")
+    return _page(app, server.protocol_name, body)
+
+def _not_found_page(app: HttpApp, request: HttpRequest) -> HttpResponse | None:
+    """The 404 for a person, ``None`` for a program."""
+    if not app.options.pages or not app.server.describe_enabled or "text/html" not in (request.get_header("accept") or ""):
+        return None
+    text = f"This is an Arrow RPC server at {_text(app.options.prefix)}/ and what you asked for is not there. See the links above."
+    return _page(app, "404 Not Found", [f"<p>{text}</p>"], 404)
+
+def _definitions(facts: Mapping[str, object]) -> str:
+    return "<dl>" + "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items()) + "</dl>"
+
+def _call_lines(app: HttpApp, request: HttpRequest) -> Iterator[str]:
+    """How to call the first method, a unary one where there is one, from each of three places."""
+    import shlex
+
+    service, file, host = app.server.primary, os.path.basename(__file__), request.get_header("host") or ""
+    infos = sorted((m.info for m in service.methods.values()), key=lambda i: i.method_type is not MethodType.UNARY)
+    known = host if re.fullmatch(r"[A-Za-z0-9.:_\[\]-]+", host) else "HOST"
+    url = f"{app.scheme}://{known}{app.options.prefix}"
+    for info in infos[:1]:
+        values = {n: _example(_split_optional(a)[0]) for n, a in info.param_types.items() if n not in info.param_defaults}
+        words = [url, info.name, *(f"{n}={v}" if isinstance(v, str) else f"{n}:={json.dumps(v)}" for n, v in values.items())]
+        asks = app.options.authenticate is not None
+        bearer = " --bearer-file TOKEN_FILE" if asks else ""
+        lines = {"Command line": f"python {file} call {shlex.join(words)}{bearer}"}
+        header = ", headers={'Authorization': f'Bearer {token}'}" if asks else ""
+        call = f"proxy.{info.name}({', '.join(f'{n}={v!r}' for n, v in values.items())})"
+        connect = f"{file.removesuffix('.py')}.http_connect({service.protocol.__name__}, {url!r}{header})"
+        lines["Python"] = f"with {connect} as proxy: print({call})"
+        if app.options.json:
+            bearer = ' -H "Authorization: Bearer $TOKEN"' if asks else ""
+            target = f"{url}/{service.name}/{info.name} -H 'Content-Type: application/json'{bearer}"
+            lines["curl"] = f"curl {target} -d {shlex.quote(json.dumps(values))}"
+        yield "<p>An Arrow RPC server: typed methods and streams of record batches, over HTTP.</p><article>"
+        yield from (f"<h4>{title}</h4><pre>{_text(line)}</pre>" for title, line in lines.items())
+        yield "</article>"
+
+def _example(kind: Any) -> Any:
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return next(iter(kind.__members__), "")
+    return {int: 1, float: 1.5, str: "text", bool: True, bytes: "AA=="}.get(kind, {} if typing.get_origin(kind) is dict else [])
+
+def _method_line(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
+    link = _text(f"{app.options.prefix}/describe#{info.protocol_name}.{info.name}")
+    summary = f"<small>{_text(info.doc.splitlines()[0])}</small>" if info.doc else ""
+    return f'<article><a href="{link}"><code>{_text(info.signature())}</code></a> <b>{kind}</b>{summary}</article>'
+
+def _method_card(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
+    """All that is known of a method: its schemas, header, documentation and limits."""
+    anchor, options = _text(f"{info.protocol_name}.{info.name}"), app.options
+    marks = [kind, *([info.idempotency.replace("_", " ")] if info.idempotency != "unknown" else [])]
+    marks += [f"deprecated: {info.deprecation}"] if info.deprecation is not None else []
+    card = f'<article id="{anchor}"><h3><a href="#{anchor}">{_text(info.name)}</a>{"".join(f" <b>{_text(m)}</b>" for m in marks)}</h3>'
+    card += f"<code>{_text(info.signature())}</code>" + (f"<pre>{_text(info.doc)}</pre>" if info.doc else "")
+    for title, schema in (("Parameters", info.params_schema), ("Header", info.header and info.header.row.schema), ("Result", info.result_schema)):
+        rows = {f.name: f"{_type_text(f.type)}{' or null' if f.nullable else ''}" for f in schema or ()}
+        for name in info.param_defaults if title == "Parameters" else ():
+            rows[name] += f", default {info.param_defaults[name]!r}"
+        streamed = title == "Result" and kind != "unary"
+        rows = rows or {"none" if not streamed else "batches": "" if not streamed else "of a schema that the call decides"}
+        card += f"<h4>{title}</h4>{_definitions(rows)}" if schema is not None else ""
+    limits = [f"request {app._limit:,} bytes", f"answer {f'{options.max_response_bytes:,} bytes' if options.max_response_bytes else 'any size'}"]
+    limits += [f"{options.max_rows:,} rows a batch"] if options.max_rows else []
+    limits += [f"state token {options.token_ttl:g} seconds"] if kind != "unary" and options.token_ttl else []
+    return f"{card}<h4>Limits</h4><p>{'; '.join(limits)}</p></article>"
 
 
 # ============================================================================
@@ -6691,7 +7079,7 @@ def announce(line: str) -> None:
 
 def _host_and_port(text: str) -> tuple[str, int]:
     """Read ``[HOST:]PORT``; the host may stand in brackets, as IPv6 addresses do."""
-
+    import argparse
 
     host, _, port = text.rpartition(":")
     if not re.fullmatch("[0-9]{1,5}", port):
@@ -6707,7 +7095,7 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     *implementation* is ``None`` with a ready server, or to make one of a plain class. Raises ``TypeError`` when it does not
     fit the protocol, ``SystemExit`` when the command line is wrong or asks for help.
     """
-
+    import argparse
 
     if isinstance(protocol_or_server, RpcServer):
         server = protocol_or_server
@@ -7105,8 +7493,7 @@ def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> 
     except OSError as exc:
         where = args.unix or f"{host}:{port}"
         hint = "another server runs there; port 0 takes a free one" if exc.errno == errno.EADDRINUSE else ""
-        reason = os.strerror(exc.errno) if isinstance(exc.errno, int) and exc.errno > 0 else exc
-        raise _CliError(f"cannot listen on {where}: {reason}", hint, _UNREACHABLE) from None
+        raise _CliError(f"cannot listen on {where}: {exc.strerror or exc}", hint, _UNREACHABLE) from None
 
 
 def _serve_reloading(args: Any) -> int:
@@ -7964,7 +8351,7 @@ def _commands() -> dict[str, _Command]:
 
 def _parse(words: list[str]) -> tuple[Callable[[Any], int], Any]:
     """Read the command line: what is to be run, and with which arguments."""
-
+    import argparse
 
     commands, name = _commands(), words[0] if words else ""
     if name in ("--version", "--help", "-h", ""):
