@@ -6050,11 +6050,11 @@ def _parse_json(body: bytes) -> dict[str, Any]:
 
     try:
         value = json.loads(str(body, "utf-8"), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+        if isinstance(value, dict):
+            return value
+        raise ValueError(f"expected an object, got {_got(value)}")
     except (ValueError, RecursionError) as exc:
-        raise ProtocolError(f"request: expected JSON: {_text_of(exc)}") from None
-    if not isinstance(value, dict):
-        raise ProtocolError(f"request: expected a JSON object, got {_got(value)}")
-    return value
+        raise ProtocolError(f"request: not a JSON object: {_text_of(exc)}") from None
 
 def _json_in(value: Any, kind: pa.DataType, step: str = "") -> Any:
     """Turn parsed JSON into what ``to_pylist`` gives for *kind*: bytes from base64, times, dates and decimals from text."""
@@ -6101,20 +6101,18 @@ def _json_in(value: Any, kind: pa.DataType, step: str = "") -> Any:
 def _json_out(value: Any, kind: pa.DataType) -> Any:
     """The way back from `_json_in`; a map becomes an object, a duration its seconds."""
     kind = getattr(kind, "storage_type", kind)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if pa.types.is_map(kind):
+    if value is not None and pa.types.is_map(kind):
         pairs = [(_json_out(k, kind.key_type), _json_out(v, kind.item_type)) for k, v in value]
         return {k if isinstance(k, str) else json.dumps(k): v for k, v in pairs}
     if isinstance(value, dict):
         return {k: _json_out(v, kind.field(k).type) for k, v in value.items()}
     if isinstance(value, list):
         return [_json_out(v, kind.value_type) for v in value]
-    if hasattr(value, "total_seconds"):
-        return value.total_seconds()
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    value = value.total_seconds() if pa.types.is_duration(kind) and value is not None else value
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return value if plain else str(value) if not hasattr(value, "isoformat") else value.isoformat()
 
 def _json_rows(batch: pa.RecordBatch | PlainBatch) -> list[dict[str, Any]]:
     batch, columns = batch.to_record_batch() if isinstance(batch, PlainBatch) else batch, []
@@ -6141,10 +6139,10 @@ def _json_arguments(info: RpcMethodInfo, given: Mapping[str, Any]) -> dict[str, 
                 arguments[name] = pa.schema([(n, pa.type_for_alias(t)) for n, t in value.items()])
             else:
                 codec = codec_for(info.param_types[name])
-                arguments[name] = _located(where, "", lambda v: codec.decode(_json_in(v, codec.arrow_type)), value)
-                _located(where, "", codec.to_array, [arguments[name]])  # ranges, and nulls inside
-        except ParameterError:
-            raise
+                arguments[name] = codec.decode(_json_in(value, codec.arrow_type))
+                codec.to_array([arguments[name]])  # ranges, and nulls inside
+        except _Mismatch as exc:
+            raise exc.error(where) from None
         except (pa.ArrowException, ValueError, AttributeError) as exc:
             raise ParameterError(f"{where}: {_text_of(exc)}") from None
     return arguments
@@ -6159,37 +6157,41 @@ def _json_result(info: RpcMethodInfo, batch: pa.RecordBatch | PlainBatch) -> Any
     column = codec_for(info.result_type).to_array([value]) if info.has_return else pa.nulls(1)
     return _json_rows(pa.RecordBatch.from_arrays([column], ["result"]))[0]["result"]
 
-def _json_failure(app: HttpApp, exc: BaseException, request_id: str) -> HttpResponse:
+def _json_failure(app: HttpApp, exc: BaseException, request_id: str, key: str = "error") -> HttpResponse:
     """An error as JSON; its own status where it has one, else that of its code."""
     error = _error_from_metadata(app.server.error_item(exc, EMPTY_SCHEMA, request_id)[1])
-    facts = {"type": error.error_type, "message": error.error_message, "code": error.error_code, "kind": error.error_kind}
-    facts.update(details=error.error_details, request_id=request_id)
-    if error.remote_traceback:
-        facts["traceback"] = error.remote_traceback
-    status = getattr(exc, "http_status", 200)
-    status = status if status not in (200, 400) else _JSON_STATUS.get(error.error_code, 500)
+    facts: dict[str, Any] = {"type": error.error_type, "message": error.error_message, "code": error.error_code}
+    facts |= {"kind": error.error_kind, "details": error.error_details, "request_id": request_id}
+    facts |= {"traceback": error.remote_traceback} if error.remote_traceback else {}
+    own = getattr(exc, "http_status", 200)
+    status = own if own not in (200, 400) else _JSON_STATUS.get(error.error_code, 500)
     headers = [("Content-Type", _JSON), *([("Retry-After", "1")] if status == 503 else [])]
-    return HttpResponse(status, headers, _json_bytes({"error": facts}))
+    return HttpResponse(status, headers, _json_bytes({key: facts}))
 
 def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterable[Any]], sent: int = 0) -> HttpResponse:
     """The lines that *render* makes of a turn, or its error, or that of *render*; *sent* bytes went out before."""
-    error, response, limit = turn.error, HttpResponse(200, [("Content-Type", _JSON)]), call.context.response_limit_bytes
+    error, body, limit = turn.error, b"", call.context.response_limit_bytes
     try:
-        response.body = body = b"" if error is not None else b"".join(map(_json_bytes, render()))
+        body = b"".join(map(_json_bytes, render())) if error is None else b""
         if limit is not None and sent + len(body) > limit:
             text = f"{call.record.method}(): the answer exceeds max_response_bytes ({sent + len(body)} > {limit})"
             raise ResponseTooLargeError(text)
     except Exception as exc:
         error = call._failed(turn.schema, exc).error
+    response = HttpResponse(200, [("Content-Type", _JSON)], body)
     if error is not None:
-        response = _json_failure(app, error, call.context.request_id)
-    call.record.http.setdefault("http_status", response.status)
+        response = _json_failure(app, error, call.context.request_id, "__error__" if sent else "error")
+    call.record.http.setdefault("http_status", 200 if sent else response.status)
     call.record.http["response_bytes"] = sent + len(cast("bytes", response.body))
     return response
 
 def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[HttpResponse]:
     """Run a call: one answer, or for a producer one for each turn."""
-    over, sent = True, 0
+    over, sent, lead = True, 0, []
+
+    def lines() -> list[Any]:
+        return [*lead, *_turn_rows(turn)]
+
     try:
         with app.server:
             turn = call.begin(arguments)
@@ -6203,8 +6205,8 @@ def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[
                 lead, over = [{"__header__": row} for row in header], False
             while not over and not (sent and call.context.cancelled):
                 turn = call.turn(_PLAIN_TICK)
-                answer = _turn_json(app, call, turn, lambda: [*lead, *_turn_rows(turn)], sent)
-                lead, over, sent = [], turn.finished or call._error is not None, sent + len(cast("bytes", answer.body))
+                answer = _turn_json(app, call, turn, lines, sent)
+                lead, over, sent = [], turn.finished or call._error is not None, sent + (len(cast("bytes", answer.body)) or 1)
                 yield answer
     finally:
         if not over:
@@ -6216,67 +6218,48 @@ def _json_token(turn: Turn, call_token: bytes = b"") -> str:
     tokens = turn.items[-1][1]
     return f"{tokens[STATE_KEY].decode()}.{tokens.get(CALL_STATE_KEY, call_token).decode()}"
 
-def _exchange_json(
-    app: HttpApp, bound: BoundMethod, entries: list[dict[str, Any]], caller: Caller, request_id: str
-) -> Iterator[HttpResponse]:
-    """Serve one turn for each ``{"token": …, "rows": […]}``; a later one may leave the token to the turn before it."""
-    token, sent, where = "", 0, f"{bound.info.name}() input"
-    for entry in entries:
-        if entry.keys() - {"token", "rows", "cancel"} or not entry.keys() & {"rows", "cancel"}:
-            raise ParameterError(f"{where}: expected token, and rows or cancel, got {', '.join(entry)[:200] or 'nothing'}")
-        state, _, fixed = str(entry.get("token", token)).encode("utf-8", "replace").partition(b".")
-        tokens = {STATE_KEY: state, CALL_STATE_KEY: fixed, **({CANCEL_KEY: b"1"} if entry.get("cancel") else {})}
-        opened, content = app._open_tokens(bound, caller.auth, tokens)
-        schema = opened.input_schema
-        rows = _located(where, "", lambda rows: _json_in(rows, pa.list_(pa.struct(list(schema)))), entry.get("rows")) or []
-        columns = {n: [(row or {}).get(n) for row in rows] for n in schema.names}
-        batch = empty_batch(schema) if "cancel" in entry else _batch_from_pydict(columns, schema, where)
-        limit = _smallest(caller.response_limit_bytes, opened.limit)
-        call = app.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, request_id)
-        call.record.stream_id = opened.stream_id
-        with app.server:
-            turn = app._next_turn(call, opened, content, batch, tokens)
-        token = "" if turn.finished else _json_token(turn, fixed)
-        answer = _turn_json(app, call, turn, lambda: [{"rows": _turn_rows(turn), **({"token": token} if token else {})}], sent)
-        sent += len(cast("bytes", answer.body))
-        call.end()
-        yield answer
-        if call._error is not None:
-            return
-
-def _json_lines(app: HttpApp, first: bytes, answers: Iterator[HttpResponse], request_id: str) -> Iterator[bytes]:
-    """The body of a streamed answer; the status is out, so that an error can only be its last line."""
-    yield first
-    try:
-        for answer in answers:
-            body = cast("bytes", answer.body)
-            yield body if answer.status == 200 else body.replace(b'{"error"', b'{"__error__"', 1)
-    except _Refusal as exc:
-        yield cast("bytes", _json_failure(app, exc, request_id).body).replace(b'{"error"', b'{"__error__"', 1)
+def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], caller: Caller, request_id: str) -> HttpResponse:
+    """Serve one turn on ``{"token": …, "rows": […]}``, or end the stream on ``{"token": …, "cancel": true}``."""
+    where = f"{bound.info.name}() input"
+    if entry.keys() - {"token", "rows", "cancel"} or not entry.keys() & {"rows", "cancel"}:
+        raise ParameterError(f"{where}: expected token, and rows or cancel, got {', '.join(entry)[:200] or 'nothing'}")
+    state, _, fixed = str(entry.get("token")).encode("utf-8", "replace").partition(b".")
+    tokens = {STATE_KEY: state, CALL_STATE_KEY: fixed, **({CANCEL_KEY: b"1"} if entry.get("cancel") else {})}
+    opened, content = app._open_tokens(bound, caller.auth, tokens)
+    schema = opened.input_schema
+    rows = _located(where, "", lambda rows: _json_in(rows, pa.list_(pa.struct(list(schema)))), entry.get("rows")) or []
+    batch = _batch_from_pydict({n: [(row or {}).get(n) for row in rows] for n in schema.names}, schema, where)
+    limit = _smallest(caller.response_limit_bytes, opened.limit)
+    call = app.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, request_id)
+    call.record.stream_id = opened.stream_id
+    with app.server:
+        turn = app._next_turn(call, opened, content, batch, tokens)
+    token = {} if turn.finished else {"token": _json_token(turn, fixed)}
+    answer = _turn_json(app, call, turn, lambda: [{"rows": _turn_rows(turn), **token}])
+    call.end()
+    return answer
 
 def _post_json(app: HttpApp, segments: list[str], body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
     """Answer a call in JSON: ``{"result": …}``, the rows of a producer as NDJSON, or the token that begins an exchange."""
     if app.options.max_request_bytes is None and len(body) > _JSON_MAX_REQUEST_BYTES:
         raise RequestTooLargeError(f"request body: expected at most {_JSON_MAX_REQUEST_BYTES} bytes of JSON, got {len(body)}")
-    bound, in_lines = app.server.method(app.server.service(segments[0]), segments[1]), _json_type(app, request) == _NDJSON
-    if bound.info.method_type is MethodType.UNARY and len(segments) > 2:
-        raise ProtocolError(f"{segments[1]}() is not a stream; post without /{segments[2]}")
+    bound = app.server.method(app.server.service(segments[0]), segments[1])
+    if len(segments) > 2:
+        app._bound((segments[0], segments[1]), MethodType.STREAM, f"post without /{segments[2]}")
     if segments[2:] == ["exchange"]:
-        lines = [line for line in bytes(body).splitlines() if line.strip()] if in_lines else []
-        answers = _exchange_json(app, bound, [_parse_json(line) for line in lines or [body]], caller, request_id)
-        first = next(answers)
-    else:
-        arguments = _json_arguments(bound.info, _parse_json(body))
-        call = app.server.open_call(bound, caller, None, request_id)
-        call.record.request_schema, call.record.request_rows = bound.info.params_schema, 1
-        call.record.http["request_bytes"] = len(body)
-        answers = _call_json(app, call, arguments)
-        first = next(answers)
-        in_lines = call.stream is not None and call.stream.is_producer
-    if first.status == 200 and in_lines:
-        lines_ = _json_lines(app, cast("bytes", first.body), answers, request_id)
-        return HttpResponse(200, [("Content-Type", _NDJSON)], lines_)
-    return first
+        in_lines = _json_type(app, request) == _NDJSON  # the token, then a row a line
+        head, *rows = [_parse_json(line) for line in bytes(body).strip().splitlines() or [b""]] if in_lines else [_parse_json(body)]
+        return _exchange_json(app, bound, {**head, "rows": rows} if in_lines else head, caller, request_id)
+    arguments = _json_arguments(bound.info, _parse_json(body))
+    call = app.server.open_call(bound, caller, None, request_id)
+    call.record.request_schema, call.record.request_rows = bound.info.params_schema, 1
+    call.record.http["request_bytes"] = len(body)
+    answers = _call_json(app, call, arguments)
+    first = next(answers)
+    if first.status != 200 or call.stream is None or not call.stream.is_producer:
+        return first
+    pieces = (cast("bytes", answer.body) for some in ([first], answers) for answer in some)
+    return HttpResponse(200, [("Content-Type", _NDJSON)], pieces)
 
 _PAGE_STYLE = """
 :root{color-scheme:light dark;--ink:#1c2430;--dim:#5a6675;--page:#f6f7f9;--card:#fff;--line:#dde2e8;--code:#f0f2f5;--link:#0b5cad}
