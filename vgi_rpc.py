@@ -6013,9 +6013,9 @@ def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **o
 # What people and plain HTTP clients see of an `HttpApp`: calls in JSON on the URLs of the Arrow ones, and pages in HTML.
 
 _JSON_STATUS = {
-    "CANCELLED": 499, "INVALID_ARGUMENT": 400, "DEADLINE_EXCEEDED": 504, "NOT_FOUND": 404, "ALREADY_EXISTS": 409, "ABORTED": 409,
-    "PERMISSION_DENIED": 403, "RESOURCE_EXHAUSTED": 429, "FAILED_PRECONDITION": 400, "OUT_OF_RANGE": 400, "UNIMPLEMENTED": 404,
-    "UNAVAILABLE": 503, "UNAUTHENTICATED": 401,
+    "CANCELLED": 499, "INVALID_ARGUMENT": 400, "DEADLINE_EXCEEDED": 504, "NOT_FOUND": 404, "ALREADY_EXISTS": 409,
+    "ABORTED": 409, "PERMISSION_DENIED": 403, "RESOURCE_EXHAUSTED": 429, "FAILED_PRECONDITION": 400, "OUT_OF_RANGE": 400,
+    "UNIMPLEMENTED": 404, "UNAVAILABLE": 503, "UNAUTHENTICATED": 401,
 }  # fmt: skip
 _JSON, _NDJSON = "application/json", "application/x-ndjson"
 _JSON_MAX_REQUEST_BYTES = 1 << 24  # parsed JSON takes some thirty times its size; max_request_bytes overrides
@@ -6023,8 +6023,9 @@ _NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float
 
 def _json_type(app: HttpApp, request: HttpRequest) -> str:
     """The media type of a request that is to be answered in JSON, else nothing."""
-    kind = (request.get_header("content-type") or "").partition(";")[0].strip().lower()
-    return kind if app.options.json and kind in (_JSON, _NDJSON) else ""
+    given = (request.get_header("content-type") or "").lower()
+    match = re.fullmatch(r'(application/(?:json|x-ndjson))(?:\s*;\s*charset="?utf-8"?)?', given)
+    return match[1] if app.options.json and match else ""
 
 def _json_bytes(value: Any) -> bytes:
     """One line of JSON in UTF-8; NaN and the infinities, which JSON does not have, become null."""
@@ -6073,7 +6074,8 @@ def _json_in(value: Any, kind: pa.DataType, step: str = "") -> Any:
             return {k: _json_in(v, members[k], f".{k}") for k, v in value.items()}
         if t.is_map(kind) and isinstance(value, dict):
             number = t.is_integer(kind.key_type) or t.is_floating(kind.key_type) or t.is_boolean(kind.key_type)
-            value = [[json.loads(k) if number and re.fullmatch(r"-?[1-9]\d*(\.\d+)?|0|true|false", k) else k, v] for k, v in value.items()]
+            number = number and all(re.fullmatch(r"-?[1-9]\d*(\.\d+)?|0|true|false", k) for k in value)
+            value = [[json.loads(k) if number else k, v] for k, v in value.items()]
         if t.is_map(kind) and isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value):
             return [(_json_in(k, kind.key_type, "<key>"), _json_in(v, kind.item_type, f"[{k!r:.40}]")) for k, v in value]
         if (t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind)) and isinstance(value, list):
@@ -6218,7 +6220,7 @@ def _json_token(turn: Turn, call_token: bytes = b"") -> str:
     tokens = turn.items[-1][1]
     return f"{tokens[STATE_KEY].decode()}.{tokens.get(CALL_STATE_KEY, call_token).decode()}"
 
-def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], caller: Caller, request_id: str) -> HttpResponse:
+def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], caller: Caller, own_id: str) -> HttpResponse:
     """Serve one turn on ``{"token": …, "rows": […]}``, or end the stream on ``{"token": …, "cancel": true}``."""
     where = f"{bound.info.name}() input"
     if entry.keys() - {"token", "rows", "cancel"} or not entry.keys() & {"rows", "cancel"}:
@@ -6230,7 +6232,7 @@ def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], call
     rows = _located(where, "", lambda rows: _json_in(rows, pa.list_(pa.struct(list(schema)))), entry.get("rows")) or []
     batch = _batch_from_pydict({n: [(row or {}).get(n) for row in rows] for n in schema.names}, schema, where)
     limit = _smallest(caller.response_limit_bytes, opened.limit)
-    call = app.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, request_id)
+    call = app.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, own_id)
     call.record.stream_id = opened.stream_id
     with app.server:
         turn = app._next_turn(call, opened, content, batch, tokens)
@@ -6239,19 +6241,20 @@ def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], call
     call.end()
     return answer
 
-def _post_json(app: HttpApp, segments: list[str], body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
+def _post_json(app: HttpApp, path: list[str], body: bytes, caller: Caller, request: HttpRequest, own_id: str) -> HttpResponse:
     """Answer a call in JSON: ``{"result": …}``, the rows of a producer as NDJSON, or the token that begins an exchange."""
     if app.options.max_request_bytes is None and len(body) > _JSON_MAX_REQUEST_BYTES:
         raise RequestTooLargeError(f"request body: expected at most {_JSON_MAX_REQUEST_BYTES} bytes of JSON, got {len(body)}")
-    bound = app.server.method(app.server.service(segments[0]), segments[1])
-    if len(segments) > 2:
-        app._bound((segments[0], segments[1]), MethodType.STREAM, f"post without /{segments[2]}")
-    if segments[2:] == ["exchange"]:
+    bound = app.server.method(app.server.service(path[0]), path[1])
+    if len(path) > 2:
+        app._bound((path[0], path[1]), MethodType.STREAM, f"post without /{path[2]}")
+    if path[2:] == ["exchange"]:
         in_lines = _json_type(app, request) == _NDJSON  # the token, then a row a line
-        head, *rows = [_parse_json(line) for line in bytes(body).strip().splitlines() or [b""]] if in_lines else [_parse_json(body)]
-        return _exchange_json(app, bound, {**head, "rows": rows} if in_lines else head, caller, request_id)
+        lines = bytes(body).strip().splitlines() or [b""] if in_lines else [body]
+        head, *rows = map(_parse_json, lines)
+        return _exchange_json(app, bound, {**head, "rows": rows} if in_lines else head, caller, own_id)
     arguments = _json_arguments(bound.info, _parse_json(body))
-    call = app.server.open_call(bound, caller, None, request_id)
+    call = app.server.open_call(bound, caller, None, own_id)
     call.record.request_schema, call.record.request_rows = bound.info.params_schema, 1
     call.record.http["request_bytes"] = len(body)
     answers = _call_json(app, call, arguments)
@@ -6262,15 +6265,17 @@ def _post_json(app: HttpApp, segments: list[str], body: bytes, caller: Caller, r
     return HttpResponse(200, [("Content-Type", _NDJSON)], pieces)
 
 _PAGE_STYLE = """
-:root{color-scheme:light dark;--ink:#1c2430;--dim:#5a6675;--page:#f6f7f9;--card:#fff;--line:#dde2e8;--code:#f0f2f5;--link:#0b5cad}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e8ee;--dim:#9aa7b6;--page:#12161c;--card:#1b2129;--line:#313a45;--code:#12171d;--link:#7cb8ff}}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}a{color:var(--link)}
-main{max-width:56rem;margin:auto;padding:1.5rem 1rem 3rem}h1{font-size:1.7rem;line-height:1.2;margin:.4rem 0}h3,p{margin:.5rem 0}
-h2{font-size:1.2rem;margin:2rem 0 .6rem}h3{font-size:1rem}h4{font-size:.85rem;margin:.9rem 0 .2rem;color:var(--dim)}
-article{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.5rem 1rem;margin:.7rem 0;scroll-margin-top:1rem}
-code,pre{font:.87rem/1.5 ui-monospace,monospace;white-space:pre-wrap}pre{background:var(--code);border-radius:6px;padding:.6rem .8rem;margin:.4rem 0}
-b{font-size:.72rem;font-weight:600;border:1px solid var(--line);border-radius:99px;padding:.1rem .5rem;color:var(--dim)}small,dt{color:var(--dim)}
-dl{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr;gap:.15rem 1rem;margin:.2rem 0 .6rem}dd{margin:0}small{display:block}
+:root{color-scheme:light dark;--ink:#1c2430;--dim:#5a6675;--page:#f6f7f9;--card:#fff;--line:#dde2e8;--code:#f0f2f5;
+--link:#0b5cad}@media(prefers-color-scheme:dark){:root{--ink:#e4e8ee;--dim:#9aa7b6;--page:#12161c;--card:#1b2129;
+--line:#313a45;--code:#12171d;--link:#7cb8ff}}body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}a{color:var(--link)}main{max-width:56rem;margin:auto;
+padding:1.5rem 1rem 3rem}h1{font-size:1.7rem;line-height:1.2;margin:.4rem 0}h3,p{margin:.5rem 0}h2{font-size:1.2rem;
+margin:2rem 0 .6rem}h3{font-size:1rem}h4{font-size:.85rem;margin:.9rem 0 .2rem;color:var(--dim)}article{
+background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.5rem 1rem;margin:.7rem 0;
+scroll-margin-top:1rem}code,pre{font:.87rem/1.5 ui-monospace,monospace;white-space:pre-wrap}pre{background:var(--code);
+border-radius:6px;padding:.6rem .8rem;margin:.4rem 0}b{font-size:.72rem;font-weight:600;border:1px solid var(--line);
+border-radius:99px;padding:.1rem .5rem;color:var(--dim)}small,dt{color:var(--dim)}dl{display:grid;
+grid-template-columns:minmax(6rem,max-content) 1fr;gap:.15rem 1rem;margin:.2rem 0 .6rem}dd{margin:0}small{display:block}
 """
 
 def _text(value: object) -> str:
@@ -6287,10 +6292,10 @@ def _page(app: HttpApp, title: str, body: Iterable[str], status: int = 200) -> H
     places = (("", "Overview"), ("describe", "All methods"), ("health", "Health"))
     links = " · ".join(f'<a href="{_text(app.options.prefix)}/{to}">{name}</a>' for to, name in places)
     text = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{_PAGE_STYLE}</style><main><nav>{links}</nav><h1>{_text(title)}</h1>{''.join(body)}</main></html>"
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{_text(title)}</title><style>{_PAGE_STYLE}</style><main><nav>{links}</nav><h1>{_text(title)}</h1>"
     )
-    return HttpResponse(status, headers, text.encode())
+    return HttpResponse(status, headers, f"{text}{''.join(body)}</main></html>".encode())
 
 def _page_at(app: HttpApp, request: HttpRequest, request_id: str, segments: list[str]) -> HttpResponse | None:
     """The page at a path, ``None`` when there is none; it asks for the same authentication as calls do."""
@@ -6304,9 +6309,10 @@ def _page_at(app: HttpApp, request: HttpRequest, request_id: str, segments: list
         for m in describe_service(service).methods:
             kind = m.stream_kind.replace("unknown", "stream") or "unary"
             body.append((_method_card if segments == ["describe"] else _method_line)(app, service.methods[m.name].info, kind))
-    facts: dict[str, object] = {"Health": "draining: takes no new calls" if server.draining else "ok", "Server": server.server_id}
+    facts: dict[str, object] = {"Health": "draining, takes no calls" if server.draining else "ok", "Server": server.server_id}
     facts |= {"Version": server.server_version or "not given", "Protocol hash": server.protocol_hash}
-    facts["Made with"] = f"vgi_rpc {__version__}, wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}, pyarrow {pa.__version__}"
+    software = f"vgi_rpc {__version__}, wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}"
+    facts["Made with"] = f"{software}, pyarrow {pa.__version__}"
     body.append(f"<h2>This server</h2><article>{_definitions(facts)}</article>")
     return _page(app, server.protocol_name, body)
 
@@ -6314,7 +6320,7 @@ def _not_found_page(app: HttpApp, request: HttpRequest) -> HttpResponse | None:
     """The 404 for a person, ``None`` for a program."""
     if not app.options.pages or not app.server.describe_enabled or "text/html" not in (request.get_header("accept") or ""):
         return None
-    text = f"This is an Arrow RPC server at {_text(app.options.prefix)}/ and what you asked for is not there. See the links above."
+    text = f"This is an Arrow RPC server at {_text(app.options.prefix)}/ and what you asked for is not there: see the links."
     return _page(app, "404 Not Found", [f"<p>{text}</p>"], 404)
 
 def _definitions(facts: Mapping[str, object]) -> str:
@@ -6325,19 +6331,21 @@ def _call_lines(app: HttpApp, request: HttpRequest) -> Iterator[str]:
     import shlex
 
     service, file, host = app.server.primary, os.path.basename(__file__), request.get_header("host") or ""
-    infos = sorted((m.info for m in service.methods.values()), key=lambda i: i.method_type is not MethodType.UNARY)
+    infos = [m.info for m in service.methods.values()]
+    infos.sort(key=lambda i: (i.method_type is not MethodType.UNARY, not {*i.param_types.values()} <= {int, float, str, bool}))
     known = host if re.fullmatch(r"[A-Za-z0-9.:_\[\]-]+", host) else "HOST"
     url = f"{app.scheme}://{known}{app.options.prefix}"
     for info in infos[:1]:
         values = {n: _example(_split_optional(a)[0]) for n, a in info.param_types.items() if n not in info.param_defaults}
-        words = [url, info.name, *(f"{n}={v}" if isinstance(v, str) else f"{n}:={json.dumps(v)}" for n, v in values.items())]
+        words = [url, info.name]
+        words += [f"{n}={v}" if type(v) in (str, int, float) else f"{n}:={json.dumps(v)}" for n, v in values.items()]
         asks = app.options.authenticate is not None
         bearer = " --bearer-file TOKEN_FILE" if asks else ""
         lines = {"Command line": f"python {file} call {shlex.join(words)}{bearer}"}
         header = ", headers={'Authorization': f'Bearer {token}'}" if asks else ""
         call = f"proxy.{info.name}({', '.join(f'{n}={v!r}' for n, v in values.items())})"
-        connect = f"{file.removesuffix('.py')}.http_connect({service.protocol.__name__}, {url!r}{header})"
-        lines["Python"] = f"with {connect} as proxy: print({call})"
+        dial = f"{file.removesuffix('.py')}.http_connect({service.protocol.__name__}, {url!r}{header})"
+        lines["Python"] = f"with {dial} as proxy: print({call})"
         if app.options.json:
             bearer = ' -H "Authorization: Bearer $TOKEN"' if asks else ""
             target = f"{url}/{service.name}/{info.name} -H 'Content-Type: application/json'{bearer}"
@@ -6361,16 +6369,19 @@ def _method_card(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
     anchor, options = _text(f"{info.protocol_name}.{info.name}"), app.options
     marks = [kind, *([info.idempotency.replace("_", " ")] if info.idempotency != "unknown" else [])]
     marks += [f"deprecated: {info.deprecation}"] if info.deprecation is not None else []
-    card = f'<article id="{anchor}"><h3><a href="#{anchor}">{_text(info.name)}</a>{"".join(f" <b>{_text(m)}</b>" for m in marks)}</h3>'
+    badges = "".join(f" <b>{_text(m)}</b>" for m in marks)
+    card = f'<article id="{anchor}"><h3><a href="#{anchor}">{_text(info.name)}</a>{badges}</h3>'
     card += f"<code>{_text(info.signature())}</code>" + (f"<pre>{_text(info.doc)}</pre>" if info.doc else "")
-    for title, schema in (("Parameters", info.params_schema), ("Header", info.header and info.header.row.schema), ("Result", info.result_schema)):
+    header = info.header and info.header.row.schema
+    for title, schema in (("Parameters", info.params_schema), ("Header", header), ("Result", info.result_schema)):
         rows = {f.name: f"{_type_text(f.type)}{' or null' if f.nullable else ''}" for f in schema or ()}
         for name in info.param_defaults if title == "Parameters" else ():
             rows[name] += f", default {info.param_defaults[name]!r}"
         streamed = title == "Result" and kind != "unary"
         rows = rows or {"none" if not streamed else "batches": "" if not streamed else "of a schema that the call decides"}
         card += f"<h4>{title}</h4>{_definitions(rows)}" if schema is not None else ""
-    limits = [f"request {app._limit:,} bytes", f"answer {f'{options.max_response_bytes:,} bytes' if options.max_response_bytes else 'any size'}"]
+    limits = [f"request {app._limit:,} bytes"]
+    limits += [f"answer {options.max_response_bytes:,} bytes" if options.max_response_bytes else "answer of any size"]
     limits += [f"{options.max_rows:,} rows a batch"] if options.max_rows else []
     limits += [f"state token {options.token_ttl:g} seconds"] if kind != "unary" and options.token_ttl else []
     return f"{card}<h4>Limits</h4><p>{'; '.join(limits)}</p></article>"
