@@ -6189,7 +6189,8 @@ def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterab
 
 def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[HttpResponse]:
     """Run a call: one answer, or for a producer one for each turn."""
-    over, sent, lead = True, 0, []
+    lead: list[Any] = []
+    over, sent = True, 0
 
     def lines() -> list[Any]:
         return [*lead, *_turn_rows(turn)]
