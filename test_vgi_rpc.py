@@ -21,6 +21,8 @@ import logging
 import os
 import pathlib
 import re
+import select
+import shlex
 import shutil
 import signal
 import socket
@@ -29,6 +31,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -1358,7 +1361,8 @@ class PlainRowTests(TestCase):
                                 [(batch, _)] = read_stream(io.BytesIO(shown)) if name != "schema" else [(BATCH, None)]
                                 batch.validate(full=True)
                             else:
-                                self.assertEqual(shown, as_pyarrow_shows(value))
+                                same = self.assertCountEqual if isinstance(value, (set, frozenset)) else self.assertEqual
+                                same(shown, as_pyarrow_shows(value))
 
     def test_damaged_rows_are_refused_or_mean_what_pyarrow_reads(self) -> None:
         client = wsgi_client()
@@ -4932,6 +4936,542 @@ print("lazy")
         self.assertIn('# requires-python = ">=3.10"', head)
         self.assertIn("# SPDX-License-Identifier: MIT", head)
         self.assertIn("pyarrow>=14.0.1", head)
+
+
+# ============================================================================
+# 19. COMMAND LINE
+# ============================================================================
+
+
+FILE = str(HERE / "vgi_rpc.py")
+
+
+PROGRAM = [sys.executable, FILE]
+CLI_WORKER = shlex.join([*PROGRAM, "serve", "--stdio"])
+LIMIT = 60.0  # a watchdog, not a measure
+CSV = "day,rain,wind,sky\n" + "".join(f"{i},{i / 2},{'' if i % 7 == 0 else i},{'sun' if i % 2 else 'fog'}\n" for i in range(250))
+APP = """
+    from typing import Protocol
+    import vgi_rpc
+
+    class Calculator(Protocol):
+        def multiply(self, a: float, b: float) -> float:
+            '''Multiply.'''
+
+    class CalculatorImpl:
+        def multiply(self, a: float, b: float) -> float:
+            return a * b
+
+    class Plain:
+        def fail(self, text: str) -> str:
+            raise ValueError(text)
+
+        def shout(self, text: str, ctx: vgi_rpc.CallContext) -> str:
+            ctx.client_log(vgi_rpc.Level.WARN, "shouting")
+            return text.upper()
+
+        def same(self) -> bool:
+            import sys
+            return sys.modules["vgi_rpc"] is sys.modules["__main__"]
+
+    class Needy(CalculatorImpl):
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+    def make():
+        return vgi_rpc.RpcServer(Calculator, CalculatorImpl())
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("VGI_RPC_") and k not in ("NO_COLOR", "TERM")}
+    return {**kept, "TERM": "xterm", "PYTHONPATH": str(HERE), **more}
+
+
+def run(*words: str, given: bytes | None = None, cwd: str | None = None, **more: str) -> subprocess.CompletedProcess[bytes]:
+    stdin = {"input": given} if given is not None else {"stdin": subprocess.DEVNULL}
+    return subprocess.run([*PROGRAM, *words], capture_output=True, timeout=LIMIT, cwd=cwd, env=environment(**more), **stdin)
+
+
+@contextlib.contextmanager
+def serving(*words: str, cwd: str | None = None, **more: str):
+    """(process, its discovery line) of a server."""
+    child = subprocess.Popen(
+        [*PROGRAM, "serve", "--announce", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd, env=environment(**more)
+    )
+    with child:
+        try:
+            assert child.stdout is not None and child.stderr is not None
+            ready, _, _ = select.select([child.stdout], [], [], LIMIT)
+            line = child.stdout.readline().decode().strip() if ready else ""
+            if not line:
+                child.kill()
+                raise AssertionError(f"no discovery line; stderr: {child.stderr.read().decode()}")
+            yield child, line
+        finally:
+            child.terminate()  # not kill: `--reload` has a child of its own to take along
+            try:
+                child.wait(LIMIT)
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+
+@contextlib.contextmanager
+def http(*words: str, **more: str):
+    with serving("--port", "0", *words, **more) as (_, line):
+        yield f"http://127.0.0.1:{line.partition(':')[2]}"
+
+
+def on_terminal(*words: str, rows: int = 24, **more: str) -> tuple[int, str]:
+    """(exit code, all that a person sees)."""
+    import pty
+
+    main, side = pty.openpty()
+    child = subprocess.Popen([*PROGRAM, *words], stdin=side, stdout=side, stderr=side, env=environment(**more))
+    os.close(side)
+    seen = b""
+    deadline = time.monotonic() + LIMIT
+    try:
+        while time.monotonic() < deadline and select.select([main], [], [], LIMIT)[0]:
+            try:
+                data = os.read(main, 65_536)
+            except OSError:
+                break
+            if not data:
+                break
+            seen += data
+        return child.wait(LIMIT), seen.decode()
+    finally:
+        os.close(main)
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+
+
+class CliTests(unittest.TestCase):
+    maxDiff = None
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.folder = tempfile.mkdtemp()
+        cls.addClassCleanup(shutil.rmtree, cls.folder)
+        for name, text in (("app.py", textwrap.dedent(APP)), ("weather.csv", CSV)):
+            with open(os.path.join(cls.folder, name), "w", encoding="utf-8") as f:
+                f.write(text)
+        cls.stack = contextlib.ExitStack()
+        cls.addClassCleanup(cls.stack.close)
+        cls.url = cls.stack.enter_context(http())
+        cls.app = cls.stack.enter_context(http("app.py:Plain", cwd=cls.folder))
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def ok(self, *words: str, **more: object) -> str:
+        done = run(*words, **more)  # type: ignore[arg-type]
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        return done.stdout.decode()
+
+    def fails(self, code: int, pattern: str, *words: str, **more: object) -> str:
+        done = run(*words, **more)  # type: ignore[arg-type]
+        said = done.stderr.decode()
+        self.assertEqual(done.returncode, code, said)
+        self.assertRegex(said, pattern)
+        self.assertNotIn("Traceback", said)
+        return said
+
+
+class CliCallTests(CliTests):
+    def lines(self, *words: str, **more: object) -> list[object]:
+        return [json.loads(line) for line in self.ok("call", *words, **more).splitlines()]
+
+    def test_unary_in_every_format(self) -> None:
+        for kind, wanted in {"auto": "3.0\n", "json": "3.0\n", "ndjson": "3.0\n", "table": "3\n", "csv": "result\n3.0\n"}.items():
+            with self.subTest(kind):
+                self.assertEqual(self.ok("call", self.url, "add", "a=1", "b:=2", "-f", kind), wanted)
+        data = run("call", self.url, "add", "a=1", "b=2", "-f", "arrow").stdout
+        self.assertEqual(pa.ipc.open_stream(data).read_all().to_pylist(), [{"result": 3.0}])
+
+    def test_header_in_every_format(self) -> None:
+        header = {"__header__": {"start": 1, "batches": 2}}
+        words = ("call", self.url, "countdown", "start=1", "-f")
+        self.assertEqual([json.loads(x) for x in self.ok(*words, "ndjson").splitlines()], [header, {"n": 1}, {"n": 0}])
+        self.assertEqual(json.loads(self.ok(*words, "json")), [header, {"n": 1}, {"n": 0}])
+        self.assertEqual(self.ok(*words, "csv").splitlines(), ["# " + json.dumps(header), "n", "1", "0"])
+        self.assertRegex(self.ok(*words, "table"), r"^Header:\n  start    1\n  batches  2\nn\n1\n0\n$")
+        source = pa.py_buffer(run(*words, "arrow").stdout)
+        stream = pa.BufferReader(source)
+        self.assertEqual(pa.ipc.open_stream(stream).read_all().to_pylist(), [header["__header__"]])
+        self.assertEqual(pa.ipc.open_stream(stream).read_all().to_pylist(), [{"n": 1}, {"n": 0}])
+
+    def test_where(self) -> None:
+        self.assertEqual(self.lines(CLI_WORKER, "add", "a=1", "b=2"), [3.0])
+        with serving("--tcp", "0") as (_, line):
+            self.assertEqual(self.lines(line.replace("TCP", "tcp"), "Demo.add", "a=1", "b=2"), [3.0])
+        path = self.path("socket")
+        with serving("--unix", path) as (_, line):
+            self.assertEqual(line, f"UNIX:{path}")
+            self.assertEqual(self.lines(f"unix:{path}", "add", "a=1", "b=2"), [3.0])
+
+    def test_parameters(self) -> None:
+        with open(self.path("a.json"), "w") as f:
+            f.write('{"a": 1, "b": 5}')
+        with open(self.path("b.txt"), "w") as f:
+            f.write("7\n")
+        for words, given, wanted in (
+            (["-j", '{"a": 1, "b": 2}'], None, 3.0),
+            (["-j", "@" + self.path("a.json"), "b=6"], None, 7.0),
+            (["-j", "-"], b'{"a": 1, "b": 3}', 4.0),
+            (["a=1", "-f", "json", "b=@" + self.path("b.txt")], None, 8.0),
+            (["a=-1", "b:=1e3"], None, 999.0),
+        ):
+            with self.subTest(words):
+                self.assertEqual(self.lines(self.url, "add", *words, given=given), [wanted])
+        self.assertEqual(len(self.lines(self.url, "countdown", "start=0", "pause:=null")), 2)
+        for words, pattern in (
+            (["a=1", "bb=2"], r"no parameter 'bb'; did you mean 'b'\?\nhint: usage: .* add a=FLOAT64 b=FLOAT64"),
+            (["a=1"], r"add\(\) needs b .*\nhint: usage: "),
+            (["a=x", "b=1"], "'a': expected float64, got 'x'"),
+            (['a:="x"', "b=1"], "argument a: expected float64, got str"),
+            (["a:=[", "b=1"], "not JSON"),
+            (["a"], "expected key=value"),
+            (["a=@/no/such"], "/no/such: No such file"),
+            (["-j", "[1]"], "expected a JSON object, got list"),
+        ):
+            with self.subTest(words):
+                self.fails(2, pattern, "call", self.url, "add", *words)
+
+    def test_exchange_over_http_and_a_subprocess(self) -> None:
+        want = {"count": 250, "mean": sum(i / 2 for i in range(250)) / 250, "min": 0.0, "max": 124.5}
+        for where in (self.url, CLI_WORKER):
+            got = self.lines(where, "statistics", "-i", self.path("weather.csv"))
+            self.assertEqual([row["day"]["count"] for row in got], [100, 200, 250])  # type: ignore[index]
+            self.assertEqual(list(got[-1]), ["day", "rain", "wind"])  # type: ignore[call-overload]
+            self.assertEqual(got[-1]["rain"], want)  # type: ignore[index]
+            self.assertEqual(got[-1]["wind"]["count"], sum(i % 7 != 0 for i in range(250)))  # type: ignore[index]
+
+    def test_input_formats(self) -> None:
+        table = pa.table({"x": [1.0, None, 3.0, 5.0], "s": ["a", 'b\n"', None, "d"]})
+        with pa.OSFile(self.path("t.arrows"), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
+            writer.write_table(table, 2)
+        with pa.OSFile(self.path("t.arrow"), "wb") as f, pa.ipc.new_file(f, table.schema) as writer:
+            writer.write_table(table, 2)
+        with open(self.path("t.ndjson"), "w") as f:
+            f.write("".join(json.dumps(row) + "\n" for row in table.to_pylist()).rstrip("\n"))
+        with open(self.path("t.csv"), "w") as f:
+            f.write('\ufeffx,s\n1,a\n,"b\n"""\n3,\n\n5,d')
+        for name, counts in {"t.arrows": [1, 3], "t.arrow": [1, 3], "t.ndjson": [3], "t.csv": [3]}.items():
+            with self.subTest(name):
+                got = self.lines(self.url, "statistics", "-i", self.path(name))
+                self.assertEqual([row["x"]["count"] for row in got], counts)  # type: ignore[index]
+                by_one = self.lines(self.url, "statistics", "-i", self.path(name), "--rows", "1")
+                self.assertEqual([row["x"]["count"] for row in by_one], [1, 1, 2, 3])  # type: ignore[index]
+        self.fails(2, "is an exchange|takes batches", "call", self.url, "statistics")
+        self.fails(2, "takes no input", "call", self.url, "add", "-i", self.path("t.csv"))
+        self.fails(2, "no/such: No such file", "call", self.url, "statistics", "-i", "no/such")
+        self.fails(2, "row|JSON", "call", self.url, "statistics", "-i", "-", given=b'{"x": 1}\n[2]\n')
+
+    def test_pipe_is_read_as_it_comes(self) -> None:
+        child = subprocess.Popen(
+            [*PROGRAM, "call", self.url, "statistics", "-i", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()
+        )
+        with child:
+            assert child.stdin is not None and child.stdout is not None
+            for data, wanted in ((b"x\n1.5\n", 1), (b"2\n3\n", 3)):
+                child.stdin.write(data)
+                child.stdin.flush()
+                self.assertTrue(select.select([child.stdout], [], [], LIMIT)[0])
+                self.assertEqual(json.loads(child.stdout.readline())["x"]["count"], wanted)
+            child.stdin.close()
+            self.assertEqual(child.wait(LIMIT), 0)
+
+    def test_limit_and_output(self) -> None:
+        for name in ("o.csv", "o.arrow", "o.json", "o.txt"):
+            self.assertEqual(self.ok("call", self.url, "countdown", "start=9", "--limit", "2", "-o", self.path(name)), "")
+        with open(self.path("o.csv")) as f:
+            self.assertEqual(f.read().splitlines()[1:], ["n", "9", "8"])
+        with open(self.path("o.json")) as f:
+            self.assertEqual(json.load(f)[1:], [{"n": 9}, {"n": 8}])
+        with open(self.path("o.txt")) as f:
+            self.assertEqual(len(f.readlines()), 3)
+
+    def test_resume_producer_and_exchange(self) -> None:
+        mark = self.path("mark")
+        first = self.lines(self.url, "countdown", "start=5", "--limit", "2", "--resume", mark)
+        self.assertEqual(os.stat(mark).st_mode & 0o777, 0o600)
+        rest = self.lines(self.url, "countdown", "start=5", "--resume", mark)
+        self.assertEqual([r["n"] for r in first[1:] + rest], [5, 4, 3, 2, 1, 0])  # type: ignore[index]
+        self.assertFalse(os.path.exists(mark))
+        words = (self.url, "statistics", "-i", self.path("weather.csv"), "--resume", mark)
+        whole = self.lines(*words[:4])
+        got = self.lines(*words, "--limit", "1")
+        self.fails(2, "not where a call of Demo.countdown stopped", "call", self.url, "countdown", "start=5", "--resume", mark)
+        self.assertEqual(got + self.lines(*words), whole)
+        self.fails(2, "--resume is for streams over HTTP", "call", CLI_WORKER, "countdown", "start=5", "--resume", mark)
+
+    def test_killed_call_goes_on(self) -> None:
+        mark, out = self.path("killed"), self.path("killed.ndjson")
+        words = [*PROGRAM, "call", self.url, "countdown", "start=30", "pause=0.05", "--resume", mark, "-o", out]
+        child = subprocess.Popen(words, env=environment())
+        with child:
+            deadline = time.monotonic() + LIMIT
+            while not os.path.exists(mark) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            child.kill()
+        self.ok("call", self.url, "countdown", "start=30", "--resume", mark, "-o", out)
+        with open(out) as f:
+            numbers = [json.loads(line).get("n") for line in f][1:]
+        self.assertEqual(sorted(set(numbers), reverse=True), list(range(30, -1, -1)))
+        self.assertLessEqual(len(numbers), 32)  # at most the one batch that was written and not yet remembered comes twice
+
+    def test_logs_and_tracebacks_with_v(self) -> None:
+        done = run("call", self.app, "shout", "text=a", "-v")
+        self.assertEqual((done.stdout, done.stderr), (b'"A"\n', b"[WARN] shouting\n"))
+        self.assertEqual(run("call", self.app, "shout", "text=a").stderr, b"")
+        self.fails(1, r"^error: ValueError: no\n$", "call", self.app, "fail", "text=no")
+        self.assertIn(b"Traceback", run("call", self.app, "fail", "text=no", "-v").stderr)
+        error = json.loads(run("call", self.app, "fail", "text=no", "-f", "json").stderr)["error"]
+        self.assertEqual((error["error_type"], error["error_message"], error["exit_code"]), ("ValueError", "no", 1))
+
+    def test_debug_shows_shapes(self) -> None:
+        said = run("call", self.url, "countdown", "start=0", "--debug").stderr.decode()
+        self.assertRegex(said, r"> request: 1 rows of \(start: int64 not null.*\n< header: 1 rows.*\n< answer: 1 rows of \(n: int64\)")
+
+    def test_exit_codes(self) -> None:
+        self.fails(2, "no method 'ad'; did you mean 'add'", "call", self.url, "ad")
+        self.fails(2, "METHOD is missing\nhint: Demo has add, countdown, statistics", "call", self.url)
+        self.fails(2, "no command 'cal'; did you mean 'call'", "cal")
+        self.fails(2, "usage:", "call", self.url, "add", "--nope")
+        self.fails(2, "expected a URL.*\nhint: http://localhost:1", "call", "localhost:1", "add")
+        self.fails(3, "cannot connect.*\nhint: is the server running", "call", "http://127.0.0.1:1", "add")
+        self.fails(3, "cannot connect", "call", "unix:/no/such", "add")
+        self.fails(3, "cannot connect", "call", "tcp:127.0.0.1:1", "add")
+        self.fails(3, "cannot be started", "call", "no-such-program", "add")
+        self.fails(3, "exited with status 7", "call", shlex.join([sys.executable, "-c", "raise SystemExit(7)"]), "add")
+        self.fails(5, "DeadlineExceeded|no answer", "call", self.url, "countdown", "start=3", "pause=9", "--timeout", "0.3")
+        self.fails(1, "StatusError|expected numeric", "call", self.url, "statistics", "-i", "-", given=b"s\na\n")
+
+    def test_authentication_and_limits(self) -> None:
+        for name, text in (("tokens", "# known\nann s3cret\n"), ("token", "s3cret\n"), ("wrong", "other\n")):
+            with open(self.path(name), "w") as f:
+                f.write(text)
+        with http("--bearer-file", self.path("tokens"), "--max-request-bytes", "64K") as url:
+            self.fails(4, "missing_credential.*\nhint: send credentials", "call", url, "add", "a=1", "b=1")
+            self.fails(4, "invalid_credential", "call", url, "add", "--bearer-file", self.path("wrong"))
+            self.assertEqual(self.ok("call", url, "add", "a=1", "b=1", "--bearer-file", self.path("token")), "2.0\n")
+            self.assertEqual(self.ok("call", url, "add", "a=1", "b=1", "-H", "Authorization: Bearer s3cret"), "2.0\n")
+            with open(self.path("big.csv"), "w") as f:
+                f.write("x,s\n" + "".join(f"{i},{os.urandom(40).hex()}\n" for i in range(3000)))
+            words = ("-i", self.path("big.csv"), "--rows", "3000", "--bearer-file", self.path("token"))
+            self.fails(4, "RequestTooLarge", "call", url, "statistics", *words)
+        self.fails(2, "for HTTP", "call", CLI_WORKER, "add", "-H", "A: b")
+
+    def test_interrupt(self) -> None:
+        words = [*PROGRAM, "call", self.url, "countdown", "start=100", "pause=0.05"]
+        child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+        with child:
+            assert child.stdout is not None and child.stderr is not None
+            self.assertTrue(child.stdout.readline())
+            child.send_signal(signal.SIGINT)
+            self.assertEqual(child.wait(LIMIT), 130)
+            self.assertEqual(child.stderr.read(), b"")
+
+    def test_closed_stdout_is_quiet(self) -> None:
+        words = [*PROGRAM, "call", self.url, "countdown", "start=5000"]
+        child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+        with child:
+            assert child.stdout is not None and child.stderr is not None
+            child.stdout.readline()
+            child.stdout.close()
+            self.assertEqual((child.wait(LIMIT), child.stderr.read()), (0, b""))
+
+    @unittest.skipUnless(hasattr(os, "openpty"), "a machine without pseudo-terminals has no terminal face")
+    def test_two_faces(self) -> None:
+        words = ("call", self.url, "countdown", "start=1")
+        code, seen = on_terminal(*words)
+        self.assertEqual(code, 0)
+        self.assertRegex(seen, r"\x1b\[1mHeader:\x1b\[0m\r\n  start    1\r\n")
+        self.assertIn("\x1b[1mn\x1b[0m\r\n", seen)
+        self.assertNotIn("\x1b[1m", on_terminal(*words, NO_COLOR="1")[1])
+        self.assertNotIn("\x1b", self.ok(*words))
+        _, slow = on_terminal("call", self.url, "countdown", "start=4", "pause=0.4")
+        self.assertRegex(slow, r"\r\x1b\[K(\d) batches, \1 rows, 0\.0 MB, \d+ rows/s")
+        self.assertTrue(slow.rstrip("\r\n0").endswith("\r\x1b[K") or slow.endswith("\r\x1b[K"))
+        self.assertIn("\x1b[1;31merror:\x1b[0m", on_terminal("call", self.url, "nope")[1])
+
+
+class CliServeTests(CliTests):
+    def test_targets(self) -> None:
+        for target, wanted in (
+            ("app.py:CalculatorImpl", "Calculator: 1 methods"),
+            ("app:CalculatorImpl", "Calculator: 1 methods"),
+            ("app:make()", "Calculator: 1 methods"),
+            ("app:Plain", "Plain: 3 methods"),
+        ):
+            with self.subTest(target):
+                self.assertIn(wanted, self.ok("serve", target, "--check", cwd=self.folder))
+        self.assertIn("Demo: 3 methods", self.ok("serve", "--check"))
+        self.assertIn("Plain: 3 methods", self.ok("serve", "--check", cwd=self.folder, VGI_RPC_TARGET="app:Plain"))
+
+    def test_served_module_sees_the_same_classes(self) -> None:
+        self.assertEqual(self.ok("call", self.app, "same"), "true\n")
+
+    def test_bad_targets_are_one_line_and_a_hint(self) -> None:
+        for name, text in (
+            ("syntax.py", "def f(:\n"),
+            ("raising.py", "x = 1\nraise RuntimeError('no database')\n"),
+            ("unannotated.py", "class A:\n    def ok(self) -> int: ...\n\n    def f(self, a: complex) -> int: ...\n"),
+        ):
+            with open(self.path(name), "w") as f:
+                f.write(text)
+        for target, pattern in (
+            ("app", "expected module:Class.*\nhint: try app:NAME"),
+            ("nowhere:A", "no module 'nowhere'\nhint: run from its folder"),
+            ("nowhere.py:A", "no file .*nowhere.py"),
+            ("app:CalculatorImp", "has no 'CalculatorImp'; did you mean 'CalculatorImpl'.*\nhint: it defines"),
+            ("app:make", "is a function\nhint: name app:make()"),
+            ("app:Calculator", "is a Protocol\nhint: name the class"),
+            ("app:Needy", "needs factor\nhint: name a function"),
+            ("syntax.py:A", r"syntax.py:1: SyntaxError"),
+            ("raising.py:A", r"raising.py:2: RuntimeError: no database"),
+            ("unannotated.py:A", r"unannotated.py:4: .*f\(\) parameter 'a'"),
+        ):
+            with self.subTest(target):
+                said = self.fails(2, pattern, "serve", target, "--check", cwd=self.folder)
+                self.assertLessEqual(len(said.splitlines()), 2)
+
+    def test_bad_flags(self) -> None:
+        port = self.url.rpartition(":")[2]
+        self.fails(3, f"cannot listen on 127.0.0.1:{port}: Address already in use\nhint: ", "serve", "--port", port)
+        self.fails(2, "one at a time", "serve", "--stdio", "--tcp", "0")
+        self.fails(2, "--tls-cert no/such: No such file", "serve", "--tls-cert", "no/such")
+        self.fails(2, "_size value: 'x'", "serve", "--max-request-bytes", "x")
+        self.fails(2, "no/such: No such file", "serve", "--bearer-file", "no/such")
+        self.fails(2, "at least 16 bytes", "serve", VGI_RPC_TOKEN_KEY="short")
+        self.fails(2, "invalid int value: 'many'", "serve", VGI_RPC_PORT="many")
+
+    def test_banner(self) -> None:
+        for words, more, wanted, missing in (
+            (["--port", "0", "--prefix", "api"], {}, r"Demo served(.|\n)*add\(a: float, b: float = 1.0\)(.|\n)*token key  random(.|\n)*/api\n(.|\n)*Ctrl-C", "warning"),
+            (["--port", "0"], {"VGI_RPC_TOKEN_KEY": "k" * 32}, r"token key  from VGI_RPC_TOKEN_KEY", "random"),
+            (["--port", "0", "--host", "0.0.0.0"], {}, r"warning: .*no authentication", "__main__"),
+        ):
+            with self.subTest(words), serving(*words, **more) as (child, _):
+                child.send_signal(signal.SIGINT)
+                _, said = child.communicate(timeout=LIMIT)
+                self.assertEqual(child.returncode, 0)
+                self.assertRegex(said.decode(), wanted)
+                self.assertNotIn(missing, said.decode())
+
+    def test_no_describe(self) -> None:
+        with http("--no-describe") as url:
+            self.fails(1, "hint: a server with --no-describe", "call", url, "add")
+
+    def test_access_log(self) -> None:
+        with http("--access-log", self.path("log")) as url:
+            self.ok("call", url, "add", "a=1", "b=1")
+        with open(self.path("log")) as f:
+            self.assertIn("Demo.add ok", [json.loads(line)["message"] for line in f])
+
+    def test_reload_keeps_streams(self) -> None:
+        app = self.path("changing.py")
+        text = "import vgi_rpc\n\nclass Impl(vgi_rpc.DemoImpl):\n    def version(self) -> int:\n        return 1\n"
+        with open(app, "w") as f:
+            f.write(text)
+        with http(f"{app}:Impl", "--reload") as url:
+            mark = self.path("reload")
+            self.assertEqual(self.ok("call", url, "version"), "1\n")
+            self.ok("call", url, "countdown", "start=3", "pause:=null", "--limit", "2", "--resume", mark)
+            with open(app, "w") as f:
+                f.write(text.replace("return 1", "return 22"))
+            deadline = time.monotonic() + LIMIT
+            while run("call", url, "version").stdout != b"22\n":
+                self.assertLess(time.monotonic(), deadline)
+            rest = self.ok("call", url, "countdown", "--resume", mark)
+            self.assertEqual(rest.splitlines(), ['{"n": 1}', '{"n": 0}'])
+
+
+class CliOtherTests(CliTests):
+    def test_describe(self) -> None:
+        self.assertRegex(self.ok("describe", self.url), r"countdown\n  kind: producer\n  parameters: start: int64, pause: float64 \| null")
+        self.assertIn("## add\n- kind: unary", self.ok("describe", self.url, "-f", "markdown"))
+        facts = json.loads(self.ok("describe", self.url, "countdown", "-f", "json"))
+        self.assertEqual([m["name"] for m in facts["methods"]], ["countdown"])
+        self.assertEqual(facts["methods"][0]["header"][0], {"name": "start", "type": "int64", "nullable": False})
+
+    def test_described_python_works(self) -> None:
+        scope: dict[str, object] = {"__name__": "generated"}
+        sys.modules["generated"] = type(sys)("generated")
+        self.addCleanup(sys.modules.pop, "generated")
+        sys.modules["generated"].__dict__.update(scope)
+        exec(self.ok("describe", self.url, "-f", "python"), sys.modules["generated"].__dict__)
+        with vgi_rpc.http_connect(sys.modules["generated"].Demo, self.url) as proxy:  # type: ignore[attr-defined]
+            self.assertEqual(proxy.add(a=1.0, b=2.0), 3.0)
+            session = proxy.countdown(start=1, pause=None)
+            self.assertEqual(session.header.batches, 2)
+            self.assertEqual([b.batch.to_pylist()[0]["n"] for b in session], [1, 0])
+
+    def test_ping(self) -> None:
+        self.assertRegex(self.ok("ping", self.url, "-n", "5"), r"^5 round trips: min [\d.]+ ms, median [\d.]+ ms, p99 [\d.]+ ms\n$")
+        self.fails(3, "cannot connect", "ping", "http://127.0.0.1:1")
+
+    def test_selfcheck(self) -> None:
+        said = self.ok("selfcheck")
+        for kind in ("pipe", "subprocess", "wsgi", "http", "tcp", "unix"):
+            self.assertRegex(said, rf"(?m)^{kind} .*ok$")
+
+    def test_explain(self) -> None:
+        answer = self.path("answer.bin")
+        self.ok("call", self.url, "countdown", "start=1", "-f", "arrow", "-o", answer)
+        said = self.ok("explain", answer)
+        self.assertEqual(said.count("stream at byte"), 2)
+        self.assertIn('{"n": 1}', said)
+        with open(answer, "rb") as f:
+            data = f.read()
+        captured = b"POST /Demo/add HTTP/1.1\r\nAuthorization: Bearer s3cret\r\n\r\n" + data
+        said = self.ok("explain", "-", given=captured)
+        self.assertIn("Authorization: …", said)
+        self.assertNotIn("s3cret", said)
+        self.fails(1, "before byte", "explain", "-", given=data[:-20])
+
+    def test_completion_and_versions(self) -> None:
+        script = self.ok("completion", "bash")
+        asked = 'COMP_WORDS=(vgi-rpc call --res); COMP_CWORD=2; _vgi_rpc; echo "${COMPREPLY[@]}"'
+        done = subprocess.run(["bash", "-c", f"{script}\n{asked}"], capture_output=True, timeout=LIMIT)
+        self.assertEqual(done.stdout, b"--resume\n", done.stderr)
+        for shell in ("zsh", "fish"):
+            self.assertIn("selfcheck", self.ok("completion", shell))
+        self.assertRegex(self.ok("--version"), rf"vgi_rpc {vgi_rpc.__version__} \(wire 1, Python .*pyarrow {pa.__version__}, codecs .*gzip")
+        self.assertEqual(run().returncode, 2)
+        self.assertIn("selfcheck", self.ok("--help"))
+
+    def test_every_example_of_help(self) -> None:
+        shutil.copy(FILE, self.path("vgi_rpc.py"))
+        self.ok("call", self.url, "add", "a=1", "b=1", "-f", "arrow", "-o", self.path("answer.bin"))
+        with open(self.path("app.py"), "a", encoding="utf-8") as f:
+            f.write("\nCalculator = CalculatorImpl\n")
+        self.addCleanup(self.setUpClass)  # the appended line is for these examples alone
+        seen = 0
+        for command in ("serve", "call", "describe", "ping", "selfcheck", "explain", "completion"):
+            examples = self.ok(command, "--help").partition("examples:\n")[2].strip().splitlines()
+            self.assertTrue(examples, command)
+            for example in examples:
+                seen += 1
+                with self.subTest(example):
+                    line = example.strip().replace("python vgi_rpc.py", shlex.join(PROGRAM)).replace("http://127.0.0.1:8000", self.url)
+                    words = shlex.split(line)[2:]
+                    if command == "serve" and "--check" not in words:
+                        words += [] if "--port" in words or "--unix" in words else ["--port", "0"]
+                        with serving(*words[1:], cwd=self.folder) as (_, said):
+                            self.assertRegex(said, "^(PORT|UNIX):")
+                    else:
+                        self.ok(*words, cwd=self.folder)
+        self.assertGreaterEqual(seen, 12)
+
+    def test_nothing_runs_on_import(self) -> None:
+        code = "import sys, vgi_rpc; print([m for m in ('argparse', 'http.server', 'shlex', 'subprocess', 'pyarrow.csv') if m in sys.modules])"
+        bare = "import sys, pyarrow, pyarrow.ipc; print([m for m in ('argparse', 'http.server', 'shlex', 'subprocess', 'pyarrow.csv') if m in sys.modules])"
+        outputs = [subprocess.check_output([sys.executable, "-c", c], env=environment(), timeout=LIMIT) for c in (code, bare)]
+        self.assertEqual(*outputs)
 
 
 if __name__ == "__main__":

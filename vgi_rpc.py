@@ -36,7 +36,7 @@ The file is read from top to bottom: a section uses only sections with a smaller
 from __future__ import annotations
 
 import base64, binascii, contextlib, contextvars, dataclasses, enum, errno, functools, hashlib, hmac
-import inspect, io, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
+import inspect, io, itertools, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
 import types, typing, zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,7 +47,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 if typing.TYPE_CHECKING:
-    import argparse, ssl, subprocess
+    import ssl
 
 __version__ = "0.1.0"
 
@@ -80,6 +80,7 @@ __all__ = [  # by kind of thing
 _T = TypeVar("_T")
 _P = TypeVar("_P")
 logger = logging.getLogger("vgi_rpc")
+_wire_read, _wire_write = (logging.getLogger(f"vgi_rpc.wire.{way}") for way in ("read", "write"))  # shapes, never values
 
 
 # ============================================================================
@@ -664,7 +665,7 @@ def _error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
 # Law: nothing foreign reaches pyarrow's decoder before its head was read and its size, rows and buffers were found
 # plausible; whatever pyarrow then raises leaves this section as IPCError.
 
-_Buffer = Union[bytes, memoryview, pa.Buffer]
+_Buffer: typing.TypeAlias = bytes | memoryview | pa.Buffer
 _Metadata = Mapping[bytes, bytes]
 
 _CONTINUATION = b"\xff\xff\xff\xff"
@@ -1083,6 +1084,8 @@ class IpcReader:
             raise IPCError("expected a schema message, got an end of stream")
         self.facts = _schema_facts(raw)
         self.schema = self.facts.schema  # of every batch
+        if _wire_read.isEnabledFor(logging.DEBUG):
+            _wire_read.debug("schema %s", _schema_text(self.schema))
 
     def _read_head(self, first: bool = False) -> bytes | None:
         """Read prefix and head of the next message; ``None`` at the end marker."""
@@ -1133,6 +1136,8 @@ class IpcReader:
             if not known:
                 self._check_bounds(head, memoryview(message)[len(raw) :])
             if head.kind == _BATCH_MESSAGE:
+                if _wire_read.isEnabledFor(logging.DEBUG):
+                    _wire_read.debug("batch of %d rows, %d bytes, metadata %s", head.rows, size, sorted(head.metadata or ()))
                 if not head.compressed:  # else the bounds stand in the body
                     self._last = raw, head
                 return BatchMessage(head, message)
@@ -1245,6 +1250,8 @@ class IpcWriter:
         if close:
             out.append(END_OF_STREAM)
         if out:
+            if _wire_write.isEnabledFor(logging.DEBUG):
+                _wire_write.debug("%d messages of %s, %d bytes", len(out), _schema_text(self.schema), sum(map(len, out)))
             self._write(out)
 
     def _messages(self, batch: Any, metadata: dict[bytes, bytes] | None) -> list[_Buffer]:
@@ -1482,7 +1489,7 @@ def _text_column(kind: type) -> tuple[_Write, _Read]:
         validity, offsets, data = parts.node(length), parts.offsets(length), bytes(parts.buffer())
         if offsets[-1] > len(data):
             raise _NotPlain
-        pieces: list[Any] = [data[a:b] for a, b in zip(offsets, offsets[1:])]
+        pieces: list[Any] = [data[a:b] for a, b in itertools.pairwise(offsets)]
         return _with_nulls([p.decode() for p in pieces] if kind is str else pieces, validity)
 
     return write, read
@@ -1506,7 +1513,7 @@ def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
         if offsets[-1] > _PLAIN_BYTES:
             raise _NotPlain
         flat = read_item(offsets[-1], parts)
-        return _with_nulls([flat[a:b] for a, b in zip(offsets, offsets[1:])], validity)
+        return _with_nulls([flat[a:b] for a, b in itertools.pairwise(offsets)], validity)
 
     return write, read
 
@@ -4746,12 +4753,12 @@ def _stop_signals(
     """
     import signal
 
-    main = threading.main_thread()
-    if threading.current_thread() is not main:
+    waiting = threading.main_thread()
+    if threading.current_thread() is not waiting:
         yield
         return
     # A thread that is blocked in a read between two turns of a stream can only be waked by another signal.
-    timer = threading.Timer(grace, lambda: signal.pthread_kill(cast("int", main.ident), signal.SIGTERM))
+    timer = threading.Timer(grace, lambda: signal.pthread_kill(cast("int", waiting.ident), signal.SIGTERM))
     timer.daemon = True
     caught: list[int] = []
 
@@ -6189,8 +6196,8 @@ def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterab
 
 def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[HttpResponse]:
     """Run a call: one answer, or for a producer one for each turn."""
-    lead: list[Any] = []
     over, sent = True, 0
+    lead: list[Any] = []
 
     def lines() -> list[Any]:
         return [*lead, *_turn_rows(turn)]
@@ -7076,6 +7083,7 @@ def _host_and_port(text: str) -> tuple[str, int]:
     """Read ``[HOST:]PORT``; the host may stand in brackets, as IPv6 addresses do."""
     import argparse
 
+
     host, _, port = text.rpartition(":")
     if not re.fullmatch("[0-9]{1,5}", port):
         raise argparse.ArgumentTypeError(f"expected [HOST:]PORT, got {text!r}")
@@ -7091,6 +7099,7 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     fit the protocol, ``SystemExit`` when the command line is wrong or asks for help.
     """
     import argparse
+
 
     if isinstance(protocol_or_server, RpcServer):
         server = protocol_or_server
@@ -7488,7 +7497,8 @@ def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> 
     except OSError as exc:
         where = args.unix or f"{host}:{port}"
         hint = "another server runs there; port 0 takes a free one" if exc.errno == errno.EADDRINUSE else ""
-        raise _CliError(f"cannot listen on {where}: {exc.strerror or exc}", hint, _UNREACHABLE) from None
+        reason = os.strerror(exc.errno) if isinstance(exc.errno, int) and exc.errno > 0 else exc
+        raise _CliError(f"cannot listen on {where}: {reason}", hint, _UNREACHABLE) from None
 
 
 def _serve_reloading(args: Any) -> int:
@@ -8347,6 +8357,7 @@ def _commands() -> dict[str, _Command]:
 def _parse(words: list[str]) -> tuple[Callable[[Any], int], Any]:
     """Read the command line: what is to be run, and with which arguments."""
     import argparse
+
 
     commands, name = _commands(), words[0] if words else ""
     if name in ("--version", "--help", "-h", ""):
