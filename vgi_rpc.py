@@ -5294,6 +5294,8 @@ class _OpenedCall(NamedTuple):
 class HttpApp:
     """Answers requests for a server; safe for use by several threads. Made by `make_wsgi_app` and `serve_http`."""
 
+    scheme = "http"  # of the URLs that pages show
+
     def __init__(self, server: ServerCore, options: HttpOptions | None = None) -> None:
         self.server, self.options = server, options or HttpOptions()
         self.sealer = TokenSealer(self.options.keys(), self.options.token_ttl)
@@ -5321,7 +5323,10 @@ class HttpApp:
         except _HttpFailure as exc:
             response = exc.response
         except (_Refusal, StatusError) as exc:
-            response = self._arrow_error(exc, request_id, getattr(exc, "http_status", 200))
+            if _json_type(self, request):
+                response = _json_failure(self, exc, request_id)
+            else:
+                response = self._arrow_error(exc, request_id, getattr(exc, "http_status", 200))
         except (TransportError, DeadlineExceededError) as exc:  # while the body was read
             response = json_response(408, {"error": "request_timeout", "detail": exc.error_message})
             response.close = True
@@ -5364,7 +5369,7 @@ class HttpApp:
             return self._not_found(request)
         segments = path[1:].split("/")
         if request.method in ("GET", "HEAD"):
-            return self._get(request, segments)
+            return _page_at(self, request, request_id, segments) or self._get(request, segments)
         if not segments[0] or not (len(segments) == 2 or (len(segments) == 3 and segments[2] in ("init", "exchange"))):
             return self._not_found(request)
         if request.method != "POST":
@@ -5375,11 +5380,14 @@ class HttpApp:
         if segments[0].startswith("__"):
             self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
         content_type = request.get_header("content-type") or ""
-        if content_type.strip().lower() != ARROW_CONTENT_TYPE:
+        in_json = bool(_json_type(self, request))
+        if not in_json and content_type.strip().lower() != ARROW_CONTENT_TYPE:
             raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
         self.server.refuse_if_draining()
         self.server.start(TransportKind.HTTP)
         body = self._body(request)
+        if in_json:
+            return _post_json(self, segments, body, caller, request, request_id)
         handler = {2: self._unary, 3: self._init if segments[-1] == "init" else self._exchange}[len(segments)]
         with self.server:
             return handler((segments[0], segments[1]), body, caller, request, request_id)
@@ -5387,7 +5395,8 @@ class HttpApp:
     # -- everything that is not a call
 
     def _not_found(self, request: HttpRequest) -> HttpResponse:
-        return json_response(404, {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"})
+        page = _not_found_page(self, request)
+        return page or json_response(404, {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"})
 
     def _health(self, request: HttpRequest) -> HttpResponse:
         if request.method not in ("GET", "HEAD"):
@@ -5677,6 +5686,7 @@ def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[b
     app = HttpApp(server, *_split_options(options, HttpOptions))
 
     def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        app.scheme = environ.get("wsgi.url_scheme", "http")
         response = app(_request_from_environ(environ))
         body = response.body
         if isinstance(body, bytes):
@@ -5950,6 +5960,7 @@ class _HttpConnection:
         else:
             self._channel.write([head])
             for piece in filter(None, body):
+                self._channel.deadline = time.monotonic() + self._options.request_deadline  # for each piece
                 self._channel.write([b"%x\r\n" % len(piece), piece, b"\r\n"])
             self._channel.write([b"0\r\n\r\n"])
 
@@ -5987,6 +5998,7 @@ class HttpServing:
     def __init__(self, app: HttpApp, host: str, port: int, options: HttpServeOptions | None = None) -> None:
         self.app, self.host = app, host
         self.options = options or HttpServeOptions()
+        app.scheme = "https" if self.options.tls_context is not None else "http"
         listening = listen_tcp(host, port)
         self.port = listening.getsockname()[1]
         self.listener = Listener(listening, self._handle, threaded=True, idle_timeout=self.options.idle_timeout)
@@ -6027,6 +6039,384 @@ def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **o
     if serving.on_bound is not None:
         serving.on_bound(host, http.port)
     http.run()
+
+
+# What people and plain HTTP clients see of an `HttpApp`: calls in JSON on the URLs of the Arrow ones, and pages in HTML.
+
+_JSON_STATUS = {
+    "CANCELLED": 499, "INVALID_ARGUMENT": 400, "DEADLINE_EXCEEDED": 504, "NOT_FOUND": 404, "ALREADY_EXISTS": 409,
+    "ABORTED": 409, "PERMISSION_DENIED": 403, "RESOURCE_EXHAUSTED": 429, "FAILED_PRECONDITION": 400, "OUT_OF_RANGE": 400,
+    "UNIMPLEMENTED": 404, "UNAVAILABLE": 503, "UNAUTHENTICATED": 401,
+}  # fmt: skip
+_JSON, _NDJSON = "application/json", "application/x-ndjson"
+_JSON_MAX_REQUEST_BYTES = 1 << 24  # parsed JSON takes some thirty times its size; max_request_bytes overrides
+_NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+
+def _json_type(app: HttpApp, request: HttpRequest) -> str:
+    """The media type of a request that is to be answered in JSON, else nothing."""
+    given = (request.get_header("content-type") or "").lower()
+    match = re.fullmatch(r'(application/(?:json|x-ndjson))(?:\s*;\s*charset="?utf-8"?)?', given)
+    return match[1] if app.options.json and match else ""
+
+def _json_bytes(value: Any) -> bytes:
+    """One line of JSON in UTF-8; NaN and the infinities, which JSON does not have, become null."""
+    dump = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"), default=_text_of)
+    try:
+        text = dump(value, allow_nan=False)
+    except ValueError:
+        text = dump(json.loads(dump(value), parse_constant=lambda name: None))
+    return (text + "\n").encode("utf-8", "backslashreplace")
+
+def _parse_json(body: bytes) -> dict[str, Any]:
+    """Read one JSON object, strictly by RFC 8259; raises `ProtocolError`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"a key stands twice among {[k for k, _ in pairs][:20]}")
+        return dict(pairs)
+
+    def finite(text: str) -> float:
+        if float(text) - float(text) != 0:
+            raise ValueError(f"{text[:40]} is not a number of JSON")
+        return float(text)
+
+    try:
+        value = json.loads(str(body, "utf-8"), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+        if isinstance(value, dict):
+            return value
+        raise ValueError(f"expected an object, got {_got(value)}")
+    except (ValueError, RecursionError) as exc:
+        raise ProtocolError(f"request: not a JSON object: {_text_of(exc)}") from None
+
+def _json_in(value: Any, kind: pa.DataType, step: str = "") -> Any:
+    """Turn parsed JSON into what ``to_pylist`` gives for *kind*: bytes from base64, times, dates and decimals from text."""
+    import datetime
+    import decimal
+
+    t = pa.types
+    kind = kind.value_type if t.is_dictionary(kind) else getattr(kind, "storage_type", kind)
+    try:
+        if value is None:
+            return None
+        if t.is_struct(kind) and isinstance(value, dict):
+            members = {f.name: f.type for f in (kind.field(i) for i in range(kind.num_fields))}
+            for name in value.keys() - members.keys():
+                raise _Mismatch(f"one of {list(members)}", f"{name!r:.60}{_suggest(name, members)}")
+            return {k: _json_in(v, members[k], f".{k}") for k, v in value.items()}
+        if t.is_map(kind) and isinstance(value, dict):
+            number = t.is_integer(kind.key_type) or t.is_floating(kind.key_type) or t.is_boolean(kind.key_type)
+            number = number and all(re.fullmatch(r"-?[1-9]\d*(\.\d+)?|0|true|false", k) for k in value)
+            value = [[json.loads(k) if number else k, v] for k, v in value.items()]
+        if t.is_map(kind) and isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value):
+            return [(_json_in(k, kind.key_type, "<key>"), _json_in(v, kind.item_type, f"[{k!r:.40}]")) for k, v in value]
+        if (t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind)) and isinstance(value, list):
+            return [_json_in(v, kind.value_type, f"[{i}]") for i, v in enumerate(value)]
+        for matches, accepted, convert in (
+            (t.is_boolean(kind), (bool,), bool),
+            (t.is_integer(kind), (int,), int),
+            (t.is_floating(kind), (int, float), float),
+            (t.is_floating(kind), (str,), _NOT_FINITE.__getitem__),
+            (t.is_string(kind) or t.is_large_string(kind), (str,), str),
+            ("binary" in str(kind), (str,), functools.partial(base64.b64decode, validate=True)),
+            (t.is_decimal(kind), (str, int, float), lambda v: decimal.Decimal(str(v))),
+            (t.is_duration(kind), (int, float), lambda v: datetime.timedelta(seconds=v)),
+            (t.is_time(kind), (str,), datetime.time.fromisoformat),
+            (t.is_temporal(kind), (str,), lambda v: pa.scalar(v).cast(kind).as_py()),
+        ):
+            if matches and type(value) in accepted:
+                return convert(value)
+        raise _Mismatch(_type_text(kind), _got(value))
+    except _Mismatch as exc:
+        raise exc.under(step) from None
+    except _ARROW_FAILURES:
+        raise _Mismatch(_type_text(kind), f"{value!r:.60}").under(step) from None
+
+def _json_out(value: Any, kind: pa.DataType) -> Any:
+    """The way back from `_json_in`; a map becomes an object, a duration its seconds."""
+    kind = getattr(kind, "storage_type", kind)
+    if value is not None and pa.types.is_map(kind):
+        pairs = [(_json_out(k, kind.key_type), _json_out(v, kind.item_type)) for k, v in value]
+        return {k if isinstance(k, str) else json.dumps(k): v for k, v in pairs}
+    if isinstance(value, dict):
+        return {k: _json_out(v, kind.field(k).type) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_json_out(v, kind.value_type) for v in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    value = value.total_seconds() if pa.types.is_duration(kind) and value is not None else value
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return value if plain else str(value) if not hasattr(value, "isoformat") else value.isoformat()
+
+def _json_rows(batch: pa.RecordBatch | PlainBatch) -> list[dict[str, Any]]:
+    batch, columns = batch.to_record_batch() if isinstance(batch, PlainBatch) else batch, []
+    for column in batch.columns:
+        try:
+            columns.append([_json_out(v, column.type) for v in column.to_pylist()])
+        except ValueError:  # nanoseconds, which Python's own datetime does not have
+            columns.append(column.cast(pa.utf8()).to_pylist())
+    return [dict(zip(batch.schema.names, row)) for row in zip(*columns)] if columns else [{}] * batch.num_rows
+
+def _turn_rows(turn: Turn) -> list[dict[str, Any]]:
+    return [row for batch, _ in turn.items[-1:] for row in _json_rows(batch)]  # logs and errors have no rows
+
+def _json_arguments(info: RpcMethodInfo, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters in JSON as the method takes them; a batch may be a list of rows, a schema an object of types by name."""
+    arguments = dict(zip(info.params.names, bind_arguments(info, (), given)))
+    for name, value in given.items():
+        kind = _split_optional(info.param_types[name])[0]
+        where = f"{info.name}() parameter {name}"
+        try:
+            if kind is pa.RecordBatch and isinstance(value, list):
+                arguments[name] = pa.RecordBatch.from_pylist(value)
+            elif kind is pa.Schema and isinstance(value, dict):
+                arguments[name] = pa.schema([(n, pa.type_for_alias(t)) for n, t in value.items()])
+            else:
+                codec = codec_for(info.param_types[name])
+                arguments[name] = codec.decode(_json_in(value, codec.arrow_type))
+                codec.to_array([arguments[name]])  # ranges, and nulls inside
+        except _Mismatch as exc:
+            raise exc.error(where) from None
+        except (pa.ArrowException, ValueError, AttributeError) as exc:
+            raise ParameterError(f"{where}: {_text_of(exc)}") from None
+    return arguments
+
+def _json_result(info: RpcMethodInfo, batch: pa.RecordBatch | PlainBatch) -> Any:
+    batch = batch.to_record_batch() if isinstance(batch, PlainBatch) else batch
+    value = info.result.codecs[0].from_array(batch.column(0)) if info.has_return else None
+    if isinstance(value, pa.RecordBatch):
+        return _json_rows(value)
+    if isinstance(value, pa.Schema):
+        return {f.name: _type_text(f.type) for f in value}
+    column = codec_for(info.result_type).to_array([value]) if info.has_return else pa.nulls(1)
+    return _json_rows(pa.RecordBatch.from_arrays([column], ["result"]))[0]["result"]
+
+def _json_failure(app: HttpApp, exc: BaseException, request_id: str, key: str = "error") -> HttpResponse:
+    """An error as JSON; its own status where it has one, else that of its code."""
+    error = _error_from_metadata(app.server.error_item(exc, EMPTY_SCHEMA, request_id)[1])
+    facts: dict[str, Any] = {"type": error.error_type, "message": error.error_message, "code": error.error_code}
+    facts |= {"kind": error.error_kind, "details": error.error_details, "request_id": request_id}
+    facts |= {"traceback": error.remote_traceback} if error.remote_traceback else {}
+    own = getattr(exc, "http_status", 200)
+    status = own if own not in (200, 400) else _JSON_STATUS.get(error.error_code, 500)
+    headers = [("Content-Type", _JSON), *([("Retry-After", "1")] if status == 503 else [])]
+    return HttpResponse(status, headers, _json_bytes({key: facts}))
+
+def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterable[Any]], sent: int = 0) -> HttpResponse:
+    """The lines that *render* makes of a turn, or its error, or that of *render*; *sent* bytes went out before."""
+    error, body, limit = turn.error, b"", call.context.response_limit_bytes
+    try:
+        body = b"".join(map(_json_bytes, render())) if error is None else b""
+        if limit is not None and sent + len(body) > limit:
+            text = f"{call.record.method}(): the answer exceeds max_response_bytes ({sent + len(body)} > {limit})"
+            raise ResponseTooLargeError(text)
+    except Exception as exc:
+        error = call._failed(turn.schema, exc).error
+    response = HttpResponse(200, [("Content-Type", _JSON)], body)
+    if error is not None:
+        response = _json_failure(app, error, call.context.request_id, "__error__" if sent else "error")
+    call.record.http.setdefault("http_status", 200 if sent else response.status)
+    call.record.http["response_bytes"] = sent + len(cast("bytes", response.body))
+    return response
+
+def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[HttpResponse]:
+    """Run a call: one answer, or for a producer one for each turn."""
+    over, sent = True, 0
+    lead: list[Any] = []
+
+    def lines() -> list[Any]:
+        return [*lead, *_turn_rows(turn)]
+
+    try:
+        with app.server:
+            turn = call.begin(arguments)
+            stream, header = call.stream, _turn_rows(turn) if call.stream is not None else []
+            if stream is None:
+                yield _turn_json(app, call, turn, lambda: [{"result": _json_result(call.bound.info, turn.items[-1][0])}])
+            elif not stream.is_producer:
+                turn = app._first_turn(call, stream)
+                yield _turn_json(app, call, turn, lambda: [{**dict(zip(["header"], header)), "token": _json_token(turn)}])
+            else:
+                lead, over = [{"__header__": row} for row in header], False
+            while not over and not (sent and call.context.cancelled):
+                turn = call.turn(_PLAIN_TICK)
+                answer = _turn_json(app, call, turn, lines, sent)
+                lead, over, sent = [], turn.finished or call._error is not None, sent + (len(cast("bytes", answer.body)) or 1)
+                yield answer
+    finally:
+        if not over:
+            call.cancel()
+        call.end()
+
+def _json_token(turn: Turn, call_token: bytes = b"") -> str:
+    """Both halves of a stream's state in one text."""
+    tokens = turn.items[-1][1]
+    return f"{tokens[STATE_KEY].decode()}.{tokens.get(CALL_STATE_KEY, call_token).decode()}"
+
+def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], caller: Caller, own_id: str) -> HttpResponse:
+    """Serve one turn on ``{"token": …, "rows": […]}``, or end the stream on ``{"token": …, "cancel": true}``."""
+    where = f"{bound.info.name}() input"
+    if entry.keys() - {"token", "rows", "cancel"} or not entry.keys() & {"rows", "cancel"}:
+        raise ParameterError(f"{where}: expected token, and rows or cancel, got {', '.join(entry)[:200] or 'nothing'}")
+    state, _, fixed = str(entry.get("token")).encode("utf-8", "replace").partition(b".")
+    tokens = {STATE_KEY: state, CALL_STATE_KEY: fixed, **({CANCEL_KEY: b"1"} if entry.get("cancel") else {})}
+    opened, content = app._open_tokens(bound, caller.auth, tokens)
+    schema = opened.input_schema
+    rows = _located(where, "", lambda rows: _json_in(rows, pa.list_(pa.struct(list(schema)))), entry.get("rows")) or []
+    batch = _batch_from_pydict({n: [(row or {}).get(n) for row in rows] for n in schema.names}, schema, where)
+    limit = _smallest(caller.response_limit_bytes, opened.limit)
+    call = app.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, own_id)
+    call.record.stream_id = opened.stream_id
+    with app.server:
+        turn = app._next_turn(call, opened, content, batch, tokens)
+    token = {} if turn.finished else {"token": _json_token(turn, fixed)}
+    answer = _turn_json(app, call, turn, lambda: [{"rows": _turn_rows(turn), **token}])
+    call.end()
+    return answer
+
+def _post_json(app: HttpApp, path: list[str], body: bytes, caller: Caller, request: HttpRequest, own_id: str) -> HttpResponse:
+    """Answer a call in JSON: ``{"result": …}``, the rows of a producer as NDJSON, or the token that begins an exchange."""
+    if app.options.max_request_bytes is None and len(body) > _JSON_MAX_REQUEST_BYTES:
+        raise RequestTooLargeError(f"request body: expected at most {_JSON_MAX_REQUEST_BYTES} bytes of JSON, got {len(body)}")
+    bound = app.server.method(app.server.service(path[0]), path[1])
+    if len(path) > 2:
+        app._bound((path[0], path[1]), MethodType.STREAM, f"post without /{path[2]}")
+    if path[2:] == ["exchange"]:
+        in_lines = _json_type(app, request) == _NDJSON  # the token, then a row a line
+        lines = bytes(body).strip().splitlines() or [b""] if in_lines else [body]
+        head, *rows = map(_parse_json, lines)
+        return _exchange_json(app, bound, {**head, "rows": rows} if in_lines else head, caller, own_id)
+    arguments = _json_arguments(bound.info, _parse_json(body))
+    call = app.server.open_call(bound, caller, None, own_id)
+    call.record.request_schema, call.record.request_rows = bound.info.params_schema, 1
+    call.record.http["request_bytes"] = len(body)
+    answers = _call_json(app, call, arguments)
+    first = next(answers)
+    if first.status != 200 or call.stream is None or not call.stream.is_producer:
+        return first
+    pieces = (cast("bytes", answer.body) for some in ([first], answers) for answer in some)
+    return HttpResponse(200, [("Content-Type", _NDJSON)], pieces)
+
+_PAGE_STYLE = """
+:root{color-scheme:light dark;--ink:#1c2430;--dim:#5a6675;--page:#f6f7f9;--card:#fff;--line:#dde2e8;--code:#f0f2f5;
+--link:#0b5cad}@media(prefers-color-scheme:dark){:root{--ink:#e4e8ee;--dim:#9aa7b6;--page:#12161c;--card:#1b2129;
+--line:#313a45;--code:#12171d;--link:#7cb8ff}}body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}a{color:var(--link)}main{max-width:56rem;margin:auto;
+padding:1.5rem 1rem 3rem}h1{font-size:1.7rem;line-height:1.2;margin:.4rem 0}h3,p{margin:.5rem 0}h2{font-size:1.2rem;
+margin:2rem 0 .6rem}h3{font-size:1rem}h4{font-size:.85rem;margin:.9rem 0 .2rem;color:var(--dim)}article{
+background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.5rem 1rem;margin:.7rem 0;
+scroll-margin-top:1rem}code,pre{font:.87rem/1.5 ui-monospace,monospace;white-space:pre-wrap}pre{background:var(--code);
+border-radius:6px;padding:.6rem .8rem;margin:.4rem 0}b{font-size:.72rem;font-weight:600;border:1px solid var(--line);
+border-radius:99px;padding:.1rem .5rem;color:var(--dim)}small,dt{color:var(--dim)}dl{display:grid;
+grid-template-columns:minmax(6rem,max-content) 1fr;gap:.15rem 1rem;margin:.2rem 0 .6rem}dd{margin:0}small{display:block}
+"""
+
+def _text(value: object) -> str:
+    import html
+
+    return html.escape(_text_of(value))
+
+def _page(app: HttpApp, title: str, body: Iterable[str], status: int = 200) -> HttpResponse:
+    """A page on its own: no script, nothing loaded, only the style that its policy knows by hash."""
+    digest = base64.b64encode(hashlib.sha256(_PAGE_STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    headers = [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy), ("Cache-Control", "no-store")]
+    headers += [("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")]
+    places = (("", "Overview"), ("describe", "All methods"), ("health", "Health"))
+    links = " · ".join(f'<a href="{_text(app.options.prefix)}/{to}">{name}</a>' for to, name in places)
+    text = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{_text(title)}</title><style>{_PAGE_STYLE}</style><main><nav>{links}</nav><h1>{_text(title)}</h1>"
+    )
+    return HttpResponse(status, headers, f"{text}{''.join(body)}</main></html>".encode())
+
+def _page_at(app: HttpApp, request: HttpRequest, request_id: str, segments: list[str]) -> HttpResponse | None:
+    """The page at a path, ``None`` when there is none; it asks for the same authentication as calls do."""
+    server = app.server
+    if not app.options.pages or not server.describe_enabled or segments not in ([""], ["describe"]):
+        return None
+    app._authenticated(request, request_id)
+    body = [] if segments == ["describe"] else [*_call_lines(app, request)]
+    for service in server.services.values():
+        body.append(f"<h2>{_text(service.name)} {_text(service.version)}</h2>")
+        for m in describe_service(service).methods:
+            kind = m.stream_kind.replace("unknown", "stream") or "unary"
+            body.append((_method_card if segments == ["describe"] else _method_line)(app, service.methods[m.name].info, kind))
+    facts: dict[str, object] = {"Health": "draining, takes no calls" if server.draining else "ok", "Server": server.server_id}
+    facts |= {"Version": server.server_version or "not given", "Protocol hash": server.protocol_hash}
+    software = f"vgi_rpc {__version__}, wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}"
+    facts["Made with"] = f"{software}, pyarrow {pa.__version__}"
+    body.append(f"<h2>This server</h2><article>{_definitions(facts)}</article>")
+    return _page(app, server.protocol_name, body)
+
+def _not_found_page(app: HttpApp, request: HttpRequest) -> HttpResponse | None:
+    """The 404 for a person, ``None`` for a program."""
+    if not app.options.pages or not app.server.describe_enabled or "text/html" not in (request.get_header("accept") or ""):
+        return None
+    text = f"This is an Arrow RPC server at {_text(app.options.prefix)}/ and what you asked for is not there: see the links."
+    return _page(app, "404 Not Found", [f"<p>{text}</p>"], 404)
+
+def _definitions(facts: Mapping[str, object]) -> str:
+    return "<dl>" + "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items()) + "</dl>"
+
+def _call_lines(app: HttpApp, request: HttpRequest) -> Iterator[str]:
+    """How to call the first method, a unary one where there is one, from each of three places."""
+    import shlex
+
+    service, file, host = app.server.primary, os.path.basename(__file__), request.get_header("host") or ""
+    infos = [m.info for m in service.methods.values()]
+    infos.sort(key=lambda i: (i.method_type is not MethodType.UNARY, not {*i.param_types.values()} <= {int, float, str, bool}))
+    known = host if re.fullmatch(r"[A-Za-z0-9.:_\[\]-]+", host) else "HOST"
+    url = f"{app.scheme}://{known}{app.options.prefix}"
+    for info in infos[:1]:
+        values = {n: _example(_split_optional(a)[0]) for n, a in info.param_types.items() if n not in info.param_defaults}
+        words = [url, info.name]
+        words += [f"{n}={v}" if type(v) in (str, int, float) else f"{n}:={json.dumps(v)}" for n, v in values.items()]
+        asks = app.options.authenticate is not None
+        bearer = " --bearer-file TOKEN_FILE" if asks else ""
+        lines = {"Command line": f"python {file} call {shlex.join(words)}{bearer}"}
+        header = ", headers={'Authorization': f'Bearer {token}'}" if asks else ""
+        call = f"proxy.{info.name}({', '.join(f'{n}={v!r}' for n, v in values.items())})"
+        dial = f"{file.removesuffix('.py')}.http_connect({service.protocol.__name__}, {url!r}{header})"
+        lines["Python"] = f"with {dial} as proxy: print({call})"
+        if app.options.json:
+            bearer = ' -H "Authorization: Bearer $TOKEN"' if asks else ""
+            target = f"{url}/{service.name}/{info.name} -H 'Content-Type: application/json'{bearer}"
+            lines["curl"] = f"curl {target} -d {shlex.quote(json.dumps(values))}"
+        yield "<p>An Arrow RPC server: typed methods and streams of record batches, over HTTP.</p><article>"
+        yield from (f"<h4>{title}</h4><pre>{_text(line)}</pre>" for title, line in lines.items())
+        yield "</article>"
+
+def _example(kind: Any) -> Any:
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return next(iter(kind.__members__), "")
+    return {int: 1, float: 1.5, str: "text", bool: True, bytes: "AA=="}.get(kind, {} if typing.get_origin(kind) is dict else [])
+
+def _method_line(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
+    link = _text(f"{app.options.prefix}/describe#{info.protocol_name}.{info.name}")
+    summary = f"<small>{_text(info.doc.splitlines()[0])}</small>" if info.doc else ""
+    return f'<article><a href="{link}"><code>{_text(info.signature())}</code></a> <b>{kind}</b>{summary}</article>'
+
+def _method_card(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
+    """All that is known of a method: its schemas, header, documentation and limits."""
+    anchor, options = _text(f"{info.protocol_name}.{info.name}"), app.options
+    marks = [kind, *([info.idempotency.replace("_", " ")] if info.idempotency != "unknown" else [])]
+    marks += [f"deprecated: {info.deprecation}"] if info.deprecation is not None else []
+    badges = "".join(f" <b>{_text(m)}</b>" for m in marks)
+    card = f'<article id="{anchor}"><h3><a href="#{anchor}">{_text(info.name)}</a>{badges}</h3>'
+    card += f"<code>{_text(info.signature())}</code>" + (f"<pre>{_text(info.doc)}</pre>" if info.doc else "")
+    header = info.header and info.header.row.schema
+    for title, schema in (("Parameters", info.params_schema), ("Header", header), ("Result", info.result_schema)):
+        rows = {f.name: f"{_type_text(f.type)}{' or null' if f.nullable else ''}" for f in schema or ()}
+        for name in info.param_defaults if title == "Parameters" else ():
+            rows[name] += f", default {info.param_defaults[name]!r}"
+        streamed = title == "Result" and kind != "unary"
+        rows = rows or {"none" if not streamed else "batches": "" if not streamed else "of a schema that the call decides"}
+        card += f"<h4>{title}</h4>{_definitions(rows)}" if schema is not None else ""
+    limits = [f"request {app._limit:,} bytes"]
+    limits += [f"answer {options.max_response_bytes:,} bytes" if options.max_response_bytes else "answer of any size"]
+    limits += [f"{options.max_rows:,} rows a batch"] if options.max_rows else []
+    limits += [f"state token {options.token_ttl:g} seconds"] if kind != "unary" and options.token_ttl else []
+    return f"{card}<h4>Limits</h4><p>{'; '.join(limits)}</p></article>"
 
 
 # ============================================================================
