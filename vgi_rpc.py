@@ -1484,6 +1484,8 @@ def _text_column(kind: type) -> tuple[_Write, _Read]:
         for piece in pieces:
             at += len(piece)
             offsets.append(at)
+        if at > _PLAIN_BYTES:
+            raise _NotPlain
         body.buffers += (struct.pack(f"<{len(offsets)}i", *offsets), b"".join(pieces))
 
     def read(length: int, parts: _Parts) -> list[Any]:
@@ -1754,6 +1756,9 @@ class Codec:
 
 
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if len(values) == 1 and type(values[0]) is bytes and pa.types.is_binary(kind) and SMALL_BODY_BYTES < len(values[0]) < 1 << 31:
+        offsets = pa.py_buffer(struct.pack("<ii", 0, len(values[0])))
+        return pa.Array.from_buffers(kind, 1, [None, offsets, pa.py_buffer(values[0])])  # not copied
     array_ = pa.array(values, type=kind)
     if kind.num_fields and _has_dictionary(kind):
         try:
@@ -3623,6 +3628,7 @@ def configure_access_log(path: str, server: ServerCore) -> None:
 # above runs. Law: a short read or write is continued, a failure leaves as TransportError, a deadline as DeadlineExceededError.
 
 _RECEIVE_BYTES = 65_536
+_PIPE_BYTES = 262_144  # of a pipe's buffer, where we may choose: a large batch wakes the reader less often
 _MAX_PIECES = 512  # per writev(2); POSIX allows 1024 on every system we know
 _MAX_IO_BYTES = 1 << 30  # per system call: some systems, and TLS, refuse 2 GiB and more
 _MAX_POLL_SECONDS = 1e6  # poll(2) counts milliseconds in an int
@@ -3741,6 +3747,11 @@ class FdChannel(ByteChannel):
     def __init__(self, read_fd: int, write_fd: int) -> None:
         super().__init__()
         self.read_fd, self.write_fd = read_fd, write_fd  # -1 once closed: the number may then be somebody else's
+        if sys.platform == "linux":
+            import fcntl
+
+            with contextlib.suppress(OSError):  # not a pipe, or the user's share of pipe memory is used up
+                fcntl.fcntl(write_fd, 1031, _PIPE_BYTES)  # F_SETPIPE_SZ, which Python 3.10 does not name
         self._blocking = True
         self._lock = threading.Lock()
 
