@@ -35,7 +35,7 @@ The file is read from top to bottom: a section uses only sections with a smaller
 
 from __future__ import annotations
 
-import base64, binascii, contextlib, contextvars, dataclasses, enum, errno, functools, hashlib, hmac
+import base64, binascii, contextlib, contextvars, copy, dataclasses, enum, errno, functools, hashlib, hmac
 import inspect, io, itertools, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
 import types, typing, zlib
 from collections import OrderedDict, deque
@@ -2035,6 +2035,7 @@ class DataclassCodec:
             except TypeError as exc:
                 raise TypeError(f"{where}: {exc}") from None
         self.row = RowCodec(codecs)  # in the order of the fields
+        self.names = frozenset(self.row.names)
 
     def values(self, instance: Any) -> Sequence[Any]:
         """Return the field values of *instance*, in the order of the row."""
@@ -2063,8 +2064,16 @@ class DataclassCodec:
 
     def from_bytes(self, data: _Buffer, validation: IpcValidation = IpcValidation.FULL) -> Any:
         """Decode an IPC stream of one row; no bytes, or no batch, is a row of defaults."""
-        item = IpcReader(BufferSource(data), validation=validation).next() if len(data) else None
-        return self.from_batch(item[0] if item else _TICK)
+        reader = IpcReader(BufferSource(data), validation=validation) if len(data) else None
+        message = reader.next_message() if reader else None
+        if reader is None or message is None:
+            return self.from_batch(_TICK)
+        plan = self.row.plan
+        if plan is not None and reader.facts is plan.facts and message.head.rows == 1:
+            with contextlib.suppress(_NotPlain):
+                columns = {name: column[0] for name, column in zip(self.row.names, plan.read(reader, message))}
+                return self._build(lambda codec: codec.decode, columns)
+        return self.from_batch(reader.decode(message))
 
     def _build(self, reader: Callable[[Codec], Callable[[Any], Any]], present: Mapping[str, Any]) -> Any:
         values: dict[str, Any] = {}
@@ -3086,7 +3095,7 @@ def _method_description(m: MethodSummary) -> MethodDescription:
 _TOKEN_REFUSED = "state token refused: not issued by this service for this call; start the stream again"
 _MAC_BYTES = 32
 _STORED, _ZLIB, _ZSTD = 0, 1, 2
-_SAMPLE_BYTES = 32_768
+_SAMPLE_BYTES, _WORTH = 4_096, 0.7
 _COMPRESS_FROM_BYTES = 1_024
 _MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
 
@@ -3098,8 +3107,23 @@ def zstd_compress(data: _Buffer, level: int = 1) -> bytes:
     """Compress with pyarrow's own zstd codec."""
     return cast("bytes", pa.Codec("zstd", compression_level=level).compress(data, asbytes=True))
 
+def _zstd_size(data: _Buffer) -> int:
+    """The decoded size that a zstd frame's header gives (RFC 8878 section 3.1.1.1), -1 when it gives none."""
+    head = bytes(memoryview(data)[:18])
+    if len(head) < 6 or head[:4] != b"\x28\xb5\x2f\xfd":
+        return -1
+    single, code = head[4] >> 5 & 1, head[4] >> 6
+    start, width = 5 + (not single) + (0, 1, 2, 4)[head[4] & 3], (single, 2, 4, 8)[code]
+    return int.from_bytes(head[start : start + width], "little") + (256 if code == 1 else 0) if width else -1
+
 def zstd_decompress(data: _Buffer, limit: int) -> bytes:
     """Decompress at most *limit* bytes, else `RequestTooLargeError` with no more decoded; `IPCError` unless it is whole."""
+    size = _zstd_size(data)
+    if 0 < size <= min(limit, 64 * len(data)):  # one call instead of a stream; a header that lies is left to the stream
+        with contextlib.suppress(*_ARROW_FAILURES):
+            whole = cast("bytes", pa.Codec("zstd").decompress(data, size, asbytes=True))
+            if len(whole) == size:
+                return whole
     pieces, left = [], limit + 1
     try:
         with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
@@ -3156,7 +3180,18 @@ class TokenSealer:
         return base64.b64encode(sealed + self._mac(self._keys[0], half, binding, sealed))
 
     def open(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> bytes:
-        """Return the content of a token sealed for the same *half* and *binding*; `ttl` applies if *aged*.
+        """Return the content of a token, after `verify`, whose arguments and errors these are."""
+        return self.expand(*self.verify(half, binding, token, aged=aged))
+
+    @staticmethod
+    def expand(method: int, packed: bytes) -> bytes:
+        """Decompress what `verify` found."""
+        if method == _ZSTD:
+            return zstd_decompress(packed, _MAX_STATE_BYTES)
+        return packed if method == _STORED else gzip_decompress(packed, _MAX_STATE_BYTES, 15)
+
+    def verify(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> tuple[int, bytes]:
+        """Check that a token was sealed for the same *half* and *binding*; `ttl` applies if *aged*. Return what is inside.
 
         Raises `TokenError`: any fault of the seal in one uniform text; or, the seal being good, too old or from the future.
         """
@@ -3179,9 +3214,7 @@ class TokenSealer:
             raise TokenError("state token refused: issued in the future; check the servers' clocks")
         if aged and self.ttl and age > self.ttl:
             raise TokenError(f"token expired: {age:.0f} s old, at most {self.ttl:g} s are allowed; start the stream again")
-        if method == _ZSTD:
-            return zstd_decompress(sealed[10:], _MAX_STATE_BYTES)
-        return sealed[10:] if method == _STORED else gzip_decompress(sealed[10:], _MAX_STATE_BYTES, 15)
+        return method, sealed[10:]
 
 def pack_parts(parts: Sequence[bytes]) -> bytes:
     """Join byte strings so that `unpack_parts` gets them back: each is preceded by its length."""
@@ -3750,7 +3783,7 @@ class FdChannel(ByteChannel):
         if sys.platform == "linux":
             import fcntl
 
-            with contextlib.suppress(OSError):  # not a pipe, or the user's share of pipe memory is used up
+            with contextlib.suppress(OSError, ValueError):  # not a pipe, or the user's share of pipe memory is used up
                 fcntl.fcntl(write_fd, 1031, _PIPE_BYTES)  # F_SETPIPE_SZ, which Python 3.10 does not name
         self._blocking = True
         self._lock = threading.Lock()
@@ -5219,14 +5252,15 @@ def compress_body(body: bytes, encoding: str, level: int) -> bytes:
     return encoder.compress(body) + encoder.flush()
 
 def compress_if_worth(body: bytes, encoding: str, level: int) -> bytes | None:
-    """Encode a body, if that makes it smaller by a fifth; ``None`` if it is short or, by a sample, does not compress."""
+    """Encode a body, if that makes it a good deal smaller; ``None`` if it is short or, by a sample, does not compress."""
     size, middle = len(body), len(body) // 2
-    if size < _COMPRESS_FROM_BYTES:
+    if size < _SAMPLE_BYTES:
         return None
-    if size > 4 * _SAMPLE_BYTES and len(compress_body(body[middle : middle + _SAMPLE_BYTES], encoding, level)) > 0.8 * _SAMPLE_BYTES:
+    sample = body[middle : middle + _SAMPLE_BYTES] if size > 4 * _SAMPLE_BYTES else b""
+    if sample and len(compress_body(sample, encoding, level)) > _WORTH * _SAMPLE_BYTES:
         return None
     packed = compress_body(body, encoding, level)
-    return packed if len(packed) < 0.8 * size else None
+    return packed if len(packed) < _WORTH * size else None
 
 def decompress_body(body: _Buffer, encoding: str, limit: int) -> bytes:
     """Decode a body to at most *limit* bytes; raises `IPCError` or `RequestTooLargeError`."""
@@ -5291,6 +5325,9 @@ _Path = tuple[str, str]  # protocol and method, as the URL names them
 _Started = tuple[Call, dict[str, Any], Request]  # a call, its arguments, and what it was read from
 
 
+_MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and the size of their cursors
+
+
 class _OpenedCall(NamedTuple):
     """The half of a stream's state that never changes, as it was sealed at init."""
 
@@ -5312,6 +5349,7 @@ class HttpApp:
         self.sealer = TokenSealer(self.options.keys(), self.options.token_ttl)
         self._limit = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
         self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
+        self._live: OrderedDict[bytes, tuple[bytes, int, StreamState]] = OrderedDict()  # by the cursor that holds the same
         self._lock = threading.Lock()
         self._capabilities = self._capability_headers()
 
@@ -5551,7 +5589,9 @@ class HttpApp:
         finally:
             call.end()
 
-    def _next_turn(self, call: Call, opened: _OpenedCall, state: bytes, batch: pa.RecordBatch, metadata: _Metadata) -> Turn:
+    def _next_turn(
+        self, call: Call, opened: _OpenedCall, state: StreamState | bytes, batch: pa.RecordBatch, metadata: _Metadata
+    ) -> Turn:
         try:
             stream = self._revive(call, opened, state)
         except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer
@@ -5595,11 +5635,12 @@ class HttpApp:
                     f"{call.bound.info.name}() state: expected {names} (from the implementation's return annotation), "
                     f"got {type(stream.state).__name__}; over HTTP the state is read back as the annotated class"
                 )
-            index = bytes([state_types.index(type(stream.state))])
-            content = pack_parts((call_id, index, stream.state.serialize_to_bytes()))
+            index = state_types.index(type(stream.state))
+            content = pack_parts((call_id, bytes([index]), stream.state.serialize_to_bytes()))
             tokens = {STATE_KEY: self.sealer.seal(b"state", self._binding(call.bound, call.context.auth), content)}
         except Exception as exc:
             return call._failed(stream.output_schema, exc)
+        self._keep_live(tokens[STATE_KEY], (call_id, index, stream.state))
         if call_token is not None:
             tokens[CALL_STATE_KEY] = call_token
         items, at = list(turn.items), turn.data_index
@@ -5609,10 +5650,31 @@ class HttpApp:
             items.append((empty_batch(stream.output_schema), tokens))
         return turn._replace(items=items)
 
-    def _open_tokens(self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata) -> tuple[_OpenedCall, bytes]:
-        """Open the cursor first, and the call half that belongs to the call id found inside it."""
-        binding = self._binding(bound, auth)
-        call_id, index, state = unpack_parts(self.sealer.open(b"state", binding, metadata.get(STATE_KEY)), 3)
+    def _keep_live(self, cursor: bytes, state: tuple[bytes, int, StreamState]) -> None:
+        """Keep a state that was just sealed, so that its next turn in this process need not read it back.
+
+        Only one that is nothing but its serialised fields: it cannot differ from what reading back would give.
+        """
+        if len(cursor) <= _MAX_LIVE_BYTES and getattr(state[2], "__dict__", {}).keys() == dataclass_codec(type(state[2])).names:
+            with self._lock:
+                self._live[cursor] = state
+                if len(self._live) > _MAX_LIVE_STATES:
+                    self._live.popitem(last=False)
+
+    def _open_tokens(self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata) -> tuple[_OpenedCall, StreamState | bytes]:
+        """Open the cursor first, and the call half that belongs to the call id found inside it.
+
+        Return the call half and the state: the live one, or its index among the state types and its bytes.
+        """
+        binding, cursor = self._binding(bound, auth), metadata.get(STATE_KEY, b"")
+        sealed = self.sealer.verify(b"state", binding, cursor)
+        with self._lock:
+            live = self._live.pop(cursor, None)  # one turn only: a cursor that comes again gives the same turn again
+        state: StreamState | bytes
+        if live is not None:
+            call_id, index, state = live[0], bytes([live[1]]), copy.copy(live[2])  # each turn has an object of its own
+        else:
+            call_id, index, state = unpack_parts(self.sealer.expand(*sealed), 3)
         token = metadata.get(CALL_STATE_KEY, b"")
         cache_key = (binding, call_id, token)
         with self._lock:
@@ -5630,11 +5692,12 @@ class HttpApp:
                     self._opened.popitem(last=False)
         if len(index) != 1 or index[0] >= len(bound.state_types):
             raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had other states
-        return opened, index + state
+        return opened, state if isinstance(state, StreamState) else index + state
 
-    def _revive(self, call: Call, opened: _OpenedCall, content: bytes) -> Stream[Any, Any]:
-        cls = cast("type[StreamState]", call.bound.state_types[content[0]])
-        state = cls.deserialize_from_bytes(content[1:], IpcValidation.NONE)  # our own bytes: the seal vouches for them
+    def _revive(self, call: Call, opened: _OpenedCall, state: StreamState | bytes) -> Stream[Any, Any]:
+        cls = type(state) if isinstance(state, StreamState) else cast("type[StreamState]", call.bound.state_types[state[0]])
+        if not isinstance(state, StreamState):  # our own bytes: the seal vouches for them
+            state = cls.deserialize_from_bytes(state[1:], IpcValidation.NONE)
         call_state = None
         if opened.call_state:
             if cls.CALL_STATE_TYPE is None:
@@ -6781,7 +6844,7 @@ class HttpClient(ClientChannel):
         """
         server = self.capabilities(deadline)
         headers = [*self._fixed, *self._own_headers()]
-        if self._level is not None and len(body) >= _COMPRESS_FROM_BYTES:
+        if self._level is not None:
             body, encoding = self._compressed(body, server)
             headers += [("Content-Encoding", encoding)] if encoding else []
         most, path = server.max_request_bytes, self._prefix + path
