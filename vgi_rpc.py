@@ -107,6 +107,8 @@ ERROR_DETAILS_KEY = b"vgi_rpc.error_details"
 LOCATION_KEY, SHM_OFFSET_KEY = b"vgi_rpc.location", b"vgi_rpc.shm_offset"
 STATE_KEY, CALL_STATE_KEY = b"vgi_rpc.stream_state#b64", b"vgi_rpc.call_state#b64"
 
+DOC_KEY, DEFAULTS_KEY, PARAM_DOCS_KEY = b"vgi_rpc.doc", b"vgi_rpc.defaults", b"vgi_rpc.param_docs"  # ours: of schemas
+
 RESERVED_PROTOCOL_PREFIX = "vgi_rpc."
 REFLECTION_PROTOCOL = "vgi_rpc.Reflection.v1"
 TRANSPORT_OPTIONS_METHOD = "__transport_options__"
@@ -3036,12 +3038,22 @@ def _method_summary(bound: BoundMethod) -> MethodSummary:
         stream = {True: "exchange", False: "producer", None: "unknown"}[kinds.pop() if len(kinds) == 1 else None]
     return MethodSummary(
         info.name, info.method_type.value, info.has_return, info.header is not None, stream,
-        params_schema_ipc=_serialized(info.params_schema),
+        params_schema_ipc=_serialized(info.params_schema.with_metadata(_told(info))),
         result_schema_ipc=_serialized(info.result_schema if info.has_return else None),
         header_schema_ipc=_serialized(info.header.row.schema if info.header else None),
         idempotency=info.idempotency, deprecated=info.deprecation is not None, deprecation_message=info.deprecation or "",
     )
 
+
+def _told(info: RpcMethodInfo) -> dict[bytes, bytes]:
+    """What reflection's own fields have no room for, as metadata of the parameters' schema: other peers pass over it."""
+    defaults = {}
+    for name, value in info.param_defaults.items():
+        with contextlib.suppress(TypeError, ValueError):  # a default that JSON cannot say is not told
+            shown = value.name if isinstance(value, enum.Enum) else value
+            defaults[name] = json.loads(json.dumps(shown, allow_nan=False))
+    facts = {DOC_KEY: info.doc or "", DEFAULTS_KEY: json.dumps(defaults), PARAM_DOCS_KEY: json.dumps(info.param_docs)}
+    return {key: text.encode("utf-8", "backslashreplace") for key, text in facts.items()}
 
 @dataclass(frozen=True)
 class MethodDescription:
@@ -3056,6 +3068,9 @@ class MethodDescription:
     is_exchange: bool | None = None  # None where the server does not say
     idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
     deprecation: str | None = None  # why not to use it
+    doc: str = ""  # this, defaults and their like are told by our own servers only
+    param_defaults: Mapping[str, Any] = field(default_factory=dict)  # as JSON says them, by parameter
+    param_docs: Mapping[str, str] = field(default_factory=dict)
 
 @dataclass(frozen=True)
 class ServiceDescription:
@@ -3076,12 +3091,16 @@ def _service_description(listed: ProtocolList, described: ProtocolDescription) -
     )
 
 def _method_description(m: MethodSummary) -> MethodDescription:
+    params = _schema_from_bytes(m.params_schema_ipc)
+    told = params.metadata or {}
     return MethodDescription(
         m.name, MethodType.STREAM if m.method_type == "stream" else MethodType.UNARY, m.has_return,
-        _schema_from_bytes(m.params_schema_ipc), _schema_from_bytes(m.result_schema_ipc),
+        params.remove_metadata(), _schema_from_bytes(m.result_schema_ipc),
         m.has_header, _schema_from_bytes(m.header_schema_ipc) if m.has_header else None,
         is_exchange={"exchange": True, "producer": False}.get(m.stream_kind),
         idempotency=m.idempotency, deprecation=m.deprecation_message if m.deprecated else None,
+        doc=told.get(DOC_KEY, b"").decode("utf-8", "replace"), param_defaults=_json_object(told.get(DEFAULTS_KEY)),
+        param_docs=_json_object(told.get(PARAM_DOCS_KEY)),
     )
 
 
@@ -7700,7 +7719,7 @@ def _usage_of(method: MethodDescription) -> str:
     words = [method.name]
     for f in method.params_schema:
         word = f"{f.name}={re.split('[<[]', _type_text(f.type))[0].upper()}"
-        words.append(f"[{word}]" if f.nullable or (method.method_type is MethodType.STREAM and f.name == "schema") else word)
+        words.append(f"[{word}]" if f.nullable or f.name in method.param_defaults or (method.method_type is MethodType.STREAM and f.name == "schema") else word)
     return f"usage: {_program()} call WHERE {' '.join(words)}{' -i FILE' if method.is_exchange else ''}"
 
 
@@ -7795,10 +7814,12 @@ def _from_bytes(data: bytes, kind: pa.DataType) -> Any:
 
 
 def _request(args: Any, info: RpcMethodInfo, method: MethodDescription, values: dict[str, Any]) -> pa.RecordBatch:
-    """The request; the wire does not carry defaults, so that only a nullable parameter may be left out."""
+    """The request; what is left out takes the default that the server tells, else null where that is a value."""
+    defaults = {k: v for k, v in method.param_defaults.items() if k in method.params_schema.names}
+    values = {**{k: _from_json(v, method.params_schema.field(k).type) for k, v in defaults.items()}, **values}
     missing = [f.name for f in method.params_schema if f.name not in values and not f.nullable]
     if missing:
-        raise _CliError(f"{method.name}() needs {', '.join(missing)} (a server does not tell its defaults)", _usage_of(method))
+        raise _CliError(f"{method.name}() needs {', '.join(missing)}", _usage_of(method))
     try:
         return _traced(args, "> request", request_batch(info, [values.get(name) for name in method.params_schema.names]))
     except ParameterError as exc:
@@ -8153,11 +8174,14 @@ def _facts_of(method: MethodDescription) -> dict[str, Any]:
     """What there is to say about a method."""
     streams = {True: "exchange", False: "producer", None: "stream"}
     kind = streams[method.is_exchange] if method.method_type is MethodType.STREAM else "unary"
-    facts: dict[str, Any] = {"name": method.name, "kind": kind}
+    facts: dict[str, Any] = {"name": method.name, "kind": kind, **({"doc": method.doc} if method.doc else {})}
     schemas = {"parameters": method.params_schema, "result": method.result_schema, "header": method.header_schema}
     for name, schema in schemas.items():
         if schema is not None and (name != "result" or method.has_return):
             facts[name] = [{"name": f.name, "type": _type_text(f.type), "nullable": f.nullable} for f in schema]
+    for entry in facts["parameters"]:
+        told = {"default": method.param_defaults, "doc": method.param_docs}
+        entry.update({key: by_name[entry["name"]] for key, by_name in told.items() if entry["name"] in by_name})
     extra = {"idempotency": method.idempotency, "deprecated": method.deprecation}
     return {**facts, **{k: v for k, v in extra.items() if v not in ("unknown", None)}, "usage": _usage_of(method)[7:]}
 
@@ -8166,7 +8190,11 @@ def _describe_text(facts: dict[str, Any], service: ServiceDescription, markdown:
     def shown(value: Any) -> str:
         if isinstance(value, (list, tuple)):
             return ", ".join(map(shown, value)) or "none"
-        return f"{value['name']}: {value['type']}{' | null' * value['nullable']}" if isinstance(value, dict) else str(value)
+        if not isinstance(value, dict):
+            return str(value).replace("\n", "\n    ")
+        default = f" = {json.dumps(value['default'])}" if "default" in value else ""
+        doc = f" ({value['doc']})" if "doc" in value else ""
+        return f"{value['name']}: {value['type']}{' | null' * value['nullable']}{default}{doc}"
 
     item = "- {}: {}" if markdown else "  {}: {}"
     lines = [f"{'# ' * markdown}{service.protocol_name} {service.protocol_version}".rstrip()]
@@ -8213,13 +8241,14 @@ def _describe_python(service: ServiceDescription) -> str:
     lines += [f"    protocol_name: ClassVar[str] = {service.protocol_name!r}"]
     lines += [f"    protocol_version: ClassVar[str] = {service.protocol_version!r}"] if service.protocol_version else []
     for method in service.methods.values():
-        parameters = ", ".join(["self", *(f"{f.name}: {_annotation_of(f)}" for f in method.params_schema)])
+        told = {k: f" = {v!r}" for k, v in method.param_defaults.items() if isinstance(v, (int, float, str, type(None)))}
+        parameters = ", ".join(["self", *(f"{f.name}: {_annotation_of(f)}{told.get(f.name, '')}" for f in method.params_schema)])
         result = _annotation_of(method.result_schema.field(0)) if method.has_return else "None"
         if method.method_type is MethodType.STREAM:
             state = {True: "ExchangeState", False: "ProducerState"}.get(cast("bool", method.is_exchange), "StreamState")
             header = f", {headers[method.name]}" if method.has_header else ""
             result = f"vgi_rpc.Stream[vgi_rpc.{state}{header}]"
-        lines += ["", f"    def {method.name}({parameters}) -> {result}: ..."]
+        lines += ["", f"    def {method.name}({parameters}) -> {result}:", f"        {(method.doc or method.name)!r}"]
     return "\n".join(lines)
 
 
