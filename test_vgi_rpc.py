@@ -15,6 +15,7 @@ import enum
 import faulthandler
 import functools
 import importlib.util
+import http.client
 import io
 import json
 import logging
@@ -40,6 +41,7 @@ import unittest
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from html.parser import HTMLParser
 from typing import Annotated, Any, ClassVar, NamedTuple, NewType, Optional, Protocol
 from unittest import mock
 from wsgiref.util import setup_testing_defaults
@@ -5017,7 +5019,7 @@ def serving(*words: str, cwd: str | None = None, **more: str):
 
 
 @contextlib.contextmanager
-def http(*words: str, **more: str):
+def http_server(*words: str, **more: str):
     with serving("--port", "0", *words, **more) as (_, line):
         yield f"http://127.0.0.1:{line.partition(':')[2]}"
 
@@ -5060,8 +5062,8 @@ class CliTests(unittest.TestCase):
                 f.write(text)
         cls.stack = contextlib.ExitStack()
         cls.addClassCleanup(cls.stack.close)
-        cls.url = cls.stack.enter_context(http())
-        cls.app = cls.stack.enter_context(http("app.py:Plain", cwd=cls.folder))
+        cls.url = cls.stack.enter_context(http_server())
+        cls.app = cls.stack.enter_context(http_server("app.py:Plain", cwd=cls.folder))
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -5123,13 +5125,14 @@ class CliCallTests(CliTests):
             (["-j", "-"], b'{"a": 1, "b": 3}', 4.0),
             (["a=1", "-f", "json", "b=@" + self.path("b.txt")], None, 8.0),
             (["a=-1", "b:=1e3"], None, 999.0),
+            (["a=3"], None, 4.0),
         ):
             with self.subTest(words):
                 self.assertEqual(self.lines(self.url, "add", *words, given=given), [wanted])
         self.assertEqual(len(self.lines(self.url, "countdown", "start=0", "pause:=null")), 2)
         for words, pattern in (
-            (["a=1", "bb=2"], r"no parameter 'bb'; did you mean 'b'\?\nhint: usage: .* add a=FLOAT64 b=FLOAT64"),
-            (["a=1"], r"add\(\) needs b .*\nhint: usage: "),
+            (["a=1", "bb=2"], r"no parameter 'bb'; did you mean 'b'\?\nhint: usage: .* add a=FLOAT64 \[b=FLOAT64\]"),
+            (["b=1"], r"add\(\) needs a\nhint: usage: "),
             (["a=x", "b=1"], "'a': expected float64, got 'x'"),
             (['a:="x"', "b=1"], "argument a: expected float64, got str"),
             (["a:=[", "b=1"], "not JSON"),
@@ -5254,7 +5257,7 @@ class CliCallTests(CliTests):
         for name, text in (("tokens", "# known\nann s3cret\n"), ("token", "s3cret\n"), ("wrong", "other\n")):
             with open(self.path(name), "w") as f:
                 f.write(text)
-        with http("--bearer-file", self.path("tokens"), "--max-request-bytes", "64K") as url:
+        with http_server("--bearer-file", self.path("tokens"), "--max-request-bytes", "64K") as url:
             self.fails(4, "missing_credential.*\nhint: send credentials", "call", url, "add", "a=1", "b=1")
             self.fails(4, "invalid_credential", "call", url, "add", "--bearer-file", self.path("wrong"))
             self.assertEqual(self.ok("call", url, "add", "a=1", "b=1", "--bearer-file", self.path("token")), "2.0\n")
@@ -5363,11 +5366,11 @@ class CliServeTests(CliTests):
                 self.assertNotIn(missing, said.decode())
 
     def test_no_describe(self) -> None:
-        with http("--no-describe") as url:
+        with http_server("--no-describe") as url:
             self.fails(1, "hint: a server with --no-describe", "call", url, "add")
 
     def test_access_log(self) -> None:
-        with http("--access-log", self.path("log")) as url:
+        with http_server("--access-log", self.path("log")) as url:
             self.ok("call", url, "add", "a=1", "b=1")
         with open(self.path("log")) as f:
             self.assertIn("Demo.add ok", [json.loads(line)["message"] for line in f])
@@ -5377,7 +5380,7 @@ class CliServeTests(CliTests):
         text = "import vgi_rpc\n\nclass Impl(vgi_rpc.DemoImpl):\n    def version(self) -> int:\n        return 1\n"
         with open(app, "w") as f:
             f.write(text)
-        with http(f"{app}:Impl", "--reload") as url:
+        with http_server(f"{app}:Impl", "--reload") as url:
             mark = self.path("reload")
             self.assertEqual(self.ok("call", url, "version"), "1\n")
             self.ok("call", url, "countdown", "start=3", "pause:=null", "--limit", "2", "--resume", mark)
@@ -5472,6 +5475,624 @@ class CliOtherTests(CliTests):
         bare = "import sys, pyarrow, pyarrow.ipc; print([m for m in ('argparse', 'http.server', 'shlex', 'subprocess', 'pyarrow.csv') if m in sys.modules])"
         outputs = [subprocess.check_output([sys.executable, "-c", c], env=environment(), timeout=LIMIT) for c in (code, bare)]
         self.assertEqual(*outputs)
+
+
+# ============================================================================
+# 16. HTTP SERVING: PAGES AND THE DOOR FOR JSON
+# ============================================================================
+
+
+PAGES_KEY = b"k" * 16
+VALUES = pa.schema([pa.field("x", pa.float64(), nullable=False), pa.field("note", pa.utf8())])
+COUNTS = pa.schema([("n", pa.int64()), ("at", pa.timestamp("us")), ("raw", pa.binary()), ("tags", pa.map_(pa.utf8(), pa.int64()))])
+
+
+class PagesColor(enum.Enum):
+    RED = "r"
+    BLUE = "b"
+
+
+@dataclass(frozen=True)
+class PagesPoint(ArrowSerializableDataclass):
+    x: int
+    color: PagesColor = PagesColor.RED
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Head(ArrowSerializableDataclass):
+    total: int
+    color: PagesColor
+
+
+cancelled = threading.Event()
+
+
+@dataclass
+class Counting(ProducerState):
+    left: int
+    fail_at: int = -1
+
+    def produce(self, out: Any, ctx: CallContext) -> None:
+        if self.left == self.fail_at:
+            raise vgi_rpc.StatusError("no more", code=vgi_rpc.Code.ABORTED)
+        if self.left <= 0:
+            out.finish()
+            return
+        when = datetime.datetime(2024, 1, 2, 3, 4, 5)
+        out.emit_pydict({"n": [self.left], "at": [when], "raw": [b"\x00\xff"], "tags": [[("a", self.left)]]})
+        self.left -= 1
+
+    def on_cancel(self, ctx: CallContext) -> None:
+        cancelled.set()
+
+
+@dataclass
+class Summing(ExchangeState):
+    total: float = 0.0
+
+    def exchange(self, input: Any, out: Any, ctx: CallContext) -> None:
+        self.total += sum(input.batch.column("x").to_pylist())
+        out.emit_pydict({"sum": [self.total]})
+
+    def on_cancel(self, ctx: CallContext) -> None:
+        cancelled.set()
+
+
+Day = Annotated[datetime.date, ArrowType(pa.date32())]
+Price = Annotated[decimal.Decimal, ArrowType(pa.decimal128(10, 2))]
+Pause = Annotated[datetime.timedelta, ArrowType(pa.duration("us"))]
+Hour = Annotated[datetime.time, ArrowType(pa.time64("us"))]
+Small = Annotated[int, ArrowType(pa.int8())]
+
+
+class Everything(Protocol):
+    """<script>alert('docs')</script>"""
+
+    protocol_version = "1.2.3"
+
+    def add(self, a: float, b: float = 2.0) -> float:
+        """Add <b>two</b> numbers & more.
+
+        Args:
+            a: The first.
+        """
+
+    def none(self) -> None: ...
+    def maybe(self, x: int | None = None) -> int | None: ...
+    def point(self, p: PagesPoint) -> PagesPoint: ...
+    def points(self, p: list[PagesPoint]) -> dict[str, PagesPoint]: ...
+    def shapes(self, m: dict[int, str], s: set[int], c: PagesColor, d: bytes) -> dict[int, str]: ...
+    def times(self, day: Day, price: Price, pause: Pause, hour: Hour) -> list[str]: ...
+    def day(self, day: Day) -> Day: ...
+    def small(self, n: Small) -> int: ...
+    def batch(self, b: pa.RecordBatch) -> pa.RecordBatch: ...
+    def schema(self, s: pa.Schema) -> pa.Schema: ...
+    def code(self, name: str) -> int: ...
+    def huge(self, n: int) -> str: ...
+    def count(self, n: int, fail_at: int = -1) -> Stream[ProducerState, Head]: ...
+    def plain(self, n: int) -> Stream[ProducerState]: ...
+    def sums(self) -> Stream[ExchangeState]: ...
+    def headed(self) -> Stream[StreamState, Head]: ...
+
+
+class EverythingImpl:
+    def add(self, a: float, b: float = 2.0) -> float:
+        return a + b
+
+    def none(self) -> None: ...
+
+    def maybe(self, x: int | None = None) -> int | None:
+        return x
+
+    def point(self, p: PagesPoint) -> PagesPoint:
+        return PagesPoint(p.x + 1, p.color, [*p.names, "z"])
+
+    def points(self, p: list[PagesPoint]) -> dict[str, PagesPoint]:
+        return {str(q.x): q for q in p}
+
+    def shapes(self, m: dict[int, str], s: set[int], c: PagesColor, d: bytes) -> dict[int, str]:
+        assert isinstance(c, PagesColor) and isinstance(s, set)
+        return {**m, len(s): c.name, 99: d.hex()}
+
+    def times(self, day: Day, price: Price, pause: Pause, hour: Hour) -> list[str]:
+        return [repr(v) for v in (day, price, pause, hour)]
+
+    def day(self, day: Day) -> Day:
+        return day
+
+    def small(self, n: Small) -> int:
+        return n
+
+    def batch(self, b: pa.RecordBatch) -> pa.RecordBatch:
+        return b
+
+    def schema(self, s: pa.Schema) -> pa.Schema:
+        return s
+
+    def code(self, name: str) -> int:
+        if name == "plain":
+            raise ValueError("plain\u2028<b>")
+        if name == "nan":
+            raise vgi_rpc.StatusError("nan", code=vgi_rpc.Code.ABORTED, details=[{"@type": "my.Fact", "value": float("nan")}])
+        raise vgi_rpc.StatusError("told", code=name, kind="kind")
+
+    def huge(self, n: int) -> str:
+        return "x" * n
+
+    def count(self, n: int, fail_at: int = -1) -> Stream[Counting, Head]:
+        return Stream(COUNTS, Counting(n, fail_at), header=Head(n, PagesColor.BLUE))
+
+    def plain(self, n: int) -> Stream[Counting]:
+        return Stream(COUNTS, Counting(n))
+
+    def sums(self) -> Stream[Summing]:
+        return Stream(pa.schema([("sum", pa.float64())]), Summing(), input_schema=VALUES)
+
+    def headed(self) -> Stream[Summing, Head]:
+        return Stream(pa.schema([("sum", pa.float64())]), Summing(), input_schema=VALUES, header=Head(1, PagesColor.RED))
+
+
+class Other(Protocol):
+    def ping(self) -> str: ...
+
+
+class OtherImpl:
+    def ping(self) -> str:
+        return "pong"
+
+
+class PagesReply:
+    def __init__(self, answer: http.client.HTTPResponse, body: bytes) -> None:
+        self.status, self.body = answer.status, body
+        self.headers = {k.lower(): v for k, v in answer.getheaders()}
+
+    @property
+    def text(self) -> str:
+        return self.body.decode("utf-8")
+
+    def json(self) -> Any:
+        def refuse(name: str) -> None:
+            raise AssertionError(f"{name} is not JSON")
+
+        return json.loads(self.text, parse_constant=refuse)
+
+    def lines(self) -> list[Any]:
+        return [json.loads(line) for line in self.text.splitlines()]
+
+
+@contextlib.contextmanager
+def pages_serving(server: RpcServer | None = None, **options: Any) -> Iterator[Any]:
+    """Serve over a socket; gives ``ask(method, path, body, **headers)``."""
+    server = server or RpcServer(Everything, EverythingImpl(), extra_protocols=[(Other, OtherImpl())], server_version="9.9")
+    http_server = vgi_rpc.HttpServing(vgi_rpc.HttpApp(server, vgi_rpc.HttpOptions(token_key=PAGES_KEY, **options)), "127.0.0.1", 0)
+    thread = threading.Thread(target=http_server.run, daemon=True)
+    thread.start()
+
+    def ask(method: str, path: str, body: Any = None, **headers: str) -> PagesReply:
+        sent = {k.replace("_", "-"): v for k, v in headers.items()}
+        if body is not None:
+            sent.setdefault("Content-Type", "application/json")
+            body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", http_server.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, sent)
+            answer = connection.getresponse()
+            return PagesReply(answer, answer.read())
+
+    ask.port = http_server.port  # type: ignore[attr-defined]
+    try:
+        yield ask
+    finally:
+        http_server.stop()
+        thread.join(20)
+
+
+class PageReader(HTMLParser):
+    """Collects links, ids, texts and every attribute and tag of a page; unbalanced tags are an error."""
+
+    VOID = ("meta", "br", "!doctype")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[str] = []
+        self.words = ""
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
+        self.links += [value for name, value in attrs if name == "href"]
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open.pop() != tag:
+            raise AssertionError(f"</{tag}> does not close what is open")
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+class PagesTests(unittest.TestCase):
+    def assert_page(self, reply: PagesReply, status: int = 200) -> PageReader:
+        self.assertEqual(reply.status, status)
+        self.assertEqual(reply.headers["content-type"], "text/html; charset=utf-8")
+        self.assertEqual(reply.headers["x-content-type-options"], "nosniff")
+        self.assertEqual(reply.headers["referrer-policy"], "no-referrer")
+        policy = reply.headers["content-security-policy"]
+        self.assertIn("default-src 'none'", policy)
+        self.assertNotIn("unsafe", policy)
+        style = re.search(r"<style>(.*?)</style>", reply.text, re.S)[1]
+        digest = base64.b64encode(vgi_rpc.hashlib.sha256(style.encode()).digest()).decode()
+        self.assertIn(f"style-src 'sha256-{digest}'", policy)
+        page = PageReader(reply.text)
+        self.assertEqual(page.open, [])
+        self.assertNotIn("script", page.tags)
+        for attribute in page.attributes:
+            self.assertNotIn(attribute, ("src", "style", "onclick"))
+        self.assertNotIn("http://", style)
+        self.assertNotIn("url(", style)
+        return page
+
+    def test_every_link_leads_somewhere_and_every_method_is_shown(self) -> None:
+        for prefix in ("", "/api/v1"):
+            with self.subTest(prefix=prefix), pages_serving(prefix=prefix) as ask:
+                seen: dict[str, PageReader | None] = {}
+                waiting = [prefix + "/"]
+                while waiting:
+                    path, _, anchor = waiting.pop().partition("#")
+                    if path not in seen:
+                        reply = ask("GET", path)
+                        self.assertEqual(reply.status, 200, path)
+                        page = self.assert_page(reply) if "html" in reply.headers["content-type"] else None
+                        seen[path] = page
+                        for link in page.links if page else ():
+                            waiting.append(link if not link.startswith("#") else path + link)
+                    if anchor:
+                        self.assertIn(anchor, seen[path].ids)
+                self.assertEqual(set(seen), {prefix + "/", prefix + "/describe", prefix + "/health"})
+                for path in (prefix + "/", prefix + "/describe"):
+                    for protocol in (Everything, Other, vgi_rpc.Reflection):
+                        for name, info in vgi_rpc.rpc_methods(protocol).items():
+                            self.assertIn(info.signature(), seen[path].words, f"{path} {name}")
+
+    def test_prefix_without_slash_is_the_same_page(self) -> None:
+        with pages_serving(prefix="/api") as ask:
+            self.assertEqual(ask("GET", "/api").body, ask("GET", "/api/").body)
+
+    def test_overview_tells_versions_health_and_lines_to_copy(self) -> None:
+        with pages_serving() as ask:
+            words = self.assert_page(ask("GET", "/")).words
+            url = f"http://127.0.0.1:{ask.port}"
+            for text in (vgi_rpc.__version__, pa.__version__, "9.9", "1.2.3", f"call {url} add a=1.5", "Healthok"):
+                self.assertIn(text, words)
+            line = re.search(r"curl \S+ -H 'Content-Type: application/json' -d '(.*?)'", words)
+            self.assertEqual(ask("POST", "/Everything/add", json.loads(line[1])).json(), {"result": 3.5})
+            compile(re.search(r"with .*?http_connect.*?\)\)", words)[0], "line", "exec")
+
+    def test_host_header_is_not_believed(self) -> None:
+        with pages_serving() as ask:
+            for host in ("evil'; rm -rf ~ #", "a<b>", "x&y", 'q"'):
+                page = self.assert_page(ask("GET", "/", Host=host))
+                self.assertIn("http://HOST/Everything/add", page.words)
+
+    def test_describe_shows_schemas_header_limits_and_docs(self) -> None:
+        with pages_serving(max_request_bytes=1_234_567, max_response_bytes=7_654_321, max_rows=4_321, token_ttl=99) as ask:
+            words = self.assert_page(ask("GET", "/describe")).words
+            for text in ("1,234,567", "7,654,321", "4,321 rows", "99 seconds", "dictionary<values=utf8", "default 2.0", "producer", "exchange",
+                         "Add <b>two</b> numbers & more.", "The first."):
+                self.assertIn(text, words)
+
+    def test_everything_is_escaped(self) -> None:
+        with pages_serving() as ask:
+            for path in ("/", "/describe"):
+                text = ask("GET", path).text
+                self.assertNotIn("<b>two</b>", text)
+                self.assertNotIn("<script", text)
+
+    def test_not_found_is_a_page_for_people_only(self) -> None:
+        with pages_serving(prefix="/api") as ask:
+            for path in ("/nowhere", "/api/nowhere", "/api/a/b/c/d", "/apix", "/api/%3Cscript%3E"):
+                page = self.assert_page(ask("GET", path, Accept="text/html,*/*"), 404)
+                self.assertIn("/api/describe", page.links)
+                self.assertNotIn("script", page.words)
+                reply = ask("GET", path)
+                self.assertEqual((reply.status, reply.json()["error"]), (404, "not_found"))
+
+    def test_head_and_other_methods(self) -> None:
+        with pages_serving() as ask:
+            for path in ("/", "/describe"):
+                reply = ask("HEAD", path)
+                self.assertEqual((reply.status, reply.body), (200, b""))
+                self.assertGreater(int(reply.headers["content-length"]), 1000)
+            self.assertEqual(ask("POST", "/describe", {}).status, 404)
+            self.assertEqual(ask("GET", "/Everything/add", Accept="text/html").status, 405)
+
+    def test_pages_ask_for_authentication(self) -> None:
+        authenticate = vgi_rpc.bearer_authenticate_static(tokens={"secret": AuthContext("t", True, "me")})
+        with pages_serving(authenticate=authenticate) as ask:
+            for path in ("/", "/describe"):
+                refused = ask("GET", path, Accept="text/html")
+                self.assertEqual(refused.status, 401)
+                self.assertNotIn("add", refused.text)
+                page = self.assert_page(ask("GET", path, Authorization="Bearer secret"))
+                self.assertIn("add(", page.words)
+            missing = self.assert_page(ask("GET", "/nowhere", Accept="text/html"), 404)
+            self.assertNotIn("add(", missing.words)
+
+    def test_pages_can_be_switched_off(self) -> None:
+        plain = RpcServer(Everything, EverythingImpl(), enable_describe=False)
+        for server, options in ((None, {"pages": False}), (plain, {})):
+            with self.subTest(options=options), pages_serving(server, **options) as ask:
+                for path in ("/", "/describe", "/nowhere"):
+                    reply = ask("GET", path, Accept="text/html")
+                    self.assertEqual((reply.status, reply.headers["content-type"]), (404, "application/json"))
+
+    def test_wsgi_serves_the_same_page(self) -> None:
+        app = vgi_rpc.make_wsgi_app(RpcServer(Other, OtherImpl()), token_key=PAGES_KEY)
+        seen: dict[str, Any] = {}
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/", "wsgi.url_scheme": "https", "HTTP_HOST": "example.org"}
+        body = b"".join(app(environ, lambda status, headers: seen.update(status=status, headers=dict(headers))))
+        self.assertEqual(seen["status"], "200 OK")
+        self.assertIn("https://example.org", body.decode())
+
+
+class JsonDoorTests(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.stack = contextlib.ExitStack()
+        cls.ask = staticmethod(cls.stack.enter_context(pages_serving()))
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.stack.close()
+
+    def call(self, name: str, body: Any, action: str = "", **headers: str) -> PagesReply:
+        return self.ask("POST", f"/Everything/{name}{action}", body, **headers)
+
+    def refused(self, reply: PagesReply, status: int, text: str = "", code: str = "INVALID_ARGUMENT") -> dict[str, Any]:
+        self.assertEqual(reply.headers["content-type"], "application/json", reply.text)
+        error = reply.json()["error"]
+        self.assertEqual((reply.status, error["code"]), (status, code), error["message"])
+        self.assertIn(text, error["message"])
+        self.assertEqual(error["request_id"], reply.headers["x-request-id"])
+        return error
+
+    def test_values_there_and_back(self) -> None:
+        inner = {"x": 1, "color": "BLUE", "names": ["a"]}
+        batch = [{"a": 1, "b": "x"}, {"a": None, "b": "y"}]
+        sealed = base64.b64encode(vgi_rpc.stream_bytes(pa.schema([]), [])).decode()
+        for name, given, wanted in (
+            ("add", {"a": 1, "b": 2}, 3.0),
+            ("add", {"a": 0.5}, 2.5),
+            ("none", {}, None),
+            ("maybe", {}, None),
+            ("maybe", {"x": None}, None),
+            ("maybe", {"x": 9007199254740993}, 9007199254740993),
+            ("point", {"p": inner}, {"x": 2, "color": "BLUE", "names": ["a", "z"]}),
+            ("point", {"p": {"x": 1}}, {"x": 2, "color": "RED", "names": ["z"]}),
+            ("points", {"p": [inner]}, {"1": inner}),
+            ("shapes", {"m": {"1": "a"}, "s": [1, 2, 2], "c": "RED", "d": "AP8="}, {"1": "a", "2": "RED", "99": "00ff"}),
+            ("shapes", {"m": [[1, "a"]], "s": [], "c": "BLUE", "d": ""}, {"1": "a", "0": "BLUE", "99": ""}),
+            ("times", {"day": "2024-02-29", "price": "1.25", "pause": 1.5, "hour": "10:11:12"},
+             [repr(datetime.date(2024, 2, 29)), "Decimal('1.25')", repr(datetime.timedelta(seconds=1.5)), "datetime.time(10, 11, 12)"]),
+            ("day", {"day": "2024-02-29"}, "2024-02-29"),
+            ("small", {"n": -128}, -128),
+            ("batch", {"b": batch}, batch),
+            ("batch", {"b": sealed}, []),
+            ("schema", {"s": {"x": "float64", "y": "utf8"}}, {"x": "float64", "y": "utf8"}),
+            ("add", {"a": "NaN"}, None),
+            ("add", {"a": "-Infinity"}, None),
+        ):
+            with self.subTest(name=name, given=given):
+                reply = self.call(name, given)
+                self.assertEqual((reply.status, reply.json()), (200, {"result": wanted}))
+                self.assertEqual(reply.headers["content-type"], "application/json")
+
+    def test_what_does_not_fit_is_refused_by_name_and_path(self) -> None:
+        for name, given, text in (
+            ("add", {}, "missing argument 'a'"),
+            ("add", {"a": 1, "bb": 2}, "no parameter 'bb'; did you mean 'b'?"),
+            ("add", {"a": "x"}, "add() parameter a: expected float64, got "),
+            ("add", {"a": True}, "parameter a: expected float64, got bool"),
+            ("add", {"a": None}, "parameter a: expected float64, got None"),
+            ("add", {"a": [1]}, "parameter a: expected float64, got list"),
+            ("maybe", {"x": 1.0}, "parameter x: expected int64, got float"),
+            ("maybe", {"x": 2**63}, "parameter x: expected int64, got"),
+            ("small", {"n": 128}, "parameter n: expected int8, got"),
+            ("point", {"p": {}}, "parameter p.x: expected int64"),
+            ("point", {"p": {"x": "1"}}, "parameter p.x: expected int64, got str"),
+            ("point", {"p": {"x": 1, "colour": "RED"}}, "got 'colour'; did you mean 'color'?"),
+            ("point", {"p": {"x": 1, "color": "PINK"}}, "parameter p.color: expected PagesColor (RED, BLUE), got 'PINK'"),
+            ("points", {"p": [{"x": 1}, {"x": 1, "names": ["a", 2]}]}, "parameter p[1].names[1]: expected utf8, got int"),
+            ("shapes", {"m": {"a": "b"}, "s": [], "c": "RED", "d": ""}, "parameter m"),
+            ("shapes", {"m": {}, "s": [], "c": "RED", "d": "!"}, "parameter d: expected binary, got '!'"),
+            ("day", {"day": "2024-02-30"}, "parameter day: expected date32"),
+            ("times", {"day": "2024-02-29", "price": "x", "pause": 1, "hour": "10:11"}, "parameter price: expected decimal128"),
+            ("schema", {"s": {"x": "no such type"}}, "parameter s"),
+            ("schema", {"s": {"x": 1}}, "parameter s"),
+            ("batch", {"b": [1]}, "parameter b"),
+            ("add", [1], "expected an object, got list"),
+        ):
+            with self.subTest(name=name, given=given):
+                self.refused(self.call(name, given), 400, text)
+
+    def test_only_strict_json_is_read(self) -> None:
+        deep = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+        for body in (b"", b"{", b'{"a":1,"a":2}', b'{"a":NaN}', b'{"a":-Infinity}', b'{"a":1e999}', b'{"a":1}x', b"{'a':1}", b'{"a":01}',
+                     b'{"a":"\xff"}', b'\xef\xbb\xbf{"a":1}', b'{"a":1,}', '{"a":1}'.encode("utf-16"), deep, b'{"a":' + b"9" * 5000 + b"}",
+                     b'{"a":"\x01"}', b"null"):
+            with self.subTest(body=body[:40]):
+                self.refused(self.call("add", body), 400)
+        self.refused(self.call("code", b'{"name":"\\ud800"}'), 400)
+        self.refused(self.call("maybe", b'{"\\ud800":1}'), 400)
+
+    def test_status_follows_the_code(self) -> None:
+        table = {"INVALID_ARGUMENT": 400, "NOT_FOUND": 404, "UNIMPLEMENTED": 404, "PERMISSION_DENIED": 403, "UNAUTHENTICATED": 401,
+                 "RESOURCE_EXHAUSTED": 429, "UNAVAILABLE": 503, "DEADLINE_EXCEEDED": 504, "ABORTED": 409, "ALREADY_EXISTS": 409,
+                 "FAILED_PRECONDITION": 400, "CANCELLED": 499, "OUT_OF_RANGE": 400, "INTERNAL": 500, "UNKNOWN": 500, "DATA_LOSS": 500}
+        self.assertEqual(set(table), {c.value for c in vgi_rpc.Code})
+        for code, status in table.items():
+            error = self.refused(self.call("code", {"name": code}), status, "told", code)
+            self.assertEqual((error["type"], error["kind"], error["details"]), ("StatusError", "kind", []))
+            self.assertIn("Traceback", error["traceback"])
+        error = self.refused(self.call("code", {"name": "plain"}), 500, "plain\u2028<b>", "UNKNOWN")
+        self.assertEqual(error["type"], "ValueError")
+        error = self.refused(self.call("code", {"name": "nan"}), 409, "nan", "ABORTED")
+        self.assertEqual(error["details"], [{"@type": "my.Fact", "value": None}])
+
+    def test_tracebacks_can_be_switched_off(self) -> None:
+        with pages_serving(RpcServer(Everything, EverythingImpl(), include_tracebacks=False)) as ask:
+            self.assertNotIn("traceback", ask("POST", "/Everything/code", {"name": "plain"}).json()["error"])
+
+    def test_wrong_places(self) -> None:
+        for path in ("/Everything/ad", "/Nothing/add", "/Everything/ad/init"):
+            self.refused(self.ask("POST", path, {}), 404, "", "UNIMPLEMENTED")
+        self.refused(self.call("add", {"a": 1}, "/init"), 400, "is not a stream")
+        self.refused(self.call("add", {"a": 1}, "/exchange"), 400, "is not a stream")
+        self.assertEqual(self.call("add", {"a": 1}, Content_Type="application/JSON; charset=utf-8").json(), {"result": 3.0})
+        self.assertEqual(self.call("add", {"a": 1}, Content_Type="text/plain").status, 415)
+
+    def test_producer_answers_in_lines(self) -> None:
+        row = {"n": 2, "at": "2024-01-02T03:04:05", "raw": "AP8=", "tags": {"a": 2}}
+        for action in ("", "/init"):
+            reply = self.call("count", {"n": 2}, action)
+            self.assertEqual((reply.status, reply.headers["content-type"]), (200, "application/x-ndjson"))
+            self.assertEqual(reply.lines(), [{"__header__": {"total": 2, "color": "BLUE"}}, row, {**row, "n": 1, "tags": {"a": 1}}])
+        self.assertEqual([r["n"] for r in self.call("plain", {"n": 3}).lines()], [3, 2, 1])
+        self.assertEqual(self.call("plain", {"n": 0}).lines(), [])
+        self.assertEqual(self.call("count", {"n": 0}).lines(), [{"__header__": {"total": 0, "color": "BLUE"}}])
+
+    def test_error_of_a_producer(self) -> None:
+        self.refused(self.call("count", {"n": 2, "fail_at": 2}), 409, "no more", "ABORTED")
+        reply = self.call("count", {"n": 3, "fail_at": 1})
+        self.assertEqual(reply.status, 200)
+        *rows, last = reply.lines()
+        self.assertEqual(len(rows), 3)
+        self.assertEqual((last["__error__"]["code"], last["__error__"]["message"]), ("ABORTED", "no more"))
+
+    def test_rows_come_as_they_are_produced_and_a_lost_client_cancels(self) -> None:
+        cancelled.clear()
+        connection = http.client.HTTPConnection("127.0.0.1", self.ask.port, timeout=20)
+        connection.request("POST", "/Everything/plain", b'{"n":1000000000}', {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        self.assertEqual(answer.getheader("Transfer-Encoding"), "chunked")
+        self.assertEqual(json.loads(answer.readline())["n"], 1000000000)
+        answer.close()
+        connection.close()
+        self.assertTrue(cancelled.wait(20))
+
+    def test_exchange_carries_its_token(self) -> None:
+        begun = self.call("headed", {}, "/init").json()
+        self.assertEqual((set(begun), begun["header"]), ({"token", "header"}, {"total": 1, "color": "RED"}))
+        token = self.call("sums", {}, "/init").json()["token"]
+        for rows, wanted in (([{"x": 1}, {"x": 2.5, "note": "n"}], 3.5), ([], 3.5), ([{"x": -1}], 2.5)):
+            answer = self.call("sums", {"token": token, "rows": rows}, "/exchange").json()
+            self.assertEqual(answer["rows"], [{"sum": wanted}] if rows else answer["rows"])
+            token = answer["token"]
+        cancelled.clear()
+        self.assertEqual(self.call("sums", {"token": token, "cancel": True}, "/exchange").json(), {"rows": []})
+        self.assertTrue(cancelled.is_set())
+
+    def test_exchange_in_lines(self) -> None:
+        token = self.call("sums", {}, "/init").json()["token"]
+        lines = b"\n".join(json.dumps(e).encode() for e in ({"token": token}, {"x": 1}, {"x": 2, "note": "n"})) + b"\n"
+        reply = self.call("sums", lines, "/exchange", Content_Type="application/x-ndjson")
+        self.assertEqual((reply.status, reply.json()["rows"]), (200, [{"sum": 3.0}]))
+        again = self.call("sums", {"token": reply.json()["token"], "rows": [{"x": 4}]}, "/exchange").json()
+        self.assertEqual(again["rows"], [{"sum": 7.0}])
+        for bad, text in ((b'{"y": 2}', "[2].y"), (b"[1]", "expected an object"), (b"{", "not a JSON object")):
+            where = "[2]: expected one of ['x', 'note'], got 'y'" if text == "[2].y" else text
+            self.refused(self.call("sums", lines + bad, "/exchange", Content_Type="application/x-ndjson"), 400, where)
+        self.refused(self.call("sums", b"", "/exchange", Content_Type="application/x-ndjson"), 400, "not a JSON object")
+
+    def test_exchange_refuses_what_is_wrong(self) -> None:
+        token = self.call("sums", {}, "/init").json()["token"]
+        other = self.call("headed", {}, "/init").json()["token"]
+        for given, text in (
+            ({}, "expected token, and rows or cancel, got nothing"),
+            ({"rows": []}, "state token refused"),
+            ({"token": 3, "rows": []}, "state token refused"),
+            ({"token": token[:-4], "rows": []}, "state token refused"),
+            ({"token": other, "rows": []}, "state token refused"),
+            ({"token": "\ud800", "rows": []}, "state token refused"),
+            ({"token": token}, "expected token, and rows or cancel"),
+            ({"token": token, "rows": {}}, "sums() input: expected list<"),
+            ({"token": token, "rows": [1]}, "sums() input[0]: expected struct<"),
+            ({"token": token, "rows": [{"x": 1}, {"x": "1"}]}, "[1].x: expected float64"),
+            ({"token": token, "rows": [{"note": "n"}]}, "without nulls"),
+            ({"token": token, "rows": [{"x": 1, "nota": ""}]}, "did you mean 'note'?"),
+            ({"token": token, "row": []}, "got token, row"),
+        ):
+            with self.subTest(given=given):
+                self.refused(self.call("sums", given, "/exchange"), 400, text)
+
+    def test_limits_hold(self) -> None:
+        with pages_serving(max_request_bytes=1000, max_response_bytes=5000) as ask:
+            self.refused(ask("POST", "/Everything/code", {"name": "x" * 2000}), 413, "", "RESOURCE_EXHAUSTED")
+            self.assertEqual(ask("POST", "/Everything/huge", {"n": 4000}).status, 200)
+            self.refused(ask("POST", "/Everything/huge", {"n": 6000}), 429, "max_response_bytes", "RESOURCE_EXHAUSTED")
+            *rows, last = ask("POST", "/Everything/plain", {"n": 1000}).lines()
+            self.assertIn("max_response_bytes", last["__error__"]["message"])
+            self.assertTrue(rows)
+        big = b'{"name":"' + b"x" * (17 << 20) + b'"}'
+        self.refused(self.call("code", big), 413, "bytes of JSON", "RESOURCE_EXHAUSTED")
+        reply = self.call("huge", {"n": 70_000}, VGI_Accept_Max_Response_Bytes="65536")
+        self.refused(reply, 429, "max_response_bytes", "RESOURCE_EXHAUSTED")
+        self.refused(self.call("huge", {"n": 1}, VGI_Accept_Max_Response_Bytes="1"), 400, "VGI-Accept-Max-Response-Bytes")
+
+    def test_authentication_and_switching_off(self) -> None:
+        authenticate = vgi_rpc.bearer_authenticate_static(tokens={"secret": AuthContext("t", True, "me"), "two": AuthContext("t", True, "you")})
+        with pages_serving(authenticate=authenticate) as ask:
+            self.assertEqual(ask("POST", "/Everything/add", {"a": 1}).status, 401)
+            self.assertEqual(ask("POST", "/Everything/add", {"a": 1}, Authorization="Bearer secret").json(), {"result": 3.0})
+            token = ask("POST", "/Everything/sums/init", {}, Authorization="Bearer secret").json()["token"]
+            body = {"token": token, "rows": []}
+            self.refused(ask("POST", "/Everything/sums/exchange", body, Authorization="Bearer two"), 400, "state token refused")
+            self.assertEqual(ask("POST", "/Everything/sums/exchange", body, Authorization="Bearer secret").status, 200)
+        with pages_serving(json=False) as ask:
+            self.assertEqual(ask("POST", "/Everything/add", {"a": 1}).status, 415)
+            self.assertNotIn("curl", PageReader(ask("GET", "/").text).words)
+
+    def test_draining_and_hooks(self) -> None:
+        seen: list[Any] = []
+
+        class Hook:
+            def on_dispatch_start(self, record: Any) -> None: ...
+
+            def on_dispatch_end(self, token: Any, record: Any, error: Any) -> None:
+                seen.append((record.method, record.http.get("http_status"), type(error).__name__, record.statistics.output_rows))
+
+        server = RpcServer(Everything, EverythingImpl())
+        server.add_hook(Hook())
+        with pages_serving(server) as ask:
+            ask("POST", "/Everything/add", {"a": 1})
+            ask("POST", "/Everything/plain", {"n": 3})
+            ask("POST", "/Everything/code", {"name": "ABORTED"})
+            token = ask("POST", "/Everything/sums/init", {}).json()["token"]
+            ask("POST", "/Everything/sums/exchange", {"token": token, "rows": [{"x": 1}]})
+            none = "NoneType"
+            self.assertEqual(seen, [("add", 200, none, 1), ("plain", 200, none, 3), ("code", 409, "StatusError", 0), ("sums", 200, none, 0),
+                                    ("sums", 200, none, 1)])
+            server.drain(0)
+            self.refused(ask("POST", "/Everything/add", {"a": 1}), 503, "stopping", "UNAVAILABLE")
+
+    def test_wsgi_answers_the_same(self) -> None:
+        import io
+
+        app = vgi_rpc.make_wsgi_app(RpcServer(Everything, EverythingImpl()), token_key=PAGES_KEY)
+        body = b'{"n":2}'
+        environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/Everything/plain", "CONTENT_TYPE": "application/json", "CONTENT_LENGTH": "7",
+                   "wsgi.input": io.BytesIO(body)}
+        pieces = list(app(environ, lambda status, headers: None))
+        self.assertEqual([json.loads(line)["n"] for line in b"".join(pieces).splitlines()], [2, 1])
 
 
 if __name__ == "__main__":
