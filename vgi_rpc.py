@@ -2295,6 +2295,8 @@ class CallStatistics:
     def record_input(self, batch: pa.RecordBatch) -> None:
         """Count a received batch."""
         self.input_batches += 1
+        if batch is _TICK:
+            return
         self.input_rows += batch.num_rows
         self.input_bytes += batch.nbytes
 
@@ -6169,8 +6171,7 @@ class HttpReply(NamedTuple):
 
     status: int
     headers: dict[str, str]
-    body: _Buffer
-    rest: HttpBody | None = None  # the body, when it is read as it comes; `body` is then empty
+    body: Any  # bytes, memoryview or Buffer; of `HttpSender.open` also an `HttpBody`, to be read as it comes
 
 
 class HttpBody(ByteSource):
@@ -6378,7 +6379,7 @@ class HttpConnections(HttpSender):
         with self._reading(channel):
             head = self._head_of_answer(channel, message)
             reply = self._read_reply(channel, method, head, limit, unread)
-        if reply.rest is None:
+        if not isinstance(reply.body, HttpBody):
             self._give_back(channel, head)
         return reply
 
@@ -6440,7 +6441,7 @@ class HttpConnections(HttpSender):
         coded = headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding")
         plain = headers.get("content-type") == ARROW_CONTENT_TYPE and not coded
         if unread and coding is not None and status == "200" and plain:
-            return HttpReply(200, headers, b"", HttpBody(self._pieces(channel, head, limit), channel))
+            return HttpReply(200, headers, HttpBody(self._pieces(channel, head, limit), channel))
 
         def read() -> _Buffer:
             if coding is not None:
@@ -6481,8 +6482,7 @@ class SyncClient(HttpSender):
 
     def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         reply = self.open(method, path, headers, body, deadline, limit)
-        rest = reply.rest
-        return reply if rest is None else reply._replace(body=rest.read(limit), rest=None)
+        return reply._replace(body=reply.body.read(limit)) if isinstance(reply.body, HttpBody) else reply
 
     def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         def read_body(most: int) -> bytes:
@@ -6492,7 +6492,7 @@ class SyncClient(HttpSender):
         response = self.app(HttpRequest(method, path, {k.lower(): v for k, v in headers}, "sync", read_body))
         answered, given = {k.lower(): v for k, v in response.headers}, response.body
         if not isinstance(given, bytes):
-            return HttpReply(response.status, answered, b"", HttpBody(given))
+            return HttpReply(response.status, answered, HttpBody(given))
         return HttpReply(response.status, answered, _decoded_body(answered, lambda: given, limit))
 
 
@@ -6710,12 +6710,12 @@ class _HttpClientStream(ClientStream):
     def _ask(self, given: AnnotatedBatch, turns: int) -> None:
         metadata, self._metadata = dict(given.custom_metadata or self._metadata or {}), None
         self._saved, self._handed_out = self._cursor, 0
-        reply = self._post(given.batch, metadata, 1 if metadata else turns)
-        if reply.rest is not None:
-            self._rest = reply.rest
-            self._open(reply.rest)
+        body = self._post(given.batch, metadata, 1 if metadata else turns).body
+        if isinstance(body, HttpBody):
+            self._rest = body
+            self._open(body)
             return
-        self.take(BufferSource(reply.body))
+        self.take(BufferSource(body))
         if not self._waiting and self._cursor is not None and given.batch.num_columns:
             raise TransportError(f"{self._info.name}(): expected a data batch, got a token and none")
 
