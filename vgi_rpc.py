@@ -759,6 +759,10 @@ class ByteSource:
         """Return *head* and the next *size* bytes in one piece of memory; shorter only where the source ends."""
         return head + self.read(size)
 
+    def take(self, expected: bytes) -> bool:
+        """Read *expected* if it comes next and is there already; else read nothing."""
+        return False
+
 
 class BufferSource(ByteSource):
     """A source over bytes in memory, which `read_after` does not copy when *head* was the last thing read."""
@@ -1118,11 +1122,14 @@ class IpcReader:
             RequestTooLargeError: A limit exceeded.
         """
         while True:
-            raw = None if self.ended else self._read_head()
-            if raw is None:
-                return None
-            known = raw == self._last[0]
-            head = self._last[1] if known else parse_message_head(raw[8:])
+            raw, head = self._last
+            known = bool(raw) and not self.ended and self._source.take(raw)
+            if not known:
+                read = None if self.ended else self._read_head()
+                if read is None:
+                    return None
+                known = read == raw
+                raw, head = read, head if known else parse_message_head(read[8:])
             if head.kind == _SCHEMA_MESSAGE:
                 raise IPCError("expected a batch, got a second schema message")
             size, limit = head.body_length, self._limits.max_bytes
@@ -1257,7 +1264,9 @@ class IpcWriter:
             batch = batch.to_record_batch()
         if batch is _TICK and metadata is None:
             return [_TICK_MESSAGE]
-        if self._facts.has_dictionary or batch.nbytes > SMALL_BODY_BYTES:
+        # nbytes costs more than all the rest here; the other size is an upper bound, large for slices.
+        large = batch.get_total_buffer_size() > SMALL_BODY_BYTES and batch.nbytes > SMALL_BODY_BYTES
+        if self._facts.has_dictionary or large:
             return self._by_pyarrow(batch, metadata)
         raw = batch.serialize().to_pybytes()
         if metadata is None:
@@ -2353,8 +2362,10 @@ class OutputCollector:
         plan, schema = plain_plan(self.output_schema), self.output_schema
         batch: Any = None
         if plan is not None and data.keys() == plan.names:
-            with contextlib.suppress(_NotPlain):
+            try:
                 batch = plan.write([data[name] for name in schema.names])
+            except _NotPlain:
+                pass
         self.emit(_batch_from_pydict(data, schema, "emit_pydict") if batch is None else batch, metadata)
 
     def finish(self) -> None:
@@ -3293,6 +3304,8 @@ class Call:
     def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
         """Pending log lines as batches; the list is emptied."""
         taken = [*self._messages, *messages]
+        if not taken:
+            return []
         self._messages.clear()
         empty, request_id = empty_batch(schema), self.context.request_id
         return [(empty, _message_metadata(m, self.server.server_id, request_id)) for m in taken]
@@ -3685,6 +3698,11 @@ class ByteChannel(ByteSource):
                 return whole.slice(0, filled)
             filled += got
         return whole
+
+    def take(self, expected: bytes) -> bool:
+        found = self._buffer.startswith(expected, self._at)
+        self._at += len(expected) if found else 0
+        return found
 
     def read_until(self, marker: bytes, limit: int) -> bytes | None:
         """Read to and with *marker*; ``None`` if the source ends or *limit* bytes pass before it comes."""
@@ -4463,7 +4481,7 @@ class _ByteClientStream(ClientStream):
             if given.custom_metadata is not None or not self._in_flight:
                 writer.write(batch, given.custom_metadata)
                 self._in_flight += 1
-            return self._answer()
+            return self._given(self._next())
 
     def next(self) -> AnnotatedBatch | None:
         # The server may block on writing while we do not read, and we never do while it does not: all the ticks that can
@@ -4474,18 +4492,16 @@ class _ByteClientStream(ClientStream):
             if missing > 0 and 2 * missing >= self._ahead:
                 self._input(EMPTY_SCHEMA).write_all([(_TICK, None)] * missing)
                 self._older, self._in_flight = self._in_flight, self._in_flight + missing
-            started = time.monotonic()
-            answer = self._answer()
+            started, self._older = time.monotonic(), self._older - 1
+            item = self._next()
             # Only an answer that was asked for together with the one before it tells the producer's time from the way's.
-            self._older -= 1
             slow = self._older < -1 and time.monotonic() - started > SLOW_TURN_SECONDS
-            large = answer is not None and answer.batch.nbytes > SMALL_BODY_BYTES
-            most = min(self._options.prefetch or MAX_PREFETCH, 2 if large else MAX_PREFETCH)
-            self._ahead = 1 if slow else min(2 * self._ahead, most)
-            return answer
+            large = item is not None and len(item.message.data) > SMALL_BODY_BYTES
+            most = 2 if large else MAX_PREFETCH
+            self._ahead = 1 if slow else min(2 * self._ahead, most, self._options.prefetch or most)
+            return self._given(item)
 
-    def _answer(self) -> AnnotatedBatch | None:
-        item = self._next()
+    def _given(self, item: ReplyItem | None) -> AnnotatedBatch | None:
         if item is not None:
             self._in_flight -= 1
             return item.annotated()
@@ -6658,7 +6674,7 @@ class _HttpClientStream(ClientStream):
         self._reader: IpcReader | None = None  # of the answer that is being read
         self._rest: HttpBody | None = None  # its body, if that is still coming
         self._metadata: Any = None  # of a tick that came while an answer to earlier ones was being read
-        self._turns, self._handed_at = 4, time.monotonic()
+        self._turns, self._handed_at = 1, time.monotonic()
 
     def take(self, source: BufferSource) -> None:
         """Read an answer's output stream whole."""
@@ -6727,7 +6743,7 @@ class _HttpClientStream(ClientStream):
     def next(self) -> AnnotatedBatch | None:
         if not self._waiting and self._rest is None:
             quick = time.monotonic() - self._handed_at < SLOW_READER_SECONDS
-            self._turns = min(4 * self._turns, self._options.prefetch or MAX_TURNS) if quick else 1
+            self._turns = (self._options.prefetch or MAX_TURNS) if quick else 1
         answer = self._advance(_PLAIN_TICK, self._turns)
         self._handed_at = time.monotonic()
         return answer
