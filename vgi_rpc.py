@@ -35,7 +35,7 @@ The file is read from top to bottom: a section uses only sections with a smaller
 
 from __future__ import annotations
 
-import base64, binascii, contextlib, contextvars, dataclasses, enum, errno, functools, hashlib, hmac
+import base64, binascii, contextlib, contextvars, copy, dataclasses, enum, errno, functools, hashlib, hmac
 import inspect, io, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
 import types, typing, zlib
 from collections import OrderedDict, deque
@@ -5333,6 +5333,8 @@ class _OpenedCall(NamedTuple):
     limit: int | None
 
 
+_IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
+
 class _StreamAnswer(NamedTuple):
     """What the turns of one answer have in common."""
 
@@ -5615,7 +5617,7 @@ class HttpApp:
         call, context, pieces = answer.call, answer.call.context, list[_Buffer]()
         writer, limit = IpcWriter(pieces.extend, turn.schema), context.response_limit_bytes
         until, allowed = time.monotonic() + MAX_TURNS_SECONDS, context.deadline and context.deadline - call.started
-        lead, sent, state = answer.header, 0, b""
+        lead, sent, state = answer.header, 0, None
 
         def encode(turn: Turn) -> bytes:
             pieces.clear()
@@ -5625,18 +5627,20 @@ class HttpApp:
         with ending, self.server.working():
             yield b""
             for left in reversed(range(most)):
-                data, before = lead + encode(turn), state
+                data, before, size, close = lead + encode(turn), state, 0, False
                 try:
-                    state = b"" if turn.finished else self._state_content(answer)
+                    state = None if turn.finished else self._remember(answer)
+                    close = not left or self.server.draining or time.monotonic() > until
+                    if limit is not None and 4 * (sent + len(data)) > limit or not before or close:
+                        size = 4096 + len(answer.call_token) + 2 * len(state()) if state else 0
                 except Exception as exc:
-                    turn, state = call._failed(turn.schema, exc), b""
+                    turn, state = call._failed(turn.schema, exc), None
                     data += encode(turn)
-                room = 4096 + len(answer.call_token) + 2 * len(state) if state else 0
-                full = limit is not None and sent + len(data) + room > limit
+                full = limit is not None and sent + len(data) + size > limit
                 if full and before:  # it will be the first of the next answer, made again
-                    data, turn = encode(self._cursor_turn(answer, before)), turn._replace(finished=True)
-                elif state and (full or not left or self.server.draining or time.monotonic() > until):
-                    turn = self._cursor_turn(answer, state)
+                    data, turn = encode(self._cursor_turn(answer, before())), turn._replace(finished=True)
+                elif state and (full or close):
+                    turn = self._cursor_turn(answer, state())
                     data += encode(turn)
                 if limit is not None and sent + len(data) > limit:
                     data = self._too_large(call, len(data), limit)
@@ -5647,6 +5651,14 @@ class HttpApp:
                     return
                 lead, context.deadline = b"", allowed and time.monotonic() + allowed
                 turn = call.turn(answer.given)
+
+    def _remember(self, answer: _StreamAnswer) -> Callable[[], bytes]:
+        """Return what gives the cursor's content for the state as it is now; where a copy will do, nothing is written yet."""
+        state = cast("Stream[Any, Any]", answer.call.stream).state
+        if {type(v) for v in dataclass_codec(type(state)).values(state)} <= _IMMUTABLE:
+            return functools.partial(self._state_content, answer, copy.copy(state))
+        content = self._state_content(answer, state)
+        return lambda: content
 
     # -- the two halves of a stream's state
 
@@ -5666,9 +5678,9 @@ class HttpApp:
         return self.sealer.seal(b"call", (*self._binding(call.bound, call.context.auth), call_id), pack_parts(parts))
 
     @staticmethod
-    def _state_content(answer: _StreamAnswer) -> bytes:
+    def _state_content(answer: _StreamAnswer, state: Any) -> bytes:
         """What a cursor seals; raises what the state's serialisation does."""
-        bound, state = answer.call.bound, cast("Stream[Any, Any]", answer.call.stream).state
+        bound = answer.call.bound
         if type(state) not in bound.state_types:
             names = ", ".join(t.__name__ for t in bound.state_types) or "no concrete class"
             raise ParameterError(
@@ -5693,7 +5705,7 @@ class HttpApp:
             return turn
         stream = cast("Stream[Any, Any]", answer.call.stream)
         try:
-            tokens = self._tokens(answer, self._state_content(answer))
+            tokens = self._tokens(answer, self._state_content(answer, stream.state))
         except Exception as exc:
             return answer.call._failed(stream.output_schema, exc)
         items, at = list(turn.items), turn.data_index
