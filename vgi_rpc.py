@@ -6202,35 +6202,24 @@ class HttpReply(NamedTuple):
     body: Any  # bytes, memoryview or Buffer; of `HttpSender.open` also an `HttpBody`, to be read as it comes
 
 
-class HttpBody(ByteSource):
-    """A body that is read as its *pieces* come, over *channel* if there is one; close it, or read to its end."""
+class HttpBody(ByteChannel):
+    """A body that is read as its *pieces* come, over *channel* if there is one; read it to its end, or close it."""
 
     def __init__(self, pieces: Iterator[bytes], channel: ByteChannel | None = None) -> None:
-        self._pieces, self._left = pieces, memoryview(b"")
-        self.channel = channel
+        super().__init__()
+        self._pieces, self.channel = pieces, channel
+        self.close = getattr(pieces, "close", bool)  # a generator's; it closes the channel
 
-    def read(self, size: int) -> bytes:
-        return bytes(self.read_after(b"", size))
+    def _receive(self, size: int) -> bytes:
+        return next(self._pieces, b"")
 
-    def read_after(self, head: bytes, size: int) -> _Buffer:
-        if len(self._left) >= size:
-            piece, self._left = self._left[:size], self._left[size:]
-            return b"".join((head, piece))
-        pieces: list[_Buffer] = [head]
-        while size:
-            self._left = self._left or memoryview(next(self._pieces, b""))
-            if not self._left:
-                break
-            pieces.append(self._left[:size])
-            self._left = self._left[size:]
-            size -= len(pieces[-1])
-        return b"".join(pieces)
-
-    def close(self) -> None:
-        """Leave the rest unread."""
-        close = getattr(self._pieces, "close", None)
-        if close is not None:
-            close()
+    def _receive_into(self, view: memoryview) -> int:
+        if self._at == len(self._buffer) and not self._fill():
+            return 0
+        piece = self._buffer[self._at : self._at + len(view)]
+        view[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
 
 
 _HeaderList = Sequence[tuple[str, str]]
@@ -6527,14 +6516,8 @@ class SyncClient(HttpSender):
 Headers = Union[Mapping[str, str], Callable[[], Mapping[str, str]]]
 
 
-@contextlib.contextmanager
-def _within_budget() -> Iterator[None]:
-    try:
-        yield
-    except ResponseTooLargeError as exc:
-        raise RpcError("ResponseTooLargeError", str(exc), "", error_code=Code.RESOURCE_EXHAUSTED) from None
-    except IPCError as exc:
-        raise TransportError(f"the answer does not decode: {exc}") from None
+def _over_budget(exc: ResponseTooLargeError) -> RpcError:
+    return RpcError("ResponseTooLargeError", str(exc), "", error_code=Code.RESOURCE_EXHAUSTED)
 
 
 class HttpClient(ClientChannel):
@@ -6592,8 +6575,12 @@ class HttpClient(ClientChannel):
             headers.append((MAX_TURNS_HEADER, str(turns)))
             send = getattr(self._sender, "open", send)
         for _ in range(3):
-            with _within_budget():
+            try:
                 reply = send("POST", path, headers, body, deadline, self._budget)
+            except ResponseTooLargeError as exc:
+                raise _over_budget(exc) from None
+            except IPCError as exc:
+                raise TransportError(f"the answer does not decode: {exc}") from None
             if reply.status not in (307, 308):
                 break
             path = self._redirected(reply, path)
@@ -6714,8 +6701,10 @@ class _HttpClientStream(ClientStream):
         rest = cast("HttpBody", self._rest)
         if rest.channel is not None:
             rest.channel.deadline = self._options.deadline
-        with _within_budget():
+        try:
             batch = self._read()
+        except ResponseTooLargeError as exc:
+            raise _over_budget(exc) from None
         if batch is not None:
             self._waiting.append(batch)
             return
