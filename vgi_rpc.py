@@ -6743,7 +6743,7 @@ class HttpBody(ByteChannel):
     def __init__(self, pieces: Iterator[bytes], channel: ByteChannel | None = None) -> None:
         super().__init__()
         self._pieces, self.channel = pieces, channel
-        self.close = getattr(pieces, "close", bool)  # a generator's; it closes the channel
+        self.close = getattr(pieces, "close", lambda: None)  # a generator's; it closes the channel
 
     def _receive(self, size: int) -> bytes:
         return next(self._pieces, b"")
@@ -7227,7 +7227,7 @@ class _HttpClientStream(ClientStream):
             self._call_token = metadata.get(CALL_STATE_KEY, self._call_token)
             self._cursor = metadata.get(STATE_KEY, self._cursor)
             if item.kind is BatchKind.DATA:
-                return cast("AnnotatedBatch", answer_call(item.annotated))
+                return answer_call(item.annotated)
         self._reader = None
         return None
 
@@ -8156,6 +8156,16 @@ def _live_method(service: ServiceDescription, method: MethodDescription) -> RpcM
 
 
 
+class _FileSource(ByteSource):
+    """A source over a binary file."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        return cast("bytes", self._file.read(size))
+
+
 def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
     """The batches of an Arrow, NDJSON or CSV file, told apart by their first bytes; ``-`` is read as it comes."""
     with contextlib.ExitStack() as stack:
@@ -8166,7 +8176,7 @@ def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
         elif first[:4] != _CONTINUATION:
             yield from _text_batches(file, rows, live=path == "-")
             return
-        source = types.SimpleNamespace(read=file.read, read_after=lambda head, size: head + file.read(size))
+        source = _FileSource(file)
         reader = IpcReader(cast("ByteSource", source))
         for batch, _ in iter(reader.next, None):
             for start in range(0, max(batch.num_rows, 1), rows or max(batch.num_rows, 1)):
