@@ -1034,7 +1034,7 @@ class SchemaFacts:
             file = _Pieces()
             with ipc.new_stream(file, self.schema) as writer:
                 writer.write_batch(batch, custom_metadata=metadata)
-            reader = IpcReader(BufferSource(b"".join(file.pieces)), validation=IpcValidation.NONE)
+            reader = _OwnReader(BufferSource(b"".join(file.pieces)), validation=IpcValidation.NONE)
             message = cast("BatchMessage", reader.next_message())
             known = [HeadLayout.learn(m.head_bytes()) for m in reader.dictionaries()], HeadLayout.learn(message.head_bytes())
             if len(self._shapes) >= 64:
@@ -1091,6 +1091,7 @@ class IpcReader:
         self._dictionaries: dict[int, list[BatchMessage]] = {}
         self._last: tuple[bytes, MessageHead] = (b"", MessageHead(0, 0))  # turns of a stream often have the very same head
         self.ended = False  # whether the end marker was read
+        self._unread = 0  # bytes of a refused message's body
         raw = self._read_head(first=True)
         if raw is None:
             raise IPCError("expected a schema message, got an end of stream")
@@ -1138,6 +1139,7 @@ class IpcReader:
                 raise IPCError("expected a batch, got a second schema message")
             size, limit = head.body_length, self._limits.max_bytes
             if limit is not None and size > limit:
+                self._unread = size
                 raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {size}")
             message = _guard("the message body", self._source.read_after, raw, size)
             got = len(message) - len(raw)
@@ -1207,14 +1209,22 @@ class IpcReader:
 
     def skip(self) -> None:
         """Read on to the end marker without decoding, which leaves a connection usable after a refusal; raises `IPCError`."""
-        while not self.ended:
-            raw = self._read_head()
-            left = parse_message_head(raw[8:]).body_length if raw else 0
+        while self._unread or not self.ended:
+            left, self._unread = self._unread, 0
+            raw = None if left else self._read_head()
+            left = parse_message_head(raw[8:]).body_length if raw else left
             while left:
                 got = len(self._source.read(min(left, 1 << 20)))
                 if not got:
                     raise IPCError(f"half a message: {left} bytes short")
                 left -= got
+
+
+class _OwnReader(IpcReader):
+    """Reads what was written here, which may hold more nulls than another side would believe."""
+
+    def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
+        pass
 
 
 _TICK_FACTS = schema_facts(EMPTY_SCHEMA)
@@ -1724,6 +1734,10 @@ def _of_field(name: str, convert: Callable[[Any], Any], value: Any) -> Any:
         return convert(value)
     except _Mismatch as exc:
         raise exc.under(f".{name}") from None
+    except (_Refusal, StatusError):
+        raise
+    except Exception as exc:  # a date beyond Python's calendar, a __post_init__ that does not like its values
+        raise _Mismatch("a valid value", f"{type(exc).__name__}: {_text_of(exc)}").under(f".{name}") from exc
 
 
 @dataclass(frozen=True)
@@ -1949,9 +1963,13 @@ def _batch_to_bytes(batch: Any) -> bytes:
 def _batch_from_bytes(data: Any) -> pa.RecordBatch:
     if not data:
         return empty_batch(EMPTY_SCHEMA)
-    reader = IpcReader(BufferSource(data))
+    reader = IpcReader(BufferSource(data), _inner_limits(data))
     item = reader.next()
     return item[0] if item else empty_batch(reader.schema)
+
+def _inner_limits(data: _Buffer) -> IpcLimits:
+    """What a stream inside a value may grow to when it is decompressed: it must not evade the limits on what is around it."""
+    return IpcLimits(max(1 << 24, 16 * len(data)))
 
 def _schema_to_bytes(schema: Any) -> bytes:
     _expect(schema, pa.Schema, "pyarrow.Schema")
@@ -1963,9 +1981,10 @@ def _schema_from_bytes(data: Any) -> pa.Schema:
 def _binary_codec(encode: Callable[[Any], bytes], decode: Callable[[Any], Any]) -> Codec:
     """A value that travels as bytes: what is wrong inside them is said as a mismatch of the value."""
     def read(data: Any) -> Any:
+        _expect(data, bytes, "binary")
         try:
             return decode(data)
-        except (IPCError, EOFError) as exc:
+        except (IPCError, EOFError, RequestTooLargeError) as exc:
             raise _Mismatch("an Arrow IPC stream", _text_of(exc)) from None
     return Codec(pa.binary(), False, encode, _not_none("binary", read))
 
@@ -2064,7 +2083,7 @@ class DataclassCodec:
 
     def from_bytes(self, data: _Buffer, validation: IpcValidation = IpcValidation.FULL) -> Any:
         """Decode an IPC stream of one row; no bytes, or no batch, is a row of defaults."""
-        item = IpcReader(BufferSource(data), validation=validation).next() if len(data) else None
+        item = IpcReader(BufferSource(data), _inner_limits(data), validation).next() if len(data) else None
         return self.from_batch(item[0] if item else _TICK)
 
     def _build(self, reader: Callable[[Codec], Callable[[Any], Any]], present: Mapping[str, Any]) -> Any:
