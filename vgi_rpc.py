@@ -1004,8 +1004,15 @@ def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
     except _ARROW_FAILURES as exc:
         raise IPCError(f"{what}: {_text_of(exc)}") from None
 
-def _nesting(kind: pa.DataType) -> int:
-    return 1 + max((_nesting(kind.field(i).type) for i in range(kind.num_fields)), default=0)
+def _nesting(fields: Iterable[pa.Field]) -> int:
+    """Levels of types below *fields*; a name that is not UTF-8 is a `UnicodeDecodeError` here, not at some later look."""
+    return max((1 + _nesting(_children(f.type)) for f in fields if f.name is not None), default=0)
+
+def _children(kind: pa.DataType) -> list[pa.Field]:
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    if pa.types.is_dictionary(kind):
+        return [pa.field("", kind.value_type)]
+    return [kind.field(i) for i in range(kind.num_fields)]
 
 def _has_dictionary(kind: pa.DataType) -> bool:
     if isinstance(kind, pa.BaseExtensionType):
@@ -1050,7 +1057,7 @@ def _decode_schema(message: bytes) -> SchemaFacts:
     schema = _guard("the schema message", ipc.read_schema, pa.py_buffer(message))
     if len(schema) > MAX_COLUMNS:
         raise IPCError(f"schema: expected at most {MAX_COLUMNS} columns, got {len(schema)}")
-    if max(map(_nesting, schema.types), default=0) > MAX_NESTING:
+    if _guard("the schema", _nesting, schema) > MAX_NESTING:
         raise IPCError(f"schema: expected at most {MAX_NESTING} levels of nesting")
     return SchemaFacts(schema, message)
 
