@@ -6002,11 +6002,11 @@ def read_http_head(channel: ByteChannel) -> HttpHead | None:
     raise TransportError("the connection was closed in the middle of a head")
 
 def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Iterator[bytes]:
-    """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped.
+    """Yield a chunked body (RFC 9112 section 7.1) in pieces of 64 KiB or more; trailers are read and dropped.
 
     Raises `ProtocolError` for wrong framing, `RequestTooLargeError` beyond *limit* bytes, which *rule* names.
     """
-    total = 0
+    total, gathered = 0, bytearray()  # a body in chunks of a byte or two must not cost an object for each
     while True:
         line = channel.read_until(b"\r\n", 1024)
         match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n", line or b"")
@@ -6021,7 +6021,11 @@ def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_byte
         piece = channel.read(size)
         if len(piece) < size or channel.read(2) != b"\r\n":
             raise ProtocolError("chunk: its data is not followed by CR LF")
-        yield piece
+        gathered += piece
+        if len(gathered) >= SMALL_BODY_BYTES:
+            yield bytes(gathered)
+            gathered.clear()
+    yield bytes(gathered)
     for _ in range(MAX_HEADERS):
         line = channel.read_until(b"\r\n", 8192)
         if line == b"\r\n":
@@ -6227,7 +6231,9 @@ class HttpServing:
 
     def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `stop`; then drain and close."""
-        run_listener(self.app.server, self.listener, self.options.drain_grace_seconds)
+        tell = self.options.on_bound or (lambda host, port: None)
+        grace = self.options.drain_grace_seconds
+        run_listener(self.app.server, self.listener, grace, lambda: tell(self.host, self.port))
 
     def stop(self) -> None:
         """Have `run` return; from any thread."""
@@ -6241,10 +6247,7 @@ def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **o
     Raises ``OSError`` when the address cannot be bound; for options as `make_wsgi_app`.
     """
     chosen, serving = _split_options(options, HttpOptions, HttpServeOptions)
-    http = HttpServing(HttpApp(server, chosen), host, port, serving)
-    if serving.on_bound is not None:
-        serving.on_bound(host, http.port)
-    http.run()
+    HttpServing(HttpApp(server, chosen), host, port, serving).run()
 
 
 # ============================================================================
