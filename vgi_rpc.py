@@ -825,20 +825,25 @@ class BatchMessage(NamedTuple):
 
 
 class _Table:
-    """One table of a flatbuffer: bounds-checked reads of its fields by number (flatbuffers' "internals")."""
-    __slots__ = ("data", "position", "slots")
+    """One table of a flatbuffer: bounds-checked reads of its fields by number (flatbuffers' "internals").
 
-    def __init__(self, data: bytes, position: int) -> None:
+    *seen* collects (start, size) of what was read to find the way: bytes that decide where others stand.
+    """
+    __slots__ = ("data", "position", "seen", "slots")
+
+    def __init__(self, data: bytes, position: int, seen: list[tuple[int, int]]) -> None:
         (back,) = struct.unpack_from("<i", data, _inside(data, position))
         vtable = _inside(data, position - back)
         (size,) = struct.unpack_from("<H", data, vtable)
-        self.data, self.position = data, position
+        self.data, self.position, self.seen = data, position, seen
+        seen += ((position, 4), (vtable, size))
         # A writer leaves absent fields off the end: no table that is read here has more than five.
         self.slots = (*struct.unpack_from(f"<{max(size - 4, 0) // 2}H", data, vtable + 4), 0, 0, 0, 0, 0)
 
     def scalar(self, slot: int, code: str) -> int:
         """Read a number; an absent field is 0."""
         offset = self.slots[slot]
+        self.seen.append((self.position + offset, struct.calcsize(code)))
         return int(struct.unpack_from(code, self.data, self.position + offset)[0]) if offset else 0
 
     def target(self, slot: int) -> int | None:
@@ -849,12 +854,15 @@ class _Table:
     def table(self, slot: int) -> _Table | None:
         """Read a table field."""
         at = self.target(slot)
-        return None if at is None else _Table(self.data, at)
+        return None if at is None else _Table(self.data, at, self.seen)
 
     def vector(self, slot: int) -> tuple[int, int]:
         """Return (position of the first element, count) of a vector field."""
         at = self.target(slot)
-        return (0, 0) if at is None else (at + 4, int(struct.unpack_from("<I", self.data, at)[0]))
+        if at is None:
+            return 0, 0
+        self.seen.append((at, 4))
+        return at + 4, int(struct.unpack_from("<I", self.data, at)[0])
 
     def text(self, slot: int) -> bytes:
         """Read a string field."""
@@ -872,13 +880,20 @@ def _inside(data: bytes, position: int) -> int:
 _Region = tuple[int, int, Any]  # (start, size, what stands there) in a head: the name of a number, or a metadata key
 
 def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
-    """Read a head field by field; also return where it may differ from other heads of the same layout."""
+    """Read a head field by field; also return where it may differ from other heads of the same layout.
+
+    There are no such places, and so no layout, when what may differ also decides how a head is read: a layout would then
+    read other numbers than pyarrow does, and what it does not see it does not check.
+    """
     regions: list[_Region] = []
+    seen: list[tuple[int, int]] = [(0, 4)]
 
     def number(table: _Table, slot: int, name: str) -> int:
-        if table.slots[slot]:
-            regions.append((table.position + table.slots[slot], 8, name))
-        return table.scalar(slot, "<q")
+        at = table.position + table.slots[slot]
+        if at == table.position:
+            return 0
+        regions.append((at, 8, name))
+        return int(struct.unpack_from("<q", data, at)[0])
 
     def numbers(table: _Table, slot: int, name: str) -> Sequence[int]:
         start, count = table.vector(slot)
@@ -888,13 +903,23 @@ def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
             regions.append((start, 16 * count, name))
         return struct.unpack_from(f"<{2 * count}q", data, start)
 
-    message = _Table(data, struct.unpack_from("<I", data, 0)[0])
+    def with_regions(head: MessageHead) -> tuple[MessageHead, list[_Region]]:
+        decisive, spans = bytearray(len(data)), [(start, start + size) for start, size, _ in regions]
+        for start, size in seen:
+            decisive[start : start + size] = b"\1" * size
+        apart = all(end <= start for (_, end), (start, _) in zip(sorted(spans), sorted(spans)[1:]))
+        once = len({name for _, _, name in regions}) == len(regions)
+        return head, regions if apart and once and not any(any(decisive[a:b]) for a, b in spans) else []
+
+    message = _Table(data, struct.unpack_from("<I", data, 0)[0], seen)
+    if message.scalar(0, "<h") not in (3, 4):  # V4 and V5 of MetadataVersion: those that pyarrow reads
+        raise ValueError(f"metadata version {message.scalar(0, '<h') + 1}")
     kind, body_length = message.scalar(1, "<B"), number(message, 3, "body_length")
     batch, metadata = message.table(2), _head_metadata(message, regions)
     if batch is None or kind not in (_SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE) or body_length < 0:
         raise ValueError(f"message type {kind}, body of {body_length} bytes")
     if kind == _SCHEMA_MESSAGE:
-        return MessageHead(kind, body_length, metadata), regions
+        return with_regions(MessageHead(kind, body_length, metadata))
     dictionary_id, is_delta = 0, False
     if kind == _DICTIONARY_MESSAGE:
         dictionary_id, is_delta, batch = batch.scalar(0, "<q"), bool(batch.scalar(2, "<B")), batch.table(1)
@@ -902,7 +927,7 @@ def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
             raise ValueError("a dictionary without a batch")
     rows, nodes, buffers = number(batch, 0, "rows"), numbers(batch, 1, "nodes"), numbers(batch, 2, "buffers")
     compressed = batch.target(3) is not None
-    return MessageHead(kind, body_length, metadata, rows, nodes, buffers, compressed, dictionary_id, is_delta), regions
+    return with_regions(MessageHead(kind, body_length, metadata, rows, nodes, buffers, compressed, dictionary_id, is_delta))
 
 def _head_metadata(message: _Table, regions: list[_Region]) -> dict[bytes, bytes] | None:
     start, count = message.vector(4)
@@ -910,11 +935,13 @@ def _head_metadata(message: _Table, regions: list[_Region]) -> dict[bytes, bytes
         return None
     if count * 4 > len(message.data):
         raise IndexError(count)
-    metadata = {}
+    metadata: dict[bytes, bytes] = {}
+    message.seen.append((start, 4 * count))
     for i, offset in enumerate(struct.unpack_from(f"<{count}I", message.data, start)):
-        pair = _Table(message.data, start + 4 * i + offset)
+        pair = _Table(message.data, start + 4 * i + offset, message.seen)
         key, value = pair.text(0), pair.text(1)
-        if value:
+        message.seen.append((pair.vector(0)[0], len(key)))
+        if value or key in metadata:  # a key that comes twice leaves two regions of one name
             regions.append((pair.vector(1)[0], len(value), key))
         metadata[key] = value
     return metadata
@@ -932,8 +959,6 @@ class HeadLayout:
         codes, fixed, count, at = ["<"], [], 0, 0
         self._slots: dict[Any, slice] = {}
         for start, size, name in [*sorted(regions, key=operator.itemgetter(0)), (len(data), 0, None)]:
-            if start < at or name in self._slots:
-                raise ValueError("a head in which two things share their bytes or their name has no layout")
             width = 1 if isinstance(name, bytes) else size // 8
             codes.append(f"{start - at}s{size}s" if isinstance(name, bytes) else f"{start - at}s{width}q")
             fixed.append(count)
@@ -988,11 +1013,10 @@ def parse_message_head(data: bytes) -> MessageHead:
         head, regions = _parse_head(data)
     except (struct.error, IndexError, ValueError, OverflowError, MemoryError) as exc:
         raise IPCError(f"not an Arrow IPC message: its head of {len(data)} bytes does not parse ({_text_of(exc)})") from None
-    if len(data) <= 4096 and len(layouts) < 8:
+    if regions and len(data) <= 4096 and len(layouts) < 8:
         if len(_layouts) >= 512:
             _layouts.clear()
-        with contextlib.suppress(ValueError):
-            _layouts[len(data)] = [*layouts, HeadLayout(data, head, regions)]
+        _layouts[len(data)] = [*layouts, HeadLayout(data, head, regions)]
     return head
 
 def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
@@ -1167,6 +1191,8 @@ class IpcReader:
         for offset, length in zip(buffers, buffers):
             if offset < 0 or length < 0 or offset + length > head.body_length:
                 raise IPCError(f"buffer at {offset}, {length} bytes: outside the body of {head.body_length} bytes")
+            if length and offset % 8:
+                raise IPCError(f"buffer at {offset}: expected a multiple of 8")
             size = -1
             if head.compressed and length >= 8:
                 # BodyCompression: each buffer starts with its decoded length, -1 when it stands uncompressed.
