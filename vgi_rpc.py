@@ -35,8 +35,8 @@ The file is read from top to bottom: a section uses only sections with a smaller
 
 from __future__ import annotations
 
-import base64, binascii, contextlib, contextvars, dataclasses, enum, errno, functools, hashlib, hmac
-import inspect, io, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
+import base64, binascii, contextlib, contextvars, copy, dataclasses, enum, errno, functools, hashlib, hmac
+import inspect, io, itertools, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
 import types, typing, zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,7 +47,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 if typing.TYPE_CHECKING:
-    import argparse, ssl, subprocess
+    import ssl
 
 __version__ = "0.1.0"
 
@@ -80,6 +80,7 @@ __all__ = [  # by kind of thing
 _T = TypeVar("_T")
 _P = TypeVar("_P")
 logger = logging.getLogger("vgi_rpc")
+_wire_read, _wire_write = (logging.getLogger(f"vgi_rpc.wire.{way}") for way in ("read", "write"))  # shapes, never values
 
 
 # ============================================================================
@@ -105,6 +106,8 @@ ERROR_CODE_KEY, ERROR_KIND_KEY = b"vgi_rpc.error_code", b"vgi_rpc.error_kind"
 ERROR_DETAILS_KEY = b"vgi_rpc.error_details"
 LOCATION_KEY, SHM_OFFSET_KEY = b"vgi_rpc.location", b"vgi_rpc.shm_offset"
 STATE_KEY, CALL_STATE_KEY = b"vgi_rpc.stream_state#b64", b"vgi_rpc.call_state#b64"
+
+DOC_KEY, DEFAULTS_KEY, PARAM_DOCS_KEY = b"vgi_rpc.doc", b"vgi_rpc.defaults", b"vgi_rpc.param_docs"  # ours: of schemas
 
 RESERVED_PROTOCOL_PREFIX = "vgi_rpc."
 REFLECTION_PROTOCOL = "vgi_rpc.Reflection.v1"
@@ -679,7 +682,7 @@ def _error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
 # Law: nothing foreign reaches pyarrow's decoder before its head was read and its size, rows and buffers were found
 # plausible; whatever pyarrow then raises leaves this section as IPCError.
 
-_Buffer = Union[bytes, memoryview, pa.Buffer]
+_Buffer: typing.TypeAlias = bytes | memoryview | pa.Buffer
 _Metadata = Mapping[bytes, bytes]
 
 _CONTINUATION = b"\xff\xff\xff\xff"
@@ -953,7 +956,7 @@ class HeadLayout:
     Heads of one schema whose metadata values have the same lengths differ nowhere else, so one `struct` call reads or
     writes them. Learned from heads that `_parse_head` has accepted; what has other fixed bytes is not of this layout.
     """
-    __slots__ = ("_fixed", "_fixed_of", "_head", "_keys", "_parts", "_slots", "_struct")
+    __slots__ = ("_fixed", "_fixed_of", "_head", "_keys", "_numbers", "_parts", "_slots", "_struct")
 
     def __init__(self, data: bytes, head: MessageHead, regions: list[_Region]) -> None:
         codes, fixed, count, at = ["<"], [], 0, 0
@@ -969,6 +972,7 @@ class HeadLayout:
         self._fixed_of = operator.itemgetter(*fixed)
         self._fixed = self._fixed_of(self._parts)
         self._keys = [(key, self._slots[key].start) for key in head.metadata or () if key in self._slots]
+        self._numbers = [self._slots.get(name) for name in ("body_length", "rows", "nodes", "buffers")]
         self._head = head
 
     @classmethod
@@ -981,9 +985,12 @@ class HeadLayout:
         parts = self._struct.unpack(data)
         if self._fixed_of(parts) != self._fixed:
             return None
-        known, at = self._head, self._slots.get
-        metadata = {**known.metadata, **{key: parts[i] for key, i in self._keys}} if known.metadata else None
-        body, rows, nodes, buffers = at("body_length"), at("rows"), at("nodes"), at("buffers")
+        known, (body, rows, nodes, buffers) = self._head, self._numbers
+        metadata = None
+        if known.metadata:
+            metadata = known.metadata.copy()
+            for key, index in self._keys:
+                metadata[key] = parts[index]
         return MessageHead(
             known.kind, parts[body.start] if body else 0, metadata, parts[rows.start] if rows else 0,
             parts[nodes] if nodes else (), parts[buffers] if buffers else (), *known[6:],
@@ -991,10 +998,10 @@ class HeadLayout:
 
     def message(self, rows: int, nodes: Sequence[int], buffers: Sequence[int], body: bytes, metadata: _Metadata | None) -> bytes:
         """Return the whole message of a batch of this layout."""
-        parts, slots = self._parts.copy(), self._slots
-        for name, numbers in (("body_length", (len(body),)), ("rows", (rows,)), ("nodes", nodes), ("buffers", buffers)):
-            if name in slots:
-                parts[slots[name]] = numbers
+        parts = self._parts.copy()
+        for slot, numbers in zip(self._numbers, ((len(body),), (rows,), nodes, buffers)):
+            if slot:
+                parts[slot] = numbers
         for key, index in self._keys if metadata else ():
             parts[index] = metadata[key]  # type: ignore[index]
         return b"".join((_CONTINUATION, struct.pack("<i", self._struct.size), self._struct.pack(*parts), body))
@@ -1128,6 +1135,8 @@ class IpcReader:
             raise IPCError("expected a schema message, got an end of stream")
         self.facts = _schema_facts(raw)
         self.schema = self.facts.schema  # of every batch
+        if _wire_read.isEnabledFor(logging.DEBUG):
+            _wire_read.debug("schema %s", _schema_text(self.schema))
 
     def _read_head(self, first: bool = False) -> bytes | None:
         """Read prefix and head of the next message; ``None`` at the end marker."""
@@ -1179,6 +1188,8 @@ class IpcReader:
             if not known:
                 self._check_bounds(head, memoryview(message)[len(raw) :])
             if head.kind == _BATCH_MESSAGE:
+                if _wire_read.isEnabledFor(logging.DEBUG):
+                    _wire_read.debug("batch of %d rows, %d bytes, metadata %s", head.rows, size, sorted(head.metadata or ()))
                 if not head.compressed:  # else the bounds stand in the body
                     self._last = raw, head
                 return BatchMessage(head, message)
@@ -1302,6 +1313,8 @@ class IpcWriter:
         if close:
             out.append(END_OF_STREAM)
         if out:
+            if _wire_write.isEnabledFor(logging.DEBUG):
+                _wire_write.debug("%d messages of %s, %d bytes", len(out), _schema_text(self.schema), sum(map(len, out)))
             self._write(out)
 
     def _messages(self, batch: Any, metadata: dict[bytes, bytes] | None) -> list[_Buffer]:
@@ -1390,7 +1403,7 @@ def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values:
 # learned of pyarrow's own; what it does not know, or what looks odd, it leaves to the ordinary way (_NotPlain). A reader
 # who skips it loses nothing but speed.
 
-_PLAIN_BYTES = 65_536  # above this pyarrow is the faster one
+_PLAIN_BYTES = 1 << 20  # above this pyarrow is the faster one, also for numbers
 _NUMBERS = {
     pa.int8(): "b", pa.int16(): "h", pa.int32(): "i", pa.int64(): "q", pa.float64(): "d",
     pa.uint8(): "B", pa.uint16(): "H", pa.uint32(): "I", pa.uint64(): "Q",
@@ -1403,9 +1416,10 @@ class _NotPlain(Exception):
 class _Body:
     """Nodes and buffers of one message, in the order of Arrow's pre-order walk over the columns."""
 
-    __slots__ = ("buffers", "dictionaries", "nodes")
+    __slots__ = ("buffers", "checked", "dictionaries", "nodes")
 
-    def __init__(self) -> None:
+    def __init__(self, checked: bool = True) -> None:
+        self.checked = checked  # whether codecs have looked at the values already
         self.nodes: list[int] = []  # (length, null count), flat
         self.buffers: list[bytes] = []
         self.dictionaries: list[list[Any]] = []  # distinct values of each dictionary column
@@ -1494,7 +1508,7 @@ def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]
     def write(values: Sequence[Any], body: _Body) -> None:
         if _write_node(values, body):
             values = [0 if v is None else v for v in values]
-        if not set(map(type, values)) <= accepted:
+        if not body.checked and not set(map(type, values)) <= accepted:
             raise _NotPlain
         body.buffers.append(struct.pack(f"<{len(values)}{code}", *values))
 
@@ -1533,13 +1547,15 @@ def _text_column(kind: type) -> tuple[_Write, _Read]:
         for piece in pieces:
             at += len(piece)
             offsets.append(at)
+        if at > _PLAIN_BYTES:
+            raise _NotPlain
         body.buffers += (struct.pack(f"<{len(offsets)}i", *offsets), b"".join(pieces))
 
     def read(length: int, parts: _Parts) -> list[Any]:
         validity, offsets, data = parts.node(length), parts.offsets(length), bytes(parts.buffer())
         if offsets[-1] > len(data):
             raise _NotPlain
-        pieces: list[Any] = [data[a:b] for a, b in zip(offsets, offsets[1:])]
+        pieces: list[Any] = [data[a:b] for a, b in itertools.pairwise(offsets)]
         return _with_nulls([p.decode() for p in pieces] if kind is str else pieces, validity)
 
     return write, read
@@ -1551,7 +1567,7 @@ def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
         _write_node(values, body)
         if not set(map(type, values)) <= {list, type(None)}:
             raise _NotPlain
-        offsets, flat = [0], []
+        offsets, flat = [0], list[Any]()
         for value in values:
             flat += value or ()
             offsets.append(len(flat))
@@ -1563,7 +1579,7 @@ def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
         if offsets[-1] > _PLAIN_BYTES:
             raise _NotPlain
         flat = read_item(offsets[-1], parts)
-        return _with_nulls([flat[a:b] for a, b in zip(offsets, offsets[1:])], validity)
+        return _with_nulls([flat[a:b] for a, b in itertools.pairwise(offsets)], validity)
 
     return write, read
 
@@ -1641,9 +1657,9 @@ class PlainPlan:
         self._nullable = [f.nullable for f in facts.schema]
         self.names = frozenset(facts.schema.names)
 
-    def write(self, columns: Sequence[Sequence[Any]]) -> PlainBatch:
-        """Encode columns of equal length; raises `_NotPlain`."""
-        body, length = _Body(), len(columns[0])
+    def write(self, columns: Sequence[Sequence[Any]], checked: bool = False) -> PlainBatch:
+        """Encode columns of equal length, of which codecs have *checked* the values or not; raises `_NotPlain`."""
+        body, length = _Body(checked), len(columns[0])
         try:
             for values, (write, _), nullable in zip(columns, self._columns, self._nullable):
                 if len(values) != length or (not nullable and None in values):
@@ -1807,6 +1823,9 @@ class Codec:
 
 
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if len(values) == 1 and type(values[0]) is bytes and pa.types.is_binary(kind) and SMALL_BODY_BYTES < len(values[0]) < 1 << 31:
+        offsets = pa.py_buffer(struct.pack("<ii", 0, len(values[0])))
+        return pa.Array.from_buffers(kind, 1, [None, offsets, pa.py_buffer(values[0])])  # not copied
     array_ = pa.array(values, type=kind)
     if kind.num_fields and _has_dictionary(kind):
         try:
@@ -2030,7 +2049,7 @@ class RowCodec:
         self.names = tuple(name for name, _ in pairs)
         self.codecs = tuple(codec for _, codec in pairs)
         self.schema = pa.schema([pa.field(n, c.arrow_type, nullable=c.nullable) for n, c in pairs])
-        self._plan: PlainPlan | None | bool = False  # made at first use
+        self._plan: PlainPlan | bool | None = False  # made at first use
 
     @property
     def plan(self) -> PlainPlan | None:
@@ -2045,7 +2064,7 @@ class RowCodec:
         if plan is not None:
             encoded = [[_of_field(n, c.encode, v)] for n, c, v in zip(self.names, self.codecs, values)]
             with contextlib.suppress(_NotPlain):
-                return plan.write(encoded)
+                return plan.write(encoded, checked=True)
         arrays = [_of_field(n, c.to_array, [v]) for n, c, v in zip(self.names, self.codecs, values)]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
@@ -2088,6 +2107,7 @@ class DataclassCodec:
             except TypeError as exc:
                 raise TypeError(f"{where}: {exc}") from None
         self.row = RowCodec(codecs)  # in the order of the fields
+        self.names = frozenset(self.row.names)
 
     def values(self, instance: Any) -> Sequence[Any]:
         """Return the field values of *instance*, in the order of the row."""
@@ -2116,8 +2136,16 @@ class DataclassCodec:
 
     def from_bytes(self, data: _Buffer, validation: IpcValidation = IpcValidation.FULL) -> Any:
         """Decode an IPC stream of one row; no bytes, or no batch, is a row of defaults."""
-        item = IpcReader(BufferSource(data), _inner_limits(data), validation).next() if len(data) else None
-        return self.from_batch(item[0] if item else _TICK)
+        reader = IpcReader(BufferSource(data), _inner_limits(data), validation) if len(data) else None
+        message = reader.next_message() if reader else None
+        if reader is None or message is None:
+            return self.from_batch(_TICK)
+        plan = self.row.plan
+        if plan is not None and reader.facts is plan.facts and message.head.rows == 1:
+            with contextlib.suppress(_NotPlain):
+                columns = {name: column[0] for name, column in zip(self.row.names, plan.read(reader, message))}
+                return self._build(lambda codec: codec.decode, columns)
+        return self.from_batch(reader.decode(message))
 
     def _build(self, reader: Callable[[Codec], Callable[[Any], Any]], present: Mapping[str, Any]) -> Any:
         values: dict[str, Any] = {}
@@ -2145,9 +2173,8 @@ def _has_default(f: dataclasses.Field[Any]) -> bool:
 _building: set[type] = set()
 _codec_lock = threading.RLock()
 
-@functools.lru_cache(maxsize=None)
-def dataclass_codec(cls: Any) -> DataclassCodec:
-    """Return the codec of a class, built once; `TypeError`: a field has no Arrow mapping, or the class contains itself."""
+@functools.cache
+def _dataclass_codec(cls: Any) -> DataclassCodec:
     with _codec_lock:
         if cls in _building:
             raise TypeError(f"{cls.__qualname__} contains itself; an Arrow struct has a fixed depth")
@@ -2156,6 +2183,10 @@ def dataclass_codec(cls: Any) -> DataclassCodec:
             return DataclassCodec(cls)
         finally:
             _building.discard(cls)
+
+def dataclass_codec(cls: Any) -> DataclassCodec:
+    """Return the codec of a class, built once; `TypeError`: a field has no Arrow mapping, or the class contains itself."""
+    return _dataclass_codec(cls)
 
 _INSTEAD = {  # what would work, by the name of the type that has no mapping
     "list": "list[T], for example list[int]", "dict": "dict[K, V], for example dict[str, float]", "set": "set[T]",
@@ -2167,7 +2198,7 @@ _INSTEAD = {  # what would work, by the name of the type that has no mapping
 }
 _MAPPED = "str, bytes, int, float, bool, list, dict, set, Enum, a dataclass, or Annotated[T, ArrowType(...)]"
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def codec_for(annotation: Any, *, whole: bool = False) -> Codec:
     """Return the codec of an annotation; without a mapping a `TypeError` says what would work.
 
@@ -2859,7 +2890,9 @@ class Request:
         self._message = message
         self.rows = message.head.rows
         self.metadata: dict[bytes, bytes] = message.head.metadata or {}
-        extra = sum(1 for _ in iter(reader.next_message, None))
+        extra = 0
+        while reader.next_message() is not None:
+            extra += 1
         if extra:
             raise ProtocolError(f"request: expected exactly one batch, got {extra + 1}")
 
@@ -3075,12 +3108,22 @@ def _method_summary(bound: BoundMethod) -> MethodSummary:
         stream = {True: "exchange", False: "producer", None: "unknown"}[kinds.pop() if len(kinds) == 1 else None]
     return MethodSummary(
         info.name, info.method_type.value, info.has_return, info.header is not None, stream,
-        params_schema_ipc=_serialized(info.params_schema),
+        params_schema_ipc=_serialized(info.params_schema.with_metadata(_told(info))),
         result_schema_ipc=_serialized(info.result_schema if info.has_return else None),
         header_schema_ipc=_serialized(info.header.row.schema if info.header else None),
         idempotency=info.idempotency, deprecated=info.deprecation is not None, deprecation_message=info.deprecation or "",
     )
 
+
+def _told(info: RpcMethodInfo) -> dict[bytes, bytes]:
+    """What reflection's own fields have no room for, as metadata of the parameters' schema: other peers pass over it."""
+    defaults = {}
+    for name, value in info.param_defaults.items():
+        with contextlib.suppress(TypeError, ValueError):  # a default that JSON cannot say is not told
+            shown = value.name if isinstance(value, enum.Enum) else value
+            defaults[name] = json.loads(json.dumps(shown, allow_nan=False))
+    facts = {DOC_KEY: info.doc or "", DEFAULTS_KEY: json.dumps(defaults), PARAM_DOCS_KEY: json.dumps(info.param_docs)}
+    return {key: text.encode("utf-8", "backslashreplace") for key, text in facts.items()}
 
 @dataclass(frozen=True)
 class MethodDescription:
@@ -3095,6 +3138,9 @@ class MethodDescription:
     is_exchange: bool | None = None  # None where the server does not say
     idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
     deprecation: str | None = None  # why not to use it
+    doc: str = ""  # this, defaults and their like are told by our own servers only
+    param_defaults: Mapping[str, Any] = field(default_factory=dict)  # as JSON says them, by parameter
+    param_docs: Mapping[str, str] = field(default_factory=dict)
 
 @dataclass(frozen=True)
 class ServiceDescription:
@@ -3115,12 +3161,16 @@ def _service_description(listed: ProtocolList, described: ProtocolDescription) -
     )
 
 def _method_description(m: MethodSummary) -> MethodDescription:
+    params = _schema_from_bytes(m.params_schema_ipc)
+    told = params.metadata or {}
     return MethodDescription(
         m.name, MethodType.STREAM if m.method_type == "stream" else MethodType.UNARY, m.has_return,
-        _schema_from_bytes(m.params_schema_ipc), _schema_from_bytes(m.result_schema_ipc),
+        params.remove_metadata(), _schema_from_bytes(m.result_schema_ipc),
         m.has_header, _schema_from_bytes(m.header_schema_ipc) if m.has_header else None,
         is_exchange={"exchange": True, "producer": False}.get(m.stream_kind),
         idempotency=m.idempotency, deprecation=m.deprecation_message if m.deprecated else None,
+        doc=told.get(DOC_KEY, b"").decode("utf-8", "replace"), param_defaults=_json_object(told.get(DEFAULTS_KEY)),
+        param_docs=_json_object(told.get(PARAM_DOCS_KEY)),
     )
 
 
@@ -3134,6 +3184,7 @@ def _method_description(m: MethodSummary) -> MethodDescription:
 _TOKEN_REFUSED = "state token refused: not issued by this service for this call; start the stream again"
 _MAC_BYTES = 32
 _STORED, _ZLIB, _ZSTD = 0, 1, 2
+_SAMPLE_BYTES, _WORTH = 4_096, 0.7
 _COMPRESS_FROM_BYTES = 1_024
 _MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
 
@@ -3145,8 +3196,23 @@ def zstd_compress(data: _Buffer, level: int = 1) -> bytes:
     """Compress with pyarrow's own zstd codec."""
     return cast("bytes", pa.Codec("zstd", compression_level=level).compress(data, asbytes=True))
 
+def _zstd_size(data: _Buffer) -> int:
+    """The decoded size that a zstd frame's header gives (RFC 8878 section 3.1.1.1), -1 when it gives none."""
+    head = bytes(memoryview(data)[:18])
+    if len(head) < 6 or head[:4] != b"\x28\xb5\x2f\xfd":
+        return -1
+    single, code = head[4] >> 5 & 1, head[4] >> 6
+    start, width = 5 + (not single) + (0, 1, 2, 4)[head[4] & 3], (single, 2, 4, 8)[code]
+    return int.from_bytes(head[start : start + width], "little") + (256 if code == 1 else 0) if width else -1
+
 def zstd_decompress(data: _Buffer, limit: int) -> bytes:
     """Decompress at most *limit* bytes, else `RequestTooLargeError` with no more decoded; `IPCError` unless it is whole."""
+    size = _zstd_size(data)
+    if 0 < size <= min(limit, 64 * len(data)):  # one call instead of a stream; a header that lies is left to the stream
+        with contextlib.suppress(*_ARROW_FAILURES):
+            whole = cast("bytes", pa.Codec("zstd").decompress(data, size, asbytes=True))
+            if len(whole) == size:
+                return whole
     pieces, left = [], limit + 1
     try:
         with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
@@ -3203,7 +3269,18 @@ class TokenSealer:
         return base64.b64encode(sealed + self._mac(self._keys[0], half, binding, sealed))
 
     def open(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> bytes:
-        """Return the content of a token sealed for the same *half* and *binding*; `ttl` applies if *aged*.
+        """Return the content of a token, after `verify`, whose arguments and errors these are."""
+        return self.expand(*self.verify(half, binding, token, aged=aged))
+
+    @staticmethod
+    def expand(method: int, packed: bytes) -> bytes:
+        """Decompress what `verify` found."""
+        if method == _ZSTD:
+            return zstd_decompress(packed, _MAX_STATE_BYTES)
+        return packed if method == _STORED else gzip_decompress(packed, _MAX_STATE_BYTES, 15)
+
+    def verify(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> tuple[int, bytes]:
+        """Check that a token was sealed for the same *half* and *binding*; `ttl` applies if *aged*. Return what is inside.
 
         Raises `TokenError`: any fault of the seal in one uniform text; or, the seal being good, too old or from the future.
         """
@@ -3226,9 +3303,7 @@ class TokenSealer:
             raise TokenError("state token refused: issued in the future; check the servers' clocks")
         if aged and self.ttl and age > self.ttl:
             raise TokenError(f"token expired: {age:.0f} s old, at most {self.ttl:g} s are allowed; start the stream again")
-        if method == _ZSTD:
-            return zstd_decompress(sealed[10:], _MAX_STATE_BYTES)
-        return sealed[10:] if method == _STORED else gzip_decompress(sealed[10:], _MAX_STATE_BYTES, 15)
+        return method, sealed[10:]
 
 def pack_parts(parts: Sequence[bytes]) -> bytes:
     """Join byte strings so that `unpack_parts` gets them back: each is preceded by its length."""
@@ -3351,6 +3426,8 @@ class Call:
 
     def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
         """Pending log lines as batches; the list is emptied."""
+        if not self._messages and not messages:
+            return []
         taken = [*self._messages, *messages]
         self._messages.clear()
         empty, request_id = empty_batch(schema), self.context.request_id
@@ -3549,6 +3626,8 @@ class ServerCore:
 
     @staticmethod
     def _check_protocol_version(service: HostedService, request: Request) -> None:
+        if not service.version:
+            return
         raw = request.metadata.get(PROTOCOL_VERSION_KEY, b"").decode("utf-8", "replace")
         wanted, got = _parse_version(service.version), _parse_version(raw)
         if wanted is None or got == wanted:
@@ -3576,6 +3655,8 @@ class ServerCore:
 
         Raises `StatusError` (UNAVAILABLE) when one fails; the next request asks again.
         """
+        if kind in self._started:
+            return
         with self._state:
             for service in self.services.values() if kind not in self._started else ():
                 hook = getattr(service.implementation, "on_serve_start", None)
@@ -3589,16 +3670,16 @@ class ServerCore:
 
     # -- draining
 
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """Count the work inside as running, so that `drain` waits for it."""
+    def __enter__(self) -> ServerCore:
+        """Count the work inside ``with server`` as running, so that `drain` waits for it."""
         with self._state:
             self._active += 1
-        try:
-            yield
-        finally:
-            with self._state:
-                self._active -= 1
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._state:
+            self._active -= 1
+            if self.draining:
                 self._state.notify_all()
 
     def refuse_if_draining(self) -> None:
@@ -3671,6 +3752,7 @@ def configure_access_log(path: str, server: ServerCore) -> None:
 # above runs. Law: a short read or write is continued, a failure leaves as TransportError, a deadline as DeadlineExceededError.
 
 _RECEIVE_BYTES = 65_536
+_PIPE_BYTES = 262_144  # of a pipe's buffer, where we may choose: a large batch wakes the reader less often
 _MAX_PIECES = 512  # per writev(2); POSIX allows 1024 on every system we know
 _MAX_IO_BYTES = 1 << 30  # per system call: some systems, and TLS, refuse 2 GiB and more
 _MAX_POLL_SECONDS = 1e6  # poll(2) counts milliseconds in an int
@@ -3764,8 +3846,12 @@ class ByteChannel(ByteSource):
 
     def write(self, pieces: Sequence[_Buffer]) -> None:
         """Write all of *pieces*, in order; large ones are not copied."""
-        if len(pieces) > 1 and sum(map(len, pieces)) <= SMALL_BODY_BYTES:
-            pieces = [b"".join(pieces)]
+        if sum(map(len, pieces)) <= SMALL_BODY_BYTES:
+            data = b"".join(pieces)
+            sent = self._send([data]) if data else 0  # type: ignore[list-item]
+            if sent == len(data):
+                return
+            pieces = [data[sent:]]
         views = [memoryview(p).cast("B") for p in pieces if len(p)]
         while views:
             sent = self._send(views[:_MAX_PIECES])
@@ -3785,6 +3871,11 @@ class FdChannel(ByteChannel):
     def __init__(self, read_fd: int, write_fd: int) -> None:
         super().__init__()
         self.read_fd, self.write_fd = read_fd, write_fd  # -1 once closed: the number may then be somebody else's
+        if sys.platform == "linux":
+            import fcntl
+
+            with contextlib.suppress(OSError, ValueError):  # not a pipe, or the user's share of pipe memory is used up
+                fcntl.fcntl(write_fd, 1031, _PIPE_BYTES)  # F_SETPIPE_SZ, which Python 3.10 does not name
         self._blocking = True
         self._lock = threading.Lock()
 
@@ -4885,7 +4976,7 @@ class _ByteServing:
         try:
             self._channel.deadline = None
             reader = self._reader()
-            with self._server.working():
+            with self._server:
                 return self._serve_stream(reader)
         except (EOFError, TransportError):
             return False
@@ -4989,12 +5080,12 @@ def _stop_signals(
     """
     import signal
 
-    main = threading.main_thread()
-    if threading.current_thread() is not main:
+    waiting = threading.main_thread()
+    if threading.current_thread() is not waiting:
         yield
         return
     # A thread that is blocked in a read between two turns of a stream can only be waked by another signal.
-    timer = threading.Timer(grace, lambda: signal.pthread_kill(cast("int", main.ident), signal.SIGTERM))
+    timer = threading.Timer(grace, lambda: signal.pthread_kill(cast("int", waiting.ident), signal.SIGTERM))
     timer.daemon = True
     caught: list[int] = []
 
@@ -5422,7 +5513,7 @@ class HttpOptions:
     def keys(self) -> list[bytes]:
         """The keys of the tokens: given, from the environment, or random with a warning."""
         given = self.token_key if self.token_key is not None else os.environ.get("VGI_RPC_TOKEN_KEY")
-        if not self.has_key:
+        if not given:
             logger.warning(
                 "no token key: a random one is used, so streams do not survive a restart and other processes cannot go on "
                 "with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere"
@@ -5466,6 +5557,17 @@ def compress_body(body: bytes, encoding: str, level: int) -> bytes:
     encoder = zlib.compressobj(level, wbits=31)
     return encoder.compress(body) + encoder.flush()
 
+def compress_if_worth(body: bytes, encoding: str, level: int) -> bytes | None:
+    """Encode a body, if that makes it a good deal smaller; ``None`` if it is short or, by a sample, does not compress."""
+    size, middle = len(body), len(body) // 2
+    if size < _SAMPLE_BYTES:
+        return None
+    sample = body[middle : middle + _SAMPLE_BYTES] if size > 4 * _SAMPLE_BYTES else b""
+    if sample and len(compress_body(sample, encoding, level)) > _WORTH * _SAMPLE_BYTES:
+        return None
+    packed = compress_body(body, encoding, level)
+    return packed if len(packed) < _WORTH * size else None
+
 def decompress_body(body: _Buffer, encoding: str, limit: int) -> bytes:
     """Decode a body to at most *limit* bytes; raises `IPCError` or `RequestTooLargeError`."""
     return zstd_decompress(body, limit) if encoding == "zstd" else gzip_decompress(body, limit)
@@ -5478,24 +5580,25 @@ def _decoded_body(headers: Mapping[str, str], read: Callable[[], _Buffer], limit
         raise _protocol_error(f"Content-Encoding: expected one of {known}, got {encoding[:60]!r}", 415)
     return read() if encoding == "identity" else decompress_body(read(), encoding, limit)
 
-def choose_encoding(headers: Mapping[str, str]) -> tuple[str, str]:
-    """Choose the coding of an answer: (coding or empty, header that names it).
+@functools.lru_cache(maxsize=256)
+def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
+    """Choose the coding of an answer: (coding or empty, header that names it, whether to leave it out is as welcome).
 
-    The client's order decides; its private header beats the standard one, and a coding named only there is named in the
-    private answer header. ``identity`` first, or ``q=0``, means none.
+    The client's order decides; its private header (``None`` when absent) beats the standard one, and a coding named only
+    there is named in the private answer header. ``identity`` first, or ``q=0``, means none; anywhere else it says that an
+    answer may stay as it is where coding it is not worth the time.
     """
-    private, public = headers.get(ACCEPT_ENCODING_HEADER.lower()), headers.get("accept-encoding", "")
-    for offer in (private if private is not None else public).split(","):
-        name, _, parameters = offer.strip().lower().partition(";")
+    chosen, identity = "", False
+    for offer in (public if private is None else private).lower().split(","):
+        name, _, parameters = offer.partition(";")
         name = name.strip()
         if re.search(r"q=0(\.0*)?\s*$", parameters):
             continue
-        if name == "identity":
-            return "", ""
-        if name in supported_encodings():
-            in_public = re.search(rf"(?:^|[,\s]){name}\b", public.lower()) is not None
-            return name, "Content-Encoding" if in_public else CONTENT_ENCODING_HEADER
-    return "", ""
+        identity = identity or name == "identity"
+        if not chosen and not identity and name in supported_encodings():
+            chosen = name
+    in_public = re.search(rf"(?:^|[,\s]){chosen}\b", public.lower()) is not None
+    return chosen, "Content-Encoding" if in_public else CONTENT_ENCODING_HEADER, identity
 
 def _protocol_error(text: str, status: int, code: Code = Code.INVALID_ARGUMENT) -> ProtocolError:
     """A refusal with another HTTP status than 400."""
@@ -5528,6 +5631,9 @@ _Path = tuple[str, str]  # protocol and method, as the URL names them
 _Started = tuple[Call, dict[str, Any], Request]  # a call, its arguments, and what it was read from
 
 
+_MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and the size of their cursors
+
+
 class _OpenedCall(NamedTuple):
     """The half of a stream's state that never changes, as it was sealed at init."""
 
@@ -5542,12 +5648,15 @@ class _OpenedCall(NamedTuple):
 class HttpApp:
     """Answers requests for a server; safe for use by several threads. Made by `make_wsgi_app` and `serve_http`."""
 
+    scheme = "http"  # of the URLs that pages show
+
     def __init__(self, server: ServerCore, options: HttpOptions | None = None) -> None:
         self.server, self.options = server, options or HttpOptions()
         self.sealer = TokenSealer(self.options.keys(), self.options.token_ttl)
         self._own_key = not self.options.has_key
         self._limit = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
         self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
+        self._live: OrderedDict[bytes, tuple[bytes, int, StreamState]] = OrderedDict()  # by the cursor that holds the same
         self._lock = threading.Lock()
         self._capabilities = self._capability_headers()
 
@@ -5570,7 +5679,10 @@ class HttpApp:
         except _HttpFailure as exc:
             response = exc.response
         except (_Refusal, StatusError) as exc:
-            response = self._arrow_error(exc, request_id, getattr(exc, "http_status", 200))
+            if _json_type(self, request):
+                response = _json_failure(self, exc, request_id)
+            else:
+                response = self._arrow_error(exc, request_id, getattr(exc, "http_status", 200))
         except (TransportError, DeadlineExceededError) as exc:  # while the body was read
             response = json_response(408, {"error": "request_timeout", "detail": exc.error_message})
             response.close = True
@@ -5613,7 +5725,7 @@ class HttpApp:
             return self._not_found(request)
         segments = path[1:].split("/")
         if request.method in ("GET", "HEAD"):
-            return self._get(request, segments)
+            return _page_at(self, request, request_id, segments) or self._get(request, segments)
         if not segments[0] or not (len(segments) == 2 or (len(segments) == 3 and segments[2] in ("init", "exchange"))):
             return self._not_found(request)
         if request.method != "POST":
@@ -5624,7 +5736,8 @@ class HttpApp:
         if segments[0].startswith("__"):
             self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
         content_type = request.get_header("content-type") or ""
-        if content_type.strip().lower() != ARROW_CONTENT_TYPE:
+        in_json = bool(_json_type(self, request))
+        if not in_json and content_type.strip().lower() != ARROW_CONTENT_TYPE:
             raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
         self.server.refuse_if_draining()
         self.server.start(TransportKind.HTTP)
@@ -5632,14 +5745,17 @@ class HttpApp:
             text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
             raise _protocol_error(text, 500, Code.FAILED_PRECONDITION)
         body = self._body(request)
+        if in_json:
+            return _post_json(self, segments, body, caller, request, request_id)
         handler = {2: self._unary, 3: self._init if segments[-1] == "init" else self._exchange}[len(segments)]
-        with self.server.working():
+        with self.server:
             return handler((segments[0], segments[1]), body, caller, request, request_id)
 
     # -- everything that is not a call
 
     def _not_found(self, request: HttpRequest) -> HttpResponse:
-        return json_response(404, {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"})
+        page = _not_found_page(self, request)
+        return page or json_response(404, {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"})
 
     def _health(self, request: HttpRequest) -> HttpResponse:
         if request.method not in ("GET", "HEAD"):
@@ -5783,7 +5899,9 @@ class HttpApp:
         finally:
             call.end()
 
-    def _next_turn(self, call: Call, opened: _OpenedCall, state: bytes, batch: pa.RecordBatch, metadata: _Metadata) -> Turn:
+    def _next_turn(
+        self, call: Call, opened: _OpenedCall, state: StreamState | bytes, batch: pa.RecordBatch, metadata: _Metadata
+    ) -> Turn:
         try:
             stream = self._revive(call, opened, state)
         except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer
@@ -5827,11 +5945,12 @@ class HttpApp:
                     f"{call.bound.info.name}() state: expected {names} (from the implementation's return annotation), "
                     f"got {type(stream.state).__name__}; over HTTP the state is read back as the annotated class"
                 )
-            index = bytes([state_types.index(type(stream.state))])
-            content = pack_parts((call_id, index, stream.state.serialize_to_bytes()))
+            index = state_types.index(type(stream.state))
+            content = pack_parts((call_id, bytes([index]), stream.state.serialize_to_bytes()))
             tokens = {STATE_KEY: self.sealer.seal(b"state", self._binding(call.bound, call.context.auth), content)}
         except Exception as exc:
             return call._failed(stream.output_schema, exc)
+        self._keep_live(tokens[STATE_KEY], (call_id, index, stream.state))
         if call_token is not None:
             tokens[CALL_STATE_KEY] = call_token
         items, at = list(turn.items), turn.data_index
@@ -5841,10 +5960,31 @@ class HttpApp:
             items.append((empty_batch(stream.output_schema), tokens))
         return turn._replace(items=items)
 
-    def _open_tokens(self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata) -> tuple[_OpenedCall, bytes]:
-        """Open the cursor first, and the call half that belongs to the call id found inside it."""
-        binding = self._binding(bound, auth)
-        call_id, index, state = unpack_parts(self.sealer.open(b"state", binding, metadata.get(STATE_KEY)), 3)
+    def _keep_live(self, cursor: bytes, state: tuple[bytes, int, StreamState]) -> None:
+        """Keep a state that was just sealed, so that its next turn in this process need not read it back.
+
+        Only one that is nothing but its serialised fields: it cannot differ from what reading back would give.
+        """
+        if len(cursor) <= _MAX_LIVE_BYTES and getattr(state[2], "__dict__", {}).keys() == dataclass_codec(type(state[2])).names:
+            with self._lock:
+                self._live[cursor] = state
+                if len(self._live) > _MAX_LIVE_STATES:
+                    self._live.popitem(last=False)
+
+    def _open_tokens(self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata) -> tuple[_OpenedCall, StreamState | bytes]:
+        """Open the cursor first, and the call half that belongs to the call id found inside it.
+
+        Return the call half and the state: the live one, or its index among the state types and its bytes.
+        """
+        binding, cursor = self._binding(bound, auth), metadata.get(STATE_KEY, b"")
+        sealed = self.sealer.verify(b"state", binding, cursor)
+        with self._lock:
+            live = self._live.pop(cursor, None)  # one turn only: a cursor that comes again gives the same turn again
+        state: StreamState | bytes
+        if live is not None:
+            call_id, index, state = live[0], bytes([live[1]]), copy.copy(live[2])  # each turn has an object of its own
+        else:
+            call_id, index, state = unpack_parts(self.sealer.expand(*sealed), 3)
         token = metadata.get(CALL_STATE_KEY, b"")
         cache_key = (binding, call_id, token)
         with self._lock:
@@ -5862,11 +6002,12 @@ class HttpApp:
                     self._opened.popitem(last=False)
         if len(index) != 1 or index[0] >= len(bound.state_types):
             raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had other states
-        return opened, index + state
+        return opened, state if isinstance(state, StreamState) else index + state
 
-    def _revive(self, call: Call, opened: _OpenedCall, content: bytes) -> Stream[Any, Any]:
-        cls = cast("type[StreamState]", call.bound.state_types[content[0]])
-        state = cls.deserialize_from_bytes(content[1:], IpcValidation.NONE)  # our own bytes: the seal vouches for them
+    def _revive(self, call: Call, opened: _OpenedCall, state: StreamState | bytes) -> Stream[Any, Any]:
+        cls = type(state) if isinstance(state, StreamState) else cast("type[StreamState]", call.bound.state_types[state[0]])
+        if not isinstance(state, StreamState):  # our own bytes: the seal vouches for them
+            state = cls.deserialize_from_bytes(state[1:], IpcValidation.NONE)
         call_state = None
         if opened.call_state:
             if cls.CALL_STATE_TYPE is None:
@@ -5897,9 +6038,12 @@ class HttpApp:
         if turn.error is not None:
             headers.append((RPC_ERROR_HEADER, "true"))
         if self.options.compression_level is not None:
-            encoding, header = choose_encoding(request.headers)
-            if encoding:
-                body = compress_body(body, encoding, self.options.compression_level)
+            given, level = request.headers, self.options.compression_level
+            accepted = given.get(ACCEPT_ENCODING_HEADER.lower()), given.get("accept-encoding", "")[:1000]
+            encoding, header, identity = choose_encoding(*accepted)
+            packed = (compress_if_worth if identity else compress_body)(body, encoding, level) if encoding else None
+            if packed is not None:
+                body = packed
                 headers.append((header, encoding))
         call.record.http.update(http_status=turn.status, response_bytes=len(body))
         return HttpResponse(turn.status, headers, body)
@@ -5926,6 +6070,7 @@ def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[b
     app = HttpApp(server, *_split_options(options, HttpOptions))
 
     def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        app.scheme = environ.get("wsgi.url_scheme", "http")
         response = app(_request_from_environ(environ))
         body = response.body
         if isinstance(body, bytes):
@@ -5987,13 +6132,23 @@ class HttpHead(NamedTuple):
 
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 
+@functools.lru_cache(maxsize=512)
+def _short_header(line: bytes) -> tuple[str, str]:
+    return _header(line)
+
+def _header(line: bytes) -> tuple[str, str]:
+    """One header line as (lower-case name, value)."""
+    match = _HEADER_LINE.fullmatch(line)
+    if match is None:
+        raise ProtocolError(f"{'a folded header line' if line[:1] in (b' ', bytes([9])) else 'not a header line'}: {line[:80]!r}")
+    return match[1].decode().lower(), match[2].decode("latin-1").rstrip(" \t")
+
 def parse_http_head(raw: bytes) -> HttpHead:
     """Parse a head that ends with an empty line, strictly by RFC 9112; raises `ProtocolError`, which names the broken rule."""
     lines = raw[:-4].split(b"\r\n")
     if len(lines) > MAX_HEADERS + 1:
         raise _protocol_error(f"expected at most {MAX_HEADERS} headers, got {len(lines) - 1}", 431)
-    bare = raw.replace(b"\r\n", b"")
-    if b"\n" in bare or b"\r" in bare:
+    if not raw.count(b"\r\n") == raw.count(b"\n") == raw.count(b"\r"):
         raise ProtocolError("a bare CR or LF in the head")
     start = lines[0].decode("latin-1").split(" ", 2)
     if len(start) != 3:
@@ -6001,11 +6156,9 @@ def parse_http_head(raw: bytes) -> HttpHead:
     headers: dict[str, str] = {}
     repeated = set()
     for line in lines[1:]:
-        match = _HEADER_LINE.fullmatch(line)
-        if match is None:
-            folded = line[:1] in (b" ", b"\t")
-            raise ProtocolError(f"{'a folded header line' if folded else 'not a header line'}: {line[:80]!r}")
-        name, value = match[1].decode().lower(), match[2].decode("latin-1").rstrip(" \t")
+        # The same lines come again and again; what may be a secret is not kept.
+        short = len(line) < 100 and not line.lower().startswith((b"auth", b"proxy-auth", b"cookie", b"x-"))
+        name, value = (_short_header if short else _header)(line)
         if name in headers:
             repeated.add(name)
             value = f"{headers[name]}, {value}"
@@ -6198,6 +6351,7 @@ class _HttpConnection:
         else:
             self._channel.write([head])
             for piece in filter(None, body):
+                self._channel.deadline = time.monotonic() + self._options.request_deadline  # for each piece
                 self._channel.write([b"%x\r\n" % len(piece), piece, b"\r\n"])
             self._channel.write([b"0\r\n\r\n"])
 
@@ -6235,6 +6389,7 @@ class HttpServing:
     def __init__(self, app: HttpApp, host: str, port: int, options: HttpServeOptions | None = None) -> None:
         self.app, self.host = app, host
         self.options = options or HttpServeOptions()
+        app.scheme = "https" if self.options.tls_context is not None else "http"
         listening = listen_tcp(host, port)
         self.port = listening.getsockname()[1]
         self.listener = Listener(listening, self._handle, threaded=True, idle_timeout=self.options.idle_timeout)
@@ -6274,6 +6429,384 @@ def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **o
     """
     chosen, serving = _split_options(options, HttpOptions, HttpServeOptions)
     HttpServing(HttpApp(server, chosen), host, port, serving).run()
+
+
+# What people and plain HTTP clients see of an `HttpApp`: calls in JSON on the URLs of the Arrow ones, and pages in HTML.
+
+_JSON_STATUS = {
+    "CANCELLED": 499, "INVALID_ARGUMENT": 400, "DEADLINE_EXCEEDED": 504, "NOT_FOUND": 404, "ALREADY_EXISTS": 409,
+    "ABORTED": 409, "PERMISSION_DENIED": 403, "RESOURCE_EXHAUSTED": 429, "FAILED_PRECONDITION": 400, "OUT_OF_RANGE": 400,
+    "UNIMPLEMENTED": 404, "UNAVAILABLE": 503, "UNAUTHENTICATED": 401,
+}  # fmt: skip
+_JSON, _NDJSON = "application/json", "application/x-ndjson"
+_JSON_MAX_REQUEST_BYTES = 1 << 24  # parsed JSON takes some thirty times its size; max_request_bytes overrides
+_NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+
+def _json_type(app: HttpApp, request: HttpRequest) -> str:
+    """The media type of a request that is to be answered in JSON, else nothing."""
+    given = (request.get_header("content-type") or "").lower()
+    match = re.fullmatch(r'(application/(?:json|x-ndjson))(?:\s*;\s*charset="?utf-8"?)?', given)
+    return match[1] if app.options.json and match else ""
+
+def _json_bytes(value: Any) -> bytes:
+    """One line of JSON in UTF-8; NaN and the infinities, which JSON does not have, become null."""
+    dump = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"), default=_text_of)
+    try:
+        text = dump(value, allow_nan=False)
+    except ValueError:
+        text = dump(json.loads(dump(value), parse_constant=lambda name: None))
+    return (text + "\n").encode("utf-8", "backslashreplace")
+
+def _parse_json(body: bytes) -> dict[str, Any]:
+    """Read one JSON object, strictly by RFC 8259; raises `ProtocolError`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"a key stands twice among {[k for k, _ in pairs][:20]}")
+        return dict(pairs)
+
+    def finite(text: str) -> float:
+        if float(text) - float(text) != 0:
+            raise ValueError(f"{text[:40]} is not a number of JSON")
+        return float(text)
+
+    try:
+        value = json.loads(str(body, "utf-8"), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+        if isinstance(value, dict):
+            return value
+        raise ValueError(f"expected an object, got {_got(value)}")
+    except (ValueError, RecursionError) as exc:
+        raise ProtocolError(f"request: not a JSON object: {_text_of(exc)}") from None
+
+def _json_in(value: Any, kind: pa.DataType, step: str = "") -> Any:
+    """Turn parsed JSON into what ``to_pylist`` gives for *kind*: bytes from base64, times, dates and decimals from text."""
+    import datetime
+    import decimal
+
+    t = pa.types
+    kind = kind.value_type if t.is_dictionary(kind) else getattr(kind, "storage_type", kind)
+    try:
+        if value is None:
+            return None
+        if t.is_struct(kind) and isinstance(value, dict):
+            members = {f.name: f.type for f in (kind.field(i) for i in range(kind.num_fields))}
+            for name in value.keys() - members.keys():
+                raise _Mismatch(f"one of {list(members)}", f"{name!r:.60}{_suggest(name, members)}")
+            return {k: _json_in(v, members[k], f".{k}") for k, v in value.items()}
+        if t.is_map(kind) and isinstance(value, dict):
+            number = t.is_integer(kind.key_type) or t.is_floating(kind.key_type) or t.is_boolean(kind.key_type)
+            number = number and all(re.fullmatch(r"-?[1-9]\d*(\.\d+)?|0|true|false", k) for k in value)
+            value = [[json.loads(k) if number else k, v] for k, v in value.items()]
+        if t.is_map(kind) and isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value):
+            return [(_json_in(k, kind.key_type, "<key>"), _json_in(v, kind.item_type, f"[{k!r:.40}]")) for k, v in value]
+        if (t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind)) and isinstance(value, list):
+            return [_json_in(v, kind.value_type, f"[{i}]") for i, v in enumerate(value)]
+        for matches, accepted, convert in (
+            (t.is_boolean(kind), (bool,), bool),
+            (t.is_integer(kind), (int,), int),
+            (t.is_floating(kind), (int, float), float),
+            (t.is_floating(kind), (str,), _NOT_FINITE.__getitem__),
+            (t.is_string(kind) or t.is_large_string(kind), (str,), str),
+            ("binary" in str(kind), (str,), functools.partial(base64.b64decode, validate=True)),
+            (t.is_decimal(kind), (str, int, float), lambda v: decimal.Decimal(str(v))),
+            (t.is_duration(kind), (int, float), lambda v: datetime.timedelta(seconds=v)),
+            (t.is_time(kind), (str,), datetime.time.fromisoformat),
+            (t.is_temporal(kind), (str,), lambda v: pa.scalar(v).cast(kind).as_py()),
+        ):
+            if matches and type(value) in accepted:
+                return convert(value)
+        raise _Mismatch(_type_text(kind), _got(value))
+    except _Mismatch as exc:
+        raise exc.under(step) from None
+    except _ARROW_FAILURES:
+        raise _Mismatch(_type_text(kind), f"{value!r:.60}").under(step) from None
+
+def _json_out(value: Any, kind: pa.DataType) -> Any:
+    """The way back from `_json_in`; a map becomes an object, a duration its seconds."""
+    kind = getattr(kind, "storage_type", kind)
+    if value is not None and pa.types.is_map(kind):
+        pairs = [(_json_out(k, kind.key_type), _json_out(v, kind.item_type)) for k, v in value]
+        return {k if isinstance(k, str) else json.dumps(k): v for k, v in pairs}
+    if isinstance(value, dict):
+        return {k: _json_out(v, kind.field(k).type) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_json_out(v, kind.value_type) for v in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    value = value.total_seconds() if pa.types.is_duration(kind) and value is not None else value
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return value if plain else str(value) if not hasattr(value, "isoformat") else value.isoformat()
+
+def _json_rows(batch: pa.RecordBatch | PlainBatch) -> list[dict[str, Any]]:
+    batch, columns = batch.to_record_batch() if isinstance(batch, PlainBatch) else batch, []
+    for column in batch.columns:
+        try:
+            columns.append([_json_out(v, column.type) for v in column.to_pylist()])
+        except ValueError:  # nanoseconds, which Python's own datetime does not have
+            columns.append(column.cast(pa.utf8()).to_pylist())
+    return [dict(zip(batch.schema.names, row)) for row in zip(*columns)] if columns else [{}] * batch.num_rows
+
+def _turn_rows(turn: Turn) -> list[dict[str, Any]]:
+    return [row for batch, _ in turn.items[-1:] for row in _json_rows(batch)]  # logs and errors have no rows
+
+def _json_arguments(info: RpcMethodInfo, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters in JSON as the method takes them; a batch may be a list of rows, a schema an object of types by name."""
+    arguments = dict(zip(info.params.names, bind_arguments(info, (), given)))
+    for name, value in given.items():
+        kind = _split_optional(info.param_types[name])[0]
+        where = f"{info.name}() parameter {name}"
+        try:
+            if kind is pa.RecordBatch and isinstance(value, list):
+                arguments[name] = pa.RecordBatch.from_pylist(value)
+            elif kind is pa.Schema and isinstance(value, dict):
+                arguments[name] = pa.schema([(n, pa.type_for_alias(t)) for n, t in value.items()])
+            else:
+                codec = codec_for(info.param_types[name])
+                arguments[name] = codec.decode(_json_in(value, codec.arrow_type))
+                codec.to_array([arguments[name]])  # ranges, and nulls inside
+        except _Mismatch as exc:
+            raise exc.error(where) from None
+        except (pa.ArrowException, ValueError, AttributeError) as exc:
+            raise ParameterError(f"{where}: {_text_of(exc)}") from None
+    return arguments
+
+def _json_result(info: RpcMethodInfo, batch: pa.RecordBatch | PlainBatch) -> Any:
+    batch = batch.to_record_batch() if isinstance(batch, PlainBatch) else batch
+    value = info.result.codecs[0].from_array(batch.column(0)) if info.has_return else None
+    if isinstance(value, pa.RecordBatch):
+        return _json_rows(value)
+    if isinstance(value, pa.Schema):
+        return {f.name: _type_text(f.type) for f in value}
+    column = codec_for(info.result_type).to_array([value]) if info.has_return else pa.nulls(1)
+    return _json_rows(pa.RecordBatch.from_arrays([column], ["result"]))[0]["result"]
+
+def _json_failure(app: HttpApp, exc: BaseException, request_id: str, key: str = "error") -> HttpResponse:
+    """An error as JSON; its own status where it has one, else that of its code."""
+    error = _error_from_metadata(app.server.error_item(exc, EMPTY_SCHEMA, request_id)[1])
+    facts: dict[str, Any] = {"type": error.error_type, "message": error.error_message, "code": error.error_code}
+    facts |= {"kind": error.error_kind, "details": error.error_details, "request_id": request_id}
+    facts |= {"traceback": error.remote_traceback} if error.remote_traceback else {}
+    own = getattr(exc, "http_status", 200)
+    status = own if own not in (200, 400) else _JSON_STATUS.get(error.error_code, 500)
+    headers = [("Content-Type", _JSON), *([("Retry-After", "1")] if status == 503 else [])]
+    return HttpResponse(status, headers, _json_bytes({key: facts}))
+
+def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterable[Any]], sent: int = 0) -> HttpResponse:
+    """The lines that *render* makes of a turn, or its error, or that of *render*; *sent* bytes went out before."""
+    error, body, limit = turn.error, b"", call.context.response_limit_bytes
+    try:
+        body = b"".join(map(_json_bytes, render())) if error is None else b""
+        if limit is not None and sent + len(body) > limit:
+            text = f"{call.record.method}(): the answer exceeds max_response_bytes ({sent + len(body)} > {limit})"
+            raise ResponseTooLargeError(text)
+    except Exception as exc:
+        error = call._failed(turn.schema, exc).error
+    response = HttpResponse(200, [("Content-Type", _JSON)], body)
+    if error is not None:
+        response = _json_failure(app, error, call.context.request_id, "__error__" if sent else "error")
+    call.record.http.setdefault("http_status", 200 if sent else response.status)
+    call.record.http["response_bytes"] = sent + len(cast("bytes", response.body))
+    return response
+
+def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[HttpResponse]:
+    """Run a call: one answer, or for a producer one for each turn."""
+    over, sent = True, 0
+    lead: list[Any] = []
+
+    def lines() -> list[Any]:
+        return [*lead, *_turn_rows(turn)]
+
+    try:
+        with app.server:
+            turn = call.begin(arguments)
+            stream, header = call.stream, _turn_rows(turn) if call.stream is not None else []
+            if stream is None:
+                yield _turn_json(app, call, turn, lambda: [{"result": _json_result(call.bound.info, turn.items[-1][0])}])
+            elif not stream.is_producer:
+                turn = app._first_turn(call, stream)
+                yield _turn_json(app, call, turn, lambda: [{**dict(zip(["header"], header)), "token": _json_token(turn)}])
+            else:
+                lead, over = [{"__header__": row} for row in header], False
+            while not over and not (sent and call.context.cancelled):
+                turn = call.turn(_PLAIN_TICK)
+                answer = _turn_json(app, call, turn, lines, sent)
+                lead, over, sent = [], turn.finished or call._error is not None, sent + (len(cast("bytes", answer.body)) or 1)
+                yield answer
+    finally:
+        if not over:
+            call.cancel()
+        call.end()
+
+def _json_token(turn: Turn, call_token: bytes = b"") -> str:
+    """Both halves of a stream's state in one text."""
+    tokens = turn.items[-1][1]
+    return f"{tokens[STATE_KEY].decode()}.{tokens.get(CALL_STATE_KEY, call_token).decode()}"
+
+def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], caller: Caller, own_id: str) -> HttpResponse:
+    """Serve one turn on ``{"token": …, "rows": […]}``, or end the stream on ``{"token": …, "cancel": true}``."""
+    where = f"{bound.info.name}() input"
+    if entry.keys() - {"token", "rows", "cancel"} or not entry.keys() & {"rows", "cancel"}:
+        raise ParameterError(f"{where}: expected token, and rows or cancel, got {', '.join(entry)[:200] or 'nothing'}")
+    state, _, fixed = str(entry.get("token")).encode("utf-8", "replace").partition(b".")
+    tokens = {STATE_KEY: state, CALL_STATE_KEY: fixed, **({CANCEL_KEY: b"1"} if entry.get("cancel") else {})}
+    opened, content = app._open_tokens(bound, caller.auth, tokens)
+    schema = opened.input_schema
+    rows = _located(where, "", lambda rows: _json_in(rows, pa.list_(pa.struct(list(schema)))), entry.get("rows")) or []
+    batch = _batch_from_pydict({n: [(row or {}).get(n) for row in rows] for n in schema.names}, schema, where)
+    limit = _smallest(caller.response_limit_bytes, opened.limit)
+    call = app.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, own_id)
+    call.record.stream_id = opened.stream_id
+    with app.server:
+        turn = app._next_turn(call, opened, content, batch, tokens)
+    token = {} if turn.finished else {"token": _json_token(turn, fixed)}
+    answer = _turn_json(app, call, turn, lambda: [{"rows": _turn_rows(turn), **token}])
+    call.end()
+    return answer
+
+def _post_json(app: HttpApp, path: list[str], body: bytes, caller: Caller, request: HttpRequest, own_id: str) -> HttpResponse:
+    """Answer a call in JSON: ``{"result": …}``, the rows of a producer as NDJSON, or the token that begins an exchange."""
+    if app.options.max_request_bytes is None and len(body) > _JSON_MAX_REQUEST_BYTES:
+        raise RequestTooLargeError(f"request body: expected at most {_JSON_MAX_REQUEST_BYTES} bytes of JSON, got {len(body)}")
+    bound = app.server.method(app.server.service(path[0]), path[1])
+    if len(path) > 2:
+        app._bound((path[0], path[1]), MethodType.STREAM, f"post without /{path[2]}")
+    if path[2:] == ["exchange"]:
+        in_lines = _json_type(app, request) == _NDJSON  # the token, then a row a line
+        lines = bytes(body).strip().splitlines() or [b""] if in_lines else [body]
+        head, *rows = map(_parse_json, lines)
+        return _exchange_json(app, bound, {**head, "rows": rows} if in_lines else head, caller, own_id)
+    arguments = _json_arguments(bound.info, _parse_json(body))
+    call = app.server.open_call(bound, caller, None, own_id)
+    call.record.request_schema, call.record.request_rows = bound.info.params_schema, 1
+    call.record.http["request_bytes"] = len(body)
+    answers = _call_json(app, call, arguments)
+    first = next(answers)
+    if first.status != 200 or call.stream is None or not call.stream.is_producer:
+        return first
+    pieces = (cast("bytes", answer.body) for some in ([first], answers) for answer in some)
+    return HttpResponse(200, [("Content-Type", _NDJSON)], pieces)
+
+_PAGE_STYLE = """
+:root{color-scheme:light dark;--ink:#1c2430;--dim:#5a6675;--page:#f6f7f9;--card:#fff;--line:#dde2e8;--code:#f0f2f5;
+--link:#0b5cad}@media(prefers-color-scheme:dark){:root{--ink:#e4e8ee;--dim:#9aa7b6;--page:#12161c;--card:#1b2129;
+--line:#313a45;--code:#12171d;--link:#7cb8ff}}body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}a{color:var(--link)}main{max-width:56rem;margin:auto;
+padding:1.5rem 1rem 3rem}h1{font-size:1.7rem;line-height:1.2;margin:.4rem 0}h3,p{margin:.5rem 0}h2{font-size:1.2rem;
+margin:2rem 0 .6rem}h3{font-size:1rem}h4{font-size:.85rem;margin:.9rem 0 .2rem;color:var(--dim)}article{
+background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.5rem 1rem;margin:.7rem 0;
+scroll-margin-top:1rem}code,pre{font:.87rem/1.5 ui-monospace,monospace;white-space:pre-wrap}pre{background:var(--code);
+border-radius:6px;padding:.6rem .8rem;margin:.4rem 0}b{font-size:.72rem;font-weight:600;border:1px solid var(--line);
+border-radius:99px;padding:.1rem .5rem;color:var(--dim)}small,dt{color:var(--dim)}dl{display:grid;
+grid-template-columns:minmax(6rem,max-content) 1fr;gap:.15rem 1rem;margin:.2rem 0 .6rem}dd{margin:0}small{display:block}
+"""
+
+def _text(value: object) -> str:
+    import html
+
+    return html.escape(_text_of(value))
+
+def _page(app: HttpApp, title: str, body: Iterable[str], status: int = 200) -> HttpResponse:
+    """A page on its own: no script, nothing loaded, only the style that its policy knows by hash."""
+    digest = base64.b64encode(hashlib.sha256(_PAGE_STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    headers = [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy), ("Cache-Control", "no-store")]
+    headers += [("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")]
+    places = (("", "Overview"), ("describe", "All methods"), ("health", "Health"))
+    links = " · ".join(f'<a href="{_text(app.options.prefix)}/{to}">{name}</a>' for to, name in places)
+    text = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{_text(title)}</title><style>{_PAGE_STYLE}</style><main><nav>{links}</nav><h1>{_text(title)}</h1>"
+    )
+    return HttpResponse(status, headers, f"{text}{''.join(body)}</main></html>".encode())
+
+def _page_at(app: HttpApp, request: HttpRequest, request_id: str, segments: list[str]) -> HttpResponse | None:
+    """The page at a path, ``None`` when there is none; it asks for the same authentication as calls do."""
+    server = app.server
+    if not app.options.pages or not server.describe_enabled or segments not in ([""], ["describe"]):
+        return None
+    app._authenticated(request, request_id)
+    body = [] if segments == ["describe"] else [*_call_lines(app, request)]
+    for service in server.services.values():
+        body.append(f"<h2>{_text(service.name)} {_text(service.version)}</h2>")
+        for m in describe_service(service).methods:
+            kind = m.stream_kind.replace("unknown", "stream") or "unary"
+            body.append((_method_card if segments == ["describe"] else _method_line)(app, service.methods[m.name].info, kind))
+    facts: dict[str, object] = {"Health": "draining, takes no calls" if server.draining else "ok", "Server": server.server_id}
+    facts |= {"Version": server.server_version or "not given", "Protocol hash": server.protocol_hash}
+    software = f"vgi_rpc {__version__}, wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}"
+    facts["Made with"] = f"{software}, pyarrow {pa.__version__}"
+    body.append(f"<h2>This server</h2><article>{_definitions(facts)}</article>")
+    return _page(app, server.protocol_name, body)
+
+def _not_found_page(app: HttpApp, request: HttpRequest) -> HttpResponse | None:
+    """The 404 for a person, ``None`` for a program."""
+    if not app.options.pages or not app.server.describe_enabled or "text/html" not in (request.get_header("accept") or ""):
+        return None
+    text = f"This is an Arrow RPC server at {_text(app.options.prefix)}/ and what you asked for is not there: see the links."
+    return _page(app, "404 Not Found", [f"<p>{text}</p>"], 404)
+
+def _definitions(facts: Mapping[str, object]) -> str:
+    return "<dl>" + "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items()) + "</dl>"
+
+def _call_lines(app: HttpApp, request: HttpRequest) -> Iterator[str]:
+    """How to call the first method, a unary one where there is one, from each of three places."""
+    import shlex
+
+    service, file, host = app.server.primary, os.path.basename(__file__), request.get_header("host") or ""
+    infos = [m.info for m in service.methods.values()]
+    infos.sort(key=lambda i: (i.method_type is not MethodType.UNARY, not {*i.param_types.values()} <= {int, float, str, bool}))
+    known = host if re.fullmatch(r"[A-Za-z0-9.:_\[\]-]+", host) else "HOST"
+    url = f"{app.scheme}://{known}{app.options.prefix}"
+    for info in infos[:1]:
+        values = {n: _example(_split_optional(a)[0]) for n, a in info.param_types.items() if n not in info.param_defaults}
+        words = [url, info.name]
+        words += [f"{n}={v}" if type(v) in (str, int, float) else f"{n}:={json.dumps(v)}" for n, v in values.items()]
+        asks = app.options.authenticate is not None
+        bearer = " --bearer-file TOKEN_FILE" if asks else ""
+        lines = {"Command line": f"python {file} call {shlex.join(words)}{bearer}"}
+        header = ", headers={'Authorization': f'Bearer {token}'}" if asks else ""
+        call = f"proxy.{info.name}({', '.join(f'{n}={v!r}' for n, v in values.items())})"
+        dial = f"{file.removesuffix('.py')}.http_connect({service.protocol.__name__}, {url!r}{header})"
+        lines["Python"] = f"with {dial} as proxy: print({call})"
+        if app.options.json:
+            bearer = ' -H "Authorization: Bearer $TOKEN"' if asks else ""
+            target = f"{url}/{service.name}/{info.name} -H 'Content-Type: application/json'{bearer}"
+            lines["curl"] = f"curl {target} -d {shlex.quote(json.dumps(values))}"
+        yield "<p>An Arrow RPC server: typed methods and streams of record batches, over HTTP.</p><article>"
+        yield from (f"<h4>{title}</h4><pre>{_text(line)}</pre>" for title, line in lines.items())
+        yield "</article>"
+
+def _example(kind: Any) -> Any:
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return next(iter(kind.__members__), "")
+    return {int: 1, float: 1.5, str: "text", bool: True, bytes: "AA=="}.get(kind, {} if typing.get_origin(kind) is dict else [])
+
+def _method_line(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
+    link = _text(f"{app.options.prefix}/describe#{info.protocol_name}.{info.name}")
+    summary = f"<small>{_text(info.doc.splitlines()[0])}</small>" if info.doc else ""
+    return f'<article><a href="{link}"><code>{_text(info.signature())}</code></a> <b>{kind}</b>{summary}</article>'
+
+def _method_card(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
+    """All that is known of a method: its schemas, header, documentation and limits."""
+    anchor, options = _text(f"{info.protocol_name}.{info.name}"), app.options
+    marks = [kind, *([info.idempotency.replace("_", " ")] if info.idempotency != "unknown" else [])]
+    marks += [f"deprecated: {info.deprecation}"] if info.deprecation is not None else []
+    badges = "".join(f" <b>{_text(m)}</b>" for m in marks)
+    card = f'<article id="{anchor}"><h3><a href="#{anchor}">{_text(info.name)}</a>{badges}</h3>'
+    card += f"<code>{_text(info.signature())}</code>" + (f"<pre>{_text(info.doc)}</pre>" if info.doc else "")
+    header = info.header and info.header.row.schema
+    for title, schema in (("Parameters", info.params_schema), ("Header", header), ("Result", info.result_schema)):
+        rows = {f.name: f"{_type_text(f.type)}{' or null' if f.nullable else ''}" for f in schema or ()}
+        for name in info.param_defaults if title == "Parameters" else ():
+            rows[name] += f", default {info.param_defaults[name]!r}"
+        streamed = title == "Result" and kind != "unary"
+        rows = rows or {"none" if not streamed else "batches": "" if not streamed else "of a schema that the call decides"}
+        card += f"<h4>{title}</h4>{_definitions(rows)}" if schema is not None else ""
+    limits = [f"request {app._limit:,} bytes"]
+    limits += [f"answer {options.max_response_bytes:,} bytes" if options.max_response_bytes else "answer of any size"]
+    limits += [f"{options.max_rows:,} rows a batch"] if options.max_rows else []
+    limits += [f"state token {options.token_ttl:g} seconds"] if kind != "unary" and options.token_ttl else []
+    return f"{card}<h4>Limits</h4><p>{'; '.join(limits)}</p></article>"
 
 
 # ============================================================================
@@ -6581,7 +7114,7 @@ class SyncClient(HttpSender):
         return HttpReply(response.status, answered, whole)
 
 
-Headers = Union[Mapping[str, str], Callable[[], Mapping[str, str]]]
+Headers = Mapping[str, str] | Callable[[], Mapping[str, str]]
 
 
 class HttpClient(ClientChannel):
@@ -6600,7 +7133,7 @@ class HttpClient(ClientChannel):
         self._sender, self._prefix, self._level, self._headers = sender, prefix, compression_level, headers
         self._budget = max_response_bytes or MAX_RESPONSE_BUDGET
         self._capabilities: HttpServerCapabilities | None = None
-        accept = ", ".join(supported_encodings()) if compression_level is not None else "identity"
+        accept = ", ".join((*supported_encodings(), "identity")) if compression_level is not None else "identity"
         budget = (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget))
         self._fixed = [("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept), budget]
 
@@ -6627,7 +7160,7 @@ class HttpClient(ClientChannel):
         """
         server = self.capabilities(deadline)
         headers = [*self._fixed, *self._own_headers()]
-        if self._level is not None and len(body) >= _COMPRESS_FROM_BYTES:
+        if self._level is not None:
             body, encoding = self._compressed(body, server)
             headers += [("Content-Encoding", encoding)] if encoding else []
         most, path = server.max_request_bytes, self._prefix + path
@@ -6657,8 +7190,8 @@ class HttpClient(ClientChannel):
     def _compressed(self, body: bytes, server: HttpServerCapabilities) -> tuple[bytes, str]:
         for encoding in supported_encodings():
             if encoding in server.supported_encodings:
-                packed = compress_body(body, encoding, self._level or 1)
-                return (packed, encoding) if len(packed) < len(body) else (body, "")
+                packed = compress_if_worth(body, encoding, self._level or 1)
+                return (body, "") if packed is None else (packed, encoding)
         return body, ""
 
     def _checked(self, reply: HttpReply) -> HttpReply:
@@ -6813,9 +7346,9 @@ def _connected(
     dial: Callable[[], Transport | ClientChannel], protocol: type[_P], on_log: ClientLog | None, timeout: float | None,
     ipc_validation: IpcValidation,
 ) -> Iterator[_P]:  # fmt: skip
-    with contextlib.closing(dial()) as transport:
-        with RpcConnection(protocol, transport, on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
-            yield proxy
+    options: dict[str, Any] = {"timeout": timeout, "ipc_validation": ipc_validation}
+    with contextlib.closing(dial()) as transport, RpcConnection(protocol, transport, on_log, **options) as proxy:
+        yield proxy
 
 @contextlib.contextmanager
 def serve_pipe(
@@ -6964,6 +7497,7 @@ def _host_and_port(text: str) -> tuple[str, int]:
     """Read ``[HOST:]PORT``; the host may stand in brackets, as IPv6 addresses do."""
     import argparse
 
+
     host, _, port = text.rpartition(":")
     if not re.fullmatch("[0-9]{1,5}", port):
         raise argparse.ArgumentTypeError(f"expected [HOST:]PORT, got {text!r}")
@@ -6979,6 +7513,7 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     fit the protocol, ``SystemExit`` when the command line is wrong or asks for help.
     """
     import argparse
+
 
     if isinstance(protocol_or_server, RpcServer):
         server = protocol_or_server
@@ -7005,3 +7540,1289 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
         serve_tcp(server, *args.tcp, threaded=True, idle_timeout=idle, on_bound=lambda h, p: announce(f"TCP:{h}:{p}"))
     else:
         serve_stdio(server)
+
+
+# ============================================================================
+# 19. COMMAND LINE ..................................... uses 1-18
+# ============================================================================
+# `python vgi_rpc.py COMMAND`: answers go to stdout, everything said about them to stderr; stdin is read only where `-` stands.
+# Law: nothing of this section runs on import; a failure is one line, a hint where there is one, and an exit code.
+
+_OK, _FAILED, _USAGE, _UNREACHABLE, _REFUSED, _TIMEOUT, _INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+_RELOAD = 75  # sysexits' EX_TEMPFAIL: the child of `serve --reload` asks to be started again
+_REFUSALS = (Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.RESOURCE_EXHAUSTED)
+_TEXT_ROWS = 100  # of CSV and NDJSON in a turn, where nothing else says what a batch is
+_CHUNK_BYTES = 1 << 20  # of a CSV or NDJSON file read at once; the types of its columns are those of the first chunk
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+@dataclass(frozen=True)
+class CountdownHeader(ArrowSerializableDataclass):
+    """What `Demo.countdown` says before its first number."""
+
+    start: int
+    batches: int
+
+
+@dataclass
+class CountdownState(ProducerState):
+    """Where a countdown stands."""
+
+    left: int
+    pause: float
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        if self.left < 0:
+            out.finish()
+            return
+        time.sleep(self.pause)
+        out.emit_pydict({"n": [self.left]})
+        self.left -= 1
+
+
+@dataclass
+class Tally:
+    """Running statistics of one column; nulls are passed over, ``None`` stands for what no value has decided yet."""
+
+    count: int = 0
+    total: float = 0.0
+    low: float | None = None
+    high: float | None = None
+
+    def add(self, column: pa.Array) -> dict[str, Any]:
+        """Count the values of *column*, any number of rows, and return the statistics so far."""
+        import pyarrow.compute as pc
+
+        values = column.cast(pa.float64(), safe=False)
+        self.count += len(values) - values.null_count
+        self.total += pc.sum(values).as_py() or 0.0
+        edges = pc.min_max(pa.concat_arrays([values, pa.array([self.low, self.high], pa.float64())])).as_py()
+        self.low, self.high = edges["min"], edges["max"]
+        return {"count": self.count, "mean": self.total / self.count if self.count else None, **edges}
+
+
+@dataclass
+class StatisticsState(ExchangeState):
+    """The statistics so far, by column."""
+
+    columns: dict[str, Tally]
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        out.emit_pydict({name: [tally.add(input.batch.column(name))] for name, tally in self.columns.items()})
+
+
+class Demo(Protocol):
+    """A small service with one method of each kind."""
+
+    def add(self, a: float, b: float = 1.0) -> float:
+        """Return a + b."""
+
+    def countdown(self, start: int, pause: float | None = None) -> Stream[ProducerState, CountdownHeader]:
+        """Count from start to 0, one number a batch; pause is for seconds before each."""
+
+    def statistics(self, schema: pa.Schema) -> Stream[ExchangeState]:
+        """Answer each batch of schema with count, mean, min and max of every numeric column so far."""
+
+
+class DemoImpl:
+    """Implements `Demo`."""
+
+    def add(self, a: float, b: float = 1.0) -> float:
+        """See `Demo.add`."""
+        return a + b
+
+    def countdown(self, start: int, pause: float | None = None) -> Stream[CountdownState, CountdownHeader]:
+        """See `Demo.countdown`."""
+        header = CountdownHeader(start, max(0, start + 1))
+        return Stream(pa.schema([("n", pa.int64())]), CountdownState(start, pause or 0.0), header=header)
+
+    def statistics(self, schema: pa.Schema) -> Stream[StatisticsState]:
+        """See `Demo.statistics`."""
+        t = pa.types
+        names = [f.name for f in schema if t.is_integer(f.type) or t.is_floating(f.type) or t.is_decimal(f.type)]
+        if not names or len(set(schema.names)) < len(schema):
+            problem = f"expected numeric columns under unique names, got {_schema_text(schema)}"
+            raise StatusError(problem, code=Code.INVALID_ARGUMENT)
+        summary = pa.struct([("count", pa.int64()), ("mean", pa.float64()), ("min", pa.float64()), ("max", pa.float64())])
+        state = StatisticsState({name: Tally() for name in names})
+        return Stream(pa.schema([(name, summary) for name in names]), state, input_schema=schema)
+
+
+class _CliError(Exception):
+    """Ends a command with one line, a hint and an exit code."""
+
+    def __init__(self, message: str, hint: str = "", code: int = _USAGE) -> None:
+        super().__init__(message)
+        self.hint, self.code = hint, code
+
+
+def _paint(text: str, style: str, stream: Any = None) -> str:
+    """Colour *text* when *stream* (stderr) is a terminal that may show it; ``NO_COLOR`` wins (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not (stream or sys.stderr).isatty()
+    return text if plain else f"\x1b[{style}m{text}\x1b[0m"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _program() -> str:
+    name = os.path.basename(sys.argv[0] or "vgi_rpc.py")
+    return f"python {name}" if name.endswith(".py") else name
+
+
+def _verdict(exc: Exception) -> tuple[int, str]:
+    """The exit code of a failure, and a hint."""
+    if isinstance(exc, _CliError):
+        return exc.code, exc.hint
+    if not isinstance(exc, RpcError):
+        return _USAGE, ""
+    if exc.code is Code.DEADLINE_EXCEEDED:
+        return _TIMEOUT, ""
+    if isinstance(exc, TransportError):
+        refused = exc.error_message.startswith("cannot connect")
+        return _UNREACHABLE, f"is the server running? {_program()} serve" if refused else ""
+    if exc.code in _REFUSALS or "VersionError" in exc.error_type:
+        unknown = isinstance(exc, AuthenticationError)
+        return _REFUSED, "send credentials: --bearer-file FILE or -H 'Authorization: Bearer …'" if unknown else ""
+    hidden = REFLECTION_PROTOCOL in exc.error_message
+    return _FAILED, "a server with --no-describe does not say what it has, and cannot be called by name" if hidden else ""
+
+
+def _report(exc: Exception, args: Any) -> int:
+    """Say on stderr what failed, as the flags ask for it; return the exit code."""
+    code, hint = _verdict(exc)
+    remote = vars(exc) if isinstance(exc, RpcError) else {}
+    trace = remote.get("remote_traceback", "").rstrip() if getattr(args, "verbose", False) else ""
+    if getattr(args, "format", "") == "json":
+        facts = {"error_type": type(exc).__name__.lstrip("_"), "error_message": _text_of(exc), **remote, "hint": hint}
+        facts.update(remote_traceback=trace, exit_code=code)
+        _say(json.dumps({"error": {k: v for k, v in facts.items() if v}}, default=str, ensure_ascii=False))
+        return code
+    text = f"{exc.filename or ''}: {exc.strerror}" if isinstance(exc, OSError) else getattr(exc, "error_message", exc)
+    kind = f"{exc.error_type}: " if isinstance(exc, RpcError) and not isinstance(exc, _LocalError) else ""
+    _say(f"{_paint('error:', '1;31')} {kind}{' '.join(_text_of(text).split())}")
+    for line in (f"{_paint('hint:', '1;36')} {hint}" if hint else "", trace):
+        if line:
+            _say(line)
+    return code
+
+
+def _load_target(text: str) -> Any:
+    """Import what ``module:Class``, ``path/to/file.py:Class`` or ``module:factory()`` names."""
+    match = re.fullmatch(r"(.+?):([A-Za-z_][\w.]*)(\(\))?", text)
+    if not match:
+        wanted = "module:Class, path/to/file.py:Class or module:factory()"
+        raise _CliError(f"target {text!r}: expected {wanted}", f"try {text}:NAME")
+    module = _guarded(match[1], _import_module, match[1])
+    try:
+        found = functools.reduce(getattr, match[2].split("."), module)
+    except AttributeError:
+        own = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__ and n[0] != "_"]
+        hint = f"it defines {', '.join(own) or 'nothing to serve'}"
+        raise _CliError(f"{match[1]} has no {match[2]!r}{_suggest(match[2], own)}", hint) from None
+    return _guarded(text, found) if match[3] else found
+
+
+def _import_module(name: str) -> Any:
+    import importlib.util
+
+    if not name.endswith(".py"):
+        sys.path.insert(0, os.getcwd())
+        return importlib.import_module(name)
+    path, stem = os.path.abspath(name), os.path.basename(name)[:-3]
+    if not os.path.isfile(path):
+        raise _CliError(f"no file {path}")
+    sys.path.insert(0, os.path.dirname(path))
+    spec = cast("Any", importlib.util.spec_from_file_location(stem, path))
+    module = sys.modules[stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _guarded(what: str, call: Callable[..., Any], *args: Any) -> Any:
+    """Run the user's code; what it raises becomes one line with its file and line."""
+    try:
+        return call(*args)
+    except (_CliError, KeyboardInterrupt):
+        raise
+    except BaseException as exc:
+        if isinstance(exc, ModuleNotFoundError) and exc.name and what.startswith(exc.name):
+            raise _CliError(f"no module {exc.name!r}", "run from its folder, or give path/to/file.py:Class") from None
+        last = traceback.extract_tb(exc.__traceback__)[-1]
+        where = f"{exc.filename}:{exc.lineno}" if isinstance(exc, SyntaxError) else f"{last.filename}:{last.lineno}"
+        raise _CliError(f"{where}: {type(exc).__name__}: {_text_of(exc)}", f"{what} must load without errors") from None
+
+
+def _is_protocol(value: Any) -> bool:
+    own = isinstance(value, type) and bool(vars(value).get("_is_protocol")) and not value.__module__.startswith("typing")
+    return own and bool(_public_functions(value))
+
+
+def _protocol_of(cls: type) -> type:
+    """The Protocol that a class subclasses, names (``protocol = P``) or, alone in its module, fits; else the class itself."""
+    named: list[Any] = [c for c in (vars(cls).get("protocol"), *cls.__mro__[1:]) if _is_protocol(c)]
+    methods = _public_functions(cls).keys()
+    around = dict.fromkeys(v for v in vars(sys.modules[cls.__module__]).values() if _is_protocol(v))
+    fitting: list[Any] = named[:1] or [p for p in around if _public_functions(p).keys() <= methods]
+    fitting = [p for p in fitting if cls.__name__.startswith(p.__name__)] or fitting
+    if len(fitting) > 1:
+        names = ", ".join(p.__name__ for p in fitting)
+        raise _CliError(f"{cls.__name__} fits several protocols: {names}", "its body says which: protocol = NAME")
+    return cast("type", (fitting or [cls])[0])
+
+
+def _service_of(target: str | None) -> RpcServer:
+    """Return the server for a target; the demo without one."""
+    found = _load_target(target) if target else DemoImpl
+    if isinstance(found, RpcServer):
+        return found
+    if inspect.isroutine(found) or _is_protocol(found):
+        needed = f"{target}()" if inspect.isroutine(found) else "the class that implements it"
+        raise _CliError(f"{target} is a {'function' if needed[-1] == ')' else 'Protocol'}", f"name {needed}")
+    cls = found if isinstance(found, type) else type(found)
+    protocol = _protocol_of(cls)
+    try:
+        rpc_methods(protocol)
+        needs = [n for n, p in inspect.signature(cls).parameters.items() if p.default is p.empty and p.kind not in (2, 4)]
+        if cls is found and needs:
+            raise _CliError(f"{cls.__name__}() needs {', '.join(needs)}", "name a function that makes one: module:make()")
+        return RpcServer(protocol, _guarded(str(target), cls) if cls is found else found)
+    except (TypeError, ValueError) as exc:
+        text = _text_of(exc)
+        functions: list[Any] = [getattr(c, name, None) for name in re.findall(r"\b(\w+)\(\)", text) for c in (protocol, cls)]
+        code = next((f.__code__ for f in functions if hasattr(f, "__code__")), None)
+        where = f"{code.co_filename}:{code.co_firstlineno}: " if code else ""
+        raise _CliError(where + text, "each parameter and result has an annotation with an Arrow type") from None
+
+
+def _size(text: str) -> int:
+    """``64M`` -> bytes; argparse names this function in its error text."""
+    match = re.fullmatch(r"([0-9]+)([KMG]?)(i?B)?", text, re.I)
+    if not match:
+        raise ValueError(text)
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
+
+
+def _words_of(path: str) -> list[list[str]]:
+    """The words of each line of a file of secrets that is neither empty nor a comment."""
+    with open(path, encoding="utf-8") as f:
+        lines = [line.split() for line in f if line.strip() and not line.startswith("#")]
+    if not lines:
+        raise _CliError(f"{path}: expected a secret, got an empty file")
+    return lines
+
+
+def _http_options(args: Any) -> tuple[dict[str, Any], str]:
+    """The options of `serve_http`, and what the banner says of the token key."""
+    options: dict[str, Any] = {"pages": not args.no_describe, "json": not args.no_json, "request_deadline": args.timeout}
+    for name in ("prefix", "token_ttl", "max_request_bytes", "max_response_bytes", "max_connections"):
+        options[name] = getattr(args, name)
+    if args.token_key_file:
+        options["token_key"], key = [line[0].encode() for line in _words_of(args.token_key_file)], f"from {args.token_key_file}"
+    elif os.environ.get("VGI_RPC_TOKEN_KEY"):
+        key = "from VGI_RPC_TOKEN_KEY"
+    else:
+        options["token_key"] = os.urandom(32)
+        key = "random: open streams end with this process; VGI_RPC_TOKEN_KEY or --token-key-file keeps them"
+    if args.cors:
+        options["cors_origins"] = [origin.strip() for origin in args.cors.split(",")]
+    if args.bearer_file:
+        lines = _words_of(args.bearer_file)
+        tokens = {line[-1]: AuthContext("bearer", True, line[0] if line[1:] else "bearer") for line in lines}
+        options["authenticate"] = bearer_authenticate_static(tokens=tokens)
+    if args.tls_cert:
+        import ssl
+
+        options["tls_context"] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            options["tls_context"].load_cert_chain(args.tls_cert, args.tls_key)
+        except OSError as exc:
+            hint = "PEM files: the certificate chain, and its key"
+            raise _CliError(f"--tls-cert {args.tls_cert}: {exc.strerror or exc}", hint) from None
+    return {name: value for name, value in options.items() if value is not None}, key
+
+
+def _serve(args: Any) -> int:
+    if args.reload and not os.environ.get("VGI_RPC_RELOADED"):
+        return _serve_reloading(args)
+    changed = _watch(args.target) if args.reload else None
+    try:
+        server = _service_of(args.target)
+        server.include_tracebacks &= not args.no_tracebacks
+        if args.no_describe:
+            server.services.pop(REFLECTION_PROTOCOL, None)
+            server.describe_enabled = False
+        options, key = _http_options(args)
+        HttpApp(server, _split_options(options, HttpOptions, HttpServeOptions)[0])  # what is wrong with them is said now
+        if args.check:
+            print(describe_rpc(server.primary.protocol).replace("__main__.", ""))
+            return _OK
+        if args.access_log:
+            configure_access_log(args.access_log, server)
+        _listen(args, server, options, key)
+    except (_CliError, OSError, ValueError) as exc:
+        if changed is None:
+            raise
+        _report(exc, args)
+        _say("waiting for a change …")
+        changed.wait()
+    return _RELOAD if changed is not None and changed.is_set() else _OK
+
+
+def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> None:
+    """Serve where the flags say, until stopped; the banner comes once connections are accepted."""
+    http = not (args.stdio or args.unix or args.tcp)
+    if sum(map(bool, (args.stdio, args.unix, args.tcp))) > 1 or (args.bearer_file and not http):
+        raise _CliError("--stdio, --unix, --tcp: one at a time, and --bearer-file with none of them")
+    host, _, port = args.tcp.rpartition(":") if args.tcp else (args.host, "", args.port)
+    host = host or "127.0.0.1"
+
+    def bound(where: str, line: str) -> None:
+        _say(f"{_paint(server.protocol_name, '1')} served by vgi_rpc {__version__}")
+        for info in server.methods.values():
+            _say(f"  {info.signature().replace('__main__.', '')}    {info.kind}")
+        if not (args.unix or args.bearer_file or host.startswith("127.") or host in ("localhost", "::1")):
+            everybody = "anybody who reaches this address can call: no authentication (--bearer-file FILE asks for a token)"
+            _say(f"{_paint('warning:', '1;33')} {everybody}")
+        _say((f"token key  {key}\n" if http else "") + f"address    {_paint(where, '1;36')}")
+        _say(f"look       {_program()} describe {where}\nstop       Ctrl-C")
+        if args.announce:
+            announce(line)
+
+    sockets: dict[str, Any] = {"threaded": True, "max_connections": args.max_connections}
+    tls = options.get("tls_context")
+    base = HttpOptions(args.prefix or "", b"").prefix
+    try:
+        if args.stdio:
+            if sys.stdin.isatty():
+                _say("serving Arrow on stdin and stdout, for a program that starts this one; stop with Ctrl-C")
+            serve_stdio(server)
+        elif args.unix:
+            serve_unix(server, args.unix, on_bound=lambda path: bound(f"unix:{path}", f"UNIX:{path}"), **sockets)
+        elif args.tcp:
+            sockets["on_bound"] = lambda h, p: bound(f"tcp:{h}:{p}", f"TCP:{h}:{p}")
+            serve_tcp(server, host, int(port), tls_context=tls, **sockets)
+        else:
+            url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}"
+            serve_http(server, host=host, port=port, on_bound=lambda _, p: bound(f"{url}:{p}{base}", f"PORT:{p}"), **options)
+    except KeyboardInterrupt:  # before the listener's own handlers stood
+        return
+    except OSError as exc:
+        where = args.unix or f"{host}:{port}"
+        hint = "another server runs there; port 0 takes a free one" if exc.errno == errno.EADDRINUSE else ""
+        reason = os.strerror(exc.errno) if isinstance(exc.errno, int) and exc.errno > 0 else exc
+        raise _CliError(f"cannot listen on {where}: {reason}", hint, _UNREACHABLE) from None
+
+
+def _serve_reloading(args: Any) -> int:
+    """Keep a child serving: the same port and the same key in each of its lives, so that open streams go on."""
+    import signal
+    import subprocess
+
+    words = list(args.words)
+    if not (args.stdio or args.unix or args.tcp or args.port):
+        with listen_tcp(args.host, 0) as free:
+            words += ["--port", str(free.getsockname()[1])]
+    environment = {"VGI_RPC_TOKEN_KEY": os.urandom(32).hex(), **os.environ, "VGI_RPC_RELOADED": "1"}
+    while True:
+        child = subprocess.Popen([sys.executable, os.path.abspath(__file__), *words], env=environment)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_, child=child: child.terminate())
+        code = child.wait()
+        if code != _RELOAD:
+            return max(code, 0)
+        _say("something changed: starting again")
+
+
+def _watch(target: str | None) -> threading.Event:
+    """Watch the files of all loaded modules; when one changes, set the event and have the server stop."""
+    import signal
+
+    changed, known = threading.Event(), dict[str, int]()
+
+    def stale() -> bool:
+        files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} | {(target or "").rpartition(":")[0]}
+        found = {path: os.stat(path).st_mtime_ns for path in files if path and os.path.isfile(path)}
+        old = {path: known.get(path, stamp) for path, stamp in found.items()}
+        known.update(found)
+        return old != found
+
+    def watch() -> None:
+        while not stale():
+            time.sleep(0.3)
+        changed.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="vgi_rpc reload").start()
+    return changed
+
+
+@contextlib.contextmanager
+def _channel_to(args: Any) -> Iterator[ClientChannel]:
+    """The channel to WHERE: a URL, ``unix:PATH``, ``tcp:HOST:PORT`` or a command that is started."""
+    pairs = [line.partition(":")[::2] for line in args.header]
+    headers = {name.strip(): value.strip() for name, value in pairs}
+    if args.bearer_file:
+        headers["Authorization"] = f"Bearer {_words_of(args.bearer_file)[0][-1]}"
+    if args.where.startswith(("http://", "https://")):
+        target = HttpTarget.parse(args.where)
+        channel: ClientChannel = HttpClient(HttpConnections(target), target.prefix, headers=headers)
+    elif headers:
+        raise _CliError("-H and --bearer-file are for HTTP")
+    else:
+        channel = ByteClient(_transport(args.where, args))
+    try:
+        yield channel
+    finally:
+        channel.close()
+
+
+def _transport(where: str, args: Any) -> Transport:
+    import shlex
+
+    kind, _, rest = where.partition(":")
+    if kind == "unix":
+        return connect_unix_socket(rest, args.timeout)
+    host, _, port = rest.rpartition(":")
+    if kind == "tcp" and port.isdigit():
+        connected = connect_tcp_socket(host or "127.0.0.1", int(port), args.timeout or 10.0)
+        return Transport(SocketChannel(connected), TransportKind.TCP, rest)
+    if kind == "tcp" or not where or re.fullmatch(r"[\w.-]+:\d+(/.*)?", where):
+        hint = f"http://{where.removeprefix('tcp:')}?" if where else ""
+        raise _CliError(f"WHERE {where!r}: expected a URL, unix:PATH, tcp:HOST:PORT or a command", hint)
+    return SubprocessTransport(shlex.split(where), stderr=StderrMode.INHERIT if args.verbose else StderrMode.PIPE)
+
+
+def _options(args: Any, version: str = "") -> CallOptions:
+    def on_log(message: Message) -> None:
+        _say(_paint(f"[{message.level.value}] {message.message}", "2"))
+
+    return CallOptions(on_log if args.verbose else None, args.timeout, version=version)
+
+
+def _describe_live(channel: ClientChannel, args: Any) -> tuple[ServiceDescription, MethodDescription | None]:
+    """What the server says of its service, and of ``method`` or ``Protocol.method`` if one is asked for."""
+    protocol, _, name = (args.method or "").rpartition(".")
+    service = introspect(make_proxy(Reflection, channel, _options(args)), protocol=protocol or None)
+    if name and name not in service.methods:
+        known = sorted(service.methods)
+        raise _CliError(f"{service.protocol_name} has no method {name!r}{_suggest(name, known)}", f"it has {', '.join(known)}")
+    return service, service.methods.get(name)
+
+
+def _usage_of(method: MethodDescription) -> str:
+    """One line that says how `call` wants a method."""
+    words = [method.name]
+    for f in method.params_schema:
+        word = f"{f.name}={re.split('[<[]', _type_text(f.type))[0].upper()}"
+        words.append(f"[{word}]" if f.nullable or f.name in method.param_defaults or (method.method_type is MethodType.STREAM and f.name == "schema") else word)
+    return f"usage: {_program()} call WHERE {' '.join(words)}{' -i FILE' if method.is_exchange else ''}"
+
+
+def _from_text(text: str, kind: pa.DataType) -> Any:
+    """A word of the command line as ``pa.array`` takes it for *kind*; raises ``ValueError`` and the like."""
+    import datetime
+    import decimal
+
+    t = pa.types
+    for matches, convert in (
+        (t.is_boolean, lambda word: _TRUTH[word.lower()]),
+        (t.is_integer, int),
+        (t.is_floating, float),
+        (t.is_decimal, decimal.Decimal),
+        (t.is_time, datetime.time.fromisoformat),
+        (t.is_duration, int),
+        (t.is_temporal, lambda word: pa.array([word]).cast(kind)[0].as_py()),
+        (t.is_nested, lambda word: _from_json(json.loads(word), kind)),
+        (t.is_binary, str.encode),
+    ):
+        if matches(kind):
+            return convert(text)
+    return text
+
+
+def _from_json(value: Any, kind: pa.DataType) -> Any:
+    """A JSON value as ``pa.array`` takes it for *kind*: bytes are base64, a dataclass is an object."""
+    t = pa.types
+    if isinstance(value, str) and (t.is_temporal(kind) or t.is_decimal(kind)):
+        return _from_text(value, kind)
+    if isinstance(value, str) and t.is_binary(kind):
+        return base64.b64decode(value, validate=True)
+    if isinstance(value, dict) and t.is_map(kind):
+        return [(_from_text(k, kind.key_type), _from_json(v, kind.item_type)) for k, v in value.items()]
+    if isinstance(value, dict) and t.is_struct(kind):
+        return {k: _from_json(v, kind[kind.get_field_index(k)].type) for k, v in value.items()}
+    if isinstance(value, list) and t.is_nested(kind):
+        return [_from_json(v, kind.value_type) for v in value]
+    if isinstance(value, (dict, list)) and t.is_binary(kind):  # a dataclass, or a batch, travels as a stream of its own
+        batch = _rows_to_batch([value] if isinstance(value, dict) else value)
+        return stream_bytes(batch.schema, [(batch, None)])
+    return value
+
+
+def _parsed_json(where: str, text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as exc:
+        raise _CliError(f"{where}: not JSON: {_text_of(exc)}") from None
+
+
+def _read_file(path: str) -> bytes:
+    if path == "-":
+        return sys.stdin.buffer.read()
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def _arguments(args: Any, method: MethodDescription) -> dict[str, Any]:
+    """The values that ``-j`` and ``k=v | k:=json | k=@file`` give, typed by the method's schema."""
+    given: list[tuple[str, Any, Callable[[Any, pa.DataType], Any]]] = []
+    if args.json:
+        data = _parsed_json("-j", _read_file(args.json.lstrip("@")) if args.json[0] in "@-" else args.json)
+        if not isinstance(data, dict):
+            raise _CliError(f"-j: expected a JSON object, got {type(data).__name__}")
+        given += [(name, value, _from_json) for name, value in data.items()]
+    for word in args.parameters:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise _CliError(f"parameter {word!r}: expected key=value, key:=json or key=@file", _usage_of(method))
+        data = _read_file(text[1:]) if text.startswith("@") else text
+        if name.endswith(":"):
+            given.append((name[:-1], _parsed_json(word, data), _from_json))
+        else:
+            given.append((name, data, _from_text if data is text else _from_bytes))
+    values: dict[str, Any] = {}
+    for name, value, convert in given:
+        names = method.params_schema.names
+        if name not in names:
+            raise _CliError(f"{method.name}() has no parameter {name!r}{_suggest(name, names)}", _usage_of(method))
+        kind = method.params_schema.field(name).type
+        try:
+            values[name] = convert(value, kind)
+        except _ARROW_FAILURES:
+            problem = f"{method.name}() parameter {name!r}: expected {_type_text(kind)}, got {value!r:.80}"
+            raise _CliError(problem, _usage_of(method)) from None
+    return values
+
+
+def _from_bytes(data: bytes, kind: pa.DataType) -> Any:
+    return data if pa.types.is_binary(kind) else _from_text(data.decode("utf-8", "replace").rstrip("\r\n"), kind)
+
+
+def _request(args: Any, info: RpcMethodInfo, method: MethodDescription, values: dict[str, Any]) -> pa.RecordBatch:
+    """The request; what is left out takes the default that the server tells, else null where that is a value."""
+    defaults = {k: v for k, v in method.param_defaults.items() if k in method.params_schema.names}
+    values = {**{k: _from_json(v, method.params_schema.field(k).type) for k, v in defaults.items()}, **values}
+    missing = [f.name for f in method.params_schema if f.name not in values and not f.nullable]
+    if missing:
+        raise _CliError(f"{method.name}() needs {', '.join(missing)}", _usage_of(method))
+    try:
+        return _traced(args, "> request", request_batch(info, [values.get(name) for name in method.params_schema.names]))
+    except ParameterError as exc:
+        raise _CliError(_text_of(exc), _usage_of(method)) from None
+
+
+def _traced(args: Any, what: str, batch: pa.RecordBatch) -> pa.RecordBatch:
+    if args.debug:
+        _say(_paint(f"{what}: {batch.num_rows} rows of {_schema_text(batch.schema)}, {batch.nbytes} bytes", "2"))
+    return batch
+
+
+def _live_method(service: ServiceDescription, method: MethodDescription) -> RpcMethodInfo:
+    """A method as the channels want it, from what the server says of it; values are what pyarrow makes of them."""
+
+    def row(schema: pa.Schema) -> RowCodec:
+        return RowCodec((f.name, codec_for(Annotated[object, ArrowType(f.type, f.nullable)])) for f in schema)
+
+    result = row(method.result_schema if method.has_return else EMPTY_SCHEMA)
+    header: Any = types.SimpleNamespace(from_batch=lambda batch: batch) if method.has_header else None
+    same = ("name", "params_schema", "result_schema", "method_type", "has_return")
+    facts: dict[str, Any] = {name: getattr(method, name) for name in same}
+    facts.update(doc=None, result_type=None, protocol_name=service.protocol_name)
+    return RpcMethodInfo(params=row(method.params_schema), result=result, header=header, **facts)
+
+
+
+def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
+    """The batches of an Arrow, NDJSON or CSV file, told apart by their first bytes; ``-`` is read as it comes."""
+    with contextlib.ExitStack() as stack:
+        file: Any = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
+        first = file.peek(8)[:6]
+        if first == b"ARROW1":
+            file.read(8)  # the file format is a stream between two magic words (Columnar.rst, "IPC File Format")
+        elif first[:4] != _CONTINUATION:
+            yield from _text_batches(file, rows, live=path == "-")
+            return
+        source = types.SimpleNamespace(read=file.read, read_after=lambda head, size: head + file.read(size))
+        reader = IpcReader(cast("ByteSource", source))
+        for batch, _ in iter(reader.next, None):
+            for start in range(0, max(batch.num_rows, 1), rows or max(batch.num_rows, 1)):
+                yield batch.slice(start, rows)
+
+
+def _text_batches(file: Any, rows: int | None, live: bool) -> Iterator[pa.RecordBatch]:
+    """Lines to batches. From a pipe, without a number of rows, a turn takes what has come; types are those of the beginning."""
+    pending: list[bytes] = []
+    head: bytes | None = None
+    schema: pa.Schema | None = None
+    size = rows or _TEXT_ROWS
+    for lines in _line_groups(file, live):
+        pending += lines
+        if head is None and pending:
+            head = b"" if pending[0].lstrip()[:1] == b"{" else pending.pop(0).removeprefix(b"\xef\xbb\xbf")
+        while len(pending) >= size or (pending and (not lines or (live and rows is None))):
+            if schema is None:
+                schema = _parse_lines(head or b"", pending, None).schema
+            yield _parse_lines(head or b"", pending[:size], schema)
+            del pending[:size]
+
+
+def _line_groups(file: Any, live: bool) -> Iterator[list[bytes]]:
+    """Whole lines as they arrive (a line break in quotes does not end one), and an empty list at the end."""
+    rest, data = b"", b"\n"
+    while data:
+        data = file.read1(_CHUNK_BYTES) if live else file.read(_CHUNK_BYTES)
+        pieces, rest = (rest + (data or b"\n")).splitlines(keepends=True), b""
+        lines: list[bytes] = []
+        for piece in pieces:
+            rest += piece
+            if rest.endswith(b"\n") and (rest.count(b'"') % 2 == 0 or not data):
+                lines, rest = [*lines, rest] if rest.strip() else lines, b""
+        if lines:
+            yield lines
+    yield []
+
+
+def _parse_lines(head: bytes, lines: list[bytes], schema: pa.Schema | None) -> pa.RecordBatch:
+    if not head:
+        return _rows_to_batch([_parsed_json(f"input {line[:60]!r}", line) for line in lines], schema)
+    import pyarrow.csv
+
+    converting = pyarrow.csv.ConvertOptions(column_types=schema, strings_can_be_null=True)
+    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    try:
+        table = pyarrow.csv.read_csv(io.BytesIO(head + b"".join(lines)), parse_options=parsing, convert_options=converting)
+    except _ARROW_FAILURES as exc:
+        raise _CliError(f"input: {_text_of(exc)}", "the types of a CSV's columns are those of its beginning") from None
+    fields = [pa.field(f.name, pa.utf8() if pa.types.is_null(f.type) else f.type) for f in table.schema]
+    return table.cast(pa.schema(fields)).combine_chunks().to_batches()[0]
+
+
+def _rows_to_batch(rows: list[Any], schema: pa.Schema | None = None) -> pa.RecordBatch:
+    if not all(isinstance(row, dict) for row in rows):
+        raise _CliError("input: expected a JSON object for each row")
+    names = schema.names if schema is not None else list(dict.fromkeys(name for row in rows for name in row))
+    for name in {name for row in rows for name in row} - set(names):
+        raise _CliError(f"input: column {name!r} is not in the rows before it: {', '.join(names)}")
+    return _batch_from_pydict({name: [row.get(name) for row in rows] for name in names}, schema, "input")
+
+
+def _json_ready(value: Any) -> Any:
+    """A value of ``to_pylist`` as JSON has it: maps are objects, bytes base64, times ISO 8601, NaN and infinities null."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, list) and not (value and all(isinstance(v, tuple) for v in value)):
+        return [_json_ready(v) for v in value]
+    if isinstance(value, (dict, list)):
+        return {str(k): _json_ready(v) for k, v in dict(value).items()}
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(getattr(value, "isoformat", lambda: value)())
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(_json_ready(value), ensure_ascii=False)
+
+
+def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    # Python's own datetime has no nanoseconds: such columns are shown as Arrow writes them.
+    columns = [(c.cast(pa.utf8()) if "[ns" in str(c.type) else c).to_pylist() for c in batch.columns]
+    return [dict(zip(batch.schema.names, row)) for row in zip(*columns)]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    if isinstance(value, dict):
+        return " ".join(f"{k}={_cell(v)}" for k, v in value.items())
+    return "" if value is None else value if isinstance(value, str) else _to_json(value).strip('"')
+
+
+def _opened(value: Any) -> pa.RecordBatch | None:
+    """The batch inside a binary result, where it is an IPC stream: a dataclass (one row) or a record batch."""
+    if not isinstance(value, bytes) or value[:4] != _CONTINUATION:
+        return None
+    with contextlib.suppress(IPCError):
+        item = IpcReader(BufferSource(value)).next()
+        return item[0] if item else None
+    return None
+
+
+class _Output:
+    """Writes a header, batches or one value to a binary file, each as it comes, in one of the formats."""
+
+    def __init__(self, kind: str, file: Any) -> None:
+        self.kind, self.file, self.begun = kind, file, False
+        self.widths: list[int] = []
+        self.arrow: IpcWriter | None = None
+
+    def put(self, text: str) -> None:
+        """Write text."""
+        self.file.write(text.encode("utf-8", "backslashreplace"))
+
+    def header(self, batch: pa.RecordBatch) -> None:
+        """Write a stream's header ahead of its batches."""
+        row = _rows(batch)[0] if len(batch.schema) else {}
+        if self.kind == "arrow":
+            self.file.write(stream_bytes(batch.schema, [(batch, None)]))
+        elif self.kind == "table":
+            lines = "".join(f"\n  {name:{max(map(len, row))}}  {_cell(value)}" for name, value in row.items())
+            self.put(f"{_paint('Header:', '1', self.file)}{lines}\n")
+        else:
+            self.begun = self.kind == "json"
+            start = {"json": "[\n", "csv": "# "}.get(self.kind, "")
+            self.put(start + _to_json({"__header__": row}) + ("" if self.begun else "\n"))
+        self.file.flush()
+
+    def batch(self, batch: pa.RecordBatch, metadata: Any = None) -> None:
+        """Write the rows of a batch."""
+        if self.kind == "arrow":
+            self.arrow = self.arrow or IpcWriter(lambda pieces: [self.file.write(piece) for piece in pieces], batch.schema)
+            self.arrow.write(batch, metadata)
+        elif self.kind == "ndjson":
+            self.put("".join(_to_json(row) + "\n" for row in _rows(batch)))
+        elif self.kind == "json":
+            for row in _rows(batch):
+                self.put((",\n" if self.begun else "[\n") + _to_json(row))
+                self.begun = True
+        elif self.kind == "csv":
+            import csv
+
+            writer = csv.writer(cast("Any", types.SimpleNamespace(write=self.put)), lineterminator="\n")
+            rows = [] if self.begun else [batch.schema.names]
+            writer.writerows(rows + [[v if isinstance(v, float) else _cell(v) for v in row.values()] for row in _rows(batch)])
+            self.begun = True
+        else:
+            self._table(batch)
+        self.file.flush()
+
+    def _table(self, batch: pa.RecordBatch) -> None:
+        t = pa.types
+        sides = ["<>"[t.is_integer(f.type) or t.is_floating(f.type)] for f in batch.schema]
+        rows = [[_cell(v) for v in row.values()] for row in _rows(batch)]
+        lines = rows if self.begun else [batch.schema.names, *rows]
+        self.widths = self.widths or [min(60, max(map(len, column))) for column in zip(*lines)]
+        for row in lines:
+            line = "  ".join(f"{c:{side}{width}}" for c, side, width in zip(row, sides, self.widths)).rstrip()
+            self.put((line if self.begun else _paint(line, "1", self.file)) + "\n")
+            self.begun = True
+
+    def value(self, value: Any, schema: pa.Schema) -> None:
+        """Write a unary result: a plain value as itself, a dataclass or a batch as rows."""
+        opened = _opened(value)
+        if self.kind in ("json", "ndjson") and (opened is None or opened.num_rows == 1):
+            self.put(_to_json(value if opened is None else _rows(opened)[0]) + "\n")
+        elif opened is None and self.kind == "table":
+            self.put(_cell(value) + "\n" if value is not None else "")
+        elif opened is not None or len(schema):
+            self.batch(opened or pa.RecordBatch.from_arrays([pa.array([value], schema.field(0).type)], schema=schema))
+            self.close()
+        self.file.flush()
+
+    def close(self) -> None:
+        """Write what ends the format."""
+        if self.kind == "json":
+            self.put("\n]\n" if self.begun else "[]\n")
+        if self.arrow is not None:
+            self.arrow.close()
+        self.file.flush()
+
+
+@contextlib.contextmanager
+def _output(args: Any) -> Iterator[_Output]:
+    """Open where the answer goes, in the format that the flags, the file's name or the terminal decide."""
+    ending = os.path.splitext(args.output or "")[1].lstrip(".")
+    kind = args.format if args.format != "auto" else {"arrows": "arrow"}.get(ending, ending)
+    if kind not in _FORMATS:
+        kind = "table" if not args.output and sys.stdout.isatty() else "ndjson"
+    with contextlib.ExitStack() as stack:
+        mode = "ab" if args.resume and os.path.exists(args.resume) else "wb"
+        yield _Output(kind, stack.enter_context(open(args.output, mode)) if args.output else sys.stdout.buffer)
+
+
+def _bookmark(path: str | None, name: str) -> tuple[int, bytes]:
+    """(input rows answered, token) as ``--resume`` left them; (0, nothing) at the beginning."""
+    if not path or not os.path.exists(path):
+        return 0, b""
+    facts = _json_object(_read_file(path))
+    if facts.get("method") != name or not isinstance(facts.get("token"), str) or not isinstance(facts.get("rows"), int):
+        raise _CliError(f"{path}: not where a call of {name} stopped", "remove the file to start from the beginning")
+    return facts["rows"], facts["token"].encode()
+
+
+def _save_bookmark(path: str, name: str, rows: int, token: bytes) -> None:
+    """Remember that all so far was written; the old file stays until the new one is whole. It is its owner's alone."""
+    with open(f"{path}.new", "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
+        json.dump({"method": name, "rows": rows, "token": token.decode()}, f)
+    os.replace(f"{path}.new", path)
+
+
+def _call(args: Any) -> int:
+    with _channel_to(args) as channel:
+        service, method = _describe_live(channel, args)
+        if method is None:
+            raise _CliError("METHOD is missing", f"{service.protocol_name} has {', '.join(service.methods)}")
+        stream = method.method_type is MethodType.STREAM
+        if bool(args.input) != bool(method.is_exchange) and (not stream or method.is_exchange is not None):
+            taken = "no input: it is no exchange" if args.input else "batches"
+            raise _CliError(f"{method.name}() takes {taken}", _usage_of(method))
+        if args.resume and not (stream and isinstance(channel, HttpClient)):
+            raise _CliError("--resume is for streams over HTTP: elsewhere the state ends with the connection")
+        info, options = _live_method(service, method), _options(args, service.protocol_version)
+        values = _arguments(args, method)
+        if stream:
+            _call_stream(args, channel, info, method, options, values)
+            return _OK
+        value = channel.unary(info, _request(args, info, method, values), options)
+        with _output(args) as output:
+            output.value(value, method.result_schema)
+    return _OK
+
+
+def _call_stream(args: Any, channel: Any, info: Any, method: MethodDescription, options: CallOptions, values: Any) -> None:
+    """Start a stream, or go on with the one that the bookmark remembers, and write what it answers."""
+    name = f"{info.protocol_name}.{info.name}"
+    answered, token = _bookmark(args.resume, name)
+    batches = _input_batches(args.input, args.rows) if args.input else iter(())
+    first = next(batches, None)
+    if first is not None and "schema" in method.params_schema.names:
+        values.setdefault("schema", _schema_to_bytes(first.schema))
+    if token:
+        stream = channel.resume(info, token, options)
+    else:
+        stream = channel.stream(info, _request(args, info, method, values), options)
+    with StreamSession(stream, info) as session, _output(args) as output:
+        if session.header is not None:
+            output.header(_traced(args, "< header", session.header))
+        given = (batch for part in ([first] if first is not None else [], batches) for batch in part)
+        _write_turns(args, session, _turns(args, session, given, answered), output, name)
+
+
+def _turns(args: Any, session: StreamSession, batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[Any]:
+    """(answer, input rows answered by then) of each turn; *skip* of them were answered before."""
+    if not args.input:
+        yield from ((answer, 0) for answer in session)
+    rows = 0
+    for batch in batches:
+        fresh = batch.slice(min(batch.num_rows, max(0, skip - rows)))
+        rows += batch.num_rows
+        if fresh.num_rows or not batch.num_rows:
+            yield session.exchange(AnnotatedBatch(_traced(args, "> input", fresh))), rows
+
+
+def _write_turns(args: Any, session: StreamSession, turns: Any, output: _Output, name: str) -> None:
+    """Write each answer as it comes, with a line of progress on a terminal from one second on."""
+    counted, left, started = CallStatistics(), args.limit, time.monotonic()
+
+    def show(text: str = "") -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+    try:
+        while left is None or left > 0:
+            answer, rows = next(turns, (None, 0))
+            show()
+            if answer is None:
+                if args.resume and os.path.exists(args.resume):
+                    os.unlink(args.resume)
+                break
+            batch = _traced(args, "< answer", answer.batch)
+            # A stream that may be resumed is cut between batches only: what its token stands behind was written whole.
+            output.batch(batch if left is None or args.resume else batch.slice(0, left), answer.custom_metadata)
+            if args.resume and not session.closed:
+                _save_bookmark(args.resume, name, rows, session.token())
+            left = None if left is None else left - batch.num_rows
+            counted.record_output(batch)
+            took = time.monotonic() - started
+            if took >= 1:
+                rate, size = counted.output_rows / took, counted.output_bytes / 1e6
+                show(f"{counted.output_batches} batches, {counted.output_rows} rows, {size:.1f} MB, {rate:.0f} rows/s")
+    finally:
+        show()
+        output.close()
+
+
+def _describe(args: Any) -> int:
+    with _channel_to(args) as channel:
+        service, method = _describe_live(channel, args)
+        service = service if method is None else dataclasses.replace(service, methods={method.name: method})
+        limits = dataclasses.asdict(channel.capabilities(_options(args).deadline)) if isinstance(channel, HttpClient) else {}
+    facts = {f.name: getattr(service, f.name) for f in dataclasses.fields(service) if f.name != "methods"}
+    facts.update(limits={k: v for k, v in limits.items() if v}, methods=list(map(_facts_of, service.methods.values())))
+    if args.format in ("text", "markdown"):
+        print(_describe_text(facts, service, args.format == "markdown"))
+    else:
+        print(_describe_python(service) if args.format == "python" else json.dumps(facts, indent=2))
+    return _OK
+
+
+def _facts_of(method: MethodDescription) -> dict[str, Any]:
+    """What there is to say about a method."""
+    streams = {True: "exchange", False: "producer", None: "stream"}
+    kind = streams[method.is_exchange] if method.method_type is MethodType.STREAM else "unary"
+    facts: dict[str, Any] = {"name": method.name, "kind": kind, **({"doc": method.doc} if method.doc else {})}
+    schemas = {"parameters": method.params_schema, "result": method.result_schema, "header": method.header_schema}
+    for name, schema in schemas.items():
+        if schema is not None and (name != "result" or method.has_return):
+            facts[name] = [{"name": f.name, "type": _type_text(f.type), "nullable": f.nullable} for f in schema]
+    for entry in facts["parameters"]:
+        told = {"default": method.param_defaults, "doc": method.param_docs}
+        entry.update({key: by_name[entry["name"]] for key, by_name in told.items() if entry["name"] in by_name})
+    extra = {"idempotency": method.idempotency, "deprecated": method.deprecation}
+    return {**facts, **{k: v for k, v in extra.items() if v not in ("unknown", None)}, "usage": _usage_of(method)[7:]}
+
+
+def _describe_text(facts: dict[str, Any], service: ServiceDescription, markdown: bool) -> str:
+    def shown(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return ", ".join(map(shown, value)) or "none"
+        if not isinstance(value, dict):
+            return str(value).replace("\n", "\n    ")
+        default = f" = {json.dumps(value['default'])}" if "default" in value else ""
+        doc = f" ({value['doc']})" if "doc" in value else ""
+        return f"{value['name']}: {value['type']}{' | null' * value['nullable']}{default}{doc}"
+
+    item = "- {}: {}" if markdown else "  {}: {}"
+    lines = [f"{'# ' * markdown}{service.protocol_name} {service.protocol_version}".rstrip()]
+    for method in facts["methods"]:
+        lines += ["", f"{'## ' * markdown}{method['name'] if markdown else _paint(method['name'], '1', sys.stdout)}"]
+        lines += [item.format(name, shown(value)) for name, value in method.items() if name != "name"]
+    rest = {**facts["limits"], "protocol_hash": service.protocol_hash, "server_id": service.server_id}
+    return "\n".join([*lines, "", *(item.format(name.replace("_", " "), shown(value)) for name, value in rest.items())])
+
+
+def _annotation_of(column: pa.Field) -> str:
+    """Python source of an annotation that has exactly this Arrow type; what Python has no word for, in Arrow's own bytes."""
+    known = {codec_for(t).arrow_type: t.__name__ for t in (bool, int, float, str, bytes)}
+    known.update({pa.list_(t): f"list[{n}]" for t, n in list(known.items())})
+    known.update({pa.map_(pa.utf8(), t): f"dict[str, {n}]" for t, n in list(known.items())})
+    data = base64.b64encode(pa.schema([column.with_name("_")]).serialize().to_pybytes()).decode()
+    text = known.get(column.type, f'Annotated[Any, vgi_rpc.ArrowType(_arrow("{data}"))]')
+    return f"{text} | None" if column.nullable else text
+
+
+_PYTHON_HEAD = '''"""{name}, as the server described itself to vgi_rpc {version}."""
+
+import base64
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Protocol
+
+import pyarrow as pa
+import vgi_rpc
+
+
+def _arrow(schema: str) -> pa.DataType:
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema))).field(0).type
+'''
+
+
+def _describe_python(service: ServiceDescription) -> str:
+    """A module with a typed Protocol of the service."""
+    lines = _PYTHON_HEAD.format(name=service.protocol_name, version=__version__).splitlines()
+    headers = {m.name: m.name.title().replace("_", "") + "Header" for m in service.methods.values() if m.has_header}
+    for name, header in headers.items():
+        fields = [f"    {f.name}: {_annotation_of(f)}" for f in service.methods[name].header_schema or ()] or ["    pass"]
+        lines += ["", "", "@dataclass(frozen=True)", f"class {header}(vgi_rpc.ArrowSerializableDataclass):", *fields]
+    lines += ["", "", f"class {service.protocol_name.replace('.', '_')}(Protocol):"]
+    lines += [f"    protocol_name: ClassVar[str] = {service.protocol_name!r}"]
+    lines += [f"    protocol_version: ClassVar[str] = {service.protocol_version!r}"] if service.protocol_version else []
+    for method in service.methods.values():
+        told = {k: f" = {v!r}" for k, v in method.param_defaults.items() if isinstance(v, (int, float, str, type(None)))}
+        parameters = ", ".join(["self", *(f"{f.name}: {_annotation_of(f)}{told.get(f.name, '')}" for f in method.params_schema)])
+        result = _annotation_of(method.result_schema.field(0)) if method.has_return else "None"
+        if method.method_type is MethodType.STREAM:
+            state = {True: "ExchangeState", False: "ProducerState"}.get(cast("bool", method.is_exchange), "StreamState")
+            header = f", {headers[method.name]}" if method.has_header else ""
+            result = f"vgi_rpc.Stream[vgi_rpc.{state}{header}]"
+        lines += ["", f"    def {method.name}({parameters}) -> {result}:", f"        {(method.doc or method.name)!r}"]
+    return "\n".join(lines)
+
+
+def _ping(args: Any) -> int:
+    times = []
+    with _channel_to(args) as channel:
+        proxy = make_proxy(Reflection, channel, _options(args))
+        for _ in range(max(1, args.number) + 1):
+            start = time.perf_counter()
+            proxy.list_protocols()
+            times.append((time.perf_counter() - start) * 1000)
+    times = sorted(times[1:])  # the first one connects
+    median, p99 = times[len(times) // 2], times[int((len(times) - 1) * 0.99)]
+    print(f"{len(times)} round trips: min {times[0]:.3f} ms, median {median:.3f} ms, p99 {p99:.3f} ms")
+    return _OK
+
+
+def _versions() -> str:
+    own = f"vgi_rpc {__version__} (wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}"
+    return f"{own}, pyarrow {pa.__version__}, codecs {', '.join(supported_encodings())})"
+
+
+@contextlib.contextmanager
+def _served(kind: str, folder: str) -> Iterator[Any]:
+    """A proxy of the demo over one kind of transport; what listens is a child."""
+    import subprocess
+
+    command = [sys.executable, os.path.abspath(__file__), "serve"]
+    here: dict[str, Callable[[], Any]] = {
+        "pipe": lambda: serve_pipe(Demo, DemoImpl()),
+        "subprocess": lambda: connect(Demo, [*command, "--stdio"]),
+        "wsgi": lambda: http_connect(Demo, client=make_sync_client(RpcServer(Demo, DemoImpl()))),
+    }
+    there: dict[str, tuple[str, Callable[[str, str], Any]]] = {
+        "http": ("--port=0", lambda _, port: http_connect(Demo, f"http://127.0.0.1:{port}")),
+        "tcp": ("--tcp=0", lambda host, port: tcp_connect(Demo, host, int(port))),
+        "unix": (f"--unix={folder}/s", lambda _, path: unix_connect(Demo, path)),
+    }
+    with contextlib.ExitStack() as stack:
+        if kind in there:
+            flag, opened = there[kind]
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+            child: Any = stack.enter_context(subprocess.Popen([*command, flag, "--announce"], **pipes))
+            stack.callback(child.terminate)
+            host, _, port = child.stdout.readline().strip().partition(":")[2].rpartition(":")
+            here[kind] = functools.partial(opened, host, port)
+        yield stack.enter_context(here[kind]())
+
+
+def _selfcheck(args: Any) -> int:
+    import tempfile
+
+    batch = pa.RecordBatch.from_pydict({"x": [1.0, None, 3.0]})
+
+    def statistics(proxy: Any) -> Any:
+        with proxy.statistics(schema=batch.schema) as session:
+            return [session.exchange(AnnotatedBatch(batch)).batch.to_pylist()[0]["x"]["count"] for _ in range(2)]
+
+    def countdown(proxy: Any) -> Any:
+        session = proxy.countdown(start=2)
+        return [session.header.batches, *(answer.batch.to_pylist()[0]["n"] for answer in session)]
+
+    calls: tuple[Callable[[Any], Any], ...] = (lambda proxy: proxy.add(a=2.0), countdown, statistics)
+    checks = dict(zip(("unary", "producer", "exchange"), zip(calls, (3.0, [3, 2, 1, 0], [2, 4]))))
+    print(_versions() + f"\n{'ms':12}" + "".join(f"{name:>10}" for name in checks))
+    code = _OK
+    for kind in ("pipe", "subprocess", "wsgi", "http", "tcp", *(["unix"] if hasattr(socket, "AF_UNIX") else [])):
+        line = f"{kind:12}"
+        try:
+            with tempfile.TemporaryDirectory() as folder, _served(kind, folder) as proxy:
+                for call, wanted in checks.values():
+                    start = time.perf_counter()
+                    got = call(proxy)
+                    if got != wanted:
+                        raise ValueError(f"expected {wanted}, got {got}")
+                    line += f"{(time.perf_counter() - start) * 1000:10.2f}"
+            print(f"{line}  {_paint('ok', '32', sys.stdout)}", flush=True)
+        except Exception as exc:
+            code = _FAILED
+            print(f"{line}  {_paint('FAILED', '1;31', sys.stdout)} {_text_of(exc)}", flush=True)
+    return code
+
+
+def _explain(args: Any) -> int:
+    data = _read_file(args.file)
+    if re.match(rb"HTTP/1|[A-Z]+ \S+ HTTP/1", data):
+        head, _, data = data.partition(b"\r\n\r\n")
+        print(re.sub(r"(?im)^((?:proxy-)?authorization|cookie): .*$", r"\1: …", head.decode("latin-1").replace("\r", "")))
+    for magic, encoding in ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd")):
+        if data.startswith(magic):
+            print(f"{len(data)} bytes of {encoding}")
+            data = decompress_body(data, encoding, CLIENT_MAX_RESPONSE_BYTES)
+    source = BufferSource(data)
+    try:
+        while source.left:
+            _explain_stream(source)
+    except (IPCError, ProtocolError) as exc:
+        raise _CliError(f"before byte {source.position} of {len(data)}: {_text_of(exc)}", code=_FAILED) from None
+    return _OK
+
+
+def _explain_stream(source: BufferSource) -> None:
+    """Print one IPC stream, message by message."""
+    start = source.position
+    reader = IpcReader(source)
+    print(f"stream at byte {start}: {_schema_text(reader.schema)}")
+    for message in iter(reader.next_message, None):
+        metadata = message.head.metadata or {}
+        kind = "request" if METHOD_KEY in metadata else batch_kind(message.head.rows, metadata).value
+        kind = "tick" if kind == "data" and not len(reader.schema) else kind
+        print(f"  {kind}: {message.head.rows} rows, {len(message.data)} bytes")
+        for key, value in metadata.items():
+            token = key in (STATE_KEY, CALL_STATE_KEY)
+            print(f"    {_as_text(key)} = {f'<{len(value)} bytes>' if token else _as_text(value)}")
+        for row in _rows(reader.decode(message).slice(0, 3)):
+            print(f"    {_to_json(row)[:200]}")
+    print(f"  end at byte {source.position}")
+
+
+def _as_text(data: bytes) -> str:
+    return data[:500].decode("utf-8", "backslashreplace")
+
+
+def _completion(args: Any) -> int:
+    flags = {name: " ".join(w for a in c.arguments for w in a[0].split() if w[0] == "-") for name, c in _commands().items()}
+    if args.shell == "fish":
+        for name, words in flags.items():
+            print(f"complete -c vgi-rpc -n __fish_use_subcommand -a {name}")
+            print(f"complete -c vgi-rpc -n '__fish_seen_subcommand_from {name}' -a '{words}'")
+        return _OK
+    print("autoload -U +X bashcompinit && bashcompinit\n" * (args.shell == "zsh") + "_vgi_rpc() {")
+    print(f"  local words='{' '.join(flags)} --version --help'\n  [ $COMP_CWORD -gt 1 ] && case ${{COMP_WORDS[1]}} in")
+    print("\n".join(f"    {name}) words='{words}' ;;" for name, words in flags.items()))
+    print('  esac\n  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))\n}')
+    print("complete -o default -F _vgi_rpc vgi-rpc")
+    return _OK
+
+
+_FORMATS = ("auto", "json", "ndjson", "table", "csv", "arrow")
+
+
+class _Command(NamedTuple):
+    """A command: what runs it, what it is for, its arguments as argparse takes them, and examples."""
+
+    run: Callable[[Any], int]
+    summary: str
+    arguments: list[tuple[str, dict[str, Any]]]
+    examples: tuple[str, ...] = ("",)
+
+
+def _commands() -> dict[str, _Command]:
+    """Every command with everything it takes."""
+
+    def value(flags: str, metavar: str | None, help: str, **more: Any) -> tuple[str, dict[str, Any]]:
+        return flags, {"metavar": metavar, "help": help, **more}
+
+    def flag(flags: str, help: str) -> tuple[str, dict[str, Any]]:
+        return flags, {"action": "store_true", "help": help}
+
+    where = value("where", "WHERE", "http(s)://HOST[:PORT][/PREFIX], unix:PATH, tcp:HOST:PORT, or a command in quotes")
+    connecting = [
+        value("-H --header", "'K: V'", "a further HTTP header; may be repeated", action="append", default=[]),
+        value("--bearer-file", "FILE", "send the token that this file holds"),
+        value("--timeout", "SECONDS", "give up on a call or a turn after so long", type=float),
+        flag("-v --verbose", "the server's log lines, its stderr and its tracebacks, on stderr"),
+    ]
+    serve = [
+        value("target", "TARGET", "module:Class, path/to/file.py:Class or module:factory(); default: a small demo", nargs="?"),
+        value("--host", "HOST", "address to bind (default: %(default)s)", default="127.0.0.1"),
+        value("--port", "PORT", "0 takes a free one (default: %(default)s)", type=int, default=8000),
+        value("--unix", "PATH", "serve a Unix socket instead of HTTP"),
+        value("--tcp", "[HOST:]PORT", "serve TCP instead of HTTP"),
+        flag("--stdio", "serve stdin and stdout instead of HTTP"),
+        value("--prefix", "/PATH", "serve HTTP under this path"),
+        value("--token-key-file", "FILE", "keys of the state tokens, one a line: the first signs, all verify"),
+        value("--bearer-file", "FILE", "ask for a bearer token; a line is TOKEN, or NAME TOKEN"),
+        value("--cors", "ORIGINS", "origins whose pages may call, separated by commas; * for all"),
+        value("--max-request-bytes", "SIZE", "largest request, such as 64M", type=_size),
+        value("--max-response-bytes", "SIZE", "largest answer", type=_size),
+        value("--max-connections", "N", "at most so many at a time", type=int),
+        value("--timeout", "SECONDS", "for reading one request, and for sending its answer", type=float),
+        value("--token-ttl", "SECONDS", "how long a state token is good for; 0 for ever", type=float),
+        value("--tls-cert", "FILE", "serve TLS with this certificate chain (PEM)"),
+        value("--tls-key", "FILE", "the certificate's key, when it is in a file of its own"),
+        value("--access-log", "FILE", "append a JSON line per call; - is stderr"),
+        flag("--no-describe", "no reflection and no pages"),
+        flag("--no-json", "no calls in JSON"),
+        flag("--no-tracebacks", "errors without the server's traceback"),
+        flag("--announce", "print PORT:<n>, UNIX:<path> or TCP:<host>:<port> on stdout when listening"),
+        flag("--check", "load the service, print what would be served, and exit"),
+        flag("--reload", "start again when a loaded module changes; open streams go on"),
+    ]
+    for name, settings in serve:
+        twin = "VGI_RPC_" + name.lstrip("-").replace("-", "_").upper()
+        settings["help"] += f" [{twin}]"
+        if os.environ.get(twin):
+            given = os.environ[twin]
+            settings["default"] = _TRUTH.get(given.lower(), False) if "action" in settings else given
+    call = [
+        where,
+        value("method", "METHOD", "name of the method, or Protocol.method", nargs="?"),
+        value("parameters", "KEY=VALUE", "key=value typed by the live schema, key:=json, key=@file", nargs="*"),
+        value("-j --json", "JSON", "parameters as a JSON object; @file, or - for stdin"),
+        value("-i --input", "FILE", "batches for an exchange: Arrow, NDJSON or CSV; - is stdin, read as it comes"),
+        value("--rows", "N", "rows of the input per turn (default: Arrow's batches, 100 lines of text)", type=int),
+        value("-f --format", None, "auto: a table on a terminal, else NDJSON", choices=_FORMATS, default="auto"),
+        value("-o --output", "FILE", "write the answer there; its ending may say the format"),
+        value("--limit", "N", "stop after so many rows", type=int),
+        value("--resume", "FILE", "keep the stream's token there, and go on from it if it is there (HTTP)"),
+        flag("--debug", "the shape of each batch on the wire, on stderr"),
+        *connecting,
+    ]
+    method = value("method", "METHOD", "only this one", nargs="?")
+    shapes = ("text", "json", "markdown", "python")
+    formats = value("-f --format", None, "python: a typed Protocol that works", choices=shapes, default="text")
+    number = value("-n --number", "N", "how many (default: %(default)s)", type=int, default=10)
+    url, worker = "http://127.0.0.1:8000", f'"{_program()} serve --stdio"'
+    demo = (f"{url} add a=1 b=2", f"{worker} countdown start=3 -f json", f"{url} statistics -i weather.csv --rows 500")
+    serving = ("", "app.py:Calculator --port 0", "'app:make()' --check", "--unix /tmp/demo.sock")
+    captured = value("file", "FILE", "- is stdin")
+    shells = ("shell", {"choices": ("bash", "zsh", "fish")})
+    return {
+        "serve": _Command(_serve, "serve a class, over HTTP unless told otherwise", serve, serving),
+        "call": _Command(_call, "call a method", call, demo),
+        "describe": _Command(_describe, "show what a server offers", [where, method, formats, *connecting], (url,)),
+        "ping": _Command(_ping, "measure round trips", [where, number, *connecting], (url, f"{worker} -n 100")),
+        "selfcheck": _Command(_selfcheck, "call the demo over every transport of this machine", []),
+        "explain": _Command(_explain, "print captured bytes of the wire as text", [captured], ("answer.bin",)),
+        "completion": _Command(_completion, "print a completion script for a shell", [shells], ("bash",)),
+    }
+
+
+def _parse(words: list[str]) -> tuple[Callable[[Any], int], Any]:
+    """Read the command line: what is to be run, and with which arguments."""
+    import argparse
+
+
+    commands, name = _commands(), words[0] if words else ""
+    if name in ("--version", "--help", "-h", ""):
+        lines = [f"usage: {_program()} COMMAND …", "", *(f"  {n:12}{c.summary}" for n, c in commands.items())]
+        lines += ["", f"{_program()} COMMAND --help says what it takes, with examples; --version says the versions."]
+        print(_versions() if name == "--version" else "\n".join(lines), file=sys.stdout if name else sys.stderr)
+        return (lambda _: _OK if name else _USAGE), None
+    if name not in commands:
+        raise _CliError(f"no command {name!r}{_suggest(name, commands)}", f"there are {', '.join(commands)}")
+    command, program = commands[name], f"{_program()} {name}"
+    examples = "examples:\n" + "\n".join(f"  {program} {example}".rstrip() for example in command.examples)
+    formatter, summary = argparse.RawDescriptionHelpFormatter, f"{command.summary[0].upper()}{command.summary[1:]}."
+    parser = argparse.ArgumentParser(program, None, summary, examples, formatter_class=formatter, allow_abbrev=False)
+    for flags, settings in command.arguments:
+        parser.add_argument(*flags.split(), **settings)
+    args = parser.parse_intermixed_args(words[1:])
+    args.words = words
+    return command.run, args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; *argv* is what stands behind the program's name."""
+    args: Any = None
+    try:
+        run, args = _parse(list(sys.argv[1:] if argv is None else argv))
+        code = run(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as exc:  # argparse has said what it had to say
+        return exc.code if isinstance(exc.code, int) else _OK
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our stdout has had enough; the interpreter's last flush must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _OK
+    except (_CliError, RpcError, ParameterError, IPCError, ProtocolError, OSError, ValueError) as exc:
+        return _report(exc, args)
+
+
+if __name__ == "__main__":
+    # A served module that does `import vgi_rpc` must see these very classes, and not a second copy of them.
+    sys.modules.setdefault("vgi_rpc", sys.modules["__main__"])
+    sys.exit(main())
