@@ -5395,7 +5395,7 @@ class CliServeTests(CliTests):
 
 class CliOtherTests(CliTests):
     def test_describe(self) -> None:
-        self.assertRegex(self.ok("describe", self.url), r"countdown\n  kind: producer\n  parameters: start: int64, pause: float64 \| null")
+        self.assertRegex(self.ok("describe", self.url), r"countdown\n  kind: producer\n  doc: Count from start to 0.*\n  parameters: start: int64, pause: float64 \| null = null")
         self.assertIn("## add\n- kind: unary", self.ok("describe", self.url, "-f", "markdown"))
         facts = json.loads(self.ok("describe", self.url, "countdown", "-f", "json"))
         self.assertEqual([m["name"] for m in facts["methods"]], ["countdown"])

@@ -122,6 +122,8 @@ ACCEPT_MAX_RESPONSE_BYTES_HEADER = "VGI-Accept-Max-Response-Bytes"
 ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER = "VGI-Accept-Max-Response-Bytes-Support"
 SUPPORTED_ENCODINGS_HEADER, EXTERNALIZATION_HEADER = "VGI-Supported-Encodings", "VGI-Externalization-Enabled"
 MAX_REQUEST_BYTES_HEADER, MAX_RESPONSE_BYTES_HEADER = "VGI-Max-Request-Bytes", "VGI-Max-Response-Bytes"
+# Ours: how many turns of a producer the client takes in one answer, on the same tick. Other servers ignore it and answer one.
+MAX_TURNS_HEADER = "VGI-Max-Turns"
 
 # Limits. Each is a default that the matching option overrides.
 MIN_RESPONSE_BUDGET = 65_536  # the family's floor for VGI-Accept-Max-Response-Bytes
@@ -144,6 +146,11 @@ READ_TIMEOUT_SECONDS = 30.0  # HTTP: between two bytes of one request
 REQUEST_DEADLINE_SECONDS = 300.0  # HTTP: for the whole of one request, first byte to last
 DRAIN_GRACE_SECONDS = 30.0
 WORKER_EXIT_SECONDS = 5.0  # how long a worker may take to leave after its stdin closed
+MAX_PREFETCH = 16  # ticks that a client sends ahead on a byte stream: together far less than any pipe's buffer
+SLOW_TURN_SECONDS = 0.01  # a producer that takes longer is not asked ahead on a byte stream
+SLOW_READER_SECONDS = 1.0  # a reader that takes longer for a batch gets one an answer: no answer waits half read
+MAX_TURNS = 1_024  # turns of a producer in one HTTP answer
+MAX_TURNS_SECONDS = 5.0  # after so long an answer of several turns ends, so that a server drains and a proxy passes it on
 SMALL_BODY_BYTES = 65_536  # below: one bytes object; above: read in place, written without copying
 
 EMPTY_SCHEMA = pa.schema([])
@@ -770,6 +777,10 @@ class ByteSource:
         """Return *head* and the next *size* bytes in one piece of memory; shorter only where the source ends."""
         return head + self.read(size)
 
+    def take(self, expected: bytes) -> bool:
+        """Read *expected* if it comes next and is there already; else read nothing."""
+        return False
+
 
 class BufferSource(ByteSource):
     """A source over bytes in memory, which `read_after` does not copy when *head* was the last thing read."""
@@ -1170,11 +1181,14 @@ class IpcReader:
             RequestTooLargeError: A limit exceeded.
         """
         while True:
-            raw = None if self.ended else self._read_head()
-            if raw is None:
-                return None
-            known = raw == self._last[0]
-            head = self._last[1] if known else parse_message_head(raw[8:])
+            raw, head = self._last
+            known = bool(raw) and not self.ended and self._source.take(raw)
+            if not known:
+                read = None if self.ended else self._read_head()
+                if read is None:
+                    return None
+                known = read == raw
+                raw, head = read, head if known else parse_message_head(read[8:])
             if head.kind == _SCHEMA_MESSAGE:
                 raise IPCError("expected a batch, got a second schema message")
             size, limit = head.body_length, self._limits.max_bytes
@@ -1272,6 +1286,7 @@ class _OwnReader(IpcReader):
 
 
 _TICK_FACTS = schema_facts(EMPTY_SCHEMA)
+_TICK_MESSAGE = _TICK.serialize().to_pybytes()
 
 class _Pieces(io.RawIOBase):
     """The file that collects what pyarrow's stream writer writes, without copying bodies."""
@@ -1322,7 +1337,11 @@ class IpcWriter:
             if self._writer is None:
                 return cast("list[_Buffer]", batch.messages(metadata))
             batch = batch.to_record_batch()
-        if self._facts.has_dictionary or batch.nbytes > SMALL_BODY_BYTES:
+        if batch is _TICK and metadata is None:
+            return [_TICK_MESSAGE]
+        # nbytes costs more than all the rest here; the other size is an upper bound, large for slices.
+        large = batch.get_total_buffer_size() > SMALL_BODY_BYTES and batch.nbytes > SMALL_BODY_BYTES
+        if self._facts.has_dictionary or large:
             return self._by_pyarrow(batch, metadata)
         raw = batch.serialize().to_pybytes()
         if metadata is None:
@@ -2387,6 +2406,8 @@ class CallStatistics:
     def record_input(self, batch: pa.RecordBatch) -> None:
         """Count a received batch."""
         self.input_batches += 1
+        if batch is _TICK:
+            return
         self.input_rows += batch.num_rows
         self.input_bytes += batch.nbytes
 
@@ -2443,8 +2464,10 @@ class OutputCollector:
         plan, schema = plain_plan(self.output_schema), self.output_schema
         batch: Any = None
         if plan is not None and data.keys() == plan.names:
-            with contextlib.suppress(_NotPlain):
+            try:
                 batch = plan.write([data[name] for name in schema.names])
+            except _NotPlain:
+                pass
         self.emit(_batch_from_pydict(data, schema, "emit_pydict") if batch is None else batch, metadata)
 
     def finish(self) -> None:
@@ -3406,7 +3429,7 @@ class Call:
         self.stream: Stream[Any, Any] | None = None  # once `begin` returned one
         self._messages: list[Message] = []
         self._error: BaseException | None = None
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         sent = request.metadata if request is not None else {}
         traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
         metadata = {**caller.metadata, **traces, **({"remote_addr": caller.remote_addr} if caller.remote_addr else {})}
@@ -3414,7 +3437,7 @@ class Call:
         self.context = CallContext(
             caller.auth, self._messages.append, metadata, server_id=server.server_id, method_name=info.name,
             protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=request_id,
-            deadline=None if timeout is None else self._started + timeout,
+            deadline=None if timeout is None else self.started + timeout,
             response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone,
         )
         self.record = CallRecord(
@@ -3522,7 +3545,7 @@ class Call:
 
     def end(self) -> None:
         """Report the call to the hooks and the access log."""
-        self.record.duration_ms = (time.monotonic() - self._started) * 1000
+        self.record.duration_ms = (time.monotonic() - self.started) * 1000
         for hook, token in zip(self.server._hooks, self._tokens):
             _tell(hook, "on_dispatch_end", token, self.record, self._error)
 
@@ -3828,6 +3851,11 @@ class ByteChannel(ByteSource):
                 return whole.slice(0, filled)
             filled += got
         return whole
+
+    def take(self, expected: bytes) -> bool:
+        found = self._buffer.startswith(expected, self._at)
+        self._at += len(expected) if found else 0
+        return found
 
     def read_until(self, marker: bytes, limit: int) -> bytes | None:
         """Read to and with *marker*; ``None`` if the source ends or *limit* bytes pass before it comes."""
@@ -4170,14 +4198,17 @@ def connect_tcp_socket(
 
 @dataclass(frozen=True)
 class CallOptions:
-    """How one proxy calls. Raises `ValueError` for a timeout that is none."""
+    """How one proxy calls. Raises `ValueError` for a timeout or prefetch that is none."""
 
     on_log: Callable[[Message], None] | None = None  # takes the server's log lines; ``None`` drops them
     timeout: float | None = None  # seconds per call or turn, ``None`` for no limit
     ipc_validation: IpcValidation = IpcValidation.FULL  # how much of each answer is checked
     version: str = ""  # the protocol's, sent with each request
+    prefetch: int | None = None  # turns that iteration asks for at a time; 1 for lockstep, None for what suits the transport
 
     def __post_init__(self) -> None:
+        if self.prefetch is not None and self.prefetch < 1:
+            raise ValueError(f"prefetch: expected 1 or more, or None for the default, got {self.prefetch!r}")
         if self.timeout is not None and not 0 < self.timeout <= threading.TIMEOUT_MAX:
             raise ValueError(f"timeout: expected seconds above 0, or None for no limit, got {self.timeout!r}")
 
@@ -4256,6 +4287,10 @@ class ClientStream:
         """Send a batch, return the answer; ``None`` when the stream has finished."""
         raise NotImplementedError
 
+    def next(self) -> AnnotatedBatch | None:
+        """Return the answer to a tick without metadata, which may have been asked for ahead; else as `turn`."""
+        return self.turn(_PLAIN_TICK)
+
     def close(self) -> None:
         """End the stream; the connection stays usable."""
 
@@ -4327,20 +4362,25 @@ class StreamSession:
             raise ParameterError(f"{self._info.name}() header: expected {header_type.__name__}, got {_got(self._header)}")
         return self._header
 
-    def _turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
+    def _turn(self, given: AnnotatedBatch | None) -> AnnotatedBatch | None:
         if self._stream.done:
             how = self._stream.cut_off or "is closed"
             raise RpcError("ProtocolError", f"the stream of {self._info.name}() {how}", "")
-        return self._stream.turn(given)
+        return self._stream.next() if given is None else self._stream.turn(given)
 
     def __iter__(self) -> Iterator[AnnotatedBatch]:
         """Yield each batch of a producer until it finishes.
+
+        While batches come quickly, some are asked for ahead: a producer then runs further than was read, by at most
+        `MAX_PREFETCH` turns on a byte stream and `MAX_TURNS` over HTTP. ``with_options(proxy, prefetch=1)`` switches
+        that off, for a producer with side effects. `tick` and `exchange` never ask ahead; a `tick` after an iteration
+        first gets the batches that this one had asked for, and its metadata reaches the state on the turn behind them.
 
         Raises:
             RpcError: A turn failed, or another call on the connection ended the stream. The connection serves the next call.
         """
         while not self._stream.done or self._stream.cut_off:
-            answer = self._turn(_PLAIN_TICK)
+            answer = self._turn(None)
             if answer is None:
                 return
             yield answer
@@ -4559,6 +4599,9 @@ class _ByteClientStream(ClientStream):
         self._client, self._request_id, self._options = client, request_id, options
         self._writer: IpcWriter | None = None
         self._reader: IpcReader | None = None
+        self._in_flight = 0  # ticks sent whose answers were not read
+        self._ahead = 1  # how many to have in flight, as things go
+        self._older = 0  # answers still to come that were asked for before the last write of ticks
 
     def read_header(self, name: str) -> None:
         """Read the header stream that precedes the data; an error in its place ends the stream."""
@@ -4592,20 +4635,48 @@ class _ByteClientStream(ClientStream):
                 self._client._stray = True
             raise
 
+    def _check_open(self) -> None:
+        if self.done:  # another thread's call ended it while this one waited for the connection
+            raise RpcError("ProtocolError", f"the stream {self.cut_off or 'is closed'}", "")
+
     def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
         with self._client.exclusive(self._options.deadline):
-            if self.done:  # another thread's call ended it while this one waited for the connection
-                raise RpcError("ProtocolError", f"the stream {self.cut_off or 'is closed'}", "")
+            self._check_open()
             batch, writer = given.batch, self._input(given.batch.schema)
+            if self._in_flight and batch is not _TICK:
+                raise RpcError("ProtocolError", "exchange() on a stream whose iteration has asked for batches ahead", "")
             if batch.schema is not writer.schema and not batch.schema.equals(writer.schema, check_metadata=True):
                 batch = conform_batch(batch, writer.schema, "exchange input", cast_values=True)
-            writer.write(batch, given.custom_metadata)
+            if given.custom_metadata is not None or not self._in_flight:
+                writer.write(batch, given.custom_metadata)
+                self._in_flight += 1
+            return self._given(self._next())
+
+    def next(self) -> AnnotatedBatch | None:
+        # The server may block on writing while we do not read, and we never do while it does not: all the ticks that can
+        # be unread (MAX_PREFETCH) fit into the smallest buffer between two processes many times over.
+        with self._client.exclusive(self._options.deadline):
+            self._check_open()
+            missing = self._ahead - self._in_flight
+            if missing > 0 and 2 * missing >= self._ahead:
+                self._input(EMPTY_SCHEMA).write_all([(_TICK, None)] * missing)
+                self._older, self._in_flight = self._in_flight, self._in_flight + missing
+            started, self._older = time.monotonic(), self._older - 1
             item = self._next()
-            if item is not None:
-                return item.annotated()
-            self.done = True
-            writer.close()
-            return None
+            # Only an answer that was asked for together with the one before it tells the producer's time from the way's.
+            slow = self._older < -1 and time.monotonic() - started > SLOW_TURN_SECONDS
+            large = item is not None and len(item.message.data) > SMALL_BODY_BYTES
+            most = 2 if large else MAX_PREFETCH
+            self._ahead = 1 if slow else min(2 * self._ahead, most, self._options.prefetch or most)
+            return self._given(item)
+
+    def _given(self, item: ReplyItem | None) -> AnnotatedBatch | None:
+        if item is not None:
+            self._in_flight -= 1
+            return item.annotated()
+        self.done = True
+        self._input(EMPTY_SCHEMA).close()
+        return None
 
     def finish(self) -> None:
         """End both directions; the caller holds the connection."""
@@ -4673,11 +4744,17 @@ class RpcProxy:
         return f"<proxy of {self._protocol.__qualname__} over {type(self._channel).__name__}>"
 
     def with_options(self, **options: Any) -> Any:
-        """Return a proxy on the same connection that calls with another ``timeout`` (seconds per call or turn, ``None`` for
-        none), ``on_log`` or ``ipc_validation``; what is not given stays as it is. Raises `TypeError` for any other option."""
-        extra = options.keys() - {"timeout", "on_log", "ipc_validation"}
-        if extra:
-            raise TypeError(f"with_options: expected timeout, on_log or ipc_validation, got {', '.join(sorted(extra))}")
+        """Return a proxy on the same connection with other options; those that are not given stay as they are.
+
+        They are *timeout* (seconds per call or turn, ``None`` for none), *on_log*, *ipc_validation*, and *prefetch*: 1 has
+        iteration ask for one batch at a time (see `StreamSession.__iter__`), more for so many at most.
+
+        Raises:
+            TypeError: An option that is none of these.
+        """
+        known = ("timeout", "on_log", "ipc_validation", "prefetch")
+        if not options.keys() <= set(known):
+            raise TypeError(f"with_options: expected {', '.join(known)}, got {', '.join(sorted(options))}")
         return make_proxy(self._protocol, self._channel, dataclasses.replace(self._options, **options))
 
     def __getattr__(self, name: str) -> Any:
@@ -5415,7 +5492,7 @@ class HttpResponse:
 
     status: int
     headers: list[tuple[str, str]] = field(default_factory=list)
-    body: bytes | Iterator[bytes] = b""  # an iterator's pieces are sent as they come
+    body: bytes | Iterator[bytes] = b""  # a generator's pieces are sent as they come; it is closed when the client leaves
     close: bool = False  # the connection must not be used again
 
 
@@ -5645,6 +5722,18 @@ class _OpenedCall(NamedTuple):
     limit: int | None
 
 
+_IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
+
+class _StreamAnswer(NamedTuple):
+    """What the turns of one answer have in common."""
+
+    call: Call
+    call_id: bytes
+    given: AnnotatedBatch  # what each of them is served on
+    header: bytes = b""  # header stream that precedes them
+    call_token: bytes = b""  # when the client does not have it yet
+
+
 class HttpApp:
     """Answers requests for a server; safe for use by several threads. Made by `make_wsgi_app` and `serve_http`."""
 
@@ -5857,24 +5946,25 @@ class HttpApp:
 
     def _init(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
         call, arguments, _ = self._open(path, body, caller, request_id, MethodType.STREAM)
-        try:
-            turn, header = call.begin(arguments), b""
-            if call.stream is not None:
-                header = stream_bytes(turn.schema, turn.items) if turn.items else b""
-                turn = self._first_turn(call, call.stream)
-            return self._respond(call, request, header + stream_bytes(turn.schema, turn.items), turn)
-        finally:
-            call.end()
+        with contextlib.ExitStack() as ending:
+            ending.callback(call.end)
+            turn = call.begin(arguments)
+            if call.stream is None:
+                return self._respond(call, request, stream_bytes(turn.schema, turn.items), turn)
+            header = stream_bytes(turn.schema, turn.items) if turn.items else b""
+            turn, call_id, call_token = self._first_turn(call, call.stream)
+            answer = _StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token)
+            return self._respond_turns(answer, turn, request, ending)
 
-    def _first_turn(self, call: Call, stream: Stream[Any, Any]) -> Turn:
-        call_id = os.urandom(16)
+    def _first_turn(self, call: Call, stream: Stream[Any, Any]) -> tuple[Turn, bytes, bytes]:
+        """Run a producer's first turn; return it with the call's id and token."""
+        call_id, schema = os.urandom(16), stream.output_schema
         try:
             call_token = self._seal_call(call, stream, call_id)
         except Exception as exc:  # before the producer runs: a stream that cannot go on does not start
-            return call._failed(stream.output_schema, exc)
-        logs = Turn(stream.output_schema, call._logs(stream.output_schema), False) if not stream.is_producer else None
-        turn = logs or call.turn(_PLAIN_TICK)
-        return self._with_cursor(call, stream, call_id, turn, call_token)
+            return call._failed(schema, exc), call_id, b""
+        turn = call.turn(_PLAIN_TICK) if stream.is_producer else Turn(schema, call._logs(schema), False)
+        return turn, call_id, call_token
 
     def _exchange(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
         bound = self._bound(path, MethodType.STREAM, "post without /exchange")
@@ -5893,26 +5983,87 @@ class HttpApp:
         if timeout.isdigit() and len(timeout) < 16:
             call.context.deadline = time.monotonic() + int(timeout) / 1000
         call.record.stream_id, call.record.http["request_bytes"] = opened.stream_id, len(body)
-        try:
-            turn = self._next_turn(call, opened, state, batch, metadata)
-            return self._respond(call, request, stream_bytes(turn.schema, turn.items), turn)
-        finally:
-            call.end()
+        ours = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY)
+        shown = {k: v for k, v in metadata.items() if k not in ours}
+        given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
+        with contextlib.ExitStack() as ending:
+            ending.callback(call.end)
+            turn = self._next_turn(call, opened, state, given, CANCEL_KEY in metadata)
+            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, request, ending)
 
     def _next_turn(
-        self, call: Call, opened: _OpenedCall, state: StreamState | bytes, batch: pa.RecordBatch, metadata: _Metadata
+        self, call: Call, opened: _OpenedCall, state: StreamState | bytes, given: AnnotatedBatch, cancel: bool
     ) -> Turn:
         try:
             stream = self._revive(call, opened, state)
         except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer
             return call._failed(opened.output_schema, exc)
-        if CANCEL_KEY in metadata:
+        if cancel:
             call.cancel()
             return Turn(stream.output_schema, call._logs(stream.output_schema), True)
-        ours = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY)
-        shown = {k: v for k, v in metadata.items() if k not in ours}
-        turn = call.turn(AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None))
-        return self._with_cursor(call, stream, opened.call_id, turn)
+        return call.turn(given)
+
+    def _respond_turns(
+        self, answer: _StreamAnswer, turn: Turn, request: HttpRequest, ending: contextlib.ExitStack
+    ) -> HttpResponse:
+        """Answer with a turn and, if the client takes several of a producer, with those that follow; then *ending* is theirs."""
+        call, asked = answer.call, request.get_header(MAX_TURNS_HEADER) or ""
+        most = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
+        if most == 1 or turn.finished or not cast("Stream[Any, Any]", call.stream).is_producer:
+            turn = self._with_cursor(answer, turn)
+            return self._respond(call, request, answer.header + stream_bytes(turn.schema, turn.items), turn)
+        body = self._several(answer, turn, most, ending.pop_all())
+        next(body)  # has taken over: from here on closing it ends the call
+        headers = [("Content-Type", ARROW_CONTENT_TYPE), ("X-Accel-Buffering", "no")]  # the latter is for nginx
+        return HttpResponse(200, headers, body)
+
+    def _several(self, answer: _StreamAnswer, turn: Turn, most: int, ending: contextlib.ExitStack) -> Iterator[bytes]:
+        """Yield nothing, then each turn as it is made, and the token at the end: within the budget, *most* and a time."""
+        call, context, pieces = answer.call, answer.call.context, list[_Buffer]()
+        writer, limit = IpcWriter(pieces.extend, turn.schema), context.response_limit_bytes
+        until, allowed = time.monotonic() + MAX_TURNS_SECONDS, context.deadline and context.deadline - call.started
+        lead, sent, state = answer.header, 0, None
+
+        def encode(turn: Turn) -> bytes:
+            pieces.clear()
+            writer.write_all(turn.items, close=turn.finished)
+            return b"".join(pieces)
+
+        with ending, self.server:
+            yield b""
+            for left in reversed(range(most)):
+                data, before, size, close = lead + encode(turn), state, 0, False
+                try:
+                    state = None if turn.finished else self._remember(answer)
+                    close = not left or self.server.draining or time.monotonic() > until
+                    if limit is not None and 4 * (sent + len(data)) > limit or not before or close:
+                        size = 4096 + len(answer.call_token) + 2 * len(state()) if state else 0
+                except Exception as exc:
+                    turn, state = call._failed(turn.schema, exc), None
+                    data += encode(turn)
+                full = limit is not None and sent + len(data) + size > limit
+                if full and before:  # it will be the first of the next answer, made again
+                    data, turn = encode(self._cursor_turn(answer, before())), turn._replace(finished=True)
+                elif state and (full or close):
+                    turn = self._cursor_turn(answer, state())
+                    data += encode(turn)
+                if limit is not None and sent + len(data) > limit:
+                    data = self._too_large(call, len(data), limit)
+                sent += len(data)
+                call.record.http.update(http_status=200, response_bytes=sent)
+                yield data
+                if turn.finished:
+                    return
+                lead, context.deadline = b"", allowed and time.monotonic() + allowed
+                turn = call.turn(answer.given)
+
+    def _remember(self, answer: _StreamAnswer) -> Callable[[], bytes]:
+        """Return what gives the cursor's content for the state as it is now; where a copy will do, nothing is written yet."""
+        state = cast("Stream[Any, Any]", answer.call.stream).state
+        if {type(v) for v in dataclass_codec(type(state)).values(state)} <= _IMMUTABLE:
+            return functools.partial(self._state_content, answer, copy.copy(state))
+        content = self._state_content(answer, state)
+        return lambda: content
 
     # -- the two halves of a stream's state
 
@@ -5931,28 +6082,38 @@ class HttpApp:
         parts = (call_id, *schemas, call_state, call.record.stream_id.encode(), b"" if limit is None else str(limit).encode())
         return self.sealer.seal(b"call", (*self._binding(call.bound, call.context.auth), call_id), pack_parts(parts))
 
-    def _with_cursor(
-        self, call: Call, stream: Stream[Any, Any], call_id: bytes, turn: Turn, call_token: bytes | None = None
-    ) -> Turn:
+    @staticmethod
+    def _state_content(answer: _StreamAnswer, state: Any) -> bytes:
+        """What a cursor seals; raises what the state's serialisation does."""
+        bound = answer.call.bound
+        if type(state) not in bound.state_types:
+            names = ", ".join(t.__name__ for t in bound.state_types) or "no concrete class"
+            raise ParameterError(
+                f"{bound.info.name}() state: expected {names} (from the implementation's return annotation), "
+                f"got {type(state).__name__}; over HTTP the state is read back as the annotated class"
+            )
+        return pack_parts((answer.call_id, bytes([bound.state_types.index(type(state))]), state.serialize_to_bytes()))
+
+    def _tokens(self, answer: _StreamAnswer, content: bytes) -> dict[bytes, bytes]:
+        binding = self._binding(answer.call.bound, answer.call.context.auth)
+        tokens = {STATE_KEY: self.sealer.seal(b"state", binding, content)}
+        return {**tokens, CALL_STATE_KEY: answer.call_token} if answer.call_token else tokens
+
+    def _cursor_turn(self, answer: _StreamAnswer, content: bytes) -> Turn:
+        """What ends an answer whose stream goes on."""
+        schema = cast("Stream[Any, Any]", answer.call.stream).output_schema
+        return Turn(schema, [(empty_batch(schema), self._tokens(answer, content))], True)
+
+    def _with_cursor(self, answer: _StreamAnswer, turn: Turn) -> Turn:
         """Add the fresh cursor to a turn that goes on; a state that cannot be sealed turns it into an error."""
         if turn.finished:
             return turn
-        state_types = call.bound.state_types
+        stream = cast("Stream[Any, Any]", answer.call.stream)
         try:
-            if type(stream.state) not in state_types:
-                names = ", ".join(t.__name__ for t in state_types) or "no concrete class"
-                raise ParameterError(
-                    f"{call.bound.info.name}() state: expected {names} (from the implementation's return annotation), "
-                    f"got {type(stream.state).__name__}; over HTTP the state is read back as the annotated class"
-                )
-            index = state_types.index(type(stream.state))
-            content = pack_parts((call_id, bytes([index]), stream.state.serialize_to_bytes()))
-            tokens = {STATE_KEY: self.sealer.seal(b"state", self._binding(call.bound, call.context.auth), content)}
+            tokens = self._tokens(answer, self._state_content(answer, stream.state))
         except Exception as exc:
-            return call._failed(stream.output_schema, exc)
-        self._keep_live(tokens[STATE_KEY], (call_id, index, stream.state))
-        if call_token is not None:
-            tokens[CALL_STATE_KEY] = call_token
+            return answer.call._failed(stream.output_schema, exc)
+        self._keep_live(tokens[STATE_KEY], (answer.call_id, answer.call.bound.state_types.index(type(stream.state)), stream.state))
         items, at = list(turn.items), turn.data_index
         if not stream.is_producer and at is not None:
             items[at] = (items[at][0], {**(items[at][1] or {}), **tokens})
@@ -6027,15 +6188,19 @@ class HttpApp:
         further = {200: [(RPC_ERROR_HEADER, "true")], 503: [("Retry-After", "1")]}.get(status, [])
         return HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE), *further], body)
 
+    @staticmethod
+    def _too_large(call: Call, size: int, limit: int) -> bytes:
+        text = f"{call.record.method}(): the answer exceeds max_response_bytes ({size} > {limit})"
+        turn = call._failed(EMPTY_SCHEMA, ResponseTooLargeError(text))
+        return stream_bytes(turn.schema, turn.items)
+
     def _respond(self, call: Call, request: HttpRequest, body: bytes, turn: Turn) -> HttpResponse:
         """Put a turn's bytes into a response: budget first, then coding."""
-        limit = call.context.response_limit_bytes
+        limit, failed = call.context.response_limit_bytes, turn.error is not None
         if limit is not None and len(body) > limit:
-            text = f"{call.record.method}(): the answer exceeds max_response_bytes ({len(body)} > {limit})"
-            turn = call._failed(EMPTY_SCHEMA, ResponseTooLargeError(text))
-            body = stream_bytes(turn.schema, turn.items)
+            body, failed = self._too_large(call, len(body), limit), True
         headers = [("Content-Type", ARROW_CONTENT_TYPE)]
-        if turn.error is not None:
+        if failed:
             headers.append((RPC_ERROR_HEADER, "true"))
         if self.options.compression_level is not None:
             given, level = request.headers, self.options.compression_level
@@ -6181,11 +6346,11 @@ def read_http_head(channel: ByteChannel) -> HttpHead | None:
     raise TransportError("the connection was closed in the middle of a head")
 
 def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Iterator[bytes]:
-    """Yield a chunked body (RFC 9112 section 7.1) in pieces of 64 KiB or more; trailers are read and dropped.
+    """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped.
 
     Raises `ProtocolError` for wrong framing, `RequestTooLargeError` beyond *limit* bytes, which *rule* names.
     """
-    total, gathered = 0, bytearray()  # a body in chunks of a byte or two must not cost an object for each
+    total = 0
     while True:
         line = channel.read_until(b"\r\n", 1024)
         match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n", line or b"")
@@ -6197,14 +6362,14 @@ def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_byte
             raise _too_large(limit, f"at least {total}", rule)
         if not size:
             break
-        piece = channel.read(size)
-        if len(piece) < size or channel.read(2) != b"\r\n":
+        while size:
+            piece = channel.read(min(size, _RECEIVE_BYTES))
+            if not piece:
+                raise ProtocolError("chunk: it ends before its data")
+            size -= len(piece)
+            yield piece
+        if channel.read(2) != b"\r\n":
             raise ProtocolError("chunk: its data is not followed by CR LF")
-        gathered += piece
-        if len(gathered) >= SMALL_BODY_BYTES:
-            yield bytes(gathered)
-            gathered.clear()
-    yield bytes(gathered)
     for _ in range(MAX_HEADERS):
         line = channel.read_until(b"\r\n", 8192)
         if line == b"\r\n":
@@ -6212,6 +6377,12 @@ def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_byte
         if line is None:
             break
     raise ProtocolError("chunk: trailers that do not end")
+
+def _gathered(pieces: Iterable[bytes]) -> bytes:
+    """Join pieces at the cost of their bytes alone: a body in chunks of one byte must not cost an object for each."""
+    whole = io.BytesIO()
+    whole.writelines(pieces)
+    return whole.getvalue()
 
 
 class _HttpConnection:
@@ -6267,6 +6438,8 @@ class _HttpConnection:
         channel.deadline = time.monotonic() + options.request_deadline
         refused = self._unread or self._only_health or response.close or self._app.server.draining
         keep = self._keeps_alive(head) and not refused
+        if isinstance(response.body, Iterator) and head.start[2] == "HTTP/1.0":  # which has no chunks
+            response.body = b"".join(response.body)
         self._send(response, request.method, keep)
         return keep
 
@@ -6327,7 +6500,7 @@ class _HttpConnection:
         if head.headers.get("expect", "").lower() == "100-continue":
             channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
         if chunked:
-            body = b"".join(read_chunked(channel, limit))
+            body = _gathered(read_chunked(channel, limit))
         else:
             body = cast("bytes", channel.read_after(b"", size)) if size > SMALL_BODY_BYTES else channel.read(size)
             if len(body) < size:
@@ -6349,11 +6522,12 @@ class _HttpConnection:
         elif isinstance(body, bytes):
             self._channel.write([head, body])
         else:
-            self._channel.write([head])
-            for piece in filter(None, body):
-                self._channel.deadline = time.monotonic() + self._options.request_deadline  # for each piece
-                self._channel.write([b"%x\r\n" % len(piece), piece, b"\r\n"])
-            self._channel.write([b"0\r\n\r\n"])
+            with contextlib.closing(cast("Any", body)):
+                for piece in filter(None, body):
+                    self._channel.deadline = time.monotonic() + self._options.request_deadline  # for each piece
+                    self._channel.write([head, b"%x\r\n" % len(piece), piece, b"\r\n"])
+                    head = b""
+                self._channel.write([head, b"0\r\n\r\n"])
 
 
 @functools.lru_cache(maxsize=2)
@@ -6623,7 +6797,8 @@ def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[
             if stream is None:
                 yield _turn_json(app, call, turn, lambda: [{"result": _json_result(call.bound.info, turn.items[-1][0])}])
             elif not stream.is_producer:
-                turn = app._first_turn(call, stream)
+                turn, call_id, call_token = app._first_turn(call, stream)
+                turn = app._with_cursor(_StreamAnswer(call, call_id, _PLAIN_TICK, call_token=call_token), turn)
                 yield _turn_json(app, call, turn, lambda: [{**dict(zip(["header"], header)), "token": _json_token(turn)}])
             else:
                 lead, over = [{"__header__": row} for row in header], False
@@ -6656,8 +6831,10 @@ def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], call
     limit = _smallest(caller.response_limit_bytes, opened.limit)
     call = app.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, own_id)
     call.record.stream_id = opened.stream_id
+    given = AnnotatedBatch(batch)
     with app.server:
-        turn = app._next_turn(call, opened, content, batch, tokens)
+        turn = app._next_turn(call, opened, content, given, CANCEL_KEY in tokens)
+        turn = app._with_cursor(_StreamAnswer(call, opened.call_id, given), turn)
     token = {} if turn.finished else {"token": _json_token(turn, fixed)}
     answer = _turn_json(app, call, turn, lambda: [{"rows": _turn_rows(turn), **token}])
     call.end()
@@ -6853,7 +7030,27 @@ class HttpReply(NamedTuple):
 
     status: int
     headers: dict[str, str]
-    body: _Buffer
+    body: Any  # bytes, memoryview or Buffer; of `HttpSender.open` also an `HttpBody`, to be read as it comes
+
+
+class HttpBody(ByteChannel):
+    """A body that is read as its *pieces* come, over *channel* if there is one; read it to its end, or close it."""
+
+    def __init__(self, pieces: Iterator[bytes], channel: ByteChannel | None = None) -> None:
+        super().__init__()
+        self._pieces, self.channel = pieces, channel
+        self.close = getattr(pieces, "close", bool)  # a generator's; it closes the channel
+
+    def _receive(self, size: int) -> bytes:
+        return next(self._pieces, b"")
+
+    def _receive_into(self, view: memoryview) -> int:
+        if self._at == len(self._buffer) and not self._fill():
+            return 0
+        piece = self._buffer[self._at : self._at + len(view)]
+        view[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
 
 
 _HeaderList = Sequence[tuple[str, str]]
@@ -6865,6 +7062,10 @@ class HttpSender:
     def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         """Send a request; raise `TransportError` when no answer comes, `ResponseTooLargeError` when it exceeds *limit*."""
         raise io.UnsupportedOperation("send")
+
+    def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
+        """As `send`, but a chunked body may be left to be read as it comes, which raises as `send` does."""
+        return self.send(method, path, headers, body, deadline, limit)
 
     def close(self) -> None:
         """Give back connections."""
@@ -6928,6 +7129,8 @@ def _environment_proxy(scheme: str, netloc: str, host: str) -> tuple[str, int, s
     return parts.hostname, parts.port or 80, credentials
 
 
+_BUDGET_RULE = "accepted_max_response_bytes"
+
 class _NotSent(Exception):
     """The connection was closed before the whole request was handed over, and not a byte came back."""
 
@@ -6986,19 +7189,24 @@ class HttpConnections(HttpSender):
         return None
 
     def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
+        return self._send(method, self._message(method, path, headers, body), deadline, limit, False)
+
+    def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
+        return self._send(method, self._message(method, path, headers, body), deadline, limit, True)
+
+    def _send(self, method: str, message: list[bytes], deadline: float | None, limit: int, unread: bool) -> HttpReply:
         if self._closed:
             raise TransportError("the connection is closed: it was closed here")
-        message = self._message(method, path, headers, body)
         kept = self._take()
         if kept is not None:
             # Closed by the server between two calls: the one case in which a request is sent again, as it never got there.
             with contextlib.suppress(_NotSent):
                 kept.deadline = deadline
-                return self._exchange(kept, method, message, limit)
+                return self._exchange(kept, method, message, limit, unread)
         try:
             dialled = self._dial(deadline)
             dialled.deadline = deadline
-            return self._exchange(dialled, method, message, limit)
+            return self._exchange(dialled, method, message, limit, unread)
         except _NotSent as exc:
             raise TransportError(f"{self._target.authority} closed the connection without an answer: {exc}") from None
 
@@ -7015,22 +7223,38 @@ class HttpConnections(HttpSender):
             raise ValueError("a header contains a line break")
         return [("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"), body]
 
-    def _exchange(self, channel: SocketChannel, method: str, message: list[bytes], limit: int) -> HttpReply:
-        try:
+    def _exchange(self, channel: SocketChannel, method: str, message: list[bytes], limit: int, unread: bool) -> HttpReply:
+        with self._reading(channel):
             head = self._head_of_answer(channel, message)
-            reply, keep = self._read_reply(channel, method, head, limit)
+            reply = self._read_reply(channel, method, head, limit, unread)
+        if not isinstance(reply.body, HttpBody):
+            self._give_back(channel, head)
+        return reply
+
+    @contextlib.contextmanager
+    def _reading(self, channel: SocketChannel) -> Iterator[None]:
+        try:
+            yield
         except BaseException as exc:
             channel.close()
             if isinstance(exc, RequestTooLargeError):
                 raise ResponseTooLargeError(f"the answer exceeds what this client accepts: {exc}") from None
             if isinstance(exc, ProtocolError):
-                raise TransportError(f"{self._target.authority} does not speak HTTP as it should: {exc}") from None
+                text = "closed the connection within an answer" if channel.ended else "does not speak HTTP as it should"
+                raise TransportError(f"{self._target.authority} {text}: {exc}") from None
             raise
-        if keep and len(self._idle) < self._MAX_IDLE and not self._closed:
+
+    def _give_back(self, channel: SocketChannel, head: HttpHead) -> None:
+        keep = head.start[0] == "HTTP/1.1" and "close" not in head.headers.get("connection", "").lower()
+        if keep and not channel.ended and len(self._idle) < self._MAX_IDLE and not self._closed:
             self._idle.append(channel)
         else:
             channel.close()
-        return reply
+
+    def _pieces(self, channel: SocketChannel, head: HttpHead, limit: int) -> Iterator[bytes]:
+        with self._reading(channel):
+            yield from read_chunked(channel, limit, _BUDGET_RULE)
+        self._give_back(channel, head)
 
     def _head_of_answer(self, channel: SocketChannel, message: list[bytes]) -> HttpHead:
         unsent: TransportError | None = None
@@ -7053,9 +7277,8 @@ class HttpConnections(HttpSender):
                 return head
         raise ProtocolError(f"more than {self._MAX_INTERIM} interim answers")
 
-    @staticmethod
-    def _read_reply(channel: SocketChannel, method: str, head: HttpHead, limit: int) -> tuple[HttpReply, bool]:
-        (version, status, _), headers, rule = head.start, head.headers, "accepted_max_response_bytes"
+    def _read_reply(self, channel: SocketChannel, method: str, head: HttpHead, limit: int, unread: bool) -> HttpReply:
+        (version, status, _), headers, rule = head.start, head.headers, _BUDGET_RULE
         if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[2-5][0-9][0-9]", status):
             raise ProtocolError(f"expected a status line, got {' '.join(head.start)[:80]!r}")
         if "content-length" in head.repeated or ("content-length" in headers and "transfer-encoding" in headers):
@@ -7063,10 +7286,14 @@ class HttpConnections(HttpSender):
         bodiless, coding = method == "HEAD" or status in ("204", "304"), headers.get("transfer-encoding")
         if coding is not None and coding.lower() != "chunked" and not bodiless:
             raise ProtocolError(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}")
+        coded = headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding")
+        plain = headers.get("content-type") == ARROW_CONTENT_TYPE and not coded
+        if unread and coding is not None and status == "200" and plain:
+            return HttpReply(200, headers, HttpBody(self._pieces(channel, head, limit), channel))
 
         def read() -> _Buffer:
             if coding is not None:
-                return b"".join(read_chunked(channel, limit, rule))
+                return _gathered(read_chunked(channel, limit, rule))
             if "content-length" not in headers:
                 return _read_to_end(channel, limit, rule)
             size = _content_length(headers["content-length"], limit, rule)
@@ -7076,8 +7303,7 @@ class HttpConnections(HttpSender):
             return body
 
         body = b"" if bodiless else _decoded_body(headers, read, limit)
-        keep = version == "HTTP/1.1" and "close" not in headers.get("connection", "").lower() and not channel.ended
-        return HttpReply(int(status), headers, body), keep
+        return HttpReply(int(status), headers, body)
 
     def close(self) -> None:
         self._closed = True
@@ -7103,18 +7329,26 @@ class SyncClient(HttpSender):
         self.prefix = app.options.prefix
 
     def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
+        reply = self.open(method, path, headers, body, deadline, limit)
+        return reply._replace(body=reply.body.read(limit)) if isinstance(reply.body, HttpBody) else reply
+
+    def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         def read_body(most: int) -> bytes:
             _content_length(str(len(body)), most)
             return body
 
         response = self.app(HttpRequest(method, path, {k.lower(): v for k, v in headers}, "sync", read_body))
-        answered = {k.lower(): v for k, v in response.headers}
-        given = response.body
-        whole = _decoded_body(answered, lambda: given if isinstance(given, bytes) else b"".join(given), limit)
-        return HttpReply(response.status, answered, whole)
+        answered, given = {k.lower(): v for k, v in response.headers}, response.body
+        if not isinstance(given, bytes):
+            return HttpReply(response.status, answered, HttpBody(given))
+        return HttpReply(response.status, answered, _decoded_body(answered, lambda: given, limit))
 
 
 Headers = Mapping[str, str] | Callable[[], Mapping[str, str]]
+
+
+def _over_budget(exc: ResponseTooLargeError) -> RpcError:
+    return RpcError("ResponseTooLargeError", str(exc), "", error_code=Code.RESOURCE_EXHAUSTED)
 
 
 class HttpClient(ClientChannel):
@@ -7150,8 +7384,8 @@ class HttpClient(ClientChannel):
             self._capabilities = HttpServerCapabilities.from_headers(reply.headers if reply.status < 300 else {})
         return self._capabilities
 
-    def post(self, path: str, body: bytes, deadline: float | None) -> HttpReply:
-        """Post Arrow, return an answer in Arrow.
+    def post(self, path: str, body: bytes, deadline: float | None, turns: int = 1) -> HttpReply:
+        """Post Arrow, return an answer in Arrow; with several *turns* of a producer it may come piece by piece.
 
         Raises:
             AuthenticationError: 401.
@@ -7167,11 +7401,15 @@ class HttpClient(ClientChannel):
         if most is not None and len(body) > most:
             text = f"the server takes requests of at most {most} bytes, this one has {len(body)}"
             raise RpcError("RequestTooLargeError", text, "", error_code=Code.RESOURCE_EXHAUSTED)
+        send = self._sender.send
+        if turns > 1:
+            headers.append((MAX_TURNS_HEADER, str(turns)))
+            send = getattr(self._sender, "open", send)
         for _ in range(3):
             try:
-                reply = self._sender.send("POST", path, headers, body, deadline, self._budget)
+                reply = send("POST", path, headers, body, deadline, self._budget)
             except ResponseTooLargeError as exc:
-                raise RpcError("ResponseTooLargeError", str(exc), "", error_code=Code.RESOURCE_EXHAUSTED) from None
+                raise _over_budget(exc) from None
             except IPCError as exc:
                 raise TransportError(f"the answer does not decode: {exc}") from None
             if reply.status not in (307, 308):
@@ -7238,7 +7476,7 @@ class HttpClient(ClientChannel):
         self._sender.close()
 
 
-def _open_answer(source: BufferSource, options: CallOptions) -> IpcReader:
+def _open_answer(source: ByteSource, options: CallOptions) -> IpcReader:
     return answer_call(functools.partial(IpcReader, source, validation=options.ipc_validation))
 
 def _answer_item(reader: IpcReader, info: RpcMethodInfo, options: CallOptions, what: str) -> ReplyItem:
@@ -7263,44 +7501,110 @@ class _HttpClientStream(ClientStream):
         self._waiting: deque[AnnotatedBatch] = deque()
         self._handed_out = 0  # data batches handed out since the cursor that `token` would save
         self._saved: bytes | None = None  # the cursor from which the waiting batches were made
+        self._reader: IpcReader | None = None  # of the answer that is being read
+        self._rest: HttpBody | None = None  # its body, if that is still coming
+        self._metadata: Any = None  # of a tick that came while an answer to earlier ones was being read
+        self._turns, self._handed_at = 1, time.monotonic()
 
     def take(self, source: BufferSource) -> None:
-        """Read an answer's output stream: data batches, and the tokens by their keys."""
-        reader = _open_answer(source, self._options)
-        self._cursor = None
+        """Read an answer's output stream whole."""
+        self._open(source)
+        while (batch := self._read()) is not None:
+            self._waiting.append(batch)
+
+    def _open(self, source: ByteSource) -> None:
+        self._cursor, self._reader = None, _open_answer(source, self._options)
+
+    def _read(self) -> AnnotatedBatch | None:
+        """Read on in the answer to the next data batch, ``None`` at its end; tokens are known by their keys."""
+        reader = cast("IpcReader", self._reader)
         while (item := answer_call(next_reply_item, reader, self._options)) is not None:
             metadata = item.metadata
             self._call_token = metadata.get(CALL_STATE_KEY, self._call_token)
             self._cursor = metadata.get(STATE_KEY, self._cursor)
             if item.kind is BatchKind.DATA:
-                self._waiting.append(answer_call(item.annotated))
+                return cast("AnnotatedBatch", answer_call(item.annotated))
+        self._reader = None
+        return None
 
-    def _post(self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes]) -> HttpReply:
+    def _read_on(self) -> None:
+        """Read one more batch of an answer that is still coming."""
+        rest = cast("HttpBody", self._rest)
+        if rest.channel is not None:
+            rest.channel.deadline = self._options.deadline
+        try:
+            batch = self._read()
+        except ResponseTooLargeError as exc:
+            raise _over_budget(exc) from None
+        if batch is not None:
+            self._waiting.append(batch)
+            return
+        with contextlib.suppress(RpcError):  # all that counts has come
+            rest.read(1)  # the end of the body, which gives the connection back
+        self._leave()
+
+    def _leave(self) -> None:
+        """Read no more of the answer that is still coming."""
+        if self._rest is not None:
+            self._rest.close()
+        self._reader = self._rest = None
+
+    def _post(self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes], turns: int = 1) -> HttpReply:
         tokens = {**metadata, STATE_KEY: self._cursor or b"", CALL_STATE_KEY: self._call_token}
         if self._options.timeout is not None:
             tokens[TIMEOUT_KEY] = str(max(1, int(self._options.timeout * 1000))).encode()
-        return self._client.post(self._path, stream_bytes(batch.schema, [(batch, tokens)]), self._options.deadline)
+        return self._client.post(self._path, stream_bytes(batch.schema, [(batch, tokens)]), self._options.deadline, turns)
+
+    def _ask(self, given: AnnotatedBatch, turns: int) -> None:
+        metadata, self._metadata = dict(given.custom_metadata or self._metadata or {}), None
+        self._saved, self._handed_out = self._cursor, 0
+        body = self._post(given.batch, metadata, 1 if metadata else turns).body
+        if isinstance(body, HttpBody):
+            self._rest = body
+            self._open(body)
+            return
+        self.take(BufferSource(body))
+        if not self._waiting and self._cursor is not None and given.batch.num_columns:
+            raise TransportError(f"{self._info.name}(): expected a data batch, got a token and none")
 
     def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
+        if self._rest is not None and given.custom_metadata:
+            self._metadata = given.custom_metadata
+        return self._advance(given, 1)
+
+    def next(self) -> AnnotatedBatch | None:
+        if not self._waiting and self._rest is None:
+            quick = time.monotonic() - self._handed_at < SLOW_READER_SECONDS
+            self._turns = (self._options.prefetch or MAX_TURNS) if quick else 1
+        answer = self._advance(_PLAIN_TICK, self._turns)
+        self._handed_at = time.monotonic()
+        return answer
+
+    def _advance(self, given: AnnotatedBatch, turns: int) -> AnnotatedBatch | None:
         while not self._waiting:
-            if self._cursor is None:
+            if self._cursor is None and self._rest is None:
                 self.done = True
                 return None
             try:
-                self._saved, self._handed_out = self._cursor, 0
-                self.take(BufferSource(self._post(given.batch, dict(given.custom_metadata or {})).body))
-                if not self._waiting and self._cursor is not None and given.batch.num_columns:
-                    raise TransportError(f"{self._info.name}(): expected a data batch, got a token and none")
-            except BaseException:
+                if self._rest is not None:
+                    self._read_on()
+                else:
+                    self._ask(given, turns)
+            except BaseException as exc:
                 self.done = True
+                if isinstance(exc, RpcError) and not _was_answer(exc):
+                    self.cut_off = f"was cut off: {exc.error_message}"
+                self._waiting.clear()
+                self._leave()
                 raise
         self._handed_out += 1
         return self._waiting.popleft()
 
     def token(self) -> bytes:
-        if self.done or (self._cursor is None and not self._waiting):
+        between = bool(self._waiting or self._rest is not None or self.cut_off)
+        if (self.done and not self.cut_off) or (self._cursor is None and not between):
             raise RpcError("ProtocolError", f"the stream of {self._info.name}() is over: nothing to resume", "")
-        cursor, skip = (self._saved, self._handed_out) if self._waiting else (self._cursor, 0)
+        cursor, skip = (self._saved, self._handed_out) if between else (self._cursor, 0)
         if cursor is None:
             raise RpcError("ProtocolError", "no token yet: read the batches that came with the start of the stream first", "")
         state, call = cursor.decode("latin-1"), self._call_token.decode("latin-1")
@@ -7312,24 +7616,28 @@ class _HttpClientStream(ClientStream):
         types = {key: type(facts.get(key)) for key in ("state", "call", "skip")}
         if facts.get("method") != self._info.name or types != {"state": str, "call": str, "skip": int}:
             raise RpcError("ProtocolError", f"resume: expected a token of {self._info.name}(), as session.token() gives it", "")
+        self._leave()
+        self._waiting.clear()
         self._cursor, self._call_token = facts["state"].encode("latin-1", "replace"), facts["call"].encode("latin-1", "replace")
-        for _ in range(facts["skip"]):
-            if self.turn(_PLAIN_TICK) is None:
+        for left in range(facts["skip"], 0, -1):
+            if self._advance(_PLAIN_TICK, left) is None:
                 return
 
     def close(self) -> None:
         """Nothing to tell the server: it keeps nothing of a stream between turns."""
         self.done = True
         self._waiting.clear()
+        self._leave()
 
     def cancel(self) -> None:
-        self._waiting.clear()
+        if self._rest is not None:
+            self._cursor = self._cursor or self._saved
+        self.close()
         if self._cursor is not None:
             try:
                 self._post(_TICK, {CANCEL_KEY: b"1"})
             except RpcError as exc:
                 logger.debug("cancel of %s: %s", self._info.name, exc)
-        self.done = True
 
 
 # ============================================================================
