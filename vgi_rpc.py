@@ -72,7 +72,7 @@ __all__ = [  # by kind of thing
     "bearer_authenticate_static", "chain_authenticate",
     # connecting
     "connect", "unix_connect", "tcp_connect", "http_connect", "with_options", "StderrMode", "RpcConnection", "make_pipe_pair",
-    "PipeTransport", "SubprocessTransport", "http_capabilities", "HttpServerCapabilities",
+    "PipeTransport", "SubprocessTransport", "WorkerPool", "PoolMetrics", "http_capabilities", "HttpServerCapabilities",
     # introspection
     "introspect", "http_introspect", "list_protocols", "describe_protocol", "ServiceDescription", "MethodDescription",
 ]
@@ -135,9 +135,10 @@ MAX_COLUMNS = 4_096
 MAX_NESTING = 64  # levels of list, map and struct in a foreign schema
 FREE_ROWS = 1 << 24  # more rows than this must be paid for with at least one bit of body each
 MAX_ERROR_MESSAGE_CHARS, MAX_TRACEBACK_CHARS, MAX_TRACEBACK_FRAMES = 16_000, 16_000, 5
+MAX_ERROR_KIND_CHARS = 255
 MAX_ERROR_DETAILS_BYTES = 4_096  # above it the details are left out whole (the family's rule)
 MAX_REQUEST_ID_CHARS = 128
-MAX_HEAD_BYTES = 65_536  # request line or status line with all headers
+MAX_HEAD_BYTES = 131_072  # request line or status line with all headers; holds a bearer token of 100 KB
 MAX_HEADERS = 100
 TOKEN_TTL_SECONDS = 3_600.0
 TOKEN_CLOCK_SKEW_SECONDS = 60.0  # how far ahead of us another server's clock may run
@@ -507,7 +508,7 @@ def _text_of(value: object) -> str:
     """``str(value)``, bounded and valid UTF-8, also when its ``__str__`` is broken."""
     try:
         text = str(value)
-    except Exception as exc:
+    except BaseException as exc:  # it may be an exception that a method raised, and must not end the server
         text = f"<{type(value).__name__}: its __str__ raised {type(exc).__name__}>"
     return _sendable(text, MAX_ERROR_MESSAGE_CHARS, "… <truncated>")
 
@@ -547,7 +548,9 @@ class Message:
     MAX_TRACEBACK_FRAMES = MAX_TRACEBACK_FRAMES
 
     def __init__(self, level: Level, message: str, **kwargs: object) -> None:
-        self.level, self.message = level, message
+        if not isinstance(level, Level):
+            raise TypeError(f"message level: expected a Level, got {level!r:.100}")
+        self.level, self.message = level, message if isinstance(message, str) else _text_of(message)
         self.extra: dict[str, Any] | None = kwargs or None  # JSON-compatible facts
 
     def __repr__(self) -> str:
@@ -565,9 +568,9 @@ class Message:
         """Describe an exception, whatever its own methods do: type, text, code, kind, details, traceback and last frames."""
         name, text = _error_type_of(exc), _text_of(exc)
         extra: dict[str, Any] = {"exception_type": name, "exception_message": text, "error_code": _error_code_of(exc).value}
-        kind, details = getattr(exc, "error_kind", ""), _error_details_of(exc)
-        if kind and isinstance(kind, str):
-            extra["error_kind"] = kind
+        kind, details = _attribute(exc, "error_kind"), _error_details_of(exc)
+        if isinstance(kind, str) and kind:
+            extra["error_kind"] = _sendable(kind, MAX_ERROR_KIND_CHARS, "…")
         if details:
             extra["error_details"] = details
         if include_traceback:
@@ -578,23 +581,35 @@ class Message:
         """Return *metadata* (a copy) with the keys of this message added."""
         out = {**(metadata or {}), LOG_LEVEL_KEY.decode(): self.level.value, LOG_MESSAGE_KEY.decode(): self.message}
         if self.extra:
-            out[LOG_EXTRA_KEY.decode()] = json.dumps(self.extra, default=_text_of)
+            try:
+                text = json.dumps(self.extra, default=_text_of)
+            except (TypeError, ValueError, RecursionError):  # keys that are no text, or a list that holds itself
+                text = json.dumps({str(key): _text_of(value) for key, value in self.extra.items()})
+            out[LOG_EXTRA_KEY.decode()] = text
         return out
 
+
+def _attribute(exc: BaseException, name: str) -> Any:
+    """An attribute of an exception that a method raised, ``None`` also when reading it fails."""
+    try:
+        return getattr(exc, name, None)
+    except BaseException:
+        return None
 
 def _error_type_of(exc: BaseException) -> str:
     declared = getattr(exc, "error_type", None) if isinstance(exc, _Refusal) else None
     return declared or type(exc).__name__
 
 def _error_code_of(exc: BaseException) -> Code:
-    return Code.parse(getattr(exc, "error_code", None))
+    code = _attribute(exc, "error_code")
+    return Code.parse(code) if isinstance(code, str) else Code.UNKNOWN
 
 def _error_details_of(exc: BaseException) -> list[dict[str, Any]]:
     """The exception's details as JSON objects; an empty list when there are none, too many or unusable ones."""
     try:
-        details = _details_to_json(getattr(exc, "error_details", None) or ())
+        details = _details_to_json(_attribute(exc, "error_details") or ())
         return details if len(json.dumps(details)) <= MAX_ERROR_DETAILS_BYTES else []
-    except (TypeError, ValueError):
+    except Exception:  # whatever an application's object does when it is looked at
         return []
 
 def _traceback_facts(exc: BaseException) -> dict[str, Any]:
@@ -602,7 +617,7 @@ def _traceback_facts(exc: BaseException) -> dict[str, Any]:
     try:
         text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
         summary = traceback.extract_tb(exc.__traceback__)[-MAX_TRACEBACK_FRAMES:]
-    except Exception:
+    except BaseException:
         # A broken __str__ in the chain may break the formatter too; the error itself is still worth sending.
         text, summary = f"{type(exc).__name__}: <its traceback could not be formatted>\n", traceback.StackSummary()
     frames = [{"file": f.filename, "line": f.lineno, "function": f.name, "code": f.line or ""} for f in summary]
@@ -622,7 +637,7 @@ def _message_metadata(message: Message, server_id: str, request_id: str) -> dict
         facts = {ERROR_CODE_KEY: extra.get("error_code") or Code.UNKNOWN, ERROR_KIND_KEY: extra.get("error_kind")}
         facts[ERROR_DETAILS_KEY] = json.dumps(details) if details else None
     facts |= {SERVER_ID_KEY: server_id, REQUEST_ID_KEY: request_id}
-    return metadata | {key: str(fact).encode() for key, fact in facts.items() if fact}
+    return metadata | {key: str(fact).encode("utf-8", "backslashreplace") for key, fact in facts.items() if fact}
 
 def _json_object(data: bytes | None) -> dict[str, Any]:
     """Parse *data* as a JSON object; anything else is an empty one (it comes from a peer and is only information)."""
@@ -824,20 +839,25 @@ class BatchMessage(NamedTuple):
 
 
 class _Table:
-    """One table of a flatbuffer: bounds-checked reads of its fields by number (flatbuffers' "internals")."""
-    __slots__ = ("data", "position", "slots")
+    """One table of a flatbuffer: bounds-checked reads of its fields by number (flatbuffers' "internals").
 
-    def __init__(self, data: bytes, position: int) -> None:
+    *seen* collects (start, size) of what was read to find the way: bytes that decide where others stand.
+    """
+    __slots__ = ("data", "position", "seen", "slots")
+
+    def __init__(self, data: bytes, position: int, seen: list[tuple[int, int]]) -> None:
         (back,) = struct.unpack_from("<i", data, _inside(data, position))
         vtable = _inside(data, position - back)
         (size,) = struct.unpack_from("<H", data, vtable)
-        self.data, self.position = data, position
+        self.data, self.position, self.seen = data, position, seen
+        seen += ((position, 4), (vtable, size))
         # A writer leaves absent fields off the end: no table that is read here has more than five.
         self.slots = (*struct.unpack_from(f"<{max(size - 4, 0) // 2}H", data, vtable + 4), 0, 0, 0, 0, 0)
 
     def scalar(self, slot: int, code: str) -> int:
         """Read a number; an absent field is 0."""
         offset = self.slots[slot]
+        self.seen.append((self.position + offset, struct.calcsize(code)))
         return int(struct.unpack_from(code, self.data, self.position + offset)[0]) if offset else 0
 
     def target(self, slot: int) -> int | None:
@@ -848,12 +868,15 @@ class _Table:
     def table(self, slot: int) -> _Table | None:
         """Read a table field."""
         at = self.target(slot)
-        return None if at is None else _Table(self.data, at)
+        return None if at is None else _Table(self.data, at, self.seen)
 
     def vector(self, slot: int) -> tuple[int, int]:
         """Return (position of the first element, count) of a vector field."""
         at = self.target(slot)
-        return (0, 0) if at is None else (at + 4, int(struct.unpack_from("<I", self.data, at)[0]))
+        if at is None:
+            return 0, 0
+        self.seen.append((at, 4))
+        return at + 4, int(struct.unpack_from("<I", self.data, at)[0])
 
     def text(self, slot: int) -> bytes:
         """Read a string field."""
@@ -871,13 +894,20 @@ def _inside(data: bytes, position: int) -> int:
 _Region = tuple[int, int, Any]  # (start, size, what stands there) in a head: the name of a number, or a metadata key
 
 def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
-    """Read a head field by field; also return where it may differ from other heads of the same layout."""
+    """Read a head field by field; also return where it may differ from other heads of the same layout.
+
+    There are no such places, and so no layout, when what may differ also decides how a head is read: a layout would then
+    read other numbers than pyarrow does, and what it does not see it does not check.
+    """
     regions: list[_Region] = []
+    seen: list[tuple[int, int]] = [(0, 4)]
 
     def number(table: _Table, slot: int, name: str) -> int:
-        if table.slots[slot]:
-            regions.append((table.position + table.slots[slot], 8, name))
-        return table.scalar(slot, "<q")
+        at = table.position + table.slots[slot]
+        if at == table.position:
+            return 0
+        regions.append((at, 8, name))
+        return int(struct.unpack_from("<q", data, at)[0])
 
     def numbers(table: _Table, slot: int, name: str) -> Sequence[int]:
         start, count = table.vector(slot)
@@ -887,13 +917,23 @@ def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
             regions.append((start, 16 * count, name))
         return struct.unpack_from(f"<{2 * count}q", data, start)
 
-    message = _Table(data, struct.unpack_from("<I", data, 0)[0])
+    def with_regions(head: MessageHead) -> tuple[MessageHead, list[_Region]]:
+        decisive, spans = bytearray(len(data)), [(start, start + size) for start, size, _ in regions]
+        for start, size in seen:
+            decisive[start : start + size] = b"\1" * size
+        apart = all(end <= start for (_, end), (start, _) in zip(sorted(spans), sorted(spans)[1:]))
+        once = len({name for _, _, name in regions}) == len(regions)
+        return head, regions if apart and once and not any(any(decisive[a:b]) for a, b in spans) else []
+
+    message = _Table(data, struct.unpack_from("<I", data, 0)[0], seen)
+    if message.scalar(0, "<h") not in (3, 4):  # V4 and V5 of MetadataVersion: those that pyarrow reads
+        raise ValueError(f"metadata version {message.scalar(0, '<h') + 1}")
     kind, body_length = message.scalar(1, "<B"), number(message, 3, "body_length")
     batch, metadata = message.table(2), _head_metadata(message, regions)
     if batch is None or kind not in (_SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE) or body_length < 0:
         raise ValueError(f"message type {kind}, body of {body_length} bytes")
     if kind == _SCHEMA_MESSAGE:
-        return MessageHead(kind, body_length, metadata), regions
+        return with_regions(MessageHead(kind, body_length, metadata))
     dictionary_id, is_delta = 0, False
     if kind == _DICTIONARY_MESSAGE:
         dictionary_id, is_delta, batch = batch.scalar(0, "<q"), bool(batch.scalar(2, "<B")), batch.table(1)
@@ -901,7 +941,7 @@ def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
             raise ValueError("a dictionary without a batch")
     rows, nodes, buffers = number(batch, 0, "rows"), numbers(batch, 1, "nodes"), numbers(batch, 2, "buffers")
     compressed = batch.target(3) is not None
-    return MessageHead(kind, body_length, metadata, rows, nodes, buffers, compressed, dictionary_id, is_delta), regions
+    return with_regions(MessageHead(kind, body_length, metadata, rows, nodes, buffers, compressed, dictionary_id, is_delta))
 
 def _head_metadata(message: _Table, regions: list[_Region]) -> dict[bytes, bytes] | None:
     start, count = message.vector(4)
@@ -909,11 +949,13 @@ def _head_metadata(message: _Table, regions: list[_Region]) -> dict[bytes, bytes
         return None
     if count * 4 > len(message.data):
         raise IndexError(count)
-    metadata = {}
+    metadata: dict[bytes, bytes] = {}
+    message.seen.append((start, 4 * count))
     for i, offset in enumerate(struct.unpack_from(f"<{count}I", message.data, start)):
-        pair = _Table(message.data, start + 4 * i + offset)
+        pair = _Table(message.data, start + 4 * i + offset, message.seen)
         key, value = pair.text(0), pair.text(1)
-        if value:
+        message.seen.append((pair.vector(0)[0], len(key)))
+        if value or key in metadata:  # a key that comes twice leaves two regions of one name
             regions.append((pair.vector(1)[0], len(value), key))
         metadata[key] = value
     return metadata
@@ -989,7 +1031,7 @@ def parse_message_head(data: bytes) -> MessageHead:
         head, regions = _parse_head(data)
     except (struct.error, IndexError, ValueError, OverflowError, MemoryError) as exc:
         raise IPCError(f"not an Arrow IPC message: its head of {len(data)} bytes does not parse ({_text_of(exc)})") from None
-    if len(data) <= 4096 and len(layouts) < 8:
+    if regions and len(data) <= 4096 and len(layouts) < 8:
         if len(_layouts) >= 512:
             _layouts.clear()
         _layouts[len(data)] = [*layouts, HeadLayout(data, head, regions)]
@@ -1004,8 +1046,15 @@ def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
     except _ARROW_FAILURES as exc:
         raise IPCError(f"{what}: {_text_of(exc)}") from None
 
-def _nesting(kind: pa.DataType) -> int:
-    return 1 + max((_nesting(kind.field(i).type) for i in range(kind.num_fields)), default=0)
+def _nesting(fields: Iterable[pa.Field]) -> int:
+    """Levels of types below *fields*; a name that is not UTF-8 is a `UnicodeDecodeError` here, not at some later look."""
+    return max((1 + _nesting(_children(f.type)) for f in fields if f.name is not None), default=0)
+
+def _children(kind: pa.DataType) -> list[pa.Field]:
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    if pa.types.is_dictionary(kind):
+        return [pa.field("", kind.value_type)]
+    return [kind.field(i) for i in range(kind.num_fields)]
 
 def _has_dictionary(kind: pa.DataType) -> bool:
     if isinstance(kind, pa.BaseExtensionType):
@@ -1034,7 +1083,7 @@ class SchemaFacts:
             file = _Pieces()
             with ipc.new_stream(file, self.schema) as writer:
                 writer.write_batch(batch, custom_metadata=metadata)
-            reader = IpcReader(BufferSource(b"".join(file.pieces)), validation=IpcValidation.NONE)
+            reader = _OwnReader(BufferSource(b"".join(file.pieces)), validation=IpcValidation.NONE)
             message = cast("BatchMessage", reader.next_message())
             known = [HeadLayout.learn(m.head_bytes()) for m in reader.dictionaries()], HeadLayout.learn(message.head_bytes())
             if len(self._shapes) >= 64:
@@ -1048,10 +1097,9 @@ def _decode_schema(message: bytes) -> SchemaFacts:
     if head.kind != _SCHEMA_MESSAGE or head.body_length:
         raise IPCError(f"expected a schema message first, got message type {head.kind}")
     schema = _guard("the schema message", ipc.read_schema, pa.py_buffer(message))
-    _guard("a column's name", lambda: schema.names)  # pyarrow decodes it only here: it may not be UTF-8
     if len(schema) > MAX_COLUMNS:
         raise IPCError(f"schema: expected at most {MAX_COLUMNS} columns, got {len(schema)}")
-    if max(map(_nesting, schema.types), default=0) > MAX_NESTING:
+    if _guard("the schema", _nesting, schema) > MAX_NESTING:
         raise IPCError(f"schema: expected at most {MAX_NESTING} levels of nesting")
     return SchemaFacts(schema, message)
 
@@ -1092,6 +1140,7 @@ class IpcReader:
         self._dictionaries: dict[int, list[BatchMessage]] = {}
         self._last: tuple[bytes, MessageHead] = (b"", MessageHead(0, 0))  # turns of a stream often have the very same head
         self.ended = False  # whether the end marker was read
+        self._unread = 0  # bytes of a refused message's body
         raw = self._read_head(first=True)
         if raw is None:
             raise IPCError("expected a schema message, got an end of stream")
@@ -1144,6 +1193,7 @@ class IpcReader:
                 raise IPCError("expected a batch, got a second schema message")
             size, limit = head.body_length, self._limits.max_bytes
             if limit is not None and size > limit:
+                self._unread = size
                 raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {size}")
             message = _guard("the message body", self._source.read_after, raw, size)
             got = len(message) - len(raw)
@@ -1166,6 +1216,8 @@ class IpcReader:
         for offset, length in zip(buffers, buffers):
             if offset < 0 or length < 0 or offset + length > head.body_length:
                 raise IPCError(f"buffer at {offset}, {length} bytes: outside the body of {head.body_length} bytes")
+            if length and offset % 8:
+                raise IPCError(f"buffer at {offset}: expected a multiple of 8")
             size = -1
             if head.compressed and length >= 8:
                 # BodyCompression: each buffer starts with its decoded length, -1 when it stands uncompressed.
@@ -1176,8 +1228,9 @@ class IpcReader:
         limit, max_rows = self._limits.max_bytes, self._limits.max_rows
         if head.compressed and decoded > (limit if limit is not None else max(1 << 30, 1024 * head.body_length)):
             raise RequestTooLargeError(f"compressed buffers: expected at most {limit} decoded bytes, got {decoded}")
-        if head.rows < 0 or (head.rows > FREE_ROWS and head.rows > 8 * decoded):
-            raise IPCError(f"{head.rows} rows in a body of {decoded} bytes: more rows than bits")
+        longest = max(head.rows, *head.nodes[::2], 0)  # a child may be longer than its parent: one list of a trillion nulls
+        if head.rows < 0 or (longest > FREE_ROWS and longest > 8 * decoded):
+            raise IPCError(f"{head.rows if head.rows < 0 else longest} rows in a body of {decoded} bytes: more rows than bits")
         if max_rows is not None and head.rows > max_rows:
             raise RequestTooLargeError(f"expected at most {max_rows} rows in a batch, got {head.rows}")
 
@@ -1188,7 +1241,7 @@ class IpcReader:
         kept.append(BatchMessage(head, message))
         self._dictionaries[head.dictionary_id] = kept
         limit = self._limits.max_bytes
-        if limit is not None and sum(len(m.data) for m in kept) > limit:
+        if limit is not None and sum(len(m.data) for all_of_one in self._dictionaries.values() for m in all_of_one) > limit:
             raise RequestTooLargeError(f"dictionary: expected at most {limit} bytes")
 
     def decode(self, message: BatchMessage) -> pa.RecordBatch:
@@ -1214,14 +1267,22 @@ class IpcReader:
 
     def skip(self) -> None:
         """Read on to the end marker without decoding, which leaves a connection usable after a refusal; raises `IPCError`."""
-        while not self.ended:
-            raw = self._read_head()
-            left = parse_message_head(raw[8:]).body_length if raw else 0
+        while self._unread or not self.ended:
+            left, self._unread = self._unread, 0
+            raw = None if left else self._read_head()
+            left = parse_message_head(raw[8:]).body_length if raw else left
             while left:
                 got = len(self._source.read(min(left, 1 << 20)))
                 if not got:
                     raise IPCError(f"half a message: {left} bytes short")
                 left -= got
+
+
+class _OwnReader(IpcReader):
+    """Reads what was written here, which may hold more nulls than another side would believe."""
+
+    def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
+        pass
 
 
 _TICK_FACTS = schema_facts(EMPTY_SCHEMA)
@@ -1741,6 +1802,10 @@ def _of_field(name: str, convert: Callable[[Any], Any], value: Any) -> Any:
         return convert(value)
     except _Mismatch as exc:
         raise exc.under(f".{name}") from None
+    except (_Refusal, StatusError):
+        raise
+    except Exception as exc:  # a date beyond Python's calendar, a __post_init__ that does not like its values
+        raise _Mismatch("a valid value", f"{type(exc).__name__}: {_text_of(exc)}").under(f".{name}") from exc
 
 
 @dataclass(frozen=True)
@@ -1969,9 +2034,13 @@ def _batch_to_bytes(batch: Any) -> bytes:
 def _batch_from_bytes(data: Any) -> pa.RecordBatch:
     if not data:
         return empty_batch(EMPTY_SCHEMA)
-    reader = IpcReader(BufferSource(data))
+    reader = IpcReader(BufferSource(data), _inner_limits(data))
     item = reader.next()
     return item[0] if item else empty_batch(reader.schema)
+
+def _inner_limits(data: _Buffer) -> IpcLimits:
+    """What a stream inside a value may grow to when it is decompressed: it must not evade the limits on what is around it."""
+    return IpcLimits(max(1 << 24, 16 * len(data)))
 
 def _schema_to_bytes(schema: Any) -> bytes:
     _expect(schema, pa.Schema, "pyarrow.Schema")
@@ -1983,9 +2052,10 @@ def _schema_from_bytes(data: Any) -> pa.Schema:
 def _binary_codec(encode: Callable[[Any], bytes], decode: Callable[[Any], Any]) -> Codec:
     """A value that travels as bytes: what is wrong inside them is said as a mismatch of the value."""
     def read(data: Any) -> Any:
+        _expect(data, bytes, "binary")
         try:
             return decode(data)
-        except (IPCError, EOFError) as exc:
+        except (IPCError, EOFError, RequestTooLargeError) as exc:
             raise _Mismatch("an Arrow IPC stream", _text_of(exc)) from None
     return Codec(pa.binary(), False, encode, _not_none("binary", read))
 
@@ -2085,7 +2155,7 @@ class DataclassCodec:
 
     def from_bytes(self, data: _Buffer, validation: IpcValidation = IpcValidation.FULL) -> Any:
         """Decode an IPC stream of one row; no bytes, or no batch, is a row of defaults."""
-        reader = IpcReader(BufferSource(data), validation=validation) if len(data) else None
+        reader = IpcReader(BufferSource(data), _inner_limits(data), validation) if len(data) else None
         message = reader.next_message() if reader else None
         if reader is None or message is None:
             return self.from_batch(_TICK)
@@ -3315,7 +3385,7 @@ class DispatchHook(Protocol):
 def _tell(hook: DispatchHook, event: str, *facts: Any) -> Any:
     try:
         return getattr(hook, event)(*facts)
-    except Exception:
+    except BaseException:  # SystemExit too: a hook must not end the server
         logger.exception("%s of %r raised", event, hook)
         return None
 
@@ -3491,7 +3561,9 @@ class ServerCore:
         self, protocol: type, implementation: Any, *, extra_protocols: Sequence[tuple[type, Any]] = (),
         server_id: str | None = None, server_version: str = "", enable_describe: bool = True,
         ipc_validation: IpcValidation | None = None, include_tracebacks: bool = True,
+        max_request_bytes: int | None = None, max_rows: int | None = None,
     ) -> None:
+        self.limits = IpcLimits(max_request_bytes, max_rows)
         self.server_id = server_id if server_id is not None else os.urandom(6).hex()
         self.server_version, self.describe_enabled = server_version, enable_describe
         self.ipc_validation, self.include_tracebacks = ipc_validation or IpcValidation.FULL, include_tracebacks
@@ -3614,7 +3686,7 @@ class ServerCore:
                 try:
                     if callable(hook):
                         hook(kind)
-                except Exception as exc:
+                except BaseException as exc:
                     logger.exception("on_serve_start(%s) of %s raised", kind, service.name)
                     raise StatusError(f"{service.name} could not start: {_text_of(exc)}", code=Code.UNAVAILABLE) from exc
             self._started.add(kind)
@@ -4506,12 +4578,19 @@ class ByteClient(ClientChannel):
             self._open = stream
             return stream
 
-    def close(self) -> None:
+    def release(self) -> bool:
+        """End an open stream and refuse further calls; return whether the transport may serve another client."""
+        fit = False
         with contextlib.suppress(RpcError):
             if not self._broken:
                 with self.exclusive(time.monotonic() + 1.0):
                     self._end_open("was ended with its connection")
+                    fit = True
         self._broken = self._broken or "it was closed here"
+        return fit
+
+    def close(self) -> None:
+        self.release()
         self.transport.close()
 
 
@@ -4664,6 +4743,20 @@ class RpcProxy:
     def __repr__(self) -> str:
         return f"<proxy of {self._protocol.__qualname__} over {type(self._channel).__name__}>"
 
+    def with_options(self, **options: Any) -> Any:
+        """Return a proxy on the same connection with other options; those that are not given stay as they are.
+
+        They are *timeout* (seconds per call or turn, ``None`` for none), *on_log*, *ipc_validation*, and *prefetch*: 1 has
+        iteration ask for one batch at a time (see `StreamSession.__iter__`), more for so many at most.
+
+        Raises:
+            TypeError: An option that is none of these.
+        """
+        known = ("timeout", "on_log", "ipc_validation", "prefetch")
+        if not options.keys() <= set(known):
+            raise TypeError(f"with_options: expected {', '.join(known)}, got {', '.join(sorted(options))}")
+        return make_proxy(self._protocol, self._channel, dataclasses.replace(self._options, **options))
+
     def __getattr__(self, name: str) -> Any:
         known = rpc_methods(self._protocol)
         raise AttributeError(f"{self._protocol.__qualname__} has no method {name!r}{_suggest(name, known)}")
@@ -4687,20 +4780,9 @@ def _proxy_method(info: RpcMethodInfo, channel: ClientChannel, options: CallOpti
     call.__name__, call.__doc__ = info.name, info.doc
     return call
 
-def with_options(
-    proxy: _P, *, timeout: float | None = None, on_log: Callable[[Message], None] | None = None, prefetch: int | None = None
-) -> _P:
-    """Return a proxy on the same connection with other options.
-
-    *timeout* is in seconds per call or turn, ``None`` for none; ``prefetch=1`` has iteration ask for one batch at a time
-    (see `StreamSession.__iter__`), more for so many at most. ``None`` keeps *on_log* and *prefetch* as they are.
-    """
-    known = cast("RpcProxy", proxy)
-    kept = known._options
-    options = dataclasses.replace(
-        kept, timeout=timeout, on_log=on_log or kept.on_log, prefetch=kept.prefetch if prefetch is None else prefetch
-    )
-    return cast("_P", make_proxy(known._protocol, known._channel, options))
+def with_options(proxy: _P, **options: Any) -> _P:
+    """Return ``proxy.with_options(...)`` with the proxy's own type, for type checkers; see `RpcProxy.with_options`."""
+    return cast("_P", RpcProxy.with_options(cast("RpcProxy", proxy), **options))
 
 def resume(proxy: Any, method: str, token: bytes) -> StreamSession:
     """Go on with a stream of *method* where `StreamSession.token` was taken; also in another process. HTTP only.
@@ -4743,6 +4825,181 @@ def introspect(
     return _service_description(listed, proxy.describe(protocol=protocol))
 
 
+@dataclass(frozen=True)
+class PoolMetrics:
+    """What a `WorkerPool` has done so far, and what it holds: counts of workers."""
+
+    borrows: int = 0  # times that `connect` was entered
+    spawns: int = 0  # workers started for it …
+    reuses: int = 0  # … or taken from the idle ones
+    returns: int = 0  # workers that came back fit to be used again
+    discards: int = 0  # workers ended because they were not, or the pool was closed
+    evictions_idle: int = 0  # workers ended because nobody wanted them for `idle_timeout`
+    evictions_max: int = 0  # workers ended because there were more than `max_idle`
+    idle: int = 0
+    active: int = 0
+
+
+class _IdleWorker(NamedTuple):
+    command: tuple[str, ...]
+    transport: SubprocessTransport
+    since: float  # of time.monotonic()
+    stray: bool  # see `ByteClient`
+
+
+def _is_quiet(transport: SubprocessTransport) -> bool:
+    """Whether a worker lives, has not hung up, and has sent nothing that nobody asked for."""
+    import select
+
+    if transport.proc.poll() is not None or transport.channel.peek() or transport.channel.fileno() < 0:
+        return False
+    poll = select.poll()
+    poll.register(transport.channel.fileno(), select.POLLIN)  # hang-up and failure are reported in any case
+    return not poll.poll(0)
+
+
+class WorkerPool:
+    """Keeps workers between connections, so that the next one of the same command does not wait for a start.
+
+    A worker serves one connection at a time and is checked before each: one that died, hung up, printed to the channel or
+    was left in the middle of a call is ended instead. Safe for use by several threads; a context manager, which closes it.
+
+    Args:
+        max_idle: At most so many workers wait, whatever their commands; 0 keeps none. The longest idle one goes first.
+        idle_timeout: Seconds after which a waiting worker is ended.
+        stderr, stderr_logger: As in `connect`.
+        shm_size: Accepted for code written for other implementations, and without effect: batches travel inline, as shared
+            memory is not offered to workers.
+    """
+
+    def __init__(
+        self, max_idle: int = 4, idle_timeout: float = 60.0, stderr: StderrMode = StderrMode.INHERIT,
+        stderr_logger: logging.Logger | None = None, shm_size: int | None = None
+    ) -> None:
+        if max_idle < 0 or not 0 < idle_timeout <= threading.TIMEOUT_MAX:
+            raise ValueError(f"expected max_idle of 0 or more and idle_timeout above 0, got {max_idle!r} and {idle_timeout!r}")
+        if shm_size is not None and (not isinstance(shm_size, int) or shm_size <= 0):
+            raise ValueError(f"shm_size: expected a positive number of bytes or None, got {shm_size!r}")
+        self.max_idle, self.idle_timeout = max_idle, idle_timeout
+        self._start = functools.partial(SubprocessTransport, stderr=stderr, stderr_logger=stderr_logger)
+        self._changed = threading.Condition()
+        self._idle: list[_IdleWorker] = []  # the longest idle one first
+        self._evictor: threading.Thread | None = None  # lives only while somebody is idle
+        self._metrics, self._closed = PoolMetrics(), False
+
+    @property
+    def metrics(self) -> PoolMetrics:
+        """The counts as they are now."""
+        with self._changed:
+            return dataclasses.replace(self._metrics, idle=len(self._idle))
+
+    @property
+    def idle_count(self) -> int:
+        """Workers that wait."""
+        return self.metrics.idle
+
+    @property
+    def active_count(self) -> int:
+        """Workers that serve a connection."""
+        return self.metrics.active
+
+    def _count(self, **changes: int) -> None:
+        with self._changed:
+            now = {name: getattr(self._metrics, name) + change for name, change in changes.items()}
+            self._metrics = dataclasses.replace(self._metrics, **now)
+
+    @contextlib.contextmanager
+    def connect(
+        self, protocol: type[_P], cmd: Sequence[str], *, on_log: Callable[[Message], None] | None = None,
+        timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL
+    ) -> Iterator[_P]:
+        """Give a proxy to a worker of that command; on leaving, an open stream is ended and the worker goes back.
+
+        Raises:
+            TransportError: On entering: the program cannot be started, or the pool is closed; from a call: it has died.
+        """
+        client = self._borrow(cmd)
+        transport = cast("SubprocessTransport", client.transport)
+        try:
+            yield cast("_P", RpcConnection(protocol, client, on_log, timeout=timeout, ipc_validation=ipc_validation)._proxy)
+        finally:
+            fit = False
+            try:
+                fit = client.release() and _is_quiet(transport)
+            finally:
+                self._give_back(_IdleWorker(tuple(transport.command), transport, time.monotonic(), client._stray), fit)
+
+    def _borrow(self, cmd: Sequence[str]) -> ByteClient:
+        self._count(borrows=1)
+        while True:
+            with self._changed:
+                if self._closed:
+                    raise TransportError("the pool is closed")
+                found = next((i for i in reversed(self._idle) if i.command == tuple(cmd)), None)
+                if found is None:
+                    break
+                self._idle.remove(found)
+            if _is_quiet(found.transport):
+                self._count(reuses=1, active=1)
+                client = ByteClient(found.transport)
+                client._stray = found.stray
+                return client
+            self._count(discards=1)
+            found.transport.abort()
+        client = ByteClient(self._start(cmd))
+        self._count(spawns=1, active=1)
+        return client
+
+    def _give_back(self, worker: _IdleWorker, fit: bool) -> None:
+        with self._changed:
+            kept = fit and not self._closed
+            self._count(active=-1, returns=kept, discards=not kept)
+            if kept:
+                self._idle.append(worker)
+            surplus = [self._idle.pop(0)] if len(self._idle) > self.max_idle else []
+            self._count(evictions_max=len(surplus))
+            if self._idle and self._evictor is None:
+                self._evictor = threading.Thread(target=self._evict, daemon=True, name="vgi_rpc pool")
+                self._evictor.start()
+        if not kept:
+            worker.transport.abort()
+        for one in surplus:
+            one.transport.close()
+
+    def _evict(self) -> None:
+        """End workers as their time comes; return once nobody is idle."""
+        while True:
+            with self._changed:
+                while self._idle and (left := self._idle[0].since + self.idle_timeout - time.monotonic()) > 0:
+                    self._changed.wait(left)
+                if not self._idle:
+                    self._evictor = None
+                    return
+                old = self._idle.pop(0)
+                self._count(evictions_idle=1)
+            old.transport.close()
+
+    def close(self) -> None:
+        """End the idle workers; those that are in use follow when they come back. May be called twice."""
+        with self._changed:
+            self._closed = True
+            idle, self._idle, evictor = self._idle, [], self._evictor
+            self._count(discards=len(idle))
+            self._changed.notify_all()
+        for one in idle:
+            one.transport.channel.close()  # all of them leave at the same time
+        for one in idle:
+            one.transport.close()
+        if evictor is not None:
+            evictor.join()
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
 # ============================================================================
 # 15. BYTE SERVING ..................................... uses 1-14
 # ============================================================================
@@ -4762,6 +5019,8 @@ class RpcServer(ServerCore):
         enable_describe: Whether reflection and the pages answer.
         ipc_validation: How much of each incoming batch is checked; default: every value.
         include_tracebacks: Whether errors carry the server's traceback.
+        max_request_bytes: Largest message on byte streams, before and after decompression; HTTP has an option of its own.
+        max_rows: Most rows in one batch on byte streams.
 
     Raises:
         TypeError: The implementation does not fit the protocol; one error names everything.
@@ -4805,7 +5064,7 @@ class _ByteServing:
             return False
 
     def _reader(self) -> IpcReader:
-        return IpcReader(self._channel, validation=self._server.ipc_validation)
+        return IpcReader(self._channel, self._server.limits, self._server.ipc_validation)
 
     def _write(self, schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]]) -> None:
         self._channel.write([stream_bytes(schema, items)])
@@ -4996,6 +5255,25 @@ class Listener:
             if self._wait(left):
                 self._accept()
 
+    def run_while(self, work: Callable[[], object]) -> None:
+        """Do *work* in another thread and accept until it is done: who connects meanwhile gets a refusal, not silence.
+
+        Only where connections have threads of their own; else *work* is done here.
+        """
+        if not self._threaded:
+            work()
+            return
+
+        def finish() -> None:
+            work()
+            self.stop()
+
+        self._stopping, self._idle = False, None
+        worker = threading.Thread(target=finish, daemon=True, name="vgi_rpc drain")
+        worker.start()
+        self.run()
+        worker.join()
+
     def _wait(self, seconds: float | None) -> bool:
         """Wait for a connection to accept, a wake-up or the end of *seconds*; return whether it is a connection."""
         import selectors
@@ -5065,7 +5343,7 @@ def run_listener(
             on_bound()
             listener.run()
             if server.draining:
-                server.drain(grace)
+                listener.run_while(lambda: server.drain(grace))
     finally:
         listener.close()
 
@@ -5201,6 +5479,7 @@ class HttpRequest:
     read_body: Callable[[int], bytes] = lambda limit: b""  # reads at most so many bytes; RequestTooLargeError beyond
     repeated: frozenset[str] = frozenset()  # names of the headers that came more than once
     gone: Callable[[], bool] | None = None  # whether the client has left; None when that cannot be known
+    multiprocess: bool = False  # whether the next request may come to another process
 
     def get_header(self, name: str, default: str | None = None) -> str | None:
         """Return a header's value by its name in any case."""
@@ -5303,6 +5582,11 @@ class HttpOptions:
             if value is not None and (not isinstance(value, int) or value <= 0):
                 raise ValueError(f"{name}: expected a positive integer or None, got {value!r}")
 
+    @property
+    def has_key(self) -> bool:
+        """Whether a key of the tokens was given, here or in the environment."""
+        return bool(self.token_key if self.token_key is not None else os.environ.get("VGI_RPC_TOKEN_KEY"))
+
     def keys(self) -> list[bytes]:
         """The keys of the tokens: given, from the environment, or random with a warning."""
         given = self.token_key if self.token_key is not None else os.environ.get("VGI_RPC_TOKEN_KEY")
@@ -5393,10 +5677,10 @@ def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
     in_public = re.search(rf"(?:^|[,\s]){chosen}\b", public.lower()) is not None
     return chosen, "Content-Encoding" if in_public else CONTENT_ENCODING_HEADER, identity
 
-def _protocol_error(text: str, status: int) -> ProtocolError:
+def _protocol_error(text: str, status: int, code: Code = Code.INVALID_ARGUMENT) -> ProtocolError:
     """A refusal with another HTTP status than 400."""
     exc = ProtocolError(text)
-    exc.http_status = status
+    exc.http_status, exc.error_code = status, code
     return exc
 
 
@@ -5458,6 +5742,7 @@ class HttpApp:
     def __init__(self, server: ServerCore, options: HttpOptions | None = None) -> None:
         self.server, self.options = server, options or HttpOptions()
         self.sealer = TokenSealer(self.options.keys(), self.options.token_ttl)
+        self._own_key = not self.options.has_key
         self._limit = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
         self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
         self._live: OrderedDict[bytes, tuple[bytes, int, StreamState]] = OrderedDict()  # by the cursor that holds the same
@@ -5545,6 +5830,9 @@ class HttpApp:
             raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
         self.server.refuse_if_draining()
         self.server.start(TransportKind.HTTP)
+        if request.multiprocess and self._own_key and len(segments) == 3:
+            text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
+            raise _protocol_error(text, 500, Code.FAILED_PRECONDITION)
         body = self._body(request)
         if in_json:
             return _post_json(self, segments, body, caller, request, request_id)
@@ -5589,7 +5877,7 @@ class HttpApp:
             return auth
         except (ValueError, PermissionError) as exc:
             raise _HttpFailure(self._unauthorized(request, exc)) from None
-        except Exception:
+        except BaseException:
             logger.exception("authenticate raised; request %s is refused", request_id)
             raise _HttpFailure(_internal_error(request_id)) from None
 
@@ -5980,7 +6268,10 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
 
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
     path = raw.partition("?")[0] if raw.startswith("/") else environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-    return HttpRequest(environ["REQUEST_METHOD"], path, headers, environ.get("REMOTE_ADDR", ""), read_body)
+    return HttpRequest(
+        environ["REQUEST_METHOD"], path, headers, environ.get("REMOTE_ADDR", ""), read_body,
+        multiprocess=bool(environ.get("wsgi.multiprocess")),
+    )
 
 def _too_large(limit: int, got: object, rule: str = "max_request_bytes") -> RequestTooLargeError:
     return RequestTooLargeError(f"body: expected at most {limit} bytes ({rule}), got {got}")
@@ -6086,6 +6377,12 @@ def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_byte
         if line is None:
             break
     raise ProtocolError("chunk: trailers that do not end")
+
+def _gathered(pieces: Iterable[bytes]) -> bytes:
+    """Join pieces at the cost of their bytes alone: a body in chunks of one byte must not cost an object for each."""
+    whole = io.BytesIO()
+    whole.writelines(pieces)
+    return whole.getvalue()
 
 
 class _HttpConnection:
@@ -6203,7 +6500,7 @@ class _HttpConnection:
         if head.headers.get("expect", "").lower() == "100-continue":
             channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
         if chunked:
-            body = b"".join(read_chunked(channel, limit))
+            body = _gathered(read_chunked(channel, limit))
         else:
             body = cast("bytes", channel.read_after(b"", size)) if size > SMALL_BODY_BYTES else channel.read(size)
             if len(body) < size:
@@ -6289,7 +6586,9 @@ class HttpServing:
 
     def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `stop`; then drain and close."""
-        run_listener(self.app.server, self.listener, self.options.drain_grace_seconds)
+        tell = self.options.on_bound or (lambda host, port: None)
+        grace = self.options.drain_grace_seconds
+        run_listener(self.app.server, self.listener, grace, lambda: tell(self.host, self.port))
 
     def stop(self) -> None:
         """Have `run` return; from any thread."""
@@ -6303,10 +6602,7 @@ def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **o
     Raises ``OSError`` when the address cannot be bound; for options as `make_wsgi_app`.
     """
     chosen, serving = _split_options(options, HttpOptions, HttpServeOptions)
-    http = HttpServing(HttpApp(server, chosen), host, port, serving)
-    if serving.on_bound is not None:
-        serving.on_bound(host, http.port)
-    http.run()
+    HttpServing(HttpApp(server, chosen), host, port, serving).run()
 
 
 # What people and plain HTTP clients see of an `HttpApp`: calls in JSON on the URLs of the Arrow ones, and pages in HTML.
@@ -6997,7 +7293,7 @@ class HttpConnections(HttpSender):
 
         def read() -> _Buffer:
             if coding is not None:
-                return b"".join(read_chunked(channel, limit, rule))
+                return _gathered(read_chunked(channel, limit, rule))
             if "content-length" not in headers:
                 return _read_to_end(channel, limit, rule)
             size = _content_length(headers["content-length"], limit, rule)
