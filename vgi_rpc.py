@@ -6036,7 +6036,7 @@ class HttpApp:
                 try:
                     state = None if turn.finished else self._remember(answer)
                     close = not left or self.server.draining or time.monotonic() > until
-                    if limit is not None and 4 * (sent + len(data)) > limit or not before or close:
+                    if (limit is not None and 4 * (sent + len(data)) > limit) or not before or close:
                         size = 4096 + len(answer.call_token) + 2 * len(state()) if state else 0
                 except Exception as exc:
                     turn, state = call._failed(turn.schema, exc), None
@@ -8473,7 +8473,7 @@ def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
             yield from _text_batches(file, rows, live=path == "-")
             return
         source = _FileSource(file)
-        reader = IpcReader(cast("ByteSource", source))
+        reader = IpcReader(source)
         for batch, _ in iter(reader.next, None):
             for start in range(0, max(batch.num_rows, 1), rows or max(batch.num_rows, 1)):
                 yield batch.slice(start, rows)
