@@ -5655,7 +5655,7 @@ class HttpApp:
     def _remember(self, answer: _StreamAnswer) -> Callable[[], bytes]:
         """Return what gives the cursor's content for the state as it is now; where a copy will do, nothing is written yet."""
         state = cast("Stream[Any, Any]", answer.call.stream).state
-        if {type(v) for v in dataclass_codec(type(state)).values(state)} <= _IMMUTABLE:
+        if {type(v) for v in dataclass_codec(cast("Any", type(state))).values(state)} <= _IMMUTABLE:
             return functools.partial(self._state_content, answer, copy.copy(state))
         content = self._state_content(answer, state)
         return lambda: content
@@ -6208,7 +6208,7 @@ class HttpBody(ByteChannel):
     def __init__(self, pieces: Iterator[bytes], channel: ByteChannel | None = None) -> None:
         super().__init__()
         self._pieces, self.channel = pieces, channel
-        self.close = getattr(pieces, "close", bool)  # a generator's; it closes the channel
+        self.close = getattr(pieces, "close", lambda: None)  # a generator's; it closes the channel
 
     def _receive(self, size: int) -> bytes:
         return next(self._pieces, b"")
@@ -6692,7 +6692,7 @@ class _HttpClientStream(ClientStream):
             self._call_token = metadata.get(CALL_STATE_KEY, self._call_token)
             self._cursor = metadata.get(STATE_KEY, self._cursor)
             if item.kind is BatchKind.DATA:
-                return cast("AnnotatedBatch", answer_call(item.annotated))
+                return answer_call(item.annotated)
         self._reader = None
         return None
 
