@@ -6075,6 +6075,7 @@ class _HttpConnection:
         else:
             with contextlib.closing(cast("Any", body)):
                 for piece in filter(None, body):
+                    self._channel.deadline = time.monotonic() + self._options.request_deadline  # making it took its own time
                     self._channel.write([head, b"%x\r\n" % len(piece), piece, b"\r\n"])
                     head = b""
                 self._channel.write([head, b"0\r\n\r\n"])
