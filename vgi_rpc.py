@@ -6060,7 +6060,7 @@ class HttpApp:
     def _remember(self, answer: _StreamAnswer) -> Callable[[], bytes]:
         """Return what gives the cursor's content for the state as it is now; where a copy will do, nothing is written yet."""
         state = cast("Stream[Any, Any]", answer.call.stream).state
-        if {type(v) for v in dataclass_codec(type(state)).values(state)} <= _IMMUTABLE:
+        if {type(v) for v in dataclass_codec(cast("Any", type(state))).values(state)} <= _IMMUTABLE:
             return functools.partial(self._state_content, answer, copy.copy(state))
         content = self._state_content(answer, state)
         return lambda: content
@@ -6524,7 +6524,7 @@ class _HttpConnection:
         else:
             with contextlib.closing(cast("Any", body)):
                 for piece in filter(None, body):
-                    self._channel.deadline = time.monotonic() + self._options.request_deadline  # for each piece
+                    self._channel.deadline = time.monotonic() + self._options.request_deadline  # making it took its own time
                     self._channel.write([head, b"%x\r\n" % len(piece), piece, b"\r\n"])
                     head = b""
                 self._channel.write([head, b"0\r\n\r\n"])
