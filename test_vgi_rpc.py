@@ -6095,6 +6095,508 @@ class JsonDoorTests(unittest.TestCase):
         self.assertEqual([json.loads(line)["n"] for line in b"".join(pieces).splitlines()], [2, 1])
 
 
+# ============================================================================
+# 14. CLIENT AND 16. HTTP SERVING: BATCHES TAKEN AHEAD
+# ============================================================================
+
+
+AHEAD_KEY = b"a key of the tests long enough!"
+AHEAD_VALUE = pa.schema([pa.field("value", pa.int64())])
+BLOB = pa.schema([pa.field("blob", pa.binary())])
+AHEAD_WATCHDOG_SECONDS = 30
+
+produced = []  # the number of each turn that ran, in order
+ahead_cancelled = []
+proceed = threading.Event()
+arrived = threading.Event()
+
+
+@dataclass
+class AheadCount(ProducerState):
+    """0, 1, 2 … with a log before each; turn *fail_at* raises."""
+
+    n: int
+    fail_at: int = -1
+    i: int = 0
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        produced.append(self.i)
+        if self.i == self.fail_at:
+            raise LookupError(f"turn {self.i}")
+        if self.i >= self.n:
+            out.finish()
+            return
+        out.client_log(Level.INFO, f"log {self.i}")
+        out.emit_pydict({"value": [self.i]})
+        self.i += 1
+
+    def on_cancel(self, ctx: CallContext) -> None:
+        ahead_cancelled.append(self.i)
+
+
+@dataclass
+class Lazy(ProducerState):
+    """Makes batch i + 1 only when the test has batch i in hand."""
+
+    i: int = 0
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        if self.i and not arrived.wait(AHEAD_WATCHDOG_SECONDS):
+            raise TimeoutError("the batch before this one did not arrive")
+        arrived.clear()
+        if self.i == 4:
+            out.finish()
+            return
+        out.emit_pydict({"value": [self.i]})
+        self.i += 1
+
+
+@dataclass
+class Named(StreamState):
+    """Answers each tick with the metadata that came with it."""
+
+    i: int = 0
+
+    def process(self, input, out: OutputCollector, ctx: CallContext) -> None:
+        given = dict(input.custom_metadata or {}).get(b"filter", b"-").decode()
+        self.i += 1
+        out.emit(pa.RecordBatch.from_pydict({"value": [self.i]}, schema=AHEAD_VALUE), {"seen": given})
+
+
+@dataclass
+class Blobs(ProducerState):
+    """Batches of the sizes asked for."""
+
+    sizes: list[int]
+    i: int = 0
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        if self.i == len(self.sizes):
+            out.finish()
+            return
+        out.emit_pydict({"blob": [bytes([self.i]) * self.sizes[self.i]]})
+        self.i += 1
+
+
+@dataclass
+class Growing(ProducerState):
+    """A state that a shallow copy does not keep: its list grows in place."""
+
+    seen: list[int]
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        out.emit_pydict({"blob": [bytes([len(self.seen)]) * 30_000]})
+        self.seen.append(0)
+
+
+@dataclass
+class Same(ExchangeState):
+    """Gives each batch back."""
+
+    def exchange(self, input, out: OutputCollector, ctx: CallContext) -> None:
+        out.emit(input.batch)
+
+
+class Ahead(Protocol):
+    """The service of these tests."""
+
+    def add(self, a: int, b: int) -> int: ...
+    def count(self, n: int, fail_at: int = -1) -> Stream[AheadCount]: ...
+    def lazy(self) -> Stream[Lazy]: ...
+    def named(self) -> Stream[StreamState]: ...
+    def blobs(self, sizes: list[int]) -> Stream[Blobs]: ...
+    def growing(self) -> Stream[Growing]: ...
+    def same(self) -> Stream[Same]: ...
+
+
+class AheadImpl:
+    """Its implementation."""
+
+    def add(self, a: int, b: int) -> int:
+        return a + b
+
+    def count(self, n: int, fail_at: int = -1) -> Stream[AheadCount]:
+        return Stream(AHEAD_VALUE, AheadCount(n, fail_at))
+
+    def lazy(self) -> Stream[Lazy]:
+        return Stream(AHEAD_VALUE, Lazy())
+
+    def named(self) -> Stream[Named]:
+        return Stream(AHEAD_VALUE, Named())
+
+    def blobs(self, sizes: list[int]) -> Stream[Blobs]:
+        return Stream(BLOB, Blobs(sizes))
+
+    def growing(self) -> Stream[Growing]:
+        return Stream(BLOB, Growing([]))
+
+    def same(self) -> Stream[Same]:
+        return Stream(AHEAD_VALUE, Same(), input_schema=AHEAD_VALUE)
+
+
+def ahead_values(batches) -> list[int]:
+    return [b.batch.to_pydict()["value"][0] for b in batches]
+
+
+@contextlib.contextmanager
+def ahead_http_server(stack_options=None, hook=None):
+    """Serve over real HTTP; give host and port."""
+    server = RpcServer(Ahead, AheadImpl())
+    if hook is not None:
+        server.add_hook(hook)
+    options = vgi_rpc.HttpOptions(token_key=AHEAD_KEY, **(stack_options or {}))
+    serving = vgi_rpc.HttpServing(vgi_rpc.HttpApp(server, options), "127.0.0.1", 0)
+    thread = threading.Thread(target=serving.listener.run, daemon=True)
+    thread.start()
+    try:
+        yield serving
+    finally:
+        serving.stop()
+        thread.join(AHEAD_WATCHDOG_SECONDS)
+        serving.listener.close()
+
+
+class CountingSender(vgi_rpc.HttpConnections):
+    """Counts what is posted."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(vgi_rpc.HttpTarget.parse(url))
+        self.posts: list[str] = []
+
+    def _message(self, method, path, headers, body):
+        self.posts += [path] if method == "POST" else []
+        return super()._message(method, path, headers, body)
+
+
+class AheadContract:
+    """What holds for every transport."""
+
+    def connect(self, **options):
+        raise NotImplementedError
+
+    def setUp(self) -> None:
+        produced.clear()
+        ahead_cancelled.clear()
+        arrived.clear()
+
+    def test_order_and_completeness(self) -> None:
+        logs = []
+        with self.connect(on_log=lambda m: logs.append(m.message)) as p:
+            for n in (0, 1, 2, 3, 17, 500, 3000):
+                self.assertEqual(ahead_values(p.count(n=n)), list(range(n)))
+                self.assertEqual(logs, [f"log {i}" for i in range(n)])
+                logs.clear()
+            self.assertEqual(p.add(a=1, b=2), 3)
+
+    def test_lockstep_when_asked_for(self) -> None:
+        with self.connect() as p, vgi_rpc.with_options(p, prefetch=1).count(n=5) as session:
+            iterator = iter(session)
+            for i in range(4):
+                next(iterator)
+                self.assertEqual(produced, list(range(i + 1)))
+
+    def test_prefetch_is_a_bound(self) -> None:
+        with self.connect() as p, vgi_rpc.with_options(p, prefetch=3).count(n=50) as session:
+            for seen, _ in enumerate(session, 1):
+                self.assertLessEqual(len(produced), seen + 3)
+
+    def test_prefetch_must_be_one_or_more(self) -> None:
+        with self.connect() as p, self.assertRaisesRegex(ValueError, "prefetch: expected 1 or more"):
+            vgi_rpc.with_options(p, prefetch=0)
+
+    def test_abandoned_after_any_number(self) -> None:
+        with self.connect() as p:
+            for k in (1, 2, 3, 5, 8, 20):
+                session = p.count(n=10_000)
+                for seen, _ in enumerate(session, 1):
+                    if seen == k:
+                        break
+                session.close()
+                self.assertTrue(session.closed)
+                self.assertEqual(p.add(a=k, b=1), k + 1)
+                with self.assertRaises(RpcError):
+                    session.tick()
+
+    def test_error_in_any_turn(self) -> None:
+        with self.connect() as p:
+            for k in (0, 1, 2, 7, 40):
+                seen = []
+                with self.assertRaisesRegex(RpcError, f"turn {k}") as caught:
+                    for batch in p.count(n=100, fail_at=k):
+                        seen += ahead_values([batch])
+                self.assertEqual((seen, caught.exception.error_type), (list(range(k)), "LookupError"))
+                self.assertEqual(p.add(a=1, b=k), k + 1)
+
+    def test_tick_metadata_after_iteration(self) -> None:
+        with self.connect() as p, p.named() as session:
+            self.assertEqual(ahead_values(b for _, b in zip(range(5), session)), [1, 2, 3, 4, 5])
+            seen = [session.tick({b"filter": b"x"}) for _ in range(2000)]
+            self.assertEqual(ahead_values(seen), list(range(seen[0].batch["value"][0].as_py(), seen[0].batch["value"][0].as_py() + 2000)))
+            self.assertEqual(dict(seen[-1].custom_metadata), {b"seen": b"x"})
+
+    def test_plain_ticks_take_what_was_asked_for(self) -> None:
+        with self.connect() as p, p.count(n=40) as session:
+            seen = ahead_values(b for _, b in zip(range(5), session))
+            seen += [ahead_values([session.tick()])[0] for _ in range(3)]
+            self.assertEqual(seen + ahead_values(session), list(range(40)))
+
+    def test_cancel_runs_on_cancel_once(self) -> None:
+        with self.connect() as p:
+            for k in (1, 3, 10):
+                ahead_cancelled.clear()
+                session = p.count(n=100_000)
+                for seen, _ in enumerate(session, 1):
+                    if seen == k:
+                        break
+                session.cancel()
+                session.cancel()
+                session.close()
+                self.assertEqual(p.add(a=1, b=1), 2)
+                self.assertEqual(len(ahead_cancelled), 1)
+
+    def test_large_batches(self) -> None:
+        with self.connect() as p:
+            sizes = [10, 3_000_000, 70_000, 65_536, 1, 200_000, 1_000_000]
+            seen = [b.batch["blob"][0].as_py() for b in p.blobs(sizes=sizes)]
+            self.assertEqual(seen, [bytes([i]) * size for i, size in enumerate(sizes)])
+            with p.blobs(sizes=[2_000_000] * 30) as session:
+                self.assertEqual(len(next(iter(session)).batch["blob"][0].as_py()), 2_000_000)
+            self.assertEqual(p.add(a=1, b=1), 2)
+
+    def test_exchange_is_untouched(self) -> None:
+        with self.connect() as p, p.same() as session:
+            for i in range(5):
+                given = vgi_rpc.AnnotatedBatch.from_pydict({"value": [i]}, AHEAD_VALUE)
+                self.assertEqual(ahead_values([session.exchange(given)]), [i])
+
+
+class AheadPipeTests(AheadContract, unittest.TestCase):
+    def connect(self, **options):
+        return vgi_rpc.serve_pipe(Ahead, AheadImpl(), **options)
+
+    def test_ticks_go_in_few_writes(self) -> None:
+        client, serving = vgi_rpc.make_pipe_pair()
+        server = RpcServer(Ahead, AheadImpl())
+        thread = threading.Thread(target=server.serve, args=(serving,))
+        thread.start()
+        written = []
+        send = client.channel._send
+        client.channel._send = lambda pieces: written.append(send(pieces)) or written[-1]
+        with vgi_rpc.RpcConnection(Ahead, client) as p:
+            self.assertEqual(ahead_values(p.count(n=500)), list(range(500)))
+        thread.join(AHEAD_WATCHDOG_SECONDS)
+        serving.close()
+        self.assertLess(len(written), 500)
+        self.assertLess(max(written), 65_536 // 4)
+
+    def test_a_batch_is_not_held_back_for_the_next(self) -> None:
+        with self.connect() as p:
+            seen = []
+            for batch in p.lazy():
+                seen += ahead_values([batch])
+                arrived.set()
+            self.assertEqual(seen, [0, 1, 2, 3])
+
+    def test_exchange_after_iteration_is_refused(self) -> None:
+        with self.connect() as p, p.count(n=100) as session:
+            for seen, _ in enumerate(session, 1):
+                if seen == 4:
+                    break
+            with self.assertRaisesRegex(RpcError, "asked for batches ahead"):
+                session.exchange(vgi_rpc.AnnotatedBatch.from_pydict({"value": [1]}, AHEAD_VALUE))
+
+
+class AheadUnixTests(AheadContract, unittest.TestCase):
+    @contextlib.contextmanager
+    def connect(self, **options):
+        with tempfile.TemporaryDirectory() as folder:
+            path, bound = f"{folder}/s", threading.Event()
+            server = RpcServer(Ahead, AheadImpl())
+            listening = {"threaded": True, "on_bound": lambda *_: bound.set(), "idle_timeout": 0.2}
+            thread = threading.Thread(target=vgi_rpc.serve_unix, args=(server, path), kwargs=listening, daemon=True)
+            thread.start()
+            self.assertTrue(bound.wait(AHEAD_WATCHDOG_SECONDS))
+            with vgi_rpc.unix_connect(Ahead, path, **options) as p:
+                yield p
+            thread.join(AHEAD_WATCHDOG_SECONDS)
+
+
+class SyncTests(AheadContract, unittest.TestCase):
+    def connect(self, **options):
+        return vgi_rpc.http_connect(Ahead, client=vgi_rpc.make_sync_client(RpcServer(Ahead, AheadImpl())), **options)
+
+
+class AheadHttpTests(AheadContract, unittest.TestCase):
+    @contextlib.contextmanager
+    def connect(self, **options):
+        with ahead_http_server() as serving:
+            with vgi_rpc.http_connect(Ahead, f"http://127.0.0.1:{serving.port}", **options) as p:
+                yield p
+
+    def test_prefetch_is_a_bound(self) -> None:
+        with self.connect() as p, vgi_rpc.with_options(p, prefetch=3).count(n=50) as session:
+            for seen, _ in enumerate(session, 1):
+                self.assertLessEqual(len(produced), seen + 3)
+
+    def test_one_answer_for_many_turns(self) -> None:
+        with ahead_http_server() as serving:
+            sender = CountingSender(f"http://127.0.0.1:{serving.port}")
+            with vgi_rpc.http_connect(Ahead, client=sender) as p:
+                self.assertEqual(ahead_values(p.count(n=1000)), list(range(1000)))
+                self.assertEqual(sender.posts, ["/Ahead/count/init", "/Ahead/count/exchange"])
+                self.assertEqual(len(sender._idle), 1)  # the connection came back
+
+    def test_a_batch_arrives_before_the_next_is_made(self) -> None:
+        with self.connect(timeout=AHEAD_WATCHDOG_SECONDS) as p:
+            seen = []
+            for batch in p.lazy():
+                seen += ahead_values([batch])
+                arrived.set()
+            self.assertEqual(seen, [0, 1, 2, 3])
+
+    def test_token_within_an_answer(self) -> None:
+        with self.connect() as p:
+            for k in (1, 2, 5, 30):
+                session = p.count(n=60)
+                for seen, _ in enumerate(session, 1):
+                    if seen == k:
+                        break
+                token = session.token() if k > 1 else None
+                rest = ahead_values(session)
+                self.assertEqual(rest, list(range(k, 60)))
+                if token is not None:
+                    self.assertEqual(ahead_values(vgi_rpc.resume(p, "count", token)), rest)
+
+    def test_a_cut_answer_is_resumed_where_it_was_cut(self) -> None:
+        with self.connect() as p:
+            session = p.count(n=5000)
+            seen = []
+            with self.assertRaises(TransportError):
+                for batch in session:
+                    seen += ahead_values([batch])
+                    if len(seen) == 20:
+                        session._stream._rest.channel.socket.shutdown(socket.SHUT_RDWR)
+            self.assertTrue(session.closed)
+            with self.assertRaisesRegex(RpcError, "was cut off"):
+                next(iter(session))
+            going_on = vgi_rpc.resume(p, "count", session.token())
+            self.assertEqual(seen + ahead_values(going_on), list(range(5000)))
+
+    def test_budget_holds_per_answer(self) -> None:
+        sizes = [20_000] * 20
+        with ahead_http_server({"max_response_bytes": 70_000}) as serving:
+            sender = CountingSender(f"http://127.0.0.1:{serving.port}")
+            sizes_seen = []
+            chunked = vgi_rpc.read_chunked
+
+            def counted(channel, limit, rule):
+                sizes_seen.append(0)
+                for piece in chunked(channel, limit, rule):
+                    sizes_seen[-1] += len(piece)
+                    yield piece
+
+            with vgi_rpc.http_connect(Ahead, client=sender) as p, mock.patch.object(vgi_rpc, "read_chunked", counted):
+                seen = [b.batch["blob"][0].as_py() for b in p.blobs(sizes=sizes)]
+                self.assertEqual(seen, [bytes([i]) * 20_000 for i in range(20)])
+                self.assertLessEqual(max(sizes_seen), 70_000)
+                self.assertGreater(max(sizes_seen), 40_000)  # several batches to an answer
+                with self.assertRaisesRegex(RpcError, r"max_response_bytes \(\d+ > 70000\)"):
+                    list(p.blobs(sizes=[10, 10, 10, 90_000]))
+                self.assertEqual([len(b.batch["blob"][0].as_py()) for b in p.blobs(sizes=[10, 60_000, 60_000, 1])], [10, 60_000, 60_000, 1])
+                with p.growing() as session:  # what does not fit is made again from the state before it
+                    seen = [b.batch["blob"][0].as_py()[0] for _, b in zip(range(12), session)]
+                self.assertEqual(seen, list(range(12)))
+
+    def test_a_server_that_answers_one_turn(self) -> None:
+        with mock.patch.object(vgi_rpc, "MAX_TURNS_HEADER", "X-Nobody-Knows"):
+            client = vgi_rpc.make_sync_client(RpcServer(Ahead, AheadImpl()))
+        app, client.app = client.app, None
+        client.app = lambda request: app(drop(request))
+
+        def drop(request):
+            request.headers = {k: v for k, v in request.headers.items() if k != "vgi-max-turns"}
+            return request
+
+        with vgi_rpc.http_connect(Ahead, client=client) as p:
+            self.assertEqual(ahead_values(p.count(n=30)), list(range(30)))
+
+    def test_init_streams_too(self) -> None:
+        server = RpcServer(Ahead, AheadImpl())
+        app = vgi_rpc.HttpApp(server, vgi_rpc.HttpOptions(token_key=AHEAD_KEY))
+        info = vgi_rpc.rpc_methods(Ahead)["count"]
+        request = vgi_rpc.request_batch(info, [3000, -1])
+        body = vgi_rpc._request_body(info, request, vgi_rpc.CallOptions())
+        headers = {"content-type": "application/vnd.apache.arrow.stream", "vgi-max-turns": "10"}
+        for asked, batches in (("10", 10), ("1", 1), ("0", 1), ("+5", 1), ("99999", vgi_rpc.MAX_TURNS)):
+            headers["vgi-max-turns"] = asked
+            response = app(vgi_rpc.HttpRequest("POST", "/Ahead/count/init", dict(headers), "", lambda limit: body))
+            whole = response.body if isinstance(response.body, bytes) else b"".join(response.body)
+            reader = vgi_rpc.IpcReader(vgi_rpc.BufferSource(whole))
+            items = []
+            while (item := reader.next()) is not None:
+                items.append(vgi_rpc.batch_kind(item[0].num_rows, item[1]).value)
+            self.assertEqual(items, ["log", "data"] * batches + ["token"])
+
+    def test_an_answer_that_nobody_reads_ends_its_call(self) -> None:
+        ended = threading.Event()
+        records = []
+
+        class Hook:
+            def on_dispatch_start(self, record):
+                return None
+
+            def on_dispatch_end(self, token, record, error):
+                records.append((record.statistics.output_batches, dict(record.http)))
+                if len(records) == 2:
+                    ended.set()
+
+        with ahead_http_server(hook=Hook()) as serving:
+            with vgi_rpc.http_connect(Ahead, f"http://127.0.0.1:{serving.port}") as p:
+                session = p.blobs(sizes=[1_000_000] * 200)
+                iterator = iter(session)
+                next(iterator), next(iterator)
+                self.assertEqual(serving.app.server._active, 1)
+                session.close()
+                self.assertTrue(ended.wait(AHEAD_WATCHDOG_SECONDS))
+                with serving.app.server._state:
+                    self.assertTrue(serving.app.server._state.wait_for(lambda: not serving.app.server._active, AHEAD_WATCHDOG_SECONDS))
+            self.assertLess(records[1][0], 200)
+            self.assertEqual(records[1][1]["http_status"], 200)
+
+    def test_draining_ends_an_answer_with_its_token(self) -> None:
+        with ahead_http_server() as serving:
+            with vgi_rpc.http_connect(Ahead, f"http://127.0.0.1:{serving.port}", timeout=AHEAD_WATCHDOG_SECONDS) as p:
+                session, seen = p.lazy(), []
+                with self.assertRaisesRegex(RpcError, "stopping") as caught:
+                    for batch in session:
+                        seen += ahead_values([batch])
+                        if len(seen) == 2:
+                            serving.app.server.draining = True
+                        arrived.set()
+                self.assertEqual(caught.exception.error_code, "UNAVAILABLE")
+                self.assertEqual(seen, [0, 1, 2])
+
+
+class AheadWsgiTests(unittest.TestCase):
+    def test_turns_come_as_they_are_made(self) -> None:
+        produced.clear()
+        app = vgi_rpc.make_wsgi_app(RpcServer(Ahead, AheadImpl()), token_key=AHEAD_KEY)
+        info = vgi_rpc.rpc_methods(Ahead)["count"]
+        body = vgi_rpc._request_body(info, vgi_rpc.request_batch(info, [50, -1]), vgi_rpc.CallOptions())
+        environ = {
+            "REQUEST_METHOD": "POST", "PATH_INFO": "/Ahead/count/init", "CONTENT_LENGTH": str(len(body)),
+            "CONTENT_TYPE": "application/vnd.apache.arrow.stream", "HTTP_VGI_MAX_TURNS": "20", "wsgi.input": io.BytesIO(body),
+        }  # fmt: skip
+        answer = app(environ, lambda status, headers: None)
+        next(answer)
+        self.assertEqual(produced, [0])
+        next(answer)
+        self.assertEqual(produced, [0, 1])
+        self.assertEqual(app.app.server._active, 1)
+        answer.close()
+        self.assertEqual(app.app.server._active, 0)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         del sys.argv[1]
