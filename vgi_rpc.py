@@ -3236,12 +3236,13 @@ def zstd_decompress(data: _Buffer, limit: int) -> bytes:
             whole = cast("bytes", pa.Codec("zstd").decompress(data, size, asbytes=True))
             if len(whole) == size:
                 return whole
-    pieces, left = [], limit + 1
+    pieces, left, room = [], limit + 1, memoryview(bytearray(min(max(8 * len(data), 1 << 12), 1 << 20)))
     try:
         with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
-            while left > 0 and (piece := stream.read(min(left, 1 << 20))):
-                pieces.append(piece)
-                left -= len(piece)
+            # Not read(): pyarrow loses the bytes object that it has made when the data turn out to be bad.
+            while left > 0 and (got := stream.readinto(room[:left])):
+                pieces.append(bytes(room[:got]))
+                left -= got
     except _ARROW_FAILURES as exc:
         raise IPCError(f"zstd: {_text_of(exc)}") from None
     if left <= 0:
