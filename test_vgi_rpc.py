@@ -7,6 +7,11 @@ are skipped: ``VGI_RPC_REFERENCE_PYTHON`` (an interpreter with the public vgi-rp
 """
 
 import ast
+import traceback
+import tracemalloc
+import random
+import collections
+import argparse
 import base64
 import contextlib
 import datetime
@@ -6597,9 +6602,1613 @@ class AheadWsgiTests(unittest.TestCase):
         self.assertEqual(app.app.server._active, 0)
 
 
+# ============================================================================
+# FAULTS: WHAT MUST NOT BREAK, A FUZZER AND A SOAK
+# ============================================================================
+
+
+HARD_WORKER = [sys.executable, str(HERE / "test_vgi_rpc.py"), "hard-worker"]
+ANSWERS = pa.schema([("answer", pa.utf8())])
+NUMBERS = pa.schema([("n", pa.int64())])
+
+
+# -- a service that is hard on its server
+
+
+@dataclass
+class Asking(ProducerState):
+    """Answers one question for ever, or *limit* times."""
+
+    question: str
+    limit: int
+    at: int = 0
+
+    def produce(self, out: Any, ctx: CallContext) -> None:
+        if self.at >= self.limit:
+            out.finish()
+            return
+        out.emit_pydict({"answer": [f"{self.question}/{self.at}"]})
+        self.at += 1
+
+
+@dataclass
+class Answering(ExchangeState):
+    """Answers with what it is asked, and its own name."""
+
+    name: str
+
+    def exchange(self, input: AnnotatedBatch, out: Any, ctx: CallContext) -> None:
+        out.emit_pydict({"answer": [f"{self.name}:{v}" for v in input.batch.column(0).to_pylist()]})
+
+
+@dataclass
+class Broken(ExchangeState):
+    """Breaks outside of its own methods, too."""
+
+    how: str
+
+    def exchange(self, input: AnnotatedBatch, out: Any, ctx: CallContext) -> None:
+        if self.how in LOGS:
+            LOGS[self.how](out.client_log)
+        elif self.how in RAISED:
+            raise RAISED[self.how]()
+        out.emit_pydict({"answer": ["fine"]})
+
+    def rehydrate(self, implementation: Any) -> None:
+        if self.how.startswith("rehydrate "):
+            raise RAISED[self.how[10:]]()
+
+
+@dataclass
+class HardSumming(ExchangeState):
+    """Says how many rows came in."""
+
+    total: int = 0
+
+    def exchange(self, input: AnnotatedBatch, out: Any, ctx: CallContext) -> None:
+        self.total += input.batch.num_rows
+        out.emit_pydict({"n": [self.total]})
+
+
+class _NoAttributes(Exception):
+    error_kind = property(lambda self: 1 / 0)  # type: ignore[assignment]
+    error_code = property(lambda self: sys.exit(3))  # type: ignore[assignment]
+    error_details = property(lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))  # type: ignore[assignment]
+
+
+class _Exits(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
+class _NoText(Exception):
+    def __str__(self) -> str:
+        return 5  # type: ignore[return-value]
+
+    __repr__ = __str__
+
+
+class _Truth:
+    def __bool__(self) -> bool:
+        raise RuntimeError("neither")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("not comparable")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _with(kind: Any = "", code: Any = "", details: Any = (), text: str = "text") -> Exception:
+    exc = type("\ud800odd", (Exception,), {})(text)
+    exc.error_kind, exc.error_code, exc.error_details = kind, code, details  # type: ignore[attr-defined]
+    return exc
+
+
+def _chain(levels: int) -> Exception:
+    exc: BaseException = _Exits("inner")
+    for level in range(levels):
+        outer = ValueError(level)
+        outer.__cause__ = exc
+        exc = outer
+    return exc  # type: ignore[return-value]
+
+
+def _circle() -> Exception:
+    one, two = KeyError("one"), KeyError("two")
+    one.__cause__, two.__context__ = two, one
+    return one
+
+
+RAISED: dict[str, Any] = {  # what a method may raise; each comes as one answer, and the server lives
+    "attributes that raise": lambda: _NoAttributes("text"),
+    "text that exits": lambda: _Exits("text"),
+    "text that is a number": lambda: _NoText("text"),
+    "kind and code without truth": lambda: _with(_Truth(), _Truth(), _Truth()),
+    "surrogates everywhere": lambda: _with("\udcff", "\udcff", [{"@type": "a\udcff"}], "\udcff" * 50),
+    "details without end": lambda: _with(details=iter(int, 1)),
+    "details that hold themselves": lambda: _with(details=[_own_holder()]),
+    "a text of ten million": lambda: ValueError("x" * 10_000_000),
+    "a kind of a million": lambda: _with("k" * 1_000_000),
+    "a chain of a thousand": lambda: _chain(1000),
+    "a circle of causes": _circle,
+    "StopIteration": lambda: StopIteration(3),
+    "GeneratorExit": lambda: GeneratorExit(),
+    "a base exception": lambda: type("Own", (BaseException,), {})("text"),
+    "one of ours": lambda: vgi_rpc.TransportError("not really"),
+    "a refusal": lambda: vgi_rpc.IPCError("not really"),
+}
+
+
+def _own_holder() -> dict[str, Any]:
+    held: dict[str, Any] = {"@type": "own.Type"}
+    held["self"] = held
+    return held
+
+
+def _circular() -> list[Any]:
+    circle: list[Any] = []
+    circle.append(circle)
+    return circle
+
+
+LOGS: dict[str, Any] = {  # log lines that are none; they fail the method or arrive, and the server lives
+    "log: no level": lambda log: log("INFO", "text"),
+    "log: a number": lambda log: log(Level.INFO, 5),
+    "log: surrogates": lambda log: log(Level.INFO, "\udcff", key="\udcff"),
+    "log: a circle": lambda log: log(Level.INFO, "text", key=_circular()),
+    "log: odd keys": lambda log: log(Level.INFO, "text", key={(1, 2): 3}),
+    "log: no text": lambda log: log(Level.INFO, _NoText("x")),
+}
+
+
+@dataclass
+class Picky(vgi_rpc.ArrowSerializableDataclass):
+    """Takes positive numbers only."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 0:
+            raise KeyError("negative")
+
+
+@dataclass
+class Outer(vgi_rpc.ArrowSerializableDataclass):
+    """Holds one."""
+
+    inner: Picky
+
+
+class Hard(Protocol):
+    """The service of these tests."""
+
+    def ask(self, question: str) -> str: ...
+    def hold(self, folder: str) -> str: ...
+    def deaf(self, folder: str) -> int: ...
+    def fail(self, how: str) -> int: ...
+    def log(self, how: str) -> int: ...
+    def sizes(self, values: list[float], names: list[str]) -> int: ...
+    def nulls(self, values: Annotated[list, vgi_rpc.ArrowType(pa.list_(pa.null()))]) -> int: ...
+    def color(self, color: Color) -> str: ...
+    def picky(self, one: Picky, more: list[Outer]) -> int: ...
+    def date(self, date: Annotated[datetime.datetime, vgi_rpc.ArrowType(pa.timestamp("us"))]) -> str: ...
+    def table(self, batch: pa.RecordBatch) -> int: ...
+    def point(self, point: Point) -> int: ...
+    def asking(self, question: str, limit: int) -> Stream[StreamState]: ...
+    def answering(self, name: str) -> Stream[StreamState]: ...
+    def broken(self, how: str) -> Stream[StreamState]: ...
+    def summing(self) -> Stream[StreamState]: ...
+    def process_id(self) -> int: ...
+
+
+class HardImpl:
+    """Implements `Hard`."""
+
+    def ask(self, question: str) -> str:
+        return f"answer to {question}"
+
+    def hold(self, folder: str, ctx: CallContext) -> str:
+        place, gate = pathlib.Path(folder), threading.Event()
+        (place / "begun").touch()
+        while not (place / "go").exists() and not ctx.cancelled:
+            gate.wait(0.005)
+        if ctx.cancelled:
+            (place / "cancelled").touch()
+            return "cancelled"
+        return "held"
+
+    def deaf(self, folder: str) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        (pathlib.Path(folder) / str(os.getpid())).touch()
+        while True:
+            time.sleep(60)
+
+    def fail(self, how: str) -> int:
+        raise RAISED[how]()
+
+    def log(self, how: str, ctx: CallContext) -> int:
+        LOGS[how](ctx.client_log)
+        return 1
+
+    def sizes(self, values: list[float], names: list[str]) -> int:
+        return len(values) + len(names)
+
+    def nulls(self, values: list) -> int:
+        return len(values)
+
+    def picky(self, one: Picky, more: list[Outer]) -> int:
+        return one.n
+
+    def date(self, date: datetime.datetime) -> str:
+        return str(date)
+
+    def table(self, batch: pa.RecordBatch) -> int:
+        return batch.num_rows
+
+    def color(self, color: Color) -> str:
+        return color.name
+
+    def point(self, point: Point) -> int:
+        return point.x
+
+    def asking(self, question: str, limit: int) -> Stream[Asking]:
+        return Stream(ANSWERS, Asking(question, limit))
+
+    def answering(self, name: str) -> Stream[Answering]:
+        return Stream(ANSWERS, Answering(name), input_schema=pa.schema([("question", pa.utf8())]))
+
+    def broken(self, how: str) -> Stream[Broken]:
+        return Stream(ANSWERS, Broken(how), input_schema=pa.schema([("question", pa.utf8())]))
+
+    def summing(self) -> Stream[HardSumming]:
+        return Stream(NUMBERS, HardSumming(), input_schema=pa.schema([("value", pa.list_(pa.int64()))]))
+
+    def process_id(self) -> int:
+        return os.getpid()
+
+
+def hard_server(**options: Any) -> RpcServer:
+    """A server of `Hard`."""
+    return RpcServer(Hard, HardImpl(), **options)
+
+
+def questions(*texts: str) -> AnnotatedBatch:
+    """A batch with one column ``question``."""
+    return AnnotatedBatch.from_pydict({"question": list(texts)}, pa.schema([("question", pa.utf8())]))
+
+
+def hard_request(method: str, **values: Any) -> bytes:
+    """A request, as a foreign client would write it."""
+    schema = vgi_rpc.rpc_methods(Hard)[method].params_schema
+    batch = pa.RecordBatch.from_arrays([pa.array([values[f.name]], f.type) for f in schema], schema=schema)
+    return ipc_bytes(schema, (batch, request_metadata(method, b"Hard")))
+
+
+def ask_core(server: RpcServer, data: bytes) -> list[list[Any]]:
+    """What a server answers on a byte stream that holds *data* and ends."""
+    channel = MemoryChannel(data)
+    server.serve(vgi_rpc.Transport(channel, vgi_rpc.TransportKind.PIPE))
+    return read_streams(b"".join(channel.written))
+
+
+class MemoryChannel(vgi_rpc.ByteChannel):
+    """A byte channel without a file: what it reads is given, what is written is kept."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self._data, self.written = io.BytesIO(data), []
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        self._data = io.BytesIO()
+
+    def _receive(self, size: int) -> bytes:
+        return self._data.read(size)
+
+    def _receive_into(self, view: memoryview) -> int:
+        return self._data.readinto(view)
+
+    def _send(self, pieces: list) -> int:
+        self.written.append(b"".join(pieces))
+        return len(self.written[-1])
+
+
+def rss() -> int:
+    """Resident bytes of this process, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+# -- B: bytes
+
+
+def compressed(batch: pa.RecordBatch, metadata: dict[bytes, bytes] | None = None, codec: str = "lz4") -> bytes:
+    """A stream with compressed buffers."""
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
+        writer.write_batch(batch, custom_metadata=metadata)
+    return sink.getvalue()
+
+
+def sizes_batch(values: Any, names: Any) -> pa.RecordBatch:
+    schema = vgi_rpc.rpc_methods(Hard)["sizes"].params_schema
+    return pa.RecordBatch.from_arrays([pa.array([v], f.type) for v, f in zip((values, names), schema)], schema=schema)
+
+
+def list_of_nulls(items: int) -> bytes:
+    """A request whose one list has *items* nulls in a few hundred bytes."""
+    schema = vgi_rpc.rpc_methods(Hard)["nulls"].params_schema
+    column = pa.ListArray.from_arrays(pa.array([0, items], pa.int32()), pa.nulls(items))
+    return ipc_bytes(schema, (pa.RecordBatch.from_arrays([column], schema=schema), request_metadata("nulls", b"Hard")))
+
+
+def shared_head() -> bytes:
+    """A good request in whose head the vectors of nodes and of buffers are made the same bytes."""
+    data = hard_request("ask", question="x")
+    start = 8 + struct.unpack_from("<i", data, 4)[0]
+    size = struct.unpack_from("<i", data, start + 4)[0]
+    head = bytearray(data[start + 8 : start + 8 + size])
+    found, regions = vgi_rpc._parse_head(bytes(head))
+    places = {name: at for at, _, name in regions}
+    for at in range(0, len(head) - 4, 4):  # the offset that leads to the buffers now leads to the nodes
+        (offset,) = struct.unpack_from("<I", head, at)
+        if at + offset + 4 == places["buffers"]:
+            struct.pack_into("<I", head, at, places["nodes"] - 4 - at)
+    assert bytes(head) != data[start + 8 : start + 8 + size]
+    return data[: start + 8] + bytes(head) + data[start + 8 + size :]
+
+
+def twice() -> bytes:
+    """A request whose metadata names its method twice."""
+    schema = vgi_rpc.rpc_methods(Hard)["ask"].params_schema
+    metadata = {**request_metadata("ask", b"Hard"), b"vgi_rpc.methoX": b"nothing"}
+    data = ipc_bytes(schema, (pa.RecordBatch.from_arrays([pa.array(["q"])], schema=schema), metadata))
+    return tampered(data, b"vgi_rpc.methoX", b"vgi_rpc.method")
+
+
+BOMB_FLOATS = 8_000_000
+BOMBS: dict[str, Any] = {  # name: bytes, HTTP statuses
+    "compressed list over the limit": (lambda: compressed(sizes_batch([0.0] * BOMB_FLOATS, []), request_metadata("sizes", b"Hard")), (413,)),
+    "a list of two billion nulls": (lambda: list_of_nulls(2**31 - 1), (400,)),
+    "a trillion rows": (lambda: claiming_rows(10**12), (400,)),
+    "nesting 500": (lambda: _deep(500), (400,)),
+    "10,000 columns": (lambda: ipc_bytes(pa.schema([(f"c{i}", pa.int8()) for i in range(10_000)])), (400,)),
+    "vectors that share their bytes": (shared_head, (200, 400)),
+    "a method named twice": (twice, (200, 400, 404)),
+}
+if hasattr(pa, "run_end_encoded"):
+    def _run_ends() -> bytes:
+        column = pa.RunEndEncodedArray.from_arrays([2**30], [1], pa.run_end_encoded(pa.int32(), pa.int64()))
+        return ipc_bytes(pa.schema([("n", column.type)]), pa.RecordBatch.from_arrays([column], names=["n"]))
+
+    BOMBS["run ends of a billion"] = (_run_ends, (400,))
+
+
+class HostileBytesTests(TestCase):
+    """Requests that claim more than they hold."""
+
+    def test_what_may_differ_between_heads_is_never_what_decides_how_they_are_read(self) -> None:
+        fuzzer = Fuzzer()
+        for case in range(3000):
+            with self.subTest(case=case):
+                fuzzer.layout(random.Random(f"layout/{case}"))
+
+    def test_over_http(self) -> None:
+        client = wsgi_client(hard_server(), max_request_bytes=16_000_000)
+        paths = {"compressed list over the limit": "sizes", "a list of two billion nulls": "nulls"}
+        for name, (make, statuses) in BOMBS.items():
+            data = make()
+            with self.subTest(name):
+                for _ in range(3):  # what is learned from the first must not be wrong for the second
+                    before = rss()
+                    reply = client.post(f"/Hard/{paths.get(name, 'ask')}", data)
+                    self.assertIn(reply.status, statuses)
+                    self.assertLess(rss() - before, 64_000_000)
+                    if reply.status != 200:
+                        self.assertTrue(reply.error["text"])
+        self.assertEqual(client.post("/Hard/ask", hard_request("ask", question="q")).status, 200)
+
+    def test_bodies_that_do_not_decode_leave_nothing_behind(self) -> None:
+        client = wsgi_client(hard_server())
+        packed = vgi_rpc.zstd_compress(hard_request("ask", question="q" * 5000))
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        for data in (b"\x28\xb5\x2f\xfd garbage", packed[:-1], packed[:50] + b"\xff" * 20, os.urandom(5000)):
+            client.post("/Hard/ask", data, content_encoding="zstd")
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(20):
+                self.assertEqual(client.post("/Hard/ask", data, content_encoding="zstd").status, 400)
+            self.assertLess(tracemalloc.get_traced_memory()[0] - before, 1_000_000)
+
+    def test_over_bytes(self) -> None:
+        server = hard_server(max_request_bytes=16_000_000, max_rows=1000)
+        for name, (make, _) in BOMBS.items():
+            data = make()
+            with self.subTest(name):
+                before = rss()
+                streams = ask_core(server, data)
+                self.assertEqual(len(streams), 1)
+                self.assertLess(rss() - before, 64_000_000)
+        for data, text in (
+            (ipc_bytes(pa.schema([("x", pa.int8())]), (pa.RecordBatch.from_pydict({"x": pa.array([1] * 1001, pa.int8())}), request_metadata("ask", b"Hard"))), "1000 rows"),
+            (hard_request("ask", question="x" * 16_000_001), "16000000 bytes"),
+        ):
+            with self.subTest(text):
+                error = error_of(ask_core(server, data + hard_request("ask", question="after"))[0])
+                self.assertEqual((error["type"], error["code"]), ("RequestTooLargeError", "RESOURCE_EXHAUSTED"))
+                self.assertIn(text, error["text"])
+                self.assertEqual(ask_core(server, data + hard_request("ask", question="q"))[1][0][0].to_pydict(), {"result": ["answer to q"]})
+
+    def test_values_that_the_application_or_python_does_not_take(self) -> None:
+        inner = ipc_bytes(NUMBERS, pa.RecordBatch.from_pydict({"n": [-1]}, NUMBERS))
+        good = ipc_bytes(NUMBERS, pa.RecordBatch.from_pydict({"n": [1]}, NUMBERS))
+        bomb = compressed(pa.RecordBatch.from_pydict({"n": [0] * 40_000_000}, NUMBERS))
+        client = wsgi_client(hard_server())
+        schema = vgi_rpc.rpc_methods(Hard)["date"].params_schema
+        batch = pa.RecordBatch.from_arrays([pa.array([2**62]).cast(schema.field(0).type)], schema=schema)
+        for method, data, parts in (
+            ("picky", hard_request("picky", one=inner, more=[]), ("picky()", "one", "negative")),
+            ("picky", hard_request("picky", one=good, more=[{"inner": {"n": -1}}]), ("picky()", "more[0].inner", "negative")),
+            ("picky", hard_request("picky", one=bomb, more=[]), ("picky()", "one")),
+            ("table", hard_request("table", batch=bomb), ("table()", "batch")),
+            ("table", hard_request("table", batch=b"garbage"), ("table()", "batch", "Arrow")),
+            ("date", ipc_bytes(schema, (batch, request_metadata("date", b"Hard"))), ("date()", "date")),
+        ):
+            for _ in range(2):
+                with self.subTest(method=method, parts=parts):
+                    before = rss()
+                    first, second = ask_core(hard_server(), data + hard_request("ask", question="q"))
+                    reply = client.post(f"/Hard/{method}", data)
+                    self.assertEqual((reply.status, reply.error["type"]), (400, "TypeError"))
+                    for error in (error_of(first), reply.error):
+                        self.assertEqual((error["type"], error["code"]), ("TypeError", "INVALID_ARGUMENT"))
+                        for part in parts:
+                            self.assertIn(part, error["text"])
+                    self.assertEqual(second[0][0].to_pydict(), {"result": ["answer to q"]})
+                    self.assertLess(rss() - before, 64_000_000)
+
+    def test_an_exchange_input_of_nulls_is_not_cast_to_gigabytes(self) -> None:
+        column = pa.ListArray.from_arrays(pa.array([0, 2**31 - 1], pa.int32()), pa.nulls(2**31 - 1))
+        batch = pa.RecordBatch.from_arrays([column], names=["value"])
+        before = rss()
+        with vgi_rpc.serve_pipe(Hard, HardImpl()) as proxy:
+            with proxy.summing() as session, self.raises(RpcError, "rows"):
+                session.exchange(AnnotatedBatch(batch))
+            self.assertEqual(proxy.ask("q"), "answer to q")
+        with vgi_rpc.http_connect(Hard, client=wsgi_client(hard_server())) as proxy:
+            with self.raises(RpcError, "rows"):
+                proxy.summing().exchange(AnnotatedBatch(batch))
+        self.assertLess(rss() - before, 64_000_000)
+
+
+# -- C: methods
+
+
+class MisbehavingMethodTests(TestCase):
+    """Whatever a method raises or logs, one answer comes and the next call works."""
+
+    def proxies(self) -> Any:
+        yield "pipe", vgi_rpc.serve_pipe(Hard, HardImpl())
+        yield "http", vgi_rpc.http_connect(Hard, client=wsgi_client(hard_server()))
+
+    def test_exceptions(self) -> None:
+        for where, connection in self.proxies():
+            with connection as proxy:
+                for how in RAISED:
+                    if how == "details without end":
+                        continue
+                    with self.subTest(how, where=where):
+                        with self.assertRaises(RpcError) as caught:
+                            proxy.fail(how)
+                        self.assertTrue(caught.exception.error_type)
+                        self.assertLess(len(caught.exception.error_message), 20_000)
+                        self.assertLess(len(caught.exception.remote_traceback), 20_000)
+                        self.assertLess(len(caught.exception.error_kind), 300)
+                        caught.exception.details()
+                        with self.assertRaises(RpcError):
+                            proxy.broken(how).exchange(questions("q"))
+                        self.assertEqual(proxy.ask("q"), "answer to q")
+
+    def test_logs(self) -> None:
+        for where, connection in self.proxies():
+            with connection as proxy:
+                for how in LOGS:
+                    with self.subTest(how, where=where):
+                        with contextlib.suppress(RpcError):
+                            self.assertEqual(proxy.log(how), 1)
+                        with contextlib.suppress(RpcError):
+                            self.assertEqual(proxy.broken(how).exchange(questions("q")).batch.to_pydict(), {"answer": ["fine"]})
+                        self.assertEqual(proxy.ask("q"), "answer to q")
+
+    def test_rehydrate(self) -> None:
+        with vgi_rpc.http_connect(Hard, client=wsgi_client(hard_server())) as proxy:
+            for how in RAISED:
+                if how != "details without end":
+                    with self.subTest(how), self.assertRaises(RpcError):
+                        proxy.broken(f"rehydrate {how}").exchange(questions("q"))
+
+    def test_hooks_that_exit(self) -> None:
+        class Exits:
+            def on_dispatch_start(self, record: Any) -> None:
+                raise SystemExit(1)
+
+            def on_dispatch_end(self, token: Any, record: Any, error: Any) -> None:
+                raise KeyboardInterrupt
+
+        server = hard_server()
+        server.add_hook(Exits())
+        self.assertEqual(ask_core(server, hard_request("ask", question="q"))[0][0][0].to_pydict(), {"result": ["answer to q"]})
+
+
+# -- D and E: tokens and callers
+
+
+class CallerTests(TestCase):
+    """Tokens and credentials, over raw HTTP."""
+
+    def test_several_processes_need_a_key(self) -> None:
+        for given, multiprocess, status in ((None, True, 500), (None, False, 200), (KEY, True, 200)):
+            with mock.patch.dict(os.environ):
+                os.environ.pop("VGI_RPC_TOKEN_KEY", None)
+                app = vgi_rpc.make_wsgi_app(hard_server(), token_key=given)
+
+            def started(path: str, body: bytes, app: Any = app, several: bool = multiprocess) -> int:
+                environ = {"REQUEST_METHOD": "POST", "PATH_INFO": path, "SCRIPT_NAME": "", "CONTENT_TYPE": ARROW}
+                environ |= {"CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body), "wsgi.multiprocess": several}  # type: ignore[dict-item]
+                seen: list[str] = []
+                answer = b"".join(app(environ, lambda status, headers: seen.append(status)))
+                if seen[0].startswith("500"):
+                    self.assertIn("VGI_RPC_TOKEN_KEY", error_of(read_streams(answer)[-1])["text"])
+                return int(seen[0][:3])
+
+            with self.subTest(given=given, multiprocess=multiprocess):
+                self.assertEqual(started("/Hard/asking/init", hard_request("asking", question="q", limit=2)), status)
+                self.assertEqual(started("/Hard/ask", hard_request("ask", question="q")), 200)
+
+    def test_credentials(self) -> None:
+        people = {"secret": vgi_rpc.AuthContext("static", True, "ada")}
+
+        def exits(request: Any) -> Any:
+            raise SystemExit(3)
+
+        _, port, _ = in_thread(vgi_rpc.serve_http, hard_server(), token_key=KEY, authenticate=vgi_rpc.bearer_authenticate_static(tokens=people))
+        _, leaving, _ = in_thread(vgi_rpc.serve_http, hard_server(), token_key=KEY, authenticate=exits)
+        body = hard_request("ask", question="q")
+        for lines, status, reason in (
+            (["Authorization: Bearer secret"], 200, None),
+            (["authorization: bearer secret"], 200, None),
+            ([], 401, "missing_credential"),
+            (["Authorization:"], 401, "missing_credential"),
+            (["Authorization: Bearer"], 401, "invalid_credential"),
+            (["Authorization: Bearer  x "], 401, "invalid_credential"),
+            (["Authorization: Bearer secret x"], 401, "invalid_credential"),
+            (["Authorization: Basic c2VjcmV0"], 401, "missing_credential"),
+            (["Authorization: Bearer s\xe9cret"], 401, "invalid_credential"),
+            (["Authorization: Bearer " + "x" * 102_400], 401, "invalid_credential"),
+            (["Authorization: Bearer secret", "Authorization: Bearer secret"], 400, None),
+        ):
+            with self.subTest(lines=[line[:60] for line in lines]), RawHttp(port) as raw:
+                raw.send(http_head(f"Content-Length: {len(body)}", *lines, start="POST /Hard/ask HTTP/1.1") + body)
+                reply = raw.answer()
+                self.assertEqual(reply.status, status)
+                if status == 401:
+                    self.assertEqual((json.loads(reply.body)["reason"], reply.headers["vgi-auth-reason"]), (reason, reason))
+                    self.assertEqual(reply.headers["www-authenticate"], "Bearer")
+        with RawHttp(leaving) as raw:
+            raw.send(http_head(f"Content-Length: {len(body)}", start="POST /Hard/ask HTTP/1.1") + body)
+            self.assertEqual(raw.answer().status, 500)
+
+    def test_a_token_bomb_is_not_opened(self) -> None:
+        client = wsgi_client(hard_server())
+        schema = pa.schema([("question", pa.utf8())])
+        for size in (8_000, 64_000, 10_000_000):
+            for token in (b"A" * size, b"\xff" * size, b"=" * size):
+                metadata = {STATE: token, CALL: token}
+                before = rss()
+                reply = client.post("/Hard/answering/exchange", ipc_bytes(schema, (questions("q").batch, metadata)))
+                self.assertEqual((reply.status, reply.error["type"]), (400, "TokenError"))
+                self.assertLess(rss() - before, 150_000_000)
+
+    def test_tiny_chunks_cost_no_more_than_their_bytes(self) -> None:
+        _, port, _ = in_thread(vgi_rpc.serve_http, hard_server(), token_key=KEY, max_request_bytes=1_000_000)
+        before = rss()
+        with RawHttp(port) as raw:
+            head = http_head("Transfer-Encoding: chunked", start="POST /Hard/ask HTTP/1.1")
+            raw.send(head + b"2\r\nab\r\n" * 499_000 + b"0\r\n\r\n")
+            self.assertEqual(raw.answer().status, 400)
+        self.assertLess(rss() - before, 16_000_000)
+        body = hard_request("ask", question="q")
+        with RawHttp(port) as raw:
+            raw.send(head + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+            self.assertEqual(raw.answer().status, 200)
+
+    def test_idle_connections_beyond_the_cap(self) -> None:
+        _, port, _ = in_thread(vgi_rpc.serve_http, hard_server(), token_key=KEY, max_connections=20)
+        body = hard_request("ask", question="q")
+        with contextlib.ExitStack() as stack:
+            idle = [stack.enter_context(RawHttp(port)) for _ in range(200)]
+            with RawHttp(port) as asking:
+                asking.send(http_head(start="GET /health HTTP/1.1"))
+                self.assertEqual(asking.answer().status, 200)
+            with RawHttp(port) as refused:
+                refused.send(http_head(f"Content-Length: {len(body)}", start="POST /Hard/ask HTTP/1.1") + body)
+                reply = refused.answer()
+                self.assertEqual((reply.status, reply.headers["retry-after"]), (503, "1"))
+            self.assertTrue(idle[-1].ended())
+            idle[0].send(http_head(f"Content-Length: {len(body)}", start="POST /Hard/ask HTTP/1.1") + body)
+            self.assertEqual(idle[0].answer().status, 200)
+
+    def test_a_client_that_leaves_in_the_answer_is_one_line_in_the_log(self) -> None:
+        server = hard_server()
+        _, port, _ = in_thread(vgi_rpc.serve_http, server, token_key=KEY)
+        body = hard_request("ask", question="x" * 30_000_000)
+        with self.assertLogs("vgi_rpc") as seen:
+            with RawHttp(port) as raw:
+                raw.send(http_head(f"Content-Length: {len(body)}", start="POST /Hard/ask HTTP/1.1") + body)
+                self.assertEqual(raw.socket.recv(12), b"HTTP/1.1 200")
+                raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            gate = threading.Event()
+            while not seen.output:
+                gate.wait(0.01)
+        self.assertEqual(len(seen.output), 1)
+        self.assertNotIn("Traceback", seen.output[0])
+
+    def test_everybody_may_call_is_said_aloud(self) -> None:
+        for host, options, lines in (
+            ("0.0.0.0", {}, 1), ("127.0.0.1", {}, 0), ("0.0.0.0", {"authenticate": lambda request: vgi_rpc.AuthContext.anonymous()}, 0),
+        ):
+            with self.subTest(host=host, options=options), self.assertLogs("vgi_rpc") as seen:
+                vgi_rpc.logger.info("at least one line")
+                in_thread(vgi_rpc.serve_http, hard_server(), host=host, token_key=KEY, **options)
+                self.assertEqual(len([line for line in seen.output if "without authentication" in line]), lines)
+
+    def test_a_byte_at_a_time_does_not_pass_the_deadline(self) -> None:
+        _, port, _ = in_thread(vgi_rpc.serve_http, hard_server(), token_key=KEY, read_timeout=0.5, request_deadline=0.5)
+        body = hard_request("ask", question="q")
+        for data in (http_head(start="GET /health HTTP/1.1"), http_head(f"Content-Length: {len(body)}", start="POST /Hard/ask HTTP/1.1") + body):
+            with RawHttp(port) as raw:
+                raw.socket.settimeout(0.05)
+                sent = 0
+                with contextlib.suppress(OSError):
+                    while sent < len(data):
+                        raw.socket.send(data[sent : sent + 1])
+                        sent += 1
+                        with contextlib.suppress(TimeoutError):
+                            if not raw.socket.recv(4096):
+                                break
+                            break
+                self.assertLess(sent, len(data))
+        with RawHttp(port) as raw:
+            raw.send(http_head(start="GET /health HTTP/1.1"))
+            self.assertEqual(raw.answer().status, 200)
+
+
+# -- F: processes
+
+
+class HardWorker:
+    """This file as a process that listens."""
+
+    def __init__(self, *arguments: str) -> None:
+        environment = {**os.environ, "VGI_RPC_TOKEN_KEY": KEY.decode(), "PYTHONPATH": sys.path[0]}
+        self.process = subprocess.Popen([*HARD_WORKER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline().decode().strip()
+        self.port = int(self.line.rpartition(":")[2]) if "UNIX" not in self.line else 0
+
+    def connect(self, **options: Any) -> Any:
+        """A new connection."""
+        if self.line.startswith("PORT:"):
+            return vgi_rpc.http_connect(Hard, f"http://127.0.0.1:{self.port}", **options)
+        if self.line.startswith("UNIX:"):
+            return vgi_rpc.unix_connect(Hard, self.line[5:], **options)
+        return vgi_rpc.tcp_connect(Hard, "127.0.0.1", self.port, **options)
+
+    def __enter__(self) -> "HardWorker":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+def await_file(*path: Any) -> None:
+    """Wait until a file is there; the watchdog ends what never comes."""
+    gate = threading.Event()
+    while not pathlib.Path(*path).exists():
+        gate.wait(0.005)
+
+
+class StoppingTests(TestCase):
+    """SIGTERM: running calls finish, new ones are refused, the process ends with 0. And a worker that does not listen."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def test_draining(self) -> None:
+        for arguments in (["--http"], ["--tcp", "0"], ["--unix", os.path.join(self.folder, "s")]):
+            with self.subTest(arguments[0]), HardWorker(*arguments) as worker:
+                place = tempfile.mkdtemp(dir=self.folder)
+                found: list[Any] = []
+
+                def hold(worker: Any = worker, place: str = place, found: Any = found) -> None:
+                    with worker.connect() as proxy:
+                        found.append(proxy.hold(place))
+
+                thread = threading.Thread(target=hold)
+                with worker.connect() as other:
+                    self.assertEqual(other.ask("q"), "answer to q")
+                    thread.start()
+                    await_file(place, "begun")
+                    worker.process.send_signal(signal.SIGTERM)
+                    while True:  # until the signal has arrived
+                        try:
+                            other.ask("q")
+                        except RpcError as exc:
+                            self.assertEqual((exc.error_kind, exc.code, exc.is_retryable()), ("server_draining", vgi_rpc.Code.UNAVAILABLE, True))
+                            break
+                with worker.connect() as late, self.assertRaises(RpcError) as caught:
+                    late.ask("q")
+                self.assertEqual(caught.exception.error_kind, "server_draining")
+                if arguments == ["--http"]:
+                    with RawHttp(worker.port) as raw:
+                        raw.send(http_head(start="GET /health HTTP/1.1"))
+                        self.assertEqual(json.loads(raw.answer().body)["status"], "draining")
+                self.assertIsNone(worker.process.poll())
+                pathlib.Path(place, "go").touch()
+                thread.join(WATCHDOG_SECONDS)
+                self.assertEqual(found, ["held"])
+                _, error = worker.process.communicate(timeout=WATCHDOG_SECONDS)
+                self.assertEqual((worker.process.returncode, b"Traceback" in error), (0, False), error)
+
+    def test_draining_stdio(self) -> None:
+        with mock.patch("sys.stderr", io.StringIO()):
+            transport = vgi_rpc.SubprocessTransport(HARD_WORKER)
+            with vgi_rpc.RpcConnection(Hard, transport) as proxy:
+                found: list[Any] = []
+                thread = threading.Thread(target=lambda: found.append(proxy.hold(self.folder)))
+                thread.start()
+                await_file(self.folder, "begun")
+                transport.proc.send_signal(signal.SIGTERM)
+                pathlib.Path(self.folder, "go").touch()
+                thread.join(WATCHDOG_SECONDS)
+                self.assertEqual(found, ["held"])
+                self.assertEqual(transport.proc.wait(WATCHDOG_SECONDS), 0)
+
+    def test_a_deaf_worker_is_killed_and_reaped(self) -> None:
+        with mock.patch("sys.stderr", io.StringIO()), vgi_rpc.connect(Hard, HARD_WORKER) as proxy:
+            proxy.ask("q")
+            with self.assertRaises(vgi_rpc.DeadlineExceededError) as caught:
+                proxy.with_options(timeout=1.0).deaf(self.folder)
+            self.assertIs(caught.exception.code, vgi_rpc.Code.DEADLINE_EXCEEDED)
+            (process,) = os.listdir(self.folder)
+            with self.assertRaises(ProcessLookupError):  # a zombie would still be there
+                os.kill(int(process), 0)
+            with self.raises(TransportError, "closed"):
+                proxy.ask("q")
+
+    def test_deadlines_and_leaving_clients(self) -> None:
+        for arguments in (["--http"], ["--tcp", "0"], ["--unix", os.path.join(self.folder, "s2")]):
+            with self.subTest(arguments[0]), HardWorker(*arguments) as worker:
+                late, gone = tempfile.mkdtemp(dir=self.folder), tempfile.mkdtemp(dir=self.folder)
+                with worker.connect(timeout=0.5) as proxy, self.assertRaises(vgi_rpc.DeadlineExceededError) as caught:
+                    proxy.hold(late)
+                self.assertIs(caught.exception.code, vgi_rpc.Code.DEADLINE_EXCEEDED)
+                await_file(late, "cancelled")
+                family = socket.AF_UNIX if "--unix" in arguments else socket.AF_INET
+                body = hard_request("hold", folder=gone)
+                with socket.socket(family) as raw:
+                    raw.connect(worker.line[5:] if "--unix" in arguments else ("127.0.0.1", worker.port))
+                    head = http_head(f"Content-Length: {len(body)}", start="POST /Hard/hold HTTP/1.1") if arguments == ["--http"] else b""
+                    raw.sendall(head + body)
+                    await_file(gone, "begun")
+                await_file(gone, "cancelled")
+                with worker.connect() as proxy:
+                    self.assertEqual(proxy.ask("q"), "answer to q")
+
+
+class PoolTests(TestCase):
+    """Workers that are used again, and those that must not be."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        quiet = mock.patch("sys.stderr", io.StringIO())
+        quiet.start()
+        self.addCleanup(quiet.stop)
+
+    def test_reuse_per_command(self) -> None:
+        with vgi_rpc.WorkerPool(shm_size=64 << 20) as pool:
+            found = []
+            for command in (HARD_WORKER, HARD_WORKER, [*HARD_WORKER, "--idle-timeout", "9"], HARD_WORKER):
+                with pool.connect(Hard, command) as proxy:
+                    found.append(proxy.process_id())
+                    self.assertEqual((pool.active_count, pool.metrics.active), (1, 1))
+                    self.assertEqual(proxy.ask(str(len(found))), f"answer to {len(found)}")
+            self.assertEqual((found[0], found[0]), (found[1], found[3]))
+            self.assertNotEqual(found[0], found[2])
+            self.assertEqual(pool.metrics, vgi_rpc.PoolMetrics(4, 2, 2, 4, 0, 0, 0, 2, 0))
+            self.assertEqual((pool.idle_count, pool.active_count), (2, 0))
+        self.assertEqual((pool.idle_count, pool.metrics.discards), (0, 2))
+        with self.raises(TransportError, "closed"), pool.connect(Hard, HARD_WORKER):
+            pass
+        pool.close()
+
+    def test_a_left_stream_is_ended_and_a_left_proxy_is_refused(self) -> None:
+        with vgi_rpc.WorkerPool() as pool:
+            with pool.connect(Hard, HARD_WORKER) as left:
+                session = left.asking("q", 1000)
+                self.assertEqual(next(iter(session)).batch.to_pydict(), {"answer": ["q/0"]})
+            with pool.connect(Hard, HARD_WORKER) as proxy:
+                self.assertEqual(proxy.ask("new"), "answer to new")
+                with self.raises(TransportError, "closed"):
+                    left.ask("old")
+                with self.assertRaises(RpcError):
+                    session.tick()
+                with self.assertRaises(RpcError):
+                    proxy.broken("StopIteration").exchange(questions("q"))
+            with pool.connect(Hard, HARD_WORKER) as proxy:
+                self.assertEqual(proxy.ask("after an error"), "answer to after an error")
+            self.assertEqual((pool.metrics.spawns, pool.metrics.reuses), (1, 2))
+
+    def test_what_is_not_used_again(self) -> None:
+        with vgi_rpc.WorkerPool() as pool:
+            with pool.connect(Hard, HARD_WORKER) as proxy:
+                killed = proxy.process_id()
+            os.kill(killed, signal.SIGKILL)
+            os.waitid(os.P_PID, killed, os.WEXITED | os.WNOWAIT)
+            with pool.connect(Hard, HARD_WORKER) as proxy:
+                self.assertEqual(proxy.ask("q"), "answer to q")
+                with self.assertRaises(vgi_rpc.DeadlineExceededError):
+                    with tempfile.TemporaryDirectory() as folder:
+                        proxy.with_options(timeout=0.2).hold(folder)
+            with pool.connect(Hard, HARD_WORKER) as proxy:
+                self.assertEqual(proxy.ask("q"), "answer to q")
+            self.assertEqual(pool.metrics, vgi_rpc.PoolMetrics(3, 3, 0, 2, 2, 0, 0, 1, 0))
+        program = "import sys, os; sys.path.insert(0, sys.argv[1]); import test_vgi_rpc as h\nh.late_printer()"
+        with vgi_rpc.WorkerPool() as pool:
+            for _ in range(2):
+                with pool.connect(Hard, [sys.executable, "-c", program, str(HERE)]) as proxy:
+                    self.assertEqual(proxy.ask("q"), "answer to q")
+            self.assertEqual((pool.metrics.spawns, pool.metrics.reuses), (2, 0))
+        with self.raises(TransportError, "no/such"), vgi_rpc.WorkerPool() as pool, pool.connect(Hard, ["/no/such"]):
+            pass
+        self.assertEqual(pool.metrics, vgi_rpc.PoolMetrics(borrows=1))
+
+    def test_eviction_leaves_nothing(self) -> None:
+        def round_of(idle: int, timeout: float) -> vgi_rpc.PoolMetrics:
+            with vgi_rpc.WorkerPool(max_idle=idle, idle_timeout=timeout) as pool:
+                with pool.connect(Hard, HARD_WORKER) as one, pool.connect(Hard, HARD_WORKER) as two:
+                    self.assertNotEqual(one.process_id(), two.process_id())
+                while timeout < 1 and pool.idle_count:
+                    threading.Event().wait(0.02)
+                return pool.metrics
+
+        round_of(0, 60.0)
+        before = resources()
+        for idle, timeout, expected in ((0, 60.0, (0, 2, 0)), (1, 60.0, (0, 1, 1)), (4, 0.05, (2, 0, 0))):
+            found = round_of(idle, timeout)
+            with self.subTest(idle=idle, timeout=timeout):
+                self.assertEqual((found.evictions_idle, found.evictions_max, found.idle), expected)
+        self.assertEqual(resources(), before)
+
+    def test_many_threads(self) -> None:
+        with vgi_rpc.WorkerPool(max_idle=2) as pool:
+            wrong: list[str] = []
+
+            def work(name: str) -> None:
+                for i in range(5):
+                    with pool.connect(Hard, HARD_WORKER) as proxy:
+                        if proxy.ask(f"{name}{i}") != f"answer to {name}{i}":
+                            wrong.append(name)
+
+            threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            found = pool.metrics
+            self.assertEqual((wrong, found.borrows, found.returns, found.active), ([], 15, 15, 0))
+            self.assertEqual(found.spawns - found.evictions_max, found.idle)
+
+    def test_arguments(self) -> None:
+        for options in ({"max_idle": -1}, {"idle_timeout": 0.0}, {"idle_timeout": float("inf")}, {"shm_size": 0}, {"shm_size": "1"}):
+            with self.subTest(options=options), self.assertRaises(ValueError):
+                vgi_rpc.WorkerPool(**options)  # type: ignore[arg-type]
+        with vgi_rpc.WorkerPool() as pool, self.assertRaises(TypeError), pool.connect(Hard, "one string"):
+            pass
+
+    def test_options_of_a_proxy(self) -> None:
+        lines: list[Any] = []
+        with vgi_rpc.serve_pipe(Hard, HardImpl(), on_log=lines.append, timeout=30.0) as proxy:
+            other = proxy.with_options(timeout=None)
+            self.assertEqual((other._options.timeout, proxy._options.timeout), (None, 30.0))
+            other.log("log: surrogates")
+            self.assertEqual(len(lines), 1)
+            proxy.with_options(on_log=None).log("log: surrogates")
+            self.assertEqual(len(lines), 1)
+            self.assertEqual(vgi_rpc.with_options(proxy, timeout=5.0)._options.timeout, 5.0)
+            with self.raises(TypeError, "patience"):
+                proxy.with_options(patience=3)
+            with self.assertRaises(ValueError):
+                proxy.with_options(timeout=0)
+
+
+def late_printer() -> None:
+    """A worker that prints to its channel behind every answer."""
+
+    class Server(RpcServer):
+        def serve(self, transport: Any, **options: Any) -> None:
+            write = transport.channel.write
+            transport.channel.write = lambda pieces: write([*pieces, b"stray"])
+            super().serve(transport, **options)
+
+    vgi_rpc.serve_stdio(Server(Hard, HardImpl()))
+
+
+def resources() -> tuple[int, int, int]:
+    """Descriptors and threads of this process, and dead children that nobody reaped."""
+    descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    zombies = 0
+    with contextlib.suppress(OSError):
+        for child in pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            zombies += pathlib.Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return descriptors, threading.active_count(), zombies
+
+
+# -- G: the client
+
+
+class HostileServerTests(TestCase):
+    """A client on a byte stream whose server is hostile."""
+
+    def proxy(self, answer: bytes, **options: Any) -> Any:
+        return vgi_rpc.RpcConnection(Hard, vgi_rpc.Transport(MemoryChannel(answer), vgi_rpc.TransportKind.PIPE), **options)
+
+    def test_logs_without_end_meet_the_deadline(self) -> None:
+        ours, theirs = socket.socketpair()
+        schema = vgi_rpc.rpc_methods(Hard)["ask"].result_schema
+        log = ipc_bytes(schema, *[(vgi_rpc.empty_batch(schema), {b"vgi_rpc.log_level": b"INFO", b"vgi_rpc.log_message": b"x"})] * 100)[:-8]
+
+        def flood() -> None:
+            with contextlib.suppress(OSError), theirs:
+                theirs.sendall(log)
+                rest = log[log.index(b"\xff\xff\xff\xff", 8) :]
+                while True:
+                    theirs.sendall(rest)
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        before = rss()
+        with vgi_rpc.RpcConnection(Hard, vgi_rpc.Transport(vgi_rpc.SocketChannel(ours), vgi_rpc.TransportKind.TCP), timeout=0.5) as proxy:
+            with self.assertRaises(vgi_rpc.DeadlineExceededError):
+                proxy.ask("q")
+        thread.join(WATCHDOG_SECONDS)
+        self.assertLess(rss() - before, 64_000_000)
+
+    def test_answers(self) -> None:
+        schema = vgi_rpc.rpc_methods(Hard)["ask"].result_schema
+        honest = pa.RecordBatch.from_arrays([pa.array(["x"])], schema=schema)
+        for name, answer in {
+            "a head of 60 MB": b"\xff\xff\xff\xff" + struct.pack("<i", 60_000_000),
+            "a body of 2^62": tampered(ipc_bytes(NUMBERS, pa.RecordBatch.from_arrays([pa.array(range(1234567))], schema=NUMBERS))[:2000], struct.pack("<q", 1234567 * 8 + 48), struct.pack("<q", 2**62))
+            if struct.pack("<q", 1234567 * 8 + 48) in ipc_bytes(NUMBERS, pa.RecordBatch.from_arrays([pa.array(range(1234567))], schema=NUMBERS))[:2000] else b"\0",
+            "a bomb": compressed(pa.RecordBatch.from_arrays([pa.array(["x" * 50_000_000])], schema=schema))[:-2000],
+            "another column": ipc_bytes(NUMBERS, pa.RecordBatch.from_pydict({"n": [1]}, NUMBERS)),
+            "bad UTF-8": tampered(ipc_bytes(schema, pa.RecordBatch.from_arrays([pa.array(["xyzxyzxyz"])], schema=schema)), b"xyzxyzxyz", b"\xff" * 9),
+            "an error that is none": ipc_bytes(schema, (honest.slice(0, 0), {b"vgi_rpc.log_level": b"EXCEPTION", b"vgi_rpc.log_message": b"\xff", b"vgi_rpc.log_extra": b"[" * 100_000})),
+        }.items():
+            with self.subTest(name), self.proxy(answer) as proxy, self.assertRaises((RpcError, TypeError)):
+                before = rss()
+                try:
+                    proxy.ask("q")
+                finally:
+                    self.assertLess(rss() - before, 128_000_000)
+
+
+# -- the fuzzer
+
+SPECIAL = [0, 1, 2, 7, 8, 0x7F, 0x80, 0xFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+
+
+def mutated(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    """*data* with one to four faults in it."""
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        at = rng.randrange(len(out) + 1)
+        kind = rng.choice((0, 0, 0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7))
+        if kind == 0 and out:
+            out[min(at, len(out) - 1)] ^= 1 << rng.randrange(8)
+        elif kind == 1 and out:
+            out[min(at, len(out) - 1)] = rng.choice((0, 1, 0x20, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+        elif kind == 2:
+            width = rng.choice((2, 4, 8))
+            at -= at % width
+            out[at : at + width] = (rng.choice(SPECIAL) % 2 ** (8 * width)).to_bytes(width, "little")
+        elif kind == 3:
+            del out[at:]
+        elif kind == 4:
+            del out[at : at + rng.randrange(1, 20)]
+        elif kind == 5:
+            out[at:at] = rng.randbytes(rng.randrange(1, 20))
+        elif kind == 6:
+            start = rng.randrange(len(out) + 1)
+            out[at:at] = out[start : start + rng.randrange(1, 200)]
+        else:
+            other = rng.choice(others)
+            start = rng.randrange(len(other) + 1)
+            out[at : at + rng.randrange(40)] = other[start : start + rng.randrange(1, 200)]
+    return bytes(out)
+
+
+class Fuzzer:
+    """One server of each kind, and the corpora that are mutated; each case is made by seed and number alone."""
+
+    def __init__(self) -> None:
+        self.server = hard_server(max_request_bytes=8_000_000)
+        self.app = wsgi_client(self.server, max_request_bytes=8_000_000)
+        _, self.port, _ = in_thread(
+            vgi_rpc.serve_http, self.server, token_key=KEY, max_request_bytes=1_000_000, read_timeout=0.3, keep_alive_timeout=0.3
+        )
+        self.good = hard_request("ask", question="good")
+        many = hard_request("sizes", values=[1.0, 2.0, 3.0], names=["a", "bb", "ccc"])
+        point = hard_request("point", point=Point(3).serialize_to_bytes())
+        schema = pa.schema([("question", pa.utf8())])
+        exchange = hard_request("answering", name="n") + ipc_bytes(schema, questions("a", "b").batch, questions("c").batch)
+        ticks = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        producer = hard_request("asking", question="q", limit=2) + ipc_bytes(ticks.schema, ticks, ticks, ticks)
+        packed = compressed(sizes_batch([0.5] * 1000, ["x" * 100] * 20), request_metadata("sizes", b"Hard"))
+        describe = request_bytes("describe", {"protocol": "Hard"}, pa.schema([pa.field("protocol", pa.utf8(), nullable=False)]), **{"vgi_rpc.protocol": b"vgi_rpc.Reflection.v1"})
+        color = hard_request("color", color="RED")
+        more = {"one": ipc_bytes(NUMBERS, pa.RecordBatch.from_pydict({"n": [1]}, NUMBERS)), "more": [{"inner": {"n": 1}}] * 3}
+        self.requests = [hard_request("picky", **more), hard_request("date", date=datetime.datetime(2000, 1, 1)), self.good, many, point, exchange, producer, packed, describe, color, hard_request("nulls", values=[None, None])]
+        self.paths = ["picky", "date", "ask", "sizes", "point", "answering/init", "asking/init", "sizes", "ask", "color", "nulls"]
+        self.framed = [data for data, _ in FRAMING.values() if len(data) < 4000]
+        self.framed += [http_head(f"Content-Length: {len(self.good)}", start="POST /Hard/ask HTTP/1.1") + self.good] * 10
+        stream = self.app.post("/Hard/answering/init", hard_request("answering", name="n"))
+        self.tokens = {k: v for k, v in read_streams(stream.body)[-1][-1][1].items() if k in (STATE, CALL)}
+        self.replies = [b"".join(m.written) for m in map(self.served, self.requests)]
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def served(self, data: bytes) -> MemoryChannel:
+        channel = MemoryChannel(data)
+        self.server.serve(vgi_rpc.Transport(channel, vgi_rpc.TransportKind.PIPE))
+        return channel
+
+    def well_formed(self, written: bytes) -> str:
+        """Check that the server's bytes are whole streams; return what the last one was."""
+        outcome = "silence"
+        for items in read_streams(written):
+            errors = [b for b, m in items if m.get(b"vgi_rpc.log_level") == b"EXCEPTION"]
+            if errors:
+                assert error_of(items)["type"] not in INTERNAL, error_of(items)
+            outcome = "error" if errors else "answer"
+        return outcome
+
+    def core(self, rng: random.Random) -> str:
+        """A byte stream of one to three requests, mutated."""
+        data = b"".join(rng.choice(self.requests) for _ in range(rng.randrange(1, 4)))
+        outcome = self.well_formed(b"".join(self.served(mutated(data, self.requests, rng)).written))
+        (good,) = read_streams(b"".join(self.served(self.good).written))
+        assert good[0][0].to_pydict() == {"result": ["answer to good"]}, good
+        return outcome
+
+    def body(self, rng: random.Random) -> str:
+        """An HTTP body, through WSGI."""
+        at = rng.randrange(len(self.requests))
+        headers = {"content-encoding": rng.choice(("gzip", "zstd", ""))} if rng.random() < 0.2 else {}
+        data = mutated(self.requests[at], self.requests, rng)
+        if headers.get("content-encoding") and rng.random() < 0.5:
+            data = mutated(vgi_rpc.compress_body(data, headers["content-encoding"], 1), [data], rng)
+        reply = self.app.post(f"/Hard/{self.paths[at]}", data, **{k.replace("-", "_"): v for k, v in headers.items()})
+        return self.judged(reply)
+
+    def judged(self, reply: Reply) -> str:
+        assert reply.status in (200, 400, 404, 413, 415), reply
+        if reply.headers["content-type"] == ARROW:
+            assert self.well_formed(reply.body) == ("answer" if reply.status == 200 and "x-vgi-rpc-error" not in reply.headers else "error"), reply
+        assert self.app.post("/Hard/ask", self.good).status == 200
+        return str(reply.status)
+
+    def token(self, rng: random.Random) -> str:
+        """A turn with mutated tokens; none of them opens, unless it is the very one."""
+        tokens = dict(self.tokens)
+        for key in rng.choice(([STATE], [CALL], [STATE, CALL])):
+            tokens[key] = mutated(tokens[key], list(self.tokens.values()), rng)
+        reply = self.app.post("/Hard/answering/exchange", ipc_bytes(pa.schema([("question", pa.utf8())]), (questions("q").batch, tokens)))
+        assert (reply.status == 200) == (tokens == self.tokens), (reply, tokens)
+        return self.judged(reply)
+
+    def framing(self, rng: random.Random) -> str:
+        """A raw HTTP request, over a socket."""
+        data = mutated(rng.choice(self.framed), self.framed, rng)
+        with RawHttp(self.port) as raw:
+            raw.socket.settimeout(2.0)
+            raw.send(data)
+            with contextlib.suppress(OSError):
+                raw.socket.shutdown(socket.SHUT_WR)
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                answer = raw.file.read()
+        statuses = [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:] if part[:3].isdigit()]
+        assert not answer or answer.startswith(b"HTTP/1.1 "), answer[:200]
+        assert 500 not in statuses, (data, answer)
+        with RawHttp(self.port) as raw:
+            raw.send(self.framed[-1])
+            assert raw.answer().status == 200
+        return str(statuses[0]) if statuses else "closed"
+
+    def byte_client(self, rng: random.Random) -> str:
+        """Our client, on a byte stream whose server answers something else."""
+        answer = mutated(rng.choice(self.replies), self.replies, rng)
+        transport = vgi_rpc.Transport(MemoryChannel(answer), vgi_rpc.TransportKind.PIPE)
+        return self.called(vgi_rpc.RpcConnection(Hard, transport), rng)
+
+    def called(self, connection: Any, rng: random.Random) -> str:
+        with connection as proxy:
+            try:
+                which = rng.randrange(4)
+                if which == 0:
+                    assert isinstance(proxy.ask("q"), str)
+                elif which == 1:
+                    assert isinstance(proxy.sizes([1.0], ["a"]), int)
+                elif which == 2:
+                    for _ in zip(range(10), proxy.asking("q", 2)):
+                        pass
+                else:
+                    vgi_rpc.introspect(proxy)
+                return "answer"
+            except (RpcError, TypeError) as exc:
+                assert isinstance(exc, RpcError) or type(exc) is vgi_rpc.ParameterError, repr(exc)
+                return "error"
+
+    def http_client(self, rng: random.Random) -> str:
+        """Our HTTP client on a socket that already holds its answers."""
+        body = rng.choice(self.replies)
+        plain = http_answer(body, *rng.choice(((), ("Connection: close",), ("Content-Encoding: zstd",), ("Transfer-Encoding: chunked",))), length=rng.random() < 0.8)
+        answer = mutated(plain, self.framed, rng)
+
+        class Prepared(vgi_rpc.HttpConnections):
+            def _dial(self, deadline: Any) -> Any:
+                ours, theirs = socket.socketpair()
+                with theirs:
+                    theirs.sendall(answer[:100_000])
+                    theirs.shutdown(socket.SHUT_WR)
+                    kept.append(theirs.dup())
+                return vgi_rpc.SocketChannel(ours)
+
+        kept: list[socket.socket] = []
+        client = vgi_rpc.HttpClient(Prepared(vgi_rpc.HttpTarget.parse("http://x")), max_response_bytes=8_000_000)
+        client._capabilities = vgi_rpc.HttpServerCapabilities()
+        try:
+            return self.called(vgi_rpc.RpcConnection(Hard, client, timeout=5.0), rng)
+        finally:
+            for one in kept:
+                one.close()
+
+    def layout(self, rng: random.Random) -> str:
+        """A head that was learned, and others that differ only where it says that they may: the same as without learning."""
+        data = rng.choice(self.requests)
+        start = 8 + struct.unpack_from("<i", data, 4)[0]
+        head = data[start + 8 : start + 8 + struct.unpack_from("<i", data, start + 4)[0]]
+        if rng.random() < 0.5:  # a value of the metadata, or a vector, that lies over something else
+            at = rng.randrange(0, len(head) - 4, 4)
+            head = head[:at] + struct.pack("<I", rng.randrange(0, len(head), 4)) + head[at + 4 :]
+        else:
+            head = mutated(head, [head], rng)[: len(head)].ljust(len(head), b"\0")
+        outcome = "refused"
+        for _ in range(8):
+            found: list[Any] = []
+            for parse in (vgi_rpc.parse_message_head, lambda one: vgi_rpc._parse_head(one)[0]):
+                try:
+                    found.append(parse(head))
+                except (vgi_rpc.IPCError, struct.error, IndexError, ValueError, OverflowError, MemoryError):
+                    found.append(None)
+            if found[0] is not None:
+                outcome = "parsed"
+                found = [one._replace(nodes=tuple(one.nodes), buffers=tuple(one.buffers)) for one in found if one is not None]
+            assert len(found) == 2 and found[0] == found[1], (head, found)
+            try:
+                regions = vgi_rpc._parse_head(head)[1]
+            except (struct.error, IndexError, ValueError, OverflowError):
+                regions = []
+            if not regions:
+                break
+            at, size, _ = rng.choice(regions)
+            head = head[:at] + rng.randbytes(size) + head[at + size :]
+        return outcome
+
+    def plain(self, rng: random.Random) -> str:
+        """A short batch read without pyarrow: the same values as with it, or left to it."""
+        at = rng.randrange(len(self.requests))
+        info = vgi_rpc.rpc_methods(Hard)[self.paths[at].partition("/")[0]]
+        data = self.requests[at]
+        start = 8 + struct.unpack_from("<i", data, 4)[0]
+        damaged = data[:start] + mutated(data[start:], [data], rng)
+        try:
+            reader = vgi_rpc.IpcReader(vgi_rpc.BufferSource(damaged))
+            message = reader.next_message()
+            if message is None or info.params.plan is None or reader.facts is not info.params.plan.facts:
+                return "other"
+            columns = info.params.plan.read(reader, message)
+        except (vgi_rpc.IPCError, vgi_rpc._NotPlain, vgi_rpc.RequestTooLargeError):
+            return "left"
+        try:
+            batch = reader.decode(message)
+        except vgi_rpc.IPCError as exc:
+            assert "flatbuffer" in str(exc), (exc, damaged)  # pyarrow minds some of what is around the data
+            return "lenient"
+        assert repr(columns) == repr([c.to_pylist() for c in batch.columns]), (damaged, columns, batch.to_pydict())
+        return "same"
+
+    TARGETS = ("layout", "plain", "core", "body", "token", "framing", "byte_client", "http_client")
+
+
+INTERNAL = {"AttributeError", "IndexError", "KeyError", "NameError", "AssertionError", "struct.error", "error", "RecursionError", "UnboundLocalError", "UnicodeDecodeError", "UnicodeEncodeError", "MemoryError", "OverflowError"}
+
+
+def fuzz(argv: list[str]) -> None:
+    """Send what is almost right; the invariant: our error or a right answer, soon, in flat memory, and the next good call works."""
+    parser = argparse.ArgumentParser(prog="fuzz")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--only", type=int, default=None, help="run one case by its number")
+    options = parser.parse_args(argv)
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**9)
+    print(f"seed {seed}", flush=True)
+    setUpModule()
+    fuzzer, slowest, number, begun = Fuzzer(), 0.0, options.only or 0, 0
+    end = time.monotonic() + options.seconds
+    while time.monotonic() < end:
+        rng = random.Random(f"{seed}/{number}")
+        target = Fuzzer.TARGETS[number % len(Fuzzer.TARGETS)]
+        before, clock = rss(), time.monotonic()
+        try:
+            outcome = getattr(fuzzer, target)(rng)
+            took = time.monotonic() - clock
+            assert rss() - before < 100_000_000, f"{rss() - before} more bytes in memory"
+            assert took < 1.0 or number == 0, f"{took:.1f} s"
+        except BaseException:
+            traceback.print_exc()
+            raise SystemExit(f"FAILED: {target}; again: fuzz --seed {seed} --only {number}") from None
+        fuzzer.counts[f"{target} {outcome}"] += 1
+        slowest = max(slowest, took if number else 0.0)
+        begun = rss() if number == 2000 else begun
+        number += 1
+        if options.only is not None:
+            break
+    grown = (rss() - begun) / 1e6 if begun else 0.0
+    print(f"{number} cases, slowest {slowest:.3f} s, memory grew by {grown:.1f} MB after the first 2000")
+    for name, count in sorted(fuzzer.counts.items()):
+        print(f"  {name:24} {count}")
+    if grown > 100:
+        raise SystemExit(f"FAILED: memory grew; seed {seed}")
+
+
+# -- the soak
+
+
+class Soak:
+    """Clients, servers and faults at once; every answer is compared with its question."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.stopping, self.lock = seed, threading.Event(), threading.Lock()
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.wrong: list[str] = []
+        self.folder = tempfile.mkdtemp()
+        self.pool = vgi_rpc.WorkerPool(max_idle=2, idle_timeout=1.0, stderr=vgi_rpc.StderrMode.DEVNULL)
+        self.server = hard_server()
+        options = {"token_key": KEY, "read_timeout": 0.5, "keep_alive_timeout": 2.0, "max_connections": 64}
+        _, self.http_port, _ = in_thread(vgi_rpc.serve_http, self.server, **options)
+        _, self.tcp_port, _ = in_thread(vgi_rpc.serve_tcp, self.server, threaded=True)
+        self.unix, _ = in_thread(vgi_rpc.serve_unix, self.server, os.path.join(self.folder, "s"), threaded=True)
+        self.worker = HardWorker("--http")
+        self.worker_port = self.worker.port
+
+    def told(self, what: str, count: int = 1) -> None:
+        with self.lock:
+            self.counts[what] += count
+
+    def ask(self, proxy: Any, question: str) -> None:
+        """One call, one exchange, one producer; each answer must be to its own question."""
+        found = [proxy.ask(question)]
+        expected = [f"answer to {question}"]
+        with proxy.answering(question) as session:
+            for i in range(3):
+                found += session.exchange(questions(f"{question}-{i}")).batch.to_pydict()["answer"]
+                expected.append(f"{question}:{question}-{i}")
+        found += [b.batch.to_pydict()["answer"][0] for b in proxy.asking(question, 3)]
+        expected += [f"{question}/{i}" for i in range(3)]
+        if found != expected:
+            self.wrong.append(f"expected {expected}, got {found}")
+        self.told("answers", len(found))
+
+    def abandon(self, proxy: Any, question: str) -> None:
+        session = proxy.asking(question, 10**9)
+        for _, batch in zip(range(3), session):
+            if not batch.batch.to_pydict()["answer"][0].startswith(f"{question}/"):
+                self.wrong.append(question)
+        self.told("abandoned streams")
+
+    def clients(self, connect: Any, rng: random.Random, name: str) -> None:
+        """One connection: some calls, some streams that are left, some calls that take too long."""
+        for connection in (connect(timeout=20.0),):
+            with connection as proxy:
+                for i in range(rng.randrange(1, 6)):
+                    question = f"{name}-{rng.randrange(10**9)}"
+                    if rng.random() < 0.3:
+                        self.abandon(proxy, question)
+                    self.ask(proxy, question)
+                if rng.random() < 0.1:
+                    with self.assert_error():
+                        proxy.with_options(timeout=0.05).hold(tempfile.mkdtemp(dir=self.folder))
+                    self.told("deadlines")
+
+    @contextlib.contextmanager
+    def assert_error(self) -> Any:
+        try:
+            yield
+        except RpcError:
+            return
+        self.wrong.append("no error where there should be one")
+
+    def local(self, rng: random.Random) -> None:
+        kind = rng.randrange(3)
+        if kind == 0:
+            self.clients(lambda **o: vgi_rpc.http_connect(Hard, f"http://127.0.0.1:{self.http_port}", **o), rng, "http")
+        elif kind == 1:
+            self.clients(lambda **o: vgi_rpc.tcp_connect(Hard, "127.0.0.1", self.tcp_port, **o), rng, "tcp")
+        else:
+            self.clients(lambda **o: vgi_rpc.unix_connect(Hard, self.unix, **o), rng, "unix")
+
+    def pooled(self, rng: random.Random) -> None:
+        if rng.random() < 0.15:
+            with self.pool.connect(Hard, HARD_WORKER) as proxy:
+                process = proxy.process_id()
+                session = proxy.asking("killed", 10**9) if rng.random() < 0.5 else None
+                os.kill(process, signal.SIGKILL)
+                with self.assert_error():
+                    for _ in range(10_000):  # what was in the pipe may still be read
+                        session.tick() if session is not None else proxy.ask("q")
+                self.told("killed workers")
+        else:
+            self.clients(lambda **o: self.pool.connect(Hard, HARD_WORKER, **o), rng, "pool")
+
+    def hostile(self, rng: random.Random) -> None:
+        """Half-open, slow and broken clients."""
+        request = http_head("Content-Length: 480", start="POST /Hard/ask HTTP/1.1") + hard_request("ask", question="x" * 8)
+        http = rng.random() < 0.6
+        data = request if http else hard_request("asking", question="h", limit=10**9)
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.http_port if http else self.tcp_port), 2.0) as raw:
+            kind = rng.randrange(4)
+            if kind == 0:
+                raw.sendall(data[: rng.randrange(len(data))])
+            elif kind == 1:
+                for byte in data[:20]:
+                    raw.sendall(bytes([byte]))
+                    time.sleep(0.01)
+            elif kind == 2:
+                raw.sendall(mutated(data, [data], rng))
+                raw.shutdown(socket.SHUT_WR)
+                raw.recv(100)
+            else:
+                raw.sendall(data)
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if rng.random() < 0.3:
+                time.sleep(rng.random())
+        self.told("hostile clients")
+
+    def restarted(self, rng: random.Random) -> None:
+        """Calls to an HTTP server that is stopped or killed again and again: a right answer or an error that says so."""
+        try:
+            with vgi_rpc.http_connect(Hard, f"http://127.0.0.1:{self.worker_port}", timeout=10.0) as proxy:
+                self.ask(proxy, f"restart-{rng.randrange(10**9)}")
+        except RpcError as exc:
+            if exc.code is not vgi_rpc.Code.UNAVAILABLE:
+                self.wrong.append(f"while restarting: {exc!r}")
+            self.told("calls to a server that was not there")
+
+    def restarting(self, rng: random.Random) -> None:
+        with self.lock:
+            if self.stopping.is_set():
+                return
+        time.sleep(1.0 + rng.random())
+        self.worker.process.send_signal(rng.choice((signal.SIGTERM, signal.SIGKILL)))
+        self.worker.process.communicate()
+        self.worker = HardWorker("--http", "--port", str(self.worker_port))
+        self.told("restarts")
+
+    def loop(self, work: Any, number: int) -> None:
+        rng = random.Random(f"{self.seed}/{number}")
+        while not self.stopping.is_set():
+            try:
+                work(rng)
+            except BaseException as exc:
+                self.wrong.append(f"{work.__name__}: {exc!r}\n{traceback.format_exc()}")
+                self.stopping.set()
+
+    def run(self, seconds: float) -> None:
+        self.stopping.clear()
+        works = [self.local, self.local, self.pooled, self.pooled, self.hostile, self.hostile, self.restarted, self.restarting]
+        threads = [threading.Thread(target=self.loop, args=(work, n)) for n, work in enumerate(works)]
+        for thread in threads:
+            thread.start()
+        self.stopping.wait(seconds)
+        self.stopping.set()
+        for thread in threads:
+            thread.join()
+
+    def settled(self, before: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Resources once what must end has ended, for which it has ten seconds."""
+        end = time.monotonic() + 10.0
+        while resources() != before and time.monotonic() < end:
+            time.sleep(0.1)
+        return resources()
+
+    def close(self) -> None:
+        self.pool.close()
+        self.worker.__exit__()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def soak(argv: list[str]) -> None:
+    """Run everything at once for a while; at the end descriptors, threads and memory are where they were, and no answer was wrong."""
+    parser = argparse.ArgumentParser(prog="soak")
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--seed", type=int, default=None)
+    options = parser.parse_args(argv)
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**9)
+    print(f"seed {seed}", flush=True)
+    setUpModule()
+    soaking = Soak(seed)
+    try:
+        idle = resources()
+        soaking.run(min(20.0, options.seconds / 4))  # caches fill, pools of memory reach their size
+        before, memory = soaking.settled(idle), rss()
+        soaking.run(options.seconds)
+        after, grown = soaking.settled(before), (rss() - memory) / 1e6
+    finally:
+        soaking.close()
+    for name, count in sorted(soaking.counts.items()):
+        print(f"  {name:40} {count}")
+    print(f"  {soaking.pool.metrics}")
+    print(f"descriptors, threads, zombies: {before} before, {after} after; memory grew by {grown:.1f} MB")
+    if soaking.wrong or after > before and (after[0] > before[0] + 3 or after[1] > before[1] + 1 or after[2]) or grown > 32:
+        raise SystemExit("FAILED\n" + "\n".join(soaking.wrong[:5]))
+
+
+# ============================================================================
+# THE BENCHMARK: python test_vgi_rpc.py bench [--seconds 1]
+# ============================================================================
+
+
+class Measured(Protocol):
+    def add(self, a: float, b: float) -> float: ...
+    def echo(self, data: bytes) -> bytes: ...
+    def rows(self, n: int) -> Stream[ProducerState]: ...
+    def sums(self) -> Stream[ExchangeState]: ...
+
+
+@dataclass
+class MeasuredRows(ProducerState):
+    n: int
+    at: int = 0
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        if self.at >= self.n:
+            out.finish()
+            return
+        out.emit_pydict({"value": [float(self.at)]})
+        self.at += 1
+
+
+@dataclass
+class MeasuredSums(ExchangeState):
+    total: float = 0.0
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        self.total += sum(input.batch.column(0).to_pylist())
+        out.emit_pydict({"value": [self.total]})
+
+
+class MeasuredImpl:
+    def add(self, a: float, b: float) -> float:
+        return a + b
+
+    def echo(self, data: bytes) -> bytes:
+        return data
+
+    def rows(self, n: int) -> Stream[MeasuredRows]:
+        return Stream(VALUE, MeasuredRows(n))
+
+    def sums(self) -> Stream[MeasuredSums]:
+        return Stream(VALUE, MeasuredSums(), input_schema=VALUE)
+
+
+@contextlib.contextmanager
+def measured_server(*flags: str) -> Iterator[str]:
+    """A server process of the measured service; gives what stands behind the colon of its discovery line."""
+    command = [sys.executable, str(HERE / "test_vgi_rpc.py"), "measured", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            yield server.stdout.readline().strip().partition(":")[2]
+        finally:
+            server.terminate()
+
+
+@contextlib.contextmanager
+def measured_proxy(kind: str, folder: str) -> Iterator[Measured]:
+    """A proxy of the measured service over one transport; but for the first the server is a process of its own."""
+    if kind == "in process":
+        with vgi_rpc.serve_pipe(Measured, MeasuredImpl()) as proxy:
+            yield proxy
+    elif kind == "pipe":
+        with vgi_rpc.connect(Measured, [sys.executable, str(HERE / "test_vgi_rpc.py"), "measured"]) as proxy:
+            yield proxy
+    else:
+        flags = {"unix": ["--unix", os.path.join(folder, "s")], "tcp": ["--tcp", "0"], "http": ["--http"]}[kind]
+        with measured_server(*flags) as where:
+            if kind == "unix":
+                manager = vgi_rpc.unix_connect(Measured, where)
+            elif kind == "tcp":
+                manager = vgi_rpc.tcp_connect(Measured, *where.split(":"))
+            else:
+                manager = vgi_rpc.http_connect(Measured, f"http://127.0.0.1:{where}")
+            with manager as proxy:
+                yield proxy
+
+
+def rate(seconds: float, one: Any) -> float:
+    """How many units a second *one* does, which says how many each call was; the first call does not count."""
+    one()
+    done, started = 0, time.perf_counter()
+    while (spent := time.perf_counter() - started) < seconds:
+        done += one()
+    return done / spent
+
+
+def bench(argv: list[str]) -> None:
+    """Print what this machine does: calls, batches and turns a second, and megabytes a second of a 16 MiB echo."""
+    parser = argparse.ArgumentParser(prog="test_vgi_rpc.py bench")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each figure")
+    seconds = parser.parse_args(argv).seconds
+    ten, blob = AnnotatedBatch.from_pydict({"value": [float(i) for i in range(10)]}, VALUE), os.urandom(1 << 20) * 16
+    python, arrow = sys.version.split()[0], pa.__version__
+    print(f"vgi_rpc {vgi_rpc.__version__}, Python {python}, pyarrow {arrow}, {os.cpu_count()} CPUs, {time.strftime('%Y-%m-%d')}\n")
+    print("| transport | unary calls/s | producer batches/s | exchange turns/s | 16 MiB echo MB/s |")
+    print("|---|--:|--:|--:|--:|")
+    os.environ.setdefault("VGI_RPC_TOKEN_KEY", KEY.decode())
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("in process", "pipe", "unix", "tcp", "http"):
+            with measured_proxy(kind, folder) as proxy:
+                figures = [rate(seconds, lambda: len(str(proxy.add(a=1.0, b=2.0))) // 3)]
+                figures.append(rate(seconds, lambda: sum(b.batch.num_rows for b in proxy.rows(n=500))))
+                with proxy.sums() as session:
+                    figures.append(rate(seconds, lambda: session.exchange(ten).batch.num_rows))
+                figures.append(rate(seconds, lambda: len(proxy.echo(data=blob)) / 1e6))
+            print(f"| {kind} | " + " | ".join(f"{f:,.0f}" for f in figures) + " |", flush=True)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["worker"]:
+    sys.modules["test_vgi_rpc"] = sys.modules["__main__"]  # a worker's classes are those that its imports find
+    chosen, words = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
+    services = {
+        "worker": make_server,
+        "hard-worker": hard_server,
+        "measured": lambda: RpcServer(Measured, MeasuredImpl()),
+    }
+    commands = {"fuzz": fuzz, "soak": soak, "bench": bench}
+    if chosen in services:
         del sys.argv[1]
-        vgi_rpc.run_server(make_server())
+        vgi_rpc.run_server(services[chosen]())
+    elif chosen in commands:
+        commands[chosen](words)
     else:
         unittest.main()
