@@ -3781,10 +3781,16 @@ _MAX_IO_BYTES = 1 << 30  # per system call: some systems, and TLS, refuse 2 GiB 
 _MAX_POLL_SECONDS = 1e6  # poll(2) counts milliseconds in an int
 _TOO_LATE = "no answer within the time allowed"
 
+def _ready(fd: int, event: str, seconds: float = 0.0) -> bool:
+    """Whether the poll(2) *event*, a hang-up or a failure comes within *seconds*."""
+    import select
+    poll = select.poll()
+    poll.register(fd, getattr(select, event, 0))
+    return bool(poll.poll(int(min(seconds, _MAX_POLL_SECONDS) * 1000)))
+
 
 class ByteChannel(ByteSource):
     """One connection: bytes in, bytes out. Used by one thread at a time; `close` may come from any."""
-
     def __init__(self) -> None:
         self._buffer, self._at = b"", 0
         self.deadline: float | None = None  # ``time.monotonic()`` seconds at which reads and writes give up
@@ -3800,12 +3806,8 @@ class ByteChannel(ByteSource):
 
     def peer_gone(self) -> bool:
         """Whether the other side has hung up."""
-        import select
-
         try:
-            poll = select.poll()
-            poll.register(self.fileno(), getattr(select, "POLLRDHUP", 0))  # POLLHUP is always reported
-            return bool(poll.poll(0))
+            return _ready(self.fileno(), "POLLRDHUP")
         except (OSError, ValueError, AttributeError):
             return True
 
@@ -3888,14 +3890,12 @@ class ByteChannel(ByteSource):
             if sent:
                 views[0] = views[0][sent:]
 
-
 def _lost(exc: BaseException) -> TransportError:
     return TransportError(f"connection lost: {getattr(exc, 'strerror', None) or _text_of(exc)}")
 
 
 class FdChannel(ByteChannel):
     """A channel over two file descriptors, which it owns."""
-
     def __init__(self, read_fd: int, write_fd: int) -> None:
         super().__init__()
         self.read_fd, self.write_fd = read_fd, write_fd  # -1 once closed: the number may then be somebody else's
@@ -3923,18 +3923,14 @@ class FdChannel(ByteChannel):
 
     def _wait(self, side: str) -> None:
         """Wait until one side is ready, when there is a limit on waiting; a plain blocking call needs no wait."""
-        import select
-
         left = self._time_left()
         if self._blocking != (left is None):
             self._blocking = left is None
-            os.set_blocking(self.read_fd, self._blocking)
-            os.set_blocking(self.write_fd, self._blocking)
-        if left is not None:
-            poll = select.poll()
-            poll.register(getattr(self, side), select.POLLIN if side == "read_fd" else select.POLLOUT)
-            if not poll.poll(max(1, int(min(left, _MAX_POLL_SECONDS) * 1000))):
-                raise DeadlineExceededError(_TOO_LATE)
+            for fd in (self.read_fd, self.write_fd):
+                os.set_blocking(fd, self._blocking)
+        event = "POLLIN" if side == "read_fd" else "POLLOUT"
+        if left is not None and not _ready(getattr(self, side), event, max(0.001, left)):
+            raise DeadlineExceededError(_TOO_LATE)
 
     def _receive(self, size: int) -> bytes:
         return self._io("read_fd", os.read, size)
@@ -3949,15 +3945,13 @@ class FdChannel(ByteChannel):
 
     def close(self) -> None:
         with self._lock:
-            open_fds = [fd for fd in (self.write_fd, self.read_fd) if fd >= 0]
-            self.read_fd = self.write_fd = -1
-        for fd in open_fds:
+            fds, self.read_fd, self.write_fd = {self.write_fd, self.read_fd}, -1, -1
+        for fd in fds - {-1}:
             os.close(fd)
 
 
 class SocketChannel(ByteChannel):
     """A channel over a connected stream socket, plain or TLS, which it owns."""
-
     def __init__(self, connected: socket.socket) -> None:
         super().__init__()
         self.socket = connected
@@ -3991,15 +3985,12 @@ class SocketChannel(ByteChannel):
         return self._io(self.socket.send, pieces[0][:_MAX_IO_BYTES])
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self.socket:
             self.socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits in it, which close alone does not
-        with contextlib.suppress(OSError):
-            self.socket.close()
 
 
 class Transport:
     """A byte channel with a name and an owner: what `RpcConnection` and `RpcServer.serve` take."""
-
     peer = "the server"  # how error texts call the other side
 
     def __init__(self, channel: ByteChannel, kind: TransportKind, remote_addr: str = "") -> None:
@@ -4017,26 +4008,18 @@ class Transport:
         """Close without waiting for the other side."""
         self.close()
 
-
 class PipeTransport(Transport):
     """Two binary file objects that have a descriptor each and nothing buffered; closing the transport closes both."""
-
     def __init__(self, reader: Any, writer: Any) -> None:
         self.reader, self.writer = reader, writer
-        channel = FdChannel(os.dup(reader.fileno()), -1)
-        try:
-            channel.write_fd = os.dup(writer.fileno())
-        except BaseException:
-            channel.close()
-            raise
-        super().__init__(channel, TransportKind.PIPE)
+        fds = reader.fileno(), writer.fileno()
+        super().__init__(FdChannel(*map(os.dup, fds)), TransportKind.PIPE)
 
     def close(self) -> None:
         super().close()
         for f in (self.writer, self.reader):
             with contextlib.suppress(OSError, ValueError):
                 f.close()
-
 
 def _channel_pair() -> tuple[FdChannel, FdChannel]:
     """Two channels, each of which reads what the other writes."""
@@ -4051,36 +4034,27 @@ def _channel_pair() -> tuple[FdChannel, FdChannel]:
 
 def make_pipe_pair() -> tuple[Transport, Transport]:
     """Return two connected transports over a pair of pipes; the caller closes both."""
-    near, far = _channel_pair()
-    return Transport(near, TransportKind.PIPE), Transport(far, TransportKind.PIPE)
-
+    near, far = (Transport(channel, TransportKind.PIPE) for channel in _channel_pair())
+    return near, far
 
 class StderrMode(enum.Enum):
     """Where a worker's standard error goes."""
-
     INHERIT = "inherit"  # to ours; the last lines are also kept for error texts
     PIPE = "pipe"  # to a logger
     DEVNULL = "devnull"
 
 
 class SubprocessTransport(Transport):
-    """Starts a worker and talks to it over its stdin and stdout.
+    """Starts a worker, without a shell, and talks to it over its stdin and stdout.
 
-    Args:
-        cmd: Program and arguments; no shell is involved.
-        stderr: Where the worker's standard error goes.
-        stderr_logger: For ``StderrMode.PIPE``; default ``vgi_rpc.worker``.
-
-    Raises:
-        TransportError: The program cannot be started.
-        TypeError: *cmd* is one string.
+    *stderr_logger* is for ``StderrMode.PIPE``; default ``vgi_rpc.worker``. Raises `TransportError` when the program cannot
+    be started, `TypeError` when *cmd* is one string.
     """
 
     def __init__(
         self, cmd: Sequence[str], *, stderr: StderrMode = StderrMode.INHERIT, stderr_logger: logging.Logger | None = None
     ) -> None:
         import subprocess
-
         if isinstance(cmd, (str, bytes)):
             raise ParameterError(f"cmd: expected a list of program and arguments, got {cmd!r}; shlex.split makes one of it")
         self.command = list(cmd)
@@ -4116,10 +4090,10 @@ class SubprocessTransport(Transport):
                 self._lines.append(line.rstrip())
                 if log is not None:
                     log.info("%s", line.rstrip())
-                else:
-                    with contextlib.suppress(OSError, ValueError, AttributeError):  # a program may have no stderr
-                        sys.stderr.write(line)
-                        sys.stderr.flush()
+                    continue
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # a program may have no stderr
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
 
     def obituary(self) -> str:
         import subprocess
@@ -4142,7 +4116,6 @@ class SubprocessTransport(Transport):
 
     def _reap(self, patience: float) -> None:
         import subprocess
-
         self.channel.close()
         for act, wait in ((self.proc.poll, patience), (self.proc.terminate, 1.0), (self.proc.kill, 10.0)):
             act()
@@ -4150,9 +4123,7 @@ class SubprocessTransport(Transport):
                 self.proc.wait(wait)
                 break
         if self._pump.ident is not None:
-            # A grandchild may hold the worker's stderr open for ever; the thread is a daemon and does not keep us.
-            self._pump.join(1.0)
-
+            self._pump.join(1.0)  # not for ever: a grandchild may hold the worker's stderr open
 
 @contextlib.contextmanager
 def _connecting(where: str) -> Iterator[contextlib.ExitStack]:
@@ -4161,8 +4132,7 @@ def _connecting(where: str) -> Iterator[contextlib.ExitStack]:
         try:
             yield opened
         except (OSError, ValueError, OverflowError) as exc:
-            reason = _text_of(getattr(exc, "strerror", None) or exc)
-            raise TransportError(f"cannot connect to {where}: {reason}") from None
+            raise TransportError(f"cannot connect to {where}: {_text_of(getattr(exc, 'strerror', None) or exc)}") from None
         opened.pop_all()
 
 def connect_unix_socket(path: str, timeout: float | None = None) -> Transport:
@@ -4175,8 +4145,8 @@ def connect_unix_socket(path: str, timeout: float | None = None) -> Transport:
     return Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}")
 
 def connect_tcp_socket(
-    host: str, port: int, timeout: float | None = None,
-    tls_context: ssl.SSLContext | None = None, server_hostname: str | None = None
+    host: str, port: int, timeout: float | None = None, tls_context: ssl.SSLContext | None = None,
+    server_hostname: str | None = None
 ) -> socket.socket:
     """Connect to host and port, with TLS if there is a context; *timeout* in seconds. Raises `TransportError`."""
     with _connecting(f"{host}:{port}") as opened:
@@ -4199,7 +4169,6 @@ def connect_tcp_socket(
 @dataclass(frozen=True)
 class CallOptions:
     """How one proxy calls. Raises `ValueError` for a timeout or prefetch that is none."""
-
     on_log: Callable[[Message], None] | None = None  # takes the server's log lines; ``None`` drops them
     timeout: float | None = None  # seconds per call or turn, ``None`` for no limit
     ipc_validation: IpcValidation = IpcValidation.FULL  # how much of each answer is checked
@@ -4220,7 +4189,6 @@ class CallOptions:
 
 class ReplyItem(NamedTuple):
     """A batch of an answer that is not a log or an error."""
-
     kind: BatchKind
     reader: IpcReader
     message: BatchMessage
@@ -4237,18 +4205,12 @@ class ReplyItem(NamedTuple):
             shown = {k: v for k, v in shown.items() if k not in (STATE_KEY, CALL_STATE_KEY)}
         return AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
 
-
 def next_reply_item(reader: IpcReader, options: CallOptions) -> ReplyItem | None:
     """Read on to the next data or token batch, passing logs to ``on_log``; ``None`` at the end marker.
 
-    Raises:
-        RpcError: The answer is an error; the reader stands behind its batch.
-        IPCError: The bytes are not an answer.
+    Raises the `RpcError` that the answer is, with the reader behind its batch; `IPCError` when the bytes are no answer.
     """
-    while True:
-        message = reader.next_message()
-        if message is None:
-            return None
+    while (message := reader.next_message()) is not None:
         metadata = message.head.metadata
         kind = batch_kind(message.head.rows, metadata)
         if kind is BatchKind.LOG:
@@ -4260,6 +4222,7 @@ def next_reply_item(reader: IpcReader, options: CallOptions) -> ReplyItem | None
             raise IPCError(f"the answer points to {where}, which this client does not read")
         else:
             return ReplyItem(kind, reader, message)
+    return None
 
 def answer_call(call: Callable[..., _T], *args: Any) -> _T:
     """Read from an answer that is there as a whole: bytes in it that are not Arrow are the transport's failure."""
@@ -4278,24 +4241,17 @@ def _deliver_log(on_log: Callable[[Message], None] | None, metadata: _Metadata) 
 
 class ClientStream:
     """One stream as a client holds it; the interface under `StreamSession`."""
-
     header: Any = None  # the header row's batch, ``None`` when the method declares none
     done = False  # whether nothing more can be sent or read
     cut_off = ""  # why it ended, when that was neither its own end nor asked for
 
-    def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
-        """Send a batch, return the answer; ``None`` when the stream has finished."""
-        raise NotImplementedError
+    turn: Callable[[AnnotatedBatch], AnnotatedBatch | None]  # sends a batch for an answer; ``None``: the stream has finished
+    close: Callable[[], None]  # ends the stream; the connection stays usable
+    cancel: Callable[[], None]  # as `close`, and has the state's ``on_cancel`` run
 
     def next(self) -> AnnotatedBatch | None:
         """Return the answer to a tick without metadata, which may have been asked for ahead; else as `turn`."""
         return self.turn(_PLAIN_TICK)
-
-    def close(self) -> None:
-        """End the stream; the connection stays usable."""
-
-    def cancel(self) -> None:
-        """End the stream and have the state's ``on_cancel`` run."""
 
     def token(self) -> bytes:
         """Return what `resume` needs."""
@@ -4305,28 +4261,17 @@ class ClientStream:
         """Take over what `token` saved."""
         self.token()
 
-
 class ClientChannel:
     """How calls reach a server; the interface under a proxy."""
-
-    def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
-        """Call a unary method and return its result."""
-        raise NotImplementedError
-
-    def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
-        """Start a stream."""
-        raise NotImplementedError
+    unary: Callable[[RpcMethodInfo, pa.RecordBatch, CallOptions], Any]  # calls a method and returns its result
+    stream: Callable[[RpcMethodInfo, pa.RecordBatch, CallOptions], ClientStream]
+    close: Callable[[], None]  # gives back connections
 
     def resume(self, info: RpcMethodInfo, token: bytes, options: CallOptions) -> ClientStream:
         """Go on with a stream from a saved token."""
         raise RpcError("ProtocolError", "only streams over HTTP can be resumed", "")
 
-    def close(self) -> None:
-        """Give back connections."""
-
-
 _PLAIN_TICK = AnnotatedBatch(_TICK)
-
 
 def _tick(metadata: pa.KeyValueMetadata | Mapping[bytes, bytes] | None) -> AnnotatedBatch:
     if metadata is not None and not isinstance(metadata, pa.KeyValueMetadata):
@@ -4342,30 +4287,23 @@ class StreamSession:
 
     def __init__(self, stream: ClientStream, info: RpcMethodInfo) -> None:
         self._stream, self._info = stream, info
-        self._header: Any = None
-        if stream.header is not None:
-            assert info.header is not None
+        self.header: Any = None  # ``None`` when the method declares none
+        if stream.header is not None and info.header is not None:
             try:
-                self._header = info.header.from_batch(stream.header)
+                self.header = info.header.from_batch(stream.header)
             except _Mismatch as exc:
                 self.close()
                 raise exc.error(f"{info.name}() header") from None
 
-    @property
-    def header(self) -> Any:
-        """The stream's header, ``None`` when the method declares none."""
-        return self._header
-
     def typed_header(self, header_type: type[_T]) -> _T:
         """Return the header as *header_type*; raises `TypeError` when there is none, or one of another type."""
-        if not isinstance(self._header, header_type):
-            raise ParameterError(f"{self._info.name}() header: expected {header_type.__name__}, got {_got(self._header)}")
-        return self._header
+        if not isinstance(self.header, header_type):
+            raise ParameterError(f"{self._info.name}() header: expected {header_type.__name__}, got {_got(self.header)}")
+        return self.header
 
     def _turn(self, given: AnnotatedBatch | None) -> AnnotatedBatch | None:
         if self._stream.done:
-            how = self._stream.cut_off or "is closed"
-            raise RpcError("ProtocolError", f"the stream of {self._info.name}() {how}", "")
+            raise RpcError("ProtocolError", f"the stream of {self._info.name}() {self._stream.cut_off or 'is closed'}", "")
         return self._stream.next() if given is None else self._stream.turn(given)
 
     def __iter__(self) -> Iterator[AnnotatedBatch]:
@@ -4376,31 +4314,25 @@ class StreamSession:
         that off, for a producer with side effects. `tick` and `exchange` never ask ahead; a `tick` after an iteration
         first gets the batches that this one had asked for, and its metadata reaches the state on the turn behind them.
 
-        Raises:
-            RpcError: A turn failed, or another call on the connection ended the stream. The connection serves the next call.
+        Raises `RpcError` when a turn failed, or another call ended the stream; the connection serves the next call.
         """
-        while not self._stream.done or self._stream.cut_off:
-            answer = self._turn(None)
-            if answer is None:
-                return
+        while (not self._stream.done or self._stream.cut_off) and (answer := self._turn(None)) is not None:
             yield answer
 
     def tick(self, custom_metadata: pa.KeyValueMetadata | Mapping[bytes, bytes] | None = None) -> AnnotatedBatch:
         """Ask a producer for one batch; its state sees the metadata. Raises `StopIteration` at the end, `RpcError`."""
-        answer = self._turn(_tick(custom_metadata))
-        if answer is None:
+        if (answer := self._turn(_tick(custom_metadata))) is None:
             raise StopIteration
         return answer
 
     def exchange(self, input: AnnotatedBatch) -> AnnotatedBatch:
         """Send a batch and return the answer. Raises `RpcError`; `TypeError` for what is no batch."""
-        where = f"{self._info.name}() exchange"
+        where = f"{self._info.name}() exchange: expected"
         if not isinstance(input, AnnotatedBatch):
-            raise ParameterError(f"{where}: expected an AnnotatedBatch, got {_got(input)}; wrap it: AnnotatedBatch(batch)")
+            raise ParameterError(f"{where} an AnnotatedBatch, got {_got(input)}; wrap it: AnnotatedBatch(batch)")
         if not isinstance(input.batch, pa.RecordBatch):
-            raise ParameterError(f"{where}: expected a pyarrow.RecordBatch in the AnnotatedBatch, got {_got(input.batch)}")
-        answer = self._turn(input)
-        if answer is None:
+            raise ParameterError(f"{where} a pyarrow.RecordBatch in the AnnotatedBatch, got {_got(input.batch)}")
+        if (answer := self._turn(input)) is None:
             raise RpcError("ProtocolError", f"{self._info.name}() finished instead of answering", "")
         return answer
 
@@ -4444,7 +4376,6 @@ class StreamSession:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-
 def _was_answer(exc: RpcError) -> bool:
     """Whether the server sent this error: one made on this side is local and has no request id."""
     return not isinstance(exc, _LocalError) or bool(exc.request_id)
@@ -4452,7 +4383,6 @@ def _was_answer(exc: RpcError) -> bool:
 
 class ByteClient(ClientChannel):
     """Calls over one byte stream, one at a time; safe for use by several threads, which take turns."""
-
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self._lock = threading.Lock()
@@ -4466,9 +4396,8 @@ class ByteClient(ClientChannel):
     def exclusive(self, deadline: float | None) -> Iterator[ByteChannel]:
         """Hold the connection; whatever is not an answer breaks it for good.
 
-        Raises:
-            DeadlineExceededError: Other threads held it for too long; it stays usable.
-            RpcError: This thread holds it: ``on_log`` calls back.
+        Raises `DeadlineExceededError` when other threads held it for too long (it stays usable), `RpcError` when this
+        thread holds it: ``on_log`` calls back.
         """
         if self._caller == threading.get_ident():
             raise RpcError("ProtocolError", "a call is running on this connection: on_log cannot make another one on it", "")
@@ -4479,10 +4408,9 @@ class ByteClient(ClientChannel):
             self._caller = threading.get_ident()
             if self._broken:
                 raise TransportError(f"the connection is closed: {self._broken}")
-            channel = self.transport.channel
-            channel.deadline = deadline
+            self.transport.channel.deadline = deadline
             try:
-                yield channel
+                yield self.transport.channel
             except ParameterError:  # before a byte was sent
                 raise
             except (EOFError, _Refusal, RpcError) as exc:
@@ -4537,8 +4465,7 @@ class ByteClient(ClientChannel):
     def open_reply(self, request_id: str, options: CallOptions) -> tuple[IpcReader, ReplyItem | None]:
         """Open the next answer and read its first item, past the answer that a refused stream's input may have earned.
 
-        Raises:
-            RpcError: The answer is an error; it was read to its end.
+        Raises the `RpcError` that the answer is, which was then read to its end.
         """
         while True:
             reader = IpcReader(self.transport.channel, validation=options.ipc_validation)
@@ -4581,11 +4508,9 @@ class ByteClient(ClientChannel):
     def release(self) -> bool:
         """End an open stream and refuse further calls; return whether the transport may serve another client."""
         fit = False
-        with contextlib.suppress(RpcError):
-            if not self._broken:
-                with self.exclusive(time.monotonic() + 1.0):
-                    self._end_open("was ended with its connection")
-                    fit = True
+        with contextlib.suppress(RpcError), self.exclusive(time.monotonic() + 1.0):
+            self._end_open("was ended with its connection")
+            fit = True
         self._broken = self._broken or "it was closed here"
         return fit
 
@@ -4617,6 +4542,10 @@ class _ByteClientStream(ClientStream):
             self._writer = IpcWriter(self._client.transport.channel.write, schema)
         return self._writer
 
+    def _end_input(self) -> None:
+        self.done = True
+        self._input(EMPTY_SCHEMA).close()
+
     def _next(self) -> ReplyItem | None:
         """Read to the next item of the answer. The server's error ends the stream, not the connection."""
         try:
@@ -4629,8 +4558,7 @@ class _ByteClientStream(ClientStream):
                 if self._reader is not None:
                     self._reader.skip()
                 if not self.done:
-                    self._input(EMPTY_SCHEMA).close()
-                self.done = True
+                    self._end_input()
                 # A begun call reads our input to its end; a server that refused the call may take it for a request.
                 self._client._stray = True
             raise
@@ -4671,17 +4599,15 @@ class _ByteClientStream(ClientStream):
             return self._given(item)
 
     def _given(self, item: ReplyItem | None) -> AnnotatedBatch | None:
-        if item is not None:
-            self._in_flight -= 1
-            return item.annotated()
-        self.done = True
-        self._input(EMPTY_SCHEMA).close()
-        return None
+        if item is None:
+            self._end_input()
+            return None
+        self._in_flight -= 1
+        return item.annotated()
 
     def finish(self) -> None:
         """End both directions; the caller holds the connection."""
-        self.done = True
-        self._input(EMPTY_SCHEMA).close()
+        self._end_input()
         try:
             while self._next() is not None:
                 pass
@@ -4696,22 +4622,16 @@ class _ByteClientStream(ClientStream):
 
     def cancel(self) -> None:
         with self._client.exclusive(self._options.deadline):
-            if self.done:
-                return
-            writer = self._input(EMPTY_SCHEMA)
-            writer.write(empty_batch(writer.schema), {CANCEL_KEY: b"1"})
-            self.finish()
+            if not self.done:
+                writer = self._input(EMPTY_SCHEMA)
+                writer.write(empty_batch(writer.schema), {CANCEL_KEY: b"1"})
+                self.finish()
 
 
 class RpcConnection(Generic[_P]):
-    """A connection as a context manager that gives the typed proxy.
+    """A connection as a context manager that gives the typed proxy of *protocol*; the options are those of `CallOptions`.
 
-    Args:
-        protocol: The Protocol class.
-        transport: A byte transport, or another `ClientChannel`; closed on leaving, and when *protocol* has mistakes.
-        on_log: Takes the server's log lines.
-        timeout: Seconds per call or turn, ``None`` for no limit.
-        ipc_validation: How much of each answer is checked.
+    *transport*, which may also be another `ClientChannel`, is closed on leaving, and when *protocol* has mistakes.
     """
 
     def __init__(
@@ -4735,10 +4655,9 @@ class RpcConnection(Generic[_P]):
 
 class RpcProxy:
     """Calls a Protocol's methods on a server; each is an attribute. Made by the ``connect`` functions."""
-
-    _protocol: type
-    _channel: ClientChannel
-    _options: CallOptions
+    def __init__(self, protocol: type, channel: ClientChannel, options: CallOptions) -> None:
+        self._protocol, self._channel, self._options = protocol, channel, options
+        self.__dict__.update({i.name: _proxy_method(i, channel, options) for i in rpc_methods(protocol).values()})
 
     def __repr__(self) -> str:
         return f"<proxy of {self._protocol.__qualname__} over {type(self._channel).__name__}>"
@@ -4747,28 +4666,19 @@ class RpcProxy:
         """Return a proxy on the same connection with other options; those that are not given stay as they are.
 
         They are *timeout* (seconds per call or turn, ``None`` for none), *on_log*, *ipc_validation*, and *prefetch*: 1 has
-        iteration ask for one batch at a time (see `StreamSession.__iter__`), more for so many at most.
-
-        Raises:
-            TypeError: An option that is none of these.
+        iteration ask for one batch at a time (see `StreamSession.__iter__`), more for so many at most. Raises `TypeError`
+        for an option that is none of these.
         """
         known = ("timeout", "on_log", "ipc_validation", "prefetch")
         if not options.keys() <= set(known):
             raise TypeError(f"with_options: expected {', '.join(known)}, got {', '.join(sorted(options))}")
-        return make_proxy(self._protocol, self._channel, dataclasses.replace(self._options, **options))
+        return RpcProxy(self._protocol, self._channel, dataclasses.replace(self._options, **options))
 
     def __getattr__(self, name: str) -> Any:
         known = rpc_methods(self._protocol)
         raise AttributeError(f"{self._protocol.__qualname__} has no method {name!r}{_suggest(name, known)}")
 
-
-def make_proxy(protocol: type, channel: ClientChannel, options: CallOptions) -> RpcProxy:
-    """Return a proxy of *protocol* over *channel*."""
-    proxy = RpcProxy()
-    proxy._protocol, proxy._channel, proxy._options = protocol, channel, options
-    for info in rpc_methods(protocol).values():
-        proxy.__dict__[info.name] = _proxy_method(info, channel, options)
-    return proxy
+make_proxy = RpcProxy
 
 def _proxy_method(info: RpcMethodInfo, channel: ClientChannel, options: CallOptions) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -4776,7 +4686,6 @@ def _proxy_method(info: RpcMethodInfo, channel: ClientChannel, options: CallOpti
         if info.method_type is MethodType.UNARY:
             return channel.unary(info, batch, options)
         return StreamSession(channel.stream(info, batch, options), info)
-
     call.__name__, call.__doc__ = info.name, info.doc
     return call
 
@@ -4794,16 +4703,13 @@ def resume(proxy: Any, method: str, token: bytes) -> StreamSession:
         raise RpcError("ProtocolError", f"resume: {method!r} is not a stream of {proxy._protocol.__qualname__}", "")
     return StreamSession(proxy._channel.resume(info, token, proxy._options), info)
 
-
 def _reflection(target: Any, ipc_validation: IpcValidation = IpcValidation.FULL) -> Any:
     """A proxy of the reflection protocol on the connection of a proxy, a transport or a channel."""
-    timeout = None
-    if isinstance(target, RpcProxy):
-        timeout, target = target._options.timeout, target._channel
-    channel = ByteClient(target) if isinstance(target, Transport) else target
+    options, channel = (target._options, target._channel) if isinstance(target, RpcProxy) else (CallOptions(), target)
+    channel = ByteClient(channel) if isinstance(channel, Transport) else channel
     if not isinstance(channel, ClientChannel):
         raise TypeError(f"expected a proxy, a transport or a channel, got {_got(target)}")
-    return make_proxy(Reflection, channel, CallOptions(timeout=timeout, ipc_validation=ipc_validation))
+    return make_proxy(Reflection, channel, CallOptions(timeout=options.timeout, ipc_validation=ipc_validation))
 
 def list_protocols(target: Any) -> list[ProtocolSummary]:
     """Return what the server behind a proxy or transport hosts, the application's first; `RpcError` if it does not tell."""
@@ -4819,16 +4725,13 @@ def introspect(
     """Return the description of *protocol*, by default the primary one; raises as `list_protocols`."""
     proxy = _reflection(transport, ipc_validation)
     listed = cast("ProtocolList", proxy.list_protocols())
-    if protocol is None:
-        named = [p.protocol for p in listed.protocols if not p.protocol.startswith(RESERVED_PROTOCOL_PREFIX)]
-        protocol = (named or [REFLECTION_PROTOCOL])[0]
-    return _service_description(listed, proxy.describe(protocol=protocol))
-
+    named = (p.protocol for p in listed.protocols if not p.protocol.startswith(RESERVED_PROTOCOL_PREFIX))
+    name = next(named, REFLECTION_PROTOCOL) if protocol is None else protocol
+    return _service_description(listed, proxy.describe(protocol=name))
 
 @dataclass(frozen=True)
 class PoolMetrics:
     """What a `WorkerPool` has done so far, and what it holds: counts of workers."""
-
     borrows: int = 0  # times that `connect` was entered
     spawns: int = 0  # workers started for it …
     reuses: int = 0  # … or taken from the idle ones
@@ -4839,23 +4742,17 @@ class PoolMetrics:
     idle: int = 0
     active: int = 0
 
-
 class _IdleWorker(NamedTuple):
     command: tuple[str, ...]
     transport: SubprocessTransport
     since: float  # of time.monotonic()
     stray: bool  # see `ByteClient`
 
-
 def _is_quiet(transport: SubprocessTransport) -> bool:
     """Whether a worker lives, has not hung up, and has sent nothing that nobody asked for."""
-    import select
-
-    if transport.proc.poll() is not None or transport.channel.peek() or transport.channel.fileno() < 0:
-        return False
-    poll = select.poll()
-    poll.register(transport.channel.fileno(), select.POLLIN)  # hang-up and failure are reported in any case
-    return not poll.poll(0)
+    channel = transport.channel
+    alive = transport.proc.poll() is None and channel.fileno() >= 0
+    return alive and not channel.peek() and not _ready(channel.fileno(), "POLLIN")
 
 
 class WorkerPool:
@@ -4885,28 +4782,22 @@ class WorkerPool:
         self._changed = threading.Condition()
         self._idle: list[_IdleWorker] = []  # the longest idle one first
         self._evictor: threading.Thread | None = None  # lives only while somebody is idle
-        self._metrics, self._closed = PoolMetrics(), False
+        self._counts, self._closed = dataclasses.asdict(PoolMetrics()), False
 
     @property
     def metrics(self) -> PoolMetrics:
         """The counts as they are now."""
         with self._changed:
-            return dataclasses.replace(self._metrics, idle=len(self._idle))
+            return PoolMetrics(**{**self._counts, "idle": len(self._idle)})
 
-    @property
-    def idle_count(self) -> int:
-        """Workers that wait."""
-        return self.metrics.idle
+    idle_count = property(lambda self: self.metrics.idle, doc="Workers that wait.")
 
-    @property
-    def active_count(self) -> int:
-        """Workers that serve a connection."""
-        return self.metrics.active
+    active_count = property(lambda self: self.metrics.active, doc="Workers that serve a connection.")
 
     def _count(self, **changes: int) -> None:
         with self._changed:
-            now = {name: getattr(self._metrics, name) + change for name, change in changes.items()}
-            self._metrics = dataclasses.replace(self._metrics, **now)
+            for name, change in changes.items():
+                self._counts[name] += change
 
     @contextlib.contextmanager
     def connect(
@@ -4915,15 +4806,13 @@ class WorkerPool:
     ) -> Iterator[_P]:
         """Give a proxy to a worker of that command; on leaving, an open stream is ended and the worker goes back.
 
-        Raises:
-            TransportError: On entering: the program cannot be started, or the pool is closed; from a call: it has died.
+        Raises `TransportError` on entering when the program cannot be started or the pool is closed, from a call when it died.
         """
-        client = self._borrow(cmd)
+        client, fit = self._borrow(cmd), False
         transport = cast("SubprocessTransport", client.transport)
         try:
             yield cast("_P", RpcConnection(protocol, client, on_log, timeout=timeout, ipc_validation=ipc_validation)._proxy)
         finally:
-            fit = False
             try:
                 fit = client.release() and _is_quiet(transport)
             finally:
@@ -4936,28 +4825,26 @@ class WorkerPool:
                 if self._closed:
                     raise TransportError("the pool is closed")
                 found = next((i for i in reversed(self._idle) if i.command == tuple(cmd)), None)
-                if found is None:
-                    break
-                self._idle.remove(found)
-            if _is_quiet(found.transport):
-                self._count(reuses=1, active=1)
-                client = ByteClient(found.transport)
+                if found is not None:
+                    self._idle.remove(found)
+            if found is None:
+                client, came = ByteClient(self._start(cmd)), "spawns"
+            elif _is_quiet(found.transport):
+                client, came = ByteClient(found.transport), "reuses"
                 client._stray = found.stray
-                return client
-            self._count(discards=1)
-            found.transport.abort()
-        client = ByteClient(self._start(cmd))
-        self._count(spawns=1, active=1)
-        return client
+            else:
+                self._count(discards=1)
+                found.transport.abort()
+                continue
+            self._count(active=1, **{came: 1})
+            return client
 
     def _give_back(self, worker: _IdleWorker, fit: bool) -> None:
         with self._changed:
             kept = fit and not self._closed
-            self._count(active=-1, returns=kept, discards=not kept)
-            if kept:
-                self._idle.append(worker)
+            self._idle += [worker] if kept else []
             surplus = [self._idle.pop(0)] if len(self._idle) > self.max_idle else []
-            self._count(evictions_max=len(surplus))
+            self._count(active=-1, returns=kept, discards=not kept, evictions_max=len(surplus))
             if self._idle and self._evictor is None:
                 self._evictor = threading.Thread(target=self._evict, daemon=True, name="vgi_rpc pool")
                 self._evictor.start()
@@ -5014,8 +4901,7 @@ class RpcServer(ServerCore):
         protocol: The Protocol class, or a plain class that serves as its own.
         implementation: The object that serves it.
         extra_protocols: Further (protocol, implementation) pairs, with unique names.
-        server_id: 12 hex characters; made up by default.
-        server_version: Free text, shown by reflection.
+        server_id, server_version: 12 hex characters, made up by default; free text, shown by reflection.
         enable_describe: Whether reflection and the pages answer.
         ipc_validation: How much of each incoming batch is checked; default: every value.
         include_tracebacks: Whether errors carry the server's traceback.
@@ -5040,7 +4926,6 @@ class RpcServer(ServerCore):
 
 class _ByteServing:
     """Serves one byte channel, request after request."""
-
     def __init__(self, server: ServerCore, transport: Transport, auth: AuthContext) -> None:
         self._server, self._channel = server, transport.channel
         self._caller = Caller(transport.kind, auth, transport.remote_addr, gone=transport.channel.peer_gone)
@@ -5074,8 +4959,7 @@ class _ByteServing:
 
     def _serve_stream(self, reader: IpcReader) -> bool:
         orphan_expected, self._orphan_expected = self._orphan_expected, False
-        request_id = ""
-        request = None
+        request_id, request = "", None
         try:
             request = Request(reader)
             if orphan_expected and not {METHOD_KEY, REQUEST_VERSION_KEY} & request.metadata.keys():
@@ -5111,22 +4995,21 @@ class _ByteServing:
                 call.record.statistics.input_batches += 1
                 call.record.statistics.input_rows += request.rows
                 turn = call.begin(arguments)
-            if call.stream is not None:
-                if turn.items:
-                    self._write(turn.schema, turn.items)
-                self._serve_turns(call, call.stream)
+            if call.stream is None:
+                self._orphan_expected = bound.info.method_type is MethodType.STREAM
+                self._write(EMPTY_SCHEMA if turn.error is not None and bound.info.header is not None else turn.schema, turn.items)
                 return
-            self._orphan_expected = bound.info.method_type is MethodType.STREAM
-            schema = EMPTY_SCHEMA if turn.error is not None and bound.info.header is not None else turn.schema
-            self._write(schema, turn.items)
+            if turn.items:
+                self._write(turn.schema, turn.items)
+            self._serve_turns(call, call.stream)
         finally:
             call.end()
 
     def _serve_turns(self, call: Call, stream: Stream[Any, Any]) -> None:
         """Lockstep: a batch comes, a turn answers, until either side ends (WIRE section 5)."""
-        reader = self._reader()
-        writer = IpcWriter(self._channel.write, stream.output_schema)
-        while True:
+        reader, writer = self._reader(), IpcWriter(self._channel.write, stream.output_schema)
+        finished = False
+        while not finished:
             try:
                 item = reader.next()
             except _Refusal as exc:
@@ -5137,14 +5020,11 @@ class _ByteServing:
                     if batch is not None:
                         call.cancel()
                     writer.close()
-                    reader.skip()
-                    return
+                    break
                 turn = call.turn(AnnotatedBatch(batch, pa.KeyValueMetadata(metadata) if metadata else None))
-            writer.write_all(turn.items, close=turn.finished)
-            if turn.finished:
-                reader.skip()
-                return
-
+            finished = turn.finished
+            writer.write_all(turn.items, close=finished)
+        reader.skip()
 
 @contextlib.contextmanager
 def _stop_signals(
@@ -5156,7 +5036,6 @@ def _stop_signals(
     in another thread nothing changes.
     """
     import signal
-
     waiting = threading.main_thread()
     if threading.current_thread() is not waiting:
         yield
@@ -5185,12 +5064,10 @@ def _stop_signals(
         for number, handler in old.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
-
 def serve_stdio(server: RpcServer) -> None:
-    """Serve the parent process on stdin and stdout until it closes them.
+    """Serve the parent process on stdin and stdout until it closes them; SIGTERM and SIGINT let the running call finish.
 
-    While serving, descriptor 1 is standard error: whatever prints to stdout cannot break the channel. SIGTERM and SIGINT
-    let the running call finish.
+    While serving, descriptor 1 is standard error: whatever prints to stdout cannot break the channel.
     """
     write_fd = os.dup(1)
     transport = Transport(FdChannel(os.dup(0), write_fd), TransportKind.PIPE)  # not inherited by children of the methods
@@ -5206,20 +5083,15 @@ def serve_stdio(server: RpcServer) -> None:
         os.dup2(write_fd, 1)
         transport.close()
 
-
 def _flush_stdout() -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none at all
         sys.stdout.flush()
 
 class Listener:
-    """Accepts connections and gives each to a handler, until told to stop or idle for too long.
+    """Accepts connections on a bound socket, which it owns, and has each served to its end, until stopped or idle too long.
 
-    Args:
-        listening: The bound socket, which it owns.
-        handle: Serves one connection to its end.
-        threaded: A thread for each connection, or one after the other.
-        max_connections: At most so many at a time; further ones wait to be accepted.
-        idle_timeout: Seconds without a connection after which `run` returns; ``None`` for never.
+    *threaded*: a thread for each connection, else one after the other. At most *max_connections* at a time, further ones
+    wait. `run` returns after *idle_timeout* seconds without a connection; ``None`` for never.
     """
 
     def __init__(
@@ -5277,12 +5149,11 @@ class Listener:
     def _wait(self, seconds: float | None) -> bool:
         """Wait for a connection to accept, a wake-up or the end of *seconds*; return whether it is a connection."""
         import selectors
-
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_read, selectors.EVENT_READ)
             if self._max is None or len(self._connections) < self._max:
                 selector.register(self._socket, selectors.EVENT_READ)
-            ready = [key.fileobj for key, _ in selector.select(None if seconds is None else max(0.0, seconds))]
+            ready = [key.fileobj for key, _ in selector.select(seconds)]
         if self._wake_read in ready:
             self._wake_read.recv(4096)
         return self._socket in ready and not self._stopping
@@ -5299,9 +5170,8 @@ class Listener:
         if not self._threaded:
             self._serve(connected, address)
             return
-        thread = threading.Thread(target=self._serve, args=(connected, address), daemon=True, name="vgi_rpc connection")
         try:
-            thread.start()
+            threading.Thread(target=self._serve, args=(connected, address), daemon=True, name="vgi_rpc connection").start()
         except RuntimeError as exc:
             logger.error("connection refused: %s", exc)
             self._forget(connected)
@@ -5330,36 +5200,35 @@ class Listener:
         self._wake_read.close()
         self._wake_write.close()
 
-
 def run_listener(
-    server: ServerCore, listener: Listener, grace: float = DRAIN_GRACE_SECONDS, on_bound: Callable[[], object] = lambda: None
+    server: ServerCore, listener: Listener, grace: float = DRAIN_GRACE_SECONDS,
+    on_bound: Callable[..., object] | None = None, *address: Any
 ) -> None:
     """Run *listener* until SIGTERM, SIGINT or its end; then let running calls finish for *grace* seconds, and close.
 
-    *on_bound* is called once signals are handled: who is told of the address may stop us.
+    *on_bound* is called with the address once signals are handled: who is told of it may stop us.
     """
     try:
         with _stop_signals(server, grace, listener.stop):
-            on_bound()
+            if on_bound is not None:
+                on_bound(*address)
             listener.run()
             if server.draining:
                 listener.run_while(lambda: server.drain(grace))
     finally:
         listener.close()
 
-
 def serve_unix(
     server: RpcServer, path: str, *, threaded: bool = False, max_connections: int | None = None,
     idle_timeout: float | None = None, on_bound: Callable[[str], None] | None = None
 ) -> None:
-    """Serve on a Unix socket until SIGTERM, SIGINT or *idle_timeout* seconds without a connection.
+    """Serve on a Unix socket until SIGTERM, SIGINT or *idle_timeout* seconds (``None`` for never) without a connection.
 
     Args:
         server: What to serve.
         path: Where the socket is made, readable by its owner alone; a dead one is replaced, and it is removed at the end.
         threaded: A thread for each connection; otherwise one after the other.
         max_connections: At most so many at a time.
-        idle_timeout: Seconds; ``None`` for never.
         on_bound: Called with the path once connections are accepted.
 
     Raises:
@@ -5369,8 +5238,7 @@ def serve_unix(
     def handle(connected: socket.socket, address: Any) -> None:
         server.serve(Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}"))
 
-    listening = socket.socket(socket.AF_UNIX)
-    try:
+    with socket.socket(socket.AF_UNIX) as listening:
         _remove_dead_socket(path)
         old = os.umask(0o077)
         try:
@@ -5380,31 +5248,25 @@ def serve_unix(
         made = os.stat(path).st_ino
         listening.listen(128)
         listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
-    except BaseException:
-        listening.close()
-        raise
-    try:
-        run_listener(server, listener, on_bound=lambda: on_bound(path) if on_bound is not None else None)
-    finally:
-        with contextlib.suppress(OSError):
-            if os.stat(path).st_ino == made:
-                os.unlink(path)
+        try:
+            run_listener(server, listener, DRAIN_GRACE_SECONDS, on_bound, path)
+        finally:
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_ino == made:
+                    os.unlink(path)
 
 def _remove_dead_socket(path: str) -> None:
     """Remove a socket file behind which nobody listens any more."""
     import stat
-
     try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            return
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(1.0)
-            probe.connect(path)
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(1.0)
+                probe.connect(path)
     except ConnectionRefusedError:
         os.unlink(path)
     except OSError:
         pass
-
 
 def listen_tcp(host: str, port: int) -> socket.socket:
     """Bind and listen; *port* 0 takes a free one. Raises `OSError`."""
@@ -5425,7 +5287,6 @@ def _start_tls(connected: socket.socket, tls_context: ssl.SSLContext | None) -> 
 def _address_text(address: Any) -> str:
     return f"{address[0]}:{address[1]}" if isinstance(address, tuple) and len(address) >= 2 else ""
 
-
 def serve_tcp(
     server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, threaded: bool = False,
     max_connections: int | None = None, idle_timeout: float | None = None,
@@ -5434,10 +5295,8 @@ def serve_tcp(
     """Serve on TCP; what is not said here is as in `serve_unix`. Only *tls_context* can authenticate clients.
 
     Args:
-        server: What to serve.
         host: Address to bind; by default only this machine reaches it.
-        port: 0 takes a free one.
-        on_bound: Called with host and port once connections are accepted.
+        port: 0 takes a free one; *on_bound* is called with host and port once connections are accepted.
         tls_context: Server-side context of the standard library's ``ssl``; ``None`` for plain TCP.
 
     Raises:
@@ -5457,7 +5316,7 @@ def serve_tcp(
     listening = listen_tcp(host, port)
     bound_port = listening.getsockname()[1]
     listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
-    run_listener(server, listener, on_bound=lambda: on_bound(host, bound_port) if on_bound is not None else None)
+    run_listener(server, listener, DRAIN_GRACE_SECONDS, on_bound, host, bound_port)
 
 
 # ============================================================================
