@@ -3901,7 +3901,6 @@ class FdChannel(ByteChannel):
         self.read_fd, self.write_fd = read_fd, write_fd  # -1 once closed: the number may then be somebody else's
         if sys.platform == "linux":
             import fcntl
-
             with contextlib.suppress(OSError, ValueError):  # not a pipe, or the user's share of pipe memory is used up
                 fcntl.fcntl(write_fd, 1031, _PIPE_BYTES)  # F_SETPIPE_SZ, which Python 3.10 does not name
         self._blocking = True
@@ -3992,6 +3991,7 @@ class SocketChannel(ByteChannel):
 class Transport:
     """A byte channel with a name and an owner: what `RpcConnection` and `RpcServer.serve` take."""
     peer = "the server"  # how error texts call the other side
+    stray = False  # an input stream was sent that a refusing server may have taken for a request
 
     def __init__(self, channel: ByteChannel, kind: TransportKind, remote_addr: str = "") -> None:
         self.channel, self.kind, self.remote_addr = channel, kind, remote_addr
@@ -4051,6 +4051,8 @@ class SubprocessTransport(Transport):
     be started, `TypeError` when *cmd* is one string.
     """
 
+    idle_since = 0.0  # of `time.monotonic`, for a `WorkerPool`
+
     def __init__(
         self, cmd: Sequence[str], *, stderr: StderrMode = StderrMode.INHERIT, stderr_logger: logging.Logger | None = None
     ) -> None:
@@ -4065,20 +4067,12 @@ class SubprocessTransport(Transport):
         target = subprocess.DEVNULL if stderr is StderrMode.DEVNULL else subprocess.PIPE
         channel, theirs = _channel_pair()
         super().__init__(channel, TransportKind.PIPE)
-        try:
-            self.proc = subprocess.Popen(self.command, stdin=theirs.read_fd, stdout=theirs.write_fd, stderr=target)
-        except BaseException as exc:
-            channel.close()
-            if not isinstance(exc, (OSError, ValueError, IndexError, TypeError)):
-                raise
-            raise TransportError(f"{self.peer} cannot be started: {_text_of(exc)}") from None
-        finally:
-            theirs.close()
-        try:
+        with _opening(f"{self.peer} cannot be started", IndexError, TypeError) as opened:
+            opened.callback(channel.close)
+            with contextlib.closing(theirs):
+                self.proc = subprocess.Popen(self.command, stdin=theirs.read_fd, stdout=theirs.write_fd, stderr=target)
+            opened.callback(self.abort)
             self._pump.start()
-        except BaseException:
-            self.abort()
-            raise
 
     def _forward_stderr(self, log: logging.Logger | None) -> None:
         source = self.proc.stderr
@@ -4097,7 +4091,6 @@ class SubprocessTransport(Transport):
 
     def obituary(self) -> str:
         import subprocess
-
         try:
             status = self.proc.wait(1.0)
             self._pump.join(1.0)
@@ -4126,18 +4119,19 @@ class SubprocessTransport(Transport):
             self._pump.join(1.0)  # not for ever: a grandchild may hold the worker's stderr open
 
 @contextlib.contextmanager
-def _connecting(where: str) -> Iterator[contextlib.ExitStack]:
-    """Turn failures into `TransportError`, and close what the stack was given."""
+def _opening(failure: str, *errors: type[Exception]) -> Iterator[contextlib.ExitStack]:
+    """Turn failures, also the further *errors*, into `TransportError`, and close what the stack was given."""
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, OverflowError, *errors)
     with contextlib.ExitStack() as opened:
         try:
             yield opened
-        except (OSError, ValueError, OverflowError) as exc:
-            raise TransportError(f"cannot connect to {where}: {_text_of(getattr(exc, 'strerror', None) or exc)}") from None
+        except failures as exc:
+            raise TransportError(f"{failure}: {_text_of(getattr(exc, 'strerror', None) or exc)}") from None
         opened.pop_all()
 
 def connect_unix_socket(path: str, timeout: float | None = None) -> Transport:
     """Connect to a Unix socket; *timeout* in seconds. Raises `TransportError`."""
-    with _connecting(f"unix:{path}") as opened:
+    with _opening(f"cannot connect to unix:{path}") as opened:
         connected = opened.enter_context(socket.socket(socket.AF_UNIX))
         connected.settimeout(timeout)
         connected.connect(path)
@@ -4149,7 +4143,7 @@ def connect_tcp_socket(
     server_hostname: str | None = None
 ) -> socket.socket:
     """Connect to host and port, with TLS if there is a context; *timeout* in seconds. Raises `TransportError`."""
-    with _connecting(f"{host}:{port}") as opened:
+    with _opening(f"cannot connect to {host}:{port}") as opened:
         connected = opened.enter_context(socket.create_connection((host, port), timeout=timeout))
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls_context is not None:
@@ -4337,10 +4331,7 @@ class StreamSession:
         return answer
 
     def token(self) -> bytes:
-        """Return bytes from which `resume` goes on behind the last batch that was handed out; HTTP only.
-
-        They hold the state, signed and readable: keep them as you would keep the data.
-        """
+        """Return what `resume` needs to go on behind the last batch handed out; HTTP only. It is signed, and readable."""
         return self._stream.token()
 
     def next_with_token(self, custom_metadata: pa.KeyValueMetadata | None = None) -> tuple[AnnotatedBatch | None, bytes | None]:
@@ -4390,7 +4381,6 @@ class ByteClient(ClientChannel):
         self._open: _ByteClientStream | None = None
         self._broken = ""  # why the connection is closed
         self._between = False  # whether a stream is expected next: what comes else is text that something printed
-        self._stray = False  # an input stream was sent that a refusing server may have taken for a request
 
     @contextlib.contextmanager
     def exclusive(self, deadline: float | None) -> Iterator[ByteChannel]:
@@ -4470,7 +4460,7 @@ class ByteClient(ClientChannel):
         while True:
             reader = IpcReader(self.transport.channel, validation=options.ipc_validation)
             self._between = False
-            stray, self._stray = self._stray, False
+            stray, self.transport.stray = self.transport.stray, False
             try:
                 return reader, next_reply_item(reader, options)
             except RpcError as exc:
@@ -4483,9 +4473,8 @@ class ByteClient(ClientChannel):
 
     def _send_request(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> str:
         self._end_open("was ended by another call on its connection; read it to its end first, or connect twice")
-        request_id = new_request_id()
+        request_id, self._between = new_request_id(), True
         metadata = request_metadata(info, options.version, request_id, options.timeout)
-        self._between = True
         self.transport.channel.write([stream_bytes(batch.schema, [(batch, metadata)])])
         return request_id
 
@@ -4530,12 +4519,10 @@ class _ByteClientStream(ClientStream):
 
     def read_header(self, name: str) -> None:
         """Read the header stream that precedes the data; an error in its place ends the stream."""
-        item = self._next()
-        if item is None:
+        if (item := self._next()) is None:
             raise IPCError(f"{name}(): expected a header, got an end of stream")
-        self.header = item.annotated().batch
+        self.header, self._reader = item.annotated().batch, None
         item.reader.skip()
-        self._reader = None
 
     def _input(self, schema: pa.Schema) -> IpcWriter:
         if self._writer is None:
@@ -4560,7 +4547,7 @@ class _ByteClientStream(ClientStream):
                 if not self.done:
                     self._end_input()
                 # A begun call reads our input to its end; a server that refused the call may take it for a request.
-                self._client._stray = True
+                self._client.transport.stray = True
             raise
 
     def _check_open(self) -> None:
@@ -4694,10 +4681,7 @@ def with_options(proxy: _P, **options: Any) -> _P:
     return cast("_P", RpcProxy.with_options(cast("RpcProxy", proxy), **options))
 
 def resume(proxy: Any, method: str, token: bytes) -> StreamSession:
-    """Go on with a stream of *method* where `StreamSession.token` was taken; also in another process. HTTP only.
-
-    Raises `RpcError` when the token is not one, or the server refuses it.
-    """
+    """Go on with a stream where its `token` was taken, also in another process; HTTP only. Raises `RpcError` if refused."""
     info = rpc_methods(proxy._protocol).get(method)
     if info is None or info.method_type is not MethodType.STREAM:
         raise RpcError("ProtocolError", f"resume: {method!r} is not a stream of {proxy._protocol.__qualname__}", "")
@@ -4742,16 +4726,10 @@ class PoolMetrics:
     idle: int = 0
     active: int = 0
 
-class _IdleWorker(NamedTuple):
-    command: tuple[str, ...]
-    transport: SubprocessTransport
-    since: float  # of time.monotonic()
-    stray: bool  # see `ByteClient`
-
-def _is_quiet(transport: SubprocessTransport) -> bool:
+def _is_quiet(worker: SubprocessTransport) -> bool:
     """Whether a worker lives, has not hung up, and has sent nothing that nobody asked for."""
-    channel = transport.channel
-    alive = transport.proc.poll() is None and channel.fileno() >= 0
+    channel = worker.channel
+    alive = worker.proc.poll() is None and channel.fileno() >= 0
     return alive and not channel.peek() and not _ready(channel.fileno(), "POLLIN")
 
 
@@ -4761,12 +4739,9 @@ class WorkerPool:
     A worker serves one connection at a time and is checked before each: one that died, hung up, printed to the channel or
     was left in the middle of a call is ended instead. Safe for use by several threads; a context manager, which closes it.
 
-    Args:
-        max_idle: At most so many workers wait, whatever their commands; 0 keeps none. The longest idle one goes first.
-        idle_timeout: Seconds after which a waiting worker is ended.
-        stderr, stderr_logger: As in `connect`.
-        shm_size: Accepted for code written for other implementations, and without effect: batches travel inline, as shared
-            memory is not offered to workers.
+    At most *max_idle* workers wait (0 keeps none), whatever their commands, each for *idle_timeout* seconds; the longest idle
+    one goes first. *stderr* and *stderr_logger* are as in `connect`. *shm_size* is accepted for code written for other
+    implementations, and without effect: batches travel inline, as shared memory is not offered to workers.
     """
 
     def __init__(
@@ -4780,7 +4755,7 @@ class WorkerPool:
         self.max_idle, self.idle_timeout = max_idle, idle_timeout
         self._start = functools.partial(SubprocessTransport, stderr=stderr, stderr_logger=stderr_logger)
         self._changed = threading.Condition()
-        self._idle: list[_IdleWorker] = []  # the longest idle one first
+        self._idle: list[SubprocessTransport] = []  # the longest idle one first
         self._evictor: threading.Thread | None = None  # lives only while somebody is idle
         self._counts, self._closed = dataclasses.asdict(PoolMetrics()), False
 
@@ -4808,40 +4783,35 @@ class WorkerPool:
 
         Raises `TransportError` on entering when the program cannot be started or the pool is closed, from a call when it died.
         """
-        client, fit = self._borrow(cmd), False
-        transport = cast("SubprocessTransport", client.transport)
+        worker, fit = self._borrow(cmd), False
+        client = ByteClient(worker)
         try:
             yield cast("_P", RpcConnection(protocol, client, on_log, timeout=timeout, ipc_validation=ipc_validation)._proxy)
         finally:
             try:
-                fit = client.release() and _is_quiet(transport)
+                fit = client.release() and _is_quiet(worker)
             finally:
-                self._give_back(_IdleWorker(tuple(transport.command), transport, time.monotonic(), client._stray), fit)
+                self._give_back(worker, fit)
 
-    def _borrow(self, cmd: Sequence[str]) -> ByteClient:
+    def _borrow(self, cmd: Sequence[str]) -> SubprocessTransport:
         self._count(borrows=1)
         while True:
             with self._changed:
                 if self._closed:
                     raise TransportError("the pool is closed")
-                found = next((i for i in reversed(self._idle) if i.command == tuple(cmd)), None)
-                if found is not None:
-                    self._idle.remove(found)
-            if found is None:
-                client, came = ByteClient(self._start(cmd)), "spawns"
-            elif _is_quiet(found.transport):
-                client, came = ByteClient(found.transport), "reuses"
-                client._stray = found.stray
-            else:
-                self._count(discards=1)
-                found.transport.abort()
-                continue
-            self._count(active=1, **{came: 1})
-            return client
+                idle = next((w for w in reversed(self._idle) if w.command == list(cmd)), None)
+                if idle is not None:
+                    self._idle.remove(idle)
+            if idle is None or _is_quiet(idle):
+                worker = idle or self._start(cmd)
+                self._count(active=1, spawns=idle is None, reuses=idle is not None)
+                return worker
+            self._count(discards=1)
+            idle.abort()
 
-    def _give_back(self, worker: _IdleWorker, fit: bool) -> None:
+    def _give_back(self, worker: SubprocessTransport, fit: bool) -> None:
         with self._changed:
-            kept = fit and not self._closed
+            kept, worker.idle_since = fit and not self._closed, time.monotonic()
             self._idle += [worker] if kept else []
             surplus = [self._idle.pop(0)] if len(self._idle) > self.max_idle else []
             self._count(active=-1, returns=kept, discards=not kept, evictions_max=len(surplus))
@@ -4849,22 +4819,22 @@ class WorkerPool:
                 self._evictor = threading.Thread(target=self._evict, daemon=True, name="vgi_rpc pool")
                 self._evictor.start()
         if not kept:
-            worker.transport.abort()
+            worker.abort()
         for one in surplus:
-            one.transport.close()
+            one.close()
 
     def _evict(self) -> None:
         """End workers as their time comes; return once nobody is idle."""
         while True:
             with self._changed:
-                while self._idle and (left := self._idle[0].since + self.idle_timeout - time.monotonic()) > 0:
+                while self._idle and (left := self._idle[0].idle_since + self.idle_timeout - time.monotonic()) > 0:
                     self._changed.wait(left)
                 if not self._idle:
                     self._evictor = None
                     return
                 old = self._idle.pop(0)
                 self._count(evictions_idle=1)
-            old.transport.close()
+            old.close()
 
     def close(self) -> None:
         """End the idle workers; those that are in use follow when they come back. May be called twice."""
@@ -4873,10 +4843,10 @@ class WorkerPool:
             idle, self._idle, evictor = self._idle, [], self._evictor
             self._count(discards=len(idle))
             self._changed.notify_all()
-        for one in idle:
-            one.transport.channel.close()  # all of them leave at the same time
-        for one in idle:
-            one.transport.close()
+        for worker in idle:
+            worker.channel.close()  # all of them leave at the same time
+        for worker in idle:
+            worker.close()
         if evictor is not None:
             evictor.join()
 
@@ -4997,7 +4967,8 @@ class _ByteServing:
                 turn = call.begin(arguments)
             if call.stream is None:
                 self._orphan_expected = bound.info.method_type is MethodType.STREAM
-                self._write(EMPTY_SCHEMA if turn.error is not None and bound.info.header is not None else turn.schema, turn.items)
+                bare = turn.error is not None and bound.info.header is not None
+                self._write(EMPTY_SCHEMA if bare else turn.schema, turn.items)
                 return
             if turn.items:
                 self._write(turn.schema, turn.items)
@@ -5042,13 +5013,12 @@ def _stop_signals(
         return
     # A thread that is blocked in a read between two turns of a stream can only be waked by another signal.
     timer = threading.Timer(grace, lambda: signal.pthread_kill(cast("int", waiting.ident), signal.SIGTERM))
-    timer.daemon = True
-    caught: list[int] = []
+    timer.daemon, stopping = True, False
 
     def stop(number: int, frame: object) -> None:
-        caught.append(number)
-        server.draining = True
-        if len(caught) > 1 or not server._active:
+        nonlocal stopping
+        again, stopping, server.draining = stopping, True, True
+        if again or not server._active:
             raise SystemExit(0)
         timer.start()
         wake()
@@ -5057,12 +5027,12 @@ def _stop_signals(
     try:
         yield
     except SystemExit:
-        if not caught:
+        if not stopping:
             raise
     finally:
         timer.cancel()
         for number, handler in old.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 def serve_stdio(server: RpcServer) -> None:
     """Serve the parent process on stdin and stdout until it closes them; SIGTERM and SIGINT let the running call finish.
@@ -5224,17 +5194,12 @@ def serve_unix(
 ) -> None:
     """Serve on a Unix socket until SIGTERM, SIGINT or *idle_timeout* seconds (``None`` for never) without a connection.
 
-    Args:
-        server: What to serve.
-        path: Where the socket is made, readable by its owner alone; a dead one is replaced, and it is removed at the end.
-        threaded: A thread for each connection; otherwise one after the other.
-        max_connections: At most so many at a time.
-        on_bound: Called with the path once connections are accepted.
+    *path* is readable by its owner alone; a dead socket there is replaced, and ours removed at the end. *on_bound* is called
+    with it once connections are accepted. For *threaded* and *max_connections* see `Listener`.
 
     Raises:
         OSError: The path is in use by a live server, or cannot be made.
     """
-
     def handle(connected: socket.socket, address: Any) -> None:
         server.serve(Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}"))
 
@@ -5294,24 +5259,22 @@ def serve_tcp(
 ) -> None:
     """Serve on TCP; what is not said here is as in `serve_unix`. Only *tls_context* can authenticate clients.
 
-    Args:
-        host: Address to bind; by default only this machine reaches it.
-        port: 0 takes a free one; *on_bound* is called with host and port once connections are accepted.
-        tls_context: Server-side context of the standard library's ``ssl``; ``None`` for plain TCP.
+    By default only this machine reaches *host*; *port* 0 takes a free one. *on_bound* is called with host and port.
+    *tls_context* is a server-side context of the standard library's ``ssl``; ``None`` for plain TCP.
 
     Raises:
         OSError: The address is in use, or cannot be bound.
     """
-
     def handle(connected: socket.socket, address: Any) -> None:
+        where = _address_text(address)
         try:
             ready = _start_tls(connected, tls_context)
         except OSError as exc:
-            logger.info("TLS handshake with %s failed: %s", _address_text(address), exc)
+            logger.info("TLS handshake with %s failed: %s", where, exc)
             return
         listener._connections[connected] = ready
         with ready:
-            server.serve(Transport(SocketChannel(ready), TransportKind.TCP, _address_text(address)))
+            server.serve(Transport(SocketChannel(ready), TransportKind.TCP, where))
 
     listening = listen_tcp(host, port)
     bound_port = listening.getsockname()[1]
