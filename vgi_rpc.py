@@ -3823,8 +3823,7 @@ class ByteChannel(ByteSource):
     def _fill(self) -> bool:
         """Receive more into the buffer; ``False`` at the end."""
         piece = self._receive(_RECEIVE_BYTES)
-        self._buffer = self._buffer[self._at :] + piece if self._at < len(self._buffer) else piece
-        self._at = 0
+        self._buffer, self._at = self._buffer[self._at :] + piece, 0
         self.ended = self.ended or not piece
         return bool(piece)
 
@@ -4053,9 +4052,8 @@ class SubprocessTransport(Transport):
 
     idle_since = 0.0  # of `time.monotonic`, for a `WorkerPool`
 
-    def __init__(
-        self, cmd: Sequence[str], *, stderr: StderrMode = StderrMode.INHERIT, stderr_logger: logging.Logger | None = None
-    ) -> None:
+    def __init__(self, cmd: Sequence[str], *, stderr: StderrMode = StderrMode.INHERIT,
+                 stderr_logger: logging.Logger | None = None) -> None:
         import subprocess
         if isinstance(cmd, (str, bytes)):
             raise ParameterError(f"cmd: expected a list of program and arguments, got {cmd!r}; shlex.split makes one of it")
@@ -4100,14 +4098,8 @@ class SubprocessTransport(Transport):
         said = "".join(f"\n  {line}" for line in list(self._lines)[-5:])
         return f"{self.peer} {ending}" + (f"; its last lines on stderr:{said}" if said else "")
 
-    def close(self) -> None:
-        """Close the pipes and reap the worker: it has 5 s to leave by itself, then it is terminated, then killed."""
-        self._reap(WORKER_EXIT_SECONDS)
-
-    def abort(self) -> None:
-        self._reap(0.0)
-
-    def _reap(self, patience: float) -> None:
+    def close(self, patience: float = WORKER_EXIT_SECONDS) -> None:
+        """Close the pipes and reap the worker: it has *patience* seconds to leave, then it is terminated, then killed."""
         import subprocess
         self.channel.close()
         for act, wait in ((self.proc.poll, patience), (self.proc.terminate, 1.0), (self.proc.kill, 10.0)):
@@ -4117,6 +4109,9 @@ class SubprocessTransport(Transport):
                 break
         if self._pump.ident is not None:
             self._pump.join(1.0)  # not for ever: a grandchild may hold the worker's stderr open
+
+    def abort(self) -> None:
+        self.close(0.0)
 
 @contextlib.contextmanager
 def _opening(failure: str, *errors: type[Exception]) -> Iterator[contextlib.ExitStack]:
@@ -4138,10 +4133,8 @@ def connect_unix_socket(path: str, timeout: float | None = None) -> Transport:
         connected.settimeout(None)
     return Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}")
 
-def connect_tcp_socket(
-    host: str, port: int, timeout: float | None = None, tls_context: ssl.SSLContext | None = None,
-    server_hostname: str | None = None
-) -> socket.socket:
+def connect_tcp_socket(host: str, port: int, timeout: float | None = None, tls_context: ssl.SSLContext | None = None,
+                       server_hostname: str | None = None) -> socket.socket:
     """Connect to host and port, with TLS if there is a context; *timeout* in seconds. Raises `TransportError`."""
     with _opening(f"cannot connect to {host}:{port}") as opened:
         connected = opened.enter_context(socket.create_connection((host, port), timeout=timeout))
@@ -4163,7 +4156,7 @@ def connect_tcp_socket(
 @dataclass(frozen=True)
 class CallOptions:
     """How one proxy calls. Raises `ValueError` for a timeout or prefetch that is none."""
-    on_log: Callable[[Message], None] | None = None  # takes the server's log lines; ``None`` drops them
+    on_log: ClientLog | None = None  # takes the server's log lines; ``None`` drops them
     timeout: float | None = None  # seconds per call or turn, ``None`` for no limit
     ipc_validation: IpcValidation = IpcValidation.FULL  # how much of each answer is checked
     version: str = ""  # the protocol's, sent with each request
@@ -4205,17 +4198,20 @@ def next_reply_item(reader: IpcReader, options: CallOptions) -> ReplyItem | None
     Raises the `RpcError` that the answer is, with the reader behind its batch; `IPCError` when the bytes are no answer.
     """
     while (message := reader.next_message()) is not None:
-        metadata = message.head.metadata
-        kind = batch_kind(message.head.rows, metadata)
-        if kind is BatchKind.LOG:
-            _deliver_log(options.on_log, metadata or {})
-        elif kind is BatchKind.ERROR:
-            raise _error_from_metadata(metadata or {})
-        elif kind in (BatchKind.LOCATION, BatchKind.SHM):
+        metadata = message.head.metadata or {}
+        kind = batch_kind(message.head.rows, message.head.metadata)
+        if kind is BatchKind.ERROR:
+            raise _error_from_metadata(metadata)
+        if kind in (BatchKind.LOCATION, BatchKind.SHM):
             where = "external storage" if kind is BatchKind.LOCATION else "shared memory that this client did not offer"
             raise IPCError(f"the answer points to {where}, which this client does not read")
-        else:
+        if kind is not BatchKind.LOG:
             return ReplyItem(kind, reader, message)
+        if options.on_log is not None:
+            try:
+                options.on_log(_message_from_metadata(metadata))
+            except Exception:
+                logger.exception("on_log raised; the call goes on")
     return None
 
 def answer_call(call: Callable[..., _T], *args: Any) -> _T:
@@ -4224,14 +4220,6 @@ def answer_call(call: Callable[..., _T], *args: Any) -> _T:
         return call(*args)
     except (IPCError, EOFError) as exc:
         raise TransportError(f"the answer is not what it should be: {_text_of(exc) or 'it is empty'}") from None
-
-def _deliver_log(on_log: Callable[[Message], None] | None, metadata: _Metadata) -> None:
-    if on_log is not None:
-        try:
-            on_log(_message_from_metadata(metadata))
-        except Exception:
-            logger.exception("on_log raised; the call goes on")
-
 
 class ClientStream:
     """One stream as a client holds it; the interface under `StreamSession`."""
@@ -4383,7 +4371,7 @@ class ByteClient(ClientChannel):
         self._between = False  # whether a stream is expected next: what comes else is text that something printed
 
     @contextlib.contextmanager
-    def exclusive(self, deadline: float | None) -> Iterator[ByteChannel]:
+    def exclusive(self, deadline: float | None) -> Iterator[None]:
         """Hold the connection; whatever is not an answer breaks it for good.
 
         Raises `DeadlineExceededError` when other threads held it for too long (it stays usable), `RpcError` when this
@@ -4400,16 +4388,14 @@ class ByteClient(ClientChannel):
                 raise TransportError(f"the connection is closed: {self._broken}")
             self.transport.channel.deadline = deadline
             try:
-                yield self.transport.channel
-            except ParameterError:  # before a byte was sent
-                raise
-            except (EOFError, _Refusal, RpcError) as exc:
-                if isinstance(exc, RpcError) and _was_answer(exc):
-                    raise
-                raise self._break(exc) from None
+                yield
             except BaseException as exc:
-                self._break(exc)  # interrupted in the middle of an exchange: nobody knows where the bytes stand
-                raise
+                if isinstance(exc, ParameterError) or (isinstance(exc, RpcError) and _was_answer(exc)):
+                    raise  # before a byte was sent, or after a whole answer
+                lost = self._break(exc)
+                if isinstance(exc, (EOFError, _Refusal, RpcError)):
+                    raise lost from None
+                raise  # interrupted in the middle of an exchange: nobody knows where the bytes stand
         finally:
             self._caller = 0
             self._lock.release()
@@ -4442,15 +4428,16 @@ class ByteClient(ClientChannel):
     def _stray_text(self, lost: bool) -> str:
         """What a worker printed, as text, when that is what came instead of a stream."""
         channel = self.transport.channel
-        if self._between and lost:  # it may have gone before our request was written, and left its text in the pipe
+        if not self._between:
+            return ""
+        if lost:  # it may have gone before our request was written, and left its text in the pipe
             channel.deadline = time.monotonic() + 1.0
             with contextlib.suppress(RpcError):
                 channel._fill()
         start = max(0, channel._at - 8)  # eight bytes were taken for the prefix of a message
-        seen = channel._buffer[start : start + 200] if self._between else b""
-        if not seen or not all(32 <= b < 127 or b in b"\r\n\t\x1b" for b in seen[:8]):
-            return ""
-        return seen.decode("utf-8", "replace").strip()
+        seen = channel._buffer[start : start + 200]
+        printed = all(32 <= b < 127 or b in b"\r\n\t\x1b" for b in seen[:8])
+        return seen.decode("utf-8", "replace").strip() if printed else ""
 
     def open_reply(self, request_id: str, options: CallOptions) -> tuple[IpcReader, ReplyItem | None]:
         """Open the next answer and read its first item, past the answer that a refused stream's input may have earned.
@@ -4621,10 +4608,8 @@ class RpcConnection(Generic[_P]):
     *transport*, which may also be another `ClientChannel`, is closed on leaving, and when *protocol* has mistakes.
     """
 
-    def __init__(
-        self, protocol: type[_P], transport: Transport | ClientChannel, on_log: Callable[[Message], None] | None = None, *,
-        timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL
-    ) -> None:
+    def __init__(self, protocol: type[_P], transport: Transport | ClientChannel, on_log: ClientLog | None = None, *,
+                 timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL) -> None:
         self.channel = transport if isinstance(transport, ClientChannel) else ByteClient(transport)
         version = getattr(protocol, "protocol_version", "") or ""
         try:
@@ -4662,8 +4647,8 @@ class RpcProxy:
         return RpcProxy(self._protocol, self._channel, dataclasses.replace(self._options, **options))
 
     def __getattr__(self, name: str) -> Any:
-        known = rpc_methods(self._protocol)
-        raise AttributeError(f"{self._protocol.__qualname__} has no method {name!r}{_suggest(name, known)}")
+        close = _suggest(name, rpc_methods(self._protocol))
+        raise AttributeError(f"{self._protocol.__qualname__} has no method {name!r}{close}")
 
 make_proxy = RpcProxy
 
@@ -4703,9 +4688,8 @@ def describe_protocol(target: Any, name: str) -> ServiceDescription:
     """Return what the server behind a proxy or transport says of the protocol *name*; raises as `list_protocols`."""
     return introspect(target, protocol=name)
 
-def introspect(
-    transport: Any, ipc_validation: IpcValidation = IpcValidation.FULL, protocol: str | None = None
-) -> ServiceDescription:
+def introspect(transport: Any, ipc_validation: IpcValidation = IpcValidation.FULL,
+               protocol: str | None = None) -> ServiceDescription:
     """Return the description of *protocol*, by default the primary one; raises as `list_protocols`."""
     proxy = _reflection(transport, ipc_validation)
     listed = cast("ProtocolList", proxy.list_protocols())
@@ -4744,10 +4728,8 @@ class WorkerPool:
     implementations, and without effect: batches travel inline, as shared memory is not offered to workers.
     """
 
-    def __init__(
-        self, max_idle: int = 4, idle_timeout: float = 60.0, stderr: StderrMode = StderrMode.INHERIT,
-        stderr_logger: logging.Logger | None = None, shm_size: int | None = None
-    ) -> None:
+    def __init__(self, max_idle: int = 4, idle_timeout: float = 60.0, stderr: StderrMode = StderrMode.INHERIT,
+                 stderr_logger: logging.Logger | None = None, shm_size: int | None = None) -> None:
         if max_idle < 0 or not 0 < idle_timeout <= threading.TIMEOUT_MAX:
             raise ValueError(f"expected max_idle of 0 or more and idle_timeout above 0, got {max_idle!r} and {idle_timeout!r}")
         if shm_size is not None and (not isinstance(shm_size, int) or shm_size <= 0):
@@ -4775,10 +4757,8 @@ class WorkerPool:
                 self._counts[name] += change
 
     @contextlib.contextmanager
-    def connect(
-        self, protocol: type[_P], cmd: Sequence[str], *, on_log: Callable[[Message], None] | None = None,
-        timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL
-    ) -> Iterator[_P]:
+    def connect(self, protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None, timeout: float | None = None,
+                ipc_validation: IpcValidation = IpcValidation.FULL) -> Iterator[_P]:
         """Give a proxy to a worker of that command; on leaving, an open stream is ended and the worker goes back.
 
         Raises `TransportError` on entering when the program cannot be started or the pool is closed, from a call when it died.
@@ -4832,8 +4812,8 @@ class WorkerPool:
                 if not self._idle:
                     self._evictor = None
                     return
-                old = self._idle.pop(0)
                 self._count(evictions_idle=1)
+                old = self._idle.pop(0)
             old.close()
 
     def close(self) -> None:
@@ -4872,15 +4852,13 @@ class RpcServer(ServerCore):
         implementation: The object that serves it.
         extra_protocols: Further (protocol, implementation) pairs, with unique names.
         server_id, server_version: 12 hex characters, made up by default; free text, shown by reflection.
-        enable_describe: Whether reflection and the pages answer.
+        enable_describe, include_tracebacks: Whether reflection and the pages answer; whether errors carry tracebacks.
         ipc_validation: How much of each incoming batch is checked; default: every value.
-        include_tracebacks: Whether errors carry the server's traceback.
         max_request_bytes: Largest message on byte streams, before and after decompression; HTTP has an option of its own.
         max_rows: Most rows in one batch on byte streams.
 
-    Raises:
-        TypeError: The implementation does not fit the protocol; one error names everything.
-        ValueError: A protocol name that is reserved, given twice, or none.
+    Raises `TypeError` when the implementation does not fit the protocol (one error names everything), `ValueError` for a
+    protocol name that is reserved, given twice, or none.
     """
 
     def serve(self, transport: Transport, *, auth: AuthContext | None = None) -> None:
@@ -4910,13 +4888,13 @@ class _ByteServing:
             reader = self._reader()
             with self._server:
                 return self._serve_stream(reader)
-        except (EOFError, TransportError):
-            return False
         except IPCError as exc:
             logger.debug("connection closed: %s", exc)
             with contextlib.suppress(TransportError):
                 self._answer(exc)
-            return False
+        except (EOFError, TransportError):
+            pass
+        return False
 
     def _reader(self) -> IpcReader:
         return IpcReader(self._channel, self._server.limits, self._server.ipc_validation)
@@ -4998,9 +4976,8 @@ class _ByteServing:
         reader.skip()
 
 @contextlib.contextmanager
-def _stop_signals(
-    server: ServerCore, grace: float = DRAIN_GRACE_SECONDS, wake: Callable[[], object] = lambda: None
-) -> Iterator[None]:
+def _stop_signals(server: ServerCore, grace: float = DRAIN_GRACE_SECONDS,
+                  wake: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Have SIGTERM and SIGINT end what is inside: an idle server at once, else after the running calls or *grace* seconds.
 
     The first signal drains the server and calls *wake*; a second one does not wait. Only the main thread gets signals:
@@ -5064,10 +5041,8 @@ class Listener:
     wait. `run` returns after *idle_timeout* seconds without a connection; ``None`` for never.
     """
 
-    def __init__(
-        self, listening: socket.socket, handle: Callable[[socket.socket, Any], None], *,
-        threaded: bool = False, max_connections: int | None = None, idle_timeout: float | None = None
-    ) -> None:
+    def __init__(self, listening: socket.socket, handle: Callable[[socket.socket, Any], None], *, threaded: bool = False,
+                 max_connections: int | None = None, idle_timeout: float | None = None) -> None:
         self._socket, self._handle, self._threaded = listening, handle, threaded
         self._max, self._idle = max_connections, idle_timeout
         self._wake_read, self._wake_write = socket.socketpair()
@@ -5170,10 +5145,8 @@ class Listener:
         self._wake_read.close()
         self._wake_write.close()
 
-def run_listener(
-    server: ServerCore, listener: Listener, grace: float = DRAIN_GRACE_SECONDS,
-    on_bound: Callable[..., object] | None = None, *address: Any
-) -> None:
+def run_listener(server: ServerCore, listener: Listener, grace: float = DRAIN_GRACE_SECONDS,
+                 on_bound: Callable[..., object] | None = None, *address: Any) -> None:
     """Run *listener* until SIGTERM, SIGINT or its end; then let running calls finish for *grace* seconds, and close.
 
     *on_bound* is called with the address once signals are handled: who is told of it may stop us.
@@ -5188,17 +5161,13 @@ def run_listener(
     finally:
         listener.close()
 
-def serve_unix(
-    server: RpcServer, path: str, *, threaded: bool = False, max_connections: int | None = None,
-    idle_timeout: float | None = None, on_bound: Callable[[str], None] | None = None
-) -> None:
+def serve_unix(server: RpcServer, path: str, *, threaded: bool = False, max_connections: int | None = None,
+               idle_timeout: float | None = None, on_bound: Callable[[str], None] | None = None) -> None:
     """Serve on a Unix socket until SIGTERM, SIGINT or *idle_timeout* seconds (``None`` for never) without a connection.
 
     *path* is readable by its owner alone; a dead socket there is replaced, and ours removed at the end. *on_bound* is called
-    with it once connections are accepted. For *threaded* and *max_connections* see `Listener`.
-
-    Raises:
-        OSError: The path is in use by a live server, or cannot be made.
+    with it once connections are accepted. For *threaded* and *max_connections* see `Listener`. Raises `OSError` when the path
+    is in use by a live server, or cannot be made.
     """
     def handle(connected: socket.socket, address: Any) -> None:
         server.serve(Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}"))
@@ -5252,18 +5221,14 @@ def _start_tls(connected: socket.socket, tls_context: ssl.SSLContext | None) -> 
 def _address_text(address: Any) -> str:
     return f"{address[0]}:{address[1]}" if isinstance(address, tuple) and len(address) >= 2 else ""
 
-def serve_tcp(
-    server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, threaded: bool = False,
-    max_connections: int | None = None, idle_timeout: float | None = None,
-    on_bound: Callable[[str, int], None] | None = None, tls_context: ssl.SSLContext | None = None
-) -> None:
+def serve_tcp(server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, threaded: bool = False,
+              max_connections: int | None = None, idle_timeout: float | None = None,
+              on_bound: Callable[[str, int], None] | None = None, tls_context: ssl.SSLContext | None = None) -> None:
     """Serve on TCP; what is not said here is as in `serve_unix`. Only *tls_context* can authenticate clients.
 
     By default only this machine reaches *host*; *port* 0 takes a free one. *on_bound* is called with host and port.
-    *tls_context* is a server-side context of the standard library's ``ssl``; ``None`` for plain TCP.
-
-    Raises:
-        OSError: The address is in use, or cannot be bound.
+    *tls_context* is a server-side context of the standard library's ``ssl``; ``None`` for plain TCP. Raises `OSError` when
+    the address is in use, or cannot be bound.
     """
     def handle(connected: socket.socket, address: Any) -> None:
         where = _address_text(address)
