@@ -5242,9 +5242,8 @@ def serve_tcp(server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, thre
             server.serve(Transport(SocketChannel(ready), TransportKind.TCP, where))
 
     listening = listen_tcp(host, port)
-    bound_port = listening.getsockname()[1]
     listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
-    run_listener(server, listener, DRAIN_GRACE_SECONDS, on_bound, host, bound_port)
+    run_listener(server, listener, DRAIN_GRACE_SECONDS, on_bound, host, listening.getsockname()[1])
 
 
 # ============================================================================
