@@ -3782,10 +3782,16 @@ _MAX_IO_BYTES = 1 << 30  # per system call: some systems, and TLS, refuse 2 GiB 
 _MAX_POLL_SECONDS = 1e6  # poll(2) counts milliseconds in an int
 _TOO_LATE = "no answer within the time allowed"
 
+def _ready(fd: int, event: str, seconds: float = 0.0) -> bool:
+    """Whether the poll(2) *event*, a hang-up or a failure comes within *seconds*."""
+    import select
+    poll = select.poll()
+    poll.register(fd, getattr(select, event, 0))
+    return bool(poll.poll(int(min(seconds, _MAX_POLL_SECONDS) * 1000)))
+
 
 class ByteChannel(ByteSource):
     """One connection: bytes in, bytes out. Used by one thread at a time; `close` may come from any."""
-
     def __init__(self) -> None:
         self._buffer, self._at = b"", 0
         self.deadline: float | None = None  # ``time.monotonic()`` seconds at which reads and writes give up
@@ -3801,12 +3807,8 @@ class ByteChannel(ByteSource):
 
     def peer_gone(self) -> bool:
         """Whether the other side has hung up."""
-        import select
-
         try:
-            poll = select.poll()
-            poll.register(self.fileno(), getattr(select, "POLLRDHUP", 0))  # POLLHUP is always reported
-            return bool(poll.poll(0))
+            return _ready(self.fileno(), "POLLRDHUP")
         except (OSError, ValueError, AttributeError):
             return True
 
@@ -3822,8 +3824,7 @@ class ByteChannel(ByteSource):
     def _fill(self) -> bool:
         """Receive more into the buffer; ``False`` at the end."""
         piece = self._receive(_RECEIVE_BYTES)
-        self._buffer = self._buffer[self._at :] + piece if self._at < len(self._buffer) else piece
-        self._at = 0
+        self._buffer, self._at = self._buffer[self._at :] + piece, 0
         self.ended = self.ended or not piece
         return bool(piece)
 
@@ -3889,20 +3890,17 @@ class ByteChannel(ByteSource):
             if sent:
                 views[0] = views[0][sent:]
 
-
 def _lost(exc: BaseException) -> TransportError:
     return TransportError(f"connection lost: {getattr(exc, 'strerror', None) or _text_of(exc)}")
 
 
 class FdChannel(ByteChannel):
     """A channel over two file descriptors, which it owns."""
-
     def __init__(self, read_fd: int, write_fd: int) -> None:
         super().__init__()
         self.read_fd, self.write_fd = read_fd, write_fd  # -1 once closed: the number may then be somebody else's
         if sys.platform == "linux":
             import fcntl
-
             with contextlib.suppress(OSError, ValueError):  # not a pipe, or the user's share of pipe memory is used up
                 fcntl.fcntl(write_fd, 1031, _PIPE_BYTES)  # F_SETPIPE_SZ, which Python 3.10 does not name
         self._blocking = True
@@ -3924,18 +3922,14 @@ class FdChannel(ByteChannel):
 
     def _wait(self, side: str) -> None:
         """Wait until one side is ready, when there is a limit on waiting; a plain blocking call needs no wait."""
-        import select
-
         left = self._time_left()
         if self._blocking != (left is None):
             self._blocking = left is None
-            os.set_blocking(self.read_fd, self._blocking)
-            os.set_blocking(self.write_fd, self._blocking)
-        if left is not None:
-            poll = select.poll()
-            poll.register(getattr(self, side), select.POLLIN if side == "read_fd" else select.POLLOUT)
-            if not poll.poll(max(1, int(min(left, _MAX_POLL_SECONDS) * 1000))):
-                raise DeadlineExceededError(_TOO_LATE)
+            for fd in (self.read_fd, self.write_fd):
+                os.set_blocking(fd, self._blocking)
+        event = "POLLIN" if side == "read_fd" else "POLLOUT"
+        if left is not None and not _ready(getattr(self, side), event, max(0.001, left)):
+            raise DeadlineExceededError(_TOO_LATE)
 
     def _receive(self, size: int) -> bytes:
         return self._io("read_fd", os.read, size)
@@ -3950,15 +3944,13 @@ class FdChannel(ByteChannel):
 
     def close(self) -> None:
         with self._lock:
-            open_fds = [fd for fd in (self.write_fd, self.read_fd) if fd >= 0]
-            self.read_fd = self.write_fd = -1
-        for fd in open_fds:
+            fds, self.read_fd, self.write_fd = {self.write_fd, self.read_fd}, -1, -1
+        for fd in fds - {-1}:
             os.close(fd)
 
 
 class SocketChannel(ByteChannel):
     """A channel over a connected stream socket, plain or TLS, which it owns."""
-
     def __init__(self, connected: socket.socket) -> None:
         super().__init__()
         self.socket = connected
@@ -3992,16 +3984,14 @@ class SocketChannel(ByteChannel):
         return self._io(self.socket.send, pieces[0][:_MAX_IO_BYTES])
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self.socket:
             self.socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits in it, which close alone does not
-        with contextlib.suppress(OSError):
-            self.socket.close()
 
 
 class Transport:
     """A byte channel with a name and an owner: what `RpcConnection` and `RpcServer.serve` take."""
-
     peer = "the server"  # how error texts call the other side
+    stray = False  # an input stream was sent that a refusing server may have taken for a request
 
     def __init__(self, channel: ByteChannel, kind: TransportKind, remote_addr: str = "") -> None:
         self.channel, self.kind, self.remote_addr = channel, kind, remote_addr
@@ -4018,26 +4008,18 @@ class Transport:
         """Close without waiting for the other side."""
         self.close()
 
-
 class PipeTransport(Transport):
     """Two binary file objects that have a descriptor each and nothing buffered; closing the transport closes both."""
-
     def __init__(self, reader: Any, writer: Any) -> None:
         self.reader, self.writer = reader, writer
-        channel = FdChannel(os.dup(reader.fileno()), -1)
-        try:
-            channel.write_fd = os.dup(writer.fileno())
-        except BaseException:
-            channel.close()
-            raise
-        super().__init__(channel, TransportKind.PIPE)
+        fds = reader.fileno(), writer.fileno()
+        super().__init__(FdChannel(*map(os.dup, fds)), TransportKind.PIPE)
 
     def close(self) -> None:
         super().close()
         for f in (self.writer, self.reader):
             with contextlib.suppress(OSError, ValueError):
                 f.close()
-
 
 def _channel_pair() -> tuple[FdChannel, FdChannel]:
     """Two channels, each of which reads what the other writes."""
@@ -4052,36 +4034,28 @@ def _channel_pair() -> tuple[FdChannel, FdChannel]:
 
 def make_pipe_pair() -> tuple[Transport, Transport]:
     """Return two connected transports over a pair of pipes; the caller closes both."""
-    near, far = _channel_pair()
-    return Transport(near, TransportKind.PIPE), Transport(far, TransportKind.PIPE)
-
+    near, far = (Transport(channel, TransportKind.PIPE) for channel in _channel_pair())
+    return near, far
 
 class StderrMode(enum.Enum):
     """Where a worker's standard error goes."""
-
     INHERIT = "inherit"  # to ours; the last lines are also kept for error texts
     PIPE = "pipe"  # to a logger
     DEVNULL = "devnull"
 
 
 class SubprocessTransport(Transport):
-    """Starts a worker and talks to it over its stdin and stdout.
+    """Starts a worker, without a shell, and talks to it over its stdin and stdout.
 
-    Args:
-        cmd: Program and arguments; no shell is involved.
-        stderr: Where the worker's standard error goes.
-        stderr_logger: For ``StderrMode.PIPE``; default ``vgi_rpc.worker``.
-
-    Raises:
-        TransportError: The program cannot be started.
-        TypeError: *cmd* is one string.
+    *stderr_logger* is for ``StderrMode.PIPE``; default ``vgi_rpc.worker``. Raises `TransportError` when the program cannot
+    be started, `TypeError` when *cmd* is one string.
     """
 
-    def __init__(
-        self, cmd: Sequence[str], *, stderr: StderrMode = StderrMode.INHERIT, stderr_logger: logging.Logger | None = None
-    ) -> None:
-        import subprocess
+    idle_since = 0.0  # of `time.monotonic`, for a `WorkerPool`
 
+    def __init__(self, cmd: Sequence[str], *, stderr: StderrMode = StderrMode.INHERIT,
+                 stderr_logger: logging.Logger | None = None) -> None:
+        import subprocess
         if isinstance(cmd, (str, bytes)):
             raise ParameterError(f"cmd: expected a list of program and arguments, got {cmd!r}; shlex.split makes one of it")
         self.command = list(cmd)
@@ -4092,20 +4066,12 @@ class SubprocessTransport(Transport):
         target = subprocess.DEVNULL if stderr is StderrMode.DEVNULL else subprocess.PIPE
         channel, theirs = _channel_pair()
         super().__init__(channel, TransportKind.PIPE)
-        try:
-            self.proc = subprocess.Popen(self.command, stdin=theirs.read_fd, stdout=theirs.write_fd, stderr=target)
-        except BaseException as exc:
-            channel.close()
-            if not isinstance(exc, (OSError, ValueError, IndexError, TypeError)):
-                raise
-            raise TransportError(f"{self.peer} cannot be started: {_text_of(exc)}") from None
-        finally:
-            theirs.close()
-        try:
+        with _opening(f"{self.peer} cannot be started", IndexError, TypeError) as opened:
+            opened.callback(channel.close)
+            with contextlib.closing(theirs):
+                self.proc = subprocess.Popen(self.command, stdin=theirs.read_fd, stdout=theirs.write_fd, stderr=target)
+            opened.callback(self.abort)
             self._pump.start()
-        except BaseException:
-            self.abort()
-            raise
 
     def _forward_stderr(self, log: logging.Logger | None) -> None:
         source = self.proc.stderr
@@ -4117,14 +4083,13 @@ class SubprocessTransport(Transport):
                 self._lines.append(line.rstrip())
                 if log is not None:
                     log.info("%s", line.rstrip())
-                else:
-                    with contextlib.suppress(OSError, ValueError, AttributeError):  # a program may have no stderr
-                        sys.stderr.write(line)
-                        sys.stderr.flush()
+                    continue
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # a program may have no stderr
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
 
     def obituary(self) -> str:
         import subprocess
-
         try:
             status = self.proc.wait(1.0)
             self._pump.join(1.0)
@@ -4134,16 +4099,9 @@ class SubprocessTransport(Transport):
         said = "".join(f"\n  {line}" for line in list(self._lines)[-5:])
         return f"{self.peer} {ending}" + (f"; its last lines on stderr:{said}" if said else "")
 
-    def close(self) -> None:
-        """Close the pipes and reap the worker: it has 5 s to leave by itself, then it is terminated, then killed."""
-        self._reap(WORKER_EXIT_SECONDS)
-
-    def abort(self) -> None:
-        self._reap(0.0)
-
-    def _reap(self, patience: float) -> None:
+    def close(self, patience: float = WORKER_EXIT_SECONDS) -> None:
+        """Close the pipes and reap the worker: it has *patience* seconds to leave, then it is terminated, then killed."""
         import subprocess
-
         self.channel.close()
         for act, wait in ((self.proc.poll, patience), (self.proc.terminate, 1.0), (self.proc.kill, 10.0)):
             act()
@@ -4151,36 +4109,35 @@ class SubprocessTransport(Transport):
                 self.proc.wait(wait)
                 break
         if self._pump.ident is not None:
-            # A grandchild may hold the worker's stderr open for ever; the thread is a daemon and does not keep us.
-            self._pump.join(1.0)
+            self._pump.join(1.0)  # not for ever: a grandchild may hold the worker's stderr open
 
+    def abort(self) -> None:
+        self.close(0.0)
 
 @contextlib.contextmanager
-def _connecting(where: str) -> Iterator[contextlib.ExitStack]:
-    """Turn failures into `TransportError`, and close what the stack was given."""
+def _opening(failure: str, *errors: type[Exception]) -> Iterator[contextlib.ExitStack]:
+    """Turn failures, also the further *errors*, into `TransportError`, and close what the stack was given."""
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, OverflowError, *errors)
     with contextlib.ExitStack() as opened:
         try:
             yield opened
-        except (OSError, ValueError, OverflowError) as exc:
-            reason = _text_of(getattr(exc, "strerror", None) or exc)
-            raise TransportError(f"cannot connect to {where}: {reason}") from None
+        except failures as exc:
+            raise TransportError(f"{failure}: {_text_of(getattr(exc, 'strerror', None) or exc)}") from None
         opened.pop_all()
 
 def connect_unix_socket(path: str, timeout: float | None = None) -> Transport:
     """Connect to a Unix socket; *timeout* in seconds. Raises `TransportError`."""
-    with _connecting(f"unix:{path}") as opened:
+    with _opening(f"cannot connect to unix:{path}") as opened:
         connected = opened.enter_context(socket.socket(socket.AF_UNIX))
         connected.settimeout(timeout)
         connected.connect(path)
         connected.settimeout(None)
     return Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}")
 
-def connect_tcp_socket(
-    host: str, port: int, timeout: float | None = None,
-    tls_context: ssl.SSLContext | None = None, server_hostname: str | None = None
-) -> socket.socket:
+def connect_tcp_socket(host: str, port: int, timeout: float | None = None, tls_context: ssl.SSLContext | None = None,
+                       server_hostname: str | None = None) -> socket.socket:
     """Connect to host and port, with TLS if there is a context; *timeout* in seconds. Raises `TransportError`."""
-    with _connecting(f"{host}:{port}") as opened:
+    with _opening(f"cannot connect to {host}:{port}") as opened:
         connected = opened.enter_context(socket.create_connection((host, port), timeout=timeout))
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls_context is not None:
@@ -4200,8 +4157,7 @@ def connect_tcp_socket(
 @dataclass(frozen=True)
 class CallOptions:
     """How one proxy calls. Raises `ValueError` for a timeout or prefetch that is none."""
-
-    on_log: Callable[[Message], None] | None = None  # takes the server's log lines; ``None`` drops them
+    on_log: ClientLog | None = None  # takes the server's log lines; ``None`` drops them
     timeout: float | None = None  # seconds per call or turn, ``None`` for no limit
     ipc_validation: IpcValidation = IpcValidation.FULL  # how much of each answer is checked
     version: str = ""  # the protocol's, sent with each request
@@ -4221,7 +4177,6 @@ class CallOptions:
 
 class ReplyItem(NamedTuple):
     """A batch of an answer that is not a log or an error."""
-
     kind: BatchKind
     reader: IpcReader
     message: BatchMessage
@@ -4238,29 +4193,27 @@ class ReplyItem(NamedTuple):
             shown = {k: v for k, v in shown.items() if k not in (STATE_KEY, CALL_STATE_KEY)}
         return AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
 
-
 def next_reply_item(reader: IpcReader, options: CallOptions) -> ReplyItem | None:
     """Read on to the next data or token batch, passing logs to ``on_log``; ``None`` at the end marker.
 
-    Raises:
-        RpcError: The answer is an error; the reader stands behind its batch.
-        IPCError: The bytes are not an answer.
+    Raises the `RpcError` that the answer is, with the reader behind its batch; `IPCError` when the bytes are no answer.
     """
-    while True:
-        message = reader.next_message()
-        if message is None:
-            return None
-        metadata = message.head.metadata
-        kind = batch_kind(message.head.rows, metadata)
-        if kind is BatchKind.LOG:
-            _deliver_log(options.on_log, metadata or {})
-        elif kind is BatchKind.ERROR:
-            raise _error_from_metadata(metadata or {})
-        elif kind in (BatchKind.LOCATION, BatchKind.SHM):
+    while (message := reader.next_message()) is not None:
+        metadata = message.head.metadata or {}
+        kind = batch_kind(message.head.rows, message.head.metadata)
+        if kind is BatchKind.ERROR:
+            raise _error_from_metadata(metadata)
+        if kind in (BatchKind.LOCATION, BatchKind.SHM):
             where = "external storage" if kind is BatchKind.LOCATION else "shared memory that this client did not offer"
             raise IPCError(f"the answer points to {where}, which this client does not read")
-        else:
+        if kind is not BatchKind.LOG:
             return ReplyItem(kind, reader, message)
+        if options.on_log is not None:
+            try:
+                options.on_log(_message_from_metadata(metadata))
+            except Exception:
+                logger.exception("on_log raised; the call goes on")
+    return None
 
 def answer_call(call: Callable[..., _T], *args: Any) -> _T:
     """Read from an answer that is there as a whole: bytes in it that are not Arrow are the transport's failure."""
@@ -4269,34 +4222,19 @@ def answer_call(call: Callable[..., _T], *args: Any) -> _T:
     except (IPCError, EOFError) as exc:
         raise TransportError(f"the answer is not what it should be: {_text_of(exc) or 'it is empty'}") from None
 
-def _deliver_log(on_log: Callable[[Message], None] | None, metadata: _Metadata) -> None:
-    if on_log is not None:
-        try:
-            on_log(_message_from_metadata(metadata))
-        except Exception:
-            logger.exception("on_log raised; the call goes on")
-
-
 class ClientStream:
     """One stream as a client holds it; the interface under `StreamSession`."""
-
     header: Any = None  # the header row's batch, ``None`` when the method declares none
     done = False  # whether nothing more can be sent or read
     cut_off = ""  # why it ended, when that was neither its own end nor asked for
 
-    def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
-        """Send a batch, return the answer; ``None`` when the stream has finished."""
-        raise NotImplementedError
+    turn: Callable[[AnnotatedBatch], AnnotatedBatch | None]  # sends a batch for an answer; ``None``: the stream has finished
+    close: Callable[[], None]  # ends the stream; the connection stays usable
+    cancel: Callable[[], None]  # as `close`, and has the state's ``on_cancel`` run
 
     def next(self) -> AnnotatedBatch | None:
         """Return the answer to a tick without metadata, which may have been asked for ahead; else as `turn`."""
         return self.turn(_PLAIN_TICK)
-
-    def close(self) -> None:
-        """End the stream; the connection stays usable."""
-
-    def cancel(self) -> None:
-        """End the stream and have the state's ``on_cancel`` run."""
 
     def token(self) -> bytes:
         """Return what `resume` needs."""
@@ -4306,28 +4244,17 @@ class ClientStream:
         """Take over what `token` saved."""
         self.token()
 
-
 class ClientChannel:
     """How calls reach a server; the interface under a proxy."""
-
-    def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
-        """Call a unary method and return its result."""
-        raise NotImplementedError
-
-    def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
-        """Start a stream."""
-        raise NotImplementedError
+    unary: Callable[[RpcMethodInfo, pa.RecordBatch, CallOptions], Any]  # calls a method and returns its result
+    stream: Callable[[RpcMethodInfo, pa.RecordBatch, CallOptions], ClientStream]
+    close: Callable[[], None]  # gives back connections
 
     def resume(self, info: RpcMethodInfo, token: bytes, options: CallOptions) -> ClientStream:
         """Go on with a stream from a saved token."""
         raise RpcError("ProtocolError", "only streams over HTTP can be resumed", "")
 
-    def close(self) -> None:
-        """Give back connections."""
-
-
 _PLAIN_TICK = AnnotatedBatch(_TICK)
-
 
 def _tick(metadata: pa.KeyValueMetadata | Mapping[bytes, bytes] | None) -> AnnotatedBatch:
     if metadata is not None and not isinstance(metadata, pa.KeyValueMetadata):
@@ -4343,30 +4270,23 @@ class StreamSession:
 
     def __init__(self, stream: ClientStream, info: RpcMethodInfo) -> None:
         self._stream, self._info = stream, info
-        self._header: Any = None
-        if stream.header is not None:
-            assert info.header is not None
+        self.header: Any = None  # ``None`` when the method declares none
+        if stream.header is not None and info.header is not None:
             try:
-                self._header = info.header.from_batch(stream.header)
+                self.header = info.header.from_batch(stream.header)
             except _Mismatch as exc:
                 self.close()
                 raise exc.error(f"{info.name}() header") from None
 
-    @property
-    def header(self) -> Any:
-        """The stream's header, ``None`` when the method declares none."""
-        return self._header
-
     def typed_header(self, header_type: type[_T]) -> _T:
         """Return the header as *header_type*; raises `TypeError` when there is none, or one of another type."""
-        if not isinstance(self._header, header_type):
-            raise ParameterError(f"{self._info.name}() header: expected {header_type.__name__}, got {_got(self._header)}")
-        return self._header
+        if not isinstance(self.header, header_type):
+            raise ParameterError(f"{self._info.name}() header: expected {header_type.__name__}, got {_got(self.header)}")
+        return self.header
 
     def _turn(self, given: AnnotatedBatch | None) -> AnnotatedBatch | None:
         if self._stream.done:
-            how = self._stream.cut_off or "is closed"
-            raise RpcError("ProtocolError", f"the stream of {self._info.name}() {how}", "")
+            raise RpcError("ProtocolError", f"the stream of {self._info.name}() {self._stream.cut_off or 'is closed'}", "")
         return self._stream.next() if given is None else self._stream.turn(given)
 
     def __iter__(self) -> Iterator[AnnotatedBatch]:
@@ -4377,39 +4297,30 @@ class StreamSession:
         that off, for a producer with side effects. `tick` and `exchange` never ask ahead; a `tick` after an iteration
         first gets the batches that this one had asked for, and its metadata reaches the state on the turn behind them.
 
-        Raises:
-            RpcError: A turn failed, or another call on the connection ended the stream. The connection serves the next call.
+        Raises `RpcError` when a turn failed, or another call ended the stream; the connection serves the next call.
         """
-        while not self._stream.done or self._stream.cut_off:
-            answer = self._turn(None)
-            if answer is None:
-                return
+        while (not self._stream.done or self._stream.cut_off) and (answer := self._turn(None)) is not None:
             yield answer
 
     def tick(self, custom_metadata: pa.KeyValueMetadata | Mapping[bytes, bytes] | None = None) -> AnnotatedBatch:
         """Ask a producer for one batch; its state sees the metadata. Raises `StopIteration` at the end, `RpcError`."""
-        answer = self._turn(_tick(custom_metadata))
-        if answer is None:
+        if (answer := self._turn(_tick(custom_metadata))) is None:
             raise StopIteration
         return answer
 
     def exchange(self, input: AnnotatedBatch) -> AnnotatedBatch:
         """Send a batch and return the answer. Raises `RpcError`; `TypeError` for what is no batch."""
-        where = f"{self._info.name}() exchange"
+        where = f"{self._info.name}() exchange: expected"
         if not isinstance(input, AnnotatedBatch):
-            raise ParameterError(f"{where}: expected an AnnotatedBatch, got {_got(input)}; wrap it: AnnotatedBatch(batch)")
+            raise ParameterError(f"{where} an AnnotatedBatch, got {_got(input)}; wrap it: AnnotatedBatch(batch)")
         if not isinstance(input.batch, pa.RecordBatch):
-            raise ParameterError(f"{where}: expected a pyarrow.RecordBatch in the AnnotatedBatch, got {_got(input.batch)}")
-        answer = self._turn(input)
-        if answer is None:
+            raise ParameterError(f"{where} a pyarrow.RecordBatch in the AnnotatedBatch, got {_got(input.batch)}")
+        if (answer := self._turn(input)) is None:
             raise RpcError("ProtocolError", f"{self._info.name}() finished instead of answering", "")
         return answer
 
     def token(self) -> bytes:
-        """Return bytes from which `resume` goes on behind the last batch that was handed out; HTTP only.
-
-        They hold the state, signed and readable: keep them as you would keep the data.
-        """
+        """Return what `resume` needs to go on behind the last batch handed out; HTTP only. It is signed, and readable."""
         return self._stream.token()
 
     def next_with_token(self, custom_metadata: pa.KeyValueMetadata | None = None) -> tuple[AnnotatedBatch | None, bytes | None]:
@@ -4445,7 +4356,6 @@ class StreamSession:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-
 def _was_answer(exc: RpcError) -> bool:
     """Whether the server sent this error: one made on this side is local and has no request id."""
     return not isinstance(exc, _LocalError) or bool(exc.request_id)
@@ -4453,7 +4363,6 @@ def _was_answer(exc: RpcError) -> bool:
 
 class ByteClient(ClientChannel):
     """Calls over one byte stream, one at a time; safe for use by several threads, which take turns."""
-
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self._lock = threading.Lock()
@@ -4461,15 +4370,13 @@ class ByteClient(ClientChannel):
         self._open: _ByteClientStream | None = None
         self._broken = ""  # why the connection is closed
         self._between = False  # whether a stream is expected next: what comes else is text that something printed
-        self._stray = False  # an input stream was sent that a refusing server may have taken for a request
 
     @contextlib.contextmanager
-    def exclusive(self, deadline: float | None) -> Iterator[ByteChannel]:
+    def exclusive(self, deadline: float | None) -> Iterator[None]:
         """Hold the connection; whatever is not an answer breaks it for good.
 
-        Raises:
-            DeadlineExceededError: Other threads held it for too long; it stays usable.
-            RpcError: This thread holds it: ``on_log`` calls back.
+        Raises `DeadlineExceededError` when other threads held it for too long (it stays usable), `RpcError` when this
+        thread holds it: ``on_log`` calls back.
         """
         if self._caller == threading.get_ident():
             raise RpcError("ProtocolError", "a call is running on this connection: on_log cannot make another one on it", "")
@@ -4480,19 +4387,16 @@ class ByteClient(ClientChannel):
             self._caller = threading.get_ident()
             if self._broken:
                 raise TransportError(f"the connection is closed: {self._broken}")
-            channel = self.transport.channel
-            channel.deadline = deadline
+            self.transport.channel.deadline = deadline
             try:
-                yield channel
-            except ParameterError:  # before a byte was sent
-                raise
-            except (EOFError, _Refusal, RpcError) as exc:
-                if isinstance(exc, RpcError) and _was_answer(exc):
-                    raise
-                raise self._break(exc) from None
+                yield
             except BaseException as exc:
-                self._break(exc)  # interrupted in the middle of an exchange: nobody knows where the bytes stand
-                raise
+                if isinstance(exc, ParameterError) or (isinstance(exc, RpcError) and _was_answer(exc)):
+                    raise  # before a byte was sent, or after a whole answer
+                lost = self._break(exc)
+                if isinstance(exc, (EOFError, _Refusal, RpcError)):
+                    raise lost from None
+                raise  # interrupted in the middle of an exchange: nobody knows where the bytes stand
         finally:
             self._caller = 0
             self._lock.release()
@@ -4525,26 +4429,26 @@ class ByteClient(ClientChannel):
     def _stray_text(self, lost: bool) -> str:
         """What a worker printed, as text, when that is what came instead of a stream."""
         channel = self.transport.channel
-        if self._between and lost:  # it may have gone before our request was written, and left its text in the pipe
+        if not self._between:
+            return ""
+        if lost:  # it may have gone before our request was written, and left its text in the pipe
             channel.deadline = time.monotonic() + 1.0
             with contextlib.suppress(RpcError):
                 channel._fill()
         start = max(0, channel._at - 8)  # eight bytes were taken for the prefix of a message
-        seen = channel._buffer[start : start + 200] if self._between else b""
-        if not seen or not all(32 <= b < 127 or b in b"\r\n\t\x1b" for b in seen[:8]):
-            return ""
-        return seen.decode("utf-8", "replace").strip()
+        seen = channel._buffer[start : start + 200]
+        printed = all(32 <= b < 127 or b in b"\r\n\t\x1b" for b in seen[:8])
+        return seen.decode("utf-8", "replace").strip() if printed else ""
 
     def open_reply(self, request_id: str, options: CallOptions) -> tuple[IpcReader, ReplyItem | None]:
         """Open the next answer and read its first item, past the answer that a refused stream's input may have earned.
 
-        Raises:
-            RpcError: The answer is an error; it was read to its end.
+        Raises the `RpcError` that the answer is, which was then read to its end.
         """
         while True:
             reader = IpcReader(self.transport.channel, validation=options.ipc_validation)
             self._between = False
-            stray, self._stray = self._stray, False
+            stray, self.transport.stray = self.transport.stray, False
             try:
                 return reader, next_reply_item(reader, options)
             except RpcError as exc:
@@ -4557,9 +4461,8 @@ class ByteClient(ClientChannel):
 
     def _send_request(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> str:
         self._end_open("was ended by another call on its connection; read it to its end first, or connect twice")
-        request_id = new_request_id()
+        request_id, self._between = new_request_id(), True
         metadata = request_metadata(info, options.version, request_id, options.timeout)
-        self._between = True
         self.transport.channel.write([stream_bytes(batch.schema, [(batch, metadata)])])
         return request_id
 
@@ -4582,11 +4485,9 @@ class ByteClient(ClientChannel):
     def release(self) -> bool:
         """End an open stream and refuse further calls; return whether the transport may serve another client."""
         fit = False
-        with contextlib.suppress(RpcError):
-            if not self._broken:
-                with self.exclusive(time.monotonic() + 1.0):
-                    self._end_open("was ended with its connection")
-                    fit = True
+        with contextlib.suppress(RpcError), self.exclusive(time.monotonic() + 1.0):
+            self._end_open("was ended with its connection")
+            fit = True
         self._broken = self._broken or "it was closed here"
         return fit
 
@@ -4606,17 +4507,19 @@ class _ByteClientStream(ClientStream):
 
     def read_header(self, name: str) -> None:
         """Read the header stream that precedes the data; an error in its place ends the stream."""
-        item = self._next()
-        if item is None:
+        if (item := self._next()) is None:
             raise IPCError(f"{name}(): expected a header, got an end of stream")
-        self.header = item.annotated().batch
+        self.header, self._reader = item.annotated().batch, None
         item.reader.skip()
-        self._reader = None
 
     def _input(self, schema: pa.Schema) -> IpcWriter:
         if self._writer is None:
             self._writer = IpcWriter(self._client.transport.channel.write, schema)
         return self._writer
+
+    def _end_input(self) -> None:
+        self.done = True
+        self._input(EMPTY_SCHEMA).close()
 
     def _next(self) -> ReplyItem | None:
         """Read to the next item of the answer. The server's error ends the stream, not the connection."""
@@ -4630,10 +4533,9 @@ class _ByteClientStream(ClientStream):
                 if self._reader is not None:
                     self._reader.skip()
                 if not self.done:
-                    self._input(EMPTY_SCHEMA).close()
-                self.done = True
+                    self._end_input()
                 # A begun call reads our input to its end; a server that refused the call may take it for a request.
-                self._client._stray = True
+                self._client.transport.stray = True
             raise
 
     def _check_open(self) -> None:
@@ -4672,17 +4574,15 @@ class _ByteClientStream(ClientStream):
             return self._given(item)
 
     def _given(self, item: ReplyItem | None) -> AnnotatedBatch | None:
-        if item is not None:
-            self._in_flight -= 1
-            return item.annotated()
-        self.done = True
-        self._input(EMPTY_SCHEMA).close()
-        return None
+        if item is None:
+            self._end_input()
+            return None
+        self._in_flight -= 1
+        return item.annotated()
 
     def finish(self) -> None:
         """End both directions; the caller holds the connection."""
-        self.done = True
-        self._input(EMPTY_SCHEMA).close()
+        self._end_input()
         try:
             while self._next() is not None:
                 pass
@@ -4697,28 +4597,20 @@ class _ByteClientStream(ClientStream):
 
     def cancel(self) -> None:
         with self._client.exclusive(self._options.deadline):
-            if self.done:
-                return
-            writer = self._input(EMPTY_SCHEMA)
-            writer.write(empty_batch(writer.schema), {CANCEL_KEY: b"1"})
-            self.finish()
+            if not self.done:
+                writer = self._input(EMPTY_SCHEMA)
+                writer.write(empty_batch(writer.schema), {CANCEL_KEY: b"1"})
+                self.finish()
 
 
 class RpcConnection(Generic[_P]):
-    """A connection as a context manager that gives the typed proxy.
+    """A connection as a context manager that gives the typed proxy of *protocol*; the options are those of `CallOptions`.
 
-    Args:
-        protocol: The Protocol class.
-        transport: A byte transport, or another `ClientChannel`; closed on leaving, and when *protocol* has mistakes.
-        on_log: Takes the server's log lines.
-        timeout: Seconds per call or turn, ``None`` for no limit.
-        ipc_validation: How much of each answer is checked.
+    *transport*, which may also be another `ClientChannel`, is closed on leaving, and when *protocol* has mistakes.
     """
 
-    def __init__(
-        self, protocol: type[_P], transport: Transport | ClientChannel, on_log: Callable[[Message], None] | None = None, *,
-        timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL
-    ) -> None:
+    def __init__(self, protocol: type[_P], transport: Transport | ClientChannel, on_log: ClientLog | None = None, *,
+                 timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL) -> None:
         self.channel = transport if isinstance(transport, ClientChannel) else ByteClient(transport)
         version = getattr(protocol, "protocol_version", "") or ""
         try:
@@ -4736,10 +4628,9 @@ class RpcConnection(Generic[_P]):
 
 class RpcProxy:
     """Calls a Protocol's methods on a server; each is an attribute. Made by the ``connect`` functions."""
-
-    _protocol: type
-    _channel: ClientChannel
-    _options: CallOptions
+    def __init__(self, protocol: type, channel: ClientChannel, options: CallOptions) -> None:
+        self._protocol, self._channel, self._options = protocol, channel, options
+        self.__dict__.update({i.name: _proxy_method(i, channel, options) for i in rpc_methods(protocol).values()})
 
     def __repr__(self) -> str:
         return f"<proxy of {self._protocol.__qualname__} over {type(self._channel).__name__}>"
@@ -4748,28 +4639,19 @@ class RpcProxy:
         """Return a proxy on the same connection with other options; those that are not given stay as they are.
 
         They are *timeout* (seconds per call or turn, ``None`` for none), *on_log*, *ipc_validation*, and *prefetch*: 1 has
-        iteration ask for one batch at a time (see `StreamSession.__iter__`), more for so many at most.
-
-        Raises:
-            TypeError: An option that is none of these.
+        iteration ask for one batch at a time (see `StreamSession.__iter__`), more for so many at most. Raises `TypeError`
+        for an option that is none of these.
         """
         known = ("timeout", "on_log", "ipc_validation", "prefetch")
         if not options.keys() <= set(known):
             raise TypeError(f"with_options: expected {', '.join(known)}, got {', '.join(sorted(options))}")
-        return make_proxy(self._protocol, self._channel, dataclasses.replace(self._options, **options))
+        return RpcProxy(self._protocol, self._channel, dataclasses.replace(self._options, **options))
 
     def __getattr__(self, name: str) -> Any:
-        known = rpc_methods(self._protocol)
-        raise AttributeError(f"{self._protocol.__qualname__} has no method {name!r}{_suggest(name, known)}")
+        close = _suggest(name, rpc_methods(self._protocol))
+        raise AttributeError(f"{self._protocol.__qualname__} has no method {name!r}{close}")
 
-
-def make_proxy(protocol: type, channel: ClientChannel, options: CallOptions) -> RpcProxy:
-    """Return a proxy of *protocol* over *channel*."""
-    proxy = RpcProxy()
-    proxy._protocol, proxy._channel, proxy._options = protocol, channel, options
-    for info in rpc_methods(protocol).values():
-        proxy.__dict__[info.name] = _proxy_method(info, channel, options)
-    return proxy
+make_proxy = RpcProxy
 
 def _proxy_method(info: RpcMethodInfo, channel: ClientChannel, options: CallOptions) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -4777,7 +4659,6 @@ def _proxy_method(info: RpcMethodInfo, channel: ClientChannel, options: CallOpti
         if info.method_type is MethodType.UNARY:
             return channel.unary(info, batch, options)
         return StreamSession(channel.stream(info, batch, options), info)
-
     call.__name__, call.__doc__ = info.name, info.doc
     return call
 
@@ -4786,25 +4667,19 @@ def with_options(proxy: _P, **options: Any) -> _P:
     return cast("_P", RpcProxy.with_options(cast("RpcProxy", proxy), **options))
 
 def resume(proxy: Any, method: str, token: bytes) -> StreamSession:
-    """Go on with a stream of *method* where `StreamSession.token` was taken; also in another process. HTTP only.
-
-    Raises `RpcError` when the token is not one, or the server refuses it.
-    """
+    """Go on with a stream where its `token` was taken, also in another process; HTTP only. Raises `RpcError` if refused."""
     info = rpc_methods(proxy._protocol).get(method)
     if info is None or info.method_type is not MethodType.STREAM:
         raise RpcError("ProtocolError", f"resume: {method!r} is not a stream of {proxy._protocol.__qualname__}", "")
     return StreamSession(proxy._channel.resume(info, token, proxy._options), info)
 
-
 def _reflection(target: Any, ipc_validation: IpcValidation = IpcValidation.FULL) -> Any:
     """A proxy of the reflection protocol on the connection of a proxy, a transport or a channel."""
-    timeout = None
-    if isinstance(target, RpcProxy):
-        timeout, target = target._options.timeout, target._channel
-    channel = ByteClient(target) if isinstance(target, Transport) else target
+    options, channel = (target._options, target._channel) if isinstance(target, RpcProxy) else (CallOptions(), target)
+    channel = ByteClient(channel) if isinstance(channel, Transport) else channel
     if not isinstance(channel, ClientChannel):
         raise TypeError(f"expected a proxy, a transport or a channel, got {_got(target)}")
-    return make_proxy(Reflection, channel, CallOptions(timeout=timeout, ipc_validation=ipc_validation))
+    return make_proxy(Reflection, channel, CallOptions(timeout=options.timeout, ipc_validation=ipc_validation))
 
 def list_protocols(target: Any) -> list[ProtocolSummary]:
     """Return what the server behind a proxy or transport hosts, the application's first; `RpcError` if it does not tell."""
@@ -4814,22 +4689,18 @@ def describe_protocol(target: Any, name: str) -> ServiceDescription:
     """Return what the server behind a proxy or transport says of the protocol *name*; raises as `list_protocols`."""
     return introspect(target, protocol=name)
 
-def introspect(
-    transport: Any, ipc_validation: IpcValidation = IpcValidation.FULL, protocol: str | None = None
-) -> ServiceDescription:
+def introspect(transport: Any, ipc_validation: IpcValidation = IpcValidation.FULL,
+               protocol: str | None = None) -> ServiceDescription:
     """Return the description of *protocol*, by default the primary one; raises as `list_protocols`."""
     proxy = _reflection(transport, ipc_validation)
     listed = cast("ProtocolList", proxy.list_protocols())
-    if protocol is None:
-        named = [p.protocol for p in listed.protocols if not p.protocol.startswith(RESERVED_PROTOCOL_PREFIX)]
-        protocol = (named or [REFLECTION_PROTOCOL])[0]
-    return _service_description(listed, proxy.describe(protocol=protocol))
-
+    named = (p.protocol for p in listed.protocols if not p.protocol.startswith(RESERVED_PROTOCOL_PREFIX))
+    name = next(named, REFLECTION_PROTOCOL) if protocol is None else protocol
+    return _service_description(listed, proxy.describe(protocol=name))
 
 @dataclass(frozen=True)
 class PoolMetrics:
     """What a `WorkerPool` has done so far, and what it holds: counts of workers."""
-
     borrows: int = 0  # times that `connect` was entered
     spawns: int = 0  # workers started for it …
     reuses: int = 0  # … or taken from the idle ones
@@ -4840,23 +4711,11 @@ class PoolMetrics:
     idle: int = 0
     active: int = 0
 
-
-class _IdleWorker(NamedTuple):
-    command: tuple[str, ...]
-    transport: SubprocessTransport
-    since: float  # of time.monotonic()
-    stray: bool  # see `ByteClient`
-
-
-def _is_quiet(transport: SubprocessTransport) -> bool:
+def _is_quiet(worker: SubprocessTransport) -> bool:
     """Whether a worker lives, has not hung up, and has sent nothing that nobody asked for."""
-    import select
-
-    if transport.proc.poll() is not None or transport.channel.peek() or transport.channel.fileno() < 0:
-        return False
-    poll = select.poll()
-    poll.register(transport.channel.fileno(), select.POLLIN)  # hang-up and failure are reported in any case
-    return not poll.poll(0)
+    channel = worker.channel
+    alive = worker.proc.poll() is None and channel.fileno() >= 0
+    return alive and not channel.peek() and not _ready(channel.fileno(), "POLLIN")
 
 
 class WorkerPool:
@@ -4865,18 +4724,13 @@ class WorkerPool:
     A worker serves one connection at a time and is checked before each: one that died, hung up, printed to the channel or
     was left in the middle of a call is ended instead. Safe for use by several threads; a context manager, which closes it.
 
-    Args:
-        max_idle: At most so many workers wait, whatever their commands; 0 keeps none. The longest idle one goes first.
-        idle_timeout: Seconds after which a waiting worker is ended.
-        stderr, stderr_logger: As in `connect`.
-        shm_size: Accepted for code written for other implementations, and without effect: batches travel inline, as shared
-            memory is not offered to workers.
+    At most *max_idle* workers wait (0 keeps none), whatever their commands, each for *idle_timeout* seconds; the longest idle
+    one goes first. *stderr* and *stderr_logger* are as in `connect`. *shm_size* is accepted for code written for other
+    implementations, and without effect: batches travel inline, as shared memory is not offered to workers.
     """
 
-    def __init__(
-        self, max_idle: int = 4, idle_timeout: float = 60.0, stderr: StderrMode = StderrMode.INHERIT,
-        stderr_logger: logging.Logger | None = None, shm_size: int | None = None
-    ) -> None:
+    def __init__(self, max_idle: int = 4, idle_timeout: float = 60.0, stderr: StderrMode = StderrMode.INHERIT,
+                 stderr_logger: logging.Logger | None = None, shm_size: int | None = None) -> None:
         if max_idle < 0 or not 0 < idle_timeout <= threading.TIMEOUT_MAX:
             raise ValueError(f"expected max_idle of 0 or more and idle_timeout above 0, got {max_idle!r} and {idle_timeout!r}")
         if shm_size is not None and (not isinstance(shm_size, int) or shm_size <= 0):
@@ -4884,101 +4738,84 @@ class WorkerPool:
         self.max_idle, self.idle_timeout = max_idle, idle_timeout
         self._start = functools.partial(SubprocessTransport, stderr=stderr, stderr_logger=stderr_logger)
         self._changed = threading.Condition()
-        self._idle: list[_IdleWorker] = []  # the longest idle one first
+        self._idle: list[SubprocessTransport] = []  # the longest idle one first
         self._evictor: threading.Thread | None = None  # lives only while somebody is idle
-        self._metrics, self._closed = PoolMetrics(), False
+        self._counts, self._closed = dataclasses.asdict(PoolMetrics()), False
 
     @property
     def metrics(self) -> PoolMetrics:
         """The counts as they are now."""
         with self._changed:
-            return dataclasses.replace(self._metrics, idle=len(self._idle))
+            return PoolMetrics(**{**self._counts, "idle": len(self._idle)})
 
-    @property
-    def idle_count(self) -> int:
-        """Workers that wait."""
-        return self.metrics.idle
+    idle_count = property(lambda self: self.metrics.idle, doc="Workers that wait.")
 
-    @property
-    def active_count(self) -> int:
-        """Workers that serve a connection."""
-        return self.metrics.active
+    active_count = property(lambda self: self.metrics.active, doc="Workers that serve a connection.")
 
     def _count(self, **changes: int) -> None:
         with self._changed:
-            now = {name: getattr(self._metrics, name) + change for name, change in changes.items()}
-            self._metrics = dataclasses.replace(self._metrics, **now)
+            for name, change in changes.items():
+                self._counts[name] += change
 
     @contextlib.contextmanager
-    def connect(
-        self, protocol: type[_P], cmd: Sequence[str], *, on_log: Callable[[Message], None] | None = None,
-        timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL
-    ) -> Iterator[_P]:
+    def connect(self, protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None, timeout: float | None = None,
+                ipc_validation: IpcValidation = IpcValidation.FULL) -> Iterator[_P]:
         """Give a proxy to a worker of that command; on leaving, an open stream is ended and the worker goes back.
 
-        Raises:
-            TransportError: On entering: the program cannot be started, or the pool is closed; from a call: it has died.
+        Raises `TransportError` on entering when the program cannot be started or the pool is closed, from a call when it died.
         """
-        client = self._borrow(cmd)
-        transport = cast("SubprocessTransport", client.transport)
+        worker, fit = self._borrow(cmd), False
+        client = ByteClient(worker)
         try:
             yield cast("_P", RpcConnection(protocol, client, on_log, timeout=timeout, ipc_validation=ipc_validation)._proxy)
         finally:
-            fit = False
             try:
-                fit = client.release() and _is_quiet(transport)
+                fit = client.release() and _is_quiet(worker)
             finally:
-                self._give_back(_IdleWorker(tuple(transport.command), transport, time.monotonic(), client._stray), fit)
+                self._give_back(worker, fit)
 
-    def _borrow(self, cmd: Sequence[str]) -> ByteClient:
+    def _borrow(self, cmd: Sequence[str]) -> SubprocessTransport:
         self._count(borrows=1)
         while True:
             with self._changed:
                 if self._closed:
                     raise TransportError("the pool is closed")
-                found = next((i for i in reversed(self._idle) if i.command == tuple(cmd)), None)
-                if found is None:
-                    break
-                self._idle.remove(found)
-            if _is_quiet(found.transport):
-                self._count(reuses=1, active=1)
-                client = ByteClient(found.transport)
-                client._stray = found.stray
-                return client
+                idle = next((w for w in reversed(self._idle) if w.command == list(cmd)), None)
+                if idle is not None:
+                    self._idle.remove(idle)
+            if idle is None or _is_quiet(idle):
+                worker = idle or self._start(cmd)
+                self._count(active=1, spawns=idle is None, reuses=idle is not None)
+                return worker
             self._count(discards=1)
-            found.transport.abort()
-        client = ByteClient(self._start(cmd))
-        self._count(spawns=1, active=1)
-        return client
+            idle.abort()
 
-    def _give_back(self, worker: _IdleWorker, fit: bool) -> None:
+    def _give_back(self, worker: SubprocessTransport, fit: bool) -> None:
         with self._changed:
-            kept = fit and not self._closed
-            self._count(active=-1, returns=kept, discards=not kept)
-            if kept:
-                self._idle.append(worker)
+            kept, worker.idle_since = fit and not self._closed, time.monotonic()
+            self._idle += [worker] if kept else []
             surplus = [self._idle.pop(0)] if len(self._idle) > self.max_idle else []
-            self._count(evictions_max=len(surplus))
+            self._count(active=-1, returns=kept, discards=not kept, evictions_max=len(surplus))
             if self._idle and self._evictor is None:
                 self._evictor = threading.Thread(target=self._evict, daemon=True, name="vgi_rpc pool")
                 self._evictor.start()
         if not kept:
-            worker.transport.abort()
+            worker.abort()
         for one in surplus:
-            one.transport.close()
+            one.close()
 
     def _evict(self) -> None:
         """End workers as their time comes; return once nobody is idle."""
         while True:
             with self._changed:
-                while self._idle and (left := self._idle[0].since + self.idle_timeout - time.monotonic()) > 0:
+                while self._idle and (left := self._idle[0].idle_since + self.idle_timeout - time.monotonic()) > 0:
                     self._changed.wait(left)
                 if not self._idle:
                     self._evictor = None
                     return
-                old = self._idle.pop(0)
                 self._count(evictions_idle=1)
-            old.transport.close()
+                old = self._idle.pop(0)
+            old.close()
 
     def close(self) -> None:
         """End the idle workers; those that are in use follow when they come back. May be called twice."""
@@ -4987,10 +4824,10 @@ class WorkerPool:
             idle, self._idle, evictor = self._idle, [], self._evictor
             self._count(discards=len(idle))
             self._changed.notify_all()
-        for one in idle:
-            one.transport.channel.close()  # all of them leave at the same time
-        for one in idle:
-            one.transport.close()
+        for worker in idle:
+            worker.channel.close()  # all of them leave at the same time
+        for worker in idle:
+            worker.close()
         if evictor is not None:
             evictor.join()
 
@@ -5015,17 +4852,14 @@ class RpcServer(ServerCore):
         protocol: The Protocol class, or a plain class that serves as its own.
         implementation: The object that serves it.
         extra_protocols: Further (protocol, implementation) pairs, with unique names.
-        server_id: 12 hex characters; made up by default.
-        server_version: Free text, shown by reflection.
-        enable_describe: Whether reflection and the pages answer.
+        server_id, server_version: 12 hex characters, made up by default; free text, shown by reflection.
+        enable_describe, include_tracebacks: Whether reflection and the pages answer; whether errors carry tracebacks.
         ipc_validation: How much of each incoming batch is checked; default: every value.
-        include_tracebacks: Whether errors carry the server's traceback.
         max_request_bytes: Largest message on byte streams, before and after decompression; HTTP has an option of its own.
         max_rows: Most rows in one batch on byte streams.
 
-    Raises:
-        TypeError: The implementation does not fit the protocol; one error names everything.
-        ValueError: A protocol name that is reserved, given twice, or none.
+    Raises `TypeError` when the implementation does not fit the protocol (one error names everything), `ValueError` for a
+    protocol name that is reserved, given twice, or none.
     """
 
     def serve(self, transport: Transport, *, auth: AuthContext | None = None) -> None:
@@ -5041,7 +4875,6 @@ class RpcServer(ServerCore):
 
 class _ByteServing:
     """Serves one byte channel, request after request."""
-
     def __init__(self, server: ServerCore, transport: Transport, auth: AuthContext) -> None:
         self._server, self._channel = server, transport.channel
         self._caller = Caller(transport.kind, auth, transport.remote_addr, gone=transport.channel.peer_gone)
@@ -5056,13 +4889,13 @@ class _ByteServing:
             reader = self._reader()
             with self._server:
                 return self._serve_stream(reader)
-        except (EOFError, TransportError):
-            return False
         except IPCError as exc:
             logger.debug("connection closed: %s", exc)
             with contextlib.suppress(TransportError):
                 self._answer(exc)
-            return False
+        except (EOFError, TransportError):
+            pass
+        return False
 
     def _reader(self) -> IpcReader:
         return IpcReader(self._channel, self._server.limits, self._server.ipc_validation)
@@ -5075,8 +4908,7 @@ class _ByteServing:
 
     def _serve_stream(self, reader: IpcReader) -> bool:
         orphan_expected, self._orphan_expected = self._orphan_expected, False
-        request_id = ""
-        request = None
+        request_id, request = "", None
         try:
             request = Request(reader)
             if orphan_expected and not {METHOD_KEY, REQUEST_VERSION_KEY} & request.metadata.keys():
@@ -5112,22 +4944,22 @@ class _ByteServing:
                 call.record.statistics.input_batches += 1
                 call.record.statistics.input_rows += request.rows
                 turn = call.begin(arguments)
-            if call.stream is not None:
-                if turn.items:
-                    self._write(turn.schema, turn.items)
-                self._serve_turns(call, call.stream)
+            if call.stream is None:
+                self._orphan_expected = bound.info.method_type is MethodType.STREAM
+                bare = turn.error is not None and bound.info.header is not None
+                self._write(EMPTY_SCHEMA if bare else turn.schema, turn.items)
                 return
-            self._orphan_expected = bound.info.method_type is MethodType.STREAM
-            schema = EMPTY_SCHEMA if turn.error is not None and bound.info.header is not None else turn.schema
-            self._write(schema, turn.items)
+            if turn.items:
+                self._write(turn.schema, turn.items)
+            self._serve_turns(call, call.stream)
         finally:
             call.end()
 
     def _serve_turns(self, call: Call, stream: Stream[Any, Any]) -> None:
         """Lockstep: a batch comes, a turn answers, until either side ends (WIRE section 5)."""
-        reader = self._reader()
-        writer = IpcWriter(self._channel.write, stream.output_schema)
-        while True:
+        reader, writer = self._reader(), IpcWriter(self._channel.write, stream.output_schema)
+        finished = False
+        while not finished:
             try:
                 item = reader.next()
             except _Refusal as exc:
@@ -5138,39 +4970,33 @@ class _ByteServing:
                     if batch is not None:
                         call.cancel()
                     writer.close()
-                    reader.skip()
-                    return
+                    break
                 turn = call.turn(AnnotatedBatch(batch, pa.KeyValueMetadata(metadata) if metadata else None))
-            writer.write_all(turn.items, close=turn.finished)
-            if turn.finished:
-                reader.skip()
-                return
-
+            finished = turn.finished
+            writer.write_all(turn.items, close=finished)
+        reader.skip()
 
 @contextlib.contextmanager
-def _stop_signals(
-    server: ServerCore, grace: float = DRAIN_GRACE_SECONDS, wake: Callable[[], object] = lambda: None
-) -> Iterator[None]:
+def _stop_signals(server: ServerCore, grace: float = DRAIN_GRACE_SECONDS,
+                  wake: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Have SIGTERM and SIGINT end what is inside: an idle server at once, else after the running calls or *grace* seconds.
 
     The first signal drains the server and calls *wake*; a second one does not wait. Only the main thread gets signals:
     in another thread nothing changes.
     """
     import signal
-
     waiting = threading.main_thread()
     if threading.current_thread() is not waiting:
         yield
         return
     # A thread that is blocked in a read between two turns of a stream can only be waked by another signal.
     timer = threading.Timer(grace, lambda: signal.pthread_kill(cast("int", waiting.ident), signal.SIGTERM))
-    timer.daemon = True
-    caught: list[int] = []
+    timer.daemon, stopping = True, False
 
     def stop(number: int, frame: object) -> None:
-        caught.append(number)
-        server.draining = True
-        if len(caught) > 1 or not server._active:
+        nonlocal stopping
+        again, stopping, server.draining = stopping, True, True
+        if again or not server._active:
             raise SystemExit(0)
         timer.start()
         wake()
@@ -5179,19 +5005,17 @@ def _stop_signals(
     try:
         yield
     except SystemExit:
-        if not caught:
+        if not stopping:
             raise
     finally:
         timer.cancel()
         for number, handler in old.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
+            signal.signal(number, handler or signal.SIG_DFL)
 
 def serve_stdio(server: RpcServer) -> None:
-    """Serve the parent process on stdin and stdout until it closes them.
+    """Serve the parent process on stdin and stdout until it closes them; SIGTERM and SIGINT let the running call finish.
 
-    While serving, descriptor 1 is standard error: whatever prints to stdout cannot break the channel. SIGTERM and SIGINT
-    let the running call finish.
+    While serving, descriptor 1 is standard error: whatever prints to stdout cannot break the channel.
     """
     write_fd = os.dup(1)
     transport = Transport(FdChannel(os.dup(0), write_fd), TransportKind.PIPE)  # not inherited by children of the methods
@@ -5207,26 +5031,19 @@ def serve_stdio(server: RpcServer) -> None:
         os.dup2(write_fd, 1)
         transport.close()
 
-
 def _flush_stdout() -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none at all
         sys.stdout.flush()
 
 class Listener:
-    """Accepts connections and gives each to a handler, until told to stop or idle for too long.
+    """Accepts connections on a bound socket, which it owns, and has each served to its end, until stopped or idle too long.
 
-    Args:
-        listening: The bound socket, which it owns.
-        handle: Serves one connection to its end.
-        threaded: A thread for each connection, or one after the other.
-        max_connections: At most so many at a time; further ones wait to be accepted.
-        idle_timeout: Seconds without a connection after which `run` returns; ``None`` for never.
+    *threaded*: a thread for each connection, else one after the other. At most *max_connections* at a time, further ones
+    wait. `run` returns after *idle_timeout* seconds without a connection; ``None`` for never.
     """
 
-    def __init__(
-        self, listening: socket.socket, handle: Callable[[socket.socket, Any], None], *,
-        threaded: bool = False, max_connections: int | None = None, idle_timeout: float | None = None
-    ) -> None:
+    def __init__(self, listening: socket.socket, handle: Callable[[socket.socket, Any], None], *, threaded: bool = False,
+                 max_connections: int | None = None, idle_timeout: float | None = None) -> None:
         self._socket, self._handle, self._threaded = listening, handle, threaded
         self._max, self._idle = max_connections, idle_timeout
         self._wake_read, self._wake_write = socket.socketpair()
@@ -5278,12 +5095,11 @@ class Listener:
     def _wait(self, seconds: float | None) -> bool:
         """Wait for a connection to accept, a wake-up or the end of *seconds*; return whether it is a connection."""
         import selectors
-
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_read, selectors.EVENT_READ)
             if self._max is None or len(self._connections) < self._max:
                 selector.register(self._socket, selectors.EVENT_READ)
-            ready = [key.fileobj for key, _ in selector.select(None if seconds is None else max(0.0, seconds))]
+            ready = [key.fileobj for key, _ in selector.select(seconds)]
         if self._wake_read in ready:
             self._wake_read.recv(4096)
         return self._socket in ready and not self._stopping
@@ -5300,9 +5116,8 @@ class Listener:
         if not self._threaded:
             self._serve(connected, address)
             return
-        thread = threading.Thread(target=self._serve, args=(connected, address), daemon=True, name="vgi_rpc connection")
         try:
-            thread.start()
+            threading.Thread(target=self._serve, args=(connected, address), daemon=True, name="vgi_rpc connection").start()
         except RuntimeError as exc:
             logger.error("connection refused: %s", exc)
             self._forget(connected)
@@ -5331,47 +5146,34 @@ class Listener:
         self._wake_read.close()
         self._wake_write.close()
 
-
-def run_listener(
-    server: ServerCore, listener: Listener, grace: float = DRAIN_GRACE_SECONDS, on_bound: Callable[[], object] = lambda: None
-) -> None:
+def run_listener(server: ServerCore, listener: Listener, grace: float = DRAIN_GRACE_SECONDS,
+                 on_bound: Callable[..., object] | None = None, *address: Any) -> None:
     """Run *listener* until SIGTERM, SIGINT or its end; then let running calls finish for *grace* seconds, and close.
 
-    *on_bound* is called once signals are handled: who is told of the address may stop us.
+    *on_bound* is called with the address once signals are handled: who is told of it may stop us.
     """
     try:
         with _stop_signals(server, grace, listener.stop):
-            on_bound()
+            if on_bound is not None:
+                on_bound(*address)
             listener.run()
             if server.draining:
                 listener.run_while(lambda: server.drain(grace))
     finally:
         listener.close()
 
+def serve_unix(server: RpcServer, path: str, *, threaded: bool = False, max_connections: int | None = None,
+               idle_timeout: float | None = None, on_bound: Callable[[str], None] | None = None) -> None:
+    """Serve on a Unix socket until SIGTERM, SIGINT or *idle_timeout* seconds (``None`` for never) without a connection.
 
-def serve_unix(
-    server: RpcServer, path: str, *, threaded: bool = False, max_connections: int | None = None,
-    idle_timeout: float | None = None, on_bound: Callable[[str], None] | None = None
-) -> None:
-    """Serve on a Unix socket until SIGTERM, SIGINT or *idle_timeout* seconds without a connection.
-
-    Args:
-        server: What to serve.
-        path: Where the socket is made, readable by its owner alone; a dead one is replaced, and it is removed at the end.
-        threaded: A thread for each connection; otherwise one after the other.
-        max_connections: At most so many at a time.
-        idle_timeout: Seconds; ``None`` for never.
-        on_bound: Called with the path once connections are accepted.
-
-    Raises:
-        OSError: The path is in use by a live server, or cannot be made.
+    *path* is readable by its owner alone; a dead socket there is replaced, and ours removed at the end. *on_bound* is called
+    with it once connections are accepted. For *threaded* and *max_connections* see `Listener`. Raises `OSError` when the path
+    is in use by a live server, or cannot be made.
     """
-
     def handle(connected: socket.socket, address: Any) -> None:
         server.serve(Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}"))
 
-    listening = socket.socket(socket.AF_UNIX)
-    try:
+    with socket.socket(socket.AF_UNIX) as listening:
         _remove_dead_socket(path)
         old = os.umask(0o077)
         try:
@@ -5381,31 +5183,25 @@ def serve_unix(
         made = os.stat(path).st_ino
         listening.listen(128)
         listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
-    except BaseException:
-        listening.close()
-        raise
-    try:
-        run_listener(server, listener, on_bound=lambda: on_bound(path) if on_bound is not None else None)
-    finally:
-        with contextlib.suppress(OSError):
-            if os.stat(path).st_ino == made:
-                os.unlink(path)
+        try:
+            run_listener(server, listener, DRAIN_GRACE_SECONDS, on_bound, path)
+        finally:
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_ino == made:
+                    os.unlink(path)
 
 def _remove_dead_socket(path: str) -> None:
     """Remove a socket file behind which nobody listens any more."""
     import stat
-
     try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            return
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(1.0)
-            probe.connect(path)
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(1.0)
+                probe.connect(path)
     except ConnectionRefusedError:
         os.unlink(path)
     except OSError:
         pass
-
 
 def listen_tcp(host: str, port: int) -> socket.socket:
     """Bind and listen; *port* 0 takes a free one. Raises `OSError`."""
@@ -5426,39 +5222,29 @@ def _start_tls(connected: socket.socket, tls_context: ssl.SSLContext | None) -> 
 def _address_text(address: Any) -> str:
     return f"{address[0]}:{address[1]}" if isinstance(address, tuple) and len(address) >= 2 else ""
 
-
-def serve_tcp(
-    server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, threaded: bool = False,
-    max_connections: int | None = None, idle_timeout: float | None = None,
-    on_bound: Callable[[str, int], None] | None = None, tls_context: ssl.SSLContext | None = None
-) -> None:
+def serve_tcp(server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, threaded: bool = False,
+              max_connections: int | None = None, idle_timeout: float | None = None,
+              on_bound: Callable[[str, int], None] | None = None, tls_context: ssl.SSLContext | None = None) -> None:
     """Serve on TCP; what is not said here is as in `serve_unix`. Only *tls_context* can authenticate clients.
 
-    Args:
-        server: What to serve.
-        host: Address to bind; by default only this machine reaches it.
-        port: 0 takes a free one.
-        on_bound: Called with host and port once connections are accepted.
-        tls_context: Server-side context of the standard library's ``ssl``; ``None`` for plain TCP.
-
-    Raises:
-        OSError: The address is in use, or cannot be bound.
+    By default only this machine reaches *host*; *port* 0 takes a free one. *on_bound* is called with host and port.
+    *tls_context* is a server-side context of the standard library's ``ssl``; ``None`` for plain TCP. Raises `OSError` when
+    the address is in use, or cannot be bound.
     """
-
     def handle(connected: socket.socket, address: Any) -> None:
+        where = _address_text(address)
         try:
             ready = _start_tls(connected, tls_context)
         except OSError as exc:
-            logger.info("TLS handshake with %s failed: %s", _address_text(address), exc)
+            logger.info("TLS handshake with %s failed: %s", where, exc)
             return
         listener._connections[connected] = ready
         with ready:
-            server.serve(Transport(SocketChannel(ready), TransportKind.TCP, _address_text(address)))
+            server.serve(Transport(SocketChannel(ready), TransportKind.TCP, where))
 
     listening = listen_tcp(host, port)
-    bound_port = listening.getsockname()[1]
     listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
-    run_listener(server, listener, on_bound=lambda: on_bound(host, bound_port) if on_bound is not None else None)
+    run_listener(server, listener, DRAIN_GRACE_SECONDS, on_bound, host, listening.getsockname()[1])
 
 
 # ============================================================================
