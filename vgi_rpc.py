@@ -360,6 +360,7 @@ class _LocalError(RpcError):
 
 class TransportError(_LocalError):
     """No answer came: the peer could not be reached, went away, or does not speak Arrow IPC."""
+
 class DeadlineExceededError(_LocalError):
     """The call's time ran out, here or on the server."""
     error_code_default = Code.DEADLINE_EXCEEDED
@@ -380,6 +381,7 @@ class _Refusal(Exception):
 
 class IPCError(_Refusal):
     """Bytes that are not the Arrow IPC they should be; the text says what was expected, what came and where."""
+
 class VersionError(_Refusal):
     """The request's wire version is absent or not ours."""
     error_code = Code.FAILED_PRECONDITION
@@ -395,6 +397,7 @@ class ProtocolVersionError(VersionError):
 
 class ProtocolError(_Refusal):
     """A request that breaks a rule of the wire."""
+
 class ProtocolNotSpecifiedError(ProtocolError):
     """The request names no protocol."""
     error_kind = "protocol_not_specified"
@@ -409,6 +412,7 @@ class MethodNotImplementedError(ProtocolError):
 
 class TokenError(ProtocolError):
     """A state token that this server did not sign, not for this call, or that is too old."""
+
 class RequestTooLargeError(ProtocolError):
     """A request above the server's limit."""
     error_code, http_status = Code.RESOURCE_EXHAUSTED, 413
@@ -1301,6 +1305,8 @@ _NUMBERS = {
 
 class _NotPlain(Exception):
     """Not for this section: the ordinary way decides, and words the error if there is one."""
+
+
 class _Body:
     """Nodes and buffers of one message, in the order of Arrow's pre-order walk over the columns."""
     __slots__ = ("buffers", "checked", "dictionaries", "nodes")
@@ -1596,6 +1602,7 @@ class ArrowType:
 @dataclass(frozen=True)
 class Transient:
     """Marks a dataclass field that is not serialised: ``Annotated[T, Transient()]``; on reading it takes its default."""
+
 class _Mismatch(Exception):
     """A value that does not fit its codec; containers prepend to *path* on the way out."""
     def __init__(self, expected: str, got: str) -> None:
@@ -1626,6 +1633,13 @@ def _of_field(name: str, convert: Callable[[Any], Any], value: Any) -> Any:
     except Exception as exc:  # a date beyond Python's calendar, a __post_init__ that does not like its values
         raise _Mismatch("a valid value", f"{type(exc).__name__}: {_text_of(exc)}").under(f".{name}") from exc
 
+def _located(where: str, prefix: str, convert: Callable[[Any], _T], value: Any) -> _T:
+    """Return ``convert(value)``; a mismatch becomes a `ParameterError` that says *where*, its path without *prefix*."""
+    try:
+        return convert(value)
+    except _Mismatch as exc:
+        exc.path = exc.path.removeprefix(prefix)
+        raise exc.error(where) from None
 
 @dataclass(frozen=True)
 class Codec:
@@ -1717,12 +1731,9 @@ def _annotation_text(annotation: object) -> str:
 
 def _split_optional(annotation: Any) -> tuple[Any, bool]:
     """``T | None`` -> (T, True); anything else -> (annotation, False)."""
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        members = typing.get_args(annotation)
-        rest = [m for m in members if m is not type(None)]
-        if len(rest) == 1 and len(rest) < len(members):
-            return rest[0], True
-    return annotation, False
+    rest = [m for m in typing.get_args(annotation) if m is not type(None)]
+    optional = typing.get_origin(annotation) in (Union, types.UnionType) and len(rest) == 1
+    return (rest[0] if optional else annotation), optional
 
 def _unboxed(value: Any) -> Any:
     """A Python value out of a numpy or pyarrow scalar; anything else as it is."""
@@ -1731,10 +1742,7 @@ def _unboxed(value: Any) -> Any:
     return value.as_py() if isinstance(value, pa.Scalar) else value
 
 _SCALARS: dict[Any, tuple[pa.DataType, tuple[type, ...]]] = {  # annotation: Arrow type, what is accepted
-    bool: (pa.bool_(), (bool,)),
-    int: (pa.int64(), (int,)),
-    float: (pa.float64(), (float, int)),
-    str: (pa.utf8(), (str,)),
+    bool: (pa.bool_(), (bool,)), int: (pa.int64(), (int,)), float: (pa.float64(), (float, int)), str: (pa.utf8(), (str,)),
     bytes: (pa.binary(), (bytes, bytearray, memoryview)),
 }
 
@@ -1816,7 +1824,7 @@ def _enum_codec(kind: type[enum.Enum]) -> Codec:
             return members[name]
         except (KeyError, TypeError):
             raise _Mismatch(expected, f"{name!r:.60}") from None
-    return Codec(pa.dictionary(pa.int16(), pa.utf8()), False, encode, decode)
+    return Codec(_ENUM_TYPE, False, encode, decode)
 
 def _optional_codec(inner: Codec) -> Codec:
     if inner.fixed_nullability:
@@ -1883,14 +1891,11 @@ class RowCodec:
         self.names = tuple(name for name, _ in pairs)
         self.codecs = tuple(codec for _, codec in pairs)
         self.schema = pa.schema([pa.field(n, c.arrow_type, nullable=c.nullable) for n, c in pairs])
-        self._plan: PlainPlan | bool | None = False  # made at first use
 
-    @property
+    @functools.cached_property
     def plan(self) -> PlainPlan | None:
-        """How the row travels without pyarrow, ``None`` when it cannot."""
-        if self._plan is False:
-            self._plan = plain_plan(self.schema)
-        return cast("PlainPlan | None", self._plan)
+        """How the row travels without pyarrow, ``None`` when it cannot; made at first use."""
+        return plain_plan(self.schema)
 
     def to_batch(self, values: Sequence[Any]) -> pa.RecordBatch | PlainBatch:
         """Encode one row; raises `_Mismatch` whose path begins with ``.name``."""
@@ -1924,13 +1929,13 @@ class DataclassCodec:
         # A state without fields need not be decorated; one with fields must, or they would be lost silently.
         own = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
         missed = [n for n in vars(cls).get("__annotations__", ()) if n not in {f.name for f in own}]
-        if missed and "__dataclass_fields__" not in vars(cls) and not all(_is_classvar(hints.get(n)) for n in missed):
+        lost = [n for n in missed if hints.get(n) is not ClassVar and typing.get_origin(hints.get(n)) is not ClassVar]
+        if lost and "__dataclass_fields__" not in vars(cls):
             raise TypeError(f"{cls.__qualname__} has fields ({', '.join(missed)}) but is not decorated with @dataclass")
-        self.fields = []  # the serialised ones
-        codecs = []
+        self.fields, codecs = [], []  # the serialised ones
         for f in own:
             where = f"{cls.__qualname__}.{f.name}"
-            if _is_transient(hints[f.name]):
+            if any(isinstance(m, Transient) or m is Transient for m in getattr(hints[f.name], "__metadata__", ())):
                 if f.init and not _has_default(f):
                     raise TypeError(f"{where}: a Transient field needs a default to be read back to")
                 continue
@@ -1981,8 +1986,7 @@ class DataclassCodec:
         return self.from_batch(reader.decode(message))
 
     def _build(self, reader: Callable[[Codec], Callable[[Any], Any]], present: Mapping[str, Any]) -> Any:
-        values: dict[str, Any] = {}
-        late: dict[str, Any] = {}
+        values, late = dict[str, Any](), dict[str, Any]()
         for f, codec in zip(self.fields, self.row.codecs):
             if f.name in present:
                 (values if f.init else late)[f.name] = _of_field(f.name, reader(codec), present[f.name])
@@ -1993,20 +1997,14 @@ class DataclassCodec:
             object.__setattr__(instance, name, value)
         return instance
 
-def _is_transient(annotation: Any) -> bool:
-    return any(isinstance(m, Transient) or m is Transient for m in getattr(annotation, "__metadata__", ()))
-
-def _is_classvar(annotation: Any) -> bool:
-    return annotation is ClassVar or typing.get_origin(annotation) is ClassVar
-
 def _has_default(f: dataclasses.Field[Any]) -> bool:
     return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
 
 _building: set[type] = set()
 _codec_lock = threading.RLock()
 
-@functools.cache
-def _dataclass_codec(cls: Any) -> DataclassCodec:
+def _make_dataclass_codec(cls: Any) -> DataclassCodec:
+    """Return the codec of a class, built once; `TypeError`: a field has no Arrow mapping, or the class contains itself."""
     with _codec_lock:
         if cls in _building:
             raise TypeError(f"{cls.__qualname__} contains itself; an Arrow struct has a fixed depth")
@@ -2016,9 +2014,7 @@ def _dataclass_codec(cls: Any) -> DataclassCodec:
         finally:
             _building.discard(cls)
 
-def dataclass_codec(cls: Any) -> DataclassCodec:
-    """Return the codec of a class, built once; `TypeError`: a field has no Arrow mapping, or the class contains itself."""
-    return _dataclass_codec(cls)
+dataclass_codec: Callable[[Any], DataclassCodec] = functools.cache(_make_dataclass_codec)
 
 _INSTEAD = {  # what would work, by the name of the type that has no mapping
     "list": "list[T], for example list[int]", "dict": "dict[K, V], for example dict[str, float]", "set": "set[T]",
@@ -2079,10 +2075,7 @@ class ArrowSerializableDataclass:
 
     def serialize_to_bytes(self) -> bytes:
         """Return an Arrow IPC stream of 1 row x len(fields) columns."""
-        try:
-            return dataclass_codec(type(self)).to_bytes(self)
-        except _Mismatch as exc:
-            raise exc.error(type(self).__name__) from None
+        return _located(type(self).__name__, "", dataclass_codec(type(self)).to_bytes, self)
 
     def serialize(self, dest: typing.BinaryIO) -> None:
         """Write `serialize_to_bytes` to *dest*, which stays open."""
@@ -2091,23 +2084,14 @@ class ArrowSerializableDataclass:
     @classmethod
     def deserialize_from_bytes(cls: type[_T], data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL) -> _T:
         """Read what `serialize_to_bytes` wrote; `IPCError` when it is no Arrow IPC stream."""
-        try:
-            return cast("_T", dataclass_codec(cls).from_bytes(data, ipc_validation))
-        except EOFError:
-            raise IPCError(f"{cls.__name__}: expected an Arrow IPC stream, got no bytes") from None
-        except _Mismatch as exc:
-            raise exc.error(cls.__name__) from None
+        read = functools.partial(dataclass_codec(cls).from_bytes, validation=ipc_validation)
+        return cast("_T", _located(cls.__name__, "", read, data))
 
     @classmethod
-    def deserialize_from_batch(
-        cls: type[_T], batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None, *,
-        ipc_validation: IpcValidation = IpcValidation.FULL,
-    ) -> _T:
+    def deserialize_from_batch(cls: type[_T], batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None, *,
+                               ipc_validation: IpcValidation = IpcValidation.FULL) -> _T:
         """Read the one row of *batch* (1 x any columns), without a look at the metadata; raises as `deserialize_from_bytes`."""
-        try:
-            return cast("_T", dataclass_codec(cls).from_batch(batch))
-        except _Mismatch as exc:
-            raise exc.error(cls.__name__) from None
+        return cast("_T", _located(cls.__name__, "", dataclass_codec(cls).from_batch, batch))
 
 
 # ============================================================================
@@ -2118,13 +2102,8 @@ class ArrowSerializableDataclass:
 
 class TransportKind(str, enum.Enum):
     """How a call came in."""
-    PIPE = "pipe"
-    UNIX = "unix"
-    TCP = "tcp"
-    HTTP = "http"
-
-    def __str__(self) -> str:
-        return self.value
+    PIPE, UNIX, TCP, HTTP = "pipe", "unix", "tcp", "http"
+    __str__ = str.__str__
 
 class ServeStartHook(Protocol):
     """An implementation with this method hears, once per kind of transport, that serving begins."""
@@ -2156,8 +2135,7 @@ _current_context: contextvars.ContextVar[CallContext | None] = contextvars.Conte
 
 def current_auth() -> AuthContext:
     """Return who calls the method that runs now; anonymous outside of one."""
-    ctx = _current_context.get()
-    return ctx.auth if ctx is not None else _ANONYMOUS
+    return ctx.auth if (ctx := _current_context.get()) is not None else _ANONYMOUS
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -2210,10 +2188,9 @@ class CallStatistics:
     def record_input(self, batch: pa.RecordBatch) -> None:
         """Count a received batch."""
         self.input_batches += 1
-        if batch is _TICK:
-            return
-        self.input_rows += batch.num_rows
-        self.input_bytes += batch.nbytes
+        if batch is not _TICK:
+            self.input_rows += batch.num_rows
+            self.input_bytes += batch.nbytes
 
     def record_output(self, batch: pa.RecordBatch) -> None:
         """Count a sent batch."""
@@ -2380,8 +2357,7 @@ class Stream(Generic[_S, _H]):
 
 class MethodType(enum.Enum):
     """Whether a method returns a value or a stream."""
-    UNARY = "unary"
-    STREAM = "stream"
+    UNARY, STREAM = "unary", "stream"
 
 
 @dataclass(frozen=True)
@@ -2409,8 +2385,9 @@ class RpcMethodInfo:
     @property
     def kind(self) -> str:
         """One word for people: ``unary``, ``producer``, ``exchange`` or ``stream`` (where the annotation does not tell)."""
-        stream = {True: "exchange", False: "producer", None: "stream"}[self.is_exchange]
-        return "unary" if self.method_type is MethodType.UNARY else stream
+        if self.method_type is MethodType.UNARY:
+            return "unary"
+        return {True: "exchange", False: "producer", None: "stream"}[self.is_exchange]
 
     def signature(self) -> str:
         """Return the Python signature without ``self``, as a person would write it."""
@@ -2433,11 +2410,9 @@ def no_side_effects(function: _Function) -> _Function:
 
 def deprecated(message: str) -> Callable[[_Function], _Function]:
     """Mark a Protocol's method as one not to use any more; *message* says what to use instead. Shown by reflection."""
-
     def mark(function: _Function) -> _Function:
         function.__vgi_deprecated__ = message  # type: ignore[attr-defined]
         return function
-
     return mark
 
 def protocol_name_of(protocol: type) -> str:
@@ -2472,10 +2447,8 @@ def _doc_arguments(doc: str | None) -> dict[str, str]:
 
 def _stream_parts(annotation: Any) -> tuple[Any, type | None] | None:
     """``Stream[S, H]`` -> (S, H or None); ``None`` when the annotation is not a stream."""
-    if annotation is Stream:
-        return StreamState, None
     if typing.get_origin(annotation) is not Stream:
-        return None
+        return (StreamState, None) if annotation is Stream else None
     state, header = typing.get_args(annotation)
     return state, (None if header in (None, type(None)) else header)
 
@@ -2512,8 +2485,7 @@ def _method_info(protocol: str, name: str, function: Any) -> RpcMethodInfo:
     return RpcMethodInfo(
         name=name, protocol_name=protocol, doc=doc, params_schema=params.schema, params=params, param_defaults=defaults,
         param_types=types_, param_docs=_doc_arguments(doc), result_type=hints["return"], **result_facts,
-        idempotency=getattr(function, "__vgi_idempotency__", "unknown"),
-        deprecation=getattr(function, "__vgi_deprecated__", None),
+        idempotency=getattr(function, "__vgi_idempotency__", "unknown"), deprecation=getattr(function, "__vgi_deprecated__", None),
     )
 
 def _result_facts(annotation: Any) -> dict[str, Any]:
@@ -2586,8 +2558,7 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
     if version and _parse_version(version) is None:
         raise ValueError(f"{name}.protocol_version: expected MAJOR.MINOR.PATCH, got {version!r}")
     if isinstance(implementation, type):
-        wanted = implementation.__qualname__
-        raise TypeError(f"expected an instance of {wanted}, got the class; write {wanted}()")
+        raise TypeError(f"expected an instance of {implementation.__qualname__}, got the class; write {implementation.__qualname__}()")
     service = HostedService(name, protocol, version, implementation, {})
     problems: list[str] = []
     for info in rpc_methods(protocol).values():
@@ -2597,8 +2568,6 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
             problems.append(str(exc))
     _raise_problems(f"{type(implementation).__qualname__} does not implement {name}", problems)
     return service
-
-_CATCH_ALL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
     function = getattr(service.implementation, info.name, None)
@@ -2612,11 +2581,10 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
     context = next((n for n in parameters if _is_context(n, hints.get(n, parameters[n].annotation)) or n == "ctx"), None)
     problems = []
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        unknown = [n for n in info.param_types if n not in parameters]
-        problems += [f"takes no parameter {n!r}{_suggest(n, parameters)}" for n in unknown]
-    for name, parameter in parameters.items():
-        expected = name in info.param_types or name == context or parameter.kind in _CATCH_ALL
-        if not expected and parameter.default is parameter.empty:
+        problems = [f"takes no parameter {n!r}{_suggest(n, parameters)}" for n in info.param_types if n not in parameters]
+    for name, p in parameters.items():
+        expected = name in info.param_types or name == context or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        if not expected and p.default is p.empty:
             problems.append(f"requires {name!r}, which the protocol does not have")
     state_types = _state_types(info, hints.get("return"), problems)
     if problems:
@@ -2667,22 +2635,14 @@ def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str
     except KeyError as exc:
         raise ParameterError(f"{info.name}() is missing argument {exc}; signature: {info.signature()}") from None
 
-def _located(where: str, prefix: str, convert: Callable[[Any], _T], value: Any) -> _T:
-    """Return ``convert(value)``; a mismatch becomes a `ParameterError` that says *where*, its path without *prefix*."""
-    try:
-        return convert(value)
-    except _Mismatch as exc:
-        exc.path = exc.path.removeprefix(prefix)
-        raise exc.error(where) from None
-
 def request_batch(info: RpcMethodInfo, values: Sequence[Any]) -> pa.RecordBatch | PlainBatch:
     """Encode the arguments, 1 row x len(parameters) columns; a `TypeError` gives the parameter and the path inside it."""
     return _located(f"{info.name}() argument ", ".", info.params.to_batch, values) if info.params.names else _TICK
 
 def request_metadata(info: RpcMethodInfo, version: str, request_id: str, timeout: float | None) -> dict[bytes, bytes]:
     """The metadata of a request (WIRE section 1); *timeout* in seconds."""
-    metadata = {METHOD_KEY: info.name.encode(), REQUEST_VERSION_KEY: REQUEST_VERSION, PROTOCOL_KEY: info.protocol_name.encode()}
-    metadata[REQUEST_ID_KEY] = request_id.encode()
+    metadata = {METHOD_KEY: info.name.encode(), REQUEST_VERSION_KEY: REQUEST_VERSION,
+                PROTOCOL_KEY: info.protocol_name.encode(), REQUEST_ID_KEY: request_id.encode()}
     if version:
         metadata[PROTOCOL_VERSION_KEY] = version.encode()
     if timeout is not None:
@@ -2693,17 +2653,12 @@ def request_metadata(info: RpcMethodInfo, version: str, request_id: str, timeout
 class Request:
     """One request as it came: metadata read, schema known, values not decoded yet."""
     def __init__(self, reader: IpcReader) -> None:
-        self._reader = reader
-        self.schema = reader.schema
-        message = reader.next_message()
+        self._reader, self.schema, message = reader, reader.schema, reader.next_message()
         if message is None:
             raise IPCError("request: expected one batch, got a schema and no batch")
-        self._message = message
-        self.rows = message.head.rows
+        self._message, self.rows = message, message.head.rows
         self.metadata: dict[bytes, bytes] = message.head.metadata or {}
-        extra = 0
-        while reader.next_message() is not None:
-            extra += 1
+        extra = sum(1 for _ in iter(reader.next_message, None))
         if extra:
             raise ProtocolError(f"request: expected exactly one batch, got {extra + 1}")
 
@@ -2891,13 +2846,11 @@ def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
     """Return the family's fingerprint of a protocol (WIRE section 7), hex SHA-256; raises `TypeError` for a tokenless type."""
     methods = []
     for info in sorted(infos, key=operator.attrgetter("name")):
-        facts: dict[str, Any] = {"name": info.name, "type": info.method_type.value, "has_return": info.has_return}
-        facts.update(has_header=info.header is not None, params=_field_facts(info.params_schema))
-        if info.has_return:
-            facts["result"] = _field_facts(info.result_schema)
-        if info.header is not None:
-            facts["header"] = _field_facts(info.header.row.schema)
-        methods.append(facts)
+        schemas = {"params": info.params_schema, "result": info.result_schema if info.has_return else None,
+                   "header": info.header and info.header.row.schema}
+        facts = {"name": info.name, "type": info.method_type.value, "has_return": info.has_return}
+        facts |= {"has_header": info.header is not None}
+        methods.append(facts | {key: _field_facts(schema) for key, schema in schemas.items() if schema is not None})
     text = json.dumps({"protocol": protocol, "methods": methods}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + text.encode()).hexdigest()
 
@@ -2927,8 +2880,7 @@ def _told(info: RpcMethodInfo) -> dict[bytes, bytes]:
     defaults = {}
     for name, value in info.param_defaults.items():
         with contextlib.suppress(TypeError, ValueError):  # a default that JSON cannot say is not told
-            shown = value.name if isinstance(value, enum.Enum) else value
-            defaults[name] = json.loads(json.dumps(shown, allow_nan=False))
+            defaults[name] = json.loads(json.dumps(value.name if isinstance(value, enum.Enum) else value, allow_nan=False))
     facts = {DOC_KEY: info.doc or "", DEFAULTS_KEY: json.dumps(defaults), PARAM_DOCS_KEY: json.dumps(info.param_docs)}
     return {key: text.encode("utf-8", "backslashreplace") for key, text in facts.items()}
 
@@ -2962,22 +2914,18 @@ class ServiceDescription:
 
 def _service_description(listed: ProtocolList, described: ProtocolDescription) -> ServiceDescription:
     methods = types.MappingProxyType({m.name: _method_description(m) for m in described.methods})
-    return ServiceDescription(
-        described.protocol, listed.request_version, DESCRIBE_VERSION, described.protocol_hash, listed.server_id, methods,
-        described.protocol_version,
-    )
+    return ServiceDescription(described.protocol, listed.request_version, DESCRIBE_VERSION, described.protocol_hash,
+                              listed.server_id, methods, described.protocol_version)
 
 def _method_description(m: MethodSummary) -> MethodDescription:
     params = _schema_from_bytes(m.params_schema_ipc)
     told = params.metadata or {}
     return MethodDescription(
         m.name, MethodType.STREAM if m.method_type == "stream" else MethodType.UNARY, m.has_return,
-        params.remove_metadata(), _schema_from_bytes(m.result_schema_ipc),
-        m.has_header, _schema_from_bytes(m.header_schema_ipc) if m.has_header else None,
-        is_exchange={"exchange": True, "producer": False}.get(m.stream_kind),
-        idempotency=m.idempotency, deprecation=m.deprecation_message if m.deprecated else None,
-        doc=told.get(DOC_KEY, b"").decode("utf-8", "replace"), param_defaults=_json_object(told.get(DEFAULTS_KEY)),
-        param_docs=_json_object(told.get(PARAM_DOCS_KEY)),
+        params.remove_metadata(), _schema_from_bytes(m.result_schema_ipc), m.has_header,
+        _schema_from_bytes(m.header_schema_ipc) if m.has_header else None, {"exchange": True, "producer": False}.get(m.stream_kind),
+        m.idempotency, m.deprecation_message if m.deprecated else None, told.get(DOC_KEY, b"").decode("utf-8", "replace"),
+        _json_object(told.get(DEFAULTS_KEY)), _json_object(told.get(PARAM_DOCS_KEY)),
     )
 
 
@@ -2991,8 +2939,7 @@ def _method_description(m: MethodSummary) -> MethodDescription:
 _TOKEN_REFUSED = "state token refused: not issued by this service for this call; start the stream again"
 _MAC_BYTES = 32
 _STORED, _ZLIB, _ZSTD = 0, 1, 2
-_SAMPLE_BYTES, _WORTH = 4_096, 0.7
-_COMPRESS_FROM_BYTES = 1_024
+_SAMPLE_BYTES, _WORTH, _COMPRESS_FROM_BYTES = 4_096, 0.7, 1_024
 _MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
 
 @functools.cache
@@ -3091,9 +3038,8 @@ class TokenSealer:
         except (binascii.Error, ValueError):
             raw = b""
         sealed, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
-        good = False
-        for key in self._keys:  # all keys, always: the time taken does not tell which one fits
-            good |= hmac.compare_digest(self._mac(key, half, binding, sealed), mac)
+        # All keys, always: the time taken does not tell which one fits.
+        good = sum([hmac.compare_digest(self._mac(key, half, binding, sealed), mac) for key in self._keys])
         # Base64 has spare bits at its end; only the spelling that we would write is ours.
         if not good or len(sealed) < 10 or base64.b64encode(raw) != token:
             raise TokenError(_TOKEN_REFUSED)
@@ -3195,15 +3141,12 @@ class Turn(NamedTuple):
 
 class Call:
     """One call being served: `begin`, for a stream `turn` after `turn`, then `end`; used by one thread at a time."""
-    def __init__(
-        self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None, request_id: str
-    ) -> None:
+    def __init__(self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None, request_id: str) -> None:
         info, hosted = bound.info, bound.hosted
-        self.server, self.bound = server, bound
+        self.server, self.bound, self.started = server, bound, time.monotonic()
         self.stream: Stream[Any, Any] | None = None  # once `begin` returned one
         self._messages: list[Message] = []
         self._error: BaseException | None = None
-        self.started = time.monotonic()
         sent = request.metadata if request is not None else {}
         traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
         metadata = {**caller.metadata, **traces, **({"remote_addr": caller.remote_addr} if caller.remote_addr else {})}
@@ -3326,12 +3269,10 @@ class ServerCore:
     """What an `RpcServer` is before it has a transport: the hosted protocols and the rules of calling them. Fixed at
     construction and safe for use by several threads. `protocol_name`, `protocol_version` (empty when there is none),
     `protocol_hash`, `implementation` and `methods` (by name) are those of the primary protocol."""
-    def __init__(
-        self, protocol: type, implementation: Any, *, extra_protocols: Sequence[tuple[type, Any]] = (),
-        server_id: str | None = None, server_version: str = "", enable_describe: bool = True,
-        ipc_validation: IpcValidation | None = None, include_tracebacks: bool = True,
-        max_request_bytes: int | None = None, max_rows: int | None = None,
-    ) -> None:
+    def __init__(self, protocol: type, implementation: Any, *, extra_protocols: Sequence[tuple[type, Any]] = (),
+                 server_id: str | None = None, server_version: str = "", enable_describe: bool = True,
+                 ipc_validation: IpcValidation | None = None, include_tracebacks: bool = True,
+                 max_request_bytes: int | None = None, max_rows: int | None = None) -> None:
         self.limits = IpcLimits(max_request_bytes, max_rows)
         self.server_id = server_id if server_id is not None else os.urandom(6).hex()
         self.server_version, self.describe_enabled = server_version, enable_describe
@@ -3365,8 +3306,6 @@ class ServerCore:
         """What reflection answers to ``describe``."""
         return describe_service(self.service(protocol))
 
-    # -- resolve
-
     def service(self, name: str) -> HostedService:
         """Return a hosted protocol; raises `ProtocolNotSupportedError`, which echoes *name* only if it may be a name."""
         if name not in self.services:
@@ -3398,8 +3337,8 @@ class ServerCore:
                 raise ProtocolError(f"the path says method {path[1]!r}, the request says {got}")
             protocol = path[0]
         if not protocol:
-            text = f"the request has no {PROTOCOL_KEY.decode()!r} key; this server hosts {list(self.services)}"
-            raise ProtocolNotSpecifiedError(text)
+            hosted = list(self.services)
+            raise ProtocolNotSpecifiedError(f"the request has no {PROTOCOL_KEY.decode()!r} key; this server hosts {hosted}")
         service = self.service(protocol)
         if not name:
             raise ProtocolError(f"the request has no {METHOD_KEY.decode()!r} key: it must name its method")
@@ -3427,8 +3366,6 @@ class ServerCore:
         text += "server" if got and got > wanted else "client"
         raise ProtocolVersionError(text, protocol=service.name, client_version=raw[:60], server_version=service.version)
 
-    # -- begin and end
-
     def open_call(self, bound: BoundMethod, caller: Caller, request: Request | None, request_id: str) -> Call:
         """Start serving a call; raises `ServerDrainingError` while draining."""
         self.refuse_if_draining()
@@ -3455,8 +3392,6 @@ class ServerCore:
                     logger.exception("on_serve_start(%s) of %s raised", kind, service.name)
                     raise StatusError(f"{service.name} could not start: {_text_of(exc)}", code=Code.UNAVAILABLE) from exc
             self._started.add(kind)
-
-    # -- draining
 
     def __enter__(self) -> ServerCore:
         """Count the work inside ``with server`` as running, so that `drain` waits for it."""
