@@ -296,7 +296,6 @@ class StatusError(Exception):
         self.error_code, self.error_kind, self.error_details = Code(code), kind or "", _details_to_json(details)
 
 def _detail_reader(kind: type[_T]) -> Callable[[RpcError], _T | None]:
-    """Make the method of `RpcError` that returns the detail of that type."""
     def read(self: RpcError) -> _T | None:
         return next((d for d in self.details() if isinstance(d, kind)), None)
     read.__name__ = re.sub(r"\B[A-Z]", r"_\g<0>", kind.__name__).lower()
@@ -474,7 +473,6 @@ class Level(enum.Enum):
     EXCEPTION, ERROR, WARN, INFO, DEBUG, TRACE = "EXCEPTION", "ERROR", "WARN", "INFO", "DEBUG", "TRACE"
 
 def _message_maker(level: Level) -> classmethod[Message, typing.Concatenate[str, ...], Message]:
-    """Make the class method of `Message` that is named after a level."""
     def make(cls: type[Message], message: str, **kwargs: object) -> Message:
         return cls(level, message, **kwargs)
     make.__name__, make.__qualname__ = level.name.lower(), f"Message.{level.name.lower()}"
@@ -755,10 +753,6 @@ class BatchMessage(NamedTuple):
     head: MessageHead
     data: _Buffer
 
-    def head_bytes(self) -> bytes:
-        """Return the bytes of the head, without the prefix."""
-        return bytes(memoryview(self.data)[8 : len(self.data) - self.head.body_length])
-
     def body(self) -> memoryview:
         """Return the bytes of the body."""
         return memoryview(self.data)[len(self.data) - self.head.body_length :]
@@ -789,7 +783,6 @@ class _Table:
         return _inside(self.data, self.position + offset + self.scalar(slot, "<I")) if offset else None
 
     def table(self, slot: int) -> _Table | None:
-        """Read a table field."""
         at = self.target(slot)
         return None if at is None else _Table(self.data, at, self.seen)
 
@@ -802,7 +795,6 @@ class _Table:
         return at + 4, int(struct.unpack_from("<I", self.data, at)[0])
 
     def text(self, slot: int) -> bytes:
-        """Read a string field."""
         start, size = self.vector(slot)
         if start + size > len(self.data):
             raise IndexError(size)
@@ -901,7 +893,6 @@ class HeadLayout:
 
     @classmethod
     def learn(cls, data: bytes) -> HeadLayout:
-        """Make the layout of a head."""
         return cls(data, *_parse_head(data))
 
     def read(self, data: bytes) -> MessageHead | None:
@@ -913,10 +904,8 @@ class HeadLayout:
         metadata = known.metadata and known.metadata.copy()
         for key, index in self._keys if metadata else ():
             metadata[key] = parts[index]  # type: ignore[index]
-        return MessageHead(
-            known.kind, parts[body.start] if body else 0, metadata, parts[rows.start] if rows else 0,
-            parts[nodes] if nodes else (), parts[buffers] if buffers else (), *known[6:],
-        )
+        return MessageHead(known.kind, parts[body.start] if body else 0, metadata, parts[rows.start] if rows else 0,
+                           parts[nodes] if nodes else (), parts[buffers] if buffers else (), *known[6:])
 
     def message(self, rows: int, nodes: Sequence[int], buffers: Sequence[int], body: bytes, metadata: _Metadata | None) -> bytes:
         """Return the whole message of a batch of this layout."""
@@ -1343,10 +1332,8 @@ class _Parts:
         nulls, validity = next(self._nodes, -1), self.buffer()
         if not nulls:
             return None
-        if nulls < 0 or len(validity) * 8 < length:
-            raise _NotPlain
         present = int.from_bytes(validity, "little") & ((1 << length) - 1)
-        if bin(present).count("1") != length - nulls:
+        if nulls < 0 or len(validity) * 8 < length or bin(present).count("1") != length - nulls:
             raise _NotPlain
         return bytes(validity)
 
@@ -1357,10 +1344,7 @@ class _Parts:
 
     def offsets(self, length: int) -> tuple[int, ...]:
         """Take a buffer of length + 1 offsets, each at least as large as the one before."""
-        data = self.buffer()
-        if len(data) < 4 * length + 4:
-            raise _NotPlain
-        found = struct.unpack_from(f"<{length + 1}i", data)
+        found = struct.unpack_from(f"<{length + 1}i", self.buffer())
         if found[0] < 0 or any(map(operator.gt, found, found[1:])):
             raise _NotPlain
         return found
@@ -1391,7 +1375,6 @@ def _with_nulls(values: list[Any], validity: bytes | None) -> list[Any]:
     return values if validity is None else [v if validity[i >> 3] >> (i & 7) & 1 else None for i, v in enumerate(values)]
 
 def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
-    size = struct.calcsize("<" + code)
     def write(values: Sequence[Any], body: _Body) -> None:
         if _write_node(values, body):
             values = [0 if v is None else v for v in values]
@@ -1400,8 +1383,6 @@ def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]
         body.buffers.append(struct.pack(f"<{len(values)}{code}", *values))
     def read(length: int, parts: _Parts) -> list[Any]:
         validity, data = parts.node(length), parts.buffer()
-        if len(data) < size * length:
-            raise _NotPlain
         return _with_nulls(list(struct.unpack_from(f"<{length}{code}", data)), validity)
     return write, read
 
@@ -1411,8 +1392,6 @@ def _bool_column() -> tuple[_Write, _Read]:
         body.buffers.append(_bitmap(values))
     def read(length: int, parts: _Parts) -> list[Any]:
         validity, data = parts.node(length), parts.buffer()
-        if len(data) * 8 < length:
-            raise _NotPlain
         return _with_nulls([bool(data[i >> 3] >> (i & 7) & 1) for i in range(length)], validity)
     return write, read
 
@@ -1476,8 +1455,6 @@ def _enum_column() -> tuple[_Write, _Read]:
         body.buffers.append(struct.pack(f"<{len(values)}h", *[index.get(v, 0) for v in values]))
     def read(length: int, parts: _Parts) -> list[Any]:
         validity, data, known = parts.node(length), parts.buffer(), next(parts.dictionaries)
-        if len(data) < 2 * length:
-            raise _NotPlain
         found = _with_nulls(list(struct.unpack_from(f"<{length}h", data)), validity)
         if any(i is not None and not 0 <= i < len(known) for i in found):
             raise _NotPlain
@@ -1654,7 +1631,6 @@ class Codec:
 
     @property
     def expected(self) -> str:
-        """What an error text says was expected."""
         return _type_text(self.arrow_type)
 
     def to_array(self, values: list[Any]) -> pa.Array:
@@ -1707,8 +1683,7 @@ def _failure(value: Any, kind: pa.DataType) -> _Mismatch | None:
     elif isinstance(value, dict) and pa.types.is_struct(kind):
         members = [(f".{f.name}", value.get(f.name), f.type) for f in kind]
     for step, member, member_kind in members:
-        found = _failure(member, member_kind)
-        if found:
+        if found := _failure(member, member_kind):
             return found.under(step)
     try:
         pa.array([value], type=kind)
@@ -1926,8 +1901,7 @@ class DataclassCodec:
     def __init__(self, cls: type) -> None:
         self.cls = cls
         hints = _hints(cls)
-        # A state without fields need not be decorated; one with fields must, or they would be lost silently.
-        own = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+        own = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()  # a state without fields need not be decorated
         missed = [n for n in vars(cls).get("__annotations__", ()) if n not in {f.name for f in own}]
         lost = [n for n in missed if hints.get(n) is not ClassVar and typing.get_origin(hints.get(n)) is not ClassVar]
         if lost and "__dataclass_fields__" not in vars(cls):
@@ -1948,7 +1922,6 @@ class DataclassCodec:
         self.names = frozenset(self.row.names)
 
     def values(self, instance: Any) -> Sequence[Any]:
-        """Return the field values of *instance*, in the order of the row."""
         _expect(instance, self.cls, self.cls.__name__)
         return [getattr(instance, n) for n in self.row.names]
 
@@ -2493,10 +2466,8 @@ def _result_facts(annotation: Any) -> dict[str, Any]:
     stream = _stream_parts(annotation)
     if stream:
         state, header = stream
-        return {
-            "method_type": MethodType.STREAM, "has_return": False, "result_schema": EMPTY_SCHEMA, "header_type": header,
-            "header": dataclass_codec(header) if header else None, "is_exchange": _is_exchange(state),
-        }
+        return {"method_type": MethodType.STREAM, "has_return": False, "result_schema": EMPTY_SCHEMA, "header_type": header,
+                "header": dataclass_codec(header) if header else None, "is_exchange": _is_exchange(state)}
     has_return = annotation not in (None, type(None))
     result = RowCodec([("result", codec_for(annotation, whole=True))] if has_return else ())
     return {"method_type": MethodType.UNARY, "has_return": has_return, "result": result, "result_schema": result.schema}
@@ -3040,13 +3011,11 @@ class TokenSealer:
         sealed, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
         # All keys, always: the time taken does not tell which one fits.
         good = sum([hmac.compare_digest(self._mac(key, half, binding, sealed), mac) for key in self._keys])
-        # Base64 has spare bits at its end; only the spelling that we would write is ours.
-        if not good or len(sealed) < 10 or base64.b64encode(raw) != token:
+        # Base64 has spare bits at its end; only the spelling that we would write is ours, and only version 1 is.
+        if not good or len(sealed) < 10 or base64.b64encode(raw) != token or sealed[0] != 1:
             raise TokenError(_TOKEN_REFUSED)
-        version, method, issued = struct.unpack_from("<BBQ", sealed)
+        method, issued = struct.unpack_from("<BQ", sealed, 1)
         age = self._clock() - issued / 1000
-        if version != 1:
-            raise TokenError(_TOKEN_REFUSED)
         if age < -TOKEN_CLOCK_SKEW_SECONDS:
             raise TokenError("state token refused: issued in the future; check the servers' clocks")
         if aged and self.ttl and age > self.ttl:
@@ -3154,21 +3123,19 @@ class Call:
         self.context = CallContext(
             caller.auth, self._messages.append, metadata, server_id=server.server_id, method_name=info.name,
             protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=request_id,
-            deadline=None if timeout is None else self.started + timeout,
-            response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone,
-        )
+            deadline=None if timeout is None else self.started + timeout, response_limit_bytes=caller.response_limit_bytes,
+            _gone=caller.gone)
         self.record = CallRecord(
             hosted.name, hosted.hash, info.name, info.method_type.value, request_id, caller.kind, caller.auth,
             caller.remote_addr, metadata, os.urandom(16).hex() if info.method_type is MethodType.STREAM else "",
-            request.schema if request is not None else None, request.rows if request is not None else 0,
-        )
+            request.schema if request is not None else None, request.rows if request is not None else 0)
         self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
 
     def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
         """Pending log lines as batches; the list is emptied."""
-        if not self._messages and not messages:
-            return []
         taken = [*self._messages, *messages]
+        if not taken:
+            return []
         self._messages.clear()
         empty, request_id = empty_batch(schema), self.context.request_id
         return [(empty, _message_metadata(m, self.server.server_id, request_id)) for m in taken]
