@@ -189,7 +189,8 @@ class _Detail:
     def from_json(cls: type[_T], obj: Mapping[str, Any]) -> _T:
         """Read the JSON object, ignoring unknown members; raises `ValueError` when one is absent that has no default."""
         try:
-            items = {name: tuple(_from_members(kind, i) for i in obj.get(name, ())) for name, kind in cls._ITEMS.items()}  # type: ignore[attr-defined]
+            known = cls._ITEMS.items()  # type: ignore[attr-defined]
+            items = {name: tuple(_from_members(kind, i) for i in obj.get(name, ())) for name, kind in known}
             return cast("_T", _from_members(cls, {**obj, **items}))
         except (TypeError, AttributeError) as exc:
             raise ValueError(f"not a {cls.TYPE}: {exc}") from None  # type: ignore[attr-defined]
@@ -496,7 +497,8 @@ class Message:
         return f"Message({self.level.name}, {self.message!r}, extra={self.extra!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Message) and (self.level, self.message, self.extra) == (other.level, other.message, other.extra)
+        facts = operator.attrgetter("level", "message", "extra")
+        return isinstance(other, Message) and bool(facts(self) == facts(other))
 
     exception, error, warn, info, debug, trace = map(_message_maker, Level)
 
@@ -2458,8 +2460,8 @@ def _method_info(protocol: str, name: str, function: Any) -> RpcMethodInfo:
     return RpcMethodInfo(
         name=name, protocol_name=protocol, doc=doc, params_schema=params.schema, params=params, param_defaults=defaults,
         param_types=types_, param_docs=_doc_arguments(doc), result_type=hints["return"], **result_facts,
-        idempotency=getattr(function, "__vgi_idempotency__", "unknown"), deprecation=getattr(function, "__vgi_deprecated__", None),
-    )
+        idempotency=getattr(function, "__vgi_idempotency__", "unknown"),
+        deprecation=getattr(function, "__vgi_deprecated__", None))
 
 def _result_facts(annotation: Any) -> dict[str, Any]:
     """The fields of `RpcMethodInfo` that the return annotation decides."""
@@ -2529,7 +2531,8 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
     if version and _parse_version(version) is None:
         raise ValueError(f"{name}.protocol_version: expected MAJOR.MINOR.PATCH, got {version!r}")
     if isinstance(implementation, type):
-        raise TypeError(f"expected an instance of {implementation.__qualname__}, got the class; write {implementation.__qualname__}()")
+        wanted = implementation.__qualname__
+        raise TypeError(f"expected an instance of {wanted}, got the class; write {wanted}()")
     service = HostedService(name, protocol, version, implementation, {})
     problems: list[str] = []
     for info in rpc_methods(protocol).values():
@@ -2810,9 +2813,6 @@ def _type_token(kind: pa.DataType) -> str:
 def _child_token(name: str, child: pa.Field) -> str:
     return f"{name}{'?' if child.nullable else ''}:{_type_token(child.type)}"
 
-def _field_facts(schema: pa.Schema) -> list[dict[str, Any]]:
-    return [{"name": f.name, "nullable": f.nullable, "type": _type_token(f.type)} for f in schema]
-
 def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
     """Return the family's fingerprint of a protocol (WIRE section 7), hex SHA-256; raises `TypeError` for a tokenless type."""
     methods = []
@@ -2821,7 +2821,9 @@ def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
                    "header": info.header and info.header.row.schema}
         facts = {"name": info.name, "type": info.method_type.value, "has_return": info.has_return}
         facts |= {"has_header": info.header is not None}
-        methods.append(facts | {key: _field_facts(schema) for key, schema in schemas.items() if schema is not None})
+        methods.append(facts | {
+            key: [{"name": f.name, "nullable": f.nullable, "type": _type_token(f.type)} for f in schema]
+            for key, schema in schemas.items() if schema is not None})
     text = json.dumps({"protocol": protocol, "methods": methods}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + text.encode()).hexdigest()
 
@@ -2894,10 +2896,10 @@ def _method_description(m: MethodSummary) -> MethodDescription:
     return MethodDescription(
         m.name, MethodType.STREAM if m.method_type == "stream" else MethodType.UNARY, m.has_return,
         params.remove_metadata(), _schema_from_bytes(m.result_schema_ipc), m.has_header,
-        _schema_from_bytes(m.header_schema_ipc) if m.has_header else None, {"exchange": True, "producer": False}.get(m.stream_kind),
-        m.idempotency, m.deprecation_message if m.deprecated else None, told.get(DOC_KEY, b"").decode("utf-8", "replace"),
-        _json_object(told.get(DEFAULTS_KEY)), _json_object(told.get(PARAM_DOCS_KEY)),
-    )
+        _schema_from_bytes(m.header_schema_ipc) if m.has_header else None,
+        {"exchange": True, "producer": False}.get(m.stream_kind), m.idempotency,
+        m.deprecation_message if m.deprecated else None, told.get(DOC_KEY, b"").decode("utf-8", "replace"),
+        _json_object(told.get(DEFAULTS_KEY)), _json_object(told.get(PARAM_DOCS_KEY)))
 
 
 # ============================================================================
@@ -3110,7 +3112,8 @@ class Turn(NamedTuple):
 
 class Call:
     """One call being served: `begin`, for a stream `turn` after `turn`, then `end`; used by one thread at a time."""
-    def __init__(self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None, request_id: str) -> None:
+    def __init__(self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None,
+                 request_id: str) -> None:
         info, hosted = bound.info, bound.hosted
         self.server, self.bound, self.started = server, bound, time.monotonic()
         self.stream: Stream[Any, Any] | None = None  # once `begin` returned one
