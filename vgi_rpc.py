@@ -337,13 +337,9 @@ class RpcError(Exception):
                 typed.append(obj)
         return typed
 
-    error_info = _detail_reader(ErrorInfo)
-    retry_info = _detail_reader(RetryInfo)
-    bad_request = _detail_reader(BadRequest)
-    precondition_failure = _detail_reader(PreconditionFailure)
-    quota_failure = _detail_reader(QuotaFailure)
-    resource_info = _detail_reader(ResourceInfo)
-    help = _detail_reader(Help)
+    error_info, retry_info, help = _detail_reader(ErrorInfo), _detail_reader(RetryInfo), _detail_reader(Help)
+    bad_request, quota_failure = _detail_reader(BadRequest), _detail_reader(QuotaFailure)
+    precondition_failure, resource_info = _detail_reader(PreconditionFailure), _detail_reader(ResourceInfo)
     localized_message = _detail_reader(LocalizedMessage)
 
     def is_retryable(self) -> bool:
