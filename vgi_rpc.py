@@ -1305,7 +1305,8 @@ class _Body:
 
     def laid_out(self) -> tuple[list[int], bytes]:
         """Return ((offset, length) of each buffer, flat) and the body, each buffer padded to 8 bytes."""
-        offsets, padded, at = list[int](), list[bytes](), 0
+        offsets: list[int] = []
+        padded, at = [], 0
         for data in self.buffers:
             size = len(data)
             offsets += (at, size)
@@ -1957,7 +1958,8 @@ class DataclassCodec:
         return self.from_batch(reader.decode(message))
 
     def _build(self, reader: Callable[[Codec], Callable[[Any], Any]], present: Mapping[str, Any]) -> Any:
-        values, late = dict[str, Any](), dict[str, Any]()
+        values: dict[str, Any] = {}
+        late: dict[str, Any] = {}
         for f, codec in zip(self.fields, self.row.codecs):
             if f.name in present:
                 (values if f.init else late)[f.name] = _of_field(f.name, reader(codec), present[f.name])
@@ -2628,9 +2630,9 @@ class Request:
             raise IPCError("request: expected one batch, got a schema and no batch")
         self._message, self.rows = message, message.head.rows
         self.metadata: dict[bytes, bytes] = message.head.metadata or {}
-        extra = sum(1 for _ in iter(reader.next_message, None))
-        if extra:
-            raise ProtocolError(f"request: expected exactly one batch, got {extra + 1}")
+        if reader.next_message() is not None:
+            got = 2 + sum(1 for _ in iter(reader.next_message, None))
+            raise ProtocolError(f"request: expected exactly one batch, got {got}")
 
     def text(self, key: bytes, what: str) -> str | None:
         """Return a metadata value as text, ``None`` when absent; raises `ProtocolError` when it is not UTF-8."""
