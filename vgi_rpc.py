@@ -51,29 +51,23 @@ if typing.TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [  # by kind of thing
-    # errors
-    "RpcError", "TransportError", "DeadlineExceededError", "AuthenticationError", "StatusError", "IPCError", "VersionError",
-    "ProtocolVersionError", "ProtocolError", "ProtocolNotSpecifiedError", "ProtocolNotSupportedError",
+__all__ = [
+    "RpcError", "TransportError", "DeadlineExceededError", "AuthenticationError", "StatusError", "IPCError",  # errors
+    "VersionError", "ProtocolVersionError", "ProtocolError", "ProtocolNotSpecifiedError", "ProtocolNotSupportedError",
     "MethodNotImplementedError", "TokenError", "RequestTooLargeError", "ResponseTooLargeError", "ServerDrainingError",
     "ParameterError", "Code", "BadRequest", "ErrorInfo", "FieldViolation", "Help", "HelpLink", "LocalizedMessage",
     "PreconditionFailure", "PreconditionViolation", "QuotaFailure", "QuotaViolation", "ResourceInfo", "RetryInfo",
-    # data
-    "AnnotatedBatch", "ArrowSerializableDataclass", "ArrowType", "Transient", "IpcValidation",
-    # services
-    "rpc_methods", "describe_rpc", "RpcMethodInfo", "MethodType", "idempotent", "no_side_effects", "deprecated", "RpcServer",
-    "CallContext", "AuthContext", "current_auth", "CallStatistics", "ClientLog", "Level", "Message", "TransportKind",
-    "ServeStartHook", "CallRecord", "DispatchHook", "configure_access_log",
-    # streams
-    "Stream", "StreamState", "ProducerState", "ExchangeState", "OutputCollector", "StreamSession", "resume",
-    # serving
-    "serve_pipe", "run_server", "serve_stdio", "serve_unix", "serve_tcp", "serve_http", "make_wsgi_app", "make_sync_client",
-    "HttpOptions", "HttpServeOptions", "HttpRequest", "AuthFailure", "AuthReason", "bearer_authenticate",
+    "AnnotatedBatch", "ArrowSerializableDataclass", "ArrowType", "Transient", "IpcValidation",  # data
+    "rpc_methods", "describe_rpc", "RpcMethodInfo", "MethodType", "idempotent", "no_side_effects", "deprecated",  # services
+    "RpcServer", "CallContext", "AuthContext", "current_auth", "CallStatistics", "ClientLog", "Level", "Message",
+    "TransportKind", "ServeStartHook", "CallRecord", "DispatchHook", "configure_access_log",
+    "Stream", "StreamState", "ProducerState", "ExchangeState", "OutputCollector", "StreamSession", "resume",  # streams
+    "serve_pipe", "run_server", "serve_stdio", "serve_unix", "serve_tcp", "serve_http", "make_wsgi_app",  # serving
+    "make_sync_client", "HttpOptions", "HttpServeOptions", "HttpRequest", "AuthFailure", "AuthReason", "bearer_authenticate",
     "bearer_authenticate_static", "chain_authenticate",
-    # connecting
-    "connect", "unix_connect", "tcp_connect", "http_connect", "with_options", "StderrMode", "RpcConnection", "make_pipe_pair",
-    "PipeTransport", "SubprocessTransport", "WorkerPool", "PoolMetrics", "http_capabilities", "HttpServerCapabilities",
-    # introspection
+    "connect", "unix_connect", "tcp_connect", "http_connect", "with_options", "StderrMode", "RpcConnection",  # connecting
+    "make_pipe_pair", "PipeTransport", "SubprocessTransport", "WorkerPool", "PoolMetrics", "http_capabilities",
+    "HttpServerCapabilities",
     "introspect", "http_introspect", "list_protocols", "describe_protocol", "ServiceDescription", "MethodDescription",
 ]
 
@@ -101,12 +95,9 @@ CANCEL_KEY, SHM_KEY = b"vgi_rpc.cancel", b"vgi_rpc.transport.shm"
 
 # Custom metadata of answers.
 LOG_LEVEL_KEY, LOG_MESSAGE_KEY, LOG_EXTRA_KEY = b"vgi_rpc.log_level", b"vgi_rpc.log_message", b"vgi_rpc.log_extra"
-SERVER_ID_KEY = b"vgi_rpc.server_id"
-ERROR_CODE_KEY, ERROR_KIND_KEY = b"vgi_rpc.error_code", b"vgi_rpc.error_kind"
-ERROR_DETAILS_KEY = b"vgi_rpc.error_details"
-LOCATION_KEY, SHM_OFFSET_KEY = b"vgi_rpc.location", b"vgi_rpc.shm_offset"
+SERVER_ID_KEY, ERROR_CODE_KEY, ERROR_KIND_KEY = b"vgi_rpc.server_id", b"vgi_rpc.error_code", b"vgi_rpc.error_kind"
+ERROR_DETAILS_KEY, LOCATION_KEY, SHM_OFFSET_KEY = b"vgi_rpc.error_details", b"vgi_rpc.location", b"vgi_rpc.shm_offset"
 STATE_KEY, CALL_STATE_KEY = b"vgi_rpc.stream_state#b64", b"vgi_rpc.call_state#b64"
-
 DOC_KEY, DEFAULTS_KEY, PARAM_DOCS_KEY = b"vgi_rpc.doc", b"vgi_rpc.defaults", b"vgi_rpc.param_docs"  # ours: of schemas
 
 RESERVED_PROTOCOL_PREFIX = "vgi_rpc."
@@ -135,11 +126,9 @@ MAX_COLUMNS = 4_096
 MAX_NESTING = 64  # levels of list, map and struct in a foreign schema
 FREE_ROWS = 1 << 24  # more rows than this must be paid for with at least one bit of body each
 MAX_ERROR_MESSAGE_CHARS, MAX_TRACEBACK_CHARS, MAX_TRACEBACK_FRAMES = 16_000, 16_000, 5
-MAX_ERROR_KIND_CHARS = 255
 MAX_ERROR_DETAILS_BYTES = 4_096  # above it the details are left out whole (the family's rule)
-MAX_REQUEST_ID_CHARS = 128
+MAX_ERROR_KIND_CHARS, MAX_REQUEST_ID_CHARS, MAX_HEADERS = 255, 128, 100
 MAX_HEAD_BYTES = 131_072  # request line or status line with all headers; holds a bearer token of 100 KB
-MAX_HEADERS = 100
 TOKEN_TTL_SECONDS = 3_600.0
 TOKEN_CLOCK_SKEW_SECONDS = 60.0  # how far ahead of us another server's clock may run
 READ_TIMEOUT_SECONDS = 30.0  # HTTP: between two bytes of one request
@@ -160,34 +149,16 @@ EMPTY_SCHEMA = pa.schema([])
 # 2. ERRORS ............................................ uses 1
 # ============================================================================
 # Every exception of this file, its code, kind and HTTP status. An exception of another library never reaches a user.
-#
-#   Exception
-#   ├── RpcError                      the other side answered with an error, or could not be reached
-#   │   ├── TransportError            no answer: connection refused, lost, or not speaking Arrow      UNAVAILABLE
-#   │   │   └── DeadlineExceededError no answer in time                                             DEADLINE_EXCEEDED
-#   │   └── AuthenticationError       HTTP 401                                                      UNAUTHENTICATED
-#   ├── StatusError                   raised by a method that wants a code, a kind and details
-#   ├── IPCError                      bytes that are not the Arrow they should be              400  INVALID_ARGUMENT
-#   ├── VersionError                  wire version                                             400  FAILED_PRECONDITION
-#   │   └── ProtocolVersionError      application protocol version                             400
-#   ├── ProtocolError                 a request that breaks the rules of the wire              400  INVALID_ARGUMENT
-#   │   ├── ProtocolNotSpecifiedError, ProtocolNotSupportedError (404), MethodNotImplementedError (404)
-#   │   ├── TokenError                a state token that is not ours, not for this call, or too old   400
-#   │   ├── RequestTooLargeError, ResponseTooLargeError                                        413, 200
-#   │   └── ServerDrainingError       the server is about to stop                              503  UNAVAILABLE
-#   ├── ParameterError (TypeError)    a parameter or result of the wrong type; its wire name is TypeError     400
-#   └── AuthFailure (ValueError)      raised by an `authenticate` callback, with a reason      401
+# Clients see `RpcError` and its subclasses; methods may raise `StatusError`; a `_Refusal` answers a request that is not served.
 
 
 class Code(str, enum.Enum):
     """gRPC's sixteen error codes; the value is the name on the wire."""
-    CANCELLED, UNKNOWN, INVALID_ARGUMENT = "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT"
-    DEADLINE_EXCEEDED, NOT_FOUND, ALREADY_EXISTS = "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS"
-    PERMISSION_DENIED, RESOURCE_EXHAUSTED = "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"
-    FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE = "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE"
-    UNIMPLEMENTED, INTERNAL, UNAVAILABLE = "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE"
+    CANCELLED, UNKNOWN, INVALID_ARGUMENT, NOT_FOUND = "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "NOT_FOUND"
+    DEADLINE_EXCEEDED, ALREADY_EXISTS, PERMISSION_DENIED = "DEADLINE_EXCEEDED", "ALREADY_EXISTS", "PERMISSION_DENIED"
+    RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ABORTED = "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED"
+    OUT_OF_RANGE, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE"
     DATA_LOSS, UNAUTHENTICATED = "DATA_LOSS", "UNAUTHENTICATED"
-
     __str__ = str.__str__
 
     @classmethod
@@ -198,9 +169,7 @@ class Code(str, enum.Enum):
         except ValueError:
             return cls.UNKNOWN
 
-
 _DETAIL_TYPES: dict[str, type[_Detail]] = {}
-
 
 class _Detail:
     """A typed error detail: a dataclass of the family's catalogue, where its name is the ``@type``."""
@@ -219,18 +188,16 @@ class _Detail:
     @classmethod
     def from_json(cls: type[_T], obj: Mapping[str, Any]) -> _T:
         """Read the JSON object, ignoring unknown members; raises `ValueError` when one is absent that has no default."""
-        values = _known_members(cls, obj)
         try:
-            for name, item in cls._ITEMS.items():  # type: ignore[attr-defined]
-                values[name] = tuple(item(**_known_members(item, i)) for i in values.get(name, ()))
-            return cls(**values)
+            known = cls._ITEMS.items()  # type: ignore[attr-defined]
+            items = {name: tuple(_from_members(kind, i) for i in obj.get(name, ())) for name, kind in known}
+            return cast("_T", _from_members(cls, {**obj, **items}))
         except (TypeError, AttributeError) as exc:
             raise ValueError(f"not a {cls.TYPE}: {exc}") from None  # type: ignore[attr-defined]
 
-
-def _known_members(cls: Any, obj: Mapping[str, Any]) -> dict[str, Any]:
+def _from_members(cls: Any, obj: Mapping[str, Any]) -> Any:
     names = {f.name for f in dataclasses.fields(cls)}
-    return {k: v for k, v in obj.items() if k in names}
+    return cls(**{k: v for k, v in obj.items() if k in names})
 
 @dataclass(frozen=True)
 class ErrorInfo(_Detail):
@@ -321,38 +288,27 @@ def _details_to_json(details: Iterable[object]) -> list[dict[str, Any]]:
     return objects
 
 class StatusError(Exception):
-    """Raised by a method that wants the client to see a code, a kind to branch on (an open set) and typed details.
-
-    The details are those of the catalogue, or mappings with an ``@type`` of the application's own; each type once.
-    A code or a detail that is not one is a `ValueError`.
-    """
-
-    def __init__(
-        self, message: str, *, code: Code | str, kind: str | None = None, details: Iterable[_Detail | Mapping[str, Any]] = ()
-    ) -> None:
+    """Raised by a method that wants the client to see a code, a kind to branch on (an open set) and typed details. The details
+    are those of the catalogue, or mappings with an ``@type`` of the application's own; each type once. A code or a detail that
+    is not one is a `ValueError`."""
+    def __init__(self, message: str, *, code: Code | str, kind: str | None = None,
+                 details: Iterable[_Detail | Mapping[str, Any]] = ()) -> None:
         super().__init__(message)
         self.error_code, self.error_kind, self.error_details = Code(code), kind or "", _details_to_json(details)
 
 def _detail_reader(kind: type[_T]) -> Callable[[RpcError], _T | None]:
-    """Make the method of `RpcError` that returns the detail of that type."""
-
     def read(self: RpcError) -> _T | None:
         return next((d for d in self.details() if isinstance(d, kind)), None)
-
     read.__name__ = re.sub(r"\B[A-Z]", r"_\g<0>", kind.__name__).lower()
-    read.__qualname__ = f"RpcError.{read.__name__}"
-    read.__doc__ = f"Return the `{kind.__name__}` detail, if there is one."
+    read.__qualname__, read.__doc__ = f"RpcError.{read.__name__}", f"Return the `{kind.__name__}` detail, if there is one."
     read.__annotations__["return"] = f"{kind.__name__} | None"
     return read
 
 
 class RpcError(Exception):
     """What a client sees when a call fails."""
-
-    def __init__(
-        self, error_type: str, error_message: str, remote_traceback: str, *, request_id: str = "", error_code: str = "",
-        error_kind: str = "", error_details: list[dict[str, Any]] | None = None,
-    ) -> None:
+    def __init__(self, error_type: str, error_message: str, remote_traceback: str, *, request_id: str = "",
+                 error_code: str = "", error_kind: str = "", error_details: list[dict[str, Any]] | None = None) -> None:
         super().__init__(f"{error_type}: {error_message}")
         self.error_type = error_type  # name of the exception's class on the other side
         self.error_message = error_message  # its text
@@ -362,8 +318,7 @@ class RpcError(Exception):
         self.error_kind = error_kind  # what to branch on, empty when the error has none
         self.error_details = error_details if error_details is not None else []  # JSON objects with an @type each
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The constructors of the subclasses differ; the attributes do not.
+    def __reduce__(self) -> tuple[Any, ...]:  # the constructors of the subclasses differ; the attributes do not
         return type(self).__new__, (type(self), *self.args), self.__dict__
 
     @property
@@ -382,19 +337,14 @@ class RpcError(Exception):
                 typed.append(obj)
         return typed
 
-    error_info = _detail_reader(ErrorInfo)
-    retry_info = _detail_reader(RetryInfo)
-    bad_request = _detail_reader(BadRequest)
-    precondition_failure = _detail_reader(PreconditionFailure)
-    quota_failure = _detail_reader(QuotaFailure)
-    resource_info = _detail_reader(ResourceInfo)
-    help = _detail_reader(Help)
+    error_info, retry_info, help = _detail_reader(ErrorInfo), _detail_reader(RetryInfo), _detail_reader(Help)
+    bad_request, quota_failure = _detail_reader(BadRequest), _detail_reader(QuotaFailure)
+    precondition_failure, resource_info = _detail_reader(PreconditionFailure), _detail_reader(ResourceInfo)
     localized_message = _detail_reader(LocalizedMessage)
 
     def is_retryable(self) -> bool:
         """Whether the same call may succeed later; clients never retry by themselves."""
         return self.code is Code.UNAVAILABLE or (self.code is Code.RESOURCE_EXHAUSTED and self.retry_info() is not None)
-
 
 class _LocalError(RpcError):
     """An `RpcError` made on the client's side: no remote traceback, the class name is the type."""
@@ -439,11 +389,7 @@ class ProtocolVersionError(VersionError):
     def __init__(self, message: str = "", *, protocol: str = "", client_version: str = "", server_version: str = "") -> None:
         super().__init__(message)
         self.protocol, self.client_version, self.server_version = protocol, client_version, server_version
-
-    @property
-    def error_details(self) -> list[dict[str, Any]]:
-        """The precondition that failed, as the family words it."""
-        return [PreconditionFailure((PreconditionViolation("protocol_version", self.protocol, str(self)),)).to_json()]
+        self.error_details = [PreconditionFailure((PreconditionViolation("protocol_version", protocol, message),)).to_json()]
 
 class ProtocolError(_Refusal):
     """A request that breaks a rule of the wire."""
@@ -474,11 +420,7 @@ class ResponseTooLargeError(ProtocolError):
 class ServerDrainingError(ProtocolError):
     """The server is stopping and takes no new calls; another may."""
     error_kind, error_code, http_status = "server_draining", Code.UNAVAILABLE, 503
-
-    @property
-    def error_details(self) -> list[dict[str, Any]]:
-        """When to try again."""
-        return [RetryInfo(1.0).to_json()]
+    error_details = (RetryInfo(1.0).to_json(),)
 
 class ParameterError(_Refusal, TypeError):
     """A parameter, field or result of the wrong type; on the wire it is a ``TypeError``."""
@@ -489,12 +431,10 @@ class AuthReason(str, enum.Enum):
     MISSING_CREDENTIAL, INVALID_CREDENTIAL = "missing_credential", "invalid_credential"
     EXPIRED_CREDENTIAL, INSUFFICIENT_SCOPE = "expired_credential", "insufficient_scope"
     PROXY_REQUIRED, UNAUTHORIZED = "proxy_required", "unauthorized"
-
     __str__ = str.__str__
 
 class AuthFailure(ValueError):
     """Raised by an ``authenticate`` callback to say why a credential was refused."""
-
     def __init__(self, reason: AuthReason, detail: str = "") -> None:
         super().__init__(detail or str(reason))
         self.reason, self.detail = AuthReason(reason), detail
@@ -515,7 +455,6 @@ def _text_of(value: object) -> str:
 def _suggest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for a near miss, else nothing."""
     import difflib
-
     near = difflib.get_close_matches(name[:255], list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -531,11 +470,8 @@ class Level(enum.Enum):
     EXCEPTION, ERROR, WARN, INFO, DEBUG, TRACE = "EXCEPTION", "ERROR", "WARN", "INFO", "DEBUG", "TRACE"
 
 def _message_maker(level: Level) -> classmethod[Message, typing.Concatenate[str, ...], Message]:
-    """Make the class method of `Message` that is named after a level."""
-
     def make(cls: type[Message], message: str, **kwargs: object) -> Message:
         return cls(level, message, **kwargs)
-
     make.__name__, make.__qualname__ = level.name.lower(), f"Message.{level.name.lower()}"
     make.__doc__ = f"Make a message of level ``{level.name}``."
     return classmethod(make)
@@ -557,9 +493,8 @@ class Message:
         return f"Message({self.level.name}, {self.message!r}, extra={self.extra!r})"
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Message):
-            return NotImplemented
-        return (self.level, self.message, self.extra) == (other.level, other.message, other.extra)
+        facts = operator.attrgetter("level", "message", "extra")
+        return isinstance(other, Message) and bool(facts(self) == facts(other))
 
     exception, error, warn, info, debug, trace = map(_message_maker, Level)
 
@@ -588,7 +523,6 @@ class Message:
             out[LOG_EXTRA_KEY.decode()] = text
         return out
 
-
 def _attribute(exc: BaseException, name: str) -> Any:
     """An attribute of an exception that a method raised, ``None`` also when reading it fails."""
     try:
@@ -597,8 +531,7 @@ def _attribute(exc: BaseException, name: str) -> Any:
         return None
 
 def _error_type_of(exc: BaseException) -> str:
-    declared = getattr(exc, "error_type", None) if isinstance(exc, _Refusal) else None
-    return declared or type(exc).__name__
+    return exc.error_type if isinstance(exc, ParameterError) else type(exc).__name__
 
 def _error_code_of(exc: BaseException) -> Code:
     code = _attribute(exc, "error_code")
@@ -617,8 +550,7 @@ def _traceback_facts(exc: BaseException) -> dict[str, Any]:
     try:
         text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
         summary = traceback.extract_tb(exc.__traceback__)[-MAX_TRACEBACK_FRAMES:]
-    except BaseException:
-        # A broken __str__ in the chain may break the formatter too; the error itself is still worth sending.
+    except BaseException:  # a broken __str__ in the chain; the error itself is still worth sending
         text, summary = f"{type(exc).__name__}: <its traceback could not be formatted>\n", traceback.StackSummary()
     frames = [{"file": f.filename, "line": f.lineno, "function": f.name, "code": f.line or ""} for f in summary]
     facts: dict[str, Any] = {"traceback": _sendable(text, MAX_TRACEBACK_CHARS, "\n… <traceback truncated>"), "frames": frames}
@@ -670,12 +602,8 @@ def _error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
     timed_out = code == Code.DEADLINE_EXCEEDED and kind == "DeadlineExceededError"
     error = RpcError.__new__(DeadlineExceededError if timed_out else RpcError)
     RpcError.__init__(
-        error,
-        kind,
-        str(extra.get("exception_message") or text),
-        str(extra.get("traceback") or ""),
+        error, kind, str(extra.get("exception_message") or text), str(extra.get("traceback") or ""), error_code=code,
         request_id=_metadata_text(metadata, REQUEST_ID_KEY),
-        error_code=code,
         error_kind=_metadata_text(metadata, ERROR_KIND_KEY, extra.get("error_kind")),
         error_details=[d for d in details if isinstance(d, dict)] if isinstance(details, list) else [],
     )
@@ -691,7 +619,6 @@ def _error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
 
 _Buffer: typing.TypeAlias = bytes | memoryview | pa.Buffer
 _Metadata = Mapping[bytes, bytes]
-
 _CONTINUATION = b"\xff\xff\xff\xff"
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE = 1, 2, 3  # MessageHeader of Arrow's format/Message.fbs
@@ -761,14 +688,11 @@ def batch_kind(num_rows: int, metadata: _Metadata | None) -> BatchKind:
         return BatchKind.DATA
     if LOG_LEVEL_KEY in metadata and LOG_MESSAGE_KEY in metadata:
         return BatchKind.ERROR if metadata[LOG_LEVEL_KEY] == b"EXCEPTION" else BatchKind.LOG
-    for key, kind in ((LOCATION_KEY, BatchKind.LOCATION), (SHM_OFFSET_KEY, BatchKind.SHM), (STATE_KEY, BatchKind.TOKEN)):
-        if key in metadata:
-            return kind
-    return BatchKind.DATA
+    keys = ((LOCATION_KEY, BatchKind.LOCATION), (SHM_OFFSET_KEY, BatchKind.SHM), (STATE_KEY, BatchKind.TOKEN))
+    return next((kind for key, kind in keys if key in metadata), BatchKind.DATA)
 
 class ByteSource:
     """Bytes in their order: what an `IpcReader` reads from."""
-
     def read(self, size: int) -> bytes:
         """Return the next *size* bytes, fewer only where the source ends."""
         raise io.UnsupportedOperation("read")
@@ -784,7 +708,6 @@ class ByteSource:
 
 class BufferSource(ByteSource):
     """A source over bytes in memory, which `read_after` does not copy when *head* was the last thing read."""
-
     def __init__(self, data: _Buffer) -> None:
         self._buffer = data if isinstance(data, pa.Buffer) else pa.py_buffer(data)
         self._view = memoryview(self._buffer)
@@ -804,7 +727,6 @@ class BufferSource(ByteSource):
     def left(self) -> int:
         """How many bytes are still to be read."""
         return len(self._view) - self.position
-
 
 @dataclass(frozen=True)
 class IpcLimits:
@@ -829,22 +751,15 @@ class BatchMessage(NamedTuple):
     head: MessageHead
     data: _Buffer
 
-    def head_bytes(self) -> bytes:
-        """Return the bytes of the head, without the prefix."""
-        return bytes(memoryview(self.data)[8 : len(self.data) - self.head.body_length])
-
     def body(self) -> memoryview:
         """Return the bytes of the body."""
         return memoryview(self.data)[len(self.data) - self.head.body_length :]
 
 
 class _Table:
-    """One table of a flatbuffer: bounds-checked reads of its fields by number (flatbuffers' "internals").
-
-    *seen* collects (start, size) of what was read to find the way: bytes that decide where others stand.
-    """
+    """One table of a flatbuffer: bounds-checked reads of its fields by number (flatbuffers' "internals"). *seen* collects
+    (start, size) of what was read to find the way: bytes that decide where others stand."""
     __slots__ = ("data", "position", "seen", "slots")
-
     def __init__(self, data: bytes, position: int, seen: list[tuple[int, int]]) -> None:
         (back,) = struct.unpack_from("<i", data, _inside(data, position))
         vtable = _inside(data, position - back)
@@ -856,9 +771,9 @@ class _Table:
 
     def scalar(self, slot: int, code: str) -> int:
         """Read a number; an absent field is 0."""
-        offset = self.slots[slot]
-        self.seen.append((self.position + offset, struct.calcsize(code)))
-        return int(struct.unpack_from(code, self.data, self.position + offset)[0]) if offset else 0
+        at = self.position + self.slots[slot]
+        self.seen.append((at, struct.calcsize(code)))
+        return int(struct.unpack_from(code, self.data, at)[0]) if self.slots[slot] else 0
 
     def target(self, slot: int) -> int | None:
         """Follow an offset field to where it points."""
@@ -866,7 +781,6 @@ class _Table:
         return _inside(self.data, self.position + offset + self.scalar(slot, "<I")) if offset else None
 
     def table(self, slot: int) -> _Table | None:
-        """Read a table field."""
         at = self.target(slot)
         return None if at is None else _Table(self.data, at, self.seen)
 
@@ -879,12 +793,10 @@ class _Table:
         return at + 4, int(struct.unpack_from("<I", self.data, at)[0])
 
     def text(self, slot: int) -> bytes:
-        """Read a string field."""
         start, size = self.vector(slot)
         if start + size > len(self.data):
             raise IndexError(size)
         return self.data[start : start + size]
-
 
 def _inside(data: bytes, position: int) -> int:
     if not 0 <= position < len(data):  # struct would count a negative offset from the end
@@ -894,21 +806,17 @@ def _inside(data: bytes, position: int) -> int:
 _Region = tuple[int, int, Any]  # (start, size, what stands there) in a head: the name of a number, or a metadata key
 
 def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
-    """Read a head field by field; also return where it may differ from other heads of the same layout.
-
-    There are no such places, and so no layout, when what may differ also decides how a head is read: a layout would then
-    read other numbers than pyarrow does, and what it does not see it does not check.
-    """
+    """Read a head field by field; also return where it may differ from other heads of the same layout. There are no such
+    places, and so no layout, when what may differ also decides how a head is read: a layout would then read other numbers than
+    pyarrow does, and what it does not see it does not check."""
     regions: list[_Region] = []
     seen: list[tuple[int, int]] = [(0, 4)]
-
     def number(table: _Table, slot: int, name: str) -> int:
-        at = table.position + table.slots[slot]
-        if at == table.position:
+        if not table.slots[slot]:
             return 0
+        at = table.position + table.slots[slot]
         regions.append((at, 8, name))
         return int(struct.unpack_from("<q", data, at)[0])
-
     def numbers(table: _Table, slot: int, name: str) -> Sequence[int]:
         start, count = table.vector(slot)
         if count > len(data):
@@ -916,7 +824,6 @@ def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
         if count:
             regions.append((start, 16 * count, name))
         return struct.unpack_from(f"<{2 * count}q", data, start)
-
     def with_regions(head: MessageHead) -> tuple[MessageHead, list[_Region]]:
         decisive, spans = bytearray(len(data)), [(start, start + size) for start, size, _ in regions]
         for start, size in seen:
@@ -924,7 +831,6 @@ def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
         apart = all(end <= start for (_, end), (start, _) in zip(sorted(spans), sorted(spans)[1:]))
         once = len({name for _, _, name in regions}) == len(regions)
         return head, regions if apart and once and not any(any(decisive[a:b]) for a, b in spans) else []
-
     message = _Table(data, struct.unpack_from("<I", data, 0)[0], seen)
     if message.scalar(0, "<h") not in (3, 4):  # V4 and V5 of MetadataVersion: those that pyarrow reads
         raise ValueError(f"metadata version {message.scalar(0, '<h') + 1}")
@@ -962,13 +868,10 @@ def _head_metadata(message: _Table, regions: list[_Region]) -> dict[bytes, bytes
 
 
 class HeadLayout:
-    """Where the numbers and metadata values of a head stand; all its other bytes are fixed.
-
-    Heads of one schema whose metadata values have the same lengths differ nowhere else, so one `struct` call reads or
-    writes them. Learned from heads that `_parse_head` has accepted; what has other fixed bytes is not of this layout.
-    """
+    """Where the numbers and metadata values of a head stand; all its other bytes are fixed. Heads of one schema whose metadata
+    values have the same lengths differ nowhere else, so one `struct` call reads or writes them. Learned from heads that
+    `_parse_head` has accepted; what has other fixed bytes is not of this layout."""
     __slots__ = ("_fixed", "_fixed_of", "_head", "_keys", "_numbers", "_parts", "_slots", "_struct")
-
     def __init__(self, data: bytes, head: MessageHead, regions: list[_Region]) -> None:
         codes, fixed, count, at = ["<"], [], 0, 0
         self._slots: dict[Any, slice] = {}
@@ -988,7 +891,6 @@ class HeadLayout:
 
     @classmethod
     def learn(cls, data: bytes) -> HeadLayout:
-        """Make the layout of a head."""
         return cls(data, *_parse_head(data))
 
     def read(self, data: bytes) -> MessageHead | None:
@@ -997,15 +899,11 @@ class HeadLayout:
         if self._fixed_of(parts) != self._fixed:
             return None
         known, (body, rows, nodes, buffers) = self._head, self._numbers
-        metadata = None
-        if known.metadata:
-            metadata = known.metadata.copy()
-            for key, index in self._keys:
-                metadata[key] = parts[index]
-        return MessageHead(
-            known.kind, parts[body.start] if body else 0, metadata, parts[rows.start] if rows else 0,
-            parts[nodes] if nodes else (), parts[buffers] if buffers else (), *known[6:],
-        )
+        metadata = known.metadata and known.metadata.copy()
+        for key, index in self._keys if metadata else ():
+            metadata[key] = parts[index]  # type: ignore[index]
+        return MessageHead(known.kind, parts[body.start] if body else 0, metadata, parts[rows.start] if rows else 0,
+                           parts[nodes] if nodes else (), parts[buffers] if buffers else (), *known[6:])
 
     def message(self, rows: int, nodes: Sequence[int], buffers: Sequence[int], body: bytes, metadata: _Metadata | None) -> bytes:
         """Return the whole message of a batch of this layout."""
@@ -1016,7 +914,6 @@ class HeadLayout:
         for key, index in self._keys if metadata else ():
             parts[index] = metadata[key]  # type: ignore[index]
         return b"".join((_CONTINUATION, struct.pack("<i", self._struct.size), self._struct.pack(*parts), body))
-
 
 _layouts: dict[int, list[HeadLayout]] = {}  # by length of the head
 
@@ -1064,7 +961,6 @@ def _has_dictionary(kind: pa.DataType) -> bool:
 class SchemaFacts:
     """A schema with what reading and writing its batches needs to know; safe for use by several threads."""
     __slots__ = ("_shapes", "has_dictionary", "message", "plan", "schema")
-
     def __init__(self, schema: pa.Schema, message: bytes) -> None:
         self.schema, self.message = schema, message  # the encapsulated schema message
         self.has_dictionary = any(map(_has_dictionary, schema.types))
@@ -1072,25 +968,21 @@ class SchemaFacts:
         self._shapes: dict[Any, tuple[list[HeadLayout], HeadLayout]] = {}
 
     def layouts(self, example: Any, metadata: _Metadata | None, has_body: bool) -> tuple[list[HeadLayout], HeadLayout]:
-        """Return the layouts of dictionary messages and of the batch's message, as pyarrow writes *example*.
-
-        Learned once for the same lengths of metadata; heads leave out numbers that are 0, so *has_body* matters too.
-        """
+        """Return the layouts of dictionary messages and of the batch's message, as pyarrow writes *example*. Learned once for
+        the same lengths of metadata; heads leave out numbers that are 0, so *has_body* matters too."""
         shape = (example.num_rows > 0, has_body, tuple([(k, len(v)) for k, v in metadata.items()]) if metadata else None)
         known = self._shapes.get(shape)
         if known is None:
             batch = example if isinstance(example, pa.RecordBatch) else example.to_record_batch()
-            file = _Pieces()
+            file = io.BytesIO()
             with ipc.new_stream(file, self.schema) as writer:
                 writer.write_batch(batch, custom_metadata=metadata)
-            reader = _OwnReader(BufferSource(b"".join(file.pieces)), validation=IpcValidation.NONE)
-            message = cast("BatchMessage", reader.next_message())
-            known = [HeadLayout.learn(m.head_bytes()) for m in reader.dictionaries()], HeadLayout.learn(message.head_bytes())
+            _, *messages = ipc.MessageReader.open_stream(file.getvalue())
+            *dictionaries, layout = [HeadLayout.learn(m.metadata.to_pybytes()) for m in messages]
             if len(self._shapes) >= 64:
                 self._shapes.clear()
-            self._shapes[shape] = known
+            known = self._shapes[shape] = dictionaries, layout
         return known
-
 
 def _decode_schema(message: bytes) -> SchemaFacts:
     head = parse_message_head(message[8:])
@@ -1120,22 +1012,14 @@ def schema_facts(schema: pa.Schema) -> SchemaFacts:
         known = _facts_by_id[id(schema)] = schema, _schema_facts(schema.serialize().to_pybytes())
     return known[1]
 
-
 _VALIDATE = {v: operator.methodcaller("validate", full=v is IpcValidation.FULL) for v in IpcValidation}
 
 class IpcReader:
-    """Reads one Arrow IPC stream from *source*, to its end marker and not a byte further; the schema at once.
-
-    Not safe for use by several threads. The source stays open and belongs to the caller.
-
-    Raises:
-        EOFError: The source ended before the first byte.
-        IPCError: What came is not an Arrow IPC stream.
-    """
-
-    def __init__(
-        self, source: ByteSource, limits: IpcLimits = IpcLimits(), validation: IpcValidation = IpcValidation.FULL
-    ) -> None:
+    """Reads one Arrow IPC stream from *source*, to its end marker and not a byte further; the schema at once. Not safe for use
+    by several threads. The source stays open and belongs to the caller. Raises `EOFError` where the source ends before the
+    first byte, and `IPCError` for what is not an Arrow IPC stream."""
+    def __init__(self, source: ByteSource, limits: IpcLimits = IpcLimits(),
+                 validation: IpcValidation = IpcValidation.FULL) -> None:
         self._source, self._limits, self._validation = source, limits, validation
         self._dictionaries: dict[int, list[BatchMessage]] = {}
         self._last: tuple[bytes, MessageHead] = (b"", MessageHead(0, 0))  # turns of a stream often have the very same head
@@ -1174,12 +1058,8 @@ class IpcReader:
         return None if message is None else (self.decode(message), message.head.metadata)
 
     def next_message(self) -> BatchMessage | None:
-        """Read the next batch's message without decoding it; ``None`` at the end marker.
-
-        Raises:
-            IPCError: Half a message, or a head that cannot be true.
-            RequestTooLargeError: A limit exceeded.
-        """
+        """Read the next batch's message without decoding it; ``None`` at the end marker. Raises `IPCError` for half a message
+        or a head that cannot be true, `RequestTooLargeError` above a limit."""
         while True:
             raw, head = self._last
             known = bool(raw) and not self.ended and self._source.take(raw)
@@ -1211,8 +1091,7 @@ class IpcReader:
 
     def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
         """Refuse rows that no body pays for, buffers outside it, and compressed buffers that grow past the limit."""
-        decoded = 0
-        buffers = iter(head.buffers)
+        decoded, buffers = 0, iter(head.buffers)
         for offset, length in zip(buffers, buffers):
             if offset < 0 or length < 0 or offset + length > head.body_length:
                 raise IPCError(f"buffer at {offset}, {length} bytes: outside the body of {head.body_length} bytes")
@@ -1235,11 +1114,9 @@ class IpcReader:
             raise RequestTooLargeError(f"expected at most {max_rows} rows in a batch, got {head.rows}")
 
     def _keep_dictionary(self, head: MessageHead, message: _Buffer) -> None:
-        kept = self._dictionaries.pop(head.dictionary_id, [])  # its new place is the last: it may build on those before
-        if not head.is_delta:
-            kept = []
+        before = self._dictionaries.pop(head.dictionary_id, [])  # its new place is the last: it may build on those before
+        kept = self._dictionaries[head.dictionary_id] = before if head.is_delta else []
         kept.append(BatchMessage(head, message))
-        self._dictionaries[head.dictionary_id] = kept
         limit = self._limits.max_bytes
         if limit is not None and sum(len(m.data) for all_of_one in self._dictionaries.values() for m in all_of_one) > limit:
             raise RequestTooLargeError(f"dictionary: expected at most {limit} bytes")
@@ -1277,20 +1154,11 @@ class IpcReader:
                     raise IPCError(f"half a message: {left} bytes short")
                 left -= got
 
-
-class _OwnReader(IpcReader):
-    """Reads what was written here, which may hold more nulls than another side would believe."""
-
-    def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
-        pass
-
-
 _TICK_FACTS = schema_facts(EMPTY_SCHEMA)
 _TICK_MESSAGE = _TICK.serialize().to_pybytes()
 
 class _Pieces(io.RawIOBase):
     """The file that collects what pyarrow's stream writer writes, without copying bodies."""
-
     def __init__(self) -> None:
         self.pieces: list[_Buffer] = []
 
@@ -1303,11 +1171,8 @@ class _Pieces(io.RawIOBase):
 
 
 class IpcWriter:
-    """Writes one Arrow IPC stream of *schema*: each call hands whole messages, a list of buffers, to *write* at once.
-
-    Not safe for use by several threads. The sink stays open and belongs to the caller.
-    """
-
+    """Writes one Arrow IPC stream of *schema*: each call hands whole messages, a list of buffers, to *write* at once. Not safe
+    for use by several threads. The sink stays open and belongs to the caller."""
     def __init__(self, write: Callable[[list[_Buffer]], object], schema: pa.Schema) -> None:
         self.schema = schema
         self._facts = schema_facts(schema)
@@ -1367,7 +1232,6 @@ class IpcWriter:
         """Write the end marker (after the schema, if nothing was written)."""
         self.write_all((), close=True)
 
-
 def stream_bytes(schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]]) -> bytes:
     """Return one whole IPC stream: schema, the batches with their metadata, end marker."""
     pieces: list[_Buffer] = []
@@ -1385,11 +1249,9 @@ def _schema_text(schema: pa.Schema) -> str:
     return "(" + ", ".join(f"{f.name}: {_type_text(f.type)}{'' if f.nullable else ' not null'}" for f in schema) + ")"
 
 def conform_batch(batch: Any, schema: pa.Schema, where: str, *, cast_values: bool) -> pa.RecordBatch:
-    """Return *batch* under *schema*: same names in the same order, no null where none is allowed.
-
-    With *cast_values* types may differ where every value survives a safe cast (exchange input), else they may not (output).
-    `ParameterError` begins with *where* and says what was expected and what came.
-    """
+    """Return *batch* under *schema*: same names in the same order, no null where none is allowed. With *cast_values* types may
+    differ where every value survives a safe cast (exchange input), else they may not (output). `ParameterError` begins with
+    *where* and says what was expected and what came."""
     if not isinstance(batch, pa.RecordBatch):
         raise ParameterError(f"{where}: expected a pyarrow.RecordBatch, got {type(batch).__name__}")
     if not (batch.schema is schema or batch.schema.equals(schema)):
@@ -1434,9 +1296,7 @@ class _NotPlain(Exception):
 
 class _Body:
     """Nodes and buffers of one message, in the order of Arrow's pre-order walk over the columns."""
-
     __slots__ = ("buffers", "checked", "dictionaries", "nodes")
-
     def __init__(self, checked: bool = True) -> None:
         self.checked = checked  # whether codecs have looked at the values already
         self.nodes: list[int] = []  # (length, null count), flat
@@ -1446,8 +1306,7 @@ class _Body:
     def laid_out(self) -> tuple[list[int], bytes]:
         """Return ((offset, length) of each buffer, flat) and the body, each buffer padded to 8 bytes."""
         offsets: list[int] = []
-        at = 0
-        padded = []
+        padded, at = [], 0
         for data in self.buffers:
             size = len(data)
             offsets += (at, size)
@@ -1460,9 +1319,7 @@ class _Body:
 
 class _Parts:
     """What a `_Body` becomes on the other side: nodes and buffers handed out one after the other."""
-
     __slots__ = ("_body", "_buffers", "_nodes", "dictionaries")
-
     def __init__(self, head: MessageHead, body: memoryview, dictionaries: Iterator[list[Any]]) -> None:
         self._nodes, self._buffers, self._body = iter(head.nodes), iter(head.buffers), body
         self.dictionaries = dictionaries
@@ -1474,10 +1331,8 @@ class _Parts:
         nulls, validity = next(self._nodes, -1), self.buffer()
         if not nulls:
             return None
-        if nulls < 0 or len(validity) * 8 < length:
-            raise _NotPlain
         present = int.from_bytes(validity, "little") & ((1 << length) - 1)
-        if bin(present).count("1") != length - nulls:
+        if nulls < 0 or len(validity) * 8 < length or bin(present).count("1") != length - nulls:
             raise _NotPlain
         return bytes(validity)
 
@@ -1488,10 +1343,7 @@ class _Parts:
 
     def offsets(self, length: int) -> tuple[int, ...]:
         """Take a buffer of length + 1 offsets, each at least as large as the one before."""
-        data = self.buffer()
-        if len(data) < 4 * length + 4:
-            raise _NotPlain
-        found = struct.unpack_from(f"<{length + 1}i", data)
+        found = struct.unpack_from(f"<{length + 1}i", self.buffer())
         if found[0] < 0 or any(map(operator.gt, found, found[1:])):
             raise _NotPlain
         return found
@@ -1509,139 +1361,103 @@ def _bitmap(bits: Iterable[Any]) -> bytes:
     text = "".join("1" if b else "0" for b in bits)[::-1]
     return int(text or "0", 2).to_bytes((len(text) + 7) // 8, "little")
 
-def _write_node(values: Sequence[Any], body: _Body) -> bool:
-    """Add node and validity of a column; return whether it has nulls."""
+def _write_node(values: Sequence[Any], body: _Body, kind: type | None = None) -> bool:
+    """Add node and validity of a column; return whether it has nulls. Raises `_NotPlain` for values not of type *kind*."""
+    if kind and not set(map(type, values)) <= {kind, type(None)}:
+        raise _NotPlain
     nulls = values.count(None) if None in values else 0
     body.nodes += (len(values), nulls)
     body.buffers.append(_bitmap([v is not None for v in values]) if nulls else b"")
     return nulls > 0
 
 def _with_nulls(values: list[Any], validity: bytes | None) -> list[Any]:
-    if validity is None:
-        return values
-    return [v if validity[i >> 3] >> (i & 7) & 1 else None for i, v in enumerate(values)]
+    return values if validity is None else [v if validity[i >> 3] >> (i & 7) & 1 else None for i, v in enumerate(values)]
 
 def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
-    size = struct.calcsize("<" + code)
-
     def write(values: Sequence[Any], body: _Body) -> None:
         if _write_node(values, body):
             values = [0 if v is None else v for v in values]
         if not body.checked and not set(map(type, values)) <= accepted:
             raise _NotPlain
         body.buffers.append(struct.pack(f"<{len(values)}{code}", *values))
-
     def read(length: int, parts: _Parts) -> list[Any]:
         validity, data = parts.node(length), parts.buffer()
-        if len(data) < size * length:
-            raise _NotPlain
         return _with_nulls(list(struct.unpack_from(f"<{length}{code}", data)), validity)
-
     return write, read
 
 def _bool_column() -> tuple[_Write, _Read]:
     def write(values: Sequence[Any], body: _Body) -> None:
-        _write_node(values, body)
-        if not set(map(type, values)) <= {bool, type(None)}:
-            raise _NotPlain
+        _write_node(values, body, bool)
         body.buffers.append(_bitmap(values))
-
     def read(length: int, parts: _Parts) -> list[Any]:
         validity, data = parts.node(length), parts.buffer()
-        if len(data) * 8 < length:
-            raise _NotPlain
         return _with_nulls([bool(data[i >> 3] >> (i & 7) & 1) for i in range(length)], validity)
-
     return write, read
 
 def _text_column(kind: type) -> tuple[_Write, _Read]:
-    accepted = {kind, type(None)}
-
     def write(values: Sequence[Any], body: _Body) -> None:
-        _write_node(values, body)
-        if not set(map(type, values)) <= accepted:
-            raise _NotPlain
+        _write_node(values, body, kind)
         pieces = [v.encode() if v else b"" for v in values] if kind is str else [v or b"" for v in values]
-        offsets, at = [0], 0
-        for piece in pieces:
-            at += len(piece)
-            offsets.append(at)
-        if at > _PLAIN_BYTES:
+        offsets = [0, *itertools.accumulate(map(len, pieces))]
+        if offsets[-1] > _PLAIN_BYTES:
             raise _NotPlain
         body.buffers += (struct.pack(f"<{len(offsets)}i", *offsets), b"".join(pieces))
-
     def read(length: int, parts: _Parts) -> list[Any]:
         validity, offsets, data = parts.node(length), parts.offsets(length), bytes(parts.buffer())
         if offsets[-1] > len(data):
             raise _NotPlain
         pieces: list[Any] = [data[a:b] for a, b in itertools.pairwise(offsets)]
         return _with_nulls([p.decode() for p in pieces] if kind is str else pieces, validity)
-
     return write, read
 
 def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
     write_item, read_item = item
-
     def write(values: Sequence[Any], body: _Body) -> None:
-        _write_node(values, body)
-        if not set(map(type, values)) <= {list, type(None)}:
-            raise _NotPlain
+        _write_node(values, body, list)
         offsets, flat = [0], list[Any]()
         for value in values:
             flat += value or ()
             offsets.append(len(flat))
         body.buffers.append(struct.pack(f"<{len(offsets)}i", *offsets))
         write_item(flat, body)
-
     def read(length: int, parts: _Parts) -> list[Any]:
         validity, offsets = parts.node(length), parts.offsets(length)
         if offsets[-1] > _PLAIN_BYTES:
             raise _NotPlain
         flat = read_item(offsets[-1], parts)
         return _with_nulls([flat[a:b] for a, b in itertools.pairwise(offsets)], validity)
-
     return write, read
 
 def _struct_column(names: Sequence[str], columns: Sequence[tuple[_Write, _Read]], row: type) -> tuple[_Write, _Read]:
     """A struct of dicts, or (for the entries of a map, *row* being tuple) of pairs."""
     keys: Sequence[Any] = names if row is dict else range(len(names))
-
     def write(values: Sequence[Any], body: _Body) -> None:
-        _write_node(values, body)
-        if not set(map(type, values)) <= {row, type(None)}:
-            raise _NotPlain
+        _write_node(values, body, row)
         for key, (write_one, _) in zip(keys, columns):
             write_one([None if v is None else v[key] for v in values], body)
-
     def read(length: int, parts: _Parts) -> list[Any]:
         validity = parts.node(length)
         members = [read_one(length, parts) for _, read_one in columns]
         rows: list[Any] = list(zip(*members)) if members else [()] * length
         return _with_nulls([dict(zip(names, r)) for r in rows] if row is dict else rows, validity)
-
     return write, read
 
 def _enum_column() -> tuple[_Write, _Read]:
     """``dictionary<int16, utf8>``: the distinct values go into a dictionary message of their own."""
-
     def write(values: Sequence[Any], body: _Body) -> None:
-        _write_node(values, body)
+        _write_node(values, body, str)
         distinct = list(dict.fromkeys(v for v in values if v is not None))
-        if not distinct or not set(map(type, distinct)) <= {str}:
+        if not distinct:
             raise _NotPlain
         index = {v: i for i, v in enumerate(distinct)}
         body.dictionaries.append(distinct)
         body.buffers.append(struct.pack(f"<{len(values)}h", *[index.get(v, 0) for v in values]))
-
     def read(length: int, parts: _Parts) -> list[Any]:
         validity, data, known = parts.node(length), parts.buffer(), next(parts.dictionaries)
-        if len(data) < 2 * length:
-            raise _NotPlain
         found = _with_nulls(list(struct.unpack_from(f"<{length}h", data)), validity)
         if any(i is not None and not 0 <= i < len(known) for i in found):
             raise _NotPlain
         return [None if i is None else known[i] for i in found]
-
     return write, read
 
 _ENUM_TYPE = pa.dictionary(pa.int16(), pa.utf8())
@@ -1669,7 +1485,6 @@ def _plain_column(kind: pa.DataType) -> tuple[_Write, _Read]:
 
 class PlainPlan:
     """How short batches of one schema are written and read here; shared between threads."""
-
     def __init__(self, facts: SchemaFacts) -> None:
         self.facts = facts
         self._columns = [_plain_column(t) for t in facts.schema.types]
@@ -1724,22 +1539,10 @@ def _read_dictionary(message: BatchMessage) -> list[Any]:
 
 class PlainBatch:
     """A short batch, encoded here: stands in for a record batch until somebody wants to look at one."""
-
-    __slots__ = ("_body", "_columns", "_data", "_facts", "_offsets", "num_rows")
-
+    __slots__ = ("_body", "_columns", "_data", "_facts", "_offsets", "nbytes", "num_rows", "schema")
     def __init__(self, facts: SchemaFacts, columns: Sequence[Sequence[Any]], body: _Body, offsets: list[int], data: bytes) -> None:
         self._facts, self._columns, self._body, self._offsets, self._data = facts, columns, body, offsets, data
-        self.num_rows = len(columns[0])
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Schema of the batch."""
-        return self._facts.schema
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its buffers."""
-        return len(self._data)
+        self.schema, self.num_rows, self.nbytes = facts.schema, len(columns[0]), len(data)  # nbytes: of its buffers
 
     def to_record_batch(self) -> pa.RecordBatch:
         """Build the record batch that this stands in for."""
@@ -1778,7 +1581,6 @@ class Transient:
 
 class _Mismatch(Exception):
     """A value that does not fit its codec; containers prepend to *path* on the way out."""
-
     def __init__(self, expected: str, got: str) -> None:
         super().__init__(expected, got)
         self.expected, self.got, self.path = expected, got, ""
@@ -1807,6 +1609,13 @@ def _of_field(name: str, convert: Callable[[Any], Any], value: Any) -> Any:
     except Exception as exc:  # a date beyond Python's calendar, a __post_init__ that does not like its values
         raise _Mismatch("a valid value", f"{type(exc).__name__}: {_text_of(exc)}").under(f".{name}") from exc
 
+def _located(where: str, prefix: str, convert: Callable[[Any], _T], value: Any) -> _T:
+    """Return ``convert(value)``; a mismatch becomes a `ParameterError` that says *where*, its path without *prefix*."""
+    try:
+        return convert(value)
+    except _Mismatch as exc:
+        exc.path = exc.path.removeprefix(prefix)
+        raise exc.error(where) from None
 
 @dataclass(frozen=True)
 class Codec:
@@ -1821,7 +1630,6 @@ class Codec:
 
     @property
     def expected(self) -> str:
-        """What an error text says was expected."""
         return _type_text(self.arrow_type)
 
     def to_array(self, values: list[Any]) -> pa.Array:
@@ -1840,7 +1648,6 @@ class Codec:
             self.to_array([value])
         return value
 
-
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
     if len(values) == 1 and type(values[0]) is bytes and pa.types.is_binary(kind) and SMALL_BODY_BYTES < len(values[0]) < 1 << 31:
         offsets = pa.py_buffer(struct.pack("<ii", 0, len(values[0])))
@@ -1854,7 +1661,6 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
             array_ = pa.array([*values, _filler(kind)], type=kind).slice(0, len(values))
     return array_
 
-
 def _filler(kind: pa.DataType) -> Any:
     """A value without nulls, which puts an entry into every dictionary of *kind*."""
     if pa.types.is_struct(kind):
@@ -1866,7 +1672,6 @@ def _filler(kind: pa.DataType) -> Any:
     leaf = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.Array.from_buffers(leaf, 1, [None, *[pa.py_buffer(bytes(64))] * (leaf.num_buffers - 1)])[0].as_py()
 
-
 def _failure(value: Any, kind: pa.DataType) -> _Mismatch | None:
     """Find the innermost part of an encoded value that pyarrow does not take for its type; ``None`` when it takes all."""
     members: list[tuple[str, Any, pa.DataType]] = []
@@ -1877,8 +1682,7 @@ def _failure(value: Any, kind: pa.DataType) -> _Mismatch | None:
     elif isinstance(value, dict) and pa.types.is_struct(kind):
         members = [(f".{f.name}", value.get(f.name), f.type) for f in kind]
     for step, member, member_kind in members:
-        found = _failure(member, member_kind)
-        if found:
+        if found := _failure(member, member_kind):
             return found.under(step)
     try:
         pa.array([value], type=kind)
@@ -1901,12 +1705,9 @@ def _annotation_text(annotation: object) -> str:
 
 def _split_optional(annotation: Any) -> tuple[Any, bool]:
     """``T | None`` -> (T, True); anything else -> (annotation, False)."""
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        members = typing.get_args(annotation)
-        rest = [m for m in members if m is not type(None)]
-        if len(rest) == 1 and len(rest) < len(members):
-            return rest[0], True
-    return annotation, False
+    rest = [m for m in typing.get_args(annotation) if m is not type(None)]
+    optional = typing.get_origin(annotation) in (Union, types.UnionType) and len(rest) == 1
+    return (rest[0] if optional else annotation), optional
 
 def _unboxed(value: Any) -> Any:
     """A Python value out of a numpy or pyarrow scalar; anything else as it is."""
@@ -1915,10 +1716,7 @@ def _unboxed(value: Any) -> Any:
     return value.as_py() if isinstance(value, pa.Scalar) else value
 
 _SCALARS: dict[Any, tuple[pa.DataType, tuple[type, ...]]] = {  # annotation: Arrow type, what is accepted
-    bool: (pa.bool_(), (bool,)),
-    int: (pa.int64(), (int,)),
-    float: (pa.float64(), (float, int)),
-    str: (pa.utf8(), (str,)),
+    bool: (pa.bool_(), (bool,)), int: (pa.int64(), (int,)), float: (pa.float64(), (float, int)), str: (pa.utf8(), (str,)),
     bytes: (pa.binary(), (bytes, bytearray, memoryview)),
 }
 
@@ -2000,7 +1798,7 @@ def _enum_codec(kind: type[enum.Enum]) -> Codec:
             return members[name]
         except (KeyError, TypeError):
             raise _Mismatch(expected, f"{name!r:.60}") from None
-    return Codec(pa.dictionary(pa.int16(), pa.utf8()), False, encode, decode)
+    return Codec(_ENUM_TYPE, False, encode, decode)
 
 def _optional_codec(inner: Codec) -> Codec:
     if inner.fixed_nullability:
@@ -2062,20 +1860,16 @@ def _binary_codec(encode: Callable[[Any], bytes], decode: Callable[[Any], Any]) 
 
 class RowCodec:
     """Named codecs side by side: one row of `schema` to values and back, as parameters, results and dataclasses travel."""
-
     def __init__(self, fields: Iterable[tuple[str, Codec]]) -> None:
         pairs = list(fields)
         self.names = tuple(name for name, _ in pairs)
         self.codecs = tuple(codec for _, codec in pairs)
         self.schema = pa.schema([pa.field(n, c.arrow_type, nullable=c.nullable) for n, c in pairs])
-        self._plan: PlainPlan | bool | None = False  # made at first use
 
-    @property
+    @functools.cached_property
     def plan(self) -> PlainPlan | None:
-        """How the row travels without pyarrow, ``None`` when it cannot."""
-        if self._plan is False:
-            self._plan = plain_plan(self.schema)
-        return cast("PlainPlan | None", self._plan)
+        """How the row travels without pyarrow, ``None`` when it cannot; made at first use."""
+        return plain_plan(self.schema)
 
     def to_batch(self, values: Sequence[Any]) -> pa.RecordBatch | PlainBatch:
         """Encode one row; raises `_Mismatch` whose path begins with ``.name``."""
@@ -2103,20 +1897,18 @@ class RowCodec:
 
 class DataclassCodec:
     """A dataclass as a row and as a struct; built by `dataclass_codec`."""
-
     def __init__(self, cls: type) -> None:
         self.cls = cls
         hints = _hints(cls)
-        # A state without fields need not be decorated; one with fields must, or they would be lost silently.
-        own = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+        own = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()  # a state without fields need not be decorated
         missed = [n for n in vars(cls).get("__annotations__", ()) if n not in {f.name for f in own}]
-        if missed and "__dataclass_fields__" not in vars(cls) and not all(_is_classvar(hints.get(n)) for n in missed):
+        lost = [n for n in missed if hints.get(n) is not ClassVar and typing.get_origin(hints.get(n)) is not ClassVar]
+        if lost and "__dataclass_fields__" not in vars(cls):
             raise TypeError(f"{cls.__qualname__} has fields ({', '.join(missed)}) but is not decorated with @dataclass")
-        self.fields = []  # the serialised ones
-        codecs = []
+        self.fields, codecs = [], []  # the serialised ones
         for f in own:
             where = f"{cls.__qualname__}.{f.name}"
-            if _is_transient(hints[f.name]):
+            if any(isinstance(m, Transient) or m is Transient for m in getattr(hints[f.name], "__metadata__", ())):
                 if f.init and not _has_default(f):
                     raise TypeError(f"{where}: a Transient field needs a default to be read back to")
                 continue
@@ -2129,7 +1921,6 @@ class DataclassCodec:
         self.names = frozenset(self.row.names)
 
     def values(self, instance: Any) -> Sequence[Any]:
-        """Return the field values of *instance*, in the order of the row."""
         _expect(instance, self.cls, self.cls.__name__)
         return [getattr(instance, n) for n in self.row.names]
 
@@ -2179,21 +1970,14 @@ class DataclassCodec:
             object.__setattr__(instance, name, value)
         return instance
 
-
-def _is_transient(annotation: Any) -> bool:
-    return any(isinstance(m, Transient) or m is Transient for m in getattr(annotation, "__metadata__", ()))
-
-def _is_classvar(annotation: Any) -> bool:
-    return annotation is ClassVar or typing.get_origin(annotation) is ClassVar
-
 def _has_default(f: dataclasses.Field[Any]) -> bool:
     return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
 
 _building: set[type] = set()
 _codec_lock = threading.RLock()
 
-@functools.cache
-def _dataclass_codec(cls: Any) -> DataclassCodec:
+def _make_dataclass_codec(cls: Any) -> DataclassCodec:
+    """Return the codec of a class, built once; `TypeError`: a field has no Arrow mapping, or the class contains itself."""
     with _codec_lock:
         if cls in _building:
             raise TypeError(f"{cls.__qualname__} contains itself; an Arrow struct has a fixed depth")
@@ -2203,9 +1987,7 @@ def _dataclass_codec(cls: Any) -> DataclassCodec:
         finally:
             _building.discard(cls)
 
-def dataclass_codec(cls: Any) -> DataclassCodec:
-    """Return the codec of a class, built once; `TypeError`: a field has no Arrow mapping, or the class contains itself."""
-    return _dataclass_codec(cls)
+dataclass_codec: Callable[[Any], DataclassCodec] = functools.cache(_make_dataclass_codec)
 
 _INSTEAD = {  # what would work, by the name of the type that has no mapping
     "list": "list[T], for example list[int]", "dict": "dict[K, V], for example dict[str, float]", "set": "set[T]",
@@ -2219,10 +2001,8 @@ _MAPPED = "str, bytes, int, float, bool, list, dict, set, Enum, a dataclass, or 
 
 @functools.cache
 def codec_for(annotation: Any, *, whole: bool = False) -> Codec:
-    """Return the codec of an annotation; without a mapping a `TypeError` says what would work.
-
-    *whole* is for parameters and results, where a dataclass travels as bytes, and not as a struct.
-    """
+    """Return the codec of an annotation; without a mapping a `TypeError` says what would work. *whole* is for parameters and
+    results, where a dataclass travels as bytes, and not as a struct."""
     if hasattr(annotation, "__supertype__"):  # NewType
         return codec_for(annotation.__supertype__, whole=whole)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -2255,27 +2035,20 @@ def codec_for(annotation: Any, *, whole: bool = False) -> Codec:
 
 class _SchemaDescriptor:
     """``ARROW_SCHEMA`` of a dataclass: made at first use, as annotations may name classes defined later."""
-
     def __get__(self, instance: object, owner: type) -> pa.Schema:
         return dataclass_codec(owner).row.schema
 
 
 class ArrowSerializableDataclass:
-    """Base of dataclasses that travel: parameters, results, headers and stream states.
-
-    A subclass is decorated with ``@dataclass`` (frozen or not). Fields have the types of the README's table; a field
-    ``Annotated[T, Transient()]`` is not serialised. Reading goes by field name: unknown columns are ignored, absent ones
-    take the field's default. An absent field without one, and a value not of its field's type, are a `TypeError` with the path.
-    """
-
+    """Base of dataclasses that travel: parameters, results, headers and stream states. A subclass is decorated with
+    ``@dataclass`` (frozen or not). Fields have the types of the README's table; a field ``Annotated[T, Transient()]`` is not
+    serialised. Reading goes by field name: unknown columns are ignored, absent ones take the field's default. An absent field
+    without one, and a value not of its field's type, are a `TypeError` with the path."""
     ARROW_SCHEMA: ClassVar[Any] = _SchemaDescriptor()  # one column per field
 
     def serialize_to_bytes(self) -> bytes:
         """Return an Arrow IPC stream of 1 row x len(fields) columns."""
-        try:
-            return dataclass_codec(type(self)).to_bytes(self)
-        except _Mismatch as exc:
-            raise exc.error(type(self).__name__) from None
+        return _located(type(self).__name__, "", dataclass_codec(type(self)).to_bytes, self)
 
     def serialize(self, dest: typing.BinaryIO) -> None:
         """Write `serialize_to_bytes` to *dest*, which stays open."""
@@ -2284,24 +2057,14 @@ class ArrowSerializableDataclass:
     @classmethod
     def deserialize_from_bytes(cls: type[_T], data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL) -> _T:
         """Read what `serialize_to_bytes` wrote; `IPCError` when it is no Arrow IPC stream."""
-        try:
-            return cast("_T", dataclass_codec(cls).from_bytes(data, ipc_validation))
-        except EOFError:
-            raise IPCError(f"{cls.__name__}: expected an Arrow IPC stream, got no bytes") from None
-        except _Mismatch as exc:
-            raise exc.error(cls.__name__) from None
+        read = functools.partial(dataclass_codec(cls).from_bytes, validation=ipc_validation)
+        return cast("_T", _located(cls.__name__, "", read, data))
 
     @classmethod
-    def deserialize_from_batch(
-        cls: type[_T], batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None, *,
-        ipc_validation: IpcValidation = IpcValidation.FULL,
-    ) -> _T:
+    def deserialize_from_batch(cls: type[_T], batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None, *,
+                               ipc_validation: IpcValidation = IpcValidation.FULL) -> _T:
         """Read the one row of *batch* (1 x any columns), without a look at the metadata; raises as `deserialize_from_bytes`."""
-        try:
-            return cast("_T", dataclass_codec(cls).from_batch(batch))
-        except _Mismatch as exc:
-            raise exc.error(cls.__name__) from None
-
+        return cast("_T", _located(cls.__name__, "", dataclass_codec(cls).from_batch, batch))
 
 
 # ============================================================================
@@ -2310,20 +2073,13 @@ class ArrowSerializableDataclass:
 # What a method's author holds in hand: the context of a call, the collector of one turn, the state that lives on
 # between turns. Law: nothing here knows a transport; facts of one call travel in CallContext, never in globals.
 
-
 class TransportKind(str, enum.Enum):
     """How a call came in."""
-    PIPE = "pipe"
-    UNIX = "unix"
-    TCP = "tcp"
-    HTTP = "http"
-
-    def __str__(self) -> str:
-        return self.value
+    PIPE, UNIX, TCP, HTTP = "pipe", "unix", "tcp", "http"
+    __str__ = str.__str__
 
 class ServeStartHook(Protocol):
     """An implementation with this method hears, once per kind of transport, that serving begins."""
-
     def on_serve_start(self, kind: TransportKind) -> None:
         """Called before the first request; an exception refuses that request and the next one asks again."""
 
@@ -2352,8 +2108,7 @@ _current_context: contextvars.ContextVar[CallContext | None] = contextvars.Conte
 
 def current_auth() -> AuthContext:
     """Return who calls the method that runs now; anonymous outside of one."""
-    ctx = _current_context.get()
-    return ctx.auth if ctx is not None else _ANONYMOUS
+    return ctx.auth if (ctx := _current_context.get()) is not None else _ANONYMOUS
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -2406,10 +2161,9 @@ class CallStatistics:
     def record_input(self, batch: pa.RecordBatch) -> None:
         """Count a received batch."""
         self.input_batches += 1
-        if batch is _TICK:
-            return
-        self.input_rows += batch.num_rows
-        self.input_bytes += batch.nbytes
+        if batch is not _TICK:
+            self.input_rows += batch.num_rows
+            self.input_bytes += batch.nbytes
 
     def record_output(self, batch: pa.RecordBatch) -> None:
         """Count a sent batch."""
@@ -2419,11 +2173,8 @@ class CallStatistics:
 
 
 class OutputCollector:
-    """Collects what one turn of a stream sends: any number of logs and exactly one data batch. For one thread.
-
-    *producer_mode* tells whether the stream may `finish` (a producer) or is ended by the client (an exchange).
-    """
-
+    """Collects what one turn of a stream sends: any number of logs and exactly one data batch. For one thread. *producer_mode*
+    tells whether the stream may `finish` (a producer) or is ended by the client (an exchange)."""
     def __init__(self, output_schema: pa.Schema, *, producer_mode: bool = True) -> None:
         self.output_schema, self._producer_mode = output_schema, producer_mode
         self.finished = False  # whether `finish` was called in this turn
@@ -2440,10 +2191,8 @@ class OutputCollector:
         return AnnotatedBatch(batch, pa.KeyValueMetadata(self._metadata) if self._metadata else None)
 
     def emit(self, batch: pa.RecordBatch, metadata: Mapping[str, str] | None = None) -> None:
-        """Send *batch* (any rows x the columns of the output schema) with its own metadata.
-
-        Raises `RuntimeError` for a second batch in this turn or one after `finish`, `TypeError` for another schema.
-        """
+        """Send *batch* (any rows x the columns of the output schema) with its own metadata. Raises `RuntimeError` for a second
+        batch in this turn or one after `finish`, `TypeError` for another schema."""
         if self.finished:
             raise RuntimeError("emit after finish(): a finished stream sends nothing more")
         if self._data is not None:
@@ -2496,7 +2245,6 @@ def _as_bytes(value: object) -> bytes:
 
 class StreamState(ArrowSerializableDataclass):
     """What a stream remembers between turns: a dataclass whose fields are serialised over HTTP and stay put elsewhere."""
-
     # Dataclass of the part that never changes (Stream(call_state=...)): sent once, sealed on its own.
     CALL_STATE_TYPE: ClassVar[type[ArrowSerializableDataclass] | None] = None
 
@@ -2515,7 +2263,6 @@ class StreamState(ArrowSerializableDataclass):
 
 class ProducerState(StreamState):
     """State of a stream that the server pushes: override `produce`."""
-
     def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
         self.produce(out, ctx)
 
@@ -2525,14 +2272,12 @@ class ProducerState(StreamState):
 
 class ExchangeState(StreamState):
     """State of a stream in which each input batch is answered by one: override `exchange`."""
-
     def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
         self.exchange(input, out, ctx)
 
     def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
         """Answer *input* with exactly one batch."""
         raise TypeError(f"{type(self).__name__} defines no exchange()")
-
 
 if typing.TYPE_CHECKING:
     import typing_extensions
@@ -2583,11 +2328,9 @@ class Stream(Generic[_S, _H]):
 # A Protocol class read once: every method with its schemas and codecs, and an implementation checked against it.
 # Law: whatever is wrong with a service is said when it is built, all of it in one error.
 
-
 class MethodType(enum.Enum):
     """Whether a method returns a value or a stream."""
-    UNARY = "unary"
-    STREAM = "stream"
+    UNARY, STREAM = "unary", "stream"
 
 
 @dataclass(frozen=True)
@@ -2615,8 +2358,9 @@ class RpcMethodInfo:
     @property
     def kind(self) -> str:
         """One word for people: ``unary``, ``producer``, ``exchange`` or ``stream`` (where the annotation does not tell)."""
-        stream = {True: "exchange", False: "producer", None: "stream"}[self.is_exchange]
-        return "unary" if self.method_type is MethodType.UNARY else stream
+        if self.method_type is MethodType.UNARY:
+            return "unary"
+        return {True: "exchange", False: "producer", None: "stream"}[self.is_exchange]
 
     def signature(self) -> str:
         """Return the Python signature without ``self``, as a person would write it."""
@@ -2639,11 +2383,9 @@ def no_side_effects(function: _Function) -> _Function:
 
 def deprecated(message: str) -> Callable[[_Function], _Function]:
     """Mark a Protocol's method as one not to use any more; *message* says what to use instead. Shown by reflection."""
-
     def mark(function: _Function) -> _Function:
         function.__vgi_deprecated__ = message  # type: ignore[attr-defined]
         return function
-
     return mark
 
 def protocol_name_of(protocol: type) -> str:
@@ -2678,10 +2420,8 @@ def _doc_arguments(doc: str | None) -> dict[str, str]:
 
 def _stream_parts(annotation: Any) -> tuple[Any, type | None] | None:
     """``Stream[S, H]`` -> (S, H or None); ``None`` when the annotation is not a stream."""
-    if annotation is Stream:
-        return StreamState, None
     if typing.get_origin(annotation) is not Stream:
-        return None
+        return (StreamState, None) if annotation is Stream else None
     state, header = typing.get_args(annotation)
     return state, (None if header in (None, type(None)) else header)
 
@@ -2719,28 +2459,23 @@ def _method_info(protocol: str, name: str, function: Any) -> RpcMethodInfo:
         name=name, protocol_name=protocol, doc=doc, params_schema=params.schema, params=params, param_defaults=defaults,
         param_types=types_, param_docs=_doc_arguments(doc), result_type=hints["return"], **result_facts,
         idempotency=getattr(function, "__vgi_idempotency__", "unknown"),
-        deprecation=getattr(function, "__vgi_deprecated__", None),
-    )
+        deprecation=getattr(function, "__vgi_deprecated__", None))
 
 def _result_facts(annotation: Any) -> dict[str, Any]:
     """The fields of `RpcMethodInfo` that the return annotation decides."""
     stream = _stream_parts(annotation)
     if stream:
         state, header = stream
-        return {
-            "method_type": MethodType.STREAM, "has_return": False, "result_schema": EMPTY_SCHEMA, "header_type": header,
-            "header": dataclass_codec(header) if header else None, "is_exchange": _is_exchange(state),
-        }
+        return {"method_type": MethodType.STREAM, "has_return": False, "result_schema": EMPTY_SCHEMA, "header_type": header,
+                "header": dataclass_codec(header) if header else None, "is_exchange": _is_exchange(state)}
     has_return = annotation not in (None, type(None))
     result = RowCodec([("result", codec_for(annotation, whole=True))] if has_return else ())
     return {"method_type": MethodType.UNARY, "has_return": has_return, "result": result, "result_schema": result.schema}
 
 @functools.lru_cache(maxsize=256)
 def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
-    """Return the methods of a Protocol class, or of a plain class that serves as its own, by name.
-
-    Raises one `TypeError` that names every annotation that is missing or has no Arrow type.
-    """
+    """Return the methods of a Protocol class, or of a plain class that serves as its own, by name. Raises one `TypeError` that
+    names every annotation that is missing or has no Arrow type."""
     protocol_name = protocol_name_of(protocol)
     infos, problems = {}, []
     for name, function in _public_functions(protocol).items():
@@ -2768,7 +2503,6 @@ def describe_rpc(protocol: type, *, methods: Mapping[str, RpcMethodInfo] | None 
         lines += [f"    {line}".rstrip() for line in (info.doc or "").splitlines()]
     return "\n".join(lines)
 
-
 class BoundMethod(NamedTuple):
     """A method of a hosted protocol with the function that serves it."""
     info: RpcMethodInfo
@@ -2788,10 +2522,8 @@ class HostedService:
     hash: str = ""  # the family's protocol hash (hex SHA-256), filled in by the server
 
 def bind_implementation(protocol: type, implementation: Any) -> HostedService:
-    """Check *implementation* against *protocol* and bind its methods.
-
-    Raises one `TypeError` for all that is missing or does not agree, `ValueError` for a malformed name or version.
-    """
+    """Check *implementation* against *protocol* and bind its methods. Raises one `TypeError` for all that is missing or does
+    not agree, `ValueError` for a malformed name or version."""
     name = protocol_name_of(protocol)
     version = getattr(protocol, "protocol_version", "") or ""
     if version and _parse_version(version) is None:
@@ -2809,8 +2541,6 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
     _raise_problems(f"{type(implementation).__qualname__} does not implement {name}", problems)
     return service
 
-_CATCH_ALL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
 def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
     function = getattr(service.implementation, info.name, None)
     if not callable(function):
@@ -2823,11 +2553,10 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
     context = next((n for n in parameters if _is_context(n, hints.get(n, parameters[n].annotation)) or n == "ctx"), None)
     problems = []
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        unknown = [n for n in info.param_types if n not in parameters]
-        problems += [f"takes no parameter {n!r}{_suggest(n, parameters)}" for n in unknown]
-    for name, parameter in parameters.items():
-        expected = name in info.param_types or name == context or parameter.kind in _CATCH_ALL
-        if not expected and parameter.default is parameter.empty:
+        problems = [f"takes no parameter {n!r}{_suggest(n, parameters)}" for n in info.param_types if n not in parameters]
+    for name, p in parameters.items():
+        expected = name in info.param_types or name == context or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        if not expected and p.default is p.empty:
             problems.append(f"requires {name!r}, which the protocol does not have")
     state_types = _state_types(info, hints.get("return"), problems)
     if problems:
@@ -2878,22 +2607,14 @@ def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str
     except KeyError as exc:
         raise ParameterError(f"{info.name}() is missing argument {exc}; signature: {info.signature()}") from None
 
-def _located(where: str, prefix: str, convert: Callable[[Any], _T], value: Any) -> _T:
-    """Return ``convert(value)``; a mismatch becomes a `ParameterError` that says *where*, its path without *prefix*."""
-    try:
-        return convert(value)
-    except _Mismatch as exc:
-        exc.path = exc.path.removeprefix(prefix)
-        raise exc.error(where) from None
-
 def request_batch(info: RpcMethodInfo, values: Sequence[Any]) -> pa.RecordBatch | PlainBatch:
     """Encode the arguments, 1 row x len(parameters) columns; a `TypeError` gives the parameter and the path inside it."""
     return _located(f"{info.name}() argument ", ".", info.params.to_batch, values) if info.params.names else _TICK
 
 def request_metadata(info: RpcMethodInfo, version: str, request_id: str, timeout: float | None) -> dict[bytes, bytes]:
     """The metadata of a request (WIRE section 1); *timeout* in seconds."""
-    metadata = {METHOD_KEY: info.name.encode(), REQUEST_VERSION_KEY: REQUEST_VERSION, PROTOCOL_KEY: info.protocol_name.encode()}
-    metadata[REQUEST_ID_KEY] = request_id.encode()
+    metadata = {METHOD_KEY: info.name.encode(), REQUEST_VERSION_KEY: REQUEST_VERSION,
+                PROTOCOL_KEY: info.protocol_name.encode(), REQUEST_ID_KEY: request_id.encode()}
     if version:
         metadata[PROTOCOL_VERSION_KEY] = version.encode()
     if timeout is not None:
@@ -2903,21 +2624,15 @@ def request_metadata(info: RpcMethodInfo, version: str, request_id: str, timeout
 
 class Request:
     """One request as it came: metadata read, schema known, values not decoded yet."""
-
     def __init__(self, reader: IpcReader) -> None:
-        self._reader = reader
-        self.schema = reader.schema
-        message = reader.next_message()
+        self._reader, self.schema, message = reader, reader.schema, reader.next_message()
         if message is None:
             raise IPCError("request: expected one batch, got a schema and no batch")
-        self._message = message
-        self.rows = message.head.rows
+        self._message, self.rows = message, message.head.rows
         self.metadata: dict[bytes, bytes] = message.head.metadata or {}
-        extra = 0
-        while reader.next_message() is not None:
-            extra += 1
-        if extra:
-            raise ProtocolError(f"request: expected exactly one batch, got {extra + 1}")
+        if reader.next_message() is not None:
+            got = 2 + sum(1 for _ in iter(reader.next_message, None))
+            raise ProtocolError(f"request: expected exactly one batch, got {got}")
 
     def text(self, key: bytes, what: str) -> str | None:
         """Return a metadata value as text, ``None`` when absent; raises `ProtocolError` when it is not UTF-8."""
@@ -2956,10 +2671,8 @@ def new_request_id() -> str:
     return os.urandom(8).hex()
 
 def read_arguments(info: RpcMethodInfo, request: Request) -> dict[str, Any]:
-    """Check a request against the method and decode its parameters.
-
-    Raises `ParameterError` for one missing, extra, null or not as declared, `ProtocolError` unless there is one row.
-    """
+    """Check a request against the method and decode its parameters. Raises `ParameterError` for one missing, extra, null or not
+    as declared, `ProtocolError` unless there is one row."""
     wanted = info.params_schema
     if not request.has_schema(info.params):
         _refuse_schema(info, wanted, request.schema)
@@ -3012,7 +2725,6 @@ def read_result(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage) -
 # ============================================================================
 # What a server says of itself (WIRE section 7): the reflection protocol, its dataclasses, the protocol hash.
 # Field names, their order and the tokens of the hash are the family's; a change here is a change of the wire.
-
 
 @dataclass(frozen=True)
 class ProtocolSummary(ArrowSerializableDataclass):
@@ -3099,20 +2811,17 @@ def _type_token(kind: pa.DataType) -> str:
 def _child_token(name: str, child: pa.Field) -> str:
     return f"{name}{'?' if child.nullable else ''}:{_type_token(child.type)}"
 
-def _field_facts(schema: pa.Schema) -> list[dict[str, Any]]:
-    return [{"name": f.name, "nullable": f.nullable, "type": _type_token(f.type)} for f in schema]
-
 def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
     """Return the family's fingerprint of a protocol (WIRE section 7), hex SHA-256; raises `TypeError` for a tokenless type."""
     methods = []
     for info in sorted(infos, key=operator.attrgetter("name")):
-        facts: dict[str, Any] = {"name": info.name, "type": info.method_type.value, "has_return": info.has_return}
-        facts.update(has_header=info.header is not None, params=_field_facts(info.params_schema))
-        if info.has_return:
-            facts["result"] = _field_facts(info.result_schema)
-        if info.header is not None:
-            facts["header"] = _field_facts(info.header.row.schema)
-        methods.append(facts)
+        schemas = {"params": info.params_schema, "result": info.result_schema if info.has_return else None,
+                   "header": info.header and info.header.row.schema}
+        facts = {"name": info.name, "type": info.method_type.value, "has_return": info.has_return}
+        facts |= {"has_header": info.header is not None}
+        methods.append(facts | {
+            key: [{"name": f.name, "nullable": f.nullable, "type": _type_token(f.type)} for f in schema]
+            for key, schema in schemas.items() if schema is not None})
     text = json.dumps({"protocol": protocol, "methods": methods}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + text.encode()).hexdigest()
 
@@ -3137,14 +2846,12 @@ def _method_summary(bound: BoundMethod) -> MethodSummary:
         idempotency=info.idempotency, deprecated=info.deprecation is not None, deprecation_message=info.deprecation or "",
     )
 
-
 def _told(info: RpcMethodInfo) -> dict[bytes, bytes]:
     """What reflection's own fields have no room for, as metadata of the parameters' schema: other peers pass over it."""
     defaults = {}
     for name, value in info.param_defaults.items():
         with contextlib.suppress(TypeError, ValueError):  # a default that JSON cannot say is not told
-            shown = value.name if isinstance(value, enum.Enum) else value
-            defaults[name] = json.loads(json.dumps(shown, allow_nan=False))
+            defaults[name] = json.loads(json.dumps(value.name if isinstance(value, enum.Enum) else value, allow_nan=False))
     facts = {DOC_KEY: info.doc or "", DEFAULTS_KEY: json.dumps(defaults), PARAM_DOCS_KEY: json.dumps(info.param_docs)}
     return {key: text.encode("utf-8", "backslashreplace") for key, text in facts.items()}
 
@@ -3178,23 +2885,19 @@ class ServiceDescription:
 
 def _service_description(listed: ProtocolList, described: ProtocolDescription) -> ServiceDescription:
     methods = types.MappingProxyType({m.name: _method_description(m) for m in described.methods})
-    return ServiceDescription(
-        described.protocol, listed.request_version, DESCRIBE_VERSION, described.protocol_hash, listed.server_id, methods,
-        described.protocol_version,
-    )
+    return ServiceDescription(described.protocol, listed.request_version, DESCRIBE_VERSION, described.protocol_hash,
+                              listed.server_id, methods, described.protocol_version)
 
 def _method_description(m: MethodSummary) -> MethodDescription:
     params = _schema_from_bytes(m.params_schema_ipc)
     told = params.metadata or {}
     return MethodDescription(
         m.name, MethodType.STREAM if m.method_type == "stream" else MethodType.UNARY, m.has_return,
-        params.remove_metadata(), _schema_from_bytes(m.result_schema_ipc),
-        m.has_header, _schema_from_bytes(m.header_schema_ipc) if m.has_header else None,
-        is_exchange={"exchange": True, "producer": False}.get(m.stream_kind),
-        idempotency=m.idempotency, deprecation=m.deprecation_message if m.deprecated else None,
-        doc=told.get(DOC_KEY, b"").decode("utf-8", "replace"), param_defaults=_json_object(told.get(DEFAULTS_KEY)),
-        param_docs=_json_object(told.get(PARAM_DOCS_KEY)),
-    )
+        params.remove_metadata(), _schema_from_bytes(m.result_schema_ipc), m.has_header,
+        _schema_from_bytes(m.header_schema_ipc) if m.has_header else None,
+        {"exchange": True, "producer": False}.get(m.stream_kind), m.idempotency,
+        m.deprecation_message if m.deprecated else None, told.get(DOC_KEY, b"").decode("utf-8", "replace"),
+        _json_object(told.get(DEFAULTS_KEY)), _json_object(told.get(PARAM_DOCS_KEY)))
 
 
 # ============================================================================
@@ -3207,8 +2910,7 @@ def _method_description(m: MethodSummary) -> MethodDescription:
 _TOKEN_REFUSED = "state token refused: not issued by this service for this call; start the stream again"
 _MAC_BYTES = 32
 _STORED, _ZLIB, _ZSTD = 0, 1, 2
-_SAMPLE_BYTES, _WORTH = 4_096, 0.7
-_COMPRESS_FROM_BYTES = 1_024
+_SAMPLE_BYTES, _WORTH, _COMPRESS_FROM_BYTES = 4_096, 0.7, 1_024
 _MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
 
 @functools.cache
@@ -3266,12 +2968,9 @@ def gzip_decompress(data: _Buffer, limit: int, window: int = 31) -> bytes:
 
 
 class TokenSealer:
-    """Seals and opens state tokens. Safe for use by several threads.
-
-    The first of *keys* signs, all verify; none, or one under 16 bytes, is a `ValueError`. *ttl* is how old a token may be,
-    in seconds, 0 for any age. *clock* gives seconds since the epoch and can be turned by tests.
-    """
-
+    """Seals and opens state tokens. Safe for use by several threads. The first of *keys* signs, all verify; none, or one under
+    16 bytes, is a `ValueError`. *ttl* is how old a token may be, in seconds, 0 for any age. *clock* gives seconds since the
+    epoch and can be turned by tests."""
     def __init__(self, keys: Sequence[bytes], ttl: float = TOKEN_TTL_SECONDS, clock: Callable[[], float] = time.time) -> None:
         if not keys or any(len(k) < 16 for k in keys):
             raise ValueError(f"token key: expected at least 16 bytes, got {[len(k) for k in keys] or 'none'}")
@@ -3305,24 +3004,19 @@ class TokenSealer:
 
     def verify(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> tuple[int, bytes]:
         """Check that a token was sealed for the same *half* and *binding*; `ttl` applies if *aged*. Return what is inside.
-
-        Raises `TokenError`: any fault of the seal in one uniform text; or, the seal being good, too old or from the future.
-        """
+        Raises `TokenError`: any fault of the seal in one uniform text; or, the seal being good, too old or from the future."""
         try:
             raw = base64.b64decode(token or b"", validate=True)
         except (binascii.Error, ValueError):
             raw = b""
         sealed, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
-        good = False
-        for key in self._keys:  # all keys, always: the time taken does not tell which one fits
-            good |= hmac.compare_digest(self._mac(key, half, binding, sealed), mac)
-        # Base64 has spare bits at its end; only the spelling that we would write is ours.
-        if not good or len(sealed) < 10 or base64.b64encode(raw) != token:
+        # All keys, always: the time taken does not tell which one fits.
+        good = sum([hmac.compare_digest(self._mac(key, half, binding, sealed), mac) for key in self._keys])
+        # Base64 has spare bits at its end; only the spelling that we would write is ours, and only version 1 is.
+        if not good or len(sealed) < 10 or base64.b64encode(raw) != token or sealed[0] != 1:
             raise TokenError(_TOKEN_REFUSED)
-        version, method, issued = struct.unpack_from("<BBQ", sealed)
+        method, issued = struct.unpack_from("<BQ", sealed, 1)
         age = self._clock() - issued / 1000
-        if version != 1:
-            raise TokenError(_TOKEN_REFUSED)
         if age < -TOKEN_CLOCK_SKEW_SECONDS:
             raise TokenError("state token refused: issued in the future; check the servers' clocks")
         if aged and self.ttl and age > self.ttl:
@@ -3373,10 +3067,8 @@ class CallRecord:
     statistics: CallStatistics = field(default_factory=CallStatistics)
     duration_ms: float = 0.0  # set at the end
 
-
 class DispatchHook(Protocol):
     """Hears of each call, on the thread that serves it, for tracing and metrics; what it raises is logged and ignored."""
-
     def on_dispatch_start(self, record: CallRecord) -> Any:
         """Called before the method; what it returns is handed to `on_dispatch_end`."""
 
@@ -3390,7 +3082,6 @@ def _tell(hook: DispatchHook, event: str, *facts: Any) -> Any:
         logger.exception("%s of %r raised", event, hook)
         return None
 
-
 @dataclass(frozen=True)
 class Caller:
     """What a transport knows of the other side of a call."""
@@ -3400,7 +3091,6 @@ class Caller:
     metadata: Mapping[str, Any] = field(default_factory=dict)  # further facts for ctx.transport_metadata
     gone: Callable[[], bool] | None = None  # whether the client has left; None when the transport cannot know
     response_limit_bytes: int | None = None  # what the caller accepts as one answer
-
 
 class Turn(NamedTuple):
     """What one turn sends."""
@@ -3421,16 +3111,13 @@ class Turn(NamedTuple):
 
 class Call:
     """One call being served: `begin`, for a stream `turn` after `turn`, then `end`; used by one thread at a time."""
-
-    def __init__(
-        self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None, request_id: str
-    ) -> None:
+    def __init__(self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None,
+                 request_id: str) -> None:
         info, hosted = bound.info, bound.hosted
-        self.server, self.bound = server, bound
+        self.server, self.bound, self.started = server, bound, time.monotonic()
         self.stream: Stream[Any, Any] | None = None  # once `begin` returned one
         self._messages: list[Message] = []
         self._error: BaseException | None = None
-        self.started = time.monotonic()
         sent = request.metadata if request is not None else {}
         traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
         metadata = {**caller.metadata, **traces, **({"remote_addr": caller.remote_addr} if caller.remote_addr else {})}
@@ -3438,21 +3125,19 @@ class Call:
         self.context = CallContext(
             caller.auth, self._messages.append, metadata, server_id=server.server_id, method_name=info.name,
             protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=request_id,
-            deadline=None if timeout is None else self.started + timeout,
-            response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone,
-        )
+            deadline=None if timeout is None else self.started + timeout, response_limit_bytes=caller.response_limit_bytes,
+            _gone=caller.gone)
         self.record = CallRecord(
             hosted.name, hosted.hash, info.name, info.method_type.value, request_id, caller.kind, caller.auth,
             caller.remote_addr, metadata, os.urandom(16).hex() if info.method_type is MethodType.STREAM else "",
-            request.schema if request is not None else None, request.rows if request is not None else 0,
-        )
+            request.schema if request is not None else None, request.rows if request is not None else 0)
         self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
 
     def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
         """Pending log lines as batches; the list is emptied."""
-        if not self._messages and not messages:
-            return []
         taken = [*self._messages, *messages]
+        if not taken:
+            return []
         self._messages.clear()
         empty, request_id = empty_batch(schema), self.context.request_id
         return [(empty, _message_metadata(m, self.server.server_id, request_id)) for m in taken]
@@ -3481,10 +3166,8 @@ class Call:
         return self._failed(EMPTY_SCHEMA if self.bound.info.header else self.bound.info.result_schema, exc, refused=True)
 
     def begin(self, arguments: dict[str, Any]) -> Turn:
-        """Run the method and return a unary method's whole answer, or the header turn of a stream.
-
-        That is logs and the header row; without a header no items and an empty schema, and the logs go with the first turn.
-        """
+        """Run the method and return a unary method's whole answer, or the header turn of a stream. That is logs and the header
+        row; without a header no items and an empty schema, and the logs go with the first turn."""
         info = self.bound.info
         if self.bound.context_parameter is not None:
             arguments = {**arguments, self.bound.context_parameter: self.context}
@@ -3552,18 +3235,13 @@ class Call:
 
 
 class ServerCore:
-    """What an `RpcServer` is before it has a transport: the hosted protocols and the rules of calling them.
-
-    Fixed at construction and safe for use by several threads. `protocol_name`, `protocol_version` (empty when there is
-    none), `protocol_hash`, `implementation` and `methods` (by name) are those of the primary protocol.
-    """
-
-    def __init__(
-        self, protocol: type, implementation: Any, *, extra_protocols: Sequence[tuple[type, Any]] = (),
-        server_id: str | None = None, server_version: str = "", enable_describe: bool = True,
-        ipc_validation: IpcValidation | None = None, include_tracebacks: bool = True,
-        max_request_bytes: int | None = None, max_rows: int | None = None,
-    ) -> None:
+    """What an `RpcServer` is before it has a transport: the hosted protocols and the rules of calling them. Fixed at
+    construction and safe for use by several threads. `protocol_name`, `protocol_version` (empty when there is none),
+    `protocol_hash`, `implementation` and `methods` (by name) are those of the primary protocol."""
+    def __init__(self, protocol: type, implementation: Any, *, extra_protocols: Sequence[tuple[type, Any]] = (),
+                 server_id: str | None = None, server_version: str = "", enable_describe: bool = True,
+                 ipc_validation: IpcValidation | None = None, include_tracebacks: bool = True,
+                 max_request_bytes: int | None = None, max_rows: int | None = None) -> None:
         self.limits = IpcLimits(max_request_bytes, max_rows)
         self.server_id = server_id if server_id is not None else os.urandom(6).hex()
         self.server_version, self.describe_enabled = server_version, enable_describe
@@ -3597,8 +3275,6 @@ class ServerCore:
         """What reflection answers to ``describe``."""
         return describe_service(self.service(protocol))
 
-    # -- resolve
-
     def service(self, name: str) -> HostedService:
         """Return a hosted protocol; raises `ProtocolNotSupportedError`, which echoes *name* only if it may be a name."""
         if name not in self.services:
@@ -3616,10 +3292,8 @@ class ServerCore:
         return service.methods[name]
 
     def resolve(self, request: Request, path: tuple[str, str] | None = None) -> BoundMethod:
-        """Find the method that a request asks for; *path* is (protocol, method) where a URL names them, too.
-
-        Raises `VersionError` or `ProtocolError` for a version, protocol or method that is absent, not ours, or not the path's.
-        """
+        """Find the method that a request asks for; *path* is (protocol, method) where a URL names them, too. Raises
+        `VersionError` or `ProtocolError` for a version, protocol or method that is absent, not ours, or not the path's."""
         self.check_wire_version(request.metadata)
         protocol, name = request.text(PROTOCOL_KEY, "the protocol"), request.text(METHOD_KEY, "the method name")
         if path is not None:
@@ -3632,8 +3306,8 @@ class ServerCore:
                 raise ProtocolError(f"the path says method {path[1]!r}, the request says {got}")
             protocol = path[0]
         if not protocol:
-            text = f"the request has no {PROTOCOL_KEY.decode()!r} key; this server hosts {list(self.services)}"
-            raise ProtocolNotSpecifiedError(text)
+            hosted = list(self.services)
+            raise ProtocolNotSpecifiedError(f"the request has no {PROTOCOL_KEY.decode()!r} key; this server hosts {hosted}")
         service = self.service(protocol)
         if not name:
             raise ProtocolError(f"the request has no {METHOD_KEY.decode()!r} key: it must name its method")
@@ -3661,8 +3335,6 @@ class ServerCore:
         text += "server" if got and got > wanted else "client"
         raise ProtocolVersionError(text, protocol=service.name, client_version=raw[:60], server_version=service.version)
 
-    # -- begin and end
-
     def open_call(self, bound: BoundMethod, caller: Caller, request: Request | None, request_id: str) -> Call:
         """Start serving a call; raises `ServerDrainingError` while draining."""
         self.refuse_if_draining()
@@ -3675,10 +3347,8 @@ class ServerCore:
         return empty_batch(schema), _message_metadata(message, self.server_id, request_id)
 
     def start(self, kind: TransportKind) -> None:
-        """Call the implementations' ``on_serve_start`` once per kind of transport.
-
-        Raises `StatusError` (UNAVAILABLE) when one fails; the next request asks again.
-        """
+        """Call the implementations' ``on_serve_start`` once per kind of transport. Raises `StatusError` (UNAVAILABLE) when one
+        fails; the next request asks again."""
         if kind in self._started:
             return
         with self._state:
@@ -3691,8 +3361,6 @@ class ServerCore:
                     logger.exception("on_serve_start(%s) of %s raised", kind, service.name)
                     raise StatusError(f"{service.name} could not start: {_text_of(exc)}", code=Code.UNAVAILABLE) from exc
             self._started.add(kind)
-
-    # -- draining
 
     def __enter__(self) -> ServerCore:
         """Count the work inside ``with server`` as running, so that `drain` waits for it."""
@@ -3724,10 +3392,7 @@ class ServerCore:
 
 class AccessLog:
     """A dispatch hook that writes one JSON line per call (WIRE section 11) to a text file: never a payload, value or token.
-
-    Lines are written whole, by any thread.
-    """
-
+    Lines are written whole, by any thread."""
     def __init__(self, server: ServerCore, stream: typing.TextIO) -> None:
         self._server, self._stream, self._lock = server, stream, threading.Lock()
 
