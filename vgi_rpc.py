@@ -149,7 +149,22 @@ EMPTY_SCHEMA = pa.schema([])
 # 2. ERRORS ............................................ uses 1
 # ============================================================================
 # Every exception of this file, its code, kind and HTTP status. An exception of another library never reaches a user.
-# Clients see `RpcError` and its subclasses; methods may raise `StatusError`; a `_Refusal` answers a request that is not served.
+#
+#   RpcError                         what a client sees: the other side's error, or
+#   ├── TransportError               no answer                                                   UNAVAILABLE
+#   ├── DeadlineExceededError        no answer in time                                           DEADLINE_EXCEEDED
+#   └── AuthenticationError          HTTP 401                                                    UNAUTHENTICATED
+#   StatusError                      raised by a method: its own code, kind and details
+#   _Refusal                         a request that is not served                           400  INVALID_ARGUMENT
+#   ├── IPCError                     bytes that are not the Arrow they should be
+#   ├── ParameterError (TypeError)   a parameter or result that is not as declared
+#   ├── VersionError                 wire version; ProtocolVersionError the application's        FAILED_PRECONDITION
+#   └── ProtocolError                a rule of the wire is broken
+#       ├── ProtocolNotSpecified-, ProtocolNotSupported-, MethodNotImplementedError        404  UNIMPLEMENTED
+#       ├── TokenError               a state token that is not for this call, or too old
+#       ├── RequestTooLargeError     413, ResponseTooLargeError 200                              RESOURCE_EXHAUSTED
+#       └── ServerDrainingError      the server is about to stop                            503  UNAVAILABLE
+#   AuthFailure (ValueError)         raised by an `authenticate` callback, with a reason    401
 
 
 class Code(str, enum.Enum):
@@ -765,7 +780,7 @@ class _Table:
         vtable = _inside(data, position - back)
         (size,) = struct.unpack_from("<H", data, vtable)
         self.data, self.position, self.seen = data, position, seen
-        seen += ((position, 4), (vtable, size))
+        seen += ((position, 4), (vtable, max(size, 4)))
         # A writer leaves absent fields off the end: no table that is read here has more than five.
         self.slots = (*struct.unpack_from(f"<{max(size - 4, 0) // 2}H", data, vtable + 4), 0, 0, 0, 0, 0)
 
