@@ -5467,11 +5467,9 @@ def serve_tcp(
 # authentication, tokens. Above it a strict HTTP/1.1 reader: what the grammar does not allow is refused and the connection
 # closed, so that no proxy in front can read a message differently than we do.
 
-
 @dataclass
 class HttpRequest:
     """A request as `HttpApp` and ``authenticate`` callbacks see it."""
-
     method: str  # GET, POST …
     path: str  # as it came: not decoded, without the query
     headers: Mapping[str, str]  # by lower-case name; the values of a repeated one are joined by ", "
@@ -5485,26 +5483,21 @@ class HttpRequest:
         """Return a header's value by its name in any case."""
         return self.headers.get(name.lower(), default)
 
-
 @dataclass
 class HttpResponse:
     """A response: the shells add nothing but framing, ``Date`` and ``Connection``."""
-
     status: int
     headers: list[tuple[str, str]] = field(default_factory=list)
     body: bytes | Iterator[bytes] = b""  # a generator's pieces are sent as they come; it is closed when the client leaves
     close: bool = False  # the connection must not be used again
 
-
 Authenticate = Callable[[HttpRequest], AuthContext]
-
 
 def bearer_authenticate(*, validate: Callable[[str], AuthContext]) -> Authenticate:
     """Return a callback that hands the bearer token of ``Authorization`` to *validate*.
 
     *validate* returns who it is, or raises ``ValueError``; let it compare secrets with ``hmac.compare_digest``.
     """
-
     def authenticate(request: HttpRequest) -> AuthContext:
         scheme, _, token = (request.get_header("authorization") or "").partition(" ")
         if scheme.lower() != "bearer":
@@ -5521,13 +5514,10 @@ def bearer_authenticate_static(*, tokens: Mapping[str, AuthContext]) -> Authenti
     known = [(token.encode(), auth) for token, auth in tokens.items()]
 
     def validate(token: str) -> AuthContext:
-        found = None
-        for secret, auth in known:
-            if hmac.compare_digest(secret, token.encode()):
-                found = auth
-        if found is None:
+        found = [auth for secret, auth in known if hmac.compare_digest(secret, token.encode())]
+        if not found:
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "unknown bearer token")
-        return found
+        return found[0]
 
     return bearer_authenticate(validate=validate)
 
@@ -5550,15 +5540,13 @@ def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
                 refusal = exc if refusal is None or not missing else refusal
         raise cast("ValueError", refusal)
 
-    challenges = (getattr(one, "challenge", "") for one in authenticators)
-    authenticate.challenge = next(filter(None, challenges), "")  # type: ignore[attr-defined]
+    authenticate.challenge = next(filter(None, (getattr(one, "challenge", "") for one in authenticators)), "")  # type: ignore
     return authenticate
 
 
 @dataclass
 class HttpOptions:
     """What an HTTP server can be told; `make_wsgi_app`, `serve_http` and `make_sync_client` take these as keywords."""
-
     prefix: str = ""  # path under which everything is served, such as /api
     # Key of the state tokens (16 bytes or more), or several: the first signs. By default VGI_RPC_TOKEN_KEY, else random.
     token_key: bytes | str | Sequence[bytes] | None = None
@@ -5582,28 +5570,17 @@ class HttpOptions:
             if value is not None and (not isinstance(value, int) or value <= 0):
                 raise ValueError(f"{name}: expected a positive integer or None, got {value!r}")
 
-    @property
-    def has_key(self) -> bool:
-        """Whether a key of the tokens was given, here or in the environment."""
-        return bool(self.token_key if self.token_key is not None else os.environ.get("VGI_RPC_TOKEN_KEY"))
-
     def keys(self) -> list[bytes]:
-        """The keys of the tokens: given, from the environment, or random with a warning."""
+        """The keys of the tokens as given, here or in the environment; empty when there are none."""
         given = self.token_key if self.token_key is not None else os.environ.get("VGI_RPC_TOKEN_KEY")
         if not given:
-            logger.warning(
-                "no token key: a random one is used, so streams do not survive a restart and other processes cannot go on "
-                "with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere"
-            )
-            return [os.urandom(32)]
+            return []
         if isinstance(given, str):
-            return [k.strip().encode() for k in given.split(",") if k.strip()]
+            return [k.strip().encode() for k in given.split(",") if k.strip()] or [b""]  # refused: it holds no key
         return [bytes(given)] if isinstance(given, (bytes, bytearray)) else [bytes(k) for k in given]
-
 
 def _takes_options(*kinds: type) -> Callable[[_Function], _Function]:
     """Give a function that takes ``**options`` the signature in which each option of *kinds* is a keyword."""
-
     def mark(function: _Function) -> _Function:
         signature = inspect.signature(function)
         kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -5645,16 +5622,18 @@ def compress_if_worth(body: bytes, encoding: str, level: int) -> bytes | None:
     packed = compress_body(body, encoding, level)
     return packed if len(packed) < _WORTH * size else None
 
+
+
 def decompress_body(body: _Buffer, encoding: str, limit: int) -> bytes:
     """Decode a body to at most *limit* bytes; raises `IPCError` or `RequestTooLargeError`."""
-    return zstd_decompress(body, limit) if encoding == "zstd" else gzip_decompress(body, limit)
+    return (zstd_decompress if encoding == "zstd" else gzip_decompress)(body, limit)
 
 def _decoded_body(headers: Mapping[str, str], read: Callable[[], _Buffer], limit: int) -> _Buffer:
     """Read a body and undo the coding that its headers name (our private header first); one we do not know is a 415."""
     encoding = (headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding") or "identity").strip().lower()
     if encoding != "identity" and encoding not in supported_encodings():
-        known = ", ".join(supported_encodings())
-        raise _protocol_error(f"Content-Encoding: expected one of {known}, got {encoding[:60]!r}", 415)
+        text = f"Content-Encoding: expected one of {', '.join(supported_encodings())}, got {encoding[:60]!r}"
+        raise _protocol_error(text, 415)
     return read() if encoding == "identity" else decompress_body(read(), encoding, limit)
 
 @functools.lru_cache(maxsize=256)
@@ -5683,10 +5662,8 @@ def _protocol_error(text: str, status: int, code: Code = Code.INVALID_ARGUMENT) 
     exc.http_status, exc.error_code = status, code
     return exc
 
-
 class _HttpFailure(Exception):
     """Ends the handling of a request with a response that is not Arrow."""
-
     def __init__(self, response: HttpResponse) -> None:
         super().__init__(response.status)
         self.response = response
@@ -5704,16 +5681,11 @@ def _internal_error(request_id: str) -> HttpResponse:
     return json_response(500, {"error": "internal_error", "request_id": request_id})
 
 
-_Path = tuple[str, str]  # protocol and method, as the URL names them
-_Started = tuple[Call, dict[str, Any], Request]  # a call, its arguments, and what it was read from
-
 
 _MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and the size of their cursors
 
-
 class _OpenedCall(NamedTuple):
     """The half of a stream's state that never changes, as it was sealed at init."""
-
     call_id: bytes
     output_schema: pa.Schema
     input_schema: pa.Schema
@@ -5721,12 +5693,10 @@ class _OpenedCall(NamedTuple):
     stream_id: str
     limit: int | None
 
-
 _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
 
 class _StreamAnswer(NamedTuple):
     """What the turns of one answer have in common."""
-
     call: Call
     call_id: bytes
     given: AnnotatedBatch  # what each of them is served on
@@ -5736,13 +5706,18 @@ class _StreamAnswer(NamedTuple):
 
 class HttpApp:
     """Answers requests for a server; safe for use by several threads. Made by `make_wsgi_app` and `serve_http`."""
-
     scheme = "http"  # of the URLs that pages show
 
     def __init__(self, server: ServerCore, options: HttpOptions | None = None) -> None:
         self.server, self.options = server, options or HttpOptions()
-        self.sealer = TokenSealer(self.options.keys(), self.options.token_ttl)
-        self._own_key = not self.options.has_key
+        keys = self.options.keys()
+        self._own_key = not keys
+        if not keys:
+            logger.warning(
+                "no token key: a random one is used, so streams do not survive a restart and other processes cannot go on "
+                "with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere"
+            )
+        self.sealer = TokenSealer(keys or [os.urandom(32)], self.options.token_ttl)
         self._limit = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
         self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
         self._live: OrderedDict[bytes, tuple[bytes, int, StreamState]] = OrderedDict()  # by the cursor that holds the same
@@ -5787,18 +5762,16 @@ class HttpApp:
             return []
         everyone = "*" in allowed
         exposed = ["WWW-Authenticate", REQUEST_ID_HEADER, CONTENT_ENCODING_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER]
-        exposed += [name for name, _ in self._capabilities]
-        headers = [("Access-Control-Expose-Headers", ", ".join(exposed))]
-        headers.append(("Access-Control-Allow-Origin", "*" if everyone else origin))
+        names = ", ".join([*exposed, *dict(self._capabilities)])
+        headers = [("Access-Control-Expose-Headers", names), ("Access-Control-Allow-Origin", "*" if everyone else origin)]
         return headers if everyone else [*headers, ("Vary", "Origin")]
 
     def _preflight(self, request: HttpRequest) -> HttpResponse:
         headers = [("Allow", "GET, HEAD, POST, OPTIONS"), ("Cache-Control", "public, max-age=300"), ("Content-Type", "text/plain")]
         if self._cors_headers(request) and request.get_header("access-control-request-method"):
             asked = request.get_header("access-control-request-headers") or "Content-Type"
-            headers.append(("Access-Control-Allow-Methods", "GET, POST, OPTIONS"))
+            headers += [("Access-Control-Allow-Methods", "GET, POST, OPTIONS"), ("Access-Control-Max-Age", "7200")]
             headers.append(("Access-Control-Allow-Headers", re.sub(r"[^A-Za-z0-9_, -]", "", asked)))
-            headers.append(("Access-Control-Max-Age", "7200"))
         return HttpResponse(200, headers)
 
     def _route(self, request: HttpRequest, request_id: str) -> HttpResponse:
@@ -5814,7 +5787,11 @@ class HttpApp:
             return self._not_found(request)
         segments = path[1:].split("/")
         if request.method in ("GET", "HEAD"):
-            return _page_at(self, request, request_id, segments) or self._get(request, segments)
+            service = self.server.services.get(segments[0])
+            call = service is not None and "".join(segments[1:2]) in service.methods
+            if call and segments[2:] in ([], ["init"], ["exchange"]):
+                return _method_not_allowed("POST")
+            return _page_at(self, request, request_id, segments) or self._not_found(request)
         if not segments[0] or not (len(segments) == 2 or (len(segments) == 3 and segments[2] in ("init", "exchange"))):
             return self._not_found(request)
         if request.method != "POST":
@@ -5824,8 +5801,7 @@ class HttpApp:
     def _post(self, request: HttpRequest, request_id: str, caller: Caller, segments: list[str]) -> HttpResponse:
         if segments[0].startswith("__"):
             self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
-        content_type = request.get_header("content-type") or ""
-        in_json = bool(_json_type(self, request))
+        content_type, in_json = request.get_header("content-type") or "", bool(_json_type(self, request))
         if not in_json and content_type.strip().lower() != ARROW_CONTENT_TYPE:
             raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
         self.server.refuse_if_draining()
@@ -5833,12 +5809,12 @@ class HttpApp:
         if request.multiprocess and self._own_key and len(segments) == 3:
             text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
             raise _protocol_error(text, 500, Code.FAILED_PRECONDITION)
-        body = self._body(request)
+        body = cast("bytes", _decoded_body(request.headers, lambda: request.read_body(self._limit), self._limit))
         if in_json:
             return _post_json(self, segments, body, caller, request, request_id)
-        handler = {2: self._unary, 3: self._init if segments[-1] == "init" else self._exchange}[len(segments)]
         with self.server:
-            return handler((segments[0], segments[1]), body, caller, request, request_id)
+            handler = self._exchange if segments[2:] == ["exchange"] else self._start
+            return handler(segments, body, caller, request, request_id)
 
     # -- everything that is not a call
 
@@ -5853,17 +5829,19 @@ class HttpApp:
         facts = {"status": status, "server_id": self.server.server_id, "protocol": self.server.protocol_name}
         return json_response(200, facts, [("Cache-Control", "no-store")])
 
-    def _get(self, request: HttpRequest, segments: list[str]) -> HttpResponse:
-        service, action = self.server.services.get(segments[0]), segments[2:]
-        if service is not None and action in ([], ["init"], ["exchange"]) and "".join(segments[1:2]) in service.methods:
-            return _method_not_allowed("POST")
-        return self._not_found(request)
+
 
     # -- who calls, and what they sent
 
     def _caller(self, request: HttpRequest, request_id: str) -> Caller:
         auth = self._authenticated(request, request_id)
-        limit = self._response_limit(request)
+        name, low, high = ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
+        given, limit = request.get_header(name), self.options.max_response_bytes
+        if given is not None:
+            fits = re.fullmatch("[1-9][0-9]{0,15}", given) and low <= int(given) <= high
+            if name.lower() in request.repeated or not fits:
+                raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
+            limit = _smallest(int(given), limit)
         metadata = {k.decode(): request.headers[k.decode()] for k in TRACE_KEYS if k.decode() in request.headers}
         return Caller(TransportKind.HTTP, auth, request.remote_addr, metadata, request.gone, limit)
 
@@ -5887,26 +5865,11 @@ class HttpApp:
         challenge = getattr(self.options.authenticate, "challenge", "") or "Bearer"
         headers = [(AUTH_REASON_HEADER, reason.value), ("Cache-Control", "no-store"), ("WWW-Authenticate", challenge)]
         if "text/html" in (request.get_header("accept") or ""):
-            import html
-
-            page = f"<!doctype html><title>401</title><h1>401 Unauthorized</h1><p>{html.escape(f'{reason}: {detail}')}</p>"
+            page = f"<!doctype html><title>401</title><h1>401 Unauthorized</h1><p>{_text(f'{reason}: {detail}')}</p>"
             return HttpResponse(401, [("Content-Type", "text/html; charset=utf-8"), *headers], page.encode())
         return json_response(401, {"error": "unauthorized", "reason": reason.value, "detail": detail}, headers)
 
-    def _response_limit(self, request: HttpRequest) -> int | None:
-        """The smallest of the client's budget and our own cap; a budget that is not one is refused."""
-        name = ACCEPT_MAX_RESPONSE_BYTES_HEADER
-        given, own = request.get_header(name), self.options.max_response_bytes
-        if given is None:
-            return own
-        low, high = MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
-        if name.lower() in request.repeated or not re.fullmatch("[1-9][0-9]{0,15}", given) or not low <= int(given) <= high:
-            raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
-        return _smallest(int(given), own)
 
-    def _body(self, request: HttpRequest) -> bytes:
-        """Read and decode the body, within the limit before and after decoding."""
-        return cast("bytes", _decoded_body(request.headers, lambda: request.read_body(self._limit), self._limit))
 
     # -- calls
 
@@ -5916,45 +5879,32 @@ class HttpApp:
         except EOFError:
             raise IPCError("request: expected an Arrow IPC stream, got an empty body") from None
 
-    def _bound(self, path: _Path, kind: MethodType, hint: str) -> BoundMethod:
+    def _bound(self, path: Sequence[str], kind: MethodType, hint: str) -> BoundMethod:
         """The method that a path names; *hint* says where to post instead when it is of the other kind."""
         bound = self.server.method(self.server.service(path[0]), path[1])
         if bound.info.method_type is not kind:
             raise ProtocolError(f"{path[1]}() is {'' if kind is MethodType.UNARY else 'not '}a stream; {hint}")
         return bound
 
-    def _open(self, path: _Path, body: bytes, caller: Caller, request_id: str, kind: MethodType) -> _Started:
-        """Read a request that starts a call, resolve it, and decode its arguments."""
-        bound = self._bound(path, kind, "post to its /init" if kind is MethodType.UNARY else "post without /init")
-        source = BufferSource(body)
+    def _start(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
+        """Serve a unary call, or the start of a stream (its path ends with init)."""
+        hint, kind = ("post without /init", MethodType.STREAM) if path[2:] else ("post to its /init", MethodType.UNARY)
+        bound, source = self._bound(path, kind, hint), BufferSource(body)
         request = Request(self._reader(source))
         if source.left:
             raise IPCError(f"request: {source.left} bytes after the end of the stream")
-        self.server.resolve(request, path)
+        self.server.resolve(request, (path[0], path[1]))
         arguments = read_arguments(bound.info, request)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
         call.record.http["request_bytes"] = len(body)
-        return call, arguments, request
-
-    def _unary(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
-        call, arguments, _ = self._open(path, body, caller, request_id, MethodType.UNARY)
-        try:
-            turn = call.begin(arguments)
-            return self._respond(call, request, stream_bytes(turn.schema, turn.items), turn)
-        finally:
-            call.end()
-
-    def _init(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
-        call, arguments, _ = self._open(path, body, caller, request_id, MethodType.STREAM)
         with contextlib.ExitStack() as ending:
             ending.callback(call.end)
             turn = call.begin(arguments)
             if call.stream is None:
-                return self._respond(call, request, stream_bytes(turn.schema, turn.items), turn)
+                return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
             header = stream_bytes(turn.schema, turn.items) if turn.items else b""
             turn, call_id, call_token = self._first_turn(call, call.stream)
-            answer = _StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token)
-            return self._respond_turns(answer, turn, request, ending)
+            return self._respond_turns(_StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token), turn, http, ending)
 
     def _first_turn(self, call: Call, stream: Stream[Any, Any]) -> tuple[Turn, bytes, bytes]:
         """Run a producer's first turn; return it with the call's id and token."""
@@ -5966,14 +5916,13 @@ class HttpApp:
         turn = call.turn(_PLAIN_TICK) if stream.is_producer else Turn(schema, call._logs(schema), False)
         return turn, call_id, call_token
 
-    def _exchange(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
-        bound = self._bound(path, MethodType.STREAM, "post without /exchange")
-        source = BufferSource(body)
+    def _exchange(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
+        """Serve one turn of a stream, or its end, from the tokens that come with the input."""
+        bound, source = self._bound(path, MethodType.STREAM, "post without /exchange"), BufferSource(body)
         reader = self._reader(source)
         item = reader.next()
         if item is None or reader.next_message() is not None or source.left:
-            got = "none" if item is None else "more"
-            raise ProtocolError(f"exchange: expected one batch and the end of the stream, got {got}")
+            raise ProtocolError(f"exchange: expected one batch and the end of the stream, got {'more' if item else 'none'}")
         batch, metadata = item[0], item[1] or {}
         opened, state = self._open_tokens(bound, caller.auth, metadata)
         caller = dataclasses.replace(caller, response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
@@ -5989,11 +5938,9 @@ class HttpApp:
         with contextlib.ExitStack() as ending:
             ending.callback(call.end)
             turn = self._next_turn(call, opened, state, given, CANCEL_KEY in metadata)
-            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, request, ending)
+            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http, ending)
 
-    def _next_turn(
-        self, call: Call, opened: _OpenedCall, state: StreamState | bytes, given: AnnotatedBatch, cancel: bool
-    ) -> Turn:
+    def _next_turn(self, call: Call, opened: _OpenedCall, state: StreamState | bytes, given: AnnotatedBatch, cancel: bool) -> Turn:
         try:
             stream = self._revive(call, opened, state)
         except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer
@@ -6003,19 +5950,16 @@ class HttpApp:
             return Turn(stream.output_schema, call._logs(stream.output_schema), True)
         return call.turn(given)
 
-    def _respond_turns(
-        self, answer: _StreamAnswer, turn: Turn, request: HttpRequest, ending: contextlib.ExitStack
-    ) -> HttpResponse:
+    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, http: HttpRequest, ending: contextlib.ExitStack) -> HttpResponse:
         """Answer with a turn and, if the client takes several of a producer, with those that follow; then *ending* is theirs."""
-        call, asked = answer.call, request.get_header(MAX_TURNS_HEADER) or ""
+        call, asked = answer.call, http.get_header(MAX_TURNS_HEADER) or ""
         most = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
         if most == 1 or turn.finished or not cast("Stream[Any, Any]", call.stream).is_producer:
             turn = self._with_cursor(answer, turn)
-            return self._respond(call, request, answer.header + stream_bytes(turn.schema, turn.items), turn)
+            return self._respond(call, http, answer.header + stream_bytes(turn.schema, turn.items), turn)
         body = self._several(answer, turn, most, ending.pop_all())
         next(body)  # has taken over: from here on closing it ends the call
-        headers = [("Content-Type", ARROW_CONTENT_TYPE), ("X-Accel-Buffering", "no")]  # the latter is for nginx
-        return HttpResponse(200, headers, body)
+        return HttpResponse(200, [("Content-Type", ARROW_CONTENT_TYPE), ("X-Accel-Buffering", "no")], body)  # for nginx
 
     def _several(self, answer: _StreamAnswer, turn: Turn, most: int, ending: contextlib.ExitStack) -> Iterator[bytes]:
         """Yield nothing, then each turn as it is made, and the token at the end: within the budget, *most* and a time."""
@@ -6113,7 +6057,14 @@ class HttpApp:
             tokens = self._tokens(answer, self._state_content(answer, stream.state))
         except Exception as exc:
             return answer.call._failed(stream.output_schema, exc)
-        self._keep_live(tokens[STATE_KEY], (answer.call_id, answer.call.bound.state_types.index(type(stream.state)), stream.state))
+        # Kept, so that its next turn in this process need not read it back; only a state that is nothing but its serialised
+        # fields, as it cannot differ from what reading back would give.
+        cursor, state = tokens[STATE_KEY], stream.state
+        if len(cursor) <= _MAX_LIVE_BYTES and getattr(state, "__dict__", {}).keys() == dataclass_codec(type(state)).names:
+            with self._lock:
+                self._live[cursor] = answer.call_id, answer.call.bound.state_types.index(type(state)), state
+                if len(self._live) > _MAX_LIVE_STATES:
+                    self._live.popitem(last=False)
         items, at = list(turn.items), turn.data_index
         if not stream.is_producer and at is not None:
             items[at] = (items[at][0], {**(items[at][1] or {}), **tokens})
@@ -6121,22 +6072,10 @@ class HttpApp:
             items.append((empty_batch(stream.output_schema), tokens))
         return turn._replace(items=items)
 
-    def _keep_live(self, cursor: bytes, state: tuple[bytes, int, StreamState]) -> None:
-        """Keep a state that was just sealed, so that its next turn in this process need not read it back.
 
-        Only one that is nothing but its serialised fields: it cannot differ from what reading back would give.
-        """
-        if len(cursor) <= _MAX_LIVE_BYTES and getattr(state[2], "__dict__", {}).keys() == dataclass_codec(type(state[2])).names:
-            with self._lock:
-                self._live[cursor] = state
-                if len(self._live) > _MAX_LIVE_STATES:
-                    self._live.popitem(last=False)
 
     def _open_tokens(self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata) -> tuple[_OpenedCall, StreamState | bytes]:
-        """Open the cursor first, and the call half that belongs to the call id found inside it.
-
-        Return the call half and the state: the live one, or its index among the state types and its bytes.
-        """
+        """Open the cursor, then the call half whose id it holds; return that and the state: live, or its type's index and bytes."""
         binding, cursor = self._binding(bound, auth), metadata.get(STATE_KEY, b"")
         sealed = self.sealer.verify(b"state", binding, cursor)
         with self._lock:
@@ -6190,8 +6129,7 @@ class HttpApp:
 
     @staticmethod
     def _too_large(call: Call, size: int, limit: int) -> bytes:
-        text = f"{call.record.method}(): the answer exceeds max_response_bytes ({size} > {limit})"
-        turn = call._failed(EMPTY_SCHEMA, ResponseTooLargeError(text))
+        turn = call._failed(EMPTY_SCHEMA, _answer_too_large(call, size, limit))
         return stream_bytes(turn.schema, turn.items)
 
     def _respond(self, call: Call, request: HttpRequest, body: bytes, turn: Turn) -> HttpResponse:
@@ -6199,11 +6137,9 @@ class HttpApp:
         limit, failed = call.context.response_limit_bytes, turn.error is not None
         if limit is not None and len(body) > limit:
             body, failed = self._too_large(call, len(body), limit), True
-        headers = [("Content-Type", ARROW_CONTENT_TYPE)]
-        if failed:
-            headers.append((RPC_ERROR_HEADER, "true"))
-        if self.options.compression_level is not None:
-            given, level = request.headers, self.options.compression_level
+        headers = [("Content-Type", ARROW_CONTENT_TYPE), *([(RPC_ERROR_HEADER, "true")] if failed else [])]
+        if (level := self.options.compression_level) is not None:
+            given = request.headers
             accepted = given.get(ACCEPT_ENCODING_HEADER.lower()), given.get("accept-encoding", "")[:1000]
             encoding, header, identity = choose_encoding(*accepted)
             packed = (compress_if_worth if identity else compress_body)(body, encoding, level) if encoding else None
@@ -6213,10 +6149,11 @@ class HttpApp:
         call.record.http.update(http_status=turn.status, response_bytes=len(body))
         return HttpResponse(turn.status, headers, body)
 
+def _answer_too_large(call: Call, size: int, limit: int) -> ResponseTooLargeError:
+    return ResponseTooLargeError(f"{call.record.method}(): the answer exceeds max_response_bytes ({size} > {limit})")
 
 def _smallest(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
-
 
 _REASONS = {
     100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
@@ -6224,7 +6161,6 @@ _REASONS = {
     414: "URI Too Long", 415: "Unsupported Media Type", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
     500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
 }  # fmt: skip
-
 
 @_takes_options(HttpOptions)
 def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[bytes]]:
@@ -6248,30 +6184,25 @@ def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[b
     return wsgi
 
 def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
-    headers = {k[5:].replace("_", "-").lower(): v for k, v in environ.items() if k.startswith("HTTP_")}
-    for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
-        if environ.get(name):
-            headers[name.replace("_", "-").lower()] = environ[name]
+    given = {k.removeprefix("HTTP_"): v for k, v in environ.items() if k.startswith("HTTP_")}
+    given |= {k: environ[k] for k in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(k)}
+    headers = {k.replace("_", "-").lower(): v for k, v in given.items()}
 
     def read_body(limit: int) -> bytes:
-        source, length = environ["wsgi.input"], environ.get("CONTENT_LENGTH") or ""
-        if not length and environ.get("wsgi.input_terminated"):  # chunked, decoded by the server under us
-            body = source.read(limit + 1)
-            if len(body) > limit:
-                raise _too_large(limit, "more")
-            return cast("bytes", body)
-        size = _content_length(length, limit)
-        body = source.read(size)
-        if len(body) < size:
+        length = environ.get("CONTENT_LENGTH") or ""
+        unknown = not length and environ.get("wsgi.input_terminated")  # chunked, decoded by the server under us
+        size = limit + 1 if unknown else _content_length(length, limit)
+        body: bytes = environ["wsgi.input"].read(size)
+        if unknown and len(body) > limit:
+            raise _too_large(limit, "more")
+        if not unknown and len(body) < size:
             raise IPCError(f"request body: expected {size} bytes, got {len(body)}")
-        return cast("bytes", body)
+        return body
 
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
     path = raw.partition("?")[0] if raw.startswith("/") else environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-    return HttpRequest(
-        environ["REQUEST_METHOD"], path, headers, environ.get("REMOTE_ADDR", ""), read_body,
-        multiprocess=bool(environ.get("wsgi.multiprocess")),
-    )
+    remote, several = environ.get("REMOTE_ADDR", ""), bool(environ.get("wsgi.multiprocess"))
+    return HttpRequest(environ["REQUEST_METHOD"], path, headers, remote, read_body, multiprocess=several)
 
 def _too_large(limit: int, got: object, rule: str = "max_request_bytes") -> RequestTooLargeError:
     return RequestTooLargeError(f"body: expected at most {limit} bytes ({rule}), got {got}")
@@ -6286,20 +6217,13 @@ def _content_length(text: str, limit: int, rule: str = "max_request_bytes") -> i
         raise _too_large(limit, text[:40], rule)
     return int(text)
 
-
 class HttpHead(NamedTuple):
     """A parsed message head."""
-
     start: tuple[str, str, str]  # the three parts of the request line or status line
     headers: dict[str, str]  # by lower-case name; the values of a repeated one are joined by ", "
     repeated: frozenset[str]  # names that came more than once
 
-
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
-
-@functools.lru_cache(maxsize=512)
-def _short_header(line: bytes) -> tuple[str, str]:
-    return _header(line)
 
 def _header(line: bytes) -> tuple[str, str]:
     """One header line as (lower-case name, value)."""
@@ -6307,6 +6231,8 @@ def _header(line: bytes) -> tuple[str, str]:
     if match is None:
         raise ProtocolError(f"{'a folded header line' if line[:1] in (b' ', bytes([9])) else 'not a header line'}: {line[:80]!r}")
     return match[1].decode().lower(), match[2].decode("latin-1").rstrip(" \t")
+
+_short_header = functools.lru_cache(maxsize=512)(_header)
 
 def parse_http_head(raw: bytes) -> HttpHead:
     """Parse a head that ends with an empty line, strictly by RFC 9112; raises `ProtocolError`, which names the broken rule."""
@@ -6370,12 +6296,9 @@ def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_byte
             yield piece
         if channel.read(2) != b"\r\n":
             raise ProtocolError("chunk: its data is not followed by CR LF")
-    for _ in range(MAX_HEADERS):
-        line = channel.read_until(b"\r\n", 8192)
-        if line == b"\r\n":
-            return
-        if line is None:
-            break
+    trailers = (channel.read_until(b"\r\n", 8192) for _ in range(MAX_HEADERS))
+    if next((line for line in trailers if line in (b"\r\n", None)), None):
+        return
     raise ProtocolError("chunk: trailers that do not end")
 
 def _gathered(pieces: Iterable[bytes]) -> bytes:
@@ -6387,7 +6310,6 @@ def _gathered(pieces: Iterable[bytes]) -> bytes:
 
 class _HttpConnection:
     """Serves the requests of one connection: reads strictly, answers, closes when the framing is in doubt."""
-
     def __init__(self, owner: HttpServing, channel: SocketChannel, remote_addr: str, only_health: bool) -> None:
         self._app, self._options, self._channel, self._remote = owner.app, owner.options, channel, remote_addr
         self._only_health = only_health  # beyond the cap on connections: one request, and soon
@@ -6436,8 +6358,9 @@ class _HttpConnection:
         else:
             response = self._app(request)
         channel.deadline = time.monotonic() + options.request_deadline
-        refused = self._unread or self._only_health or response.close or self._app.server.draining
-        keep = self._keeps_alive(head) and not refused
+        tokens = [t.strip().lower() for t in head.headers.get("connection", "").split(",")]
+        refused = self._unread or self._only_health or response.close or self._app.server.draining or "close" in tokens
+        keep = not refused and (head.start[2] == "HTTP/1.1" or "keep-alive" in tokens)
         if isinstance(response.body, Iterator) and head.start[2] == "HTTP/1.0":  # which has no chunks
             response.body = b"".join(response.body)
         self._send(response, request.method, keep)
@@ -6451,10 +6374,7 @@ class _HttpConnection:
             while self._channel._fill():
                 pass
 
-    @staticmethod
-    def _keeps_alive(head: HttpHead) -> bool:
-        tokens = [t.strip().lower() for t in head.headers.get("connection", "").split(",")]
-        return "close" not in tokens and (head.start[2] == "HTTP/1.1" or "keep-alive" in tokens)
+
 
     def _request(self, head: HttpHead, deadline: float) -> HttpRequest:
         """Check what RFC 9112 asks of a request's head, and set up the reading of its body."""
@@ -6470,18 +6390,10 @@ class _HttpConnection:
             raise _protocol_error("the request target exceeds 8192 bytes", 414)
         if re.search(r"[\x00-\x20\x7f]", target):
             raise ProtocolError("a control character in the request target")
-        for name in ("content-length", "host", "transfer-encoding", "authorization"):
-            if name in head.repeated:
-                raise ProtocolError(f"two {name} headers")
+        for name in head.repeated & {"content-length", "host", "transfer-encoding", "authorization"}:
+            raise ProtocolError(f"two {name} headers")
         if version == "HTTP/1.1" and "host" not in headers:
             raise ProtocolError("HTTP/1.1 requires a Host header")
-        self._check_framing(method, version, headers)
-        self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        path, read = target.partition("?")[0], functools.partial(self._read_body, head, deadline)
-        return HttpRequest(method, path, headers, self._remote, read, head.repeated, self._channel.peer_gone)
-
-    @staticmethod
-    def _check_framing(method: str, version: str, headers: Mapping[str, str]) -> None:
         coding, length = headers.get("transfer-encoding"), headers.get("content-length")
         if coding is not None and (length is not None or version == "HTTP/1.0"):
             raise ProtocolError("both Transfer-Encoding and " + ("HTTP/1.0" if length is None else "Content-Length"))
@@ -6491,6 +6403,11 @@ class _HttpConnection:
             raise ProtocolError(f"Content-Length: expected decimal digits, got {length[:40]!r}")
         if method == "POST" and coding is None and length is None:
             raise _protocol_error("POST requires a Content-Length", 411)
+        self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        path, read = target.partition("?")[0], functools.partial(self._read_body, head, deadline)
+        return HttpRequest(method, path, headers, self._remote, read, head.repeated, self._channel.peer_gone)
+
+
 
     def _read_body(self, head: HttpHead, deadline: float, limit: int) -> bytes:
         channel = self._channel
@@ -6499,28 +6416,20 @@ class _HttpConnection:
         size = 0 if chunked else _content_length(head.headers.get("content-length", ""), limit)
         if head.headers.get("expect", "").lower() == "100-continue":
             channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
-        if chunked:
-            body = _gathered(read_chunked(channel, limit))
-        else:
-            body = cast("bytes", channel.read_after(b"", size)) if size > SMALL_BODY_BYTES else channel.read(size)
-            if len(body) < size:
-                raise TransportError(f"request body: expected {size} bytes, got {len(body)}")
+        body = _gathered(read_chunked(channel, limit)) if chunked else cast("bytes", channel.read_after(b"", size))
+        if len(body) < size:
+            raise TransportError(f"request body: expected {size} bytes, got {len(body)}")
         self._unread = False
         return body
 
     def _send(self, response: HttpResponse, method: str, keep: bool) -> None:
-        lines = [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Status')}"]
+        body, lines = response.body, [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Status')}"]
         lines += [f"{name}: {value}" for name, value in response.headers]
-        lines.append(f"Date: {_http_date(int(time.time()))}")
-        if not keep:
-            lines.append("Connection: close")
-        body = response.body
+        lines += [f"Date: {_http_date(int(time.time()))}", *([] if keep else ["Connection: close"])]
         lines.append(f"Content-Length: {len(body)}" if isinstance(body, bytes) else "Transfer-Encoding: chunked")
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
-        if method == "HEAD":
-            self._channel.write([head])
-        elif isinstance(body, bytes):
-            self._channel.write([head, body])
+        if method == "HEAD" or isinstance(body, bytes):
+            self._channel.write([head] if method == "HEAD" else [head, cast("bytes", body)])
         else:
             with contextlib.closing(cast("Any", body)):
                 for piece in filter(None, body):
@@ -6529,18 +6438,14 @@ class _HttpConnection:
                     head = b""
                 self._channel.write([head, b"0\r\n\r\n"])
 
-
 @functools.lru_cache(maxsize=2)
 def _http_date(second: int) -> str:
     from email.utils import formatdate
-
     return formatdate(second, usegmt=True)
-
 
 @dataclass
 class HttpServeOptions:
     """What `serve_http` can be told beside `HttpOptions`; times in seconds."""
-
     tls_context: Any = None  # server-side context of the standard library's ssl; None for plain HTTP
     max_connections: int = 512  # at most so many at a time; further ones are answered 503, except for health
     read_timeout: float = READ_TIMEOUT_SECONDS  # for a head, and between two reads of a body
@@ -6550,16 +6455,13 @@ class HttpServeOptions:
     idle_timeout: float | None = None  # without a connection for so long, it ends; None for never
     on_bound: Callable[[str, int], None] | None = None  # called with host and port once connections are accepted
 
-
-_OVER_CAP_CONNECTIONS = 512  # connections beyond the cap that may still ask for health …
-_OVER_CAP_WAIT_SECONDS = 1.0  # … if they ask this soon
+_OVER_CAP_CONNECTIONS, _OVER_CAP_WAIT_SECONDS = 512, 1.0  # so many beyond the cap may still ask for health, if this soon
 _LINGER_SECONDS = 1.0
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class HttpServing:
     """An HTTP server on a bound socket (`port`): a thread per connection, a cap on them, a clean stop; raises ``OSError``."""
-
     def __init__(self, app: HttpApp, host: str, port: int, options: HttpServeOptions | None = None) -> None:
         self.app, self.host = app, host
         self.options = options or HttpServeOptions()
@@ -6586,14 +6488,12 @@ class HttpServing:
 
     def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `stop`; then drain and close."""
-        tell = self.options.on_bound or (lambda host, port: None)
-        grace = self.options.drain_grace_seconds
+        tell, grace = self.options.on_bound or (lambda host, port: None), self.options.drain_grace_seconds
         run_listener(self.app.server, self.listener, grace, lambda: tell(self.host, self.port))
 
     def stop(self) -> None:
         """Have `run` return; from any thread."""
         self.listener.stop()
-
 
 @_takes_options(HttpOptions, HttpServeOptions)
 def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **options: Any) -> None:
@@ -6603,7 +6503,6 @@ def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **o
     """
     chosen, serving = _split_options(options, HttpOptions, HttpServeOptions)
     HttpServing(HttpApp(server, chosen), host, port, serving).run()
-
 
 # What people and plain HTTP clients see of an `HttpApp`: calls in JSON on the URLs of the Arrow ones, and pages in HTML.
 
@@ -6633,7 +6532,6 @@ def _json_bytes(value: Any) -> bytes:
 
 def _parse_json(body: bytes) -> dict[str, Any]:
     """Read one JSON object, strictly by RFC 8259; raises `ProtocolError`."""
-
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"a key stands twice among {[k for k, _ in pairs][:20]}")
@@ -6656,7 +6554,6 @@ def _json_in(value: Any, kind: pa.DataType, step: str = "") -> Any:
     """Turn parsed JSON into what ``to_pylist`` gives for *kind*: bytes from base64, times, dates and decimals from text."""
     import datetime
     import decimal
-
     t = pa.types
     kind = kind.value_type if t.is_dictionary(kind) else getattr(kind, "storage_type", kind)
     try:
@@ -6771,8 +6668,7 @@ def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterab
     try:
         body = b"".join(map(_json_bytes, render())) if error is None else b""
         if limit is not None and sent + len(body) > limit:
-            text = f"{call.record.method}(): the answer exceeds max_response_bytes ({sent + len(body)} > {limit})"
-            raise ResponseTooLargeError(text)
+            raise _answer_too_large(call, sent + len(body), limit)
     except Exception as exc:
         error = call._failed(turn.schema, exc).error
     response = HttpResponse(200, [("Content-Type", _JSON)], body)
@@ -6784,12 +6680,7 @@ def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterab
 
 def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[HttpResponse]:
     """Run a call: one answer, or for a producer one for each turn."""
-    over, sent = True, 0
-    lead: list[Any] = []
-
-    def lines() -> list[Any]:
-        return [*lead, *_turn_rows(turn)]
-
+    over, sent, lead = True, 0, list[Any]()
     try:
         with app.server:
             turn = call.begin(arguments)
@@ -6804,7 +6695,7 @@ def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[
                 lead, over = [{"__header__": row} for row in header], False
             while not over and not (sent and call.context.cancelled):
                 turn = call.turn(_PLAIN_TICK)
-                answer = _turn_json(app, call, turn, lines, sent)
+                answer = _turn_json(app, call, turn, lambda: [*lead, *_turn_rows(turn)], sent)  # noqa: B023 (used at once)
                 lead, over, sent = [], turn.finished or call._error is not None, sent + (len(cast("bytes", answer.body)) or 1)
                 yield answer
     finally:
@@ -6849,8 +6740,7 @@ def _post_json(app: HttpApp, path: list[str], body: bytes, caller: Caller, reque
         app._bound((path[0], path[1]), MethodType.STREAM, f"post without /{path[2]}")
     if path[2:] == ["exchange"]:
         in_lines = _json_type(app, request) == _NDJSON  # the token, then a row a line
-        lines = bytes(body).strip().splitlines() or [b""] if in_lines else [body]
-        head, *rows = map(_parse_json, lines)
+        head, *rows = map(_parse_json, bytes(body).strip().splitlines() or [b""] if in_lines else [body])
         return _exchange_json(app, bound, {**head, "rows": rows} if in_lines else head, caller, own_id)
     arguments = _json_arguments(bound.info, _parse_json(body))
     call = app.server.open_call(bound, caller, None, own_id)
@@ -6879,7 +6769,6 @@ grid-template-columns:minmax(6rem,max-content) 1fr;gap:.15rem 1rem;margin:.2rem 
 
 def _text(value: object) -> str:
     import html
-
     return html.escape(_text_of(value))
 
 def _page(app: HttpApp, title: str, body: Iterable[str], status: int = 200) -> HttpResponse:
@@ -6928,7 +6817,6 @@ def _definitions(facts: Mapping[str, object]) -> str:
 def _call_lines(app: HttpApp, request: HttpRequest) -> Iterator[str]:
     """How to call the first method, a unary one where there is one, from each of three places."""
     import shlex
-
     service, file, host = app.server.primary, os.path.basename(__file__), request.get_header("host") or ""
     infos = [m.info for m in service.methods.values()]
     infos.sort(key=lambda i: (i.method_type is not MethodType.UNARY, not {*i.param_types.values()} <= {int, float, str, bool}))
@@ -6979,8 +6867,8 @@ def _method_card(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
         streamed = title == "Result" and kind != "unary"
         rows = rows or {"none" if not streamed else "batches": "" if not streamed else "of a schema that the call decides"}
         card += f"<h4>{title}</h4>{_definitions(rows)}" if schema is not None else ""
-    limits = [f"request {app._limit:,} bytes"]
-    limits += [f"answer {options.max_response_bytes:,} bytes" if options.max_response_bytes else "answer of any size"]
+    answer = f"{options.max_response_bytes:,} bytes" if options.max_response_bytes else "of any size"
+    limits = [f"request {app._limit:,} bytes", f"answer {answer}"]
     limits += [f"{options.max_rows:,} rows a batch"] if options.max_rows else []
     limits += [f"state token {options.token_ttl:g} seconds"] if kind != "unary" and options.token_ttl else []
     return f"{card}<h4>Limits</h4><p>{'; '.join(limits)}</p></article>"
@@ -6996,7 +6884,6 @@ def _method_card(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
 @dataclass(frozen=True)
 class HttpServerCapabilities:
     """What a server says of itself in its headers; sizes in bytes, ``None`` for no limit."""
-
     max_request_bytes: int | None = None
     max_response_bytes: int | None = None
     max_externalized_response_bytes: int | None = None  # of an answer by way of external storage
@@ -7009,33 +6896,22 @@ class HttpServerCapabilities:
     @classmethod
     def from_headers(cls, headers: Mapping[str, str]) -> HttpServerCapabilities:
         """Read them from headers by lower-case name; what cannot be read counts as absent."""
-
-        def number(name: str) -> int | None:
-            text = headers.get(name.lower(), "")
-            return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
-
-        def flag(name: str) -> bool:
-            return headers.get(name.lower()) == "true"
-
+        sizes = (MAX_REQUEST_BYTES_HEADER, MAX_RESPONSE_BYTES_HEADER, "VGI-Max-Externalized-Response-Bytes", "VGI-Max-Upload-Bytes")
+        texts = [headers.get(name.lower(), "") for name in sizes]
+        request, response, external, upload = (int(t) if re.fullmatch("[0-9]{1,18}", t) else None for t in texts)
+        switches = (EXTERNALIZATION_HEADER, "VGI-Upload-URL-Support", ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER)
+        externalizes, uploads, budget = (headers.get(name.lower()) == "true" for name in switches)
         encodings = tuple(e.strip() for e in headers.get(SUPPORTED_ENCODINGS_HEADER.lower(), "").split(",") if e.strip())
-        return cls(
-            number(MAX_REQUEST_BYTES_HEADER), number(MAX_RESPONSE_BYTES_HEADER), number("VGI-Max-Externalized-Response-Bytes"),
-            flag(EXTERNALIZATION_HEADER), flag("VGI-Upload-URL-Support"), number("VGI-Max-Upload-Bytes"), encodings,
-            flag(ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER),
-        )  # fmt: skip
-
+        return cls(request, response, external, externalizes, uploads, upload, encodings, budget)
 
 class HttpReply(NamedTuple):
     """An HTTP answer: status, headers by lower-case name, body (decoded)."""
-
     status: int
     headers: dict[str, str]
     body: Any  # bytes, memoryview or Buffer; of `HttpSender.open` also an `HttpBody`, to be read as it comes
 
-
 class HttpBody(ByteChannel):
     """A body that is read as its *pieces* come, over *channel* if there is one; read it to its end, or close it."""
-
     def __init__(self, pieces: Iterator[bytes], channel: ByteChannel | None = None) -> None:
         super().__init__()
         self._pieces, self.channel = pieces, channel
@@ -7052,13 +6928,10 @@ class HttpBody(ByteChannel):
         self._at += len(piece)
         return len(piece)
 
-
 _HeaderList = Sequence[tuple[str, str]]
-
 
 class HttpSender:
     """Sends one HTTP request and returns its answer: over sockets (`HttpConnections`), or into an app (`SyncClient`)."""
-
     def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         """Send a request; raise `TransportError` when no answer comes, `ResponseTooLargeError` when it exceeds *limit*."""
         raise io.UnsupportedOperation("send")
@@ -7074,7 +6947,6 @@ class HttpSender:
 @dataclass(frozen=True)
 class HttpTarget:
     """Where an HTTP client connects."""
-
     tls: bool
     host: str
     port: int
@@ -7085,20 +6957,18 @@ class HttpTarget:
     def parse(cls, url: str) -> HttpTarget:
         """Read a base URL, and the environment's proxy for it as urllib reads it; raises ``ValueError``."""
         from urllib.parse import urlsplit
-
-        shown = re.sub("//[^/]*@", "//…@", url)
+        shown, default = re.sub("//[^/]*@", "//…@", url), {"http": 80, "https": 443}
         try:
             parts = urlsplit(url)
-            port = parts.port
+            port = parts.port or default.get(parts.scheme)
         except ValueError as exc:
             raise ValueError(f"base URL {shown!r}: {exc}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
+        if port is None or not parts.hostname or parts.scheme not in default or parts.query or parts.fragment or "@" in parts.netloc:
             raise ValueError(f"base URL: expected http(s)://host[:port][/prefix], got {shown!r}")
         if not re.fullmatch(r"[!-~]*", url):
             raise ValueError("base URL: a space or control character in it")
-        tls = parts.scheme == "https"
         proxy = _environment_proxy(parts.scheme, parts.netloc, parts.hostname)
-        return cls(tls, parts.hostname, port or (443 if tls else 80), parts.path.rstrip("/"), proxy)
+        return cls(parts.scheme == "https", parts.hostname, port, parts.path.rstrip("/"), proxy)
 
     @property
     def address(self) -> str:
@@ -7110,14 +6980,12 @@ class HttpTarget:
         """Host and port as the Host header has them: without the scheme's own port."""
         return self.address.removesuffix(":443" if self.tls else ":80")
 
-
 def _environment_proxy(scheme: str, netloc: str, host: str) -> tuple[str, int, str] | None:
     """The proxy that urllib would use; urllib itself is only loaded where there may be one."""
     if sys.platform not in ("darwin", "win32") and not any(k.lower().endswith("_proxy") for k in os.environ):
         return None
     from urllib.parse import unquote, urlsplit
     from urllib.request import getproxies, proxy_bypass
-
     url = getproxies().get(scheme)
     if not url or proxy_bypass(netloc) or proxy_bypass(host):
         return None
@@ -7127,7 +6995,6 @@ def _environment_proxy(scheme: str, netloc: str, host: str) -> tuple[str, int, s
     pair = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
     credentials = "Basic " + base64.b64encode(pair.encode()).decode() if parts.username is not None else ""
     return parts.hostname, parts.port or 80, credentials
-
 
 _BUDGET_RULE = "accepted_max_response_bytes"
 
@@ -7148,7 +7015,6 @@ class HttpConnections(HttpSender):
         self._target, self._timeout = target, connect_timeout
         if target.tls and tls_context is None:
             import ssl
-
             tls_context = ssl.create_default_context()
         self._tls = tls_context if target.tls else None
         self._idle: deque[SocketChannel] = deque()
@@ -7181,34 +7047,28 @@ class HttpConnections(HttpSender):
 
     def _take(self) -> SocketChannel | None:
         with contextlib.suppress(IndexError):
-            while True:
-                channel = self._idle.pop()
-                if not channel.peer_gone() and not channel.peek():
-                    return channel
+            while (channel := self._idle.pop()).peer_gone() or channel.peek():
                 channel.close()
+            return channel
         return None
 
-    def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
-        return self._send(method, self._message(method, path, headers, body), deadline, limit, False)
-
-    def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
-        return self._send(method, self._message(method, path, headers, body), deadline, limit, True)
-
-    def _send(self, method: str, message: list[bytes], deadline: float | None, limit: int, unread: bool) -> HttpReply:
+    def send(
+        self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int, unread: bool = False
+    ) -> HttpReply:
+        message = self._message(method, path, headers, body)
         if self._closed:
             raise TransportError("the connection is closed: it was closed here")
-        kept = self._take()
-        if kept is not None:
+        if kept := self._take():
             # Closed by the server between two calls: the one case in which a request is sent again, as it never got there.
             with contextlib.suppress(_NotSent):
-                kept.deadline = deadline
-                return self._exchange(kept, method, message, limit, unread)
+                return self._exchange(kept, method, message, deadline, limit, unread)
         try:
-            dialled = self._dial(deadline)
-            dialled.deadline = deadline
-            return self._exchange(dialled, method, message, limit, unread)
+            return self._exchange(self._dial(deadline), method, message, deadline, limit, unread)
         except _NotSent as exc:
             raise TransportError(f"{self._target.authority} closed the connection without an answer: {exc}") from None
+
+    def open(self, *request: Any, **named: Any) -> HttpReply:
+        return functools.partial(self.send, unread=True)(*request, **named)
 
     def _message(self, method: str, path: str, headers: _HeaderList, body: bytes) -> list[bytes]:
         target = self._target
@@ -7223,7 +7083,10 @@ class HttpConnections(HttpSender):
             raise ValueError("a header contains a line break")
         return [("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"), body]
 
-    def _exchange(self, channel: SocketChannel, method: str, message: list[bytes], limit: int, unread: bool) -> HttpReply:
+    def _exchange(
+        self, channel: SocketChannel, method: str, message: list[bytes], deadline: float | None, limit: int, unread: bool
+    ) -> HttpReply:
+        channel.deadline = deadline
         with self._reading(channel):
             head = self._head_of_answer(channel, message)
             reply = self._read_reply(channel, method, head, limit, unread)
@@ -7265,20 +7128,18 @@ class HttpConnections(HttpSender):
         for _ in range(self._MAX_INTERIM):
             try:
                 head = read_http_head(channel)
+                if head is None:
+                    raise TransportError(f"{self._target.authority} closed the connection without an answer")
             except TransportError as exc:
                 if unsent and not channel.peek():
                     raise _NotSent(unsent.error_message) from None
                 raise exc
-            if head is None:
-                if unsent:
-                    raise _NotSent(unsent.error_message)
-                raise TransportError(f"{self._target.authority} closed the connection without an answer")
             if not head.start[1].startswith("1"):
                 return head
         raise ProtocolError(f"more than {self._MAX_INTERIM} interim answers")
 
     def _read_reply(self, channel: SocketChannel, method: str, head: HttpHead, limit: int, unread: bool) -> HttpReply:
-        (version, status, _), headers, rule = head.start, head.headers, _BUDGET_RULE
+        (version, status, _), headers = head.start, head.headers
         if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[2-5][0-9][0-9]", status):
             raise ProtocolError(f"expected a status line, got {' '.join(head.start)[:80]!r}")
         if "content-length" in head.repeated or ("content-length" in headers and "transfer-encoding" in headers):
@@ -7292,41 +7153,34 @@ class HttpConnections(HttpSender):
             return HttpReply(200, headers, HttpBody(self._pieces(channel, head, limit), channel))
 
         def read() -> _Buffer:
-            if coding is not None:
-                return _gathered(read_chunked(channel, limit, rule))
-            if "content-length" not in headers:
-                return _read_to_end(channel, limit, rule)
-            size = _content_length(headers["content-length"], limit, rule)
+            if coding is not None or "content-length" not in headers:
+                return _gathered((read_chunked if coding else _read_to_end)(channel, limit, _BUDGET_RULE))
+            size = _content_length(headers["content-length"], limit, _BUDGET_RULE)
             body = channel.read_after(b"", size)
             if len(body) < size:
                 raise TransportError(f"half an answer: expected {size} bytes, got {len(body)}")
             return body
 
-        body = b"" if bodiless else _decoded_body(headers, read, limit)
-        return HttpReply(int(status), headers, body)
+        return HttpReply(int(status), headers, b"" if bodiless else _decoded_body(headers, read, limit))
 
     def close(self) -> None:
         self._closed = True
         while self._idle:
             self._idle.pop().close()
 
-
-def _read_to_end(channel: ByteChannel, limit: int, rule: str) -> bytes:
-    pieces, total = [], 0
+def _read_to_end(channel: ByteChannel, limit: int, rule: str) -> Iterator[bytes]:
+    total = 0
     while piece := channel.read(SMALL_BODY_BYTES):
-        pieces.append(piece)
         total += len(piece)
         if total > limit:
             raise _too_large(limit, "more", rule)
-    return b"".join(pieces)
+        yield piece
 
 
 class SyncClient(HttpSender):
     """Calls an `HttpApp` in the same thread, without a socket: for tests. Made by `make_sync_client`."""
-
     def __init__(self, app: HttpApp) -> None:
-        self.app = app
-        self.prefix = app.options.prefix
+        self.app, self.prefix = app, app.options.prefix
 
     def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         reply = self.open(method, path, headers, body, deadline, limit)
@@ -7339,13 +7193,11 @@ class SyncClient(HttpSender):
 
         response = self.app(HttpRequest(method, path, {k.lower(): v for k, v in headers}, "sync", read_body))
         answered, given = {k.lower(): v for k, v in response.headers}, response.body
-        if not isinstance(given, bytes):
-            return HttpReply(response.status, answered, HttpBody(given))
-        return HttpReply(response.status, answered, _decoded_body(answered, lambda: given, limit))
-
+        whole = isinstance(given, bytes)
+        shown = _decoded_body(answered, lambda: cast("bytes", given), limit) if whole else HttpBody(cast("Iterator[bytes]", given))
+        return HttpReply(response.status, answered, shown)
 
 Headers = Mapping[str, str] | Callable[[], Mapping[str, str]]
-
 
 def _over_budget(exc: ResponseTooLargeError) -> RpcError:
     return RpcError("ResponseTooLargeError", str(exc), "", error_code=Code.RESOURCE_EXHAUSTED)
@@ -7361,15 +7213,15 @@ class HttpClient(ClientChannel):
         self, sender: HttpSender, prefix: str = "", headers: Headers | None = None, compression_level: int | None = 1,
         max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES,
     ) -> None:  # fmt: skip
-        if max_response_bytes is not None and not MIN_RESPONSE_BUDGET <= max_response_bytes <= MAX_RESPONSE_BUDGET:
-            text = f"expected {MIN_RESPONSE_BUDGET} to {MAX_RESPONSE_BUDGET}, got {max_response_bytes}"
-            raise ValueError(f"accepted_max_response_bytes: {text}")
+        least, most = MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
+        if max_response_bytes is not None and not least <= max_response_bytes <= most:
+            raise ValueError(f"accepted_max_response_bytes: expected {least} to {most}, got {max_response_bytes}")
         self._sender, self._prefix, self._level, self._headers = sender, prefix, compression_level, headers
-        self._budget = max_response_bytes or MAX_RESPONSE_BUDGET
+        self._budget = max_response_bytes or most
         self._capabilities: HttpServerCapabilities | None = None
         accept = ", ".join((*supported_encodings(), "identity")) if compression_level is not None else "identity"
-        budget = (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget))
-        self._fixed = [("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept), budget]
+        self._fixed = [("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept)]
+        self._fixed.append((ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget)))
 
     def _own_headers(self) -> list[tuple[str, str]]:
         given = self._headers() if callable(self._headers) else self._headers
@@ -7387,16 +7239,16 @@ class HttpClient(ClientChannel):
     def post(self, path: str, body: bytes, deadline: float | None, turns: int = 1) -> HttpReply:
         """Post Arrow, return an answer in Arrow; with several *turns* of a producer it may come piece by piece.
 
-        Raises:
-            AuthenticationError: 401.
-            TransportError: No answer, or one that is not Arrow.
-            RpcError: The body or the answer is larger than the server or the budget allows.
+        Raises `AuthenticationError` for a 401, `TransportError` when no answer comes or one that is not Arrow, `RpcError` when
+        the body or the answer is larger than the server or the budget allows.
         """
         server = self.capabilities(deadline)
         headers = [*self._fixed, *self._own_headers()]
-        if self._level is not None:
-            body, encoding = self._compressed(body, server)
-            headers += [("Content-Encoding", encoding)] if encoding else []
+        encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
+        packed = compress_if_worth(body, encoding, self._level) if encoding and self._level is not None else None
+        if packed is not None:
+            body = packed
+            headers.append(("Content-Encoding", encoding))
         most, path = server.max_request_bytes, self._prefix + path
         if most is not None and len(body) > most:
             text = f"the server takes requests of at most {most} bytes, this one has {len(body)}"
@@ -7414,25 +7266,10 @@ class HttpClient(ClientChannel):
                 raise TransportError(f"the answer does not decode: {exc}") from None
             if reply.status not in (307, 308):
                 break
-            path = self._redirected(reply, path)
-        return self._checked(reply)
-
-    @staticmethod
-    def _redirected(reply: HttpReply, path: str) -> str:
-        """Follow a redirect within the same server; one that leads elsewhere would carry the credentials there."""
-        where = reply.headers.get("location", "")
-        if not re.fullmatch("/(?!/)[!-~]*", where):
-            raise TransportError(f"the server redirects {path} to {where[:200]!r}; connect there instead")
-        return where
-
-    def _compressed(self, body: bytes, server: HttpServerCapabilities) -> tuple[bytes, str]:
-        for encoding in supported_encodings():
-            if encoding in server.supported_encodings:
-                packed = compress_if_worth(body, encoding, self._level or 1)
-                return (body, "") if packed is None else (packed, encoding)
-        return body, ""
-
-    def _checked(self, reply: HttpReply) -> HttpReply:
+            where = reply.headers.get("location", "")
+            if not re.fullmatch("/(?!/)[!-~]*", where):  # one to another server would carry the credentials there
+                raise TransportError(f"the server redirects {path} to {where[:200]!r}; connect there instead")
+            path = where
         kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
         if reply.status == 401:
             raise self._unauthorized(reply)
@@ -7442,6 +7279,10 @@ class HttpClient(ClientChannel):
                 raise DeadlineExceededError(f"HTTP {reply.status}: {text}")
             raise TransportError(f"expected Arrow, got HTTP {reply.status} {kind or 'without a type'}: {text}")
         return reply
+
+
+
+
 
     @staticmethod
     def _unauthorized(reply: HttpReply) -> AuthenticationError:
@@ -7475,7 +7316,6 @@ class HttpClient(ClientChannel):
     def close(self) -> None:
         self._sender.close()
 
-
 def _open_answer(source: ByteSource, options: CallOptions) -> IpcReader:
     return answer_call(functools.partial(IpcReader, source, validation=options.ipc_validation))
 
@@ -7492,7 +7332,6 @@ def _request_body(info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptio
 
 class _HttpClientStream(ClientStream):
     """A stream over HTTP: the tokens it was last given, and batches that came and were not handed out yet."""
-
     def __init__(self, client: HttpClient, info: RpcMethodInfo, options: CallOptions) -> None:
         self._client, self._info, self._options = client, info, options
         self._path = f"/{info.protocol_name}/{info.name}/exchange"
@@ -7648,7 +7487,6 @@ class _HttpClientStream(ClientStream):
 # `on_log` takes the server's log lines, `timeout` is seconds per call or turn (None for no limit), `ipc_validation` says
 # how much of each answer is checked.
 
-
 @contextlib.contextmanager
 def _connected(
     dial: Callable[[], Transport | ClientChannel], protocol: type[_P], on_log: ClientLog | None, timeout: float | None,
@@ -7684,7 +7522,6 @@ def serve_pipe(
             yield proxy
     finally:
         thread.join(WORKER_EXIT_SECONDS)
-
 
 def connect(
     protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None, stderr: StderrMode = StderrMode.INHERIT,
@@ -7804,8 +7641,6 @@ def announce(line: str) -> None:
 def _host_and_port(text: str) -> tuple[str, int]:
     """Read ``[HOST:]PORT``; the host may stand in brackets, as IPv6 addresses do."""
     import argparse
-
-
     host, _, port = text.rpartition(":")
     if not re.fullmatch("[0-9]{1,5}", port):
         raise argparse.ArgumentTypeError(f"expected [HOST:]PORT, got {text!r}")
@@ -7821,8 +7656,6 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     fit the protocol, ``SystemExit`` when the command line is wrong or asks for help.
     """
     import argparse
-
-
     if isinstance(protocol_or_server, RpcServer):
         server = protocol_or_server
     else:
