@@ -5663,10 +5663,7 @@ def _protocol_error(text: str, status: int, code: Code = Code.INVALID_ARGUMENT) 
     return exc
 
 class _HttpFailure(Exception):
-    """Ends the handling of a request with a response that is not Arrow."""
-    def __init__(self, response: HttpResponse) -> None:
-        super().__init__(response.status)
-        self.response = response
+    """Ends the handling of a request with its argument, a response that is not Arrow."""
 
 def json_response(status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> HttpResponse:
     """Return a response with *value* as compact JSON."""
@@ -5734,19 +5731,15 @@ class HttpApp:
         return headers + [(name, str(size)) for name, size in sizes if size is not None]
 
     # -- one request
-
     def __call__(self, request: HttpRequest) -> HttpResponse:
         """Answer *request*; never raises."""
         request_id = clean_request_id(request.get_header(REQUEST_ID_HEADER)) or new_request_id()
         try:
             response = self._route(request, request_id)
         except _HttpFailure as exc:
-            response = exc.response
+            response = cast("HttpResponse", exc.args[0])
         except (_Refusal, StatusError) as exc:
-            if _json_type(self, request):
-                response = _json_failure(self, exc, request_id)
-            else:
-                response = self._arrow_error(exc, request_id, getattr(exc, "http_status", 200))
+            response = (_json_failure if _json_type(self, request) else _arrow_failure)(self, exc, request_id)
         except (TransportError, DeadlineExceededError) as exc:  # while the body was read
             response = json_response(408, {"error": "request_timeout", "detail": exc.error_message})
             response.close = True
@@ -5817,7 +5810,6 @@ class HttpApp:
             return handler(segments, body, caller, request, request_id)
 
     # -- everything that is not a call
-
     def _not_found(self, request: HttpRequest) -> HttpResponse:
         page = _not_found_page(self, request)
         return page or json_response(404, {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"})
@@ -5832,7 +5824,6 @@ class HttpApp:
 
 
     # -- who calls, and what they sent
-
     def _caller(self, request: HttpRequest, request_id: str) -> Caller:
         auth = self._authenticated(request, request_id)
         name, low, high = ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
@@ -5872,7 +5863,6 @@ class HttpApp:
 
 
     # -- calls
-
     def _reader(self, source: BufferSource) -> IpcReader:
         try:
             return IpcReader(source, IpcLimits(self._limit, self.options.max_rows), self.server.ipc_validation)
@@ -5925,13 +5915,12 @@ class HttpApp:
             raise ProtocolError(f"exchange: expected one batch and the end of the stream, got {'more' if item else 'none'}")
         batch, metadata = item[0], item[1] or {}
         opened, state = self._open_tokens(bound, caller.auth, metadata)
-        caller = dataclasses.replace(caller, response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
         own_id = clean_request_id(metadata.get(REQUEST_ID_KEY, b"").decode("latin-1"))
-        call = self.server.open_call(bound, caller, None, own_id or request_id)
+        call = self._go_on(bound, caller, opened, own_id or request_id)
         timeout = metadata.get(TIMEOUT_KEY, b"")
         if timeout.isdigit() and len(timeout) < 16:
             call.context.deadline = time.monotonic() + int(timeout) / 1000
-        call.record.stream_id, call.record.http["request_bytes"] = opened.stream_id, len(body)
+        call.record.http["request_bytes"] = len(body)
         ours = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY)
         shown = {k: v for k, v in metadata.items() if k not in ours}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
@@ -5939,6 +5928,12 @@ class HttpApp:
             ending.callback(call.end)
             turn = self._next_turn(call, opened, state, given, CANCEL_KEY in metadata)
             return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http, ending)
+
+    def _go_on(self, bound: BoundMethod, caller: Caller, opened: _OpenedCall, request_id: str) -> Call:
+        limit = _smallest(caller.response_limit_bytes, opened.limit)
+        call = self.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, request_id)
+        call.record.stream_id = opened.stream_id
+        return call
 
     def _next_turn(self, call: Call, opened: _OpenedCall, state: StreamState | bytes, given: AnnotatedBatch, cancel: bool) -> Turn:
         try:
@@ -6010,7 +6005,6 @@ class HttpApp:
         return lambda: content
 
     # -- the two halves of a stream's state
-
     @staticmethod
     def _binding(bound: BoundMethod, auth: AuthContext) -> tuple[bytes, ...]:
         who = (auth.domain or "", auth.principal or "") if auth.authenticated else ("", "")
@@ -6122,10 +6116,6 @@ class HttpApp:
 
     # -- answers
 
-    def _arrow_error(self, exc: BaseException, request_id: str, status: int) -> HttpResponse:
-        body = stream_bytes(EMPTY_SCHEMA, [self.server.error_item(exc, EMPTY_SCHEMA, request_id)])
-        further = {200: [(RPC_ERROR_HEADER, "true")], 503: [("Retry-After", "1")]}.get(status, [])
-        return HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE), *further], body)
 
     @staticmethod
     def _too_large(call: Call, size: int, limit: int) -> bytes:
@@ -6148,6 +6138,12 @@ class HttpApp:
                 headers.append((header, encoding))
         call.record.http.update(http_status=turn.status, response_bytes=len(body))
         return HttpResponse(turn.status, headers, body)
+
+def _arrow_failure(app: HttpApp, exc: BaseException, request_id: str) -> HttpResponse:
+    body = stream_bytes(EMPTY_SCHEMA, [app.server.error_item(exc, EMPTY_SCHEMA, request_id)])
+    status = getattr(exc, "http_status", 200)
+    further = {200: [(RPC_ERROR_HEADER, "true")], 503: [("Retry-After", "1")]}.get(status, [])
+    return HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE), *further], body)
 
 def _answer_too_large(call: Call, size: int, limit: int) -> ResponseTooLargeError:
     return ResponseTooLargeError(f"{call.record.method}(): the answer exceeds max_response_bytes ({size} > {limit})")
@@ -6264,8 +6260,7 @@ def read_http_head(channel: ByteChannel) -> HttpHead | None:
     raw = channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
     if raw is not None:
         return parse_http_head(raw)
-    seen = channel.peek()
-    if not seen:
+    if not (seen := channel.peek()):
         return None
     if len(seen) >= MAX_HEAD_BYTES:
         raise _protocol_error(f"the head exceeds {MAX_HEAD_BYTES} bytes", 414 if b"\r\n" not in seen else 431)
@@ -6289,8 +6284,7 @@ def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_byte
         if not size:
             break
         while size:
-            piece = channel.read(min(size, _RECEIVE_BYTES))
-            if not piece:
+            if not (piece := channel.read(min(size, _RECEIVE_BYTES))):
                 raise ProtocolError("chunk: it ends before its data")
             size -= len(piece)
             yield piece
@@ -6604,9 +6598,9 @@ def _json_out(value: Any, kind: pa.DataType) -> Any:
         return [_json_out(v, kind.value_type) for v in value]
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    value = value.total_seconds() if pa.types.is_duration(kind) and value is not None else value
-    plain = value is None or isinstance(value, (bool, int, float, str))
-    return value if plain else str(value) if not hasattr(value, "isoformat") else value.isoformat()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return value.total_seconds() if pa.types.is_duration(kind) else getattr(value, "isoformat", value.__str__)()
 
 def _json_rows(batch: pa.RecordBatch | PlainBatch) -> list[dict[str, Any]]:
     batch, columns = batch.to_record_batch() if isinstance(batch, PlainBatch) else batch, []
@@ -6624,8 +6618,7 @@ def _json_arguments(info: RpcMethodInfo, given: Mapping[str, Any]) -> dict[str, 
     """Parameters in JSON as the method takes them; a batch may be a list of rows, a schema an object of types by name."""
     arguments = dict(zip(info.params.names, bind_arguments(info, (), given)))
     for name, value in given.items():
-        kind = _split_optional(info.param_types[name])[0]
-        where = f"{info.name}() parameter {name}"
+        kind, where = _split_optional(info.param_types[name])[0], f"{info.name}() parameter {name}"
         try:
             if kind is pa.RecordBatch and isinstance(value, list):
                 arguments[name] = pa.RecordBatch.from_pylist(value)
@@ -6719,10 +6712,7 @@ def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], call
     schema = opened.input_schema
     rows = _located(where, "", lambda rows: _json_in(rows, pa.list_(pa.struct(list(schema)))), entry.get("rows")) or []
     batch = _batch_from_pydict({n: [(row or {}).get(n) for row in rows] for n in schema.names}, schema, where)
-    limit = _smallest(caller.response_limit_bytes, opened.limit)
-    call = app.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, own_id)
-    call.record.stream_id = opened.stream_id
-    given = AnnotatedBatch(batch)
+    call, given = app._go_on(bound, caller, opened, own_id), AnnotatedBatch(batch)
     with app.server:
         turn = app._next_turn(call, opened, content, given, CANCEL_KEY in tokens)
         turn = app._with_cursor(_StreamAnswer(call, opened.call_id, given), turn)
@@ -6734,7 +6724,7 @@ def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], call
 def _post_json(app: HttpApp, path: list[str], body: bytes, caller: Caller, request: HttpRequest, own_id: str) -> HttpResponse:
     """Answer a call in JSON: ``{"result": …}``, the rows of a producer as NDJSON, or the token that begins an exchange."""
     if app.options.max_request_bytes is None and len(body) > _JSON_MAX_REQUEST_BYTES:
-        raise RequestTooLargeError(f"request body: expected at most {_JSON_MAX_REQUEST_BYTES} bytes of JSON, got {len(body)}")
+        raise _too_large(_JSON_MAX_REQUEST_BYTES, len(body), "of JSON")
     bound = app.server.method(app.server.service(path[0]), path[1])
     if len(path) > 2:
         app._bound((path[0], path[1]), MethodType.STREAM, f"post without /{path[2]}")
@@ -6791,12 +6781,11 @@ def _page_at(app: HttpApp, request: HttpRequest, request_id: str, segments: list
     if not app.options.pages or not server.describe_enabled or segments not in ([""], ["describe"]):
         return None
     app._authenticated(request, request_id)
-    body = [] if segments == ["describe"] else [*_call_lines(app, request)]
+    body, shown = ([], _method_card) if segments == ["describe"] else ([*_call_lines(app, request)], _method_line)
     for service in server.services.values():
         body.append(f"<h2>{_text(service.name)} {_text(service.version)}</h2>")
         for m in describe_service(service).methods:
-            kind = m.stream_kind.replace("unknown", "stream") or "unary"
-            body.append((_method_card if segments == ["describe"] else _method_line)(app, service.methods[m.name].info, kind))
+            body.append(shown(app, service.methods[m.name].info, m.stream_kind.replace("unknown", "stream") or "unary"))
     facts: dict[str, object] = {"Health": "draining, takes no calls" if server.draining else "ok", "Server": server.server_id}
     facts |= {"Version": server.server_version or "not given", "Protocol hash": server.protocol_hash}
     software = f"vgi_rpc {__version__}, wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}"
@@ -7008,8 +6997,7 @@ class HttpConnections(HttpSender):
     For https *tls_context* defaults to ``ssl.create_default_context()``; *connect_timeout* is in seconds.
     """
 
-    _MAX_IDLE = 8
-    _MAX_INTERIM = 16  # 1xx answers before the one that counts
+    _MAX_IDLE, _MAX_INTERIM = 8, 16  # connections that are kept, and 1xx answers before the one that counts
 
     def __init__(self, target: HttpTarget, tls_context: ssl.SSLContext | None = None, connect_timeout: float = 10.0) -> None:
         self._target, self._timeout = target, connect_timeout
@@ -7292,7 +7280,6 @@ class HttpClient(ClientChannel):
         return AuthenticationError(f"{reason}: {facts.get('detail') or 'HTTP 401'}", reason=reason)
 
     # -- calls
-
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         reply = self.post(f"/{info.protocol_name}/{info.name}", _request_body(info, batch, options), options.deadline)
         item = _answer_item(_open_answer(BufferSource(reply.body), options), info, options, "a result")
@@ -7335,11 +7322,10 @@ class _HttpClientStream(ClientStream):
     def __init__(self, client: HttpClient, info: RpcMethodInfo, options: CallOptions) -> None:
         self._client, self._info, self._options = client, info, options
         self._path = f"/{info.protocol_name}/{info.name}/exchange"
-        self._call_token = b""
+        self._call_token, self._waiting = b"", deque[AnnotatedBatch]()
         self._cursor: bytes | None = None
-        self._waiting: deque[AnnotatedBatch] = deque()
-        self._handed_out = 0  # data batches handed out since the cursor that `token` would save
         self._saved: bytes | None = None  # the cursor from which the waiting batches were made
+        self._handed_out = 0  # data batches handed out since then
         self._reader: IpcReader | None = None  # of the answer that is being read
         self._rest: HttpBody | None = None  # its body, if that is still coming
         self._metadata: Any = None  # of a tick that came while an answer to earlier ones was being read
@@ -7348,19 +7334,16 @@ class _HttpClientStream(ClientStream):
     def take(self, source: BufferSource) -> None:
         """Read an answer's output stream whole."""
         self._open(source)
-        while (batch := self._read()) is not None:
-            self._waiting.append(batch)
+        self._waiting.extend(iter(self._read, None))
 
     def _open(self, source: ByteSource) -> None:
         self._cursor, self._reader = None, _open_answer(source, self._options)
 
     def _read(self) -> AnnotatedBatch | None:
         """Read on in the answer to the next data batch, ``None`` at its end; tokens are known by their keys."""
-        reader = cast("IpcReader", self._reader)
-        while (item := answer_call(next_reply_item, reader, self._options)) is not None:
-            metadata = item.metadata
-            self._call_token = metadata.get(CALL_STATE_KEY, self._call_token)
-            self._cursor = metadata.get(STATE_KEY, self._cursor)
+        while (item := answer_call(next_reply_item, cast("IpcReader", self._reader), self._options)) is not None:
+            self._call_token = item.metadata.get(CALL_STATE_KEY, self._call_token)
+            self._cursor = item.metadata.get(STATE_KEY, self._cursor)
             if item.kind is BatchKind.DATA:
                 return answer_call(item.annotated)
         self._reader = None
@@ -7383,10 +7366,11 @@ class _HttpClientStream(ClientStream):
         self._leave()
 
     def _leave(self) -> None:
-        """Read no more of the answer that is still coming."""
+        """Read no more of the answer that is still coming, and forget what it brought."""
         if self._rest is not None:
             self._rest.close()
         self._reader = self._rest = None
+        self._waiting.clear()
 
     def _post(self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes], turns: int = 1) -> HttpReply:
         tokens = {**metadata, STATE_KEY: self._cursor or b"", CALL_STATE_KEY: self._call_token}
@@ -7401,9 +7385,9 @@ class _HttpClientStream(ClientStream):
         if isinstance(body, HttpBody):
             self._rest = body
             self._open(body)
-            return
-        self.take(BufferSource(body))
-        if not self._waiting and self._cursor is not None and given.batch.num_columns:
+        else:
+            self.take(BufferSource(body))
+        if self._rest is None and not self._waiting and self._cursor is not None and given.batch.num_columns:
             raise TransportError(f"{self._info.name}(): expected a data batch, got a token and none")
 
     def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
@@ -7425,15 +7409,11 @@ class _HttpClientStream(ClientStream):
                 self.done = True
                 return None
             try:
-                if self._rest is not None:
-                    self._read_on()
-                else:
-                    self._ask(given, turns)
+                self._ask(given, turns) if self._rest is None else self._read_on()
             except BaseException as exc:
                 self.done = True
                 if isinstance(exc, RpcError) and not _was_answer(exc):
                     self.cut_off = f"was cut off: {exc.error_message}"
-                self._waiting.clear()
                 self._leave()
                 raise
         self._handed_out += 1
@@ -7446,8 +7426,8 @@ class _HttpClientStream(ClientStream):
         cursor, skip = (self._saved, self._handed_out) if between else (self._cursor, 0)
         if cursor is None:
             raise RpcError("ProtocolError", "no token yet: read the batches that came with the start of the stream first", "")
-        state, call = cursor.decode("latin-1"), self._call_token.decode("latin-1")
-        return json.dumps({"method": self._info.name, "state": state, "call": call, "skip": skip}).encode()
+        tokens = {"state": cursor.decode("latin-1"), "call": self._call_token.decode("latin-1")}
+        return json.dumps({"method": self._info.name, **tokens, "skip": skip}).encode()
 
     def restore(self, token: bytes) -> None:
         """Take over what `token` saved."""
@@ -7456,7 +7436,6 @@ class _HttpClientStream(ClientStream):
         if facts.get("method") != self._info.name or types != {"state": str, "call": str, "skip": int}:
             raise RpcError("ProtocolError", f"resume: expected a token of {self._info.name}(), as session.token() gives it", "")
         self._leave()
-        self._waiting.clear()
         self._cursor, self._call_token = facts["state"].encode("latin-1", "replace"), facts["call"].encode("latin-1", "replace")
         for left in range(facts["skip"], 0, -1):
             if self._advance(_PLAIN_TICK, left) is None:
@@ -7465,7 +7444,6 @@ class _HttpClientStream(ClientStream):
     def close(self) -> None:
         """Nothing to tell the server: it keeps nothing of a stream between turns."""
         self.done = True
-        self._waiting.clear()
         self._leave()
 
     def cancel(self) -> None:
@@ -7503,10 +7481,7 @@ def serve_pipe(
 ) -> Iterator[_P]:  # fmt: skip
     """Serve *implementation* in a thread of this process, over a pair of pipes, and give a proxy to it.
 
-    *ipc_validation* holds for both sides; default: every value.
-
-    Raises:
-        TypeError: The implementation does not fit the protocol.
+    *ipc_validation* holds for both sides; default: every value. ``TypeError``: the implementation does not fit the protocol.
     """
     server = RpcServer(protocol, implementation, ipc_validation=ipc_validation)
     client, serving = make_pipe_pair()
@@ -7530,15 +7505,9 @@ def connect(
 ) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
     """Start a worker and give a proxy to it; on leaving, its stdin is closed and it is reaped.
 
-    Args:
-        protocol: The Protocol class.
-        cmd: Program and arguments; the program calls `run_server`.
-        stderr, stderr_logger: Where the worker's standard error goes; the logger is for ``StderrMode.PIPE``.
-        on_log, ipc_validation: As everywhere.
-        timeout: Seconds per call or turn; a worker that is deaf for longer is terminated.
-
-    Raises:
-        TransportError: On entering: the program cannot be started; from a call: it has died.
+    *cmd* is a program that calls `run_server`, with its arguments; one that is deaf for longer than *timeout* is terminated.
+    *stderr* says where its standard error goes, *stderr_logger* is for ``StderrMode.PIPE``. Raises `TransportError`, on
+    entering when the program cannot be started, from a call when it has died.
     """
     dial = functools.partial(SubprocessTransport, cmd, stderr=stderr, stderr_logger=stderr_logger)
     return _connected(dial, protocol, on_log, timeout, ipc_validation)
@@ -7555,15 +7524,11 @@ def tcp_connect(
     server_hostname: str | None = None, on_log: ClientLog | None = None, timeout: float | None = None,
     ipc_validation: IpcValidation = IpcValidation.FULL,
 ) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
-    """Connect over TCP and give a proxy.
+    """Connect over TCP and give a proxy; on entering raises `TransportError` when nobody listens there, or TLS fails.
 
     With *tls_context*, a client-side context of the standard library's ``ssl``, over TLS; the certificate must be for
     *server_hostname*, by default for *host*. *connect_timeout* is in seconds.
-
-    Raises:
-        TransportError: On entering: nobody listens there, or TLS fails.
     """
-
     def dial() -> Transport:
         connected = connect_tcp_socket(host, port, connect_timeout, tls_context, server_hostname)
         return Transport(SocketChannel(connected), TransportKind.TCP, f"{host}:{port}")
@@ -7578,7 +7543,7 @@ def _http_client(
     if base_url is None:
         raise ValueError("expected a base URL or a client")
     target = HttpTarget.parse(base_url)
-    path = target.prefix + ("/" + prefix.strip("/") if prefix and prefix.strip("/") else "")
+    path = f"{target.prefix}/{(prefix or '').strip('/')}".rstrip("/")
     return HttpClient(HttpConnections(target, tls), path, **options)
 
 def http_connect(
@@ -7590,20 +7555,14 @@ def http_connect(
     """Connect over HTTP and give a proxy, which several threads may use.
 
     Args:
-        protocol: The Protocol class.
-        base_url: ``http(s)://host[:port][/prefix]``.
-        prefix: Further path, if it is not part of the URL.
+        base_url: ``http(s)://host[:port][/prefix]``; *prefix* is further path. ``ValueError`` on entering when it is no URL.
         client: What `make_sync_client` gives, instead of a URL.
         headers: Further headers, such as ``{"Authorization": "Bearer …"}``, or a function that gives them for each request.
-        on_log, timeout, ipc_validation: As everywhere.
         tls_context: For https; default ``ssl.create_default_context()``.
         compression_level: 1 to 9; ``None`` neither compresses nor asks for compressed answers.
         accepted_max_response_bytes: Largest answer, decoded; a larger one is refused by the server or here.
 
-    Raises:
-        ValueError: On entering: not a URL.
-        TransportError: From the first call: nobody answers there.
-        AuthenticationError: From a call: 401.
+    A call raises `TransportError` when nobody answers there, `AuthenticationError` for a 401.
     """
     options = {"headers": headers, "compression_level": compression_level, "max_response_bytes": accepted_max_response_bytes}
     dial = functools.partial(_http_client, base_url, prefix, client, tls_context, **options)
@@ -7656,10 +7615,9 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     fit the protocol, ``SystemExit`` when the command line is wrong or asks for help.
     """
     import argparse
-    if isinstance(protocol_or_server, RpcServer):
-        server = protocol_or_server
-    else:
-        server = RpcServer(protocol_or_server, implementation if implementation is not None else protocol_or_server())
+    server = protocol_or_server
+    if not isinstance(server, RpcServer):
+        server = RpcServer(server, implementation if implementation is not None else server())
     parser = argparse.ArgumentParser(description=f"Serves {server.protocol_name} (vgi_rpc {__version__}).")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--http", action="store_true", help="serve HTTP; prints PORT:<n>")
