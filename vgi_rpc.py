@@ -5639,7 +5639,6 @@ def _decoded_body(headers: Mapping[str, str], read: Callable[[], _Buffer], limit
 @functools.lru_cache(maxsize=256)
 def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
     """Choose the coding of an answer: (coding or empty, header that names it, whether to leave it out is as welcome).
-
     The client's order decides; its private header (``None`` when absent) beats the standard one, and a coding named only
     there is named in the private answer header. ``identity`` first, or ``q=0``, means none; anywhere else it says that an
     answer may stay as it is where coding it is not worth the time.
@@ -5680,6 +5679,7 @@ def _internal_error(request_id: str) -> HttpResponse:
 
 
 _MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and the size of their cursors
+_IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
 
 class _OpenedCall(NamedTuple):
     """The half of a stream's state that never changes, as it was sealed at init."""
@@ -5689,8 +5689,6 @@ class _OpenedCall(NamedTuple):
     call_state: bytes
     stream_id: str
     limit: int | None
-
-_IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
 
 class _StreamAnswer(NamedTuple):
     """What the turns of one answer have in common."""
@@ -5709,7 +5707,7 @@ class HttpApp:
         self.server, self.options = server, options or HttpOptions()
         keys = self.options.keys()
         self._own_key = not keys
-        if not keys:
+        if self._own_key:
             logger.warning(
                 "no token key: a random one is used, so streams do not survive a restart and other processes cannot go on "
                 "with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere"
@@ -5811,15 +5809,14 @@ class HttpApp:
 
     # -- everything that is not a call
     def _not_found(self, request: HttpRequest) -> HttpResponse:
-        page = _not_found_page(self, request)
-        return page or json_response(404, {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"})
+        facts = {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"}
+        return _not_found_page(self, request) or json_response(404, facts)
 
     def _health(self, request: HttpRequest) -> HttpResponse:
         if request.method not in ("GET", "HEAD"):
             return _method_not_allowed("GET, HEAD, OPTIONS")
-        status = "draining" if self.server.draining else "ok"
-        facts = {"status": status, "server_id": self.server.server_id, "protocol": self.server.protocol_name}
-        return json_response(200, facts, [("Cache-Control", "no-store")])
+        facts = {"status": "draining" if self.server.draining else "ok", "server_id": self.server.server_id}
+        return json_response(200, {**facts, "protocol": self.server.protocol_name}, [("Cache-Control", "no-store")])
 
 
 
@@ -6082,18 +6079,16 @@ class HttpApp:
         token = metadata.get(CALL_STATE_KEY, b"")
         cache_key = (binding, call_id, token)
         with self._lock:
-            opened = self._opened.get(cache_key)
-            if opened is not None:
-                self._opened.move_to_end(cache_key)
+            opened = self._opened.pop(cache_key, None)
         if opened is None:
             content = self.sealer.open(b"call", (*binding, call_id), token, aged=False)
             _, output, input_, call_state, stream_id, limit = unpack_parts(content, 6)
             schemas = _schema_from_bytes(output), _schema_from_bytes(input_)
             opened = _OpenedCall(call_id, *schemas, call_state, stream_id.decode(), int(limit) if limit else None)
-            with self._lock:
-                self._opened[cache_key] = opened
-                while len(self._opened) > self.options.call_state_cache_entries:
-                    self._opened.popitem(last=False)
+        with self._lock:  # back as the youngest
+            self._opened[cache_key] = opened
+            while len(self._opened) > self.options.call_state_cache_entries:
+                self._opened.popitem(last=False)
         if len(index) != 1 or index[0] >= len(bound.state_types):
             raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had other states
         return opened, state if isinstance(state, StreamState) else index + state
@@ -6254,7 +6249,6 @@ def parse_http_head(raw: bytes) -> HttpHead:
 
 def read_http_head(channel: ByteChannel) -> HttpHead | None:
     """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
-
     Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken.
     """
     raw = channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
@@ -6268,7 +6262,6 @@ def read_http_head(channel: ByteChannel) -> HttpHead | None:
 
 def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Iterator[bytes]:
     """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped.
-
     Raises `ProtocolError` for wrong framing, `RequestTooLargeError` beyond *limit* bytes, which *rule* names.
     """
     total = 0
@@ -6321,10 +6314,9 @@ class _HttpConnection:
             logger.info("connection from %s ended early: %s", self._remote, exc.error_message)
 
     def _wait_for_request(self) -> bool:
-        channel = self._channel
-        channel.gap, channel.deadline = None, time.monotonic() + self._wait
+        self._channel.gap, self._channel.deadline = None, time.monotonic() + self._wait
         try:
-            return bool(channel.peek()) or channel._fill()
+            return bool(self._channel.peek()) or self._channel._fill()
         except (TransportError, DeadlineExceededError):
             return False  # between two requests, leaving is nobody's fault
 
@@ -6342,8 +6334,8 @@ class _HttpConnection:
                 return False
             request = self._request(head, started + options.request_deadline)
         except ProtocolError as exc:
-            response = json_response(exc.http_status, {"error": "bad_request", "detail": str(exc)})
-            response.headers += [(REQUEST_ID_HEADER, new_request_id()), *self._app._capabilities]
+            further = [(REQUEST_ID_HEADER, new_request_id()), *self._app._capabilities]
+            response = json_response(exc.http_status, {"error": "bad_request", "detail": str(exc)}, further)
             self._send(response, head.start[0] if head else "GET", keep=False)
             return False
         if self._only_health and not request.path.endswith("/health"):
@@ -6374,8 +6366,8 @@ class _HttpConnection:
         """Check what RFC 9112 asks of a request's head, and set up the reading of its body."""
         (method, target, version), headers = head.start, head.headers
         if version not in ("HTTP/1.1", "HTTP/1.0"):
-            known = re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version)
-            raise _protocol_error(f"expected HTTP/1.1, got {version[:40]!r}", 505 if known else 400)
+            status = 505 if re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version) else 400
+            raise _protocol_error(f"expected HTTP/1.1, got {version[:40]!r}", status)
         if not re.fullmatch(r"[A-Z]{1,20}", method):
             raise ProtocolError(f"not a method: {method[:40]!r}")
         if not target.startswith("/") and (target, method) != ("*", "OPTIONS"):
@@ -6404,9 +6396,8 @@ class _HttpConnection:
 
 
     def _read_body(self, head: HttpHead, deadline: float, limit: int) -> bytes:
-        channel = self._channel
+        channel, chunked = self._channel, "transfer-encoding" in head.headers
         channel.deadline = deadline
-        chunked = "transfer-encoding" in head.headers
         size = 0 if chunked else _content_length(head.headers.get("content-length", ""), limit)
         if head.headers.get("expect", "").lower() == "100-continue":
             channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
@@ -6457,8 +6448,7 @@ _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 
 class HttpServing:
     """An HTTP server on a bound socket (`port`): a thread per connection, a cap on them, a clean stop; raises ``OSError``."""
     def __init__(self, app: HttpApp, host: str, port: int, options: HttpServeOptions | None = None) -> None:
-        self.app, self.host = app, host
-        self.options = options or HttpServeOptions()
+        self.app, self.host, self.options = app, host, options or HttpServeOptions()
         app.scheme = "https" if self.options.tls_context is not None else "http"
         listening = listen_tcp(host, port)
         self.port = listening.getsockname()[1]
@@ -6724,7 +6714,7 @@ def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], call
 def _post_json(app: HttpApp, path: list[str], body: bytes, caller: Caller, request: HttpRequest, own_id: str) -> HttpResponse:
     """Answer a call in JSON: ``{"result": …}``, the rows of a producer as NDJSON, or the token that begins an exchange."""
     if app.options.max_request_bytes is None and len(body) > _JSON_MAX_REQUEST_BYTES:
-        raise _too_large(_JSON_MAX_REQUEST_BYTES, len(body), "of JSON")
+        raise RequestTooLargeError(f"request body: expected at most {_JSON_MAX_REQUEST_BYTES} bytes of JSON, got {len(body)}")
     bound = app.server.method(app.server.service(path[0]), path[1])
     if len(path) > 2:
         app._bound((path[0], path[1]), MethodType.STREAM, f"post without /{path[2]}")
@@ -6735,8 +6725,7 @@ def _post_json(app: HttpApp, path: list[str], body: bytes, caller: Caller, reque
     arguments = _json_arguments(bound.info, _parse_json(body))
     call = app.server.open_call(bound, caller, None, own_id)
     call.record.request_schema, call.record.request_rows = bound.info.params_schema, 1
-    call.record.http["request_bytes"] = len(body)
-    answers = _call_json(app, call, arguments)
+    call.record.http["request_bytes"], answers = len(body), _call_json(app, call, arguments)
     first = next(answers)
     if first.status != 200 or call.stream is None or not call.stream.is_producer:
         return first
@@ -6917,7 +6906,9 @@ class HttpBody(ByteChannel):
         self._at += len(piece)
         return len(piece)
 
+_BUDGET_RULE = "accepted_max_response_bytes"
 _HeaderList = Sequence[tuple[str, str]]
+Headers = Mapping[str, str] | Callable[[], Mapping[str, str]]
 
 class HttpSender:
     """Sends one HTTP request and returns its answer: over sockets (`HttpConnections`), or into an app (`SyncClient`)."""
@@ -6985,15 +6976,12 @@ def _environment_proxy(scheme: str, netloc: str, host: str) -> tuple[str, int, s
     credentials = "Basic " + base64.b64encode(pair.encode()).decode() if parts.username is not None else ""
     return parts.hostname, parts.port or 80, credentials
 
-_BUDGET_RULE = "accepted_max_response_bytes"
-
 class _NotSent(Exception):
     """The connection was closed before the whole request was handed over, and not a byte came back."""
 
 
 class HttpConnections(HttpSender):
     """Kept-alive connections to one server; safe for use by several threads, each call on a connection of its own.
-
     For https *tls_context* defaults to ``ssl.create_default_context()``; *connect_timeout* is in seconds.
     """
 
@@ -7185,15 +7173,12 @@ class SyncClient(HttpSender):
         shown = _decoded_body(answered, lambda: cast("bytes", given), limit) if whole else HttpBody(cast("Iterator[bytes]", given))
         return HttpReply(response.status, answered, shown)
 
-Headers = Mapping[str, str] | Callable[[], Mapping[str, str]]
-
 def _over_budget(exc: ResponseTooLargeError) -> RpcError:
     return RpcError("ResponseTooLargeError", str(exc), "", error_code=Code.RESOURCE_EXHAUSTED)
 
 
 class HttpClient(ClientChannel):
     """The HTTP implementation of a `ClientChannel`; safe for use by several threads.
-
     The arguments are those of `http_connect`; *max_response_bytes* ``None`` stands for the largest that the wire knows.
     """
 
@@ -7226,18 +7211,16 @@ class HttpClient(ClientChannel):
 
     def post(self, path: str, body: bytes, deadline: float | None, turns: int = 1) -> HttpReply:
         """Post Arrow, return an answer in Arrow; with several *turns* of a producer it may come piece by piece.
-
         Raises `AuthenticationError` for a 401, `TransportError` when no answer comes or one that is not Arrow, `RpcError` when
         the body or the answer is larger than the server or the budget allows.
         """
-        server = self.capabilities(deadline)
-        headers = [*self._fixed, *self._own_headers()]
+        server, headers = self.capabilities(deadline), [*self._fixed, *self._own_headers()]
         encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
         packed = compress_if_worth(body, encoding, self._level) if encoding and self._level is not None else None
         if packed is not None:
             body = packed
             headers.append(("Content-Encoding", encoding))
-        most, path = server.max_request_bytes, self._prefix + path
+        path, most = self._prefix + path, server.max_request_bytes
         if most is not None and len(body) > most:
             text = f"the server takes requests of at most {most} bytes, this one has {len(body)}"
             raise RpcError("RequestTooLargeError", text, "", error_code=Code.RESOURCE_EXHAUSTED)
@@ -7391,8 +7374,8 @@ class _HttpClientStream(ClientStream):
             raise TransportError(f"{self._info.name}(): expected a data batch, got a token and none")
 
     def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
-        if self._rest is not None and given.custom_metadata:
-            self._metadata = given.custom_metadata
+        if self._rest is not None:
+            self._metadata = given.custom_metadata or self._metadata
         return self._advance(given, 1)
 
     def next(self) -> AnnotatedBatch | None:
@@ -7628,9 +7611,9 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     parser.add_argument("--idle-timeout", type=float, metavar="SECONDS", help="end after so long without a connection")
     parser.add_argument("--access-log", metavar="PATH", help="append a JSON line per call; - is stderr")
     args = parser.parse_args()
+    idle = args.idle_timeout
     if args.access_log:
         configure_access_log(args.access_log, server)
-    idle = args.idle_timeout
     if args.http:
         serve_http(server, host=args.host, port=args.port, idle_timeout=idle, on_bound=lambda _, port: announce(f"PORT:{port}"))
     elif args.unix:
