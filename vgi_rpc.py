@@ -5884,6 +5884,12 @@ class HttpApp:
         arguments = read_arguments(bound.info, request)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
         call.record.http["request_bytes"] = len(body)
+        if kind is MethodType.UNARY:
+            try:
+                turn = call.begin(arguments)
+                return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
+            finally:
+                call.end()
         with contextlib.ExitStack() as ending:
             ending.callback(call.end)
             turn = call.begin(arguments)
@@ -6076,8 +6082,7 @@ class HttpApp:
             call_id, index, state = live[0], bytes([live[1]]), copy.copy(live[2])  # each turn has an object of its own
         else:
             call_id, index, state = unpack_parts(self.sealer.expand(*sealed), 3)
-        token = metadata.get(CALL_STATE_KEY, b"")
-        cache_key = (binding, call_id, token)
+        cache_key = (binding, call_id, token := metadata.get(CALL_STATE_KEY, b""))
         with self._lock:
             opened = self._opened.pop(cache_key, None)
         if opened is None:
@@ -6489,7 +6494,6 @@ def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **o
     HttpServing(HttpApp(server, chosen), host, port, serving).run()
 
 # What people and plain HTTP clients see of an `HttpApp`: calls in JSON on the URLs of the Arrow ones, and pages in HTML.
-
 _JSON_STATUS = {
     "CANCELLED": 499, "INVALID_ARGUMENT": 400, "DEADLINE_EXCEEDED": 504, "NOT_FOUND": 404, "ALREADY_EXISTS": 409,
     "ABORTED": 409, "PERMISSION_DENIED": 403, "RESOURCE_EXHAUSTED": 429, "FAILED_PRECONDITION": 400, "OUT_OF_RANGE": 400,
@@ -6802,12 +6806,10 @@ def _call_lines(app: HttpApp, request: HttpRequest) -> Iterator[str]:
     url = f"{app.scheme}://{known}{app.options.prefix}"
     for info in infos[:1]:
         values = {n: _example(_split_optional(a)[0]) for n, a in info.param_types.items() if n not in info.param_defaults}
-        words = [url, info.name]
-        words += [f"{n}={v}" if type(v) in (str, int, float) else f"{n}:={json.dumps(v)}" for n, v in values.items()]
+        words = [f"{n}={v}" if type(v) in (str, int, float) else f"{n}:={json.dumps(v)}" for n, v in values.items()]
         asks = app.options.authenticate is not None
-        bearer = " --bearer-file TOKEN_FILE" if asks else ""
-        lines = {"Command line": f"python {file} call {shlex.join(words)}{bearer}"}
-        header = ", headers={'Authorization': f'Bearer {token}'}" if asks else ""
+        bearer, header = (" --bearer-file TOKEN_FILE", ", headers={'Authorization': f'Bearer {token}'}") if asks else ("", "")
+        lines = {"Command line": f"python {file} call {shlex.join([url, info.name, *words])}{bearer}"}
         call = f"proxy.{info.name}({', '.join(f'{n}={v!r}' for n, v in values.items())})"
         dial = f"{file.removesuffix('.py')}.http_connect({service.protocol.__name__}, {url!r}{header})"
         lines["Python"] = f"with {dial} as proxy: print({call})"
@@ -7053,8 +7055,7 @@ class HttpConnections(HttpSender):
             lines[0] = f"{method} http://{target.authority}{path} HTTP/1.1"
             lines += [f"Proxy-Authorization: {target.proxy[2]}"] if target.proxy[2] else []
         lines += [f"{name}: {value}" for name, value in headers]
-        if body or method == "POST":
-            lines.append(f"Content-Length: {len(body)}")
+        lines += [f"Content-Length: {len(body)}"] if body or method == "POST" else []
         if any(c in line for line in lines for c in "\r\n\0"):
             raise ValueError("a header contains a line break")
         return [("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"), body]
