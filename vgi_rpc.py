@@ -4934,11 +4934,9 @@ def serve_tcp(server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, thre
 # authentication, tokens. Above it a strict HTTP/1.1 reader: what the grammar does not allow is refused and the connection
 # closed, so that no proxy in front can read a message differently than we do.
 
-
 @dataclass
 class HttpRequest:
     """A request as `HttpApp` and ``authenticate`` callbacks see it."""
-
     method: str  # GET, POST …
     path: str  # as it came: not decoded, without the query
     headers: Mapping[str, str]  # by lower-case name; the values of a repeated one are joined by ", "
@@ -4952,26 +4950,21 @@ class HttpRequest:
         """Return a header's value by its name in any case."""
         return self.headers.get(name.lower(), default)
 
-
 @dataclass
 class HttpResponse:
     """A response: the shells add nothing but framing, ``Date`` and ``Connection``."""
-
     status: int
     headers: list[tuple[str, str]] = field(default_factory=list)
     body: bytes | Iterator[bytes] = b""  # a generator's pieces are sent as they come; it is closed when the client leaves
     close: bool = False  # the connection must not be used again
 
-
 Authenticate = Callable[[HttpRequest], AuthContext]
-
 
 def bearer_authenticate(*, validate: Callable[[str], AuthContext]) -> Authenticate:
     """Return a callback that hands the bearer token of ``Authorization`` to *validate*.
 
     *validate* returns who it is, or raises ``ValueError``; let it compare secrets with ``hmac.compare_digest``.
     """
-
     def authenticate(request: HttpRequest) -> AuthContext:
         scheme, _, token = (request.get_header("authorization") or "").partition(" ")
         if scheme.lower() != "bearer":
@@ -4988,13 +4981,10 @@ def bearer_authenticate_static(*, tokens: Mapping[str, AuthContext]) -> Authenti
     known = [(token.encode(), auth) for token, auth in tokens.items()]
 
     def validate(token: str) -> AuthContext:
-        found = None
-        for secret, auth in known:
-            if hmac.compare_digest(secret, token.encode()):
-                found = auth
-        if found is None:
+        found = [auth for secret, auth in known if hmac.compare_digest(secret, token.encode())]
+        if not found:
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "unknown bearer token")
-        return found
+        return found[0]
 
     return bearer_authenticate(validate=validate)
 
@@ -5017,15 +5007,13 @@ def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
                 refusal = exc if refusal is None or not missing else refusal
         raise cast("ValueError", refusal)
 
-    challenges = (getattr(one, "challenge", "") for one in authenticators)
-    authenticate.challenge = next(filter(None, challenges), "")  # type: ignore[attr-defined]
+    authenticate.challenge = next(filter(None, (getattr(one, "challenge", "") for one in authenticators)), "")  # type: ignore
     return authenticate
 
 
 @dataclass
 class HttpOptions:
     """What an HTTP server can be told; `make_wsgi_app`, `serve_http` and `make_sync_client` take these as keywords."""
-
     prefix: str = ""  # path under which everything is served, such as /api
     # Key of the state tokens (16 bytes or more), or several: the first signs. By default VGI_RPC_TOKEN_KEY, else random.
     token_key: bytes | str | Sequence[bytes] | None = None
@@ -5049,28 +5037,17 @@ class HttpOptions:
             if value is not None and (not isinstance(value, int) or value <= 0):
                 raise ValueError(f"{name}: expected a positive integer or None, got {value!r}")
 
-    @property
-    def has_key(self) -> bool:
-        """Whether a key of the tokens was given, here or in the environment."""
-        return bool(self.token_key if self.token_key is not None else os.environ.get("VGI_RPC_TOKEN_KEY"))
-
     def keys(self) -> list[bytes]:
-        """The keys of the tokens: given, from the environment, or random with a warning."""
+        """The keys of the tokens as given, here or in the environment; empty when there are none."""
         given = self.token_key if self.token_key is not None else os.environ.get("VGI_RPC_TOKEN_KEY")
         if not given:
-            logger.warning(
-                "no token key: a random one is used, so streams do not survive a restart and other processes cannot go on "
-                "with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere"
-            )
-            return [os.urandom(32)]
+            return []
         if isinstance(given, str):
-            return [k.strip().encode() for k in given.split(",") if k.strip()]
+            return [k.strip().encode() for k in given.split(",") if k.strip()] or [b""]  # refused: it holds no key
         return [bytes(given)] if isinstance(given, (bytes, bytearray)) else [bytes(k) for k in given]
-
 
 def _takes_options(*kinds: type) -> Callable[[_Function], _Function]:
     """Give a function that takes ``**options`` the signature in which each option of *kinds* is a keyword."""
-
     def mark(function: _Function) -> _Function:
         signature = inspect.signature(function)
         kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -5112,22 +5089,23 @@ def compress_if_worth(body: bytes, encoding: str, level: int) -> bytes | None:
     packed = compress_body(body, encoding, level)
     return packed if len(packed) < _WORTH * size else None
 
+
+
 def decompress_body(body: _Buffer, encoding: str, limit: int) -> bytes:
     """Decode a body to at most *limit* bytes; raises `IPCError` or `RequestTooLargeError`."""
-    return zstd_decompress(body, limit) if encoding == "zstd" else gzip_decompress(body, limit)
+    return (zstd_decompress if encoding == "zstd" else gzip_decompress)(body, limit)
 
 def _decoded_body(headers: Mapping[str, str], read: Callable[[], _Buffer], limit: int) -> _Buffer:
     """Read a body and undo the coding that its headers name (our private header first); one we do not know is a 415."""
     encoding = (headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding") or "identity").strip().lower()
     if encoding != "identity" and encoding not in supported_encodings():
-        known = ", ".join(supported_encodings())
-        raise _protocol_error(f"Content-Encoding: expected one of {known}, got {encoding[:60]!r}", 415)
+        text = f"Content-Encoding: expected one of {', '.join(supported_encodings())}, got {encoding[:60]!r}"
+        raise _protocol_error(text, 415)
     return read() if encoding == "identity" else decompress_body(read(), encoding, limit)
 
 @functools.lru_cache(maxsize=256)
 def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
     """Choose the coding of an answer: (coding or empty, header that names it, whether to leave it out is as welcome).
-
     The client's order decides; its private header (``None`` when absent) beats the standard one, and a coding named only
     there is named in the private answer header. ``identity`` first, or ``q=0``, means none; anywhere else it says that an
     answer may stay as it is where coding it is not worth the time.
@@ -5150,13 +5128,8 @@ def _protocol_error(text: str, status: int, code: Code = Code.INVALID_ARGUMENT) 
     exc.http_status, exc.error_code = status, code
     return exc
 
-
 class _HttpFailure(Exception):
-    """Ends the handling of a request with a response that is not Arrow."""
-
-    def __init__(self, response: HttpResponse) -> None:
-        super().__init__(response.status)
-        self.response = response
+    """Ends the handling of a request with its argument, a response that is not Arrow."""
 
 def json_response(status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> HttpResponse:
     """Return a response with *value* as compact JSON."""
@@ -5171,16 +5144,12 @@ def _internal_error(request_id: str) -> HttpResponse:
     return json_response(500, {"error": "internal_error", "request_id": request_id})
 
 
-_Path = tuple[str, str]  # protocol and method, as the URL names them
-_Started = tuple[Call, dict[str, Any], Request]  # a call, its arguments, and what it was read from
-
 
 _MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and the size of their cursors
-
+_IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
 
 class _OpenedCall(NamedTuple):
     """The half of a stream's state that never changes, as it was sealed at init."""
-
     call_id: bytes
     output_schema: pa.Schema
     input_schema: pa.Schema
@@ -5188,12 +5157,8 @@ class _OpenedCall(NamedTuple):
     stream_id: str
     limit: int | None
 
-
-_IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
-
 class _StreamAnswer(NamedTuple):
     """What the turns of one answer have in common."""
-
     call: Call
     call_id: bytes
     given: AnnotatedBatch  # what each of them is served on
@@ -5203,13 +5168,18 @@ class _StreamAnswer(NamedTuple):
 
 class HttpApp:
     """Answers requests for a server; safe for use by several threads. Made by `make_wsgi_app` and `serve_http`."""
-
     scheme = "http"  # of the URLs that pages show
 
     def __init__(self, server: ServerCore, options: HttpOptions | None = None) -> None:
         self.server, self.options = server, options or HttpOptions()
-        self.sealer = TokenSealer(self.options.keys(), self.options.token_ttl)
-        self._own_key = not self.options.has_key
+        keys = self.options.keys()
+        self._own_key = not keys
+        if self._own_key:
+            logger.warning(
+                "no token key: a random one is used, so streams do not survive a restart and other processes cannot go on "
+                "with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere"
+            )
+        self.sealer = TokenSealer(keys or [os.urandom(32)], self.options.token_ttl)
         self._limit = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
         self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
         self._live: OrderedDict[bytes, tuple[bytes, int, StreamState]] = OrderedDict()  # by the cursor that holds the same
@@ -5226,19 +5196,15 @@ class HttpApp:
         return headers + [(name, str(size)) for name, size in sizes if size is not None]
 
     # -- one request
-
     def __call__(self, request: HttpRequest) -> HttpResponse:
         """Answer *request*; never raises."""
         request_id = clean_request_id(request.get_header(REQUEST_ID_HEADER)) or new_request_id()
         try:
             response = self._route(request, request_id)
         except _HttpFailure as exc:
-            response = exc.response
+            response = cast("HttpResponse", exc.args[0])
         except (_Refusal, StatusError) as exc:
-            if _json_type(self, request):
-                response = _json_failure(self, exc, request_id)
-            else:
-                response = self._arrow_error(exc, request_id, getattr(exc, "http_status", 200))
+            response = (_json_failure if _json_type(self, request) else _arrow_failure)(self, exc, request_id)
         except (TransportError, DeadlineExceededError) as exc:  # while the body was read
             response = json_response(408, {"error": "request_timeout", "detail": exc.error_message})
             response.close = True
@@ -5254,18 +5220,16 @@ class HttpApp:
             return []
         everyone = "*" in allowed
         exposed = ["WWW-Authenticate", REQUEST_ID_HEADER, CONTENT_ENCODING_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER]
-        exposed += [name for name, _ in self._capabilities]
-        headers = [("Access-Control-Expose-Headers", ", ".join(exposed))]
-        headers.append(("Access-Control-Allow-Origin", "*" if everyone else origin))
+        names = ", ".join([*exposed, *dict(self._capabilities)])
+        headers = [("Access-Control-Expose-Headers", names), ("Access-Control-Allow-Origin", "*" if everyone else origin)]
         return headers if everyone else [*headers, ("Vary", "Origin")]
 
     def _preflight(self, request: HttpRequest) -> HttpResponse:
         headers = [("Allow", "GET, HEAD, POST, OPTIONS"), ("Cache-Control", "public, max-age=300"), ("Content-Type", "text/plain")]
         if self._cors_headers(request) and request.get_header("access-control-request-method"):
             asked = request.get_header("access-control-request-headers") or "Content-Type"
-            headers.append(("Access-Control-Allow-Methods", "GET, POST, OPTIONS"))
+            headers += [("Access-Control-Allow-Methods", "GET, POST, OPTIONS"), ("Access-Control-Max-Age", "7200")]
             headers.append(("Access-Control-Allow-Headers", re.sub(r"[^A-Za-z0-9_, -]", "", asked)))
-            headers.append(("Access-Control-Max-Age", "7200"))
         return HttpResponse(200, headers)
 
     def _route(self, request: HttpRequest, request_id: str) -> HttpResponse:
@@ -5281,7 +5245,11 @@ class HttpApp:
             return self._not_found(request)
         segments = path[1:].split("/")
         if request.method in ("GET", "HEAD"):
-            return _page_at(self, request, request_id, segments) or self._get(request, segments)
+            service = self.server.services.get(segments[0])
+            call = service is not None and "".join(segments[1:2]) in service.methods
+            if call and segments[2:] in ([], ["init"], ["exchange"]):
+                return _method_not_allowed("POST")
+            return _page_at(self, request, request_id, segments) or self._not_found(request)
         if not segments[0] or not (len(segments) == 2 or (len(segments) == 3 and segments[2] in ("init", "exchange"))):
             return self._not_found(request)
         if request.method != "POST":
@@ -5291,8 +5259,7 @@ class HttpApp:
     def _post(self, request: HttpRequest, request_id: str, caller: Caller, segments: list[str]) -> HttpResponse:
         if segments[0].startswith("__"):
             self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
-        content_type = request.get_header("content-type") or ""
-        in_json = bool(_json_type(self, request))
+        content_type, in_json = request.get_header("content-type") or "", bool(_json_type(self, request))
         if not in_json and content_type.strip().lower() != ARROW_CONTENT_TYPE:
             raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
         self.server.refuse_if_draining()
@@ -5300,37 +5267,36 @@ class HttpApp:
         if request.multiprocess and self._own_key and len(segments) == 3:
             text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
             raise _protocol_error(text, 500, Code.FAILED_PRECONDITION)
-        body = self._body(request)
+        body = cast("bytes", _decoded_body(request.headers, lambda: request.read_body(self._limit), self._limit))
         if in_json:
             return _post_json(self, segments, body, caller, request, request_id)
-        handler = {2: self._unary, 3: self._init if segments[-1] == "init" else self._exchange}[len(segments)]
         with self.server:
-            return handler((segments[0], segments[1]), body, caller, request, request_id)
+            handler = self._exchange if segments[2:] == ["exchange"] else self._start
+            return handler(segments, body, caller, request, request_id)
 
     # -- everything that is not a call
-
     def _not_found(self, request: HttpRequest) -> HttpResponse:
-        page = _not_found_page(self, request)
-        return page or json_response(404, {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"})
+        facts = {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"}
+        return _not_found_page(self, request) or json_response(404, facts)
 
     def _health(self, request: HttpRequest) -> HttpResponse:
         if request.method not in ("GET", "HEAD"):
             return _method_not_allowed("GET, HEAD, OPTIONS")
-        status = "draining" if self.server.draining else "ok"
-        facts = {"status": status, "server_id": self.server.server_id, "protocol": self.server.protocol_name}
-        return json_response(200, facts, [("Cache-Control", "no-store")])
+        facts = {"status": "draining" if self.server.draining else "ok", "server_id": self.server.server_id}
+        return json_response(200, {**facts, "protocol": self.server.protocol_name}, [("Cache-Control", "no-store")])
 
-    def _get(self, request: HttpRequest, segments: list[str]) -> HttpResponse:
-        service, action = self.server.services.get(segments[0]), segments[2:]
-        if service is not None and action in ([], ["init"], ["exchange"]) and "".join(segments[1:2]) in service.methods:
-            return _method_not_allowed("POST")
-        return self._not_found(request)
+
 
     # -- who calls, and what they sent
-
     def _caller(self, request: HttpRequest, request_id: str) -> Caller:
         auth = self._authenticated(request, request_id)
-        limit = self._response_limit(request)
+        name, low, high = ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
+        given, limit = request.get_header(name), self.options.max_response_bytes
+        if given is not None:
+            fits = re.fullmatch("[1-9][0-9]{0,15}", given) and low <= int(given) <= high
+            if name.lower() in request.repeated or not fits:
+                raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
+            limit = _smallest(int(given), limit)
         metadata = {k.decode(): request.headers[k.decode()] for k in TRACE_KEYS if k.decode() in request.headers}
         return Caller(TransportKind.HTTP, auth, request.remote_addr, metadata, request.gone, limit)
 
@@ -5354,74 +5320,51 @@ class HttpApp:
         challenge = getattr(self.options.authenticate, "challenge", "") or "Bearer"
         headers = [(AUTH_REASON_HEADER, reason.value), ("Cache-Control", "no-store"), ("WWW-Authenticate", challenge)]
         if "text/html" in (request.get_header("accept") or ""):
-            import html
-
-            page = f"<!doctype html><title>401</title><h1>401 Unauthorized</h1><p>{html.escape(f'{reason}: {detail}')}</p>"
+            page = f"<!doctype html><title>401</title><h1>401 Unauthorized</h1><p>{_text(f'{reason}: {detail}')}</p>"
             return HttpResponse(401, [("Content-Type", "text/html; charset=utf-8"), *headers], page.encode())
         return json_response(401, {"error": "unauthorized", "reason": reason.value, "detail": detail}, headers)
 
-    def _response_limit(self, request: HttpRequest) -> int | None:
-        """The smallest of the client's budget and our own cap; a budget that is not one is refused."""
-        name = ACCEPT_MAX_RESPONSE_BYTES_HEADER
-        given, own = request.get_header(name), self.options.max_response_bytes
-        if given is None:
-            return own
-        low, high = MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
-        if name.lower() in request.repeated or not re.fullmatch("[1-9][0-9]{0,15}", given) or not low <= int(given) <= high:
-            raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
-        return _smallest(int(given), own)
 
-    def _body(self, request: HttpRequest) -> bytes:
-        """Read and decode the body, within the limit before and after decoding."""
-        return cast("bytes", _decoded_body(request.headers, lambda: request.read_body(self._limit), self._limit))
 
     # -- calls
-
     def _reader(self, source: BufferSource) -> IpcReader:
         try:
             return IpcReader(source, IpcLimits(self._limit, self.options.max_rows), self.server.ipc_validation)
         except EOFError:
             raise IPCError("request: expected an Arrow IPC stream, got an empty body") from None
 
-    def _bound(self, path: _Path, kind: MethodType, hint: str) -> BoundMethod:
+    def _bound(self, path: Sequence[str], kind: MethodType, hint: str) -> BoundMethod:
         """The method that a path names; *hint* says where to post instead when it is of the other kind."""
         bound = self.server.method(self.server.service(path[0]), path[1])
         if bound.info.method_type is not kind:
             raise ProtocolError(f"{path[1]}() is {'' if kind is MethodType.UNARY else 'not '}a stream; {hint}")
         return bound
 
-    def _open(self, path: _Path, body: bytes, caller: Caller, request_id: str, kind: MethodType) -> _Started:
-        """Read a request that starts a call, resolve it, and decode its arguments."""
-        bound = self._bound(path, kind, "post to its /init" if kind is MethodType.UNARY else "post without /init")
-        source = BufferSource(body)
+    def _start(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
+        """Serve a unary call, or the start of a stream (its path ends with init)."""
+        hint, kind = ("post without /init", MethodType.STREAM) if path[2:] else ("post to its /init", MethodType.UNARY)
+        bound, source = self._bound(path, kind, hint), BufferSource(body)
         request = Request(self._reader(source))
         if source.left:
             raise IPCError(f"request: {source.left} bytes after the end of the stream")
-        self.server.resolve(request, path)
+        self.server.resolve(request, (path[0], path[1]))
         arguments = read_arguments(bound.info, request)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
         call.record.http["request_bytes"] = len(body)
-        return call, arguments, request
-
-    def _unary(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
-        call, arguments, _ = self._open(path, body, caller, request_id, MethodType.UNARY)
-        try:
-            turn = call.begin(arguments)
-            return self._respond(call, request, stream_bytes(turn.schema, turn.items), turn)
-        finally:
-            call.end()
-
-    def _init(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
-        call, arguments, _ = self._open(path, body, caller, request_id, MethodType.STREAM)
+        if kind is MethodType.UNARY:
+            try:
+                turn = call.begin(arguments)
+                return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
+            finally:
+                call.end()
         with contextlib.ExitStack() as ending:
             ending.callback(call.end)
             turn = call.begin(arguments)
             if call.stream is None:
-                return self._respond(call, request, stream_bytes(turn.schema, turn.items), turn)
+                return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
             header = stream_bytes(turn.schema, turn.items) if turn.items else b""
             turn, call_id, call_token = self._first_turn(call, call.stream)
-            answer = _StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token)
-            return self._respond_turns(answer, turn, request, ending)
+            return self._respond_turns(_StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token), turn, http, ending)
 
     def _first_turn(self, call: Call, stream: Stream[Any, Any]) -> tuple[Turn, bytes, bytes]:
         """Run a producer's first turn; return it with the call's id and token."""
@@ -5433,34 +5376,36 @@ class HttpApp:
         turn = call.turn(_PLAIN_TICK) if stream.is_producer else Turn(schema, call._logs(schema), False)
         return turn, call_id, call_token
 
-    def _exchange(self, path: _Path, body: bytes, caller: Caller, request: HttpRequest, request_id: str) -> HttpResponse:
-        bound = self._bound(path, MethodType.STREAM, "post without /exchange")
-        source = BufferSource(body)
+    def _exchange(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
+        """Serve one turn of a stream, or its end, from the tokens that come with the input."""
+        bound, source = self._bound(path, MethodType.STREAM, "post without /exchange"), BufferSource(body)
         reader = self._reader(source)
         item = reader.next()
         if item is None or reader.next_message() is not None or source.left:
-            got = "none" if item is None else "more"
-            raise ProtocolError(f"exchange: expected one batch and the end of the stream, got {got}")
+            raise ProtocolError(f"exchange: expected one batch and the end of the stream, got {'more' if item else 'none'}")
         batch, metadata = item[0], item[1] or {}
         opened, state = self._open_tokens(bound, caller.auth, metadata)
-        caller = dataclasses.replace(caller, response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
         own_id = clean_request_id(metadata.get(REQUEST_ID_KEY, b"").decode("latin-1"))
-        call = self.server.open_call(bound, caller, None, own_id or request_id)
+        call = self._go_on(bound, caller, opened, own_id or request_id)
         timeout = metadata.get(TIMEOUT_KEY, b"")
         if timeout.isdigit() and len(timeout) < 16:
             call.context.deadline = time.monotonic() + int(timeout) / 1000
-        call.record.stream_id, call.record.http["request_bytes"] = opened.stream_id, len(body)
+        call.record.http["request_bytes"] = len(body)
         ours = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY)
         shown = {k: v for k, v in metadata.items() if k not in ours}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
         with contextlib.ExitStack() as ending:
             ending.callback(call.end)
             turn = self._next_turn(call, opened, state, given, CANCEL_KEY in metadata)
-            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, request, ending)
+            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http, ending)
 
-    def _next_turn(
-        self, call: Call, opened: _OpenedCall, state: StreamState | bytes, given: AnnotatedBatch, cancel: bool
-    ) -> Turn:
+    def _go_on(self, bound: BoundMethod, caller: Caller, opened: _OpenedCall, request_id: str) -> Call:
+        limit = _smallest(caller.response_limit_bytes, opened.limit)
+        call = self.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, request_id)
+        call.record.stream_id = opened.stream_id
+        return call
+
+    def _next_turn(self, call: Call, opened: _OpenedCall, state: StreamState | bytes, given: AnnotatedBatch, cancel: bool) -> Turn:
         try:
             stream = self._revive(call, opened, state)
         except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer
@@ -5470,19 +5415,16 @@ class HttpApp:
             return Turn(stream.output_schema, call._logs(stream.output_schema), True)
         return call.turn(given)
 
-    def _respond_turns(
-        self, answer: _StreamAnswer, turn: Turn, request: HttpRequest, ending: contextlib.ExitStack
-    ) -> HttpResponse:
+    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, http: HttpRequest, ending: contextlib.ExitStack) -> HttpResponse:
         """Answer with a turn and, if the client takes several of a producer, with those that follow; then *ending* is theirs."""
-        call, asked = answer.call, request.get_header(MAX_TURNS_HEADER) or ""
+        call, asked = answer.call, http.get_header(MAX_TURNS_HEADER) or ""
         most = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
         if most == 1 or turn.finished or not cast("Stream[Any, Any]", call.stream).is_producer:
             turn = self._with_cursor(answer, turn)
-            return self._respond(call, request, answer.header + stream_bytes(turn.schema, turn.items), turn)
+            return self._respond(call, http, answer.header + stream_bytes(turn.schema, turn.items), turn)
         body = self._several(answer, turn, most, ending.pop_all())
         next(body)  # has taken over: from here on closing it ends the call
-        headers = [("Content-Type", ARROW_CONTENT_TYPE), ("X-Accel-Buffering", "no")]  # the latter is for nginx
-        return HttpResponse(200, headers, body)
+        return HttpResponse(200, [("Content-Type", ARROW_CONTENT_TYPE), ("X-Accel-Buffering", "no")], body)  # for nginx
 
     def _several(self, answer: _StreamAnswer, turn: Turn, most: int, ending: contextlib.ExitStack) -> Iterator[bytes]:
         """Yield nothing, then each turn as it is made, and the token at the end: within the budget, *most* and a time."""
@@ -5533,7 +5475,6 @@ class HttpApp:
         return lambda: content
 
     # -- the two halves of a stream's state
-
     @staticmethod
     def _binding(bound: BoundMethod, auth: AuthContext) -> tuple[bytes, ...]:
         who = (auth.domain or "", auth.principal or "") if auth.authenticated else ("", "")
@@ -5580,7 +5521,14 @@ class HttpApp:
             tokens = self._tokens(answer, self._state_content(answer, stream.state))
         except Exception as exc:
             return answer.call._failed(stream.output_schema, exc)
-        self._keep_live(tokens[STATE_KEY], (answer.call_id, answer.call.bound.state_types.index(type(stream.state)), stream.state))
+        # Kept, so that its next turn in this process need not read it back; only a state that is nothing but its serialised
+        # fields, as it cannot differ from what reading back would give.
+        cursor, state = tokens[STATE_KEY], stream.state
+        if len(cursor) <= _MAX_LIVE_BYTES and getattr(state, "__dict__", {}).keys() == dataclass_codec(type(state)).names:
+            with self._lock:
+                self._live[cursor] = answer.call_id, answer.call.bound.state_types.index(type(state)), state
+                if len(self._live) > _MAX_LIVE_STATES:
+                    self._live.popitem(last=False)
         items, at = list(turn.items), turn.data_index
         if not stream.is_producer and at is not None:
             items[at] = (items[at][0], {**(items[at][1] or {}), **tokens})
@@ -5588,22 +5536,10 @@ class HttpApp:
             items.append((empty_batch(stream.output_schema), tokens))
         return turn._replace(items=items)
 
-    def _keep_live(self, cursor: bytes, state: tuple[bytes, int, StreamState]) -> None:
-        """Keep a state that was just sealed, so that its next turn in this process need not read it back.
 
-        Only one that is nothing but its serialised fields: it cannot differ from what reading back would give.
-        """
-        if len(cursor) <= _MAX_LIVE_BYTES and getattr(state[2], "__dict__", {}).keys() == dataclass_codec(type(state[2])).names:
-            with self._lock:
-                self._live[cursor] = state
-                if len(self._live) > _MAX_LIVE_STATES:
-                    self._live.popitem(last=False)
 
     def _open_tokens(self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata) -> tuple[_OpenedCall, StreamState | bytes]:
-        """Open the cursor first, and the call half that belongs to the call id found inside it.
-
-        Return the call half and the state: the live one, or its index among the state types and its bytes.
-        """
+        """Open the cursor, then the call half whose id it holds; return that and the state: live, or its type's index and bytes."""
         binding, cursor = self._binding(bound, auth), metadata.get(STATE_KEY, b"")
         sealed = self.sealer.verify(b"state", binding, cursor)
         with self._lock:
@@ -5613,21 +5549,18 @@ class HttpApp:
             call_id, index, state = live[0], bytes([live[1]]), copy.copy(live[2])  # each turn has an object of its own
         else:
             call_id, index, state = unpack_parts(self.sealer.expand(*sealed), 3)
-        token = metadata.get(CALL_STATE_KEY, b"")
-        cache_key = (binding, call_id, token)
+        cache_key = (binding, call_id, token := metadata.get(CALL_STATE_KEY, b""))
         with self._lock:
-            opened = self._opened.get(cache_key)
-            if opened is not None:
-                self._opened.move_to_end(cache_key)
+            opened = self._opened.pop(cache_key, None)
         if opened is None:
             content = self.sealer.open(b"call", (*binding, call_id), token, aged=False)
             _, output, input_, call_state, stream_id, limit = unpack_parts(content, 6)
             schemas = _schema_from_bytes(output), _schema_from_bytes(input_)
             opened = _OpenedCall(call_id, *schemas, call_state, stream_id.decode(), int(limit) if limit else None)
-            with self._lock:
-                self._opened[cache_key] = opened
-                while len(self._opened) > self.options.call_state_cache_entries:
-                    self._opened.popitem(last=False)
+        with self._lock:  # back as the youngest
+            self._opened[cache_key] = opened
+            while len(self._opened) > self.options.call_state_cache_entries:
+                self._opened.popitem(last=False)
         if len(index) != 1 or index[0] >= len(bound.state_types):
             raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had other states
         return opened, state if isinstance(state, StreamState) else index + state
@@ -5650,15 +5583,10 @@ class HttpApp:
 
     # -- answers
 
-    def _arrow_error(self, exc: BaseException, request_id: str, status: int) -> HttpResponse:
-        body = stream_bytes(EMPTY_SCHEMA, [self.server.error_item(exc, EMPTY_SCHEMA, request_id)])
-        further = {200: [(RPC_ERROR_HEADER, "true")], 503: [("Retry-After", "1")]}.get(status, [])
-        return HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE), *further], body)
 
     @staticmethod
     def _too_large(call: Call, size: int, limit: int) -> bytes:
-        text = f"{call.record.method}(): the answer exceeds max_response_bytes ({size} > {limit})"
-        turn = call._failed(EMPTY_SCHEMA, ResponseTooLargeError(text))
+        turn = call._failed(EMPTY_SCHEMA, _answer_too_large(call, size, limit))
         return stream_bytes(turn.schema, turn.items)
 
     def _respond(self, call: Call, request: HttpRequest, body: bytes, turn: Turn) -> HttpResponse:
@@ -5666,11 +5594,9 @@ class HttpApp:
         limit, failed = call.context.response_limit_bytes, turn.error is not None
         if limit is not None and len(body) > limit:
             body, failed = self._too_large(call, len(body), limit), True
-        headers = [("Content-Type", ARROW_CONTENT_TYPE)]
-        if failed:
-            headers.append((RPC_ERROR_HEADER, "true"))
-        if self.options.compression_level is not None:
-            given, level = request.headers, self.options.compression_level
+        headers = [("Content-Type", ARROW_CONTENT_TYPE), *([(RPC_ERROR_HEADER, "true")] if failed else [])]
+        if (level := self.options.compression_level) is not None:
+            given = request.headers
             accepted = given.get(ACCEPT_ENCODING_HEADER.lower()), given.get("accept-encoding", "")[:1000]
             encoding, header, identity = choose_encoding(*accepted)
             packed = (compress_if_worth if identity else compress_body)(body, encoding, level) if encoding else None
@@ -5680,10 +5606,17 @@ class HttpApp:
         call.record.http.update(http_status=turn.status, response_bytes=len(body))
         return HttpResponse(turn.status, headers, body)
 
+def _arrow_failure(app: HttpApp, exc: BaseException, request_id: str) -> HttpResponse:
+    body = stream_bytes(EMPTY_SCHEMA, [app.server.error_item(exc, EMPTY_SCHEMA, request_id)])
+    status = getattr(exc, "http_status", 200)
+    further = {200: [(RPC_ERROR_HEADER, "true")], 503: [("Retry-After", "1")]}.get(status, [])
+    return HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE), *further], body)
+
+def _answer_too_large(call: Call, size: int, limit: int) -> ResponseTooLargeError:
+    return ResponseTooLargeError(f"{call.record.method}(): the answer exceeds max_response_bytes ({size} > {limit})")
 
 def _smallest(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
-
 
 _REASONS = {
     100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
@@ -5691,7 +5624,6 @@ _REASONS = {
     414: "URI Too Long", 415: "Unsupported Media Type", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
     500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
 }  # fmt: skip
-
 
 @_takes_options(HttpOptions)
 def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[bytes]]:
@@ -5715,30 +5647,25 @@ def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[b
     return wsgi
 
 def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
-    headers = {k[5:].replace("_", "-").lower(): v for k, v in environ.items() if k.startswith("HTTP_")}
-    for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
-        if environ.get(name):
-            headers[name.replace("_", "-").lower()] = environ[name]
+    given = {k.removeprefix("HTTP_"): v for k, v in environ.items() if k.startswith("HTTP_")}
+    given |= {k: environ[k] for k in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(k)}
+    headers = {k.replace("_", "-").lower(): v for k, v in given.items()}
 
     def read_body(limit: int) -> bytes:
-        source, length = environ["wsgi.input"], environ.get("CONTENT_LENGTH") or ""
-        if not length and environ.get("wsgi.input_terminated"):  # chunked, decoded by the server under us
-            body = source.read(limit + 1)
-            if len(body) > limit:
-                raise _too_large(limit, "more")
-            return cast("bytes", body)
-        size = _content_length(length, limit)
-        body = source.read(size)
-        if len(body) < size:
+        length = environ.get("CONTENT_LENGTH") or ""
+        unknown = not length and environ.get("wsgi.input_terminated")  # chunked, decoded by the server under us
+        size = limit + 1 if unknown else _content_length(length, limit)
+        body: bytes = environ["wsgi.input"].read(size)
+        if unknown and len(body) > limit:
+            raise _too_large(limit, "more")
+        if not unknown and len(body) < size:
             raise IPCError(f"request body: expected {size} bytes, got {len(body)}")
-        return cast("bytes", body)
+        return body
 
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
     path = raw.partition("?")[0] if raw.startswith("/") else environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-    return HttpRequest(
-        environ["REQUEST_METHOD"], path, headers, environ.get("REMOTE_ADDR", ""), read_body,
-        multiprocess=bool(environ.get("wsgi.multiprocess")),
-    )
+    remote, several = environ.get("REMOTE_ADDR", ""), bool(environ.get("wsgi.multiprocess"))
+    return HttpRequest(environ["REQUEST_METHOD"], path, headers, remote, read_body, multiprocess=several)
 
 def _too_large(limit: int, got: object, rule: str = "max_request_bytes") -> RequestTooLargeError:
     return RequestTooLargeError(f"body: expected at most {limit} bytes ({rule}), got {got}")
@@ -5753,20 +5680,13 @@ def _content_length(text: str, limit: int, rule: str = "max_request_bytes") -> i
         raise _too_large(limit, text[:40], rule)
     return int(text)
 
-
 class HttpHead(NamedTuple):
     """A parsed message head."""
-
     start: tuple[str, str, str]  # the three parts of the request line or status line
     headers: dict[str, str]  # by lower-case name; the values of a repeated one are joined by ", "
     repeated: frozenset[str]  # names that came more than once
 
-
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
-
-@functools.lru_cache(maxsize=512)
-def _short_header(line: bytes) -> tuple[str, str]:
-    return _header(line)
 
 def _header(line: bytes) -> tuple[str, str]:
     """One header line as (lower-case name, value)."""
@@ -5774,6 +5694,8 @@ def _header(line: bytes) -> tuple[str, str]:
     if match is None:
         raise ProtocolError(f"{'a folded header line' if line[:1] in (b' ', bytes([9])) else 'not a header line'}: {line[:80]!r}")
     return match[1].decode().lower(), match[2].decode("latin-1").rstrip(" \t")
+
+_short_header = functools.lru_cache(maxsize=512)(_header)
 
 def parse_http_head(raw: bytes) -> HttpHead:
     """Parse a head that ends with an empty line, strictly by RFC 9112; raises `ProtocolError`, which names the broken rule."""
@@ -5799,14 +5721,12 @@ def parse_http_head(raw: bytes) -> HttpHead:
 
 def read_http_head(channel: ByteChannel) -> HttpHead | None:
     """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
-
     Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken.
     """
     raw = channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
     if raw is not None:
         return parse_http_head(raw)
-    seen = channel.peek()
-    if not seen:
+    if not (seen := channel.peek()):
         return None
     if len(seen) >= MAX_HEAD_BYTES:
         raise _protocol_error(f"the head exceeds {MAX_HEAD_BYTES} bytes", 414 if b"\r\n" not in seen else 431)
@@ -5814,7 +5734,6 @@ def read_http_head(channel: ByteChannel) -> HttpHead | None:
 
 def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Iterator[bytes]:
     """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped.
-
     Raises `ProtocolError` for wrong framing, `RequestTooLargeError` beyond *limit* bytes, which *rule* names.
     """
     total = 0
@@ -5830,19 +5749,15 @@ def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_byte
         if not size:
             break
         while size:
-            piece = channel.read(min(size, _RECEIVE_BYTES))
-            if not piece:
+            if not (piece := channel.read(min(size, _RECEIVE_BYTES))):
                 raise ProtocolError("chunk: it ends before its data")
             size -= len(piece)
             yield piece
         if channel.read(2) != b"\r\n":
             raise ProtocolError("chunk: its data is not followed by CR LF")
-    for _ in range(MAX_HEADERS):
-        line = channel.read_until(b"\r\n", 8192)
-        if line == b"\r\n":
-            return
-        if line is None:
-            break
+    trailers = (channel.read_until(b"\r\n", 8192) for _ in range(MAX_HEADERS))
+    if next((line for line in trailers if line in (b"\r\n", None)), None):
+        return
     raise ProtocolError("chunk: trailers that do not end")
 
 def _gathered(pieces: Iterable[bytes]) -> bytes:
@@ -5854,7 +5769,6 @@ def _gathered(pieces: Iterable[bytes]) -> bytes:
 
 class _HttpConnection:
     """Serves the requests of one connection: reads strictly, answers, closes when the framing is in doubt."""
-
     def __init__(self, owner: HttpServing, channel: SocketChannel, remote_addr: str, only_health: bool) -> None:
         self._app, self._options, self._channel, self._remote = owner.app, owner.options, channel, remote_addr
         self._only_health = only_health  # beyond the cap on connections: one request, and soon
@@ -5872,10 +5786,9 @@ class _HttpConnection:
             logger.info("connection from %s ended early: %s", self._remote, exc.error_message)
 
     def _wait_for_request(self) -> bool:
-        channel = self._channel
-        channel.gap, channel.deadline = None, time.monotonic() + self._wait
+        self._channel.gap, self._channel.deadline = None, time.monotonic() + self._wait
         try:
-            return bool(channel.peek()) or channel._fill()
+            return bool(self._channel.peek()) or self._channel._fill()
         except (TransportError, DeadlineExceededError):
             return False  # between two requests, leaving is nobody's fault
 
@@ -5893,8 +5806,8 @@ class _HttpConnection:
                 return False
             request = self._request(head, started + options.request_deadline)
         except ProtocolError as exc:
-            response = json_response(exc.http_status, {"error": "bad_request", "detail": str(exc)})
-            response.headers += [(REQUEST_ID_HEADER, new_request_id()), *self._app._capabilities]
+            further = [(REQUEST_ID_HEADER, new_request_id()), *self._app._capabilities]
+            response = json_response(exc.http_status, {"error": "bad_request", "detail": str(exc)}, further)
             self._send(response, head.start[0] if head else "GET", keep=False)
             return False
         if self._only_health and not request.path.endswith("/health"):
@@ -5903,8 +5816,9 @@ class _HttpConnection:
         else:
             response = self._app(request)
         channel.deadline = time.monotonic() + options.request_deadline
-        refused = self._unread or self._only_health or response.close or self._app.server.draining
-        keep = self._keeps_alive(head) and not refused
+        tokens = [t.strip().lower() for t in head.headers.get("connection", "").split(",")]
+        refused = self._unread or self._only_health or response.close or self._app.server.draining or "close" in tokens
+        keep = not refused and (head.start[2] == "HTTP/1.1" or "keep-alive" in tokens)
         if isinstance(response.body, Iterator) and head.start[2] == "HTTP/1.0":  # which has no chunks
             response.body = b"".join(response.body)
         self._send(response, request.method, keep)
@@ -5918,17 +5832,14 @@ class _HttpConnection:
             while self._channel._fill():
                 pass
 
-    @staticmethod
-    def _keeps_alive(head: HttpHead) -> bool:
-        tokens = [t.strip().lower() for t in head.headers.get("connection", "").split(",")]
-        return "close" not in tokens and (head.start[2] == "HTTP/1.1" or "keep-alive" in tokens)
+
 
     def _request(self, head: HttpHead, deadline: float) -> HttpRequest:
         """Check what RFC 9112 asks of a request's head, and set up the reading of its body."""
         (method, target, version), headers = head.start, head.headers
         if version not in ("HTTP/1.1", "HTTP/1.0"):
-            known = re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version)
-            raise _protocol_error(f"expected HTTP/1.1, got {version[:40]!r}", 505 if known else 400)
+            status = 505 if re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version) else 400
+            raise _protocol_error(f"expected HTTP/1.1, got {version[:40]!r}", status)
         if not re.fullmatch(r"[A-Z]{1,20}", method):
             raise ProtocolError(f"not a method: {method[:40]!r}")
         if not target.startswith("/") and (target, method) != ("*", "OPTIONS"):
@@ -5937,18 +5848,10 @@ class _HttpConnection:
             raise _protocol_error("the request target exceeds 8192 bytes", 414)
         if re.search(r"[\x00-\x20\x7f]", target):
             raise ProtocolError("a control character in the request target")
-        for name in ("content-length", "host", "transfer-encoding", "authorization"):
-            if name in head.repeated:
-                raise ProtocolError(f"two {name} headers")
+        for name in head.repeated & {"content-length", "host", "transfer-encoding", "authorization"}:
+            raise ProtocolError(f"two {name} headers")
         if version == "HTTP/1.1" and "host" not in headers:
             raise ProtocolError("HTTP/1.1 requires a Host header")
-        self._check_framing(method, version, headers)
-        self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        path, read = target.partition("?")[0], functools.partial(self._read_body, head, deadline)
-        return HttpRequest(method, path, headers, self._remote, read, head.repeated, self._channel.peer_gone)
-
-    @staticmethod
-    def _check_framing(method: str, version: str, headers: Mapping[str, str]) -> None:
         coding, length = headers.get("transfer-encoding"), headers.get("content-length")
         if coding is not None and (length is not None or version == "HTTP/1.0"):
             raise ProtocolError("both Transfer-Encoding and " + ("HTTP/1.0" if length is None else "Content-Length"))
@@ -5958,36 +5861,32 @@ class _HttpConnection:
             raise ProtocolError(f"Content-Length: expected decimal digits, got {length[:40]!r}")
         if method == "POST" and coding is None and length is None:
             raise _protocol_error("POST requires a Content-Length", 411)
+        self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        path, read = target.partition("?")[0], functools.partial(self._read_body, head, deadline)
+        return HttpRequest(method, path, headers, self._remote, read, head.repeated, self._channel.peer_gone)
+
+
 
     def _read_body(self, head: HttpHead, deadline: float, limit: int) -> bytes:
-        channel = self._channel
+        channel, chunked = self._channel, "transfer-encoding" in head.headers
         channel.deadline = deadline
-        chunked = "transfer-encoding" in head.headers
         size = 0 if chunked else _content_length(head.headers.get("content-length", ""), limit)
         if head.headers.get("expect", "").lower() == "100-continue":
             channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
-        if chunked:
-            body = _gathered(read_chunked(channel, limit))
-        else:
-            body = cast("bytes", channel.read_after(b"", size)) if size > SMALL_BODY_BYTES else channel.read(size)
-            if len(body) < size:
-                raise TransportError(f"request body: expected {size} bytes, got {len(body)}")
+        body = _gathered(read_chunked(channel, limit)) if chunked else cast("bytes", channel.read_after(b"", size))
+        if len(body) < size:
+            raise TransportError(f"request body: expected {size} bytes, got {len(body)}")
         self._unread = False
         return body
 
     def _send(self, response: HttpResponse, method: str, keep: bool) -> None:
-        lines = [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Status')}"]
+        body, lines = response.body, [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Status')}"]
         lines += [f"{name}: {value}" for name, value in response.headers]
-        lines.append(f"Date: {_http_date(int(time.time()))}")
-        if not keep:
-            lines.append("Connection: close")
-        body = response.body
+        lines += [f"Date: {_http_date(int(time.time()))}", *([] if keep else ["Connection: close"])]
         lines.append(f"Content-Length: {len(body)}" if isinstance(body, bytes) else "Transfer-Encoding: chunked")
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
-        if method == "HEAD":
-            self._channel.write([head])
-        elif isinstance(body, bytes):
-            self._channel.write([head, body])
+        if method == "HEAD" or isinstance(body, bytes):
+            self._channel.write([head] if method == "HEAD" else [head, cast("bytes", body)])
         else:
             with contextlib.closing(cast("Any", body)):
                 for piece in filter(None, body):
@@ -5996,18 +5895,14 @@ class _HttpConnection:
                     head = b""
                 self._channel.write([head, b"0\r\n\r\n"])
 
-
 @functools.lru_cache(maxsize=2)
 def _http_date(second: int) -> str:
     from email.utils import formatdate
-
     return formatdate(second, usegmt=True)
-
 
 @dataclass
 class HttpServeOptions:
     """What `serve_http` can be told beside `HttpOptions`; times in seconds."""
-
     tls_context: Any = None  # server-side context of the standard library's ssl; None for plain HTTP
     max_connections: int = 512  # at most so many at a time; further ones are answered 503, except for health
     read_timeout: float = READ_TIMEOUT_SECONDS  # for a head, and between two reads of a body
@@ -6017,19 +5912,15 @@ class HttpServeOptions:
     idle_timeout: float | None = None  # without a connection for so long, it ends; None for never
     on_bound: Callable[[str, int], None] | None = None  # called with host and port once connections are accepted
 
-
-_OVER_CAP_CONNECTIONS = 512  # connections beyond the cap that may still ask for health …
-_OVER_CAP_WAIT_SECONDS = 1.0  # … if they ask this soon
+_OVER_CAP_CONNECTIONS, _OVER_CAP_WAIT_SECONDS = 512, 1.0  # so many beyond the cap may still ask for health, if this soon
 _LINGER_SECONDS = 1.0
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class HttpServing:
     """An HTTP server on a bound socket (`port`): a thread per connection, a cap on them, a clean stop; raises ``OSError``."""
-
     def __init__(self, app: HttpApp, host: str, port: int, options: HttpServeOptions | None = None) -> None:
-        self.app, self.host = app, host
-        self.options = options or HttpServeOptions()
+        self.app, self.host, self.options = app, host, options or HttpServeOptions()
         app.scheme = "https" if self.options.tls_context is not None else "http"
         listening = listen_tcp(host, port)
         self.port = listening.getsockname()[1]
@@ -6053,14 +5944,12 @@ class HttpServing:
 
     def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `stop`; then drain and close."""
-        tell = self.options.on_bound or (lambda host, port: None)
-        grace = self.options.drain_grace_seconds
+        tell, grace = self.options.on_bound or (lambda host, port: None), self.options.drain_grace_seconds
         run_listener(self.app.server, self.listener, grace, lambda: tell(self.host, self.port))
 
     def stop(self) -> None:
         """Have `run` return; from any thread."""
         self.listener.stop()
-
 
 @_takes_options(HttpOptions, HttpServeOptions)
 def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **options: Any) -> None:
@@ -6071,9 +5960,7 @@ def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **o
     chosen, serving = _split_options(options, HttpOptions, HttpServeOptions)
     HttpServing(HttpApp(server, chosen), host, port, serving).run()
 
-
 # What people and plain HTTP clients see of an `HttpApp`: calls in JSON on the URLs of the Arrow ones, and pages in HTML.
-
 _JSON_STATUS = {
     "CANCELLED": 499, "INVALID_ARGUMENT": 400, "DEADLINE_EXCEEDED": 504, "NOT_FOUND": 404, "ALREADY_EXISTS": 409,
     "ABORTED": 409, "PERMISSION_DENIED": 403, "RESOURCE_EXHAUSTED": 429, "FAILED_PRECONDITION": 400, "OUT_OF_RANGE": 400,
@@ -6100,7 +5987,6 @@ def _json_bytes(value: Any) -> bytes:
 
 def _parse_json(body: bytes) -> dict[str, Any]:
     """Read one JSON object, strictly by RFC 8259; raises `ProtocolError`."""
-
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"a key stands twice among {[k for k, _ in pairs][:20]}")
@@ -6123,7 +6009,6 @@ def _json_in(value: Any, kind: pa.DataType, step: str = "") -> Any:
     """Turn parsed JSON into what ``to_pylist`` gives for *kind*: bytes from base64, times, dates and decimals from text."""
     import datetime
     import decimal
-
     t = pa.types
     kind = kind.value_type if t.is_dictionary(kind) else getattr(kind, "storage_type", kind)
     try:
@@ -6174,9 +6059,9 @@ def _json_out(value: Any, kind: pa.DataType) -> Any:
         return [_json_out(v, kind.value_type) for v in value]
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    value = value.total_seconds() if pa.types.is_duration(kind) and value is not None else value
-    plain = value is None or isinstance(value, (bool, int, float, str))
-    return value if plain else str(value) if not hasattr(value, "isoformat") else value.isoformat()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return value.total_seconds() if pa.types.is_duration(kind) else getattr(value, "isoformat", value.__str__)()
 
 def _json_rows(batch: pa.RecordBatch | PlainBatch) -> list[dict[str, Any]]:
     batch, columns = batch.to_record_batch() if isinstance(batch, PlainBatch) else batch, []
@@ -6194,8 +6079,7 @@ def _json_arguments(info: RpcMethodInfo, given: Mapping[str, Any]) -> dict[str, 
     """Parameters in JSON as the method takes them; a batch may be a list of rows, a schema an object of types by name."""
     arguments = dict(zip(info.params.names, bind_arguments(info, (), given)))
     for name, value in given.items():
-        kind = _split_optional(info.param_types[name])[0]
-        where = f"{info.name}() parameter {name}"
+        kind, where = _split_optional(info.param_types[name])[0], f"{info.name}() parameter {name}"
         try:
             if kind is pa.RecordBatch and isinstance(value, list):
                 arguments[name] = pa.RecordBatch.from_pylist(value)
@@ -6238,8 +6122,7 @@ def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterab
     try:
         body = b"".join(map(_json_bytes, render())) if error is None else b""
         if limit is not None and sent + len(body) > limit:
-            text = f"{call.record.method}(): the answer exceeds max_response_bytes ({sent + len(body)} > {limit})"
-            raise ResponseTooLargeError(text)
+            raise _answer_too_large(call, sent + len(body), limit)
     except Exception as exc:
         error = call._failed(turn.schema, exc).error
     response = HttpResponse(200, [("Content-Type", _JSON)], body)
@@ -6251,12 +6134,7 @@ def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterab
 
 def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[HttpResponse]:
     """Run a call: one answer, or for a producer one for each turn."""
-    over, sent = True, 0
-    lead: list[Any] = []
-
-    def lines() -> list[Any]:
-        return [*lead, *_turn_rows(turn)]
-
+    over, sent, lead = True, 0, list[Any]()
     try:
         with app.server:
             turn = call.begin(arguments)
@@ -6271,7 +6149,7 @@ def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[
                 lead, over = [{"__header__": row} for row in header], False
             while not over and not (sent and call.context.cancelled):
                 turn = call.turn(_PLAIN_TICK)
-                answer = _turn_json(app, call, turn, lines, sent)
+                answer = _turn_json(app, call, turn, lambda: [*lead, *_turn_rows(turn)], sent)  # noqa: B023 (used at once)
                 lead, over, sent = [], turn.finished or call._error is not None, sent + (len(cast("bytes", answer.body)) or 1)
                 yield answer
     finally:
@@ -6295,10 +6173,7 @@ def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], call
     schema = opened.input_schema
     rows = _located(where, "", lambda rows: _json_in(rows, pa.list_(pa.struct(list(schema)))), entry.get("rows")) or []
     batch = _batch_from_pydict({n: [(row or {}).get(n) for row in rows] for n in schema.names}, schema, where)
-    limit = _smallest(caller.response_limit_bytes, opened.limit)
-    call = app.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, own_id)
-    call.record.stream_id = opened.stream_id
-    given = AnnotatedBatch(batch)
+    call, given = app._go_on(bound, caller, opened, own_id), AnnotatedBatch(batch)
     with app.server:
         turn = app._next_turn(call, opened, content, given, CANCEL_KEY in tokens)
         turn = app._with_cursor(_StreamAnswer(call, opened.call_id, given), turn)
@@ -6316,14 +6191,12 @@ def _post_json(app: HttpApp, path: list[str], body: bytes, caller: Caller, reque
         app._bound((path[0], path[1]), MethodType.STREAM, f"post without /{path[2]}")
     if path[2:] == ["exchange"]:
         in_lines = _json_type(app, request) == _NDJSON  # the token, then a row a line
-        lines = bytes(body).strip().splitlines() or [b""] if in_lines else [body]
-        head, *rows = map(_parse_json, lines)
+        head, *rows = map(_parse_json, bytes(body).strip().splitlines() or [b""] if in_lines else [body])
         return _exchange_json(app, bound, {**head, "rows": rows} if in_lines else head, caller, own_id)
     arguments = _json_arguments(bound.info, _parse_json(body))
     call = app.server.open_call(bound, caller, None, own_id)
     call.record.request_schema, call.record.request_rows = bound.info.params_schema, 1
-    call.record.http["request_bytes"] = len(body)
-    answers = _call_json(app, call, arguments)
+    call.record.http["request_bytes"], answers = len(body), _call_json(app, call, arguments)
     first = next(answers)
     if first.status != 200 or call.stream is None or not call.stream.is_producer:
         return first
@@ -6346,7 +6219,6 @@ grid-template-columns:minmax(6rem,max-content) 1fr;gap:.15rem 1rem;margin:.2rem 
 
 def _text(value: object) -> str:
     import html
-
     return html.escape(_text_of(value))
 
 def _page(app: HttpApp, title: str, body: Iterable[str], status: int = 200) -> HttpResponse:
@@ -6369,12 +6241,11 @@ def _page_at(app: HttpApp, request: HttpRequest, request_id: str, segments: list
     if not app.options.pages or not server.describe_enabled or segments not in ([""], ["describe"]):
         return None
     app._authenticated(request, request_id)
-    body = [] if segments == ["describe"] else [*_call_lines(app, request)]
+    body, shown = ([], _method_card) if segments == ["describe"] else ([*_call_lines(app, request)], _method_line)
     for service in server.services.values():
         body.append(f"<h2>{_text(service.name)} {_text(service.version)}</h2>")
         for m in describe_service(service).methods:
-            kind = m.stream_kind.replace("unknown", "stream") or "unary"
-            body.append((_method_card if segments == ["describe"] else _method_line)(app, service.methods[m.name].info, kind))
+            body.append(shown(app, service.methods[m.name].info, m.stream_kind.replace("unknown", "stream") or "unary"))
     facts: dict[str, object] = {"Health": "draining, takes no calls" if server.draining else "ok", "Server": server.server_id}
     facts |= {"Version": server.server_version or "not given", "Protocol hash": server.protocol_hash}
     software = f"vgi_rpc {__version__}, wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}"
@@ -6395,7 +6266,6 @@ def _definitions(facts: Mapping[str, object]) -> str:
 def _call_lines(app: HttpApp, request: HttpRequest) -> Iterator[str]:
     """How to call the first method, a unary one where there is one, from each of three places."""
     import shlex
-
     service, file, host = app.server.primary, os.path.basename(__file__), request.get_header("host") or ""
     infos = [m.info for m in service.methods.values()]
     infos.sort(key=lambda i: (i.method_type is not MethodType.UNARY, not {*i.param_types.values()} <= {int, float, str, bool}))
@@ -6403,12 +6273,10 @@ def _call_lines(app: HttpApp, request: HttpRequest) -> Iterator[str]:
     url = f"{app.scheme}://{known}{app.options.prefix}"
     for info in infos[:1]:
         values = {n: _example(_split_optional(a)[0]) for n, a in info.param_types.items() if n not in info.param_defaults}
-        words = [url, info.name]
-        words += [f"{n}={v}" if type(v) in (str, int, float) else f"{n}:={json.dumps(v)}" for n, v in values.items()]
+        words = [f"{n}={v}" if type(v) in (str, int, float) else f"{n}:={json.dumps(v)}" for n, v in values.items()]
         asks = app.options.authenticate is not None
-        bearer = " --bearer-file TOKEN_FILE" if asks else ""
-        lines = {"Command line": f"python {file} call {shlex.join(words)}{bearer}"}
-        header = ", headers={'Authorization': f'Bearer {token}'}" if asks else ""
+        bearer, header = (" --bearer-file TOKEN_FILE", ", headers={'Authorization': f'Bearer {token}'}") if asks else ("", "")
+        lines = {"Command line": f"python {file} call {shlex.join([url, info.name, *words])}{bearer}"}
         call = f"proxy.{info.name}({', '.join(f'{n}={v!r}' for n, v in values.items())})"
         dial = f"{file.removesuffix('.py')}.http_connect({service.protocol.__name__}, {url!r}{header})"
         lines["Python"] = f"with {dial} as proxy: print({call})"
@@ -6446,8 +6314,8 @@ def _method_card(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
         streamed = title == "Result" and kind != "unary"
         rows = rows or {"none" if not streamed else "batches": "" if not streamed else "of a schema that the call decides"}
         card += f"<h4>{title}</h4>{_definitions(rows)}" if schema is not None else ""
-    limits = [f"request {app._limit:,} bytes"]
-    limits += [f"answer {options.max_response_bytes:,} bytes" if options.max_response_bytes else "answer of any size"]
+    answer = f"{options.max_response_bytes:,} bytes" if options.max_response_bytes else "of any size"
+    limits = [f"request {app._limit:,} bytes", f"answer {answer}"]
     limits += [f"{options.max_rows:,} rows a batch"] if options.max_rows else []
     limits += [f"state token {options.token_ttl:g} seconds"] if kind != "unary" and options.token_ttl else []
     return f"{card}<h4>Limits</h4><p>{'; '.join(limits)}</p></article>"
@@ -6463,7 +6331,6 @@ def _method_card(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
 @dataclass(frozen=True)
 class HttpServerCapabilities:
     """What a server says of itself in its headers; sizes in bytes, ``None`` for no limit."""
-
     max_request_bytes: int | None = None
     max_response_bytes: int | None = None
     max_externalized_response_bytes: int | None = None  # of an answer by way of external storage
@@ -6476,33 +6343,22 @@ class HttpServerCapabilities:
     @classmethod
     def from_headers(cls, headers: Mapping[str, str]) -> HttpServerCapabilities:
         """Read them from headers by lower-case name; what cannot be read counts as absent."""
-
-        def number(name: str) -> int | None:
-            text = headers.get(name.lower(), "")
-            return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
-
-        def flag(name: str) -> bool:
-            return headers.get(name.lower()) == "true"
-
+        sizes = (MAX_REQUEST_BYTES_HEADER, MAX_RESPONSE_BYTES_HEADER, "VGI-Max-Externalized-Response-Bytes", "VGI-Max-Upload-Bytes")
+        texts = [headers.get(name.lower(), "") for name in sizes]
+        request, response, external, upload = (int(t) if re.fullmatch("[0-9]{1,18}", t) else None for t in texts)
+        switches = (EXTERNALIZATION_HEADER, "VGI-Upload-URL-Support", ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER)
+        externalizes, uploads, budget = (headers.get(name.lower()) == "true" for name in switches)
         encodings = tuple(e.strip() for e in headers.get(SUPPORTED_ENCODINGS_HEADER.lower(), "").split(",") if e.strip())
-        return cls(
-            number(MAX_REQUEST_BYTES_HEADER), number(MAX_RESPONSE_BYTES_HEADER), number("VGI-Max-Externalized-Response-Bytes"),
-            flag(EXTERNALIZATION_HEADER), flag("VGI-Upload-URL-Support"), number("VGI-Max-Upload-Bytes"), encodings,
-            flag(ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER),
-        )  # fmt: skip
-
+        return cls(request, response, external, externalizes, uploads, upload, encodings, budget)
 
 class HttpReply(NamedTuple):
     """An HTTP answer: status, headers by lower-case name, body (decoded)."""
-
     status: int
     headers: dict[str, str]
     body: Any  # bytes, memoryview or Buffer; of `HttpSender.open` also an `HttpBody`, to be read as it comes
 
-
 class HttpBody(ByteChannel):
     """A body that is read as its *pieces* come, over *channel* if there is one; read it to its end, or close it."""
-
     def __init__(self, pieces: Iterator[bytes], channel: ByteChannel | None = None) -> None:
         super().__init__()
         self._pieces, self.channel = pieces, channel
@@ -6519,13 +6375,12 @@ class HttpBody(ByteChannel):
         self._at += len(piece)
         return len(piece)
 
-
+_BUDGET_RULE = "accepted_max_response_bytes"
 _HeaderList = Sequence[tuple[str, str]]
-
+Headers = Mapping[str, str] | Callable[[], Mapping[str, str]]
 
 class HttpSender:
     """Sends one HTTP request and returns its answer: over sockets (`HttpConnections`), or into an app (`SyncClient`)."""
-
     def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         """Send a request; raise `TransportError` when no answer comes, `ResponseTooLargeError` when it exceeds *limit*."""
         raise io.UnsupportedOperation("send")
@@ -6541,7 +6396,6 @@ class HttpSender:
 @dataclass(frozen=True)
 class HttpTarget:
     """Where an HTTP client connects."""
-
     tls: bool
     host: str
     port: int
@@ -6552,20 +6406,18 @@ class HttpTarget:
     def parse(cls, url: str) -> HttpTarget:
         """Read a base URL, and the environment's proxy for it as urllib reads it; raises ``ValueError``."""
         from urllib.parse import urlsplit
-
-        shown = re.sub("//[^/]*@", "//…@", url)
+        shown, default = re.sub("//[^/]*@", "//…@", url), {"http": 80, "https": 443}
         try:
             parts = urlsplit(url)
-            port = parts.port
+            port = parts.port or default.get(parts.scheme)
         except ValueError as exc:
             raise ValueError(f"base URL {shown!r}: {exc}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
+        if port is None or not parts.hostname or parts.scheme not in default or parts.query or parts.fragment or "@" in parts.netloc:
             raise ValueError(f"base URL: expected http(s)://host[:port][/prefix], got {shown!r}")
         if not re.fullmatch(r"[!-~]*", url):
             raise ValueError("base URL: a space or control character in it")
-        tls = parts.scheme == "https"
         proxy = _environment_proxy(parts.scheme, parts.netloc, parts.hostname)
-        return cls(tls, parts.hostname, port or (443 if tls else 80), parts.path.rstrip("/"), proxy)
+        return cls(parts.scheme == "https", parts.hostname, port, parts.path.rstrip("/"), proxy)
 
     @property
     def address(self) -> str:
@@ -6577,14 +6429,12 @@ class HttpTarget:
         """Host and port as the Host header has them: without the scheme's own port."""
         return self.address.removesuffix(":443" if self.tls else ":80")
 
-
 def _environment_proxy(scheme: str, netloc: str, host: str) -> tuple[str, int, str] | None:
     """The proxy that urllib would use; urllib itself is only loaded where there may be one."""
     if sys.platform not in ("darwin", "win32") and not any(k.lower().endswith("_proxy") for k in os.environ):
         return None
     from urllib.parse import unquote, urlsplit
     from urllib.request import getproxies, proxy_bypass
-
     url = getproxies().get(scheme)
     if not url or proxy_bypass(netloc) or proxy_bypass(host):
         return None
@@ -6595,27 +6445,21 @@ def _environment_proxy(scheme: str, netloc: str, host: str) -> tuple[str, int, s
     credentials = "Basic " + base64.b64encode(pair.encode()).decode() if parts.username is not None else ""
     return parts.hostname, parts.port or 80, credentials
 
-
-_BUDGET_RULE = "accepted_max_response_bytes"
-
 class _NotSent(Exception):
     """The connection was closed before the whole request was handed over, and not a byte came back."""
 
 
 class HttpConnections(HttpSender):
     """Kept-alive connections to one server; safe for use by several threads, each call on a connection of its own.
-
     For https *tls_context* defaults to ``ssl.create_default_context()``; *connect_timeout* is in seconds.
     """
 
-    _MAX_IDLE = 8
-    _MAX_INTERIM = 16  # 1xx answers before the one that counts
+    _MAX_IDLE, _MAX_INTERIM = 8, 16  # connections that are kept, and 1xx answers before the one that counts
 
     def __init__(self, target: HttpTarget, tls_context: ssl.SSLContext | None = None, connect_timeout: float = 10.0) -> None:
         self._target, self._timeout = target, connect_timeout
         if target.tls and tls_context is None:
             import ssl
-
             tls_context = ssl.create_default_context()
         self._tls = tls_context if target.tls else None
         self._idle: deque[SocketChannel] = deque()
@@ -6648,34 +6492,28 @@ class HttpConnections(HttpSender):
 
     def _take(self) -> SocketChannel | None:
         with contextlib.suppress(IndexError):
-            while True:
-                channel = self._idle.pop()
-                if not channel.peer_gone() and not channel.peek():
-                    return channel
+            while (channel := self._idle.pop()).peer_gone() or channel.peek():
                 channel.close()
+            return channel
         return None
 
-    def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
-        return self._send(method, self._message(method, path, headers, body), deadline, limit, False)
-
-    def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
-        return self._send(method, self._message(method, path, headers, body), deadline, limit, True)
-
-    def _send(self, method: str, message: list[bytes], deadline: float | None, limit: int, unread: bool) -> HttpReply:
+    def send(
+        self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int, unread: bool = False
+    ) -> HttpReply:
+        message = self._message(method, path, headers, body)
         if self._closed:
             raise TransportError("the connection is closed: it was closed here")
-        kept = self._take()
-        if kept is not None:
+        if kept := self._take():
             # Closed by the server between two calls: the one case in which a request is sent again, as it never got there.
             with contextlib.suppress(_NotSent):
-                kept.deadline = deadline
-                return self._exchange(kept, method, message, limit, unread)
+                return self._exchange(kept, method, message, deadline, limit, unread)
         try:
-            dialled = self._dial(deadline)
-            dialled.deadline = deadline
-            return self._exchange(dialled, method, message, limit, unread)
+            return self._exchange(self._dial(deadline), method, message, deadline, limit, unread)
         except _NotSent as exc:
             raise TransportError(f"{self._target.authority} closed the connection without an answer: {exc}") from None
+
+    def open(self, *request: Any, **named: Any) -> HttpReply:
+        return functools.partial(self.send, unread=True)(*request, **named)
 
     def _message(self, method: str, path: str, headers: _HeaderList, body: bytes) -> list[bytes]:
         target = self._target
@@ -6684,13 +6522,15 @@ class HttpConnections(HttpSender):
             lines[0] = f"{method} http://{target.authority}{path} HTTP/1.1"
             lines += [f"Proxy-Authorization: {target.proxy[2]}"] if target.proxy[2] else []
         lines += [f"{name}: {value}" for name, value in headers]
-        if body or method == "POST":
-            lines.append(f"Content-Length: {len(body)}")
+        lines += [f"Content-Length: {len(body)}"] if body or method == "POST" else []
         if any(c in line for line in lines for c in "\r\n\0"):
             raise ValueError("a header contains a line break")
         return [("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"), body]
 
-    def _exchange(self, channel: SocketChannel, method: str, message: list[bytes], limit: int, unread: bool) -> HttpReply:
+    def _exchange(
+        self, channel: SocketChannel, method: str, message: list[bytes], deadline: float | None, limit: int, unread: bool
+    ) -> HttpReply:
+        channel.deadline = deadline
         with self._reading(channel):
             head = self._head_of_answer(channel, message)
             reply = self._read_reply(channel, method, head, limit, unread)
@@ -6732,20 +6572,18 @@ class HttpConnections(HttpSender):
         for _ in range(self._MAX_INTERIM):
             try:
                 head = read_http_head(channel)
+                if head is None:
+                    raise TransportError(f"{self._target.authority} closed the connection without an answer")
             except TransportError as exc:
                 if unsent and not channel.peek():
                     raise _NotSent(unsent.error_message) from None
                 raise exc
-            if head is None:
-                if unsent:
-                    raise _NotSent(unsent.error_message)
-                raise TransportError(f"{self._target.authority} closed the connection without an answer")
             if not head.start[1].startswith("1"):
                 return head
         raise ProtocolError(f"more than {self._MAX_INTERIM} interim answers")
 
     def _read_reply(self, channel: SocketChannel, method: str, head: HttpHead, limit: int, unread: bool) -> HttpReply:
-        (version, status, _), headers, rule = head.start, head.headers, _BUDGET_RULE
+        (version, status, _), headers = head.start, head.headers
         if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[2-5][0-9][0-9]", status):
             raise ProtocolError(f"expected a status line, got {' '.join(head.start)[:80]!r}")
         if "content-length" in head.repeated or ("content-length" in headers and "transfer-encoding" in headers):
@@ -6759,41 +6597,34 @@ class HttpConnections(HttpSender):
             return HttpReply(200, headers, HttpBody(self._pieces(channel, head, limit), channel))
 
         def read() -> _Buffer:
-            if coding is not None:
-                return _gathered(read_chunked(channel, limit, rule))
-            if "content-length" not in headers:
-                return _read_to_end(channel, limit, rule)
-            size = _content_length(headers["content-length"], limit, rule)
+            if coding is not None or "content-length" not in headers:
+                return _gathered((read_chunked if coding else _read_to_end)(channel, limit, _BUDGET_RULE))
+            size = _content_length(headers["content-length"], limit, _BUDGET_RULE)
             body = channel.read_after(b"", size)
             if len(body) < size:
                 raise TransportError(f"half an answer: expected {size} bytes, got {len(body)}")
             return body
 
-        body = b"" if bodiless else _decoded_body(headers, read, limit)
-        return HttpReply(int(status), headers, body)
+        return HttpReply(int(status), headers, b"" if bodiless else _decoded_body(headers, read, limit))
 
     def close(self) -> None:
         self._closed = True
         while self._idle:
             self._idle.pop().close()
 
-
-def _read_to_end(channel: ByteChannel, limit: int, rule: str) -> bytes:
-    pieces, total = [], 0
+def _read_to_end(channel: ByteChannel, limit: int, rule: str) -> Iterator[bytes]:
+    total = 0
     while piece := channel.read(SMALL_BODY_BYTES):
-        pieces.append(piece)
         total += len(piece)
         if total > limit:
             raise _too_large(limit, "more", rule)
-    return b"".join(pieces)
+        yield piece
 
 
 class SyncClient(HttpSender):
     """Calls an `HttpApp` in the same thread, without a socket: for tests. Made by `make_sync_client`."""
-
     def __init__(self, app: HttpApp) -> None:
-        self.app = app
-        self.prefix = app.options.prefix
+        self.app, self.prefix = app, app.options.prefix
 
     def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         reply = self.open(method, path, headers, body, deadline, limit)
@@ -6806,13 +6637,9 @@ class SyncClient(HttpSender):
 
         response = self.app(HttpRequest(method, path, {k.lower(): v for k, v in headers}, "sync", read_body))
         answered, given = {k.lower(): v for k, v in response.headers}, response.body
-        if not isinstance(given, bytes):
-            return HttpReply(response.status, answered, HttpBody(given))
-        return HttpReply(response.status, answered, _decoded_body(answered, lambda: given, limit))
-
-
-Headers = Mapping[str, str] | Callable[[], Mapping[str, str]]
-
+        whole = isinstance(given, bytes)
+        shown = _decoded_body(answered, lambda: cast("bytes", given), limit) if whole else HttpBody(cast("Iterator[bytes]", given))
+        return HttpReply(response.status, answered, shown)
 
 def _over_budget(exc: ResponseTooLargeError) -> RpcError:
     return RpcError("ResponseTooLargeError", str(exc), "", error_code=Code.RESOURCE_EXHAUSTED)
@@ -6820,7 +6647,6 @@ def _over_budget(exc: ResponseTooLargeError) -> RpcError:
 
 class HttpClient(ClientChannel):
     """The HTTP implementation of a `ClientChannel`; safe for use by several threads.
-
     The arguments are those of `http_connect`; *max_response_bytes* ``None`` stands for the largest that the wire knows.
     """
 
@@ -6828,15 +6654,15 @@ class HttpClient(ClientChannel):
         self, sender: HttpSender, prefix: str = "", headers: Headers | None = None, compression_level: int | None = 1,
         max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES,
     ) -> None:  # fmt: skip
-        if max_response_bytes is not None and not MIN_RESPONSE_BUDGET <= max_response_bytes <= MAX_RESPONSE_BUDGET:
-            text = f"expected {MIN_RESPONSE_BUDGET} to {MAX_RESPONSE_BUDGET}, got {max_response_bytes}"
-            raise ValueError(f"accepted_max_response_bytes: {text}")
+        least, most = MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
+        if max_response_bytes is not None and not least <= max_response_bytes <= most:
+            raise ValueError(f"accepted_max_response_bytes: expected {least} to {most}, got {max_response_bytes}")
         self._sender, self._prefix, self._level, self._headers = sender, prefix, compression_level, headers
-        self._budget = max_response_bytes or MAX_RESPONSE_BUDGET
+        self._budget = max_response_bytes or most
         self._capabilities: HttpServerCapabilities | None = None
         accept = ", ".join((*supported_encodings(), "identity")) if compression_level is not None else "identity"
-        budget = (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget))
-        self._fixed = [("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept), budget]
+        self._fixed = [("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept)]
+        self._fixed.append((ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget)))
 
     def _own_headers(self) -> list[tuple[str, str]]:
         given = self._headers() if callable(self._headers) else self._headers
@@ -6853,18 +6679,16 @@ class HttpClient(ClientChannel):
 
     def post(self, path: str, body: bytes, deadline: float | None, turns: int = 1) -> HttpReply:
         """Post Arrow, return an answer in Arrow; with several *turns* of a producer it may come piece by piece.
-
-        Raises:
-            AuthenticationError: 401.
-            TransportError: No answer, or one that is not Arrow.
-            RpcError: The body or the answer is larger than the server or the budget allows.
+        Raises `AuthenticationError` for a 401, `TransportError` when no answer comes or one that is not Arrow, `RpcError` when
+        the body or the answer is larger than the server or the budget allows.
         """
-        server = self.capabilities(deadline)
-        headers = [*self._fixed, *self._own_headers()]
-        if self._level is not None:
-            body, encoding = self._compressed(body, server)
-            headers += [("Content-Encoding", encoding)] if encoding else []
-        most, path = server.max_request_bytes, self._prefix + path
+        server, headers = self.capabilities(deadline), [*self._fixed, *self._own_headers()]
+        encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
+        packed = compress_if_worth(body, encoding, self._level) if encoding and self._level is not None else None
+        if packed is not None:
+            body = packed
+            headers.append(("Content-Encoding", encoding))
+        path, most = self._prefix + path, server.max_request_bytes
         if most is not None and len(body) > most:
             text = f"the server takes requests of at most {most} bytes, this one has {len(body)}"
             raise RpcError("RequestTooLargeError", text, "", error_code=Code.RESOURCE_EXHAUSTED)
@@ -6881,25 +6705,10 @@ class HttpClient(ClientChannel):
                 raise TransportError(f"the answer does not decode: {exc}") from None
             if reply.status not in (307, 308):
                 break
-            path = self._redirected(reply, path)
-        return self._checked(reply)
-
-    @staticmethod
-    def _redirected(reply: HttpReply, path: str) -> str:
-        """Follow a redirect within the same server; one that leads elsewhere would carry the credentials there."""
-        where = reply.headers.get("location", "")
-        if not re.fullmatch("/(?!/)[!-~]*", where):
-            raise TransportError(f"the server redirects {path} to {where[:200]!r}; connect there instead")
-        return where
-
-    def _compressed(self, body: bytes, server: HttpServerCapabilities) -> tuple[bytes, str]:
-        for encoding in supported_encodings():
-            if encoding in server.supported_encodings:
-                packed = compress_if_worth(body, encoding, self._level or 1)
-                return (body, "") if packed is None else (packed, encoding)
-        return body, ""
-
-    def _checked(self, reply: HttpReply) -> HttpReply:
+            where = reply.headers.get("location", "")
+            if not re.fullmatch("/(?!/)[!-~]*", where):  # one to another server would carry the credentials there
+                raise TransportError(f"the server redirects {path} to {where[:200]!r}; connect there instead")
+            path = where
         kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
         if reply.status == 401:
             raise self._unauthorized(reply)
@@ -6910,6 +6719,10 @@ class HttpClient(ClientChannel):
             raise TransportError(f"expected Arrow, got HTTP {reply.status} {kind or 'without a type'}: {text}")
         return reply
 
+
+
+
+
     @staticmethod
     def _unauthorized(reply: HttpReply) -> AuthenticationError:
         facts = _json_object(bytes(memoryview(reply.body)[:65_536]))
@@ -6918,7 +6731,6 @@ class HttpClient(ClientChannel):
         return AuthenticationError(f"{reason}: {facts.get('detail') or 'HTTP 401'}", reason=reason)
 
     # -- calls
-
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         reply = self.post(f"/{info.protocol_name}/{info.name}", _request_body(info, batch, options), options.deadline)
         item = _answer_item(_open_answer(BufferSource(reply.body), options), info, options, "a result")
@@ -6942,7 +6754,6 @@ class HttpClient(ClientChannel):
     def close(self) -> None:
         self._sender.close()
 
-
 def _open_answer(source: ByteSource, options: CallOptions) -> IpcReader:
     return answer_call(functools.partial(IpcReader, source, validation=options.ipc_validation))
 
@@ -6959,15 +6770,13 @@ def _request_body(info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptio
 
 class _HttpClientStream(ClientStream):
     """A stream over HTTP: the tokens it was last given, and batches that came and were not handed out yet."""
-
     def __init__(self, client: HttpClient, info: RpcMethodInfo, options: CallOptions) -> None:
         self._client, self._info, self._options = client, info, options
         self._path = f"/{info.protocol_name}/{info.name}/exchange"
-        self._call_token = b""
+        self._call_token, self._waiting = b"", deque[AnnotatedBatch]()
         self._cursor: bytes | None = None
-        self._waiting: deque[AnnotatedBatch] = deque()
-        self._handed_out = 0  # data batches handed out since the cursor that `token` would save
         self._saved: bytes | None = None  # the cursor from which the waiting batches were made
+        self._handed_out = 0  # data batches handed out since then
         self._reader: IpcReader | None = None  # of the answer that is being read
         self._rest: HttpBody | None = None  # its body, if that is still coming
         self._metadata: Any = None  # of a tick that came while an answer to earlier ones was being read
@@ -6976,19 +6785,16 @@ class _HttpClientStream(ClientStream):
     def take(self, source: BufferSource) -> None:
         """Read an answer's output stream whole."""
         self._open(source)
-        while (batch := self._read()) is not None:
-            self._waiting.append(batch)
+        self._waiting.extend(iter(self._read, None))
 
     def _open(self, source: ByteSource) -> None:
         self._cursor, self._reader = None, _open_answer(source, self._options)
 
     def _read(self) -> AnnotatedBatch | None:
         """Read on in the answer to the next data batch, ``None`` at its end; tokens are known by their keys."""
-        reader = cast("IpcReader", self._reader)
-        while (item := answer_call(next_reply_item, reader, self._options)) is not None:
-            metadata = item.metadata
-            self._call_token = metadata.get(CALL_STATE_KEY, self._call_token)
-            self._cursor = metadata.get(STATE_KEY, self._cursor)
+        while (item := answer_call(next_reply_item, cast("IpcReader", self._reader), self._options)) is not None:
+            self._call_token = item.metadata.get(CALL_STATE_KEY, self._call_token)
+            self._cursor = item.metadata.get(STATE_KEY, self._cursor)
             if item.kind is BatchKind.DATA:
                 return answer_call(item.annotated)
         self._reader = None
@@ -7011,10 +6817,11 @@ class _HttpClientStream(ClientStream):
         self._leave()
 
     def _leave(self) -> None:
-        """Read no more of the answer that is still coming."""
+        """Read no more of the answer that is still coming, and forget what it brought."""
         if self._rest is not None:
             self._rest.close()
         self._reader = self._rest = None
+        self._waiting.clear()
 
     def _post(self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes], turns: int = 1) -> HttpReply:
         tokens = {**metadata, STATE_KEY: self._cursor or b"", CALL_STATE_KEY: self._call_token}
@@ -7029,14 +6836,14 @@ class _HttpClientStream(ClientStream):
         if isinstance(body, HttpBody):
             self._rest = body
             self._open(body)
-            return
-        self.take(BufferSource(body))
-        if not self._waiting and self._cursor is not None and given.batch.num_columns:
+        else:
+            self.take(BufferSource(body))
+        if self._rest is None and not self._waiting and self._cursor is not None and given.batch.num_columns:
             raise TransportError(f"{self._info.name}(): expected a data batch, got a token and none")
 
     def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
-        if self._rest is not None and given.custom_metadata:
-            self._metadata = given.custom_metadata
+        if self._rest is not None:
+            self._metadata = given.custom_metadata or self._metadata
         return self._advance(given, 1)
 
     def next(self) -> AnnotatedBatch | None:
@@ -7053,15 +6860,11 @@ class _HttpClientStream(ClientStream):
                 self.done = True
                 return None
             try:
-                if self._rest is not None:
-                    self._read_on()
-                else:
-                    self._ask(given, turns)
+                self._ask(given, turns) if self._rest is None else self._read_on()
             except BaseException as exc:
                 self.done = True
                 if isinstance(exc, RpcError) and not _was_answer(exc):
                     self.cut_off = f"was cut off: {exc.error_message}"
-                self._waiting.clear()
                 self._leave()
                 raise
         self._handed_out += 1
@@ -7074,8 +6877,8 @@ class _HttpClientStream(ClientStream):
         cursor, skip = (self._saved, self._handed_out) if between else (self._cursor, 0)
         if cursor is None:
             raise RpcError("ProtocolError", "no token yet: read the batches that came with the start of the stream first", "")
-        state, call = cursor.decode("latin-1"), self._call_token.decode("latin-1")
-        return json.dumps({"method": self._info.name, "state": state, "call": call, "skip": skip}).encode()
+        tokens = {"state": cursor.decode("latin-1"), "call": self._call_token.decode("latin-1")}
+        return json.dumps({"method": self._info.name, **tokens, "skip": skip}).encode()
 
     def restore(self, token: bytes) -> None:
         """Take over what `token` saved."""
@@ -7084,7 +6887,6 @@ class _HttpClientStream(ClientStream):
         if facts.get("method") != self._info.name or types != {"state": str, "call": str, "skip": int}:
             raise RpcError("ProtocolError", f"resume: expected a token of {self._info.name}(), as session.token() gives it", "")
         self._leave()
-        self._waiting.clear()
         self._cursor, self._call_token = facts["state"].encode("latin-1", "replace"), facts["call"].encode("latin-1", "replace")
         for left in range(facts["skip"], 0, -1):
             if self._advance(_PLAIN_TICK, left) is None:
@@ -7093,7 +6895,6 @@ class _HttpClientStream(ClientStream):
     def close(self) -> None:
         """Nothing to tell the server: it keeps nothing of a stream between turns."""
         self.done = True
-        self._waiting.clear()
         self._leave()
 
     def cancel(self) -> None:
@@ -7115,7 +6916,6 @@ class _HttpClientStream(ClientStream):
 # `on_log` takes the server's log lines, `timeout` is seconds per call or turn (None for no limit), `ipc_validation` says
 # how much of each answer is checked.
 
-
 @contextlib.contextmanager
 def _connected(
     dial: Callable[[], Transport | ClientChannel], protocol: type[_P], on_log: ClientLog | None, timeout: float | None,
@@ -7132,10 +6932,7 @@ def serve_pipe(
 ) -> Iterator[_P]:  # fmt: skip
     """Serve *implementation* in a thread of this process, over a pair of pipes, and give a proxy to it.
 
-    *ipc_validation* holds for both sides; default: every value.
-
-    Raises:
-        TypeError: The implementation does not fit the protocol.
+    *ipc_validation* holds for both sides; default: every value. ``TypeError``: the implementation does not fit the protocol.
     """
     server = RpcServer(protocol, implementation, ipc_validation=ipc_validation)
     client, serving = make_pipe_pair()
@@ -7152,7 +6949,6 @@ def serve_pipe(
     finally:
         thread.join(WORKER_EXIT_SECONDS)
 
-
 def connect(
     protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None, stderr: StderrMode = StderrMode.INHERIT,
     stderr_logger: logging.Logger | None = None, timeout: float | None = None,
@@ -7160,15 +6956,9 @@ def connect(
 ) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
     """Start a worker and give a proxy to it; on leaving, its stdin is closed and it is reaped.
 
-    Args:
-        protocol: The Protocol class.
-        cmd: Program and arguments; the program calls `run_server`.
-        stderr, stderr_logger: Where the worker's standard error goes; the logger is for ``StderrMode.PIPE``.
-        on_log, ipc_validation: As everywhere.
-        timeout: Seconds per call or turn; a worker that is deaf for longer is terminated.
-
-    Raises:
-        TransportError: On entering: the program cannot be started; from a call: it has died.
+    *cmd* is a program that calls `run_server`, with its arguments; one that is deaf for longer than *timeout* is terminated.
+    *stderr* says where its standard error goes, *stderr_logger* is for ``StderrMode.PIPE``. Raises `TransportError`, on
+    entering when the program cannot be started, from a call when it has died.
     """
     dial = functools.partial(SubprocessTransport, cmd, stderr=stderr, stderr_logger=stderr_logger)
     return _connected(dial, protocol, on_log, timeout, ipc_validation)
@@ -7185,15 +6975,11 @@ def tcp_connect(
     server_hostname: str | None = None, on_log: ClientLog | None = None, timeout: float | None = None,
     ipc_validation: IpcValidation = IpcValidation.FULL,
 ) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
-    """Connect over TCP and give a proxy.
+    """Connect over TCP and give a proxy; on entering raises `TransportError` when nobody listens there, or TLS fails.
 
     With *tls_context*, a client-side context of the standard library's ``ssl``, over TLS; the certificate must be for
     *server_hostname*, by default for *host*. *connect_timeout* is in seconds.
-
-    Raises:
-        TransportError: On entering: nobody listens there, or TLS fails.
     """
-
     def dial() -> Transport:
         connected = connect_tcp_socket(host, port, connect_timeout, tls_context, server_hostname)
         return Transport(SocketChannel(connected), TransportKind.TCP, f"{host}:{port}")
@@ -7208,7 +6994,7 @@ def _http_client(
     if base_url is None:
         raise ValueError("expected a base URL or a client")
     target = HttpTarget.parse(base_url)
-    path = target.prefix + ("/" + prefix.strip("/") if prefix and prefix.strip("/") else "")
+    path = f"{target.prefix}/{(prefix or '').strip('/')}".rstrip("/")
     return HttpClient(HttpConnections(target, tls), path, **options)
 
 def http_connect(
@@ -7220,20 +7006,14 @@ def http_connect(
     """Connect over HTTP and give a proxy, which several threads may use.
 
     Args:
-        protocol: The Protocol class.
-        base_url: ``http(s)://host[:port][/prefix]``.
-        prefix: Further path, if it is not part of the URL.
+        base_url: ``http(s)://host[:port][/prefix]``; *prefix* is further path. ``ValueError`` on entering when it is no URL.
         client: What `make_sync_client` gives, instead of a URL.
         headers: Further headers, such as ``{"Authorization": "Bearer …"}``, or a function that gives them for each request.
-        on_log, timeout, ipc_validation: As everywhere.
         tls_context: For https; default ``ssl.create_default_context()``.
         compression_level: 1 to 9; ``None`` neither compresses nor asks for compressed answers.
         accepted_max_response_bytes: Largest answer, decoded; a larger one is refused by the server or here.
 
-    Raises:
-        ValueError: On entering: not a URL.
-        TransportError: From the first call: nobody answers there.
-        AuthenticationError: From a call: 401.
+    A call raises `TransportError` when nobody answers there, `AuthenticationError` for a 401.
     """
     options = {"headers": headers, "compression_level": compression_level, "max_response_bytes": accepted_max_response_bytes}
     dial = functools.partial(_http_client, base_url, prefix, client, tls_context, **options)
@@ -7271,8 +7051,6 @@ def announce(line: str) -> None:
 def _host_and_port(text: str) -> tuple[str, int]:
     """Read ``[HOST:]PORT``; the host may stand in brackets, as IPv6 addresses do."""
     import argparse
-
-
     host, _, port = text.rpartition(":")
     if not re.fullmatch("[0-9]{1,5}", port):
         raise argparse.ArgumentTypeError(f"expected [HOST:]PORT, got {text!r}")
@@ -7288,12 +7066,9 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     fit the protocol, ``SystemExit`` when the command line is wrong or asks for help.
     """
     import argparse
-
-
-    if isinstance(protocol_or_server, RpcServer):
-        server = protocol_or_server
-    else:
-        server = RpcServer(protocol_or_server, implementation if implementation is not None else protocol_or_server())
+    server = protocol_or_server
+    if not isinstance(server, RpcServer):
+        server = RpcServer(server, implementation if implementation is not None else server())
     parser = argparse.ArgumentParser(description=f"Serves {server.protocol_name} (vgi_rpc {__version__}).")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--http", action="store_true", help="serve HTTP; prints PORT:<n>")
@@ -7304,9 +7079,9 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     parser.add_argument("--idle-timeout", type=float, metavar="SECONDS", help="end after so long without a connection")
     parser.add_argument("--access-log", metavar="PATH", help="append a JSON line per call; - is stderr")
     args = parser.parse_args()
+    idle = args.idle_timeout
     if args.access_log:
         configure_access_log(args.access_log, server)
-    idle = args.idle_timeout
     if args.http:
         serve_http(server, host=args.host, port=args.port, idle_timeout=idle, on_bound=lambda _, port: announce(f"PORT:{port}"))
     elif args.unix:
