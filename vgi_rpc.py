@@ -7857,7 +7857,6 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
 # Law: nothing of this section runs on import; a failure is one line, a hint where there is one, and an exit code.
 
 _OK, _FAILED, _USAGE, _UNREACHABLE, _REFUSED, _TIMEOUT, _INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
-_RELOAD = 75  # sysexits' EX_TEMPFAIL: the child of `serve --reload` asks to be started again
 _REFUSALS = (Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.RESOURCE_EXHAUSTED)
 _TEXT_ROWS = 100  # of CSV and NDJSON in a turn, where nothing else says what a batch is
 _CHUNK_BYTES = 1 << 20  # of a CSV or NDJSON file read at once; the types of its columns are those of the first chunk
@@ -8114,30 +8113,63 @@ def _http_options(args: Any) -> tuple[dict[str, Any], str]:
     return {name: value for name, value in options.items() if value is not None}, key
 
 def _serve(args: Any) -> int:
-    if args.reload and not os.environ.get("VGI_RPC_RELOADED"):
-        return _serve_reloading(args)
-    changed = _watch(args.target) if args.reload else None
+    server = _service_of(args.target)
+    server.include_tracebacks &= not args.no_tracebacks
+    if args.no_describe:
+        server.services.pop(REFLECTION_PROTOCOL, None)
+        server.describe_enabled = False
+    options, key = _http_options(args)
+    HttpApp(server, _split_options(options, HttpOptions, HttpServeOptions)[0])  # what is wrong with them is said now
+    if args.check:
+        print(describe_rpc(server.primary.protocol).replace("__main__.", ""))
+        return _OK
+    if args.access_log:
+        configure_access_log(args.access_log, server)
+    _listen(args, server, options, key)
+    return _OK
+
+def _serve_reloading(args: Any) -> int:
+    """Serve until a module's file changes, then begin anew: on the same port, under the same key, so that open streams go on."""
+    import signal
+
+    if not args.reload:
+        return _serve(args)
+    os.environ.setdefault("VGI_RPC_TOKEN_KEY", os.urandom(32).hex())
+    if not (args.stdio or args.unix or args.tcp or args.port):
+        with listen_tcp(args.host, 0) as free:
+            args.port = free.getsockname()[1]
+        args.words += ["--port", str(args.port)]
+    changed = threading.Event()
+    threading.Thread(target=_watch, args=(args.target, changed), daemon=True, name="vgi_rpc reload").start()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # where no server has handlers of its own
     try:
-        server = _service_of(args.target)
-        server.include_tracebacks &= not args.no_tracebacks
-        if args.no_describe:
-            server.services.pop(REFLECTION_PROTOCOL, None)
-            server.describe_enabled = False
-        options, key = _http_options(args)
-        HttpApp(server, _split_options(options, HttpOptions, HttpServeOptions)[0])  # what is wrong with them is said now
-        if args.check:
-            print(describe_rpc(server.primary.protocol).replace("__main__.", ""))
-            return _OK
-        if args.access_log:
-            configure_access_log(args.access_log, server)
-        _listen(args, server, options, key)
+        code = _serve(args)
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
     except (_CliError, OSError, ValueError) as exc:
-        if changed is None:
-            raise
-        _report(exc, args)
+        code = _report(exc, args)
         _say("waiting for a change …")
-        changed.wait()
-    return _RELOAD if changed is not None and changed.is_set() else _OK
+        with contextlib.suppress(KeyboardInterrupt):
+            changed.wait()
+    if changed.is_set():
+        _say("something changed: starting again")
+        os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *args.words])
+    return code
+
+def _watch(target: str | None, changed: threading.Event) -> None:
+    """Wait until the file of a loaded module changes, then set the event and have the server stop."""
+    import signal
+
+    known: dict[str, int] = {}
+    while True:
+        files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} | {(target or "").rpartition(":")[0]}
+        found = {path: os.stat(path).st_mtime_ns for path in files if path and os.path.isfile(path)}
+        if any(known.get(path, stamp) != stamp for path, stamp in found.items()):
+            break
+        known.update(found)
+        time.sleep(0.3)
+    changed.set()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> None:
     """Serve where the flags say, until stopped; the banner comes once connections are accepted."""
@@ -8183,80 +8215,30 @@ def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> 
         reason = os.strerror(exc.errno) if isinstance(exc.errno, int) and exc.errno > 0 else exc
         raise _CliError(f"cannot listen on {where}: {reason}", hint, _UNREACHABLE) from None
 
-def _serve_reloading(args: Any) -> int:
-    """Keep a child serving: the same port and the same key in each of its lives, so that open streams go on."""
-    import signal
-    import subprocess
-
-    words = list(args.words)
-    if not (args.stdio or args.unix or args.tcp or args.port):
-        with listen_tcp(args.host, 0) as free:
-            words += ["--port", str(free.getsockname()[1])]
-    environment = {"VGI_RPC_TOKEN_KEY": os.urandom(32).hex(), **os.environ, "VGI_RPC_RELOADED": "1"}
-    while True:
-        child = subprocess.Popen([sys.executable, os.path.abspath(__file__), *words], env=environment)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_, child=child: child.terminate())
-        code = child.wait()
-        if code != _RELOAD:
-            return max(code, 0)
-        _say("something changed: starting again")
-
-def _watch(target: str | None) -> threading.Event:
-    """Watch the files of all loaded modules; when one changes, set the event and have the server stop."""
-    import signal
-
-    changed, known = threading.Event(), dict[str, int]()
-
-    def stale() -> bool:
-        files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} | {(target or "").rpartition(":")[0]}
-        found = {path: os.stat(path).st_mtime_ns for path in files if path and os.path.isfile(path)}
-        old = {path: known.get(path, stamp) for path, stamp in found.items()}
-        known.update(found)
-        return old != found
-
-    def watch() -> None:
-        while not stale():
-            time.sleep(0.3)
-        changed.set()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True, name="vgi_rpc reload").start()
-    return changed
-
-@contextlib.contextmanager
-def _channel_to(args: Any) -> Iterator[ClientChannel]:
-    """The channel to WHERE: a URL, ``unix:PATH``, ``tcp:HOST:PORT`` or a command that is started."""
-    pairs = [line.partition(":")[::2] for line in args.header]
-    headers = {name.strip(): value.strip() for name, value in pairs}
-    if args.bearer_file:
-        headers["Authorization"] = f"Bearer {_words_of(args.bearer_file)[0][-1]}"
-    if args.where.startswith(("http://", "https://")):
-        target = HttpTarget.parse(args.where)
-        channel: ClientChannel = HttpClient(HttpConnections(target), target.prefix, headers=headers)
-    elif headers:
-        raise _CliError("-H and --bearer-file are for HTTP")
-    else:
-        channel = ByteClient(_transport(args.where, args))
-    try:
-        yield channel
-    finally:
-        channel.close()
-
-def _transport(where: str, args: Any) -> Transport:
+def _channel_to(args: Any) -> ClientChannel:
+    """The channel to WHERE: a URL, ``unix:PATH``, ``tcp:HOST:PORT`` or a command that is started; to be closed."""
     import shlex
 
+    headers = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in args.header)}
+    if args.bearer_file:
+        headers["Authorization"] = f"Bearer {_words_of(args.bearer_file)[0][-1]}"
+    where = args.where
+    if where.startswith(("http://", "https://")):
+        return _http_client(where, None, None, headers=headers)
+    if headers:
+        raise _CliError("-H and --bearer-file are for HTTP")
     kind, _, rest = where.partition(":")
     if kind == "unix":
-        return connect_unix_socket(rest, args.timeout)
+        return ByteClient(connect_unix_socket(rest, args.timeout))
     host, _, port = rest.rpartition(":")
     if kind == "tcp" and port.isdigit():
         connected = connect_tcp_socket(host or "127.0.0.1", int(port), args.timeout or 10.0)
-        return Transport(SocketChannel(connected), TransportKind.TCP, rest)
+        return ByteClient(Transport(SocketChannel(connected), TransportKind.TCP, rest))
     if kind == "tcp" or not where or re.fullmatch(r"[\w.-]+:\d+(/.*)?", where):
         hint = f"http://{where.removeprefix('tcp:')}?" if where else ""
         raise _CliError(f"WHERE {where!r}: expected a URL, unix:PATH, tcp:HOST:PORT or a command", hint)
-    return SubprocessTransport(shlex.split(where), stderr=StderrMode.INHERIT if args.verbose else StderrMode.PIPE)
+    stderr = StderrMode.INHERIT if args.verbose else StderrMode.PIPE
+    return ByteClient(SubprocessTransport(shlex.split(where), stderr=stderr))
 
 def _options(args: Any, version: str = "") -> CallOptions:
     def on_log(message: Message) -> None:
@@ -8336,6 +8318,7 @@ def _arguments(args: Any, method: MethodDescription) -> dict[str, Any]:
         try:
             values[name] = convert(value, kind)
         except _Mismatch as exc:
+            exc.got = exc.got if exc.path else f"{_got(value)} {value!r:.60}"
             raise _CliError(_text_of(exc.error(f"{method.name}() argument {name}")), _usage_of(method)) from None
         except _ARROW_FAILURES:
             problem = f"{method.name}() parameter {name!r}: expected {_type_text(kind)}, got {value!r:.80}"
@@ -8421,9 +8404,10 @@ def _parse_lines(head: bytes, lines: list[bytes], schema: pa.Schema | None) -> p
     import pyarrow.csv
 
     converting = pyarrow.csv.ConvertOptions(column_types=schema, strings_can_be_null=True)
-    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    options = {"parse_options": pyarrow.csv.ParseOptions(newlines_in_values=True), "convert_options": converting}
+    alone = pyarrow.csv.ReadOptions(use_threads=False)  # threads that still run at the interpreter's end abort it
     try:
-        table = pyarrow.csv.read_csv(io.BytesIO(head + b"".join(lines)), parse_options=parsing, convert_options=converting)
+        table = pyarrow.csv.read_csv(io.BytesIO(head + b"".join(lines)), alone, **options)
     except _ARROW_FAILURES as exc:
         raise _CliError(f"input: {_text_of(exc)}", "the types of a CSV's columns are those of its beginning") from None
     fields = [pa.field(f.name, pa.utf8() if pa.types.is_null(f.type) else f.type) for f in table.schema]
@@ -8567,7 +8551,7 @@ def _save_bookmark(path: str, name: str, rows: int, token: bytes) -> None:
     os.replace(f"{path}.new", path)
 
 def _call(args: Any) -> int:
-    with _channel_to(args) as channel:
+    with contextlib.closing(_channel_to(args)) as channel:
         service, method = _describe_live(channel, args)
         if method is None:
             raise _CliError("METHOD is missing", f"{service.protocol_name} has {', '.join(service.methods)}")
@@ -8648,7 +8632,7 @@ def _write_turns(args: Any, session: StreamSession, turns: Any, output: _Output,
         output.close()
 
 def _describe(args: Any) -> int:
-    with _channel_to(args) as channel:
+    with contextlib.closing(_channel_to(args)) as channel:
         service, method = _describe_live(channel, args)
         service = service if method is None else dataclasses.replace(service, methods={method.name: method})
         limits = dataclasses.asdict(channel.capabilities(_options(args).deadline)) if isinstance(channel, HttpClient) else {}
@@ -8738,7 +8722,7 @@ def _describe_python(service: ServiceDescription) -> str:
 
 def _ping(args: Any) -> int:
     times = []
-    with _channel_to(args) as channel:
+    with contextlib.closing(_channel_to(args)) as channel:
         proxy = make_proxy(Reflection, channel, _options(args))
         for _ in range(max(1, args.number) + 1):
             start = time.perf_counter()
@@ -8944,7 +8928,7 @@ def _commands() -> dict[str, _Command]:
     captured = value("file", "FILE", "- is stdin")
     shells = ("shell", {"choices": ("bash", "zsh", "fish")})
     return {
-        "serve": _Command(_serve, "serve a class, over HTTP unless told otherwise", serve, serving),
+        "serve": _Command(_serve_reloading, "serve a class, over HTTP unless told otherwise", serve, serving),
         "call": _Command(_call, "call a method", call, demo),
         "describe": _Command(_describe, "show what a server offers", [where, method, formats, *connecting], (url,)),
         "ping": _Command(_ping, "measure round trips", [where, number, *connecting], (url, f"{worker} -n 100")),
