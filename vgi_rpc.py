@@ -7990,8 +7990,7 @@ def _load_target(text: str) -> Any:
     """Import what ``module:Class``, ``path/to/file.py:Class`` or ``module:factory()`` names."""
     match = re.fullmatch(r"(.+?):([A-Za-z_][\w.]*)(\(\))?", text)
     if not match:
-        wanted = "module:Class, path/to/file.py:Class or module:factory()"
-        raise _CliError(f"target {text!r}: expected {wanted}", f"try {text}:NAME")
+        raise _CliError(f"target {text!r}: expected module:Class, path/to/file.py:Class or module:factory()", f"try {text}:NAME")
     module = _guarded(match[1], _import_module, match[1])
     try:
         found = functools.reduce(getattr, match[2].split("."), module)
@@ -8086,8 +8085,7 @@ def _words_of(path: str) -> list[list[str]]:
 def _http_options(args: Any) -> tuple[dict[str, Any], str]:
     """The options of `serve_http`, and what the banner says of the token key."""
     options: dict[str, Any] = {"pages": not args.no_describe, "json": not args.no_json, "request_deadline": args.timeout}
-    for name in ("prefix", "token_ttl", "max_request_bytes", "max_response_bytes", "max_connections"):
-        options[name] = getattr(args, name)
+    options |= {n: getattr(args, n) for n in ("prefix", "token_ttl", "max_request_bytes", "max_response_bytes", "max_connections")}
     if args.token_key_file:
         options["token_key"], key = [line[0].encode() for line in _words_of(args.token_key_file)], f"from {args.token_key_file}"
     elif os.environ.get("VGI_RPC_TOKEN_KEY"):
@@ -8112,7 +8110,7 @@ def _http_options(args: Any) -> tuple[dict[str, Any], str]:
             raise _CliError(f"--tls-cert {args.tls_cert}: {exc.strerror or exc}", hint) from None
     return {name: value for name, value in options.items() if value is not None}, key
 
-def _serve(args: Any) -> int:
+def _serve_once(args: Any) -> None:
     server = _service_of(args.target)
     server.include_tracebacks &= not args.no_tracebacks
     if args.no_describe:
@@ -8122,18 +8120,18 @@ def _serve(args: Any) -> int:
     HttpApp(server, _split_options(options, HttpOptions, HttpServeOptions)[0])  # what is wrong with them is said now
     if args.check:
         print(describe_rpc(server.primary.protocol).replace("__main__.", ""))
-        return _OK
+        return
     if args.access_log:
         configure_access_log(args.access_log, server)
     _listen(args, server, options, key)
-    return _OK
 
-def _serve_reloading(args: Any) -> int:
-    """Serve until a module's file changes, then begin anew: on the same port, under the same key, so that open streams go on."""
+def _serve(args: Any) -> int:
+    """Serve; with ``--reload`` until a module's file changes, then begin anew: on the same port, under the same key, so that open streams go on."""
     import signal
 
     if not args.reload:
-        return _serve(args)
+        _serve_once(args)
+        return _OK
     os.environ.setdefault("VGI_RPC_TOKEN_KEY", os.urandom(32).hex())
     if not (args.stdio or args.unix or args.tcp or args.port):
         with listen_tcp(args.host, 0) as free:
@@ -8142,8 +8140,9 @@ def _serve_reloading(args: Any) -> int:
     changed = threading.Event()
     threading.Thread(target=_watch, args=(args.target, changed), daemon=True, name="vgi_rpc reload").start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # where no server has handlers of its own
+    code = _OK
     try:
-        code = _serve(args)
+        _serve_once(args)
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except (_CliError, OSError, ValueError) as exc:
@@ -8250,8 +8249,7 @@ def _describe_live(channel: ClientChannel, args: Any) -> tuple[ServiceDescriptio
     """What the server says of its service, and of ``method`` or ``Protocol.method`` if one is asked for."""
     protocol, _, name = (args.method or "").rpartition(".")
     service = introspect(make_proxy(Reflection, channel, _options(args)), protocol=protocol or None)
-    if name and name not in service.methods:
-        known = sorted(service.methods)
+    if name and name not in (known := sorted(service.methods)):
         raise _CliError(f"{service.protocol_name} has no method {name!r}{_suggest(name, known)}", f"it has {', '.join(known)}")
     return service, service.methods.get(name)
 
@@ -8260,17 +8258,19 @@ def _usage_of(method: MethodDescription) -> str:
     words = [method.name]
     for f in method.params_schema:
         word = f"{f.name}={re.split('[<[]', _type_text(f.type))[0].upper()}"
-        words.append(f"[{word}]" if f.nullable or f.name in method.param_defaults or (method.method_type is MethodType.STREAM and f.name == "schema") else word)
+        told = method.method_type is MethodType.STREAM and f.name == "schema"  # by the input
+        words.append(f"[{word}]" if told or f.nullable or f.name in method.param_defaults else word)
     return f"usage: {_program()} call WHERE {' '.join(words)}{' -i FILE' if method.is_exchange else ''}"
 
-def _from_text(text: str, kind: pa.DataType) -> Any:
-    """A word of the command line as ``pa.array`` takes it for *kind*; raises as `_json_in`, and ``ValueError`` and the like."""
+def _from_text(text: str | bytes, kind: pa.DataType) -> Any:
+    """A word, or a file, as ``pa.array`` takes it for *kind*; raises as `_json_in`, and ``ValueError`` and the like."""
     t = pa.types
-    if t.is_binary(kind):
-        return text.encode()
+    if t.is_binary(kind) or t.is_large_binary(kind) or t.is_fixed_size_binary(kind):
+        return text if isinstance(text, bytes) else text.encode()
+    word = text if isinstance(text, str) else text.decode("utf-8", "replace").rstrip("\r\n")
     known = {t.is_boolean: lambda word: _TRUTH[word.lower()], t.is_integer: int, t.is_floating: float, t.is_duration: float}
     convert: Any = next((c for matches, c in {**known, t.is_nested: json.loads}.items() if matches(kind)), str)
-    return _from_json(convert(text), kind)
+    return _from_json(convert(word), kind)
 
 def _from_json(value: Any, kind: pa.DataType) -> Any:
     """A JSON value as ``pa.array`` takes it for *kind*; a dataclass (an object) or a batch is a stream of its own."""
@@ -8306,10 +8306,7 @@ def _arguments(args: Any, method: MethodDescription) -> dict[str, Any]:
         if not equals:
             raise _CliError(f"parameter {word!r}: expected key=value, key:=json or key=@file", _usage_of(method))
         data = _read_file(text[1:]) if text.startswith("@") else text
-        if name.endswith(":"):
-            given.append((name[:-1], _parsed_json(word, data), _from_json))
-        else:
-            given.append((name, data, _from_text if data is text else _from_bytes))
+        given.append((name[:-1], _parsed_json(word, data), _from_json) if name[-1:] == ":" else (name, data, _from_text))
     values: dict[str, Any] = {}
     for name, value, convert in given:
         if name not in names:
@@ -8324,9 +8321,6 @@ def _arguments(args: Any, method: MethodDescription) -> dict[str, Any]:
             problem = f"{method.name}() parameter {name!r}: expected {_type_text(kind)}, got {value!r:.80}"
             raise _CliError(problem, _usage_of(method)) from None
     return values
-
-def _from_bytes(data: bytes, kind: pa.DataType) -> Any:
-    return data if pa.types.is_binary(kind) else _from_text(data.decode("utf-8", "replace").rstrip("\r\n"), kind)
 
 def _request(args: Any, info: RpcMethodInfo, method: MethodDescription, values: dict[str, Any]) -> pa.RecordBatch:
     """The request; what neither the caller nor the server's defaults give is null where that is a value."""
@@ -8349,11 +8343,12 @@ def _live_method(service: ServiceDescription, method: MethodDescription) -> RpcM
     def row(schema: pa.Schema) -> RowCodec:
         return RowCodec((f.name, codec_for(Annotated[object, ArrowType(f.type, f.nullable)])) for f in schema)
 
-    result = row(method.result_schema if method.has_return else EMPTY_SCHEMA)
     header: Any = types.SimpleNamespace(from_batch=lambda batch: batch) if method.has_header else None
-    facts: dict[str, Any] = {f: getattr(method, f) for f in ("name", "params_schema", "result_schema", "method_type", "has_return")}
-    facts.update(doc=None, result_type=None, protocol_name=service.protocol_name)
-    return RpcMethodInfo(params=row(method.params_schema), result=result, header=header, **facts)
+    return RpcMethodInfo(
+        method.name, method.params_schema, method.result_schema, None, method.method_type, method.has_return, None,
+        protocol_name=service.protocol_name, params=row(method.params_schema), header=header,
+        result=row(method.result_schema if method.has_return else EMPTY_SCHEMA),
+    )  # fmt: skip
 
 def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
     """The batches of an Arrow, NDJSON or CSV file, told apart by their first bytes; ``-`` is read as it comes."""
@@ -8372,7 +8367,7 @@ def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
                 yield batch.slice(start, rows)
 
 def _text_rows(file: Any, live: bool, is_csv: bool) -> Iterator[list[bytes]]:
-    """The lines that hold something, as they come, and an empty list at the end; a line break in quotes does not end one of CSV."""
+    """The lines that hold something, as they come; an empty list ends them. A line break in quotes does not end one of CSV."""
     rest, data = b"", b"\n"
     while data:
         data = file.read1(_CHUNK_BYTES) if live else file.read(_CHUNK_BYTES)
@@ -8435,10 +8430,8 @@ def _cell(value: Any) -> str:
 
 def _opened(value: Any) -> pa.RecordBatch | None:
     """The batch inside a binary result, where it is an IPC stream: a dataclass (one row) or a record batch."""
-    if not isinstance(value, bytes) or value[:4] != _CONTINUATION:
-        return None
     with contextlib.suppress(IPCError):
-        item = IpcReader(BufferSource(value)).next()
+        item = IpcReader(BufferSource(value)).next() if isinstance(value, bytes) and value[:4] == _CONTINUATION else None
         return item[0] if item else None
     return None
 
@@ -8483,8 +8476,8 @@ class _Output:
             import csv
 
             writer = csv.writer(cast("Any", types.SimpleNamespace(write=self.put)), lineterminator="\n")
-            rows = [] if self.begun else [batch.schema.names]
-            writer.writerows(rows + [[v if isinstance(v, float) else _cell(v) for v in row.values()] for row in _json_rows(batch)])
+            writer.writerows([] if self.begun else [batch.schema.names])
+            writer.writerows([v if isinstance(v, float) else _cell(v) for v in row.values()] for row in _json_rows(batch))
             self.begun = True
         else:
             self._table(batch)
@@ -8514,7 +8507,6 @@ class _Output:
             columns = [pa.array([value], f.type) for f in schema]
             self.batch(pa.RecordBatch.from_arrays(columns, schema=schema) if batch is None else batch)
             self.close()
-        self.file.flush()
 
     def close(self) -> None:
         """Write what ends the format."""
@@ -8550,26 +8542,24 @@ def _save_bookmark(path: str, name: str, rows: int, token: bytes) -> None:
         json.dump({"method": name, "rows": rows, "token": token.decode()}, f)
     os.replace(f"{path}.new", path)
 
-def _call(args: Any) -> int:
+def _call(args: Any) -> None:
     with contextlib.closing(_channel_to(args)) as channel:
         service, method = _describe_live(channel, args)
         if method is None:
             raise _CliError("METHOD is missing", f"{service.protocol_name} has {', '.join(service.methods)}")
         stream = method.method_type is MethodType.STREAM
         if bool(args.input) != bool(method.is_exchange) and (not stream or method.is_exchange is not None):
-            taken = "no input: it is no exchange" if args.input else "batches"
-            raise _CliError(f"{method.name}() takes {taken}", _usage_of(method))
+            raise _CliError(f"{method.name}() takes {'no input: it is no exchange' if args.input else 'batches'}", _usage_of(method))
         if args.resume and not (stream and isinstance(channel, HttpClient)):
             raise _CliError("--resume is for streams over HTTP: elsewhere the state ends with the connection")
         info, options = _live_method(service, method), _options(args, service.protocol_version)
         values = _arguments(args, method)
         if stream:
             _call_stream(args, channel, info, method, options, values)
-            return _OK
-        value = channel.unary(info, _request(args, info, method, values), options)
-        with _output(args) as output:
-            output.value(value, method.result_schema)
-    return _OK
+        else:
+            value = channel.unary(info, _request(args, info, method, values), options)
+            with _output(args) as output:
+                output.value(value, method.result_schema)
 
 def _call_stream(args: Any, channel: Any, info: Any, method: MethodDescription, options: CallOptions, values: Any) -> None:
     """Start a stream, or go on with the one that the bookmark remembers, and write what it answers."""
@@ -8579,10 +8569,8 @@ def _call_stream(args: Any, channel: Any, info: Any, method: MethodDescription, 
     first = next(batches, None)
     if first is not None and "schema" in method.params_schema.names and values.get("schema") is None:
         values["schema"] = _schema_to_bytes(first.schema)
-    if token:
-        stream = channel.resume(info, token, options)
-    else:
-        stream = channel.stream(info, _request(args, info, method, values), options)
+    start = channel.resume if token else channel.stream
+    stream = start(info, token or _request(args, info, method, values), options)
     with StreamSession(stream, info) as session, _output(args) as output:
         if session.header is not None:
             output.header(_traced(args, "< header", session.header))
@@ -8623,26 +8611,24 @@ def _write_turns(args: Any, session: StreamSession, turns: Any, output: _Output,
                 _save_bookmark(args.resume, name, rows, session.token())
             left = None if left is None else left - batch.num_rows
             counted.record_output(batch)
-            took = time.monotonic() - started
-            if took >= 1:
+            if (took := time.monotonic() - started) >= 1:
                 rate, size = counted.output_rows / took, counted.output_bytes / 1e6
                 show(f"{counted.output_batches} batches, {counted.output_rows} rows, {size:.1f} MB, {rate:.0f} rows/s")
     finally:
         show()
         output.close()
 
-def _describe(args: Any) -> int:
+def _describe(args: Any) -> None:
     with contextlib.closing(_channel_to(args)) as channel:
         service, method = _describe_live(channel, args)
         service = service if method is None else dataclasses.replace(service, methods={method.name: method})
         limits = dataclasses.asdict(channel.capabilities(_options(args).deadline)) if isinstance(channel, HttpClient) else {}
     facts = {f.name: getattr(service, f.name) for f in dataclasses.fields(service) if f.name != "methods"}
     facts.update(limits={k: v for k, v in limits.items() if v}, methods=list(map(_facts_of, service.methods.values())))
-    if args.format in ("text", "markdown"):
-        print(_describe_text(facts, service, args.format == "markdown"))
+    if args.format == "json":
+        print(json.dumps(facts, indent=2))
     else:
-        print(_describe_python(service) if args.format == "python" else json.dumps(facts, indent=2))
-    return _OK
+        print(_describe_python(service) if args.format == "python" else _describe_text(facts, service, args.format == "markdown"))
 
 def _facts_of(method: MethodDescription) -> dict[str, Any]:
     """What there is to say about a method."""
@@ -8695,6 +8681,7 @@ from typing import Annotated, Any, ClassVar, Protocol
 import pyarrow as pa
 import vgi_rpc
 
+
 def _arrow(schema: str) -> pa.DataType:
     return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema))).field(0).type
 '''
@@ -8720,7 +8707,7 @@ def _describe_python(service: ServiceDescription) -> str:
         lines += ["", f"    def {method.name}({parameters}) -> {result}:", f"        {(method.doc or method.name)!r}"]
     return "\n".join(lines)
 
-def _ping(args: Any) -> int:
+def _ping(args: Any) -> None:
     times = []
     with contextlib.closing(_channel_to(args)) as channel:
         proxy = make_proxy(Reflection, channel, _options(args))
@@ -8731,7 +8718,6 @@ def _ping(args: Any) -> int:
     times = sorted(times[1:])  # the first one connects
     median, p99 = times[len(times) // 2], times[int((len(times) - 1) * 0.99)]
     print(f"{len(times)} round trips: min {times[0]:.3f} ms, median {median:.3f} ms, p99 {p99:.3f} ms")
-    return _OK
 
 def _versions() -> str:
     own = f"vgi_rpc {__version__} (wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}"
@@ -8743,25 +8729,22 @@ def _served(kind: str, folder: str) -> Iterator[Any]:
     import subprocess
 
     command = [sys.executable, os.path.abspath(__file__), "serve"]
-    here: dict[str, Callable[[], Any]] = {
-        "pipe": lambda: serve_pipe(Demo, Demo()),
-        "subprocess": lambda: connect(Demo, [*command, "--stdio"]),
-        "wsgi": lambda: http_connect(Demo, client=make_sync_client(RpcServer(Demo, Demo()))),
-    }
-    there: dict[str, tuple[str, Callable[[str, str], Any]]] = {
+    flag, opened = cast("dict[str, tuple[str, Callable[[str, str], Any]]]", {
+        "pipe": ("", lambda *_: serve_pipe(Demo, Demo())),
+        "subprocess": ("", lambda *_: connect(Demo, [*command, "--stdio"])),
+        "wsgi": ("", lambda *_: http_connect(Demo, client=make_sync_client(RpcServer(Demo, Demo())))),
         "http": ("--port=0", lambda _, port: http_connect(Demo, f"http://127.0.0.1:{port}")),
         "tcp": ("--tcp=0", lambda host, port: tcp_connect(Demo, host, int(port))),
         "unix": (f"--unix={folder}/s", lambda _, path: unix_connect(Demo, path)),
-    }
+    })[kind]  # fmt: skip
+    host = port = ""
     with contextlib.ExitStack() as stack:
-        if kind in there:
-            flag, opened = there[kind]
+        if flag:
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
             child: Any = stack.enter_context(subprocess.Popen([*command, flag, "--announce"], **pipes))
             stack.callback(child.terminate)
             host, _, port = child.stdout.readline().strip().partition(":")[2].rpartition(":")
-            here[kind] = functools.partial(opened, host, port)
-        yield stack.enter_context(here[kind]())
+        yield stack.enter_context(opened(host, port))
 
 def _selfcheck(args: Any) -> int:
     import tempfile
@@ -8776,8 +8759,8 @@ def _selfcheck(args: Any) -> int:
         session = proxy.countdown(start=2)
         return [session.header.batches, *(answer.batch.to_pylist()[0]["n"] for answer in session)]
 
-    calls: tuple[Callable[[Any], Any], ...] = (lambda proxy: proxy.add(a=2.0), countdown, statistics)
-    checks = dict(zip(("unary", "producer", "exchange"), zip(calls, (3.0, [3, 2, 1, 0], [2, 4]))))
+    checks: dict[str, tuple[Callable[[Any], Any], Any]] = {"unary": (lambda proxy: proxy.add(a=2.0), 3.0)}
+    checks.update(producer=(countdown, [3, 2, 1, 0]), exchange=(statistics, [2, 4]))
     print(_versions() + f"\n{'ms':12}" + "".join(f"{name:>10}" for name in checks))
     code = _OK
     for kind in ("pipe", "subprocess", "wsgi", "http", "tcp", *(["unix"] if hasattr(socket, "AF_UNIX") else [])):
@@ -8796,7 +8779,7 @@ def _selfcheck(args: Any) -> int:
             print(f"{line}  {_paint('FAILED', '1;31', sys.stdout)} {_text_of(exc)}", flush=True)
     return code
 
-def _explain(args: Any) -> int:
+def _explain(args: Any) -> None:
     data = _read_file(args.file)
     if re.match(rb"HTTP/1|[A-Z]+ \S+ HTTP/1", data):
         head, _, data = data.partition(b"\r\n\r\n")
@@ -8811,7 +8794,6 @@ def _explain(args: Any) -> int:
             _explain_stream(source)
     except (IPCError, ProtocolError) as exc:
         raise _CliError(f"before byte {source.position} of {len(data)}: {_text_of(exc)}", code=_FAILED) from None
-    return _OK
 
 def _explain_stream(source: BufferSource) -> None:
     """Print one IPC stream, message by message."""
@@ -8833,25 +8815,24 @@ def _explain_stream(source: BufferSource) -> None:
 def _as_text(data: bytes) -> str:
     return data[:500].decode("utf-8", "backslashreplace")
 
-def _completion(args: Any) -> int:
+def _completion(args: Any) -> None:
     flags = {name: " ".join(w for a in c.arguments for w in a[0].split() if w[0] == "-") for name, c in _commands().items()}
     if args.shell == "fish":
         for name, words in flags.items():
             print(f"complete -c vgi-rpc -n __fish_use_subcommand -a {name}")
             print(f"complete -c vgi-rpc -n '__fish_seen_subcommand_from {name}' -a '{words}'")
-        return _OK
+        return
     print("autoload -U +X bashcompinit && bashcompinit\n" * (args.shell == "zsh") + "_vgi_rpc() {")
     print(f"  local words='{' '.join(flags)} --version --help'\n  [ $COMP_CWORD -gt 1 ] && case ${{COMP_WORDS[1]}} in")
     print("\n".join(f"    {name}) words='{words}' ;;" for name, words in flags.items()))
     print('  esac\n  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))\n}')
     print("complete -o default -F _vgi_rpc vgi-rpc")
-    return _OK
 
 _FORMATS = ("auto", "json", "ndjson", "table", "csv", "arrow")
 
 class _Command(NamedTuple):
     """A command: what runs it, what it is for, its arguments as argparse takes them, and examples."""
-    run: Callable[[Any], int]
+    run: Callable[[Any], int | None]  # gives the exit code, where it is not 0
     summary: str
     arguments: list[tuple[str, dict[str, Any]]]
     examples: tuple[str, ...] = ("",)
@@ -8901,8 +8882,7 @@ def _commands() -> dict[str, _Command]:
     for name, settings in serve:
         twin = "VGI_RPC_" + name.lstrip("-").replace("-", "_").upper()
         settings["help"] += f" [{twin}]"
-        if os.environ.get(twin):
-            given = os.environ[twin]
+        if given := os.environ.get(twin):
             settings["default"] = _TRUTH.get(given.lower(), False) if "action" in settings else given
     call = [
         where,
@@ -8928,7 +8908,7 @@ def _commands() -> dict[str, _Command]:
     captured = value("file", "FILE", "- is stdin")
     shells = ("shell", {"choices": ("bash", "zsh", "fish")})
     return {
-        "serve": _Command(_serve_reloading, "serve a class, over HTTP unless told otherwise", serve, serving),
+        "serve": _Command(_serve, "serve a class, over HTTP unless told otherwise", serve, serving),
         "call": _Command(_call, "call a method", call, demo),
         "describe": _Command(_describe, "show what a server offers", [where, method, formats, *connecting], (url,)),
         "ping": _Command(_ping, "measure round trips", [where, number, *connecting], (url, f"{worker} -n 100")),
@@ -8937,7 +8917,7 @@ def _commands() -> dict[str, _Command]:
         "completion": _Command(_completion, "print a completion script for a shell", [shells], ("bash",)),
     }
 
-def _parse(words: list[str]) -> tuple[Callable[[Any], int], Any]:
+def _parse(words: list[str]) -> tuple[Callable[[Any], int | None], Any]:
     """Read the command line: what is to be run, and with which arguments."""
     import argparse
 
@@ -8966,7 +8946,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, args = _parse(list(sys.argv[1:] if argv is None else argv))
         code = run(args)
         sys.stdout.flush()
-        return code
+        return code or _OK
     except SystemExit as exc:  # argparse has said what it had to say
         return exc.code if isinstance(exc.code, int) else _OK
     except KeyboardInterrupt:
