@@ -7933,7 +7933,7 @@ class Demo:
         state = StatisticsState({name: Tally() for name in names})
         return Stream(pa.schema([(name, summary) for name in names]), state, input_schema=schema)
 
-DemoImpl = Demo
+DemoImpl = Demo  # for code that names the class that serves apart from the protocol
 
 class _CliError(Exception):
     """Ends a command with one line, a hint and an exit code."""
@@ -8029,8 +8029,7 @@ def _guarded(what: str, call: Callable[..., Any], *args: Any) -> Any:
         raise _CliError(f"{where}: {type(exc).__name__}: {_text_of(exc)}", f"{what} must load without errors") from None
 
 def _is_protocol(value: Any) -> bool:
-    own = isinstance(value, type) and bool(vars(value).get("_is_protocol")) and not value.__module__.startswith("typing")
-    return own and bool(_public_functions(value))
+    return isinstance(value, type) and bool(vars(value).get("_is_protocol") and _public_functions(value))
 
 def _protocol_of(cls: type) -> type:
     """The Protocol that a class subclasses, names (``protocol = P``) or, alone in its module, fits; else the class itself."""
@@ -8126,7 +8125,7 @@ def _serve_once(args: Any) -> None:
     _listen(args, server, options, key)
 
 def _serve(args: Any) -> int:
-    """Serve; with ``--reload`` until a module's file changes, then begin anew: on the same port, under the same key, so that open streams go on."""
+    """Serve; with ``--reload``, when a module's file changes begin anew: same port and same key, so that open streams go on."""
     import signal
 
     if not args.reload:
@@ -8146,10 +8145,11 @@ def _serve(args: Any) -> int:
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except (_CliError, OSError, ValueError) as exc:
-        code = _report(exc, args)
-        _say("waiting for a change …")
         with contextlib.suppress(KeyboardInterrupt):
+            code = _report(exc, args)
+            _say("waiting for a change …")
             changed.wait()
+            time.sleep(1)  # the signal of `_watch`, which follows at once, must not hit what comes next
     if changed.is_set():
         _say("something changed: starting again")
         os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *args.words])
@@ -8175,8 +8175,7 @@ def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> 
     http = not (args.stdio or args.unix or args.tcp)
     if sum(map(bool, (args.stdio, args.unix, args.tcp))) > 1 or (args.bearer_file and not http):
         raise _CliError("--stdio, --unix, --tcp: one at a time, and --bearer-file with none of them")
-    host, _, port = args.tcp.rpartition(":") if args.tcp else (args.host, "", args.port)
-    host = host or "127.0.0.1"
+    host, port = args.tcp or (args.host, args.port)
 
     def bound(where: str, line: str) -> None:
         _say(f"{_paint(server.protocol_name, '1')} served by vgi_rpc {__version__}")
@@ -8191,8 +8190,7 @@ def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> 
             announce(line)
 
     sockets: dict[str, Any] = {"threaded": True, "max_connections": args.max_connections}
-    tls = options.get("tls_context")
-    base = HttpOptions(args.prefix or "", b"").prefix
+    tls, base = options.get("tls_context"), HttpOptions(args.prefix or "", b"").prefix
     try:
         if args.stdio:
             if sys.stdin.isatty():
@@ -8202,17 +8200,16 @@ def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> 
             serve_unix(server, args.unix, on_bound=lambda path: bound(f"unix:{path}", f"UNIX:{path}"), **sockets)
         elif args.tcp:
             sockets["on_bound"] = lambda h, p: bound(f"tcp:{h}:{p}", f"TCP:{h}:{p}")
-            serve_tcp(server, host, int(port), tls_context=tls, **sockets)
+            serve_tcp(server, host, port, tls_context=tls, **sockets)
         else:
             url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}"
             serve_http(server, host=host, port=port, on_bound=lambda _, p: bound(f"{url}:{p}{base}", f"PORT:{p}"), **options)
     except KeyboardInterrupt:  # before the listener's own handlers stood
         return
     except OSError as exc:
-        where = args.unix or f"{host}:{port}"
         hint = "another server runs there; port 0 takes a free one" if exc.errno == errno.EADDRINUSE else ""
         reason = os.strerror(exc.errno) if isinstance(exc.errno, int) and exc.errno > 0 else exc
-        raise _CliError(f"cannot listen on {where}: {reason}", hint, _UNREACHABLE) from None
+        raise _CliError(f"cannot listen on {args.unix or f'{host}:{port}'}: {reason}", hint, _UNREACHABLE) from None
 
 def _channel_to(args: Any) -> ClientChannel:
     """The channel to WHERE: a URL, ``unix:PATH``, ``tcp:HOST:PORT`` or a command that is started; to be closed."""
@@ -8456,9 +8453,8 @@ class _Output:
             lines = "".join(f"\n  {name:{max(map(len, row))}}  {_cell(value)}" for name, value in row.items())
             self.put(f"{_paint('Header:', '1', self.file)}{lines}\n")
         else:
-            self.begun = self.kind == "json"
-            start = {"json": "[\n", "csv": "# "}.get(self.kind, "")
-            self.put(start + _to_json({"__header__": row}) + ("" if self.begun else "\n"))
+            self.put("# " if self.kind == "csv" else "")
+            self._json([{"__header__": row}])
         self.file.flush()
 
     def batch(self, batch: pa.RecordBatch, metadata: Any = None) -> None:
@@ -8466,12 +8462,8 @@ class _Output:
         if self.kind == "arrow":
             self.arrow = self.arrow or IpcWriter(lambda pieces: [self.file.write(piece) for piece in pieces], batch.schema)
             self.arrow.write(batch, metadata)
-        elif self.kind == "ndjson":
-            self.put("".join(_to_json(row) + "\n" for row in _json_rows(batch)))
-        elif self.kind == "json":
-            for row in _json_rows(batch):
-                self.put((",\n" if self.begun else "[\n") + _to_json(row))
-                self.begun = True
+        elif self.kind in ("json", "ndjson"):
+            self._json(_json_rows(batch))
         elif self.kind == "csv":
             import csv
 
@@ -8482,6 +8474,11 @@ class _Output:
         else:
             self._table(batch)
         self.file.flush()
+
+    def _json(self, rows: list[Any]) -> None:
+        for row in rows:
+            self.put(("," if self.begun else "[") + f"\n{_to_json(row)}" if self.kind == "json" else f"{_to_json(row)}\n")
+            self.begun = self.kind == "json"
 
     def _table(self, batch: pa.RecordBatch) -> None:
         t = pa.types
@@ -8806,14 +8803,11 @@ def _explain_stream(source: BufferSource) -> None:
         kind = "tick" if kind == "data" and not len(reader.schema) else kind
         print(f"  {kind}: {message.head.rows} rows, {len(message.data)} bytes")
         for key, value in metadata.items():
-            token = key in (STATE_KEY, CALL_STATE_KEY)
-            print(f"    {_as_text(key)} = {f'<{len(value)} bytes>' if token else _as_text(value)}")
+            shown = b"<%d bytes>" % len(value) if key in (STATE_KEY, CALL_STATE_KEY) else value[:500]
+            print(f"    {(key[:500] + b' = ' + shown).decode('utf-8', 'backslashreplace')}")
         for row in _json_rows(reader.decode(message).slice(0, 3)):
             print(f"    {_to_json(row)[:200]}")
     print(f"  end at byte {source.position}")
-
-def _as_text(data: bytes) -> str:
-    return data[:500].decode("utf-8", "backslashreplace")
 
 def _completion(args: Any) -> None:
     flags = {name: " ".join(w for a in c.arguments for w in a[0].split() if w[0] == "-") for name, c in _commands().items()}
@@ -8858,7 +8852,7 @@ def _commands() -> dict[str, _Command]:
         value("--host", "HOST", "address to bind (default: %(default)s)", default="127.0.0.1"),
         value("--port", "PORT", "0 takes a free one (default: %(default)s)", type=int, default=8000),
         value("--unix", "PATH", "serve a Unix socket instead of HTTP"),
-        value("--tcp", "[HOST:]PORT", "serve TCP instead of HTTP"),
+        value("--tcp", "[HOST:]PORT", "serve TCP instead of HTTP", type=_host_and_port),
         flag("--stdio", "serve stdin and stdout instead of HTTP"),
         value("--prefix", "/PATH", "serve HTTP under this path"),
         value("--token-key-file", "FILE", "keys of the state tokens, one a line: the first signs, all verify"),
@@ -8905,7 +8899,6 @@ def _commands() -> dict[str, _Command]:
     url, worker = "http://127.0.0.1:8000", f'"{_program()} serve --stdio"'
     demo = (f"{url} add a=1 b=2", f"{worker} countdown start=3 -f json", f"{url} statistics -i weather.csv --rows 500")
     serving = ("", "app.py:Calculator --port 0", "'app:make()' --check", "--unix /tmp/demo.sock")
-    captured = value("file", "FILE", "- is stdin")
     shells = ("shell", {"choices": ("bash", "zsh", "fish")})
     return {
         "serve": _Command(_serve, "serve a class, over HTTP unless told otherwise", serve, serving),
@@ -8913,7 +8906,7 @@ def _commands() -> dict[str, _Command]:
         "describe": _Command(_describe, "show what a server offers", [where, method, formats, *connecting], (url,)),
         "ping": _Command(_ping, "measure round trips", [where, number, *connecting], (url, f"{worker} -n 100")),
         "selfcheck": _Command(_selfcheck, "call the demo over every transport of this machine", []),
-        "explain": _Command(_explain, "print captured bytes of the wire as text", [captured], ("answer.bin",)),
+        "explain": _Command(_explain, "print captured bytes of the wire as text", [value("file", "FILE", "- is stdin")], ("answer.bin",)),
         "completion": _Command(_completion, "print a completion script for a shell", [shells], ("bash",)),
     }
 
