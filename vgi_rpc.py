@@ -8085,11 +8085,10 @@ def _http_options(args: Any) -> tuple[dict[str, Any], str]:
     """The options of `serve_http`, and what the banner says of the token key."""
     options: dict[str, Any] = {"pages": not args.no_describe, "json": not args.no_json, "request_deadline": args.timeout}
     options |= {n: getattr(args, n) for n in ("prefix", "token_ttl", "max_request_bytes", "max_response_bytes", "max_connections")}
+    key = f"from {args.token_key_file or 'VGI_RPC_TOKEN_KEY'}"
     if args.token_key_file:
-        options["token_key"], key = [line[0].encode() for line in _words_of(args.token_key_file)], f"from {args.token_key_file}"
-    elif os.environ.get("VGI_RPC_TOKEN_KEY"):
-        key = "from VGI_RPC_TOKEN_KEY"
-    else:
+        options["token_key"] = [line[0].encode() for line in _words_of(args.token_key_file)]
+    elif not os.environ.get("VGI_RPC_TOKEN_KEY"):
         options["token_key"] = os.urandom(32)
         key = "random: open streams end with this process; VGI_RPC_TOKEN_KEY or --token-key-file keeps them"
     if args.cors:
@@ -8349,8 +8348,7 @@ def _live_method(service: ServiceDescription, method: MethodDescription) -> RpcM
 
 def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
     """The batches of an Arrow, NDJSON or CSV file, told apart by their first bytes; ``-`` is read as it comes."""
-    with contextlib.ExitStack() as stack:
-        file: Any = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
+    with contextlib.nullcontext(cast("Any", sys.stdin.buffer)) if path == "-" else open(path, "rb") as file:
         first = file.peek(8)[:6]
         if first == b"ARROW1":
             file.read(8)  # the file format is a stream between two magic words (Columnar.rst, "IPC File Format")
@@ -8520,9 +8518,9 @@ def _output(args: Any) -> Iterator[_Output]:
     kind = args.format if args.format != "auto" else {"arrows": "arrow"}.get(ending, ending)
     if kind not in _FORMATS:
         kind = "table" if not args.output and sys.stdout.isatty() else "ndjson"
-    with contextlib.ExitStack() as stack:
-        mode = "ab" if args.resume and os.path.exists(args.resume) else "wb"
-        yield _Output(kind, stack.enter_context(open(args.output, mode)) if args.output else sys.stdout.buffer)
+    mode = "ab" if args.resume and os.path.exists(args.resume) else "wb"
+    with open(args.output, mode) if args.output else contextlib.nullcontext(sys.stdout.buffer) as file:
+        yield _Output(kind, file)
 
 def _bookmark(path: str | None, name: str) -> tuple[int, bytes]:
     """(input rows answered, token) as ``--resume`` left them; (0, nothing) at the beginning."""
@@ -8746,11 +8744,11 @@ def _served(kind: str, folder: str) -> Iterator[Any]:
 def _selfcheck(args: Any) -> int:
     import tempfile
 
-    batch = pa.RecordBatch.from_pydict({"x": [1.0, None, 3.0]})
+    given = AnnotatedBatch.from_pydict({"x": [1.0, None, 3.0]})
 
     def statistics(proxy: Any) -> Any:
-        with proxy.statistics(schema=batch.schema) as session:
-            return [session.exchange(AnnotatedBatch(batch)).batch.to_pylist()[0]["x"]["count"] for _ in range(2)]
+        with proxy.statistics(schema=given.batch.schema) as session:
+            return [session.exchange(given).batch.to_pylist()[0]["x"]["count"] for _ in range(2)]
 
     def countdown(proxy: Any) -> Any:
         session = proxy.countdown(start=2)
@@ -8761,7 +8759,7 @@ def _selfcheck(args: Any) -> int:
     print(_versions() + f"\n{'ms':12}" + "".join(f"{name:>10}" for name in checks))
     code = _OK
     for kind in ("pipe", "subprocess", "wsgi", "http", "tcp", *(["unix"] if hasattr(socket, "AF_UNIX") else [])):
-        line = f"{kind:12}"
+        line, end = f"{kind:12}", _paint("ok", "32", sys.stdout)
         try:
             with tempfile.TemporaryDirectory() as folder, _served(kind, folder) as proxy:
                 for call, wanted in checks.values():
@@ -8770,10 +8768,9 @@ def _selfcheck(args: Any) -> int:
                     if got != wanted:
                         raise ValueError(f"expected {wanted}, got {got}")
                     line += f"{(time.perf_counter() - start) * 1000:10.2f}"
-            print(f"{line}  {_paint('ok', '32', sys.stdout)}", flush=True)
         except Exception as exc:
-            code = _FAILED
-            print(f"{line}  {_paint('FAILED', '1;31', sys.stdout)} {_text_of(exc)}", flush=True)
+            code, end = _FAILED, f"{_paint('FAILED', '1;31', sys.stdout)} {_text_of(exc)}"
+        print(f"{line}  {end}", flush=True)
     return code
 
 def _explain(args: Any) -> None:
