@@ -7099,25 +7099,20 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
 # Law: nothing of this section runs on import; a failure is one line, a hint where there is one, and an exit code.
 
 _OK, _FAILED, _USAGE, _UNREACHABLE, _REFUSED, _TIMEOUT, _INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
-_RELOAD = 75  # sysexits' EX_TEMPFAIL: the child of `serve --reload` asks to be started again
 _REFUSALS = (Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.RESOURCE_EXHAUSTED)
 _TEXT_ROWS = 100  # of CSV and NDJSON in a turn, where nothing else says what a batch is
 _CHUNK_BYTES = 1 << 20  # of a CSV or NDJSON file read at once; the types of its columns are those of the first chunk
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
-
 @dataclass(frozen=True)
 class CountdownHeader(ArrowSerializableDataclass):
     """What `Demo.countdown` says before its first number."""
-
     start: int
     batches: int
-
 
 @dataclass
 class CountdownState(ProducerState):
     """Where a countdown stands."""
-
     left: int
     pause: float
 
@@ -7129,11 +7124,9 @@ class CountdownState(ProducerState):
         out.emit_pydict({"n": [self.left]})
         self.left -= 1
 
-
 @dataclass
 class Tally:
     """Running statistics of one column; nulls are passed over, ``None`` stands for what no value has decided yet."""
-
     count: int = 0
     total: float = 0.0
     low: float | None = None
@@ -7150,44 +7143,29 @@ class Tally:
         self.low, self.high = edges["min"], edges["max"]
         return {"count": self.count, "mean": self.total / self.count if self.count else None, **edges}
 
-
 @dataclass
 class StatisticsState(ExchangeState):
     """The statistics so far, by column."""
-
     columns: dict[str, Tally]
 
     def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
         out.emit_pydict({name: [tally.add(input.batch.column(name))] for name, tally in self.columns.items()})
 
 
-class Demo(Protocol):
+class Demo:
     """A small service with one method of each kind."""
 
     def add(self, a: float, b: float = 1.0) -> float:
         """Return a + b."""
-
-    def countdown(self, start: int, pause: float | None = None) -> Stream[ProducerState, CountdownHeader]:
-        """Count from start to 0, one number a batch; pause is for seconds before each."""
-
-    def statistics(self, schema: pa.Schema) -> Stream[ExchangeState]:
-        """Answer each batch of schema with count, mean, min and max of every numeric column so far."""
-
-
-class DemoImpl:
-    """Implements `Demo`."""
-
-    def add(self, a: float, b: float = 1.0) -> float:
-        """See `Demo.add`."""
         return a + b
 
     def countdown(self, start: int, pause: float | None = None) -> Stream[CountdownState, CountdownHeader]:
-        """See `Demo.countdown`."""
+        """Count from start to 0, one number a batch; pause is for seconds before each."""
         header = CountdownHeader(start, max(0, start + 1))
         return Stream(pa.schema([("n", pa.int64())]), CountdownState(start, pause or 0.0), header=header)
 
     def statistics(self, schema: pa.Schema) -> Stream[StatisticsState]:
-        """See `Demo.statistics`."""
+        """Answer each batch of schema with count, mean, min and max of every numeric column so far."""
         t = pa.types
         names = [f.name for f in schema if t.is_integer(f.type) or t.is_floating(f.type) or t.is_decimal(f.type)]
         if not names or len(set(schema.names)) < len(schema):
@@ -7197,29 +7175,25 @@ class DemoImpl:
         state = StatisticsState({name: Tally() for name in names})
         return Stream(pa.schema([(name, summary) for name in names]), state, input_schema=schema)
 
+DemoImpl = Demo  # for code that names the class that serves apart from the protocol
 
 class _CliError(Exception):
     """Ends a command with one line, a hint and an exit code."""
-
     def __init__(self, message: str, hint: str = "", code: int = _USAGE) -> None:
         super().__init__(message)
         self.hint, self.code = hint, code
-
 
 def _paint(text: str, style: str, stream: Any = None) -> str:
     """Colour *text* when *stream* (stderr) is a terminal that may show it; ``NO_COLOR`` wins (no-color.org)."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not (stream or sys.stderr).isatty()
     return text if plain else f"\x1b[{style}m{text}\x1b[0m"
 
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
 
 def _program() -> str:
     name = os.path.basename(sys.argv[0] or "vgi_rpc.py")
     return f"python {name}" if name.endswith(".py") else name
-
 
 def _verdict(exc: Exception) -> tuple[int, str]:
     """The exit code of a failure, and a hint."""
@@ -7238,7 +7212,6 @@ def _verdict(exc: Exception) -> tuple[int, str]:
     hidden = REFLECTION_PROTOCOL in exc.error_message
     return _FAILED, "a server with --no-describe does not say what it has, and cannot be called by name" if hidden else ""
 
-
 def _report(exc: Exception, args: Any) -> int:
     """Say on stderr what failed, as the flags ask for it; return the exit code."""
     code, hint = _verdict(exc)
@@ -7251,19 +7224,15 @@ def _report(exc: Exception, args: Any) -> int:
         return code
     text = f"{exc.filename or ''}: {exc.strerror}" if isinstance(exc, OSError) else getattr(exc, "error_message", exc)
     kind = f"{exc.error_type}: " if isinstance(exc, RpcError) and not isinstance(exc, _LocalError) else ""
-    _say(f"{_paint('error:', '1;31')} {kind}{' '.join(_text_of(text).split())}")
-    for line in (f"{_paint('hint:', '1;36')} {hint}" if hint else "", trace):
-        if line:
-            _say(line)
+    first = f"{_paint('error:', '1;31')} {kind}{' '.join(_text_of(text).split())}"
+    _say("\n".join(filter(None, (first, hint and f"{_paint('hint:', '1;36')} {hint}", trace))))
     return code
-
 
 def _load_target(text: str) -> Any:
     """Import what ``module:Class``, ``path/to/file.py:Class`` or ``module:factory()`` names."""
     match = re.fullmatch(r"(.+?):([A-Za-z_][\w.]*)(\(\))?", text)
     if not match:
-        wanted = "module:Class, path/to/file.py:Class or module:factory()"
-        raise _CliError(f"target {text!r}: expected {wanted}", f"try {text}:NAME")
+        raise _CliError(f"target {text!r}: expected module:Class, path/to/file.py:Class or module:factory()", f"try {text}:NAME")
     module = _guarded(match[1], _import_module, match[1])
     try:
         found = functools.reduce(getattr, match[2].split("."), module)
@@ -7272,7 +7241,6 @@ def _load_target(text: str) -> Any:
         hint = f"it defines {', '.join(own) or 'nothing to serve'}"
         raise _CliError(f"{match[1]} has no {match[2]!r}{_suggest(match[2], own)}", hint) from None
     return _guarded(text, found) if match[3] else found
-
 
 def _import_module(name: str) -> Any:
     import importlib.util
@@ -7289,7 +7257,6 @@ def _import_module(name: str) -> Any:
     spec.loader.exec_module(module)
     return module
 
-
 def _guarded(what: str, call: Callable[..., Any], *args: Any) -> Any:
     """Run the user's code; what it raises becomes one line with its file and line."""
     try:
@@ -7303,11 +7270,8 @@ def _guarded(what: str, call: Callable[..., Any], *args: Any) -> Any:
         where = f"{exc.filename}:{exc.lineno}" if isinstance(exc, SyntaxError) else f"{last.filename}:{last.lineno}"
         raise _CliError(f"{where}: {type(exc).__name__}: {_text_of(exc)}", f"{what} must load without errors") from None
 
-
 def _is_protocol(value: Any) -> bool:
-    own = isinstance(value, type) and bool(vars(value).get("_is_protocol")) and not value.__module__.startswith("typing")
-    return own and bool(_public_functions(value))
-
+    return isinstance(value, type) and bool(vars(value).get("_is_protocol") and _public_functions(value))
 
 def _protocol_of(cls: type) -> type:
     """The Protocol that a class subclasses, names (``protocol = P``) or, alone in its module, fits; else the class itself."""
@@ -7321,10 +7285,9 @@ def _protocol_of(cls: type) -> type:
         raise _CliError(f"{cls.__name__} fits several protocols: {names}", "its body says which: protocol = NAME")
     return cast("type", (fitting or [cls])[0])
 
-
 def _service_of(target: str | None) -> RpcServer:
     """Return the server for a target; the demo without one."""
-    found = _load_target(target) if target else DemoImpl
+    found = _load_target(target) if target else Demo
     if isinstance(found, RpcServer):
         return found
     if inspect.isroutine(found) or _is_protocol(found):
@@ -7345,14 +7308,12 @@ def _service_of(target: str | None) -> RpcServer:
         where = f"{code.co_filename}:{code.co_firstlineno}: " if code else ""
         raise _CliError(where + text, "each parameter and result has an annotation with an Arrow type") from None
 
-
 def _size(text: str) -> int:
     """``64M`` -> bytes; argparse names this function in its error text."""
     match = re.fullmatch(r"([0-9]+)([KMG]?)(i?B)?", text, re.I)
     if not match:
         raise ValueError(text)
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
-
 
 def _words_of(path: str) -> list[list[str]]:
     """The words of each line of a file of secrets that is neither empty nor a comment."""
@@ -7362,17 +7323,14 @@ def _words_of(path: str) -> list[list[str]]:
         raise _CliError(f"{path}: expected a secret, got an empty file")
     return lines
 
-
 def _http_options(args: Any) -> tuple[dict[str, Any], str]:
     """The options of `serve_http`, and what the banner says of the token key."""
     options: dict[str, Any] = {"pages": not args.no_describe, "json": not args.no_json, "request_deadline": args.timeout}
-    for name in ("prefix", "token_ttl", "max_request_bytes", "max_response_bytes", "max_connections"):
-        options[name] = getattr(args, name)
+    options |= {n: getattr(args, n) for n in ("prefix", "token_ttl", "max_request_bytes", "max_response_bytes", "max_connections")}
+    key = f"from {args.token_key_file or 'VGI_RPC_TOKEN_KEY'}"
     if args.token_key_file:
-        options["token_key"], key = [line[0].encode() for line in _words_of(args.token_key_file)], f"from {args.token_key_file}"
-    elif os.environ.get("VGI_RPC_TOKEN_KEY"):
-        key = "from VGI_RPC_TOKEN_KEY"
-    else:
+        options["token_key"] = [line[0].encode() for line in _words_of(args.token_key_file)]
+    elif not os.environ.get("VGI_RPC_TOKEN_KEY"):
         options["token_key"] = os.urandom(32)
         key = "random: open streams end with this process; VGI_RPC_TOKEN_KEY or --token-key-file keeps them"
     if args.cors:
@@ -7392,41 +7350,73 @@ def _http_options(args: Any) -> tuple[dict[str, Any], str]:
             raise _CliError(f"--tls-cert {args.tls_cert}: {exc.strerror or exc}", hint) from None
     return {name: value for name, value in options.items() if value is not None}, key
 
+def _serve_once(args: Any) -> None:
+    server = _service_of(args.target)
+    server.include_tracebacks &= not args.no_tracebacks
+    if args.no_describe:
+        server.services.pop(REFLECTION_PROTOCOL, None)
+        server.describe_enabled = False
+    options, key = _http_options(args)
+    HttpApp(server, _split_options(options, HttpOptions, HttpServeOptions)[0])  # what is wrong with them is said now
+    if args.check:
+        print(describe_rpc(server.primary.protocol).replace("__main__.", ""))
+        return
+    if args.access_log:
+        configure_access_log(args.access_log, server)
+    _listen(args, server, options, key)
 
 def _serve(args: Any) -> int:
-    if args.reload and not os.environ.get("VGI_RPC_RELOADED"):
-        return _serve_reloading(args)
-    changed = _watch(args.target) if args.reload else None
-    try:
-        server = _service_of(args.target)
-        server.include_tracebacks &= not args.no_tracebacks
-        if args.no_describe:
-            server.services.pop(REFLECTION_PROTOCOL, None)
-            server.describe_enabled = False
-        options, key = _http_options(args)
-        HttpApp(server, _split_options(options, HttpOptions, HttpServeOptions)[0])  # what is wrong with them is said now
-        if args.check:
-            print(describe_rpc(server.primary.protocol).replace("__main__.", ""))
-            return _OK
-        if args.access_log:
-            configure_access_log(args.access_log, server)
-        _listen(args, server, options, key)
-    except (_CliError, OSError, ValueError) as exc:
-        if changed is None:
-            raise
-        _report(exc, args)
-        _say("waiting for a change …")
-        changed.wait()
-    return _RELOAD if changed is not None and changed.is_set() else _OK
+    """Serve; with ``--reload``, when a module's file changes begin anew: same port and same key, so that open streams go on."""
+    import signal
 
+    if not args.reload:
+        _serve_once(args)
+        return _OK
+    os.environ.setdefault("VGI_RPC_TOKEN_KEY", os.urandom(32).hex())
+    if not (args.stdio or args.unix or args.tcp or args.port):
+        with listen_tcp(args.host, 0) as free:
+            args.port = free.getsockname()[1]
+        args.words += ["--port", str(args.port)]
+    changed = threading.Event()
+    threading.Thread(target=_watch, args=(args.target, changed), daemon=True, name="vgi_rpc reload").start()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # where no server has handlers of its own
+    code = _OK
+    try:
+        _serve_once(args)
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except (_CliError, OSError, ValueError) as exc:
+        with contextlib.suppress(KeyboardInterrupt):
+            code = _report(exc, args)
+            _say("waiting for a change …")
+            changed.wait()
+            time.sleep(1)  # the signal of `_watch`, which follows at once, must not hit what comes next
+    if changed.is_set():
+        _say("something changed: starting again")
+        os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *args.words])
+    return code
+
+def _watch(target: str | None, changed: threading.Event) -> None:
+    """Wait until the file of a loaded module changes, then set the event and have the server stop."""
+    import signal
+
+    known: dict[str, int] = {}
+    while True:
+        files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} | {(target or "").rpartition(":")[0]}
+        found = {path: os.stat(path).st_mtime_ns for path in files if path and os.path.isfile(path)}
+        if any(known.get(path, stamp) != stamp for path, stamp in found.items()):
+            break
+        known.update(found)
+        time.sleep(0.3)
+    changed.set()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> None:
     """Serve where the flags say, until stopped; the banner comes once connections are accepted."""
     http = not (args.stdio or args.unix or args.tcp)
     if sum(map(bool, (args.stdio, args.unix, args.tcp))) > 1 or (args.bearer_file and not http):
         raise _CliError("--stdio, --unix, --tcp: one at a time, and --bearer-file with none of them")
-    host, _, port = args.tcp.rpartition(":") if args.tcp else (args.host, "", args.port)
-    host = host or "127.0.0.1"
+    host, port = args.tcp or (args.host, args.port)
 
     def bound(where: str, line: str) -> None:
         _say(f"{_paint(server.protocol_name, '1')} served by vgi_rpc {__version__}")
@@ -7441,8 +7431,7 @@ def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> 
             announce(line)
 
     sockets: dict[str, Any] = {"threaded": True, "max_connections": args.max_connections}
-    tls = options.get("tls_context")
-    base = HttpOptions(args.prefix or "", b"").prefix
+    tls, base = options.get("tls_context"), HttpOptions(args.prefix or "", b"").prefix
     try:
         if args.stdio:
             if sys.stdin.isatty():
@@ -7452,97 +7441,41 @@ def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> 
             serve_unix(server, args.unix, on_bound=lambda path: bound(f"unix:{path}", f"UNIX:{path}"), **sockets)
         elif args.tcp:
             sockets["on_bound"] = lambda h, p: bound(f"tcp:{h}:{p}", f"TCP:{h}:{p}")
-            serve_tcp(server, host, int(port), tls_context=tls, **sockets)
+            serve_tcp(server, host, port, tls_context=tls, **sockets)
         else:
             url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}"
             serve_http(server, host=host, port=port, on_bound=lambda _, p: bound(f"{url}:{p}{base}", f"PORT:{p}"), **options)
     except KeyboardInterrupt:  # before the listener's own handlers stood
         return
     except OSError as exc:
-        where = args.unix or f"{host}:{port}"
         hint = "another server runs there; port 0 takes a free one" if exc.errno == errno.EADDRINUSE else ""
         reason = os.strerror(exc.errno) if isinstance(exc.errno, int) and exc.errno > 0 else exc
-        raise _CliError(f"cannot listen on {where}: {reason}", hint, _UNREACHABLE) from None
+        raise _CliError(f"cannot listen on {args.unix or f'{host}:{port}'}: {reason}", hint, _UNREACHABLE) from None
 
-
-def _serve_reloading(args: Any) -> int:
-    """Keep a child serving: the same port and the same key in each of its lives, so that open streams go on."""
-    import signal
-    import subprocess
-
-    words = list(args.words)
-    if not (args.stdio or args.unix or args.tcp or args.port):
-        with listen_tcp(args.host, 0) as free:
-            words += ["--port", str(free.getsockname()[1])]
-    environment = {"VGI_RPC_TOKEN_KEY": os.urandom(32).hex(), **os.environ, "VGI_RPC_RELOADED": "1"}
-    while True:
-        child = subprocess.Popen([sys.executable, os.path.abspath(__file__), *words], env=environment)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_, child=child: child.terminate())
-        code = child.wait()
-        if code != _RELOAD:
-            return max(code, 0)
-        _say("something changed: starting again")
-
-
-def _watch(target: str | None) -> threading.Event:
-    """Watch the files of all loaded modules; when one changes, set the event and have the server stop."""
-    import signal
-
-    changed, known = threading.Event(), dict[str, int]()
-
-    def stale() -> bool:
-        files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} | {(target or "").rpartition(":")[0]}
-        found = {path: os.stat(path).st_mtime_ns for path in files if path and os.path.isfile(path)}
-        old = {path: known.get(path, stamp) for path, stamp in found.items()}
-        known.update(found)
-        return old != found
-
-    def watch() -> None:
-        while not stale():
-            time.sleep(0.3)
-        changed.set()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True, name="vgi_rpc reload").start()
-    return changed
-
-
-@contextlib.contextmanager
-def _channel_to(args: Any) -> Iterator[ClientChannel]:
-    """The channel to WHERE: a URL, ``unix:PATH``, ``tcp:HOST:PORT`` or a command that is started."""
-    pairs = [line.partition(":")[::2] for line in args.header]
-    headers = {name.strip(): value.strip() for name, value in pairs}
-    if args.bearer_file:
-        headers["Authorization"] = f"Bearer {_words_of(args.bearer_file)[0][-1]}"
-    if args.where.startswith(("http://", "https://")):
-        target = HttpTarget.parse(args.where)
-        channel: ClientChannel = HttpClient(HttpConnections(target), target.prefix, headers=headers)
-    elif headers:
-        raise _CliError("-H and --bearer-file are for HTTP")
-    else:
-        channel = ByteClient(_transport(args.where, args))
-    try:
-        yield channel
-    finally:
-        channel.close()
-
-
-def _transport(where: str, args: Any) -> Transport:
+def _channel_to(args: Any) -> ClientChannel:
+    """The channel to WHERE: a URL, ``unix:PATH``, ``tcp:HOST:PORT`` or a command that is started; to be closed."""
     import shlex
 
+    headers = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in args.header)}
+    if args.bearer_file:
+        headers["Authorization"] = f"Bearer {_words_of(args.bearer_file)[0][-1]}"
+    where = args.where
+    if where.startswith(("http://", "https://")):
+        return _http_client(where, None, None, headers=headers)
+    if headers:
+        raise _CliError("-H and --bearer-file are for HTTP")
     kind, _, rest = where.partition(":")
     if kind == "unix":
-        return connect_unix_socket(rest, args.timeout)
+        return ByteClient(connect_unix_socket(rest, args.timeout))
     host, _, port = rest.rpartition(":")
     if kind == "tcp" and port.isdigit():
         connected = connect_tcp_socket(host or "127.0.0.1", int(port), args.timeout or 10.0)
-        return Transport(SocketChannel(connected), TransportKind.TCP, rest)
+        return ByteClient(Transport(SocketChannel(connected), TransportKind.TCP, rest))
     if kind == "tcp" or not where or re.fullmatch(r"[\w.-]+:\d+(/.*)?", where):
         hint = f"http://{where.removeprefix('tcp:')}?" if where else ""
         raise _CliError(f"WHERE {where!r}: expected a URL, unix:PATH, tcp:HOST:PORT or a command", hint)
-    return SubprocessTransport(shlex.split(where), stderr=StderrMode.INHERIT if args.verbose else StderrMode.PIPE)
-
+    stderr = StderrMode.INHERIT if args.verbose else StderrMode.PIPE
+    return ByteClient(SubprocessTransport(shlex.split(where), stderr=stderr))
 
 def _options(args: Any, version: str = "") -> CallOptions:
     def on_log(message: Message) -> None:
@@ -7550,66 +7483,39 @@ def _options(args: Any, version: str = "") -> CallOptions:
 
     return CallOptions(on_log if args.verbose else None, args.timeout, version=version)
 
-
 def _describe_live(channel: ClientChannel, args: Any) -> tuple[ServiceDescription, MethodDescription | None]:
     """What the server says of its service, and of ``method`` or ``Protocol.method`` if one is asked for."""
     protocol, _, name = (args.method or "").rpartition(".")
     service = introspect(make_proxy(Reflection, channel, _options(args)), protocol=protocol or None)
-    if name and name not in service.methods:
-        known = sorted(service.methods)
+    if name and name not in (known := sorted(service.methods)):
         raise _CliError(f"{service.protocol_name} has no method {name!r}{_suggest(name, known)}", f"it has {', '.join(known)}")
     return service, service.methods.get(name)
-
 
 def _usage_of(method: MethodDescription) -> str:
     """One line that says how `call` wants a method."""
     words = [method.name]
     for f in method.params_schema:
         word = f"{f.name}={re.split('[<[]', _type_text(f.type))[0].upper()}"
-        words.append(f"[{word}]" if f.nullable or f.name in method.param_defaults or (method.method_type is MethodType.STREAM and f.name == "schema") else word)
+        told = method.method_type is MethodType.STREAM and f.name == "schema"  # by the input
+        words.append(f"[{word}]" if told or f.nullable or f.name in method.param_defaults else word)
     return f"usage: {_program()} call WHERE {' '.join(words)}{' -i FILE' if method.is_exchange else ''}"
 
-
-def _from_text(text: str, kind: pa.DataType) -> Any:
-    """A word of the command line as ``pa.array`` takes it for *kind*; raises ``ValueError`` and the like."""
-    import datetime
-    import decimal
-
+def _from_text(text: str | bytes, kind: pa.DataType) -> Any:
+    """A word, or a file, as ``pa.array`` takes it for *kind*; raises as `_json_in`, and ``ValueError`` and the like."""
     t = pa.types
-    for matches, convert in (
-        (t.is_boolean, lambda word: _TRUTH[word.lower()]),
-        (t.is_integer, int),
-        (t.is_floating, float),
-        (t.is_decimal, decimal.Decimal),
-        (t.is_time, datetime.time.fromisoformat),
-        (t.is_duration, int),
-        (t.is_temporal, lambda word: pa.array([word]).cast(kind)[0].as_py()),
-        (t.is_nested, lambda word: _from_json(json.loads(word), kind)),
-        (t.is_binary, str.encode),
-    ):
-        if matches(kind):
-            return convert(text)
-    return text
-
+    if t.is_binary(kind) or t.is_large_binary(kind) or t.is_fixed_size_binary(kind):
+        return text if isinstance(text, bytes) else text.encode()
+    word = text if isinstance(text, str) else text.decode("utf-8", "replace").rstrip("\r\n")
+    known = {t.is_boolean: lambda word: _TRUTH[word.lower()], t.is_integer: int, t.is_floating: float, t.is_duration: float}
+    convert: Any = next((c for matches, c in {**known, t.is_nested: json.loads}.items() if matches(kind)), str)
+    return _from_json(convert(word), kind)
 
 def _from_json(value: Any, kind: pa.DataType) -> Any:
-    """A JSON value as ``pa.array`` takes it for *kind*: bytes are base64, a dataclass is an object."""
-    t = pa.types
-    if isinstance(value, str) and (t.is_temporal(kind) or t.is_decimal(kind)):
-        return _from_text(value, kind)
-    if isinstance(value, str) and t.is_binary(kind):
-        return base64.b64decode(value, validate=True)
-    if isinstance(value, dict) and t.is_map(kind):
-        return [(_from_text(k, kind.key_type), _from_json(v, kind.item_type)) for k, v in value.items()]
-    if isinstance(value, dict) and t.is_struct(kind):
-        return {k: _from_json(v, kind[kind.get_field_index(k)].type) for k, v in value.items()}
-    if isinstance(value, list) and t.is_nested(kind):
-        return [_from_json(v, kind.value_type) for v in value]
-    if isinstance(value, (dict, list)) and t.is_binary(kind):  # a dataclass, or a batch, travels as a stream of its own
-        batch = _rows_to_batch([value] if isinstance(value, dict) else value)
-        return stream_bytes(batch.schema, [(batch, None)])
-    return value
-
+    """A JSON value as ``pa.array`` takes it for *kind*; a dataclass (an object) or a batch is a stream of its own."""
+    if not isinstance(value, (dict, list)) or not pa.types.is_binary(kind):
+        return _json_in(value, kind)
+    batch = _rows_to_batch([value] if isinstance(value, dict) else value)
+    return stream_bytes(batch.schema, [(batch, None)])
 
 def _parsed_json(where: str, text: str | bytes) -> Any:
     try:
@@ -7617,17 +7523,17 @@ def _parsed_json(where: str, text: str | bytes) -> Any:
     except ValueError as exc:
         raise _CliError(f"{where}: not JSON: {_text_of(exc)}") from None
 
-
 def _read_file(path: str) -> bytes:
     if path == "-":
         return sys.stdin.buffer.read()
     with open(path, "rb") as f:
         return f.read()
 
-
 def _arguments(args: Any, method: MethodDescription) -> dict[str, Any]:
-    """The values that ``-j`` and ``k=v | k:=json | k=@file`` give, typed by the method's schema."""
-    given: list[tuple[str, Any, Callable[[Any, pa.DataType], Any]]] = []
+    """The values that the server's defaults, ``-j`` and ``k=v | k:=json | k=@file`` give, typed by the method's schema."""
+    names = method.params_schema.names
+    given: list[tuple[str, Any, Callable[[Any, pa.DataType], Any]]]
+    given = [(name, value, _from_json) for name, value in method.param_defaults.items() if name in names]
     if args.json:
         data = _parsed_json("-j", _read_file(args.json.lstrip("@")) if args.json[0] in "@-" else args.json)
         if not isinstance(data, dict):
@@ -7638,32 +7544,24 @@ def _arguments(args: Any, method: MethodDescription) -> dict[str, Any]:
         if not equals:
             raise _CliError(f"parameter {word!r}: expected key=value, key:=json or key=@file", _usage_of(method))
         data = _read_file(text[1:]) if text.startswith("@") else text
-        if name.endswith(":"):
-            given.append((name[:-1], _parsed_json(word, data), _from_json))
-        else:
-            given.append((name, data, _from_text if data is text else _from_bytes))
+        given.append((name[:-1], _parsed_json(word, data), _from_json) if name[-1:] == ":" else (name, data, _from_text))
     values: dict[str, Any] = {}
     for name, value, convert in given:
-        names = method.params_schema.names
         if name not in names:
             raise _CliError(f"{method.name}() has no parameter {name!r}{_suggest(name, names)}", _usage_of(method))
         kind = method.params_schema.field(name).type
         try:
             values[name] = convert(value, kind)
+        except _Mismatch as exc:
+            exc.got = exc.got if exc.path else f"{_got(value)} {value!r:.60}"
+            raise _CliError(_text_of(exc.error(f"{method.name}() argument {name}")), _usage_of(method)) from None
         except _ARROW_FAILURES:
             problem = f"{method.name}() parameter {name!r}: expected {_type_text(kind)}, got {value!r:.80}"
             raise _CliError(problem, _usage_of(method)) from None
     return values
 
-
-def _from_bytes(data: bytes, kind: pa.DataType) -> Any:
-    return data if pa.types.is_binary(kind) else _from_text(data.decode("utf-8", "replace").rstrip("\r\n"), kind)
-
-
 def _request(args: Any, info: RpcMethodInfo, method: MethodDescription, values: dict[str, Any]) -> pa.RecordBatch:
-    """The request; what is left out takes the default that the server tells, else null where that is a value."""
-    defaults = {k: v for k, v in method.param_defaults.items() if k in method.params_schema.names}
-    values = {**{k: _from_json(v, method.params_schema.field(k).type) for k, v in defaults.items()}, **values}
+    """The request; what neither the caller nor the server's defaults give is null where that is a value."""
     missing = [f.name for f in method.params_schema if f.name not in values and not f.nullable]
     if missing:
         raise _CliError(f"{method.name}() needs {', '.join(missing)}", _usage_of(method))
@@ -7672,12 +7570,10 @@ def _request(args: Any, info: RpcMethodInfo, method: MethodDescription, values: 
     except ParameterError as exc:
         raise _CliError(_text_of(exc), _usage_of(method)) from None
 
-
 def _traced(args: Any, what: str, batch: pa.RecordBatch) -> pa.RecordBatch:
     if args.debug:
         _say(_paint(f"{what}: {batch.num_rows} rows of {_schema_text(batch.schema)}, {batch.nbytes} bytes", "2"))
     return batch
-
 
 def _live_method(service: ServiceDescription, method: MethodDescription) -> RpcMethodInfo:
     """A method as the channels want it, from what the server says of it; values are what pyarrow makes of them."""
@@ -7685,74 +7581,54 @@ def _live_method(service: ServiceDescription, method: MethodDescription) -> RpcM
     def row(schema: pa.Schema) -> RowCodec:
         return RowCodec((f.name, codec_for(Annotated[object, ArrowType(f.type, f.nullable)])) for f in schema)
 
-    result = row(method.result_schema if method.has_return else EMPTY_SCHEMA)
     header: Any = types.SimpleNamespace(from_batch=lambda batch: batch) if method.has_header else None
-    same = ("name", "params_schema", "result_schema", "method_type", "has_return")
-    facts: dict[str, Any] = {name: getattr(method, name) for name in same}
-    facts.update(doc=None, result_type=None, protocol_name=service.protocol_name)
-    return RpcMethodInfo(params=row(method.params_schema), result=result, header=header, **facts)
-
-
-
-class _FileSource(ByteSource):
-    """A source over a binary file."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def read(self, size: int) -> bytes:
-        return cast("bytes", self._file.read(size))
-
+    return RpcMethodInfo(
+        method.name, method.params_schema, method.result_schema, None, method.method_type, method.has_return, None,
+        protocol_name=service.protocol_name, params=row(method.params_schema), header=header,
+        result=row(method.result_schema if method.has_return else EMPTY_SCHEMA),
+    )  # fmt: skip
 
 def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
     """The batches of an Arrow, NDJSON or CSV file, told apart by their first bytes; ``-`` is read as it comes."""
-    with contextlib.ExitStack() as stack:
-        file: Any = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
+    with contextlib.nullcontext(cast("Any", sys.stdin.buffer)) if path == "-" else open(path, "rb") as file:
         first = file.peek(8)[:6]
         if first == b"ARROW1":
             file.read(8)  # the file format is a stream between two magic words (Columnar.rst, "IPC File Format")
         elif first[:4] != _CONTINUATION:
-            yield from _text_batches(file, rows, live=path == "-")
+            yield from _text_batches(file, rows, path == "-", first.lstrip()[:1] != b"{")
             return
-        source = _FileSource(file)
-        reader = IpcReader(source)
-        for batch, _ in iter(reader.next, None):
+        source: Any = ByteSource()
+        source.read = file.read
+        for batch, _ in iter(IpcReader(source).next, None):
             for start in range(0, max(batch.num_rows, 1), rows or max(batch.num_rows, 1)):
                 yield batch.slice(start, rows)
 
-
-def _text_batches(file: Any, rows: int | None, live: bool) -> Iterator[pa.RecordBatch]:
-    """Lines to batches. From a pipe, without a number of rows, a turn takes what has come; types are those of the beginning."""
-    pending: list[bytes] = []
-    head: bytes | None = None
-    schema: pa.Schema | None = None
-    size = rows or _TEXT_ROWS
-    for lines in _line_groups(file, live):
-        pending += lines
-        if head is None and pending:
-            head = b"" if pending[0].lstrip()[:1] == b"{" else pending.pop(0).removeprefix(b"\xef\xbb\xbf")
-        while len(pending) >= size or (pending and (not lines or (live and rows is None))):
-            if schema is None:
-                schema = _parse_lines(head or b"", pending, None).schema
-            yield _parse_lines(head or b"", pending[:size], schema)
-            del pending[:size]
-
-
-def _line_groups(file: Any, live: bool) -> Iterator[list[bytes]]:
-    """Whole lines as they arrive (a line break in quotes does not end one), and an empty list at the end."""
+def _text_rows(file: Any, live: bool, is_csv: bool) -> Iterator[list[bytes]]:
+    """The lines that hold something, as they come; an empty list ends them. A line break in quotes does not end one of CSV."""
     rest, data = b"", b"\n"
     while data:
         data = file.read1(_CHUNK_BYTES) if live else file.read(_CHUNK_BYTES)
-        pieces, rest = (rest + (data or b"\n")).splitlines(keepends=True), b""
-        lines: list[bytes] = []
+        pieces, rest, lines = (rest + (data or b"\n")).splitlines(keepends=True), b"", list[bytes]()
         for piece in pieces:
             rest += piece
-            if rest.endswith(b"\n") and (rest.count(b'"') % 2 == 0 or not data):
-                lines, rest = [*lines, rest] if rest.strip() else lines, b""
+            if rest.endswith(b"\n") and not (is_csv and data and rest.count(b'"') % 2):
+                lines += [rest] if rest.strip() else []
+                rest = b""
         if lines:
             yield lines
     yield []
 
+def _text_batches(file: Any, rows: int | None, live: bool, is_csv: bool) -> Iterator[pa.RecordBatch]:
+    """Lines to batches. From a pipe, without a number of rows, a turn takes what has come; types are those of the beginning."""
+    head, pending, schema, size = b"", list[bytes](), None, rows or _TEXT_ROWS
+    for lines in _text_rows(file, live, is_csv):
+        pending += lines
+        if is_csv and not head and pending:
+            head = pending.pop(0).removeprefix(b"\xef\xbb\xbf")
+        while len(pending) >= size or (pending and (not lines or (live and rows is None))):
+            schema = schema or _parse_lines(head, pending, None).schema
+            yield _parse_lines(head, pending[:size], schema)
+            del pending[:size]
 
 def _parse_lines(head: bytes, lines: list[bytes], schema: pa.Schema | None) -> pa.RecordBatch:
     if not head:
@@ -7760,46 +7636,27 @@ def _parse_lines(head: bytes, lines: list[bytes], schema: pa.Schema | None) -> p
     import pyarrow.csv
 
     converting = pyarrow.csv.ConvertOptions(column_types=schema, strings_can_be_null=True)
-    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    options = {"parse_options": pyarrow.csv.ParseOptions(newlines_in_values=True), "convert_options": converting}
+    alone = pyarrow.csv.ReadOptions(use_threads=False)  # threads that still run at the interpreter's end abort it
     try:
-        table = pyarrow.csv.read_csv(io.BytesIO(head + b"".join(lines)), parse_options=parsing, convert_options=converting)
+        table = pyarrow.csv.read_csv(io.BytesIO(head + b"".join(lines)), alone, **options)
     except _ARROW_FAILURES as exc:
         raise _CliError(f"input: {_text_of(exc)}", "the types of a CSV's columns are those of its beginning") from None
     fields = [pa.field(f.name, pa.utf8() if pa.types.is_null(f.type) else f.type) for f in table.schema]
     return table.cast(pa.schema(fields)).combine_chunks().to_batches()[0]
 
-
 def _rows_to_batch(rows: list[Any], schema: pa.Schema | None = None) -> pa.RecordBatch:
     if not all(isinstance(row, dict) for row in rows):
         raise _CliError("input: expected a JSON object for each row")
-    names = schema.names if schema is not None else list(dict.fromkeys(name for row in rows for name in row))
-    for name in {name for row in rows for name in row} - set(names):
-        raise _CliError(f"input: column {name!r} is not in the rows before it: {', '.join(names)}")
+    names = dict.fromkeys([*(schema.names if schema is not None else ()), *(name for row in rows for name in row)])
     return _batch_from_pydict({name: [row.get(name) for row in rows] for name in names}, schema, "input")
 
-
-def _json_ready(value: Any) -> Any:
-    """A value of ``to_pylist`` as JSON has it: maps are objects, bytes base64, times ISO 8601, NaN and infinities null."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, list) and not (value and all(isinstance(v, tuple) for v in value)):
-        return [_json_ready(v) for v in value]
-    if isinstance(value, (dict, list)):
-        return {str(k): _json_ready(v) for k, v in dict(value).items()}
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(getattr(value, "isoformat", lambda: value)())
-
-
 def _to_json(value: Any) -> str:
-    return json.dumps(_json_ready(value), ensure_ascii=False)
-
-
-def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    # Python's own datetime has no nanoseconds: such columns are shown as Arrow writes them.
-    columns = [(c.cast(pa.utf8()) if "[ns" in str(c.type) else c).to_pylist() for c in batch.columns]
-    return [dict(zip(batch.schema.names, row)) for row in zip(*columns)]
-
+    """What `_json_rows` and `_json_out` give as text; NaN and the infinities are null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return _to_json(json.loads(_json_bytes(value)))
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
@@ -7808,20 +7665,16 @@ def _cell(value: Any) -> str:
         return " ".join(f"{k}={_cell(v)}" for k, v in value.items())
     return "" if value is None else value if isinstance(value, str) else _to_json(value).strip('"')
 
-
 def _opened(value: Any) -> pa.RecordBatch | None:
     """The batch inside a binary result, where it is an IPC stream: a dataclass (one row) or a record batch."""
-    if not isinstance(value, bytes) or value[:4] != _CONTINUATION:
-        return None
     with contextlib.suppress(IPCError):
-        item = IpcReader(BufferSource(value)).next()
+        item = IpcReader(BufferSource(value)).next() if isinstance(value, bytes) and value[:4] == _CONTINUATION else None
         return item[0] if item else None
     return None
 
 
 class _Output:
     """Writes a header, batches or one value to a binary file, each as it comes, in one of the formats."""
-
     def __init__(self, kind: str, file: Any) -> None:
         self.kind, self.file, self.begun = kind, file, False
         self.widths: list[int] = []
@@ -7833,16 +7686,15 @@ class _Output:
 
     def header(self, batch: pa.RecordBatch) -> None:
         """Write a stream's header ahead of its batches."""
-        row = _rows(batch)[0] if len(batch.schema) else {}
+        row = _json_rows(batch)[0]
         if self.kind == "arrow":
             self.file.write(stream_bytes(batch.schema, [(batch, None)]))
         elif self.kind == "table":
             lines = "".join(f"\n  {name:{max(map(len, row))}}  {_cell(value)}" for name, value in row.items())
             self.put(f"{_paint('Header:', '1', self.file)}{lines}\n")
         else:
-            self.begun = self.kind == "json"
-            start = {"json": "[\n", "csv": "# "}.get(self.kind, "")
-            self.put(start + _to_json({"__header__": row}) + ("" if self.begun else "\n"))
+            self.put("# " if self.kind == "csv" else "")
+            self._json([{"__header__": row}])
         self.file.flush()
 
     def batch(self, batch: pa.RecordBatch, metadata: Any = None) -> None:
@@ -7850,27 +7702,28 @@ class _Output:
         if self.kind == "arrow":
             self.arrow = self.arrow or IpcWriter(lambda pieces: [self.file.write(piece) for piece in pieces], batch.schema)
             self.arrow.write(batch, metadata)
-        elif self.kind == "ndjson":
-            self.put("".join(_to_json(row) + "\n" for row in _rows(batch)))
-        elif self.kind == "json":
-            for row in _rows(batch):
-                self.put((",\n" if self.begun else "[\n") + _to_json(row))
-                self.begun = True
+        elif self.kind in ("json", "ndjson"):
+            self._json(_json_rows(batch))
         elif self.kind == "csv":
             import csv
 
             writer = csv.writer(cast("Any", types.SimpleNamespace(write=self.put)), lineterminator="\n")
-            rows = [] if self.begun else [batch.schema.names]
-            writer.writerows(rows + [[v if isinstance(v, float) else _cell(v) for v in row.values()] for row in _rows(batch)])
+            writer.writerows([] if self.begun else [batch.schema.names])
+            writer.writerows([v if isinstance(v, float) else _cell(v) for v in row.values()] for row in _json_rows(batch))
             self.begun = True
         else:
             self._table(batch)
         self.file.flush()
 
+    def _json(self, rows: list[Any]) -> None:
+        for row in rows:
+            self.put(("," if self.begun else "[") + f"\n{_to_json(row)}" if self.kind == "json" else f"{_to_json(row)}\n")
+            self.begun = self.kind == "json"
+
     def _table(self, batch: pa.RecordBatch) -> None:
         t = pa.types
         sides = ["<>"[t.is_integer(f.type) or t.is_floating(f.type)] for f in batch.schema]
-        rows = [[_cell(v) for v in row.values()] for row in _rows(batch)]
+        rows = [[_cell(v) for v in row.values()] for row in _json_rows(batch)]
         lines = rows if self.begun else [batch.schema.names, *rows]
         self.widths = self.widths or [min(60, max(map(len, column))) for column in zip(*lines)]
         for row in lines:
@@ -7880,15 +7733,17 @@ class _Output:
 
     def value(self, value: Any, schema: pa.Schema) -> None:
         """Write a unary result: a plain value as itself, a dataclass or a batch as rows."""
-        opened = _opened(value)
-        if self.kind in ("json", "ndjson") and (opened is None or opened.num_rows == 1):
-            self.put(_to_json(value if opened is None else _rows(opened)[0]) + "\n")
-        elif opened is None and self.kind == "table":
-            self.put(_cell(value) + "\n" if value is not None else "")
-        elif opened is not None or len(schema):
-            self.batch(opened or pa.RecordBatch.from_arrays([pa.array([value], schema.field(0).type)], schema=schema))
+        batch = _opened(value)
+        if batch is None and self.kind in ("json", "ndjson", "table"):
+            shown = _json_out(value, schema.field(0).type) if len(schema) else None
+            text = _cell(shown) if self.kind == "table" else _to_json(shown)
+            self.put("" if shown is None and self.kind == "table" else text + "\n")
+        elif batch is not None and batch.num_rows == 1 and self.kind == "json":
+            self.put(_to_json(_json_rows(batch)[0]) + "\n")
+        elif batch is not None or len(schema):
+            columns = [pa.array([value], f.type) for f in schema]
+            self.batch(pa.RecordBatch.from_arrays(columns, schema=schema) if batch is None else batch)
             self.close()
-        self.file.flush()
 
     def close(self) -> None:
         """Write what ends the format."""
@@ -7898,7 +7753,6 @@ class _Output:
             self.arrow.close()
         self.file.flush()
 
-
 @contextlib.contextmanager
 def _output(args: Any) -> Iterator[_Output]:
     """Open where the answer goes, in the format that the flags, the file's name or the terminal decide."""
@@ -7906,10 +7760,9 @@ def _output(args: Any) -> Iterator[_Output]:
     kind = args.format if args.format != "auto" else {"arrows": "arrow"}.get(ending, ending)
     if kind not in _FORMATS:
         kind = "table" if not args.output and sys.stdout.isatty() else "ndjson"
-    with contextlib.ExitStack() as stack:
-        mode = "ab" if args.resume and os.path.exists(args.resume) else "wb"
-        yield _Output(kind, stack.enter_context(open(args.output, mode)) if args.output else sys.stdout.buffer)
-
+    mode = "ab" if args.resume and os.path.exists(args.resume) else "wb"
+    with open(args.output, mode) if args.output else contextlib.nullcontext(sys.stdout.buffer) as file:
+        yield _Output(kind, file)
 
 def _bookmark(path: str | None, name: str) -> tuple[int, bytes]:
     """(input rows answered, token) as ``--resume`` left them; (0, nothing) at the beginning."""
@@ -7920,35 +7773,30 @@ def _bookmark(path: str | None, name: str) -> tuple[int, bytes]:
         raise _CliError(f"{path}: not where a call of {name} stopped", "remove the file to start from the beginning")
     return facts["rows"], facts["token"].encode()
 
-
 def _save_bookmark(path: str, name: str, rows: int, token: bytes) -> None:
     """Remember that all so far was written; the old file stays until the new one is whole. It is its owner's alone."""
     with open(f"{path}.new", "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
         json.dump({"method": name, "rows": rows, "token": token.decode()}, f)
     os.replace(f"{path}.new", path)
 
-
-def _call(args: Any) -> int:
-    with _channel_to(args) as channel:
+def _call(args: Any) -> None:
+    with contextlib.closing(_channel_to(args)) as channel:
         service, method = _describe_live(channel, args)
         if method is None:
             raise _CliError("METHOD is missing", f"{service.protocol_name} has {', '.join(service.methods)}")
         stream = method.method_type is MethodType.STREAM
         if bool(args.input) != bool(method.is_exchange) and (not stream or method.is_exchange is not None):
-            taken = "no input: it is no exchange" if args.input else "batches"
-            raise _CliError(f"{method.name}() takes {taken}", _usage_of(method))
+            raise _CliError(f"{method.name}() takes {'no input: it is no exchange' if args.input else 'batches'}", _usage_of(method))
         if args.resume and not (stream and isinstance(channel, HttpClient)):
             raise _CliError("--resume is for streams over HTTP: elsewhere the state ends with the connection")
         info, options = _live_method(service, method), _options(args, service.protocol_version)
         values = _arguments(args, method)
         if stream:
             _call_stream(args, channel, info, method, options, values)
-            return _OK
-        value = channel.unary(info, _request(args, info, method, values), options)
-        with _output(args) as output:
-            output.value(value, method.result_schema)
-    return _OK
-
+        else:
+            value = channel.unary(info, _request(args, info, method, values), options)
+            with _output(args) as output:
+                output.value(value, method.result_schema)
 
 def _call_stream(args: Any, channel: Any, info: Any, method: MethodDescription, options: CallOptions, values: Any) -> None:
     """Start a stream, or go on with the one that the bookmark remembers, and write what it answers."""
@@ -7956,18 +7804,15 @@ def _call_stream(args: Any, channel: Any, info: Any, method: MethodDescription, 
     answered, token = _bookmark(args.resume, name)
     batches = _input_batches(args.input, args.rows) if args.input else iter(())
     first = next(batches, None)
-    if first is not None and "schema" in method.params_schema.names:
-        values.setdefault("schema", _schema_to_bytes(first.schema))
-    if token:
-        stream = channel.resume(info, token, options)
-    else:
-        stream = channel.stream(info, _request(args, info, method, values), options)
+    if first is not None and "schema" in method.params_schema.names and values.get("schema") is None:
+        values["schema"] = _schema_to_bytes(first.schema)
+    start = channel.resume if token else channel.stream
+    stream = start(info, token or _request(args, info, method, values), options)
     with StreamSession(stream, info) as session, _output(args) as output:
         if session.header is not None:
             output.header(_traced(args, "< header", session.header))
         given = (batch for part in ([first] if first is not None else [], batches) for batch in part)
         _write_turns(args, session, _turns(args, session, given, answered), output, name)
-
 
 def _turns(args: Any, session: StreamSession, batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[Any]:
     """(answer, input rows answered by then) of each turn; *skip* of them were answered before."""
@@ -7979,7 +7824,6 @@ def _turns(args: Any, session: StreamSession, batches: Iterator[pa.RecordBatch],
         rows += batch.num_rows
         if fresh.num_rows or not batch.num_rows:
             yield session.exchange(AnnotatedBatch(_traced(args, "> input", fresh))), rows
-
 
 def _write_turns(args: Any, session: StreamSession, turns: Any, output: _Output, name: str) -> None:
     """Write each answer as it comes, with a line of progress on a terminal from one second on."""
@@ -8004,28 +7848,24 @@ def _write_turns(args: Any, session: StreamSession, turns: Any, output: _Output,
                 _save_bookmark(args.resume, name, rows, session.token())
             left = None if left is None else left - batch.num_rows
             counted.record_output(batch)
-            took = time.monotonic() - started
-            if took >= 1:
+            if (took := time.monotonic() - started) >= 1:
                 rate, size = counted.output_rows / took, counted.output_bytes / 1e6
                 show(f"{counted.output_batches} batches, {counted.output_rows} rows, {size:.1f} MB, {rate:.0f} rows/s")
     finally:
         show()
         output.close()
 
-
-def _describe(args: Any) -> int:
-    with _channel_to(args) as channel:
+def _describe(args: Any) -> None:
+    with contextlib.closing(_channel_to(args)) as channel:
         service, method = _describe_live(channel, args)
         service = service if method is None else dataclasses.replace(service, methods={method.name: method})
         limits = dataclasses.asdict(channel.capabilities(_options(args).deadline)) if isinstance(channel, HttpClient) else {}
     facts = {f.name: getattr(service, f.name) for f in dataclasses.fields(service) if f.name != "methods"}
     facts.update(limits={k: v for k, v in limits.items() if v}, methods=list(map(_facts_of, service.methods.values())))
-    if args.format in ("text", "markdown"):
-        print(_describe_text(facts, service, args.format == "markdown"))
+    if args.format == "json":
+        print(json.dumps(facts, indent=2))
     else:
-        print(_describe_python(service) if args.format == "python" else json.dumps(facts, indent=2))
-    return _OK
-
+        print(_describe_python(service) if args.format == "python" else _describe_text(facts, service, args.format == "markdown"))
 
 def _facts_of(method: MethodDescription) -> dict[str, Any]:
     """What there is to say about a method."""
@@ -8041,7 +7881,6 @@ def _facts_of(method: MethodDescription) -> dict[str, Any]:
         entry.update({key: by_name[entry["name"]] for key, by_name in told.items() if entry["name"] in by_name})
     extra = {"idempotency": method.idempotency, "deprecated": method.deprecation}
     return {**facts, **{k: v for k, v in extra.items() if v not in ("unknown", None)}, "usage": _usage_of(method)[7:]}
-
 
 def _describe_text(facts: dict[str, Any], service: ServiceDescription, markdown: bool) -> str:
     def shown(value: Any) -> str:
@@ -8061,7 +7900,6 @@ def _describe_text(facts: dict[str, Any], service: ServiceDescription, markdown:
     rest = {**facts["limits"], "protocol_hash": service.protocol_hash, "server_id": service.server_id}
     return "\n".join([*lines, "", *(item.format(name.replace("_", " "), shown(value)) for name, value in rest.items())])
 
-
 def _annotation_of(column: pa.Field) -> str:
     """Python source of an annotation that has exactly this Arrow type; what Python has no word for, in Arrow's own bytes."""
     known = {codec_for(t).arrow_type: t.__name__ for t in (bool, int, float, str, bytes)}
@@ -8070,7 +7908,6 @@ def _annotation_of(column: pa.Field) -> str:
     data = base64.b64encode(pa.schema([column.with_name("_")]).serialize().to_pybytes()).decode()
     text = known.get(column.type, f'Annotated[Any, vgi_rpc.ArrowType(_arrow("{data}"))]')
     return f"{text} | None" if column.nullable else text
-
 
 _PYTHON_HEAD = '''"""{name}, as the server described itself to vgi_rpc {version}."""
 
@@ -8085,7 +7922,6 @@ import vgi_rpc
 def _arrow(schema: str) -> pa.DataType:
     return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema))).field(0).type
 '''
-
 
 def _describe_python(service: ServiceDescription) -> str:
     """A module with a typed Protocol of the service."""
@@ -8108,10 +7944,9 @@ def _describe_python(service: ServiceDescription) -> str:
         lines += ["", f"    def {method.name}({parameters}) -> {result}:", f"        {(method.doc or method.name)!r}"]
     return "\n".join(lines)
 
-
-def _ping(args: Any) -> int:
+def _ping(args: Any) -> None:
     times = []
-    with _channel_to(args) as channel:
+    with contextlib.closing(_channel_to(args)) as channel:
         proxy = make_proxy(Reflection, channel, _options(args))
         for _ in range(max(1, args.number) + 1):
             start = time.perf_counter()
@@ -8120,13 +7955,10 @@ def _ping(args: Any) -> int:
     times = sorted(times[1:])  # the first one connects
     median, p99 = times[len(times) // 2], times[int((len(times) - 1) * 0.99)]
     print(f"{len(times)} round trips: min {times[0]:.3f} ms, median {median:.3f} ms, p99 {p99:.3f} ms")
-    return _OK
-
 
 def _versions() -> str:
     own = f"vgi_rpc {__version__} (wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}"
     return f"{own}, pyarrow {pa.__version__}, codecs {', '.join(supported_encodings())})"
-
 
 @contextlib.contextmanager
 def _served(kind: str, folder: str) -> Iterator[Any]:
@@ -8134,46 +7966,42 @@ def _served(kind: str, folder: str) -> Iterator[Any]:
     import subprocess
 
     command = [sys.executable, os.path.abspath(__file__), "serve"]
-    here: dict[str, Callable[[], Any]] = {
-        "pipe": lambda: serve_pipe(Demo, DemoImpl()),
-        "subprocess": lambda: connect(Demo, [*command, "--stdio"]),
-        "wsgi": lambda: http_connect(Demo, client=make_sync_client(RpcServer(Demo, DemoImpl()))),
-    }
-    there: dict[str, tuple[str, Callable[[str, str], Any]]] = {
+    flag, opened = cast("dict[str, tuple[str, Callable[[str, str], Any]]]", {
+        "pipe": ("", lambda *_: serve_pipe(Demo, Demo())),
+        "subprocess": ("", lambda *_: connect(Demo, [*command, "--stdio"])),
+        "wsgi": ("", lambda *_: http_connect(Demo, client=make_sync_client(RpcServer(Demo, Demo())))),
         "http": ("--port=0", lambda _, port: http_connect(Demo, f"http://127.0.0.1:{port}")),
         "tcp": ("--tcp=0", lambda host, port: tcp_connect(Demo, host, int(port))),
         "unix": (f"--unix={folder}/s", lambda _, path: unix_connect(Demo, path)),
-    }
+    })[kind]  # fmt: skip
+    host = port = ""
     with contextlib.ExitStack() as stack:
-        if kind in there:
-            flag, opened = there[kind]
+        if flag:
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
             child: Any = stack.enter_context(subprocess.Popen([*command, flag, "--announce"], **pipes))
             stack.callback(child.terminate)
             host, _, port = child.stdout.readline().strip().partition(":")[2].rpartition(":")
-            here[kind] = functools.partial(opened, host, port)
-        yield stack.enter_context(here[kind]())
-
+        yield stack.enter_context(opened(host, port))
 
 def _selfcheck(args: Any) -> int:
     import tempfile
 
-    batch = pa.RecordBatch.from_pydict({"x": [1.0, None, 3.0]})
+    given = AnnotatedBatch.from_pydict({"x": [1.0, None, 3.0]})
 
     def statistics(proxy: Any) -> Any:
-        with proxy.statistics(schema=batch.schema) as session:
-            return [session.exchange(AnnotatedBatch(batch)).batch.to_pylist()[0]["x"]["count"] for _ in range(2)]
+        with proxy.statistics(schema=given.batch.schema) as session:
+            return [session.exchange(given).batch.to_pylist()[0]["x"]["count"] for _ in range(2)]
 
     def countdown(proxy: Any) -> Any:
         session = proxy.countdown(start=2)
         return [session.header.batches, *(answer.batch.to_pylist()[0]["n"] for answer in session)]
 
-    calls: tuple[Callable[[Any], Any], ...] = (lambda proxy: proxy.add(a=2.0), countdown, statistics)
-    checks = dict(zip(("unary", "producer", "exchange"), zip(calls, (3.0, [3, 2, 1, 0], [2, 4]))))
+    checks: dict[str, tuple[Callable[[Any], Any], Any]] = {"unary": (lambda proxy: proxy.add(a=2.0), 3.0)}
+    checks.update(producer=(countdown, [3, 2, 1, 0]), exchange=(statistics, [2, 4]))
     print(_versions() + f"\n{'ms':12}" + "".join(f"{name:>10}" for name in checks))
     code = _OK
     for kind in ("pipe", "subprocess", "wsgi", "http", "tcp", *(["unix"] if hasattr(socket, "AF_UNIX") else [])):
-        line = f"{kind:12}"
+        line, end = f"{kind:12}", _paint("ok", "32", sys.stdout)
         try:
             with tempfile.TemporaryDirectory() as folder, _served(kind, folder) as proxy:
                 for call, wanted in checks.values():
@@ -8182,14 +8010,12 @@ def _selfcheck(args: Any) -> int:
                     if got != wanted:
                         raise ValueError(f"expected {wanted}, got {got}")
                     line += f"{(time.perf_counter() - start) * 1000:10.2f}"
-            print(f"{line}  {_paint('ok', '32', sys.stdout)}", flush=True)
         except Exception as exc:
-            code = _FAILED
-            print(f"{line}  {_paint('FAILED', '1;31', sys.stdout)} {_text_of(exc)}", flush=True)
+            code, end = _FAILED, f"{_paint('FAILED', '1;31', sys.stdout)} {_text_of(exc)}"
+        print(f"{line}  {end}", flush=True)
     return code
 
-
-def _explain(args: Any) -> int:
+def _explain(args: Any) -> None:
     data = _read_file(args.file)
     if re.match(rb"HTTP/1|[A-Z]+ \S+ HTTP/1", data):
         head, _, data = data.partition(b"\r\n\r\n")
@@ -8204,8 +8030,6 @@ def _explain(args: Any) -> int:
             _explain_stream(source)
     except (IPCError, ProtocolError) as exc:
         raise _CliError(f"before byte {source.position} of {len(data)}: {_text_of(exc)}", code=_FAILED) from None
-    return _OK
-
 
 def _explain_stream(source: BufferSource) -> None:
     """Print one IPC stream, message by message."""
@@ -8218,43 +8042,33 @@ def _explain_stream(source: BufferSource) -> None:
         kind = "tick" if kind == "data" and not len(reader.schema) else kind
         print(f"  {kind}: {message.head.rows} rows, {len(message.data)} bytes")
         for key, value in metadata.items():
-            token = key in (STATE_KEY, CALL_STATE_KEY)
-            print(f"    {_as_text(key)} = {f'<{len(value)} bytes>' if token else _as_text(value)}")
-        for row in _rows(reader.decode(message).slice(0, 3)):
+            shown = b"<%d bytes>" % len(value) if key in (STATE_KEY, CALL_STATE_KEY) else value[:500]
+            print(f"    {(key[:500] + b' = ' + shown).decode('utf-8', 'backslashreplace')}")
+        for row in _json_rows(reader.decode(message).slice(0, 3)):
             print(f"    {_to_json(row)[:200]}")
     print(f"  end at byte {source.position}")
 
-
-def _as_text(data: bytes) -> str:
-    return data[:500].decode("utf-8", "backslashreplace")
-
-
-def _completion(args: Any) -> int:
+def _completion(args: Any) -> None:
     flags = {name: " ".join(w for a in c.arguments for w in a[0].split() if w[0] == "-") for name, c in _commands().items()}
     if args.shell == "fish":
         for name, words in flags.items():
             print(f"complete -c vgi-rpc -n __fish_use_subcommand -a {name}")
             print(f"complete -c vgi-rpc -n '__fish_seen_subcommand_from {name}' -a '{words}'")
-        return _OK
+        return
     print("autoload -U +X bashcompinit && bashcompinit\n" * (args.shell == "zsh") + "_vgi_rpc() {")
     print(f"  local words='{' '.join(flags)} --version --help'\n  [ $COMP_CWORD -gt 1 ] && case ${{COMP_WORDS[1]}} in")
     print("\n".join(f"    {name}) words='{words}' ;;" for name, words in flags.items()))
     print('  esac\n  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))\n}')
     print("complete -o default -F _vgi_rpc vgi-rpc")
-    return _OK
-
 
 _FORMATS = ("auto", "json", "ndjson", "table", "csv", "arrow")
 
-
 class _Command(NamedTuple):
     """A command: what runs it, what it is for, its arguments as argparse takes them, and examples."""
-
-    run: Callable[[Any], int]
+    run: Callable[[Any], int | None]  # gives the exit code, where it is not 0
     summary: str
     arguments: list[tuple[str, dict[str, Any]]]
     examples: tuple[str, ...] = ("",)
-
 
 def _commands() -> dict[str, _Command]:
     """Every command with everything it takes."""
@@ -8277,7 +8091,7 @@ def _commands() -> dict[str, _Command]:
         value("--host", "HOST", "address to bind (default: %(default)s)", default="127.0.0.1"),
         value("--port", "PORT", "0 takes a free one (default: %(default)s)", type=int, default=8000),
         value("--unix", "PATH", "serve a Unix socket instead of HTTP"),
-        value("--tcp", "[HOST:]PORT", "serve TCP instead of HTTP"),
+        value("--tcp", "[HOST:]PORT", "serve TCP instead of HTTP", type=_host_and_port),
         flag("--stdio", "serve stdin and stdout instead of HTTP"),
         value("--prefix", "/PATH", "serve HTTP under this path"),
         value("--token-key-file", "FILE", "keys of the state tokens, one a line: the first signs, all verify"),
@@ -8301,8 +8115,7 @@ def _commands() -> dict[str, _Command]:
     for name, settings in serve:
         twin = "VGI_RPC_" + name.lstrip("-").replace("-", "_").upper()
         settings["help"] += f" [{twin}]"
-        if os.environ.get(twin):
-            given = os.environ[twin]
+        if given := os.environ.get(twin):
             settings["default"] = _TRUTH.get(given.lower(), False) if "action" in settings else given
     call = [
         where,
@@ -8325,7 +8138,6 @@ def _commands() -> dict[str, _Command]:
     url, worker = "http://127.0.0.1:8000", f'"{_program()} serve --stdio"'
     demo = (f"{url} add a=1 b=2", f"{worker} countdown start=3 -f json", f"{url} statistics -i weather.csv --rows 500")
     serving = ("", "app.py:Calculator --port 0", "'app:make()' --check", "--unix /tmp/demo.sock")
-    captured = value("file", "FILE", "- is stdin")
     shells = ("shell", {"choices": ("bash", "zsh", "fish")})
     return {
         "serve": _Command(_serve, "serve a class, over HTTP unless told otherwise", serve, serving),
@@ -8333,15 +8145,13 @@ def _commands() -> dict[str, _Command]:
         "describe": _Command(_describe, "show what a server offers", [where, method, formats, *connecting], (url,)),
         "ping": _Command(_ping, "measure round trips", [where, number, *connecting], (url, f"{worker} -n 100")),
         "selfcheck": _Command(_selfcheck, "call the demo over every transport of this machine", []),
-        "explain": _Command(_explain, "print captured bytes of the wire as text", [captured], ("answer.bin",)),
+        "explain": _Command(_explain, "print captured bytes of the wire as text", [value("file", "FILE", "- is stdin")], ("answer.bin",)),
         "completion": _Command(_completion, "print a completion script for a shell", [shells], ("bash",)),
     }
 
-
-def _parse(words: list[str]) -> tuple[Callable[[Any], int], Any]:
+def _parse(words: list[str]) -> tuple[Callable[[Any], int | None], Any]:
     """Read the command line: what is to be run, and with which arguments."""
     import argparse
-
 
     commands, name = _commands(), words[0] if words else ""
     if name in ("--version", "--help", "-h", ""):
@@ -8361,7 +8171,6 @@ def _parse(words: list[str]) -> tuple[Callable[[Any], int], Any]:
     args.words = words
     return command.run, args
 
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; *argv* is what stands behind the program's name."""
     args: Any = None
@@ -8369,7 +8178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, args = _parse(list(sys.argv[1:] if argv is None else argv))
         code = run(args)
         sys.stdout.flush()
-        return code
+        return code or _OK
     except SystemExit as exc:  # argparse has said what it had to say
         return exc.code if isinstance(exc.code, int) else _OK
     except KeyboardInterrupt:
@@ -8380,7 +8189,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _OK
     except (_CliError, RpcError, ParameterError, IPCError, ProtocolError, OSError, ValueError) as exc:
         return _report(exc, args)
-
 
 if __name__ == "__main__":
     # A served module that does `import vgi_rpc` must see these very classes, and not a second copy of them.
