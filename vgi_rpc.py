@@ -4545,7 +4545,9 @@ class RpcServer(ServerCore):
     def serve(self, transport: Transport, *, auth: AuthContext | None = None) -> None:
         """Serve one client until it leaves, or the server drains; *transport* stays open."""
         serving = _ByteServing(self, transport, auth or _ANONYMOUS)
-        while serving.serve_next() and not self.draining:
+        # While draining, a connection in a thread of its own answers with refusals until the listener hangs up; the main
+        # thread, which nobody could wake from its next read, leaves.
+        while serving.serve_next() and not (self.draining and threading.current_thread() is threading.main_thread()):
             pass
 
     def serve_one(self, transport: Transport) -> None:
