@@ -5812,12 +5812,18 @@ class _HttpConnection:
             response = json_response(exc.http_status, {"error": "bad_request", "detail": str(exc)}, further)
             self._send(response, head.start[0] if head else "GET", keep=False)
             return False
+        with self._app.server:  # until the answer is out: a server that drains must not exit before
+            return self._answer(request, head)
+
+    def _answer(self, request: HttpRequest, head: HttpHead) -> bool:
+        """Answer one request; return whether the connection goes on."""
+        options = self._options
         if self._only_health and not request.path.endswith("/health"):
             facts = {"error": "too_many_connections", "detail": f"this server takes {options.max_connections} at a time"}
             response = json_response(503, facts, [("Retry-After", "1"), *self._app._capabilities])
         else:
             response = self._app(request)
-        channel.deadline = time.monotonic() + options.request_deadline
+        self._channel.deadline = time.monotonic() + options.request_deadline
         tokens = [t.strip().lower() for t in head.headers.get("connection", "").split(",")]
         refused = self._unread or self._only_health or response.close or self._app.server.draining or "close" in tokens
         keep = not refused and (head.start[2] == "HTTP/1.1" or "keep-alive" in tokens)
