@@ -6560,7 +6560,7 @@ class AheadHttpTests(AheadContract, unittest.TestCase):
                 session = p.blobs(sizes=[1_000_000] * 200)
                 iterator = iter(session)
                 next(iterator), next(iterator)
-                self.assertEqual(serving.app.server._active, 1)
+                self.assertGreater(serving.app.server._active, 0)
                 session.close()
                 self.assertTrue(ended.wait(AHEAD_WATCHDOG_SECONDS))
                 with serving.app.server._state:

@@ -3386,8 +3386,7 @@ class ServerCore:
     def __exit__(self, *exc: object) -> None:
         with self._state:
             self._active -= 1
-            if self.draining:
-                self._state.notify_all()
+            self._state.notify_all()
 
     def refuse_if_draining(self) -> None:
         """Raise `ServerDrainingError` once `drain` was called."""
