@@ -4946,6 +4946,7 @@ class HttpRequest:
     repeated: frozenset[str] = frozenset()  # names of the headers that came more than once
     gone: Callable[[], bool] | None = None  # whether the client has left; None when that cannot be known
     multiprocess: bool = False  # whether the next request may come to another process
+    memory: dict[str, Any] = field(default_factory=dict)  # what was found out of its head, see `HttpHead`
 
     def get_header(self, name: str, default: str | None = None) -> str | None:
         """Return a header's value by its name in any case."""
@@ -5199,6 +5200,11 @@ class HttpApp:
     # -- one request
     def __call__(self, request: HttpRequest) -> HttpResponse:
         """Answer *request*; never raises."""
+        with self.server:
+            return self.respond(request)
+
+    def respond(self, request: HttpRequest) -> HttpResponse:
+        """Answer *request*, which the caller has counted as running until its answer is out."""
         request_id = clean_request_id(request.get_header(REQUEST_ID_HEADER)) or new_request_id()
         try:
             response = self._route(request, request_id)
@@ -5212,7 +5218,7 @@ class HttpApp:
         except Exception:
             logger.exception("request %s failed", request_id)
             response = _internal_error(request_id)
-        response.headers += [(REQUEST_ID_HEADER, request_id), *self._capabilities, *self._cors_headers(request)]
+        response.headers += [*self._capabilities, *self._cors_headers(request), (REQUEST_ID_HEADER, request_id)]
         return response
 
     def _cors_headers(self, request: HttpRequest) -> list[tuple[str, str]]:
@@ -5234,6 +5240,8 @@ class HttpApp:
         return HttpResponse(200, headers)
 
     def _route(self, request: HttpRequest, request_id: str) -> HttpResponse:
+        if "path" in request.memory:
+            return self._post(request, request_id, request.memory["path"])
         path, prefix = request.path, self.options.prefix
         if not path.startswith(prefix) or (len(path) > len(prefix) and prefix and path[len(prefix)] != "/"):
             return self._not_found(request)
@@ -5255,14 +5263,14 @@ class HttpApp:
             return self._not_found(request)
         if request.method != "POST":
             return _method_not_allowed("POST")
-        return self._post(request, request_id, self._caller(request, request_id), segments)
+        request.memory["path"] = segments
+        return self._post(request, request_id, segments)
 
-    def _post(self, request: HttpRequest, request_id: str, caller: Caller, segments: list[str]) -> HttpResponse:
-        if segments[0].startswith("__"):
-            self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
-        content_type, in_json = request.get_header("content-type") or "", bool(_json_type(self, request))
-        if not in_json and content_type.strip().lower() != ARROW_CONTENT_TYPE:
-            raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
+    def _post(self, request: HttpRequest, request_id: str, segments: list[str]) -> HttpResponse:
+        auth = self._authenticated(request, request_id)  # asked each time: what it decides may end, or depend on more
+        in_json, caller = request.memory.get("call") or self._head_of_call(request, segments)
+        if caller.auth is not auth:
+            caller = dataclasses.replace(caller, auth=auth)
         self.server.refuse_if_draining()
         self.server.start(TransportKind.HTTP)
         if request.multiprocess and self._own_key and len(segments) == 3:
@@ -5271,9 +5279,27 @@ class HttpApp:
         body = cast("bytes", _decoded_body(request.headers, lambda: request.read_body(self._limit), self._limit))
         if in_json:
             return _post_json(self, segments, body, caller, request, request_id)
-        with self.server:
-            handler = self._exchange if segments[2:] == ["exchange"] else self._start
-            return handler(segments, body, caller, request, request_id)
+        handler = self._exchange if segments[2:] == ["exchange"] else self._start
+        return handler(segments, body, caller, request, request_id)
+
+    def _head_of_call(self, request: HttpRequest, segments: list[str]) -> tuple[bool, Caller]:
+        """Check the head of a POST; return whether it is in JSON and, but for who calls, the caller."""
+        name, low, high = ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
+        given, limit = request.get_header(name), self.options.max_response_bytes
+        if given is not None:
+            fits = re.fullmatch("[1-9][0-9]{0,15}", given) and low <= int(given) <= high
+            if name.lower() in request.repeated or not fits:
+                raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
+            limit = _smallest(int(given), limit)
+        if segments[0].startswith("__"):
+            self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
+        content_type, in_json = request.get_header("content-type") or "", bool(_json_type(self, request))
+        if not in_json and content_type.strip().lower() != ARROW_CONTENT_TYPE:
+            raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
+        metadata = {k.decode(): request.headers[k.decode()] for k in TRACE_KEYS if k.decode() in request.headers}
+        caller = Caller(TransportKind.HTTP, _ANONYMOUS, request.remote_addr, metadata, request.gone, limit)
+        request.memory["call"] = in_json, caller
+        return in_json, caller
 
     # -- everything that is not a call
     def _not_found(self, request: HttpRequest) -> HttpResponse:
@@ -5288,19 +5314,7 @@ class HttpApp:
 
 
 
-    # -- who calls, and what they sent
-    def _caller(self, request: HttpRequest, request_id: str) -> Caller:
-        auth = self._authenticated(request, request_id)
-        name, low, high = ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
-        given, limit = request.get_header(name), self.options.max_response_bytes
-        if given is not None:
-            fits = re.fullmatch("[1-9][0-9]{0,15}", given) and low <= int(given) <= high
-            if name.lower() in request.repeated or not fits:
-                raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
-            limit = _smallest(int(given), limit)
-        metadata = {k.decode(): request.headers[k.decode()] for k in TRACE_KEYS if k.decode() in request.headers}
-        return Caller(TransportKind.HTTP, auth, request.remote_addr, metadata, request.gone, limit)
-
+    # -- who calls
     def _authenticated(self, request: HttpRequest, request_id: str) -> AuthContext:
         if self.options.authenticate is None:
             return _ANONYMOUS
@@ -5686,6 +5700,7 @@ class HttpHead(NamedTuple):
     start: tuple[str, str, str]  # the three parts of the request line or status line
     headers: dict[str, str]  # by lower-case name; the values of a repeated one are joined by ", "
     repeated: frozenset[str]  # names that came more than once
+    memory: dict[str, Any]  # what was found out of it; `HeadReader` hands it on to heads that differ in `_VARYING` alone
 
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 
@@ -5718,20 +5733,46 @@ def parse_http_head(raw: bytes) -> HttpHead:
             repeated.add(name)
             value = f"{headers[name]}, {value}"
         headers[name] = value
-    return HttpHead((start[0], start[1], start[2]), headers, frozenset(repeated))
+    return HttpHead((start[0], start[1], start[2]), headers, frozenset(repeated), {})
 
-def read_http_head(channel: ByteChannel) -> HttpHead | None:
-    """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
-    Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken.
-    """
-    raw = channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
-    if raw is not None:
-        return parse_http_head(raw)
-    if not (seen := channel.peek()):
-        return None
-    if len(seen) >= MAX_HEAD_BYTES:
-        raise _protocol_error(f"the head exceeds {MAX_HEAD_BYTES} bytes", 414 if b"\r\n" not in seen else 431)
-    raise TransportError("the connection was closed in the middle of a head")
+# How the heads of one connection end, ours and many others; what is in front of it stays the same from call to call.
+_VARYING = re.compile(
+    rb"(?<=\r\n)(?:X-Request-ID: ([!-~]{1,128})\r\n)?(?:Date: ([A-Z][ -~]{1,40}[A-Z])\r\n)?Content-Length: ([0-9]{1,18})\r\n\r\n"
+)
+_VARYING_NAMES = ("x-request-id", "date", "content-length")
+
+
+class HeadReader:
+    """Reads the heads of the messages on *channel*."""
+    def __init__(self, channel: SocketChannel) -> None:
+        self.channel = channel
+        self._lead, self._known = b"\n", HttpHead(("", "", ""), {}, frozenset(), {})  # of the last head; at first of none
+
+    def read(self) -> HttpHead | None:
+        """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
+        Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken.
+        """
+        raw = self.channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
+        if raw is None and not (seen := self.channel.peek()):
+            return None
+        if raw is None and len(seen) >= MAX_HEAD_BYTES:
+            raise _protocol_error(f"the head exceeds {MAX_HEAD_BYTES} bytes", 414 if b"\r\n" not in seen else 431)
+        if raw is None:
+            raise TransportError("the connection was closed in the middle of a head")
+        varying = _VARYING.fullmatch(raw, len(self._lead)) if raw.startswith(self._lead) else None
+        if varying is None:
+            return self._parsed(raw)
+        known = self._known
+        values = {name: value.decode() for name, value in zip(_VARYING_NAMES, varying.groups()) if value is not None}
+        return HttpHead(known.start, known.headers | values, known.repeated, known.memory)
+
+    def _parsed(self, raw: bytes) -> HttpHead:
+        head, varying = parse_http_head(raw), _VARYING.search(raw)
+        fixed = {n: v for n, v in head.headers.items() if n not in _VARYING_NAMES}
+        # No line in front of the varying ones has their names, and there is room for all of these.
+        if varying and len(fixed) + sum(v is not None for v in varying.groups()) == raw.count(b"\n") - 2 < MAX_HEADERS - 2:
+            self._lead, self._known = raw[: varying.start()], head._replace(headers=fixed)
+        return head
 
 def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Iterator[bytes]:
     """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped.
@@ -5768,10 +5809,20 @@ def _gathered(pieces: Iterable[bytes]) -> bytes:
     return whole.getvalue()
 
 
+class _Asked(NamedTuple):
+    """What a request's head says of the message, apart from its length."""
+    path: str
+    keep_alive: bool
+    takes_chunks: bool
+    chunked: bool
+    expects_continue: bool
+
+
 class _HttpConnection:
     """Serves the requests of one connection: reads strictly, answers, closes when the framing is in doubt."""
     def __init__(self, owner: HttpServing, channel: SocketChannel, remote_addr: str, only_health: bool) -> None:
         self._app, self._options, self._channel, self._remote = owner.app, owner.options, channel, remote_addr
+        self._heads = HeadReader(channel)
         self._only_health = only_health  # beyond the cap on connections: one request, and soon
         self._wait = _OVER_CAP_WAIT_SECONDS if only_health else self._options.read_timeout
         self._unread = False  # of the current request, a body that must not be taken for the next one
@@ -5802,31 +5853,35 @@ class _HttpConnection:
         try:
             if not channel.peek()[:1].isalpha():
                 raise ProtocolError("expected an HTTP request line")
-            head = read_http_head(channel)
+            head = self._heads.read()
             if head is None:
                 return False
-            request = self._request(head, started + options.request_deadline)
+            asked = head.memory.get("asked") or self._check(head)
         except ProtocolError as exc:
             further = [(REQUEST_ID_HEADER, new_request_id()), *self._app._capabilities]
             response = json_response(exc.http_status, {"error": "bad_request", "detail": str(exc)}, further)
             self._send(response, head.start[0] if head else "GET", keep=False)
             return False
+        length = head.headers.get("content-length", "")
+        self._unread = asked.chunked or length not in ("", "0")
+        read = functools.partial(self._read_body, asked, length, started + options.request_deadline)
+        request = HttpRequest(head.start[0], asked.path, head.headers, self._remote, read, head.repeated, self._channel.peer_gone)
+        request.memory = head.memory
         with self._app.server:  # until the answer is out: a server that drains must not exit before
-            return self._answer(request, head)
+            return self._answer(request, asked)
 
-    def _answer(self, request: HttpRequest, head: HttpHead) -> bool:
+    def _answer(self, request: HttpRequest, asked: _Asked) -> bool:
         """Answer one request; return whether the connection goes on."""
         options = self._options
         if self._only_health and not request.path.endswith("/health"):
             facts = {"error": "too_many_connections", "detail": f"this server takes {options.max_connections} at a time"}
             response = json_response(503, facts, [("Retry-After", "1"), *self._app._capabilities])
         else:
-            response = self._app(request)
+            response = self._app.respond(request)
         self._channel.deadline = time.monotonic() + options.request_deadline
-        tokens = [t.strip().lower() for t in head.headers.get("connection", "").split(",")]
-        refused = self._unread or self._only_health or response.close or self._app.server.draining or "close" in tokens
-        keep = not refused and (head.start[2] == "HTTP/1.1" or "keep-alive" in tokens)
-        if isinstance(response.body, Iterator) and head.start[2] == "HTTP/1.0":  # which has no chunks
+        refused = self._unread or self._only_health or response.close or self._app.server.draining
+        keep = asked.keep_alive and not refused
+        if not asked.takes_chunks and not isinstance(response.body, bytes):
             response.body = b"".join(response.body)
         self._send(response, request.method, keep)
         return keep
@@ -5841,8 +5896,8 @@ class _HttpConnection:
 
 
 
-    def _request(self, head: HttpHead, deadline: float) -> HttpRequest:
-        """Check what RFC 9112 asks of a request's head, and set up the reading of its body."""
+    def _check(self, head: HttpHead) -> _Asked:
+        """Check what RFC 9112 asks of a request's head."""
         (method, target, version), headers = head.start, head.headers
         if version not in ("HTTP/1.1", "HTTP/1.0"):
             status = 505 if re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version) else 400
@@ -5868,19 +5923,20 @@ class _HttpConnection:
             raise ProtocolError(f"Content-Length: expected decimal digits, got {length[:40]!r}")
         if method == "POST" and coding is None and length is None:
             raise _protocol_error("POST requires a Content-Length", 411)
-        self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        path, read = target.partition("?")[0], functools.partial(self._read_body, head, deadline)
-        return HttpRequest(method, path, headers, self._remote, read, head.repeated, self._channel.peer_gone)
+        tokens, expects = [t.strip().lower() for t in headers.get("connection", "").split(",")], headers.get("expect", "")
+        keep = "close" not in tokens and (version == "HTTP/1.1" or "keep-alive" in tokens)
+        path, expects_continue = target.partition("?")[0], expects.lower() == "100-continue"
+        asked = _Asked(path, keep, version == "HTTP/1.1", coding is not None, expects_continue)
+        head.memory["asked"] = asked
+        return asked
 
-
-
-    def _read_body(self, head: HttpHead, deadline: float, limit: int) -> bytes:
-        channel, chunked = self._channel, "transfer-encoding" in head.headers
+    def _read_body(self, asked: _Asked, length: str, deadline: float, limit: int) -> bytes:
+        channel = self._channel
         channel.deadline = deadline
-        size = 0 if chunked else _content_length(head.headers.get("content-length", ""), limit)
-        if head.headers.get("expect", "").lower() == "100-continue":
+        size = 0 if asked.chunked else _content_length(length, limit)
+        if asked.expects_continue:
             channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
-        body = _gathered(read_chunked(channel, limit)) if chunked else cast("bytes", channel.read_after(b"", size))
+        body = _gathered(read_chunked(channel, limit)) if asked.chunked else cast("bytes", channel.read_after(b"", size))
         if len(body) < size:
             raise TransportError(f"request body: expected {size} bytes, got {len(body)}")
         self._unread = False
@@ -5888,8 +5944,9 @@ class _HttpConnection:
 
     def _send(self, response: HttpResponse, method: str, keep: bool) -> None:
         body, lines = response.body, [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Status')}"]
+        lines += [] if keep else ["Connection: close"]
         lines += [f"{name}: {value}" for name, value in response.headers]
-        lines += [f"Date: {_http_date(int(time.time()))}", *([] if keep else ["Connection: close"])]
+        lines.append(f"Date: {_http_date(int(time.time()))}")
         lines.append(f"Content-Length: {len(body)}" if isinstance(body, bytes) else "Transfer-Encoding: chunked")
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
         if method == "HEAD" or isinstance(body, bytes):
@@ -6469,7 +6526,8 @@ class HttpConnections(HttpSender):
             import ssl
             tls_context = ssl.create_default_context()
         self._tls = tls_context if target.tls else None
-        self._idle: deque[SocketChannel] = deque()
+        self._idle: deque[HeadReader] = deque()
+        self._leads: dict[tuple[str, str], tuple[_HeaderList, bytes]] = {}  # by method and path: how the last head began
         self._closed = False
 
     def _dial(self, deadline: float | None) -> SocketChannel:
@@ -6490,18 +6548,18 @@ class HttpConnections(HttpSender):
         channel.deadline = time.monotonic() + timeout
         authorization = f"Proxy-Authorization: {credentials}\r\n" if credentials else ""
         channel.write([f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n{authorization}\r\n".encode("latin-1")])
-        head = read_http_head(channel)
+        head = HeadReader(channel).read()
         if head is None or head.start[1] != "200":
             raise TransportError(f"it refused: {' '.join(head.start[1:])}" if head else "it gave no answer")
         wrapped = cast("ssl.SSLContext", self._tls).wrap_socket(connected, server_hostname=self._target.host)
         wrapped.settimeout(None)
         return SocketChannel(wrapped)
 
-    def _take(self) -> SocketChannel | None:
+    def _take(self) -> HeadReader | None:
         with contextlib.suppress(IndexError):
-            while (channel := self._idle.pop()).peer_gone() or channel.peek():
-                channel.close()
-            return channel
+            while (kept := self._idle.pop()).channel.peer_gone() or kept.channel.peek():
+                kept.channel.close()
+            return kept
         return None
 
     def send(
@@ -6515,7 +6573,7 @@ class HttpConnections(HttpSender):
             with contextlib.suppress(_NotSent):
                 return self._exchange(kept, method, message, deadline, limit, unread)
         try:
-            return self._exchange(self._dial(deadline), method, message, deadline, limit, unread)
+            return self._exchange(HeadReader(self._dial(deadline)), method, message, deadline, limit, unread)
         except _NotSent as exc:
             raise TransportError(f"{self._target.authority} closed the connection without an answer: {exc}") from None
 
@@ -6523,74 +6581,86 @@ class HttpConnections(HttpSender):
         return functools.partial(self.send, unread=True)(*request, **named)
 
     def _message(self, method: str, path: str, headers: _HeaderList, body: bytes) -> list[bytes]:
+        given, lead = self._leads.get((method, path), (None, b""))
+        if given != headers:
+            lead = self._lead(method, path, headers)
+            if len(self._leads) >= 64:
+                self._leads.clear()
+            self._leads[method, path] = list(headers), lead
+        return [lead + (b"Content-Length: %d\r\n\r\n" % len(body) if body or method == "POST" else b"\r\n"), body]
+
+    def _lead(self, method: str, path: str, headers: _HeaderList) -> bytes:
+        """A request's head up to its length."""
         target = self._target
         lines = [f"{method} {path} HTTP/1.1", f"Host: {target.authority}"]
         if target.proxy is not None and not target.tls:
             lines[0] = f"{method} http://{target.authority}{path} HTTP/1.1"
             lines += [f"Proxy-Authorization: {target.proxy[2]}"] if target.proxy[2] else []
         lines += [f"{name}: {value}" for name, value in headers]
-        lines += [f"Content-Length: {len(body)}"] if body or method == "POST" else []
         if any(c in line for line in lines for c in "\r\n\0"):
             raise ValueError("a header contains a line break")
-        return [("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"), body]
+        return ("\r\n".join(lines) + "\r\n").encode("latin-1")
 
     def _exchange(
-        self, channel: SocketChannel, method: str, message: list[bytes], deadline: float | None, limit: int, unread: bool
+        self, heads: HeadReader, method: str, message: list[bytes], deadline: float | None, limit: int, unread: bool
     ) -> HttpReply:
-        channel.deadline = deadline
-        with self._reading(channel):
-            head = self._head_of_answer(channel, message)
-            reply = self._read_reply(channel, method, head, limit, unread)
+        heads.channel.deadline = deadline
+        try:
+            head = self._head_of_answer(heads, message)
+            reply = self._read_reply(heads, method, head, limit, unread)
+        except BaseException as exc:
+            raise self._ended(heads.channel, exc) from None
         if not isinstance(reply.body, HttpBody):
-            self._give_back(channel, head)
+            self._give_back(heads, head)
         return reply
 
-    @contextlib.contextmanager
-    def _reading(self, channel: SocketChannel) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as exc:
-            channel.close()
-            if isinstance(exc, RequestTooLargeError):
-                raise ResponseTooLargeError(f"the answer exceeds what this client accepts: {exc}") from None
-            if isinstance(exc, ProtocolError):
-                text = "closed the connection within an answer" if channel.ended else "does not speak HTTP as it should"
-                raise TransportError(f"{self._target.authority} {text}: {exc}") from None
-            raise
+    def _ended(self, channel: SocketChannel, exc: BaseException) -> BaseException:
+        """Close a connection whose answer could not be read; return what to raise for it."""
+        channel.close()
+        if isinstance(exc, RequestTooLargeError):
+            return ResponseTooLargeError(f"the answer exceeds what this client accepts: {exc}")
+        if isinstance(exc, ProtocolError):
+            text = "closed the connection within an answer" if channel.ended else "does not speak HTTP as it should"
+            return TransportError(f"{self._target.authority} {text}: {exc}")
+        return exc
 
-    def _give_back(self, channel: SocketChannel, head: HttpHead) -> None:
+    def _give_back(self, heads: HeadReader, head: HttpHead) -> None:
         keep = head.start[0] == "HTTP/1.1" and "close" not in head.headers.get("connection", "").lower()
-        if keep and not channel.ended and len(self._idle) < self._MAX_IDLE and not self._closed:
-            self._idle.append(channel)
+        if keep and not heads.channel.ended and len(self._idle) < self._MAX_IDLE and not self._closed:
+            self._idle.append(heads)
         else:
-            channel.close()
+            heads.channel.close()
 
-    def _pieces(self, channel: SocketChannel, head: HttpHead, limit: int) -> Iterator[bytes]:
-        with self._reading(channel):
-            yield from read_chunked(channel, limit, _BUDGET_RULE)
-        self._give_back(channel, head)
+    def _pieces(self, heads: HeadReader, head: HttpHead, limit: int) -> Iterator[bytes]:
+        try:
+            yield from read_chunked(heads.channel, limit, _BUDGET_RULE)
+        except BaseException as exc:
+            raise self._ended(heads.channel, exc) from None
+        self._give_back(heads, head)
 
-    def _head_of_answer(self, channel: SocketChannel, message: list[bytes]) -> HttpHead:
+    def _head_of_answer(self, heads: HeadReader, message: list[bytes]) -> HttpHead:
         unsent: TransportError | None = None
         try:
-            channel.write(message)
+            heads.channel.write(message)
         except TransportError as exc:
             unsent = exc  # a server that refuses a large body early may have answered before it hung up
         for _ in range(self._MAX_INTERIM):
             try:
-                head = read_http_head(channel)
+                head = heads.read()
                 if head is None:
                     raise TransportError(f"{self._target.authority} closed the connection without an answer")
             except TransportError as exc:
-                if unsent and not channel.peek():
+                if unsent and not heads.channel.peek():
                     raise _NotSent(unsent.error_message) from None
                 raise exc
             if not head.start[1].startswith("1"):
                 return head
         raise ProtocolError(f"more than {self._MAX_INTERIM} interim answers")
 
-    def _read_reply(self, channel: SocketChannel, method: str, head: HttpHead, limit: int, unread: bool) -> HttpReply:
-        (version, status, _), headers = head.start, head.headers
+    def _read_reply(self, heads: HeadReader, method: str, head: HttpHead, limit: int, unread: bool) -> HttpReply:
+        (version, status, _), headers, channel = head.start, head.headers, heads.channel
+        if "sized" in head.memory and method != "HEAD":
+            return HttpReply(200, headers, _sized_body(channel, headers["content-length"], limit))
         if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[2-5][0-9][0-9]", status):
             raise ProtocolError(f"expected a status line, got {' '.join(head.start)[:80]!r}")
         if "content-length" in head.repeated or ("content-length" in headers and "transfer-encoding" in headers):
@@ -6599,25 +6669,30 @@ class HttpConnections(HttpSender):
         if coding is not None and coding.lower() != "chunked" and not bodiless:
             raise ProtocolError(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}")
         coded = headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding")
-        plain = headers.get("content-type") == ARROW_CONTENT_TYPE and not coded
-        if unread and coding is not None and status == "200" and plain:
-            return HttpReply(200, headers, HttpBody(self._pieces(channel, head, limit), channel))
+        if status == "200" and headers.get("content-type") == ARROW_CONTENT_TYPE and not coded:
+            if unread and coding is not None:
+                return HttpReply(200, headers, HttpBody(self._pieces(heads, head, limit), channel))
+            if "content-length" in headers:
+                head.memory["sized"] = True  # all of the above holds for the next one that looks the same
 
         def read() -> _Buffer:
             if coding is not None or "content-length" not in headers:
                 return _gathered((read_chunked if coding else _read_to_end)(channel, limit, _BUDGET_RULE))
-            size = _content_length(headers["content-length"], limit, _BUDGET_RULE)
-            body = channel.read_after(b"", size)
-            if len(body) < size:
-                raise TransportError(f"half an answer: expected {size} bytes, got {len(body)}")
-            return body
+            return _sized_body(channel, headers["content-length"], limit)
 
         return HttpReply(int(status), headers, b"" if bodiless else _decoded_body(headers, read, limit))
 
     def close(self) -> None:
         self._closed = True
         while self._idle:
-            self._idle.pop().close()
+            self._idle.pop().channel.close()
+
+def _sized_body(channel: ByteChannel, length: str, limit: int) -> _Buffer:
+    size = _content_length(length, limit, _BUDGET_RULE)
+    body = channel.read_after(b"", size)
+    if len(body) < size:
+        raise TransportError(f"half an answer: expected {size} bytes, got {len(body)}")
+    return body
 
 def _read_to_end(channel: ByteChannel, limit: int, rule: str) -> Iterator[bytes]:
     total = 0
@@ -6668,8 +6743,8 @@ class HttpClient(ClientChannel):
         self._budget = max_response_bytes or most
         self._capabilities: HttpServerCapabilities | None = None
         accept = ", ".join((*supported_encodings(), "identity")) if compression_level is not None else "identity"
-        self._fixed = [("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept)]
-        self._fixed.append((ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget)))
+        self._fixed = (("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept),
+                       (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget)))
 
     def _own_headers(self) -> list[tuple[str, str]]:
         given = self._headers() if callable(self._headers) else self._headers
@@ -6690,11 +6765,12 @@ class HttpClient(ClientChannel):
         the body or the answer is larger than the server or the budget allows.
         """
         server, headers = self.capabilities(deadline), [*self._fixed, *self._own_headers()]
-        encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
-        packed = compress_if_worth(body, encoding, self._level) if encoding and self._level is not None else None
-        if packed is not None:
-            body = packed
-            headers.append(("Content-Encoding", encoding))
+        if self._level is not None and len(body) >= _SAMPLE_BYTES:
+            encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
+            packed = compress_if_worth(body, encoding, self._level) if encoding else None
+            if packed is not None:
+                body = packed
+                headers.append(("Content-Encoding", encoding))
         path, most = self._prefix + path, server.max_request_bytes
         if most is not None and len(body) > most:
             text = f"the server takes requests of at most {most} bytes, this one has {len(body)}"
