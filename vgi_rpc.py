@@ -845,7 +845,7 @@ def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
             decisive[start : start + size] = b"\1" * size
         apart = all(end <= start for (_, end), (start, _) in zip(sorted(spans), sorted(spans)[1:]))
         once = len({name for _, _, name in regions}) == len(regions)
-        return head, regions if apart and once and not any(any(decisive[a:b]) for a, b in spans) else []
+        return head, regions if apart and once and not any(1 in decisive[a:b] for a, b in spans) else []
     message = _Table(data, struct.unpack_from("<I", data, 0)[0], seen)
     if message.scalar(0, "<h") not in (3, 4):  # V4 and V5 of MetadataVersion: those that pyarrow reads
         raise ValueError(f"metadata version {message.scalar(0, '<h') + 1}")
@@ -943,8 +943,8 @@ def parse_message_head(data: bytes) -> MessageHead:
         head, regions = _parse_head(data)
     except (struct.error, IndexError, ValueError, OverflowError, MemoryError) as exc:
         raise IPCError(f"not an Arrow IPC message: its head of {len(data)} bytes does not parse ({_text_of(exc)})") from None
-    if regions and len(data) <= 4096 and len(layouts) < 8:
-        if len(_layouts) >= 512:
+    if regions and len(data) <= 16_384 and len(layouts) < 8:
+        if len(_layouts) * len(data) >= 1 << 21:
             _layouts.clear()
         _layouts[len(data)] = [*layouts, HeadLayout(data, head, regions)]
     return head
@@ -1390,11 +1390,18 @@ def _with_nulls(values: list[Any], validity: bytes | None) -> list[Any]:
 
 def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
     def write(values: Sequence[Any], body: _Body) -> None:
-        if _write_node(values, body):
+        form = f"<{len(values)}{code}"
+        try:  # a look for nulls takes twice as long as this
+            data = struct.pack(form, *values)
+            body.nodes += (len(values), 0)
+            body.buffers.append(b"")
+        except struct.error:
+            _write_node(values, body)
             values = [0 if v is None else v for v in values]
+            data = struct.pack(form, *values)
         if not body.checked and not set(map(type, values)) <= accepted:
             raise _NotPlain
-        body.buffers.append(struct.pack(f"<{len(values)}{code}", *values))
+        body.buffers.append(data)
     def read(length: int, parts: _Parts) -> list[Any]:
         validity, data = parts.node(length), parts.buffer()
         return _with_nulls(list(struct.unpack_from(f"<{length}{code}", data)), validity)
@@ -1429,10 +1436,8 @@ def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
     write_item, read_item = item
     def write(values: Sequence[Any], body: _Body) -> None:
         _write_node(values, body, list)
-        offsets, flat = [0], list[Any]()
-        for value in values:
-            flat += value or ()
-            offsets.append(len(flat))
+        offsets = [0, *itertools.accumulate(len(v or ()) for v in values)]
+        flat = values[0] or () if len(values) == 1 else list(itertools.chain.from_iterable(v or () for v in values))
         body.buffers.append(struct.pack(f"<{len(offsets)}i", *offsets))
         write_item(flat, body)
     def read(length: int, parts: _Parts) -> list[Any]:
@@ -1780,7 +1785,12 @@ def _list_codec(item: Codec, container: type) -> Codec:
     expected = f"{container.__name__} of {item.expected}"
     def encode(values: Any) -> Any:
         _expect(values, accepted, expected)
-        return list(values) if set(map(type, values)) <= item.plain else _each(item.encode, values)
+        kinds = list(map(type, values))
+        # To count one type takes half as long as to collect them all.
+        alike = kinds and kinds[0] in item.plain and kinds.count(kinds[0]) == len(kinds)
+        if not alike and not set(kinds) <= item.plain:
+            return _each(item.encode, values)
+        return values if type(values) is list else list(values)
     def decode(values: Any) -> Any:
         plain = item.decodes_plain and (item.nullable or None not in values)
         members = values if plain else _each(item.decode, values)
@@ -2925,7 +2935,10 @@ def _method_description(m: MethodSummary) -> MethodDescription:
 _TOKEN_REFUSED = "state token refused: not issued by this service for this call; start the stream again"
 _MAC_BYTES = 32
 _STORED, _ZLIB, _ZSTD = 0, 1, 2
-_SAMPLE_BYTES, _WORTH, _COMPRESS_FROM_BYTES = 4_096, 0.7, 1_024
+_SAMPLE_BYTES, _WORTH = 4_096, 0.7
+# What fits into the first flight of a TCP connection (ten segments, RFC 6928) arrives no sooner for being shorter, and packing
+# takes longer than all else that is done with it. A token grows by a third in base64.
+_COMPRESS_BODY_FROM_BYTES, _COMPRESS_STATE_FROM_BYTES = 14_000, 10_000
 _MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
 
 @functools.cache
@@ -2993,18 +3006,17 @@ class TokenSealer:
 
     @staticmethod
     def _mac(key: bytes, half: bytes, binding: Sequence[bytes], sealed: bytes) -> bytes:
-        # Every part is preceded by its length, so that no two bindings give the same bytes.
-        return hmac.digest(key, b"".join((b"vgi_rpc.token.v1", pack_parts((half, *binding)), sealed)), "sha256")
+        return hmac.digest(key, _bound_to(half, *binding) + sealed, "sha256")
 
     def seal(self, half: bytes, binding: Sequence[bytes], content: bytes) -> bytes:
         """Return *content* as a token (base64), bound to *half* (which half of the state it is) and *binding*."""
         method = _STORED
-        if len(content) >= _COMPRESS_FROM_BYTES:
+        if len(content) >= _COMPRESS_STATE_FROM_BYTES:
             packed = zstd_compress(content) if _zstd_available() else zlib.compress(content, 1)
             if len(packed) < len(content):
                 method, content = (_ZSTD if _zstd_available() else _ZLIB), packed
         sealed = struct.pack("<BBQ", 1, method, int(self._clock() * 1000)) + content
-        return base64.b64encode(sealed + self._mac(self._keys[0], half, binding, sealed))
+        return binascii.b2a_base64(sealed + self._mac(self._keys[0], half, binding, sealed), newline=False)
 
     def open(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> bytes:
         """Return the content of a token, after `verify`, whose arguments and errors these are."""
@@ -3028,7 +3040,7 @@ class TokenSealer:
         # All keys, always: the time taken does not tell which one fits.
         good = sum([hmac.compare_digest(self._mac(key, half, binding, sealed), mac) for key in self._keys])
         # Base64 has spare bits at its end; only the spelling that we would write is ours, and only version 1 is.
-        if not good or len(sealed) < 10 or base64.b64encode(raw) != token or sealed[0] != 1:
+        if not good or len(sealed) < 10 or binascii.b2a_base64(raw, newline=False) != token or sealed[0] != 1:
             raise TokenError(_TOKEN_REFUSED)
         method, issued = struct.unpack_from("<BQ", sealed, 1)
         age = self._clock() - issued / 1000
@@ -3040,7 +3052,14 @@ class TokenSealer:
 
 def pack_parts(parts: Sequence[bytes]) -> bytes:
     """Join byte strings so that `unpack_parts` gets them back: each is preceded by its length."""
-    return b"".join(struct.pack("<I", len(p)) + p for p in parts)
+    return b"".join([piece for part in parts for piece in (_LENGTH(len(part)), part)])
+
+_LENGTH = struct.Struct("<I").pack
+
+@functools.lru_cache(maxsize=256)
+def _bound_to(*binding: bytes) -> bytes:
+    """What a seal covers in front of the content; no two bindings give the same bytes."""
+    return b"vgi_rpc.token.v1" + pack_parts(binding)
 
 def unpack_parts(data: bytes, count: int) -> list[bytes]:
     """Split what `pack_parts` joined and was sealed; `TokenError` for other than *count* parts: another version wrote it."""
@@ -5083,7 +5102,7 @@ def compress_body(body: bytes, encoding: str, level: int) -> bytes:
 def compress_if_worth(body: bytes, encoding: str, level: int) -> bytes | None:
     """Encode a body, if that makes it a good deal smaller; ``None`` if it is short or, by a sample, does not compress."""
     size, middle = len(body), len(body) // 2
-    if size < _SAMPLE_BYTES:
+    if size < _COMPRESS_BODY_FROM_BYTES:
         return None
     sample = body[middle : middle + _SAMPLE_BYTES] if size > 4 * _SAMPLE_BYTES else b""
     if sample and len(compress_body(sample, encoding, level)) > _WORTH * _SAMPLE_BYTES:
@@ -5366,20 +5385,16 @@ class HttpApp:
         arguments = read_arguments(bound.info, request)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
         call.record.http["request_bytes"] = len(body)
-        if kind is MethodType.UNARY:
-            try:
-                turn = call.begin(arguments)
-                return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
-            finally:
-                call.end()
-        with contextlib.ExitStack() as ending:
-            ending.callback(call.end)
+
+        def answer() -> HttpResponse:
             turn = call.begin(arguments)
             if call.stream is None:
                 return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
             header = stream_bytes(turn.schema, turn.items) if turn.items else b""
             turn, call_id, call_token = self._first_turn(call, call.stream)
-            return self._respond_turns(_StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token), turn, http, ending)
+            return self._respond_turns(_StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token), turn, http)
+
+        return self._ending(call, answer)
 
     def _first_turn(self, call: Call, stream: Stream[Any, Any]) -> tuple[Turn, bytes, bytes]:
         """Run a producer's first turn; return it with the call's id and token."""
@@ -5409,14 +5424,29 @@ class HttpApp:
         ours = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY)
         shown = {k: v for k, v in metadata.items() if k not in ours}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
-        with contextlib.ExitStack() as ending:
-            ending.callback(call.end)
+
+        def answer() -> HttpResponse:
             turn = self._next_turn(call, opened, state, given, CANCEL_KEY in metadata)
-            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http, ending)
+            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http)
+
+        return self._ending(call, answer)
+
+    @staticmethod
+    def _ending(call: Call, answer: Callable[[], HttpResponse]) -> HttpResponse:
+        """Return an answer and end the call, unless its body is still to be made, and ends it."""
+        whole = True
+        try:
+            response = answer()
+            whole = isinstance(response.body, bytes)
+            return response
+        finally:
+            if whole:
+                call.end()
 
     def _go_on(self, bound: BoundMethod, caller: Caller, opened: _OpenedCall, request_id: str) -> Call:
-        limit = _smallest(caller.response_limit_bytes, opened.limit)
-        call = self.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, request_id)
+        if opened.limit is not None and opened.limit != caller.response_limit_bytes:
+            caller = dataclasses.replace(caller, response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
+        call = self.server.open_call(bound, caller, None, request_id)
         call.record.stream_id = opened.stream_id
         return call
 
@@ -5430,18 +5460,18 @@ class HttpApp:
             return Turn(stream.output_schema, call._logs(stream.output_schema), True)
         return call.turn(given)
 
-    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, http: HttpRequest, ending: contextlib.ExitStack) -> HttpResponse:
-        """Answer with a turn and, if the client takes several of a producer, with those that follow; then *ending* is theirs."""
+    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, http: HttpRequest) -> HttpResponse:
+        """Answer with a turn and, if the client takes several of a producer, with those that follow; these end the call."""
         call, asked = answer.call, http.get_header(MAX_TURNS_HEADER) or ""
         most = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
         if most == 1 or turn.finished or not cast("Stream[Any, Any]", call.stream).is_producer:
             turn = self._with_cursor(answer, turn)
             return self._respond(call, http, answer.header + stream_bytes(turn.schema, turn.items), turn)
-        body = self._several(answer, turn, most, ending.pop_all())
+        body = self._several(answer, turn, most)
         next(body)  # has taken over: from here on closing it ends the call
         return HttpResponse(200, [("Content-Type", ARROW_CONTENT_TYPE), ("X-Accel-Buffering", "no")], body)  # for nginx
 
-    def _several(self, answer: _StreamAnswer, turn: Turn, most: int, ending: contextlib.ExitStack) -> Iterator[bytes]:
+    def _several(self, answer: _StreamAnswer, turn: Turn, most: int) -> Iterator[bytes]:
         """Yield nothing, then each turn as it is made, and the token at the end: within the budget, *most* and a time."""
         call, context, pieces = answer.call, answer.call.context, list[_Buffer]()
         writer, limit = IpcWriter(pieces.extend, turn.schema), context.response_limit_bytes
@@ -5453,7 +5483,8 @@ class HttpApp:
             writer.write_all(turn.items, close=turn.finished)
             return b"".join(pieces)
 
-        with ending, self.server:
+        with contextlib.ExitStack() as ending, self.server:
+            ending.callback(call.end)
             yield b""
             for left in reversed(range(most)):
                 data, before, size, close = lead + encode(turn), state, 0, False
@@ -6765,7 +6796,7 @@ class HttpClient(ClientChannel):
         the body or the answer is larger than the server or the budget allows.
         """
         server, headers = self.capabilities(deadline), [*self._fixed, *self._own_headers()]
-        if self._level is not None and len(body) >= _SAMPLE_BYTES:
+        if self._level is not None and len(body) >= _COMPRESS_BODY_FROM_BYTES:
             encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
             packed = compress_if_worth(body, encoding, self._level) if encoding else None
             if packed is not None:
