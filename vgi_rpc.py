@@ -3002,7 +3002,7 @@ class TokenSealer:
     def __init__(self, keys: Sequence[bytes], ttl: float = TOKEN_TTL_SECONDS, clock: Callable[[], float] = time.time) -> None:
         if not keys or any(len(k) < 16 for k in keys):
             raise ValueError(f"token key: expected at least 16 bytes, got {[len(k) for k in keys] or 'none'}")
-        self._keys, self.ttl, self._clock = [bytes(k) for k in keys], ttl, clock
+        self._keys, self.ttl, self.clock = [bytes(k) for k in keys], ttl, clock
 
     @staticmethod
     def _mac(key: bytes, half: bytes, binding: Sequence[bytes], sealed: bytes) -> bytes:
@@ -3015,22 +3015,11 @@ class TokenSealer:
             packed = zstd_compress(content) if _zstd_available() else zlib.compress(content, 1)
             if len(packed) < len(content):
                 method, content = (_ZSTD if _zstd_available() else _ZLIB), packed
-        sealed = struct.pack("<BBQ", 1, method, int(self._clock() * 1000)) + content
+        sealed = struct.pack("<BBQ", 1, method, int(self.clock() * 1000)) + content
         return binascii.b2a_base64(sealed + self._mac(self._keys[0], half, binding, sealed), newline=False)
 
     def open(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> bytes:
-        """Return the content of a token, after `verify`, whose arguments and errors these are."""
-        return self.expand(*self.verify(half, binding, token, aged=aged))
-
-    @staticmethod
-    def expand(method: int, packed: bytes) -> bytes:
-        """Decompress what `verify` found."""
-        if method == _ZSTD:
-            return zstd_decompress(packed, _MAX_STATE_BYTES)
-        return packed if method == _STORED else gzip_decompress(packed, _MAX_STATE_BYTES, 15)
-
-    def verify(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> tuple[int, bytes]:
-        """Check that a token was sealed for the same *half* and *binding*; `ttl` applies if *aged*. Return what is inside.
+        """Return the content of a token that was sealed for the same *half* and *binding*; `ttl` applies if *aged*.
         Raises `TokenError`: any fault of the seal in one uniform text; or, the seal being good, too old or from the future."""
         try:
             raw = base64.b64decode(token or b"", validate=True)
@@ -3043,12 +3032,19 @@ class TokenSealer:
         if not good or len(sealed) < 10 or binascii.b2a_base64(raw, newline=False) != token or sealed[0] != 1:
             raise TokenError(_TOKEN_REFUSED)
         method, issued = struct.unpack_from("<BQ", sealed, 1)
-        age = self._clock() - issued / 1000
+        self.check_age(issued / 1000, aged)
+        packed = sealed[10:]
+        if method == _ZSTD:
+            return zstd_decompress(packed, _MAX_STATE_BYTES)
+        return packed if method == _STORED else gzip_decompress(packed, _MAX_STATE_BYTES, 15)
+
+    def check_age(self, issued: float, aged: bool = True) -> None:
+        """Raise `TokenError` for a token of that time (of the clock) that is too old, if *aged*, or from the future."""
+        age = self.clock() - issued
         if age < -TOKEN_CLOCK_SKEW_SECONDS:
             raise TokenError("state token refused: issued in the future; check the servers' clocks")
         if aged and self.ttl and age > self.ttl:
             raise TokenError(f"token expired: {age:.0f} s old, at most {self.ttl:g} s are allowed; start the stream again")
-        return method, sealed[10:]
 
 def pack_parts(parts: Sequence[bytes]) -> bytes:
     """Join byte strings so that `unpack_parts` gets them back: each is preceded by its length."""
@@ -5099,10 +5095,11 @@ def compress_body(body: bytes, encoding: str, level: int) -> bytes:
     encoder = zlib.compressobj(level, wbits=31)
     return encoder.compress(body) + encoder.flush()
 
-def compress_if_worth(body: bytes, encoding: str, level: int) -> bytes | None:
-    """Encode a body, if that makes it a good deal smaller; ``None`` if it is short or, by a sample, does not compress."""
+def compress_if_worth(body: bytes, encoding: str, level: int, packed_bytes: int = 0) -> bytes | None:
+    """Encode a body, if that makes it a good deal smaller; ``None`` if it is short (without those of its bytes that are packed
+    already) or, by a sample, does not compress."""
     size, middle = len(body), len(body) // 2
-    if size < _COMPRESS_BODY_FROM_BYTES:
+    if size - packed_bytes < _COMPRESS_BODY_FROM_BYTES:
         return None
     sample = body[middle : middle + _SAMPLE_BYTES] if size > 4 * _SAMPLE_BYTES else b""
     if sample and len(compress_body(sample, encoding, level)) > _WORTH * _SAMPLE_BYTES:
@@ -5169,6 +5166,8 @@ def _internal_error(request_id: str) -> HttpResponse:
 _MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and the size of their cursors
 _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
 
+_OUR_KEYS = frozenset({STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY})  # not the state's business
+
 class _OpenedCall(NamedTuple):
     """The half of a stream's state that never changes, as it was sealed at init."""
     call_id: bytes
@@ -5177,6 +5176,13 @@ class _OpenedCall(NamedTuple):
     call_state: bytes
     stream_id: str
     limit: int | None
+
+class _LiveState(NamedTuple):
+    """A state that need not be read back from its cursor."""
+    binding: tuple[bytes, ...]
+    issued: float
+    call_id: bytes
+    state: StreamState
 
 class _StreamAnswer(NamedTuple):
     """What the turns of one answer have in common."""
@@ -5203,7 +5209,7 @@ class HttpApp:
         self.sealer = TokenSealer(keys or [os.urandom(32)], self.options.token_ttl)
         self._limit = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
         self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
-        self._live: OrderedDict[bytes, tuple[bytes, int, StreamState]] = OrderedDict()  # by the cursor that holds the same
+        self._live: OrderedDict[bytes, _LiveState] = OrderedDict()  # by the cursor that holds the same
         self._lock = threading.Lock()
         self._capabilities = self._capability_headers()
 
@@ -5298,7 +5304,7 @@ class HttpApp:
         body = cast("bytes", _decoded_body(request.headers, lambda: request.read_body(self._limit), self._limit))
         if in_json:
             return _post_json(self, segments, body, caller, request, request_id)
-        handler = self._exchange if segments[2:] == ["exchange"] else self._start
+        handler = self._unary if len(segments) == 2 else self._init if segments[2] == "init" else self._exchange
         return handler(segments, body, caller, request, request_id)
 
     def _head_of_call(self, request: HttpRequest, segments: list[str]) -> tuple[bool, Caller]:
@@ -5374,27 +5380,41 @@ class HttpApp:
             raise ProtocolError(f"{path[1]}() is {'' if kind is MethodType.UNARY else 'not '}a stream; {hint}")
         return bound
 
-    def _start(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
-        """Serve a unary call, or the start of a stream (its path ends with init)."""
-        hint, kind = ("post without /init", MethodType.STREAM) if path[2:] else ("post to its /init", MethodType.UNARY)
+    def _read_request(self, path: list[str], body: bytes, kind: MethodType) -> tuple[BoundMethod, Request]:
+        """Read the request that begins a call."""
+        hint = "post to its /init" if kind is MethodType.UNARY else "post without /init"
         bound, source = self._bound(path, kind, hint), BufferSource(body)
         request = Request(self._reader(source))
         if source.left:
             raise IPCError(f"request: {source.left} bytes after the end of the stream")
         self.server.resolve(request, (path[0], path[1]))
+        return bound, request
+
+    def _unary(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
+        bound, request = self._read_request(path, body, MethodType.UNARY)
         arguments = read_arguments(bound.info, request)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
         call.record.http["request_bytes"] = len(body)
+        try:
+            turn = call.begin(arguments)
+            return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
+        finally:
+            call.end()
 
-        def answer() -> HttpResponse:
+    def _init(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
+        """Serve the start of a stream."""
+        bound, request = self._read_request(path, body, MethodType.STREAM)
+        arguments = read_arguments(bound.info, request)
+        call = self.server.open_call(bound, caller, request, request.request_id or request_id)
+        call.record.http["request_bytes"] = len(body)
+        with contextlib.ExitStack() as ending:
+            ending.callback(call.end)
             turn = call.begin(arguments)
             if call.stream is None:
                 return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
             header = stream_bytes(turn.schema, turn.items) if turn.items else b""
             turn, call_id, call_token = self._first_turn(call, call.stream)
-            return self._respond_turns(_StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token), turn, http)
-
-        return self._ending(call, answer)
+            return self._respond_turns(_StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token), turn, http, ending)
 
     def _first_turn(self, call: Call, stream: Stream[Any, Any]) -> tuple[Turn, bytes, bytes]:
         """Run a producer's first turn; return it with the call's id and token."""
@@ -5421,27 +5441,12 @@ class HttpApp:
         if timeout.isdigit() and len(timeout) < 16:
             call.context.deadline = time.monotonic() + int(timeout) / 1000
         call.record.http["request_bytes"] = len(body)
-        ours = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY)
-        shown = {k: v for k, v in metadata.items() if k not in ours}
+        shown = {k: v for k, v in metadata.items() if k not in _OUR_KEYS}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
-
-        def answer() -> HttpResponse:
+        with contextlib.ExitStack() as ending:
+            ending.callback(call.end)
             turn = self._next_turn(call, opened, state, given, CANCEL_KEY in metadata)
-            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http)
-
-        return self._ending(call, answer)
-
-    @staticmethod
-    def _ending(call: Call, answer: Callable[[], HttpResponse]) -> HttpResponse:
-        """Return an answer and end the call, unless its body is still to be made, and ends it."""
-        whole = True
-        try:
-            response = answer()
-            whole = isinstance(response.body, bytes)
-            return response
-        finally:
-            if whole:
-                call.end()
+            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http, ending)
 
     def _go_on(self, bound: BoundMethod, caller: Caller, opened: _OpenedCall, request_id: str) -> Call:
         if opened.limit is not None and opened.limit != caller.response_limit_bytes:
@@ -5460,18 +5465,18 @@ class HttpApp:
             return Turn(stream.output_schema, call._logs(stream.output_schema), True)
         return call.turn(given)
 
-    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, http: HttpRequest) -> HttpResponse:
-        """Answer with a turn and, if the client takes several of a producer, with those that follow; these end the call."""
+    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, http: HttpRequest, ending: contextlib.ExitStack) -> HttpResponse:
+        """Answer with a turn and, if the client takes several of a producer, with those that follow; then *ending* is theirs."""
         call, asked = answer.call, http.get_header(MAX_TURNS_HEADER) or ""
         most = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
         if most == 1 or turn.finished or not cast("Stream[Any, Any]", call.stream).is_producer:
             turn = self._with_cursor(answer, turn)
             return self._respond(call, http, answer.header + stream_bytes(turn.schema, turn.items), turn)
-        body = self._several(answer, turn, most)
+        body = self._several(answer, turn, most, ending.pop_all())
         next(body)  # has taken over: from here on closing it ends the call
         return HttpResponse(200, [("Content-Type", ARROW_CONTENT_TYPE), ("X-Accel-Buffering", "no")], body)  # for nginx
 
-    def _several(self, answer: _StreamAnswer, turn: Turn, most: int) -> Iterator[bytes]:
+    def _several(self, answer: _StreamAnswer, turn: Turn, most: int, ending: contextlib.ExitStack) -> Iterator[bytes]:
         """Yield nothing, then each turn as it is made, and the token at the end: within the budget, *most* and a time."""
         call, context, pieces = answer.call, answer.call.context, list[_Buffer]()
         writer, limit = IpcWriter(pieces.extend, turn.schema), context.response_limit_bytes
@@ -5483,8 +5488,7 @@ class HttpApp:
             writer.write_all(turn.items, close=turn.finished)
             return b"".join(pieces)
 
-        with contextlib.ExitStack() as ending, self.server:
-            ending.callback(call.end)
+        with ending, self.server:
             yield b""
             for left in reversed(range(most)):
                 data, before, size, close = lead + encode(turn), state, 0, False
@@ -5571,8 +5575,9 @@ class HttpApp:
         # fields, as it cannot differ from what reading back would give.
         cursor, state = tokens[STATE_KEY], stream.state
         if len(cursor) <= _MAX_LIVE_BYTES and getattr(state, "__dict__", {}).keys() == dataclass_codec(type(state)).names:
+            binding = self._binding(answer.call.bound, answer.call.context.auth)
             with self._lock:
-                self._live[cursor] = answer.call_id, answer.call.bound.state_types.index(type(state)), state
+                self._live[cursor] = _LiveState(binding, self.sealer.clock(), answer.call_id, state)
                 if len(self._live) > _MAX_LIVE_STATES:
                     self._live.popitem(last=False)
         items, at = list(turn.items), turn.data_index
@@ -5587,14 +5592,18 @@ class HttpApp:
     def _open_tokens(self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata) -> tuple[_OpenedCall, StreamState | bytes]:
         """Open the cursor, then the call half whose id it holds; return that and the state: live, or its type's index and bytes."""
         binding, cursor = self._binding(bound, auth), metadata.get(STATE_KEY, b"")
-        sealed = self.sealer.verify(b"state", binding, cursor)
         with self._lock:
             live = self._live.pop(cursor, None)  # one turn only: a cursor that comes again gives the same turn again
         state: StreamState | bytes
-        if live is not None:
-            call_id, index, state = live[0], bytes([live[1]]), copy.copy(live[2])  # each turn has an object of its own
+        if live is not None and live.binding == binding:  # to the last byte what we have sealed: the seal is good
+            self.sealer.check_age(live.issued)
+            call_id, state = live.call_id, object.__new__(type(live.state))
+            state.__dict__.update(live.state.__dict__)  # each turn has an object of its own
         else:
-            call_id, index, state = unpack_parts(self.sealer.expand(*sealed), 3)
+            call_id, index, state = unpack_parts(self.sealer.open(b"state", binding, cursor), 3)
+            if len(index) != 1 or index[0] >= len(bound.state_types):
+                raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had other states
+            state = index + state
         cache_key = (binding, call_id, token := metadata.get(CALL_STATE_KEY, b""))
         with self._lock:
             opened = self._opened.pop(cache_key, None)
@@ -5607,9 +5616,7 @@ class HttpApp:
             self._opened[cache_key] = opened
             while len(self._opened) > self.options.call_state_cache_entries:
                 self._opened.popitem(last=False)
-        if len(index) != 1 or index[0] >= len(bound.state_types):
-            raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had other states
-        return opened, state if isinstance(state, StreamState) else index + state
+        return opened, state
 
     def _revive(self, call: Call, opened: _OpenedCall, state: StreamState | bytes) -> Stream[Any, Any]:
         cls = type(state) if isinstance(state, StreamState) else cast("type[StreamState]", call.bound.state_types[state[0]])
@@ -5645,7 +5652,12 @@ class HttpApp:
             given = request.headers
             accepted = given.get(ACCEPT_ENCODING_HEADER.lower()), given.get("accept-encoding", "")[:1000]
             encoding, header, identity = choose_encoding(*accepted)
-            packed = (compress_if_worth if identity else compress_body)(body, encoding, level) if encoding else None
+            packed = None
+            if encoding and identity:
+                token = (turn.items[-1][1] or {}).get(STATE_KEY, b"") if turn.items else b""
+                packed = compress_if_worth(body, encoding, level, len(token))
+            elif encoding:
+                packed = compress_body(body, encoding, level)
             if packed is not None:
                 body = packed
                 headers.append((header, encoding))
@@ -6790,15 +6802,16 @@ class HttpClient(ClientChannel):
             self._capabilities = HttpServerCapabilities.from_headers(reply.headers if reply.status < 300 else {})
         return self._capabilities
 
-    def post(self, path: str, body: bytes, deadline: float | None, turns: int = 1) -> HttpReply:
-        """Post Arrow, return an answer in Arrow; with several *turns* of a producer it may come piece by piece.
+    def post(self, path: str, body: bytes, deadline: float | None, turns: int = 1, packed_bytes: int = 0) -> HttpReply:
+        """Post Arrow, return an answer in Arrow; with several *turns* of a producer it may come piece by piece. Of *body* so
+        many bytes do not compress.
         Raises `AuthenticationError` for a 401, `TransportError` when no answer comes or one that is not Arrow, `RpcError` when
         the body or the answer is larger than the server or the budget allows.
         """
         server, headers = self.capabilities(deadline), [*self._fixed, *self._own_headers()]
         if self._level is not None and len(body) >= _COMPRESS_BODY_FROM_BYTES:
             encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
-            packed = compress_if_worth(body, encoding, self._level) if encoding else None
+            packed = compress_if_worth(body, encoding, self._level, packed_bytes) if encoding else None
             if packed is not None:
                 body = packed
                 headers.append(("Content-Encoding", encoding))
@@ -6941,7 +6954,8 @@ class _HttpClientStream(ClientStream):
         tokens = {**metadata, STATE_KEY: self._cursor or b"", CALL_STATE_KEY: self._call_token}
         if self._options.timeout is not None:
             tokens[TIMEOUT_KEY] = str(max(1, int(self._options.timeout * 1000))).encode()
-        return self._client.post(self._path, stream_bytes(batch.schema, [(batch, tokens)]), self._options.deadline, turns)
+        body = stream_bytes(batch.schema, [(batch, tokens)])
+        return self._client.post(self._path, body, self._options.deadline, turns, len(tokens[STATE_KEY]))
 
     def _ask(self, given: AnnotatedBatch, turns: int) -> None:
         metadata, self._metadata = dict(given.custom_metadata or self._metadata or {}), None
