@@ -3002,11 +3002,14 @@ class TokenSealer:
     def __init__(self, keys: Sequence[bytes], ttl: float = TOKEN_TTL_SECONDS, clock: Callable[[], float] = time.time) -> None:
         if not keys or any(len(k) < 16 for k in keys):
             raise ValueError(f"token key: expected at least 16 bytes, got {[len(k) for k in keys] or 'none'}")
-        self._keys, self.ttl, self.clock = [bytes(k) for k in keys], ttl, clock
+        self._begun, self.ttl, self.clock = [hmac.new(k, digestmod="sha256") for k in keys], ttl, clock
 
     @staticmethod
-    def _mac(key: bytes, half: bytes, binding: Sequence[bytes], sealed: bytes) -> bytes:
-        return hmac.digest(key, _bound_to(half, *binding) + sealed, "sha256")
+    def _mac(begun: hmac.HMAC, half: bytes, binding: Sequence[bytes], sealed: bytes) -> bytes:
+        mac = begun.copy()
+        mac.update(_bound_to(half, *binding))
+        mac.update(sealed)
+        return mac.digest()
 
     def seal(self, half: bytes, binding: Sequence[bytes], content: bytes) -> bytes:
         """Return *content* as a token (base64), bound to *half* (which half of the state it is) and *binding*."""
@@ -3016,7 +3019,7 @@ class TokenSealer:
             if len(packed) < len(content):
                 method, content = (_ZSTD if _zstd_available() else _ZLIB), packed
         sealed = struct.pack("<BBQ", 1, method, int(self.clock() * 1000)) + content
-        return binascii.b2a_base64(sealed + self._mac(self._keys[0], half, binding, sealed), newline=False)
+        return binascii.b2a_base64(sealed + self._mac(self._begun[0], half, binding, sealed), newline=False)
 
     def open(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> bytes:
         """Return the content of a token that was sealed for the same *half* and *binding*; `ttl` applies if *aged*.
@@ -3027,7 +3030,7 @@ class TokenSealer:
             raw = b""
         sealed, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
         # All keys, always: the time taken does not tell which one fits.
-        good = sum([hmac.compare_digest(self._mac(key, half, binding, sealed), mac) for key in self._keys])
+        good = sum([hmac.compare_digest(self._mac(key, half, binding, sealed), mac) for key in self._begun])
         # Base64 has spare bits at its end; only the spelling that we would write is ours, and only version 1 is.
         if not good or len(sealed) < 10 or binascii.b2a_base64(raw, newline=False) != token or sealed[0] != 1:
             raise TokenError(_TOKEN_REFUSED)
@@ -5166,6 +5169,14 @@ def _internal_error(request_id: str) -> HttpResponse:
 _MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and the size of their cursors
 _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
 
+class _CallHead(NamedTuple):
+    """What the head of a POST says of the call."""
+    in_json: bool
+    coded: bool  # whether its body has a coding
+    answer_coding: tuple[str, str, bool]  # see `choose_encoding`
+    turns: int  # that one answer may have
+    caller: Caller  # but for who it is
+
 _OUR_KEYS = frozenset({STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY})  # not the state's business
 
 class _OpenedCall(NamedTuple):
@@ -5247,8 +5258,10 @@ class HttpApp:
         return response
 
     def _cors_headers(self, request: HttpRequest) -> list[tuple[str, str]]:
-        origin, allowed = request.get_header("origin"), self.options.cors_origins
-        if not allowed or origin is None or ("*" not in allowed and origin not in allowed):
+        if not (allowed := self.options.cors_origins):
+            return []
+        origin = request.get_header("origin")
+        if origin is None or ("*" not in allowed and origin not in allowed):
             return []
         everyone = "*" in allowed
         exposed = ["WWW-Authenticate", REQUEST_ID_HEADER, CONTENT_ENCODING_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER]
@@ -5293,22 +5306,22 @@ class HttpApp:
 
     def _post(self, request: HttpRequest, request_id: str, segments: list[str]) -> HttpResponse:
         auth = self._authenticated(request, request_id)  # asked each time: what it decides may end, or depend on more
-        in_json, caller = request.memory.get("call") or self._head_of_call(request, segments)
-        if caller.auth is not auth:
-            caller = dataclasses.replace(caller, auth=auth)
+        head: _CallHead = request.memory.get("call") or self._head_of_call(request, segments)
+        caller = head.caller if head.caller.auth is auth else dataclasses.replace(head.caller, auth=auth)
         self.server.refuse_if_draining()
         self.server.start(TransportKind.HTTP)
         if request.multiprocess and self._own_key and len(segments) == 3:
             text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
             raise _protocol_error(text, 500, Code.FAILED_PRECONDITION)
-        body = cast("bytes", _decoded_body(request.headers, lambda: request.read_body(self._limit), self._limit))
-        if in_json:
+        read = functools.partial(request.read_body, self._limit)
+        body: Any = _decoded_body(request.headers, read, self._limit) if head.coded else read()
+        if head.in_json:
             return _post_json(self, segments, body, caller, request, request_id)
         handler = self._unary if len(segments) == 2 else self._init if segments[2] == "init" else self._exchange
         return handler(segments, body, caller, request, request_id)
 
-    def _head_of_call(self, request: HttpRequest, segments: list[str]) -> tuple[bool, Caller]:
-        """Check the head of a POST; return whether it is in JSON and, but for who calls, the caller."""
+    def _head_of_call(self, request: HttpRequest, segments: list[str]) -> _CallHead:
+        """Check the head of a POST."""
         name, low, high = ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
         given, limit = request.get_header(name), self.options.max_response_bytes
         if given is not None:
@@ -5321,10 +5334,14 @@ class HttpApp:
         content_type, in_json = request.get_header("content-type") or "", bool(_json_type(self, request))
         if not in_json and content_type.strip().lower() != ARROW_CONTENT_TYPE:
             raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
-        metadata = {k.decode(): request.headers[k.decode()] for k in TRACE_KEYS if k.decode() in request.headers}
+        headers, asked = request.headers, request.get_header(MAX_TURNS_HEADER) or ""
+        metadata = {k.decode(): headers[k.decode()] for k in TRACE_KEYS if k.decode() in headers}
         caller = Caller(TransportKind.HTTP, _ANONYMOUS, request.remote_addr, metadata, request.gone, limit)
-        request.memory["call"] = in_json, caller
-        return in_json, caller
+        coding = choose_encoding(headers.get(ACCEPT_ENCODING_HEADER.lower()), headers.get("accept-encoding", "")[:1000])
+        turns = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
+        coded = CONTENT_ENCODING_HEADER.lower() in headers or "content-encoding" in headers
+        request.memory["call"] = head = _CallHead(in_json, coded, coding, turns, caller)
+        return head
 
     # -- everything that is not a call
     def _not_found(self, request: HttpRequest) -> HttpResponse:
@@ -5407,14 +5424,16 @@ class HttpApp:
         arguments = read_arguments(bound.info, request)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
         call.record.http["request_bytes"] = len(body)
-        with contextlib.ExitStack() as ending:
-            ending.callback(call.end)
+
+        def answer() -> HttpResponse:
             turn = call.begin(arguments)
             if call.stream is None:
                 return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
             header = stream_bytes(turn.schema, turn.items) if turn.items else b""
             turn, call_id, call_token = self._first_turn(call, call.stream)
-            return self._respond_turns(_StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token), turn, http, ending)
+            return self._respond_turns(_StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token), turn, http)
+
+        return self._ending(call, answer)
 
     def _first_turn(self, call: Call, stream: Stream[Any, Any]) -> tuple[Turn, bytes, bytes]:
         """Run a producer's first turn; return it with the call's id and token."""
@@ -5435,7 +5454,7 @@ class HttpApp:
             raise ProtocolError(f"exchange: expected one batch and the end of the stream, got {'more' if item else 'none'}")
         batch, metadata = item[0], item[1] or {}
         opened, state = self._open_tokens(bound, caller.auth, metadata)
-        own_id = clean_request_id(metadata.get(REQUEST_ID_KEY, b"").decode("latin-1"))
+        own_id = clean_request_id(metadata[REQUEST_ID_KEY].decode("latin-1")) if REQUEST_ID_KEY in metadata else ""
         call = self._go_on(bound, caller, opened, own_id or request_id)
         timeout = metadata.get(TIMEOUT_KEY, b"")
         if timeout.isdigit() and len(timeout) < 16:
@@ -5443,10 +5462,24 @@ class HttpApp:
         call.record.http["request_bytes"] = len(body)
         shown = {k: v for k, v in metadata.items() if k not in _OUR_KEYS}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
-        with contextlib.ExitStack() as ending:
-            ending.callback(call.end)
+
+        def answer() -> HttpResponse:
             turn = self._next_turn(call, opened, state, given, CANCEL_KEY in metadata)
-            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http, ending)
+            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http)
+
+        return self._ending(call, answer)
+
+    @staticmethod
+    def _ending(call: Call, answer: Callable[[], HttpResponse]) -> HttpResponse:
+        """Return an answer and end the call, unless the answer's body is still to be made, and ends it."""
+        whole = True
+        try:
+            response = answer()
+            whole = isinstance(response.body, bytes)
+            return response
+        finally:
+            if whole:
+                call.end()
 
     def _go_on(self, bound: BoundMethod, caller: Caller, opened: _OpenedCall, request_id: str) -> Call:
         if opened.limit is not None and opened.limit != caller.response_limit_bytes:
@@ -5465,18 +5498,18 @@ class HttpApp:
             return Turn(stream.output_schema, call._logs(stream.output_schema), True)
         return call.turn(given)
 
-    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, http: HttpRequest, ending: contextlib.ExitStack) -> HttpResponse:
-        """Answer with a turn and, if the client takes several of a producer, with those that follow; then *ending* is theirs."""
-        call, asked = answer.call, http.get_header(MAX_TURNS_HEADER) or ""
-        most = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
-        if most == 1 or turn.finished or not cast("Stream[Any, Any]", call.stream).is_producer:
+    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, http: HttpRequest) -> HttpResponse:
+        """Answer with a turn and, if the client takes several of a producer, with those that follow; these end the call."""
+        stream: Any = answer.call.stream
+        most = http.memory["call"].turns
+        if most == 1 or turn.finished or not stream.is_producer:
             turn = self._with_cursor(answer, turn)
-            return self._respond(call, http, answer.header + stream_bytes(turn.schema, turn.items), turn)
-        body = self._several(answer, turn, most, ending.pop_all())
+            return self._respond(answer.call, http, answer.header + stream_bytes(turn.schema, turn.items), turn)
+        body = self._several(answer, turn, most)
         next(body)  # has taken over: from here on closing it ends the call
         return HttpResponse(200, [("Content-Type", ARROW_CONTENT_TYPE), ("X-Accel-Buffering", "no")], body)  # for nginx
 
-    def _several(self, answer: _StreamAnswer, turn: Turn, most: int, ending: contextlib.ExitStack) -> Iterator[bytes]:
+    def _several(self, answer: _StreamAnswer, turn: Turn, most: int) -> Iterator[bytes]:
         """Yield nothing, then each turn as it is made, and the token at the end: within the budget, *most* and a time."""
         call, context, pieces = answer.call, answer.call.context, list[_Buffer]()
         writer, limit = IpcWriter(pieces.extend, turn.schema), context.response_limit_bytes
@@ -5488,7 +5521,8 @@ class HttpApp:
             writer.write_all(turn.items, close=turn.finished)
             return b"".join(pieces)
 
-        with ending, self.server:
+        with contextlib.ExitStack() as ending, self.server:
+            ending.callback(call.end)
             yield b""
             for left in reversed(range(most)):
                 data, before, size, close = lead + encode(turn), state, 0, False
@@ -5528,7 +5562,7 @@ class HttpApp:
     @staticmethod
     def _binding(bound: BoundMethod, auth: AuthContext) -> tuple[bytes, ...]:
         who = (auth.domain or "", auth.principal or "") if auth.authenticated else ("", "")
-        return (bound.hosted.name.encode(), bound.info.name.encode(), who[0].encode(), who[1].encode())
+        return _encoded(bound.hosted.name, bound.info.name, *who)
 
     def _seal_call(self, call: Call, stream: Stream[Any, Any], call_id: bytes) -> bytes:
         limit, fixed, kind = call.context.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
@@ -5566,7 +5600,7 @@ class HttpApp:
         """Add the fresh cursor to a turn that goes on; a state that cannot be sealed turns it into an error."""
         if turn.finished:
             return turn
-        stream = cast("Stream[Any, Any]", answer.call.stream)
+        stream: Any = answer.call.stream
         try:
             tokens = self._tokens(answer, self._state_content(answer, stream.state))
         except Exception as exc:
@@ -5628,7 +5662,8 @@ class HttpApp:
                 raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had one
             call_state = cls.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
         stream: Stream[Any, Any] = Stream(opened.output_schema, state, opened.input_schema, call_state=call_state)
-        call._run(state.rehydrate, call.context.implementation)
+        if cls.rehydrate is not StreamState.rehydrate:
+            call._run(state.rehydrate, call.context.implementation)
         if call_state is not None:
             call._run(state.bind_call_state, call_state)
         call.stream = stream
@@ -5648,21 +5683,19 @@ class HttpApp:
         if limit is not None and len(body) > limit:
             body, failed = self._too_large(call, len(body), limit), True
         headers = [("Content-Type", ARROW_CONTENT_TYPE), *([(RPC_ERROR_HEADER, "true")] if failed else [])]
-        if (level := self.options.compression_level) is not None:
-            given = request.headers
-            accepted = given.get(ACCEPT_ENCODING_HEADER.lower()), given.get("accept-encoding", "")[:1000]
-            encoding, header, identity = choose_encoding(*accepted)
-            packed = None
-            if encoding and identity:
-                token = (turn.items[-1][1] or {}).get(STATE_KEY, b"") if turn.items else b""
-                packed = compress_if_worth(body, encoding, level, len(token))
-            elif encoding:
-                packed = compress_body(body, encoding, level)
+        encoding, header, identity = request.memory["call"].answer_coding
+        if encoding and (level := self.options.compression_level) is not None:
+            token = (turn.items[-1][1] or {}).get(STATE_KEY, b"") if identity and turn.items else b""
+            packed = compress_if_worth(body, encoding, level, len(token)) if identity else compress_body(body, encoding, level)
             if packed is not None:
                 body = packed
                 headers.append((header, encoding))
         call.record.http.update(http_status=turn.status, response_bytes=len(body))
         return HttpResponse(turn.status, headers, body)
+
+@functools.lru_cache(maxsize=1024)
+def _encoded(*texts: str) -> tuple[bytes, ...]:
+    return tuple([text.encode() for text in texts])
 
 def _arrow_failure(app: HttpApp, exc: BaseException, request_id: str) -> HttpResponse:
     body = stream_bytes(EMPTY_SCHEMA, [app.server.error_item(exc, EMPTY_SCHEMA, request_id)])
