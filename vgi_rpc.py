@@ -1505,6 +1505,25 @@ class PlainPlan:
         self._columns = [_plain_column(t) for t in facts.schema.types]
         self._nullable = [f.nullable for f in facts.schema]
         self.names = frozenset(facts.schema.names)
+        codes = [_NUMBERS.get(t, "") for t in facts.schema.types]
+        self._row = struct.Struct("<" + "".join(f"{c}{8 - struct.calcsize(c)}x" for c in codes)) if all(codes) else None
+        self._row_head = b""  # of a message of one row of numbers without nulls and without metadata: it is always the same
+
+    def write_row(self, values: Sequence[Any]) -> PlainBatch:
+        """Encode one row of values that codecs have checked; raises `_NotPlain`."""
+        columns = [[v] for v in values]
+        if not self._row_head:
+            batch = self.write(columns, checked=True)
+            if self._row is not None and not any(batch.nodes[1::2]):
+                (message,) = batch.messages(None)
+                self._row_offsets = batch.offsets
+                self._row_head = bytes(message[: -batch.nbytes])
+            return batch
+        try:
+            data = self._row.pack(*values)  # type: ignore[union-attr]
+        except (struct.error, OverflowError):
+            return self.write(columns, checked=True)
+        return PlainBatch(self.facts, columns, (1, 0) * len(columns), (), self._row_offsets, data, self._row_head)
 
     def write(self, columns: Sequence[Sequence[Any]], checked: bool = False) -> PlainBatch:
         """Encode columns of equal length, of which codecs have *checked* the values or not; raises `_NotPlain`."""
@@ -1519,7 +1538,7 @@ class PlainPlan:
         offsets, data = body.laid_out()
         if not length or not data or len(data) > _PLAIN_BYTES:
             raise _NotPlain
-        return PlainBatch(self.facts, columns, body, offsets, data)
+        return PlainBatch(self.facts, columns, body.nodes, body.dictionaries, offsets, data)
 
     def read(self, reader: IpcReader, message: BatchMessage) -> list[list[Any]]:
         """Decode a message of this schema to a list of values per column, as fully checked as pyarrow's; raises `_NotPlain`."""
@@ -1554,9 +1573,11 @@ def _read_dictionary(message: BatchMessage) -> list[Any]:
 
 class PlainBatch:
     """A short batch, encoded here: stands in for a record batch until somebody wants to look at one."""
-    __slots__ = ("_body", "_columns", "_data", "_facts", "_offsets", "nbytes", "num_rows", "schema")
-    def __init__(self, facts: SchemaFacts, columns: Sequence[Sequence[Any]], body: _Body, offsets: list[int], data: bytes) -> None:
-        self._facts, self._columns, self._body, self._offsets, self._data = facts, columns, body, offsets, data
+    __slots__ = ("_columns", "_dictionaries", "_facts", "_head", "data", "nbytes", "nodes", "num_rows", "offsets", "schema")
+    def __init__(self, facts: SchemaFacts, columns: Sequence[Sequence[Any]], nodes: Sequence[int],
+                 dictionaries: Sequence[list[Any]], offsets: list[int], data: bytes, head: bytes = b"") -> None:
+        self._facts, self._columns, self.nodes, self._dictionaries = facts, columns, nodes, dictionaries
+        self.offsets, self.data, self._head = offsets, data, head
         self.schema, self.num_rows, self.nbytes = facts.schema, len(columns[0]), len(data)  # nbytes: of its buffers
 
     def to_record_batch(self) -> pa.RecordBatch:
@@ -1564,17 +1585,73 @@ class PlainBatch:
         arrays = [pa.array(c, t) for c, t in zip(self._columns, self.schema.types)]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
+    @property
+    def fixed(self) -> bool:
+        """Whether it is one row of numbers without nulls: all batches like it have heads like its own."""
+        return bool(self._head)
+
     def messages(self, metadata: _Metadata | None) -> list[_Buffer]:
         """Return the messages that carry it: dictionaries first."""
+        if self._head and not metadata:
+            return [self._head + self.data]
         of_dictionaries, layout = self._facts.layouts(self, metadata, True)
         out: list[_Buffer] = []
-        for one, names in zip(of_dictionaries, self._body.dictionaries):
+        for one, names in zip(of_dictionaries, self._dictionaries):
             body = _Body()
             _UTF8_COLUMN[0](names, body)
             offsets, data = body.laid_out()
             out.append(one.message(len(names), body.nodes, offsets, data, None))
-        out.append(layout.message(self.num_rows, self._body.nodes, self._offsets, self._data, metadata))
+        out.append(layout.message(self.num_rows, self.nodes, self.offsets, self.data, metadata))
         return out
+
+
+class StreamLayout:
+    """Whole streams of one row of numbers that differ in these numbers and in a few metadata values alone, as the calls of one
+    method do: one `struct` call reads or writes such a stream. Learned from a stream that went the ordinary way, so what was
+    decided there on the fixed bytes holds for every stream of this layout."""
+    __slots__ = ("_fixed", "_parts", "_struct", "keys", "size")
+    def __init__(self, example: bytes, holes: Sequence[tuple[int, str]], keys: tuple[bytes, ...]) -> None:
+        codes, at = ["<"], 0
+        for start, code in holes:
+            codes += (f"{start - at}s", code)
+            at = start + struct.calcsize("<" + code)
+        self._struct = struct.Struct("".join([*codes, f"{len(example) - at}s"]))
+        self._parts = list(self._struct.unpack(example))  # fixed, hole, fixed, hole, … fixed
+        self._fixed, self.keys, self.size = tuple(self._parts[::2]), keys, len(example)
+
+    @classmethod
+    def learn(cls, facts: SchemaFacts, message: BatchMessage, keys: Sequence[bytes] = (), *,
+              apart: bool = True) -> StreamLayout | None:
+        """Learn from the one batch of a stream; the metadata values of *keys* may differ, and the numbers, *apart* or as the bytes
+        of the whole body. ``None`` for other columns, for nulls, and where what may differ also decides how a head is read."""
+        head, codes = message.head, [_NUMBERS.get(t) for t in facts.schema.types]
+        if None in codes or tuple(head.nodes) != (1, 0) * len(codes) or head.compressed or len(message.data) > SMALL_BODY_BYTES:
+            return None
+        first, body_at = len(facts.message), len(message.data) - head.body_length
+        regions = {name: (start, size) for start, size, name in _parse_head(bytes(message.data[8:body_at]))[1]}
+        if not regions.keys() >= {key for key in keys if (head.metadata or {}).get(key)}:
+            return None
+        named = sorted((regions[key], key) for key in keys if key in regions)
+        holes = [(first + 8 + start, f"{size}s") for (start, size), _ in named]
+        numbers = [(first + body_at + offset, cast("str", code)) for offset, code in zip(head.buffers[2::4], codes)]
+        holes += numbers if apart else [(first + body_at, f"{head.body_length}s")]
+        ends = [start + struct.calcsize("<" + code) for start, code in holes]
+        if any(end > start for end, (start, _) in zip(ends, holes[1:])):
+            return None
+        return cls(b"".join((facts.message, message.data, END_OF_STREAM)), holes, tuple(key for _, key in named))
+
+    def read(self, data: bytes, at: int) -> tuple[Any, ...] | None:
+        """Return the values of `keys`, then the numbers; ``None`` when the bytes from *at* on are not of this layout."""
+        if len(data) - at < self.size:
+            return None
+        parts = self._struct.unpack_from(data, at)
+        return parts[1::2] if parts[::2] == self._fixed else None
+
+    def write(self, values: Sequence[Any]) -> bytes:
+        """Return the stream of these values, in the order of `read`; raises `struct.error` or `OverflowError`."""
+        parts = self._parts.copy()
+        parts[1::2] = values
+        return self._struct.pack(*parts)
 
 
 # ============================================================================
@@ -1880,6 +1957,7 @@ class RowCodec:
         self.names = tuple(name for name, _ in pairs)
         self.codecs = tuple(codec for _, codec in pairs)
         self.schema = pa.schema([pa.field(n, c.arrow_type, nullable=c.nullable) for n, c in pairs])
+        self.decodes_plain = all(c.decodes_plain for c in self.codecs)
 
     @functools.cached_property
     def plan(self) -> PlainPlan | None:
@@ -1890,11 +1968,21 @@ class RowCodec:
         """Encode one row; raises `_Mismatch` whose path begins with ``.name``."""
         plan = self.plan
         if plan is not None:
-            encoded = [[_of_field(n, c.encode, v)] for n, c, v in zip(self.names, self.codecs, values)]
-            with contextlib.suppress(_NotPlain):
-                return plan.write(encoded, checked=True)
+            fit = self.travel_as_is(values)
+            encoded = values if fit else [_of_field(n, c.encode, v) for n, c, v in zip(self.names, self.codecs, values)]
+            try:
+                return plan.write_row(encoded)
+            except _NotPlain:
+                pass
         arrays = [_of_field(n, c.to_array, [v]) for n, c, v in zip(self.names, self.codecs, values)]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+
+    def travel_as_is(self, values: Sequence[Any]) -> bool:
+        """Whether every value is of a type that its codec leaves as it is."""
+        for value, codec in zip(values, self.codecs):
+            if type(value) not in codec.plain:
+                return False
+        return True
 
     def from_batch(self, batch: pa.RecordBatch) -> list[Any]:
         """Decode the one row of a batch of this schema; raises `_Mismatch` whose path begins with ``.name``."""
@@ -2119,11 +2207,11 @@ class AuthContext:
 
 _ANONYMOUS = AuthContext(None, False)
 ClientLog = Callable[[Message], None]
-_current_context: contextvars.ContextVar[CallContext | None] = contextvars.ContextVar("vgi_rpc_call", default=None)
+_current_auth: contextvars.ContextVar[AuthContext] = contextvars.ContextVar("vgi_rpc_auth", default=_ANONYMOUS)
 
 def current_auth() -> AuthContext:
     """Return who calls the method that runs now; anonymous outside of one."""
-    return ctx.auth if (ctx := _current_context.get()) is not None else _ANONYMOUS
+    return _current_auth.get()
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -2369,6 +2457,7 @@ class RpcMethodInfo:
     header: DataclassCodec | None = field(default=None, repr=False)
     idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
     deprecation: str | None = None  # why the method should not be used any more
+    layouts: dict[Any, StreamLayout | None] = field(default_factory=dict, repr=False, compare=False)  # of its requests and results
 
     @property
     def kind(self) -> str:
@@ -2626,15 +2715,26 @@ def request_batch(info: RpcMethodInfo, values: Sequence[Any]) -> pa.RecordBatch 
     """Encode the arguments, 1 row x len(parameters) columns; a `TypeError` gives the parameter and the path inside it."""
     return _located(f"{info.name}() argument ", ".", info.params.to_batch, values) if info.params.names else _TICK
 
-def request_metadata(info: RpcMethodInfo, version: str, request_id: str, timeout: float | None) -> dict[bytes, bytes]:
-    """The metadata of a request (WIRE section 1); *timeout* in seconds."""
+def request_stream(info: RpcMethodInfo, batch: pa.RecordBatch | PlainBatch, version: str, request_id: str,
+                   timeout: float | None) -> bytes:
+    """Return a whole request (WIRE section 1): *batch* is that of `request_batch`, *timeout* in seconds."""
+    varying = {REQUEST_ID_KEY: request_id.encode()}
+    if timeout is not None:
+        varying[TIMEOUT_KEY] = b"%015d" % max(1, int(timeout * 1000))  # always as long, see StreamLayout
+    data = batch.data if isinstance(batch, PlainBatch) and batch.fixed else b"" if batch is _TICK else None
+    shape = version, len(request_id), len(varying), data is None
+    if (layout := info.layouts.get(shape)) is not None:
+        return layout.write([*[varying[key] for key in layout.keys], data])
     metadata = {METHOD_KEY: info.name.encode(), REQUEST_VERSION_KEY: REQUEST_VERSION,
-                PROTOCOL_KEY: info.protocol_name.encode(), REQUEST_ID_KEY: request_id.encode()}
+                PROTOCOL_KEY: info.protocol_name.encode(), **varying}
     if version:
         metadata[PROTOCOL_VERSION_KEY] = version.encode()
-    if timeout is not None:
-        metadata[TIMEOUT_KEY] = str(max(1, int(timeout * 1000))).encode()
-    return metadata
+    stream = stream_bytes(batch.schema, [(batch, metadata)])
+    if shape not in info.layouts and len(info.layouts) < 8:
+        reader = IpcReader(BufferSource(stream))
+        message = cast("BatchMessage", reader.next_message())
+        info.layouts[shape] = None if data is None else StreamLayout.learn(reader.facts, message, list(varying), apart=False)
+    return stream
 
 
 class Request:
@@ -2648,6 +2748,17 @@ class Request:
         if reader.next_message() is not None:
             got = 2 + sum(1 for _ in iter(reader.next_message, None))
             raise ProtocolError(f"request: expected exactly one batch, got {got}")
+
+    @property
+    def schema_message(self) -> bytes:
+        """The message that told its schema."""
+        return self._reader.facts.message
+
+    def layout(self) -> StreamLayout | None:
+        """Learn how requests look that differ from this one in request id, time limit and numbers alone."""
+        if not self.metadata.keys() <= _EVERYDAY_KEYS:
+            return None  # a trace, say, is another one in each request
+        return StreamLayout.learn(self._reader.facts, self._message, (REQUEST_ID_KEY, TIMEOUT_KEY))
 
     def text(self, key: bytes, what: str) -> str | None:
         """Return a metadata value as text, ``None`` when absent; raises `ProtocolError` when it is not UTF-8."""
@@ -2672,14 +2783,32 @@ class Request:
         """Whether the request has exactly the schema of *row*."""
         return (row.plan is not None and self._reader.facts is row.plan.facts) or self.schema.equals(row.schema)
 
-    def values(self, row: RowCodec) -> list[Any]:
+    def values(self, row: RowCodec) -> Sequence[Any]:
         """Decode its one row, validated as the reader was told; raises `_Mismatch`, `IPCError`."""
         return row.from_message(self._reader, self._message)
+
+
+class KnownRequest(Request):
+    """A request of a layout that was learned from one before it: it has its schema and its one row."""
+    def __init__(self, bound: BoundMethod, layout: StreamLayout, found: tuple[Any, ...]) -> None:
+        self.schema, self.rows = bound.info.params_schema, 1
+        self.metadata = dict(zip(layout.keys, found))
+        self._values = found[len(layout.keys) :]
+
+    def has_schema(self, row: RowCodec) -> bool:
+        return True
+
+    def values(self, row: RowCodec) -> Sequence[Any]:
+        return self._values if row.decodes_plain else [_of_field(n, c.decode, v) for n, c, v in zip(row.names, row.codecs, self._values)]
 
 def clean_request_id(text: str | None) -> str:
     """Return *text* if it may be echoed and logged (1 to 128 visible ASCII characters), else an empty string."""
     text = text or ""
+    if text.isalnum() and text.isascii() and len(text) <= MAX_REQUEST_ID_CHARS:
+        return text
     return text if len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable() and " " not in text else ""
+
+_EVERYDAY_KEYS = {METHOD_KEY, REQUEST_VERSION_KEY, REQUEST_ID_KEY, PROTOCOL_KEY, PROTOCOL_VERSION_KEY, TIMEOUT_KEY}
 
 def new_request_id() -> str:
     """Return 16 random hex characters."""
@@ -2732,7 +2861,17 @@ def read_result(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage) -
     if message.head.rows != 1 or reader.schema.names != ["result"]:
         got = f"{message.head.rows} rows of {_schema_text(reader.schema)}"
         raise ParameterError(f"{info.name}() result: expected 1 row of {_schema_text(info.result_schema)}, got {got}")
-    return _located(f"{info.name}() result", ".result", functools.partial(info.result.from_message, reader), message)[0]
+    value = _located(f"{info.name}() result", ".result", functools.partial(info.result.from_message, reader), message)[0]
+    if "result" not in info.layouts and reader.schema.equals(info.result_schema) and info.result.decodes_plain:
+        info.layouts["result"] = StreamLayout.learn(reader.facts, message)
+    return value
+
+def recall_result(info: RpcMethodInfo, data: bytes, at: int) -> tuple[Any, int] | None:
+    """Read a result that stands in *data* from *at* on; return it and where it ends. ``None`` when it does not look like the
+    first one that the method returned, or is not there to its end: then it goes the ordinary way."""
+    layout = info.layouts.get("result")
+    found = layout.read(data, at) if layout is not None else None
+    return None if found is None else (found[0], at + cast("StreamLayout", layout).size)
 
 
 # ============================================================================
@@ -3128,25 +3267,49 @@ class Call:
     """One call being served: `begin`, for a stream `turn` after `turn`, then `end`; used by one thread at a time."""
     def __init__(self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None,
                  request_id: str) -> None:
-        info, hosted = bound.info, bound.hosted
-        self.server, self.bound, self.started = server, bound, time.monotonic()
+        self.server, self.bound, self.caller, self.request_id = server, bound, caller, request_id
+        self.started, self._request = time.monotonic(), request
         self.stream: Stream[Any, Any] | None = None  # once `begin` returned one
+        self.cancelled = False  # by the client
         self._messages: list[Message] = []
         self._error: BaseException | None = None
-        sent = request.metadata if request is not None else {}
-        traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
-        metadata = {**caller.metadata, **traces, **({"remote_addr": caller.remote_addr} if caller.remote_addr else {})}
         timeout = request.timeout if request is not None else None
-        self.context = CallContext(
-            caller.auth, self._messages.append, metadata, server_id=server.server_id, method_name=info.name,
-            protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=request_id,
-            deadline=None if timeout is None else self.started + timeout, response_limit_bytes=caller.response_limit_bytes,
-            _gone=caller.gone)
-        self.record = CallRecord(
-            hosted.name, hosted.hash, info.name, info.method_type.value, request_id, caller.kind, caller.auth,
-            caller.remote_addr, metadata, os.urandom(16).hex() if info.method_type is MethodType.STREAM else "",
-            request.schema if request is not None else None, request.rows if request is not None else 0)
+        self._deadline = None if timeout is None else self.started + timeout
         self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
+
+    # Most calls have no hook that wants the record and no method that asks for the context: both are made when asked for.
+
+    @functools.cached_property
+    def context(self) -> CallContext:
+        """What the method may ask."""
+        info, hosted, caller = self.bound.info, self.bound.hosted, self.caller
+        return CallContext(
+            caller.auth, self._messages.append, self._transport_metadata, server_id=self.server.server_id, method_name=info.name,
+            protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=self.request_id,
+            deadline=self._deadline, response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone)
+
+    @functools.cached_property
+    def record(self) -> CallRecord:
+        """What hooks and the access log see."""
+        info, hosted, caller, request = self.bound.info, self.bound.hosted, self.caller, self._request
+        return CallRecord(
+            hosted.name, hosted.hash, info.name, info.method_type.value, self.request_id, caller.kind, caller.auth,
+            caller.remote_addr, self._transport_metadata, os.urandom(16).hex() if info.method_type is MethodType.STREAM else "",
+            request.schema if request is not None else None, request.rows if request is not None else 0)
+
+    @functools.cached_property
+    def _transport_metadata(self) -> dict[str, Any]:
+        sent = self._request.metadata if self._request is not None else {}
+        traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
+        return {**self.caller.metadata, **traces, **({"remote_addr": self.caller.remote_addr} if self.caller.remote_addr else {})}
+
+    def count_input(self, rows: int, size: int = 0) -> None:
+        """Count a batch that came, of so many rows and bytes, when somebody listens."""
+        if self._tokens:
+            statistics = self.record.statistics
+            statistics.input_batches += 1
+            statistics.input_rows += rows
+            statistics.input_bytes += size
 
     def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
         """Pending log lines as batches; the list is emptied."""
@@ -3154,26 +3317,25 @@ class Call:
         if not taken:
             return []
         self._messages.clear()
-        empty, request_id = empty_batch(schema), self.context.request_id
+        empty, request_id = empty_batch(schema), self.request_id
         return [(empty, _message_metadata(m, self.server.server_id, request_id)) for m in taken]
 
     def _failed(self, schema: pa.Schema, exc: BaseException, logs: Iterable[Message] = (), *, refused: bool = False) -> Turn:
         self._error = exc
         if not refused and not isinstance(exc, StatusError):
-            logger.debug("%s.%s raised", self.record.protocol, self.record.method, exc_info=exc)
-        items = [*self._logs(schema, logs), self.server.error_item(exc, schema, self.context.request_id)]
+            logger.debug("%s.%s raised", self.bound.hosted.name, self.bound.info.name, exc_info=exc)
+        items = [*self._logs(schema, logs), self.server.error_item(exc, schema, self.request_id)]
         return Turn(schema, items, True, exc, exc.http_status if refused and isinstance(exc, _Refusal) else 200)
 
     def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the application's code with this call as the current one; a deadline that has passed is an error."""
-        token = _current_context.set(self.context)
+        token = _current_auth.set(self.caller.auth)
         try:
             result = function(*args, **kwargs)
         finally:
-            _current_context.reset(token)
-        deadline = self.context.deadline
-        if deadline is not None and time.monotonic() >= deadline:
-            raise DeadlineExceededError(f"{self.record.method}(): the time that the client allowed has passed")
+            _current_auth.reset(token)
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            raise DeadlineExceededError(f"{self.bound.info.name}(): the time that the client allowed has passed")
         return result
 
     def refuse(self, exc: BaseException) -> Turn:
@@ -3190,7 +3352,8 @@ class Call:
             result = self._run(self.bound.function, **arguments)
             if info.method_type is MethodType.UNARY:
                 batch = result_batch(info, result)
-                self.record.statistics.record_output(batch)
+                if self._tokens:
+                    self.record.statistics.record_output(batch)
                 return Turn(info.result_schema, [*self._logs(info.result_schema), (batch, None)], True)
             self.stream = self._checked_stream(result)
             if self.stream.call_state is not None:
@@ -3217,10 +3380,11 @@ class Call:
         stream = cast("Stream[Any, Any]", self.stream)
         schema = stream.output_schema
         out = OutputCollector(schema, producer_mode=stream.is_producer)
-        self.record.statistics.record_input(given.batch)
+        if self._tokens:
+            self.record.statistics.record_input(given.batch)
         try:
             if not stream.is_producer:
-                batch = conform_batch(given.batch, stream.input_schema, f"{self.record.method}() input", cast_values=True)
+                batch = conform_batch(given.batch, stream.input_schema, f"{self.bound.info.name}() input", cast_values=True)
                 given = given if batch is given.batch else AnnotatedBatch(batch, given.custom_metadata)
             self._run(stream.state.process, given, out, self.context)
             out.validate()
@@ -3228,23 +3392,25 @@ class Call:
             return self._failed(schema, exc, out.messages)
         items = self._logs(schema, out.messages)
         if out._data is not None:
-            self.record.statistics.record_output(out._data)
+            if self._tokens:
+                self.record.statistics.record_output(out._data)
             items.append((out._data, out._metadata))
         return Turn(schema, items, out.finished)
 
     def cancel(self) -> None:
         """Tell the state, once, that the client has cancelled; what ``on_cancel`` raises is swallowed."""
-        if self.record.cancelled or self.stream is None:
+        if self.cancelled or self.stream is None:
             return
-        self.record.cancelled = True
+        self.cancelled = True
         try:
             self._run(self.stream.state.on_cancel, self.context)
         except BaseException as exc:
-            logger.debug("on_cancel of %s raised", self.record.method, exc_info=exc)
+            logger.debug("on_cancel of %s raised", self.bound.info.name, exc_info=exc)
 
     def end(self) -> None:
         """Report the call to the hooks and the access log."""
-        self.record.duration_ms = (time.monotonic() - self.started) * 1000
+        if self._tokens:
+            self.record.duration_ms, self.record.cancelled = (time.monotonic() - self.started) * 1000, self.cancelled
         for hook, token in zip(self.server._hooks, self._tokens):
             _tell(hook, "on_dispatch_end", token, self.record, self._error)
 
@@ -3279,6 +3445,7 @@ class ServerCore:
         self.methods: Mapping[str, RpcMethodInfo] = {name: bound.info for name, bound in primary.methods.items()}
         self._hooks: list[DispatchHook] = []
         self._started: set[TransportKind] = set()
+        self._known: dict[bytes, list[tuple[StreamLayout, BoundMethod]]] = {}  # by schema message: requests that were served
         self._state, self._active, self.draining = threading.Condition(), 0, False
 
     def list_protocols(self) -> ProtocolList:
@@ -3329,6 +3496,26 @@ class ServerCore:
         bound = self.method(service, name)
         self._check_protocol_version(service, request)
         return bound
+
+    def remember(self, bound: BoundMethod, request: Request) -> None:
+        """Recognise requests like this one, which was found good, from now on. Bounded; safe between threads."""
+        layout = request.layout()
+        if layout is not None:
+            known = self._known.get(request.schema_message, [])
+            if len(self._known) >= 512:
+                self._known.clear()
+            self._known[request.schema_message] = [(layout, bound), *known[:15]]
+
+    def recall(self, data: bytes, at: int) -> tuple[BoundMethod, KnownRequest, int] | None:
+        """Read a request that stands in *data* from *at* on; return its method, the request and where it ends. ``None`` when
+        none like it was served, or it is not there to its end: then it goes the ordinary way."""
+        if len(data) - at < 8:
+            return None
+        schema_message = data[at : at + 8 + struct.unpack_from("<i", data, at + 4)[0]]
+        for layout, bound in self._known.get(schema_message, ()):
+            if (found := layout.read(data, at)) is not None:
+                return bound, KnownRequest(bound, layout, found), at + layout.size
+        return None
 
     def check_wire_version(self, metadata: _Metadata) -> None:
         """Raise `VersionError` unless the request speaks our wire version."""
@@ -3386,7 +3573,8 @@ class ServerCore:
     def __exit__(self, *exc: object) -> None:
         with self._state:
             self._active -= 1
-            self._state.notify_all()
+            if self.draining:
+                self._state.notify_all()
 
     def refuse_if_draining(self) -> None:
         """Raise `ServerDrainingError` once `drain` was called."""
@@ -3552,6 +3740,16 @@ class ByteChannel(ByteSource):
     def peek(self) -> bytes:
         """Return what has been received and not read."""
         return self._buffer[self._at :]
+
+    def received(self) -> tuple[bytes, int]:
+        """Wait until there is something to read, or the end; return what has been received and from where on it was not read."""
+        if self._at == len(self._buffer):
+            self._fill()
+        return self._buffer, self._at
+
+    def skip_to(self, end: int) -> None:
+        """Count what `received` returned as read up to *end*."""
+        self._at = end
 
     def write(self, pieces: Sequence[_Buffer]) -> None:
         """Write all of *pieces*, in order; large ones are not copied."""
@@ -4141,17 +4339,22 @@ class ByteClient(ClientChannel):
     def _send_request(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> str:
         self._end_open("was ended by another call on its connection; read it to its end first, or connect twice")
         request_id, self._between = new_request_id(), True
-        metadata = request_metadata(info, options.version, request_id, options.timeout)
-        self.transport.channel.write([stream_bytes(batch.schema, [(batch, metadata)])])
+        self.transport.channel.write([request_stream(info, batch, options.version, request_id, options.timeout)])
         return request_id
 
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         with self.exclusive(options.deadline):
-            reader, item = self.open_reply(self._send_request(info, batch, options), options)
-            reader.skip()
-            if item is None:
-                raise IPCError(f"{info.name}(): expected a result, got an end of stream")
-        return answer_call(read_result, info, item.reader, item.message)
+            request_id, channel = self._send_request(info, batch, options), self.transport.channel
+            known = None if self.transport.stray else recall_result(info, *channel.received())
+            if known is None:
+                reader, item = self.open_reply(request_id, options)
+                reader.skip()
+                if item is None:
+                    raise IPCError(f"{info.name}(): expected a result, got an end of stream")
+            else:
+                channel.skip_to(known[1])
+                self._between = False
+        return known[0] if known else answer_call(read_result, info, item.reader, item.message)
 
     def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
         with self.exclusive(options.deadline):
@@ -4567,6 +4770,8 @@ class _ByteServing:
         """Serve one request; ``False`` when the connection is at its end."""
         try:
             self._channel.deadline = None
+            if (known := self._server.recall(*self._channel.received())) is not None:
+                return self._serve_known(*known)
             reader = self._reader()
             with self._server:
                 return self._serve_stream(reader)
@@ -4577,6 +4782,19 @@ class _ByteServing:
         except (EOFError, TransportError):
             pass
         return False
+
+    def _serve_known(self, bound: BoundMethod, request: Request, end: int) -> bool:
+        self._channel.skip_to(end)
+        self._orphan_expected = False
+        request_id = request.request_id or new_request_id()
+        with self._server:
+            try:
+                self._server.start(self._caller.kind)
+                self._serve_request(bound, request, request_id)
+            except (_Refusal, StatusError) as exc:
+                self._answer(exc, request_id)
+                self._orphan_expected = True
+        return True
 
     def _reader(self) -> IpcReader:
         return IpcReader(self._channel, self._server.limits, self._server.ipc_validation)
@@ -4599,7 +4817,7 @@ class _ByteServing:
                 self._answer_options(request)
                 return True
             self._server.start(self._caller.kind)
-            self._serve_request(request, request_id or new_request_id())
+            self._serve_request(self._server.resolve(request), request, request_id or new_request_id())
         except (_Refusal, StatusError) as exc:
             reader.skip()  # raises when the bytes make no sense: then the connection is closed
             if request is not None or not orphan_expected:
@@ -4613,8 +4831,7 @@ class _ByteServing:
         metadata = {SHM_KEY: b"false", REQUEST_VERSION_KEY: REQUEST_VERSION, SERVER_ID_KEY: self._server.server_id.encode()}
         self._write(EMPTY_SCHEMA, [(_TICK, metadata)])
 
-    def _serve_request(self, request: Request, request_id: str) -> None:
-        bound = self._server.resolve(request)
+    def _serve_request(self, bound: BoundMethod, request: Request, request_id: str) -> None:
         call = self._server.open_call(bound, self._caller, request, request_id)
         try:
             try:
@@ -4622,8 +4839,9 @@ class _ByteServing:
             except _Refusal as exc:
                 turn = call.refuse(exc)
             else:
-                call.record.statistics.input_batches += 1
-                call.record.statistics.input_rows += request.rows
+                if not isinstance(request, KnownRequest):
+                    self._server.remember(bound, request)
+                call.count_input(request.rows)
                 turn = call.begin(arguments)
             if call.stream is None:
                 self._orphan_expected = bound.info.method_type is MethodType.STREAM
@@ -6771,8 +6989,7 @@ def _answer_item(reader: IpcReader, info: RpcMethodInfo, options: CallOptions, w
     return item
 
 def _request_body(info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> bytes:
-    metadata = request_metadata(info, options.version, new_request_id(), options.timeout)
-    return stream_bytes(batch.schema, [(batch, metadata)])
+    return request_stream(info, batch, options.version, new_request_id(), options.timeout)
 
 
 class _HttpClientStream(ClientStream):
