@@ -708,6 +708,8 @@ def batch_kind(num_rows: int, metadata: _Metadata | None) -> BatchKind:
 
 class ByteSource:
     """Bytes in their order: what an `IpcReader` reads from."""
+    _buffer, _at = b"", 0  # what is there already, and where the part of it begins that was not read
+
     def read(self, size: int) -> bytes:
         """Return the next *size* bytes, fewer only where the source ends."""
         raise io.UnsupportedOperation("read")
@@ -716,32 +718,56 @@ class ByteSource:
         """Return *head* and the next *size* bytes in one piece of memory; shorter only where the source ends."""
         return head + self.read(size)
 
+    def read_head(self) -> bytes:
+        """Read a message's prefix and head if they are there already, and look like it; else read nothing."""
+        data, at = self._buffer, self._at
+        if len(data) >= at + 8:
+            mark, size = _PREFIX.unpack_from(data, at)
+            if mark == -1 and 0 < size <= len(data) - at - 8:
+                self._at = end = at + 8 + size
+                return data[at:end]
+        return b""
+
     def take(self, expected: bytes) -> bool:
         """Read *expected* if it comes next and is there already; else read nothing."""
-        return False
+        found = self._buffer.startswith(expected, self._at)
+        self._at += len(expected) if found else 0
+        return found
+
+_PREFIX = struct.Struct("<ii")
 
 
 class BufferSource(ByteSource):
-    """A source over bytes in memory, which `read_after` does not copy when *head* was the last thing read."""
+    """A source over bytes in memory, which `read_after` does not copy when they are many and *head* was the last thing read."""
     def __init__(self, data: _Buffer) -> None:
-        self._buffer = data if isinstance(data, pa.Buffer) else pa.py_buffer(data)
-        self._view = memoryview(self._buffer)
-        self.position = 0  # bytes read so far
+        self._whole: Any = None  # unless they are few
+        if isinstance(data, bytes) and len(data) <= SMALL_BODY_BYTES:
+            self._buffer, self._size = data, len(data)
+        else:
+            self._whole = data if isinstance(data, pa.Buffer) else pa.py_buffer(data)
+            self._view = memoryview(self._whole)
+            self._size = len(self._view)
 
     def read(self, size: int) -> bytes:
-        piece = bytes(self._view[self.position : self.position + size])
-        self.position += len(piece)
-        return piece
+        start, self._at = self._at, min(self._at + size, self._size)
+        return bytes(self._view[start : self._at]) if self._whole is not None else self._buffer[start : self._at]
 
     def read_after(self, head: bytes, size: int) -> _Buffer:
-        start = self.position - len(head)
-        self.position = min(self.position + size, len(self._view))
-        return self._buffer.slice(start, self.position - start)
+        if self._whole is None:
+            return head + self.read(size)
+        start = self._at - len(head)
+        self._at = min(self._at + size, self._size)
+        return self._whole.slice(start, self._at - start)
+
+    @property
+    def position(self) -> int:
+        """How many bytes were read so far."""
+        return self._at
 
     @property
     def left(self) -> int:
         """How many bytes are still to be read."""
-        return len(self._view) - self.position
+        return self._size - self._at
 
 @dataclass(frozen=True)
 class IpcLimits:
@@ -760,6 +786,12 @@ class MessageHead(NamedTuple):
     compressed: bool = False
     dictionary_id: int = 0
     is_delta: bool = False
+
+def are_inside(buffers: Sequence[int], body_length: int) -> bool:
+    """Whether each (offset, length) lies in a body of that many bytes, at a multiple of 8."""
+    offsets = buffers[::2]
+    return (min(buffers, default=0) >= 0 and not functools.reduce(operator.or_, offsets, 0) & 7
+            and max(map(operator.add, offsets, buffers[1::2]), default=0) <= body_length)
 
 class BatchMessage(NamedTuple):
     """A record batch's message: its head and all of its bytes, prefix included."""
@@ -1050,6 +1082,10 @@ class IpcReader:
 
     def _read_head(self, first: bool = False) -> bytes | None:
         """Read prefix and head of the next message; ``None`` at the end marker."""
+        if raw := self._source.read_head():
+            if len(raw) - 8 > MAX_METADATA_BYTES:
+                raise IPCError(f"message head: expected 1 to {MAX_METADATA_BYTES} bytes, got {len(raw) - 8}")
+            return raw
         prefix = self._source.read(8)
         if len(prefix) < 8 or prefix[:4] != _CONTINUATION:
             if first and not prefix:
@@ -1090,7 +1126,8 @@ class IpcReader:
             if limit is not None and size > limit:
                 self._unread = size
                 raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {size}")
-            message = _guard("the message body", self._source.read_after, raw, size)
+            call = self._source.read_after
+            message = call(raw, size) if size <= SMALL_BODY_BYTES else _guard("the message body", call, raw, size)
             got = len(message) - len(raw)
             if got < size:
                 raise IPCError(f"half a message: expected a body of {size} bytes, got {got}")
@@ -1106,8 +1143,11 @@ class IpcReader:
 
     def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
         """Refuse rows that no body pays for, buffers outside it, and compressed buffers that grow past the limit."""
-        decoded, buffers = 0, iter(head.buffers)
-        for offset, length in zip(buffers, buffers):
+        plain = not head.compressed and 0 <= head.rows <= FREE_ROWS >= max(head.nodes, default=0) and self._limits.max_rows is None
+        if plain and are_inside(head.buffers, head.body_length):
+            return  # nearly all; what is wrong with the others is found out below
+        decoded = 0
+        for offset, length in zip(head.buffers[::2], head.buffers[1::2]):
             if offset < 0 or length < 0 or offset + length > head.body_length:
                 raise IPCError(f"buffer at {offset}, {length} bytes: outside the body of {head.body_length} bytes")
             if length and offset % 8:
@@ -1320,41 +1360,43 @@ class _Body:
 
     def laid_out(self) -> tuple[list[int], bytes]:
         """Return ((offset, length) of each buffer, flat) and the body, each buffer padded to 8 bytes."""
-        offsets: list[int] = []
-        padded, at = [], 0
-        for data in self.buffers:
-            size = len(data)
-            offsets += (at, size)
-            if size:
-                rest = -size % 8
-                padded.append(data + bytes(rest) if rest else data)
-                at += size + rest
-        return offsets, b"".join(padded)
+        lengths = [*map(len, self.buffers)]
+        padded = [n + 7 & -8 for n in lengths]
+        offsets = [0] * (2 * len(lengths))
+        offsets[::2], offsets[1::2] = [*itertools.accumulate(padded[:-1], initial=0)], lengths
+        return offsets, b"".join(map(bytes.ljust, self.buffers, padded, itertools.repeat(b"\0")))
 
 
 class _Parts:
     """What a `_Body` becomes on the other side: nodes and buffers handed out one after the other."""
-    __slots__ = ("_body", "_buffers", "_nodes", "dictionaries")
-    def __init__(self, head: MessageHead, body: memoryview, dictionaries: Iterator[list[Any]]) -> None:
-        self._nodes, self._buffers, self._body = iter(head.nodes), iter(head.buffers), body
+    __slots__ = ("_body", "_buffer", "_buffers", "_node", "_nodes", "dictionaries")
+    def __init__(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes, dictionaries: Iterator[list[Any]]) -> None:
+        self._nodes, self._buffers, self._body = nodes, buffers, body
+        self._node = self._buffer = 0  # which come next
         self.dictionaries = dictionaries
 
     def node(self, length: int) -> bytes | None:
         """Take the next node, which must have *length* values; return its validity bitmap, ``None`` without nulls."""
-        if next(self._nodes, -1) != length:
+        at = self._node
+        self._node = at + 2
+        if self._nodes[at] != length:
             raise _NotPlain
-        nulls, validity = next(self._nodes, -1), self.buffer()
+        nulls = self._nodes[at + 1]
         if not nulls:
+            self._buffer += 2
             return None
+        validity = self.buffer()
         present = int.from_bytes(validity, "little") & ((1 << length) - 1)
         if nulls < 0 or len(validity) * 8 < length or bin(present).count("1") != length - nulls:
             raise _NotPlain
-        return bytes(validity)
+        return validity
 
-    def buffer(self) -> memoryview:
+    def buffer(self) -> bytes:
         """Take the next buffer; `IpcReader` has checked that it lies inside the body."""
-        offset = next(self._buffers, -1)
-        return self._body[offset : offset + next(self._buffers, -1)]
+        at = self._buffer
+        self._buffer = at + 2
+        offset = self._buffers[at]
+        return self._body[offset : offset + self._buffers[at + 1]]
 
     def offsets(self, length: int) -> tuple[int, ...]:
         """Take a buffer of length + 1 offsets, each at least as large as the one before."""
@@ -1365,9 +1407,10 @@ class _Parts:
 
     def done(self) -> None:
         """Make sure that nothing is left over."""
-        if next(self._nodes, None) is not None or next(self._buffers, None) is not None:
+        if self._node != len(self._nodes) or self._buffer != len(self._buffers):
             raise _NotPlain
 
+_ONE, _TWO_OFFSETS = (1, 0), struct.Struct("<ii")
 _Write = Callable[[Sequence[Any], _Body], None]
 _Read = Callable[[int, _Parts], list[Any]]
 
@@ -1378,7 +1421,7 @@ def _bitmap(bits: Iterable[Any]) -> bytes:
 
 def _write_node(values: Sequence[Any], body: _Body, kind: type | None = None) -> bool:
     """Add node and validity of a column; return whether it has nulls. Raises `_NotPlain` for values not of type *kind*."""
-    if kind and not set(map(type, values)) <= {kind, type(None)}:
+    if kind and not body.checked and not set(map(type, values)) <= {kind, type(None)}:
         raise _NotPlain
     nulls = values.count(None) if None in values else 0
     body.nodes += (len(values), nulls)
@@ -1389,7 +1432,12 @@ def _with_nulls(values: list[Any], validity: bytes | None) -> list[Any]:
     return values if validity is None else [v if validity[i >> 3] >> (i & 7) & 1 else None for i, v in enumerate(values)]
 
 def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
+    one = struct.Struct(f"<{code}")
     def write(values: Sequence[Any], body: _Body) -> None:
+        if body.checked and len(values) == 1 and values[0] is not None:
+            body.nodes += _ONE
+            body.buffers += (b"", one.pack(values[0]))
+            return
         if _write_node(values, body):
             values = [0 if v is None else v for v in values]
         if not body.checked and not set(map(type, values)) <= accepted:
@@ -1397,7 +1445,8 @@ def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]
         body.buffers.append(struct.pack(f"<{len(values)}{code}", *values))
     def read(length: int, parts: _Parts) -> list[Any]:
         validity, data = parts.node(length), parts.buffer()
-        return _with_nulls(list(struct.unpack_from(f"<{length}{code}", data)), validity)
+        values = [*one.unpack_from(data)] if length == 1 else [*struct.unpack_from(f"<{length}{code}", data)]
+        return values if validity is None else _with_nulls(values, validity)
     return write, read
 
 def _bool_column() -> tuple[_Write, _Read]:
@@ -1411,6 +1460,11 @@ def _bool_column() -> tuple[_Write, _Read]:
 
 def _text_column(kind: type) -> tuple[_Write, _Read]:
     def write(values: Sequence[Any], body: _Body) -> None:
+        if body.checked and len(values) == 1 and values[0] is not None and len(values[0]) <= SMALL_BODY_BYTES:
+            piece = values[0].encode() if kind is str else values[0]
+            body.nodes += _ONE
+            body.buffers += (b"", _TWO_OFFSETS.pack(0, len(piece)), piece)
+            return
         _write_node(values, body, kind)
         pieces = [v.encode() if v else b"" for v in values] if kind is str else [v or b"" for v in values]
         offsets = [0, *itertools.accumulate(map(len, pieces))]
@@ -1418,7 +1472,7 @@ def _text_column(kind: type) -> tuple[_Write, _Read]:
             raise _NotPlain
         body.buffers += (struct.pack(f"<{len(offsets)}i", *offsets), b"".join(pieces))
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, offsets, data = parts.node(length), parts.offsets(length), bytes(parts.buffer())
+        validity, offsets, data = parts.node(length), parts.offsets(length), parts.buffer()
         if offsets[-1] > len(data):
             raise _NotPlain
         pieces: list[Any] = [data[a:b] for a, b in itertools.pairwise(offsets)]
@@ -1507,6 +1561,9 @@ class PlainPlan:
         self.names = frozenset(facts.schema.names)
         codes = [_NUMBERS.get(t, "") for t in facts.schema.types]
         self._row = struct.Struct("<" + "".join(f"{c}{8 - struct.calcsize(c)}x" for c in codes)) if all(codes) else None
+        simple = (pa.types.is_boolean, pa.types.is_string, pa.types.is_binary)
+        # Whether one row of it has as many values in each column, however long they are, so that heads differ in buffers alone.
+        self.even = all(c or any(is_a(t) for is_a in simple) for c, t in zip(codes, facts.schema.types))
         self._row_head = b""  # of a message of one row of numbers without nulls and without metadata: it is always the same
 
     def write_row(self, values: Sequence[Any]) -> PlainBatch:
@@ -1547,9 +1604,18 @@ class PlainPlan:
             raise _NotPlain
         try:
             dictionaries = map(_read_dictionary, reader.dictionaries()) if self.facts.has_dictionary else iter(())
-            parts = _Parts(head, message.body(), dictionaries)
-            columns = [read(head.rows, parts) for _, read in self._columns]
-        except (struct.error, UnicodeDecodeError, StopIteration, LookupError, OverflowError, ValueError):
+            return self._read(head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), dictionaries))
+        except StopIteration:
+            raise _NotPlain from None
+
+    def read_row(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes) -> list[Any]:
+        """Decode one row of a schema without dictionaries; *buffers* are known to lie inside *body*. Raises `_NotPlain`."""
+        return [column[0] for column in self._read(1, _Parts(nodes, buffers, body, iter(())))]
+
+    def _read(self, length: int, parts: _Parts) -> list[list[Any]]:
+        try:
+            columns = [read(length, parts) for _, read in self._columns]
+        except (struct.error, UnicodeDecodeError, LookupError, OverflowError, ValueError):
             raise _NotPlain from None
         parts.done()
         return columns
@@ -1568,7 +1634,7 @@ def _read_dictionary(message: BatchMessage) -> list[Any]:
     head = message.head
     if head.compressed or head.is_delta or len(message.data) > _PLAIN_BYTES or head.rows > _PLAIN_BYTES:
         raise _NotPlain
-    return _UTF8_COLUMN[1](head.rows, _Parts(head, message.body(), iter(())))
+    return _UTF8_COLUMN[1](head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), iter(())))
 
 
 class PlainBatch:
@@ -1585,10 +1651,9 @@ class PlainBatch:
         arrays = [pa.array(c, t) for c, t in zip(self._columns, self.schema.types)]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
-    @property
-    def fixed(self) -> bool:
-        """Whether it is one row of numbers without nulls: all batches like it have heads like its own."""
-        return bool(self._head)
+    def row(self) -> list[Any]:
+        """Return the values of its first row, encoded as codecs do."""
+        return [column[0] for column in self._columns]
 
     def messages(self, metadata: _Metadata | None) -> list[_Buffer]:
         """Return the messages that carry it: dictionaries first."""
@@ -1606,52 +1671,82 @@ class PlainBatch:
 
 
 class StreamLayout:
-    """Whole streams of one row of numbers that differ in these numbers and in a few metadata values alone, as the calls of one
-    method do: one `struct` call reads or writes such a stream. Learned from a stream that went the ordinary way, so what was
-    decided there on the fixed bytes holds for every stream of this layout."""
-    __slots__ = ("_fixed", "_parts", "_struct", "keys", "size")
-    def __init__(self, example: bytes, holes: Sequence[tuple[int, str]], keys: tuple[bytes, ...]) -> None:
+    """Whole streams of one row that differ in its values and in a few metadata values alone, as the calls of one method do: one
+    `struct` call reads or writes all of it, or all but the body where that has no fixed length. Learned from a stream that went
+    the ordinary way, so what was decided there on the fixed bytes holds for every stream of this layout."""
+    __slots__ = ("_buffers", "_buffers_at", "_fixed", "_keys_at", "_length_at", "_nodes", "_parts", "_plan", "_struct", "keys")
+    def __init__(self, facts: SchemaFacts, message: BatchMessage, holes: list[tuple[int, str, Any]], numbers: bool) -> None:
+        head, body_at = message.head, len(message.data) - message.head.body_length
+        example = facts.message + bytes(message.data[:None if numbers else body_at]) + (END_OF_STREAM if numbers else b"")
         codes, at = ["<"], 0
-        for start, code in holes:
+        for start, code, _ in sorted(holes):
             codes += (f"{start - at}s", code)
             at = start + struct.calcsize("<" + code)
         self._struct = struct.Struct("".join([*codes, f"{len(example) - at}s"]))
         self._parts = list(self._struct.unpack(example))  # fixed, hole, fixed, hole, … fixed
-        self._fixed, self.keys, self.size = tuple(self._parts[::2]), keys, len(example)
+        self._fixed, self._plan = tuple(self._parts[::2]), None if numbers else cast("PlainPlan", plain_plan(facts.schema))
+        names = [name for _, _, name in sorted(holes)]
+        self._keys_at = [i for i, name in enumerate(names) if isinstance(name, bytes)]
+        self.keys = tuple(names[i] for i in self._keys_at)
+        self._nodes, self._buffers = head.nodes, struct.Struct(f"<{len(head.buffers)}q")
+        self._length_at, self._buffers_at = (0, 0) if numbers else (names.index("body_length"), names.index("buffers"))
 
     @classmethod
-    def learn(cls, facts: SchemaFacts, message: BatchMessage, keys: Sequence[bytes] = (), *,
-              apart: bool = True) -> StreamLayout | None:
-        """Learn from the one batch of a stream; the metadata values of *keys* may differ, and the numbers, *apart* or as the bytes
-        of the whole body. ``None`` for other columns, for nulls, and where what may differ also decides how a head is read."""
-        head, codes = message.head, [_NUMBERS.get(t) for t in facts.schema.types]
-        if None in codes or tuple(head.nodes) != (1, 0) * len(codes) or head.compressed or len(message.data) > SMALL_BODY_BYTES:
+    def learn(cls, facts: SchemaFacts, message: BatchMessage, keys: Sequence[bytes] = ()) -> StreamLayout | None:
+        """Learn from the one batch of a stream; the metadata values of *keys* may differ. ``None`` for columns whose values have
+        parts of their own, and where what may differ also decides how a head is read."""
+        head, plan, types_ = message.head, plain_plan(facts.schema), facts.schema.types
+        if not (len(types_) == 0 or (plan is not None and plan.even and head.rows == 1)) or head.compressed:
             return None
+        numbers = all(t in _NUMBERS for t in types_) and not any(head.nodes[1::2])
         first, body_at = len(facts.message), len(message.data) - head.body_length
         regions = {name: (start, size) for start, size, name in _parse_head(bytes(message.data[8:body_at]))[1]}
-        if not regions.keys() >= {key for key in keys if (head.metadata or {}).get(key)}:
+        wanted = {*[key for key in keys if (head.metadata or {}).get(key)], *(() if numbers else ("body_length", "buffers"))}
+        if not regions.keys() >= wanted or len(message.data) > SMALL_BODY_BYTES:
             return None
-        named = sorted((regions[key], key) for key in keys if key in regions)
-        holes = [(first + 8 + start, f"{size}s") for (start, size), _ in named]
-        numbers = [(first + body_at + offset, cast("str", code)) for offset, code in zip(head.buffers[2::4], codes)]
-        holes += numbers if apart else [(first + body_at, f"{head.body_length}s")]
-        ends = [start + struct.calcsize("<" + code) for start, code in holes]
-        if any(end > start for end, (start, _) in zip(ends, holes[1:])):
+        holes = [(first + 8 + start, "q" if name == "body_length" else f"{size}s", name)
+                 for name, (start, size) in regions.items() if name in wanted]
+        if numbers:
+            holes += [(first + body_at + offset, _NUMBERS[t], offset) for offset, t in zip(head.buffers[2::4], types_)]
+        ends = [start + struct.calcsize("<" + code) for start, code, _ in sorted(holes)]
+        in_order = list(head.buffers[2::4]) == sorted(head.buffers[2::4])
+        if not in_order or any(end > start for end, (start, *_) in zip(ends, sorted(holes)[1:])):
             return None
-        return cls(b"".join((facts.message, message.data, END_OF_STREAM)), holes, tuple(key for _, key in named))
+        return cls(facts, message, holes, numbers)
 
-    def read(self, data: bytes, at: int) -> tuple[Any, ...] | None:
-        """Return the values of `keys`, then the numbers; ``None`` when the bytes from *at* on are not of this layout."""
-        if len(data) - at < self.size:
+    def read(self, data: bytes, at: int) -> tuple[Sequence[Any], int] | None:
+        """Return the values of `keys`, then of the row, and where the stream ends; ``None`` when what stands in *data* from *at*
+        on is not of this layout, or not there to its end."""
+        end = at + self._struct.size
+        if len(data) < end:
             return None
         parts = self._struct.unpack_from(data, at)
-        return parts[1::2] if parts[::2] == self._fixed else None
+        if parts[::2] != self._fixed:
+            return None
+        holes = parts[1::2]
+        if self._plan is None:
+            return holes, end
+        body, buffers = data[end : end + holes[self._length_at]], self._buffers.unpack(holes[self._buffers_at])
+        end += len(body)
+        if len(body) != holes[self._length_at] or not are_inside(buffers, len(body)) or not data.startswith(END_OF_STREAM, end):
+            return None
+        try:
+            return [*[holes[i] for i in self._keys_at], *self._plan.read_row(self._nodes, buffers, body)], end + 8
+        except _NotPlain:
+            return None
 
-    def write(self, values: Sequence[Any]) -> bytes:
-        """Return the stream of these values, in the order of `read`; raises `struct.error` or `OverflowError`."""
+    def write(self, values: Mapping[bytes, bytes], batch: Any) -> bytes | None:
+        """Return the stream of a `PlainBatch` or tick with these values of `keys`; ``None`` for a batch of another layout."""
+        if batch is not _TICK and (not isinstance(batch, PlainBatch) or tuple(batch.nodes) != self._nodes):
+            return None
         parts = self._parts.copy()
-        parts[1::2] = values
-        return self._struct.pack(*parts)
+        for i, key in zip(self._keys_at, self.keys):
+            parts[2 * i + 1] = values[key]
+        if self._plan is None:
+            parts[2 * len(self.keys) + 1 :: 2] = () if batch is _TICK else batch.row()
+            return self._struct.pack(*parts)
+        parts[2 * self._length_at + 1], parts[2 * self._buffers_at + 1] = len(batch.data), self._buffers.pack(*batch.offsets)
+        return b"".join((self._struct.pack(*parts), batch.data, END_OF_STREAM))
 
 
 # ============================================================================
@@ -1875,9 +1970,14 @@ def _dict_codec(key: Codec, value: Codec) -> Codec:
                 raise exc.under(f"[{k!r:.40}]") from None
     def encode(mapping: Any) -> Any:
         _expect(mapping, Mapping, expected)
+        if set(map(type, mapping)) <= key.plain and set(map(type, mapping.values())) <= value.plain:
+            return list(mapping.items())
         return list(pairs(mapping.items(), key.encode, value.encode))
-    decode = _not_none(_type_text(arrow_type), lambda entries: dict(pairs(entries, key.decode, value.decode)))
-    return Codec(arrow_type, False, encode, decode)
+    def decode(entries: Any) -> Any:
+        if key.decodes_plain and value.decodes_plain and not any(None in pair for pair in entries):
+            return dict(entries)
+        return dict(pairs(entries, key.decode, value.decode))
+    return Codec(arrow_type, False, encode, _not_none(_type_text(arrow_type), decode))
 
 def _enum_codec(kind: type[enum.Enum]) -> Codec:
     members = kind.__members__
@@ -1968,8 +2068,7 @@ class RowCodec:
         """Encode one row; raises `_Mismatch` whose path begins with ``.name``."""
         plan = self.plan
         if plan is not None:
-            fit = self.travel_as_is(values)
-            encoded = values if fit else [_of_field(n, c.encode, v) for n, c, v in zip(self.names, self.codecs, values)]
+            encoded = [v if type(v) in c.plain else _of_field(n, c.encode, v) for n, c, v in zip(self.names, self.codecs, values)]
             try:
                 return plan.write_row(encoded)
             except _NotPlain:
@@ -1977,12 +2076,10 @@ class RowCodec:
         arrays = [_of_field(n, c.to_array, [v]) for n, c, v in zip(self.names, self.codecs, values)]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
-    def travel_as_is(self, values: Sequence[Any]) -> bool:
-        """Whether every value is of a type that its codec leaves as it is."""
-        for value, codec in zip(values, self.codecs):
-            if type(value) not in codec.plain:
-                return False
-        return True
+    def decode(self, values: Sequence[Any]) -> list[Any]:
+        """Decode one row as `PlainPlan.read` or ``to_pylist`` gave it; raises as `from_batch`."""
+        return [v if c.decodes_plain and v is not None else _of_field(n, c.decode, v)
+                for n, c, v in zip(self.names, self.codecs, values)]
 
     def from_batch(self, batch: pa.RecordBatch) -> list[Any]:
         """Decode the one row of a batch of this schema; raises `_Mismatch` whose path begins with ``.name``."""
@@ -1993,8 +2090,7 @@ class RowCodec:
         plan = self.plan
         if plan is not None and reader.facts is plan.facts:
             with contextlib.suppress(_NotPlain):
-                columns = plan.read(reader, message)
-                return [_of_field(n, c.decode, column[0]) for n, c, column in zip(self.names, self.codecs, columns)]
+                return self.decode([column[0] for column in plan.read(reader, message)])
         return self.from_batch(reader.decode(message))
 
 
@@ -2022,6 +2118,7 @@ class DataclassCodec:
                 raise TypeError(f"{where}: {exc}") from None
         self.row = RowCodec(codecs)  # in the order of the fields
         self.names = frozenset(self.row.names)
+        self._all_init = all(f.init for f in self.fields)
 
     def values(self, instance: Any) -> Sequence[Any]:
         _expect(instance, self.cls, self.cls.__name__)
@@ -2056,8 +2153,10 @@ class DataclassCodec:
         plan = self.row.plan
         if plan is not None and reader.facts is plan.facts and message.head.rows == 1:
             with contextlib.suppress(_NotPlain):
-                columns = {name: column[0] for name, column in zip(self.row.names, plan.read(reader, message))}
-                return self._build(lambda codec: codec.decode, columns)
+                values = [column[0] for column in plan.read(reader, message)]
+                if self._all_init:
+                    return self.cls(**dict(zip(self.row.names, self.row.decode(values))))
+                return self._build(lambda codec: codec.decode, dict(zip(self.row.names, values)))
         return self.from_batch(reader.decode(message))
 
     def _build(self, reader: Callable[[Codec], Callable[[Any], Any]], present: Mapping[str, Any]) -> Any:
@@ -2721,10 +2820,10 @@ def request_stream(info: RpcMethodInfo, batch: pa.RecordBatch | PlainBatch, vers
     varying = {REQUEST_ID_KEY: request_id.encode()}
     if timeout is not None:
         varying[TIMEOUT_KEY] = b"%015d" % max(1, int(timeout * 1000))  # always as long, see StreamLayout
-    data = batch.data if isinstance(batch, PlainBatch) and batch.fixed else b"" if batch is _TICK else None
-    shape = version, len(request_id), len(varying), data is None
-    if (layout := info.layouts.get(shape)) is not None:
-        return layout.write([*[varying[key] for key in layout.keys], data])
+    shape = version, len(request_id), len(varying)
+    layout = info.layouts.get(shape)
+    if layout is not None and (stream := layout.write(varying, batch)) is not None:
+        return stream
     metadata = {METHOD_KEY: info.name.encode(), REQUEST_VERSION_KEY: REQUEST_VERSION,
                 PROTOCOL_KEY: info.protocol_name.encode(), **varying}
     if version:
@@ -2733,7 +2832,7 @@ def request_stream(info: RpcMethodInfo, batch: pa.RecordBatch | PlainBatch, vers
     if shape not in info.layouts and len(info.layouts) < 8:
         reader = IpcReader(BufferSource(stream))
         message = cast("BatchMessage", reader.next_message())
-        info.layouts[shape] = None if data is None else StreamLayout.learn(reader.facts, message, list(varying), apart=False)
+        info.layouts[shape] = StreamLayout.learn(reader.facts, message, list(varying))
     return stream
 
 
@@ -2790,7 +2889,7 @@ class Request:
 
 class KnownRequest(Request):
     """A request of a layout that was learned from one before it: it has its schema and its one row."""
-    def __init__(self, bound: BoundMethod, layout: StreamLayout, found: tuple[Any, ...]) -> None:
+    def __init__(self, bound: BoundMethod, layout: StreamLayout, found: Sequence[Any]) -> None:
         self.schema, self.rows = bound.info.params_schema, 1
         self.metadata = dict(zip(layout.keys, found))
         self._values = found[len(layout.keys) :]
@@ -2799,7 +2898,7 @@ class KnownRequest(Request):
         return True
 
     def values(self, row: RowCodec) -> Sequence[Any]:
-        return self._values if row.decodes_plain else [_of_field(n, c.decode, v) for n, c, v in zip(row.names, row.codecs, self._values)]
+        return row.decode(self._values)
 
 def clean_request_id(text: str | None) -> str:
     """Return *text* if it may be echoed and logged (1 to 128 visible ASCII characters), else an empty string."""
@@ -2862,16 +2961,19 @@ def read_result(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage) -
         got = f"{message.head.rows} rows of {_schema_text(reader.schema)}"
         raise ParameterError(f"{info.name}() result: expected 1 row of {_schema_text(info.result_schema)}, got {got}")
     value = _located(f"{info.name}() result", ".result", functools.partial(info.result.from_message, reader), message)[0]
-    if "result" not in info.layouts and reader.schema.equals(info.result_schema) and info.result.decodes_plain:
+    if "result" not in info.layouts and reader.schema.equals(info.result_schema):
         info.layouts["result"] = StreamLayout.learn(reader.facts, message)
     return value
 
-def recall_result(info: RpcMethodInfo, data: bytes, at: int) -> tuple[Any, int] | None:
-    """Read a result that stands in *data* from *at* on; return it and where it ends. ``None`` when it does not look like the
+def recall_result(info: RpcMethodInfo, data: bytes, at: int) -> tuple[Sequence[Any], int] | None:
+    """Read a result that stands in *data* from *at* on; return its row and where it ends. ``None`` when it does not look like the
     first one that the method returned, or is not there to its end: then it goes the ordinary way."""
     layout = info.layouts.get("result")
-    found = layout.read(data, at) if layout is not None else None
-    return None if found is None else (found[0], at + cast("StreamLayout", layout).size)
+    return None if layout is None else layout.read(data, at)
+
+def decode_result(info: RpcMethodInfo, row: Sequence[Any]) -> Any:
+    """Decode the row of a result; raises as `read_result`."""
+    return _located(f"{info.name}() result", ".result", info.result.decode, row)[0] if row else None
 
 
 # ============================================================================
@@ -3499,12 +3601,11 @@ class ServerCore:
 
     def remember(self, bound: BoundMethod, request: Request) -> None:
         """Recognise requests like this one, which was found good, from now on. Bounded; safe between threads."""
-        layout = request.layout()
-        if layout is not None:
-            known = self._known.get(request.schema_message, [])
+        known = self._known.get(request.schema_message, [])
+        if len(known) < 16 and (layout := request.layout()) is not None:
             if len(self._known) >= 512:
                 self._known.clear()
-            self._known[request.schema_message] = [(layout, bound), *known[:15]]
+            self._known[request.schema_message] = [(layout, bound), *known]
 
     def recall(self, data: bytes, at: int) -> tuple[BoundMethod, KnownRequest, int] | None:
         """Read a request that stands in *data* from *at* on; return its method, the request and where it ends. ``None`` when
@@ -3512,9 +3613,11 @@ class ServerCore:
         if len(data) - at < 8:
             return None
         schema_message = data[at : at + 8 + struct.unpack_from("<i", data, at + 4)[0]]
+        most = self.limits.max_bytes
         for layout, bound in self._known.get(schema_message, ()):
-            if (found := layout.read(data, at)) is not None:
-                return bound, KnownRequest(bound, layout, found), at + layout.size
+            found = layout.read(data, at)
+            if found is not None and (most is None or found[1] - at <= most):
+                return bound, KnownRequest(bound, layout, found[0]), found[1]
         return None
 
     def check_wire_version(self, metadata: _Metadata) -> None:
@@ -3720,11 +3823,6 @@ class ByteChannel(ByteSource):
                 return whole.slice(0, filled)
             filled += got
         return whole
-
-    def take(self, expected: bytes) -> bool:
-        found = self._buffer.startswith(expected, self._at)
-        self._at += len(expected) if found else 0
-        return found
 
     def read_until(self, marker: bytes, limit: int) -> bytes | None:
         """Read to and with *marker*; ``None`` if the source ends or *limit* bytes pass before it comes."""
@@ -4345,16 +4443,18 @@ class ByteClient(ClientChannel):
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         with self.exclusive(options.deadline):
             request_id, channel = self._send_request(info, batch, options), self.transport.channel
-            known = None if self.transport.stray else recall_result(info, *channel.received())
-            if known is None:
+            if not self.transport.stray and (known := recall_result(info, *channel.received())) is not None:
+                row, end = known
+                channel.skip_to(end)
+                self._between = False
+                read = functools.partial(decode_result, info, row)
+            else:
                 reader, item = self.open_reply(request_id, options)
                 reader.skip()
                 if item is None:
                     raise IPCError(f"{info.name}(): expected a result, got an end of stream")
-            else:
-                channel.skip_to(known[1])
-                self._between = False
-        return known[0] if known else answer_call(read_result, info, item.reader, item.message)
+                read = functools.partial(read_result, info, item.reader, item.message)
+        return answer_call(read)
 
     def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
         with self.exclusive(options.deadline):
