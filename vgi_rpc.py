@@ -1007,12 +1007,14 @@ def _has_dictionary(kind: pa.DataType) -> bool:
 
 class SchemaFacts:
     """A schema with what reading and writing its batches needs to know; safe for use by several threads."""
-    __slots__ = ("_shapes", "has_dictionary", "message", "plan", "schema")
+    __slots__ = ("_shapes", "dictionaries", "has_dictionary", "message", "plan", "schema", "seen")
     def __init__(self, schema: pa.Schema, message: bytes) -> None:
         self.schema, self.message = schema, message  # the encapsulated schema message
         self.has_dictionary = any(map(_has_dictionary, schema.types))
         self.plan: Any = False  # how its short batches travel without pyarrow: `plain_plan` fills it in
         self._shapes: dict[Any, tuple[list[HeadLayout], HeadLayout]] = {}
+        self.seen: tuple[BatchMessage, ...] = ()  # short dictionary messages, as read
+        self.dictionaries: dict[tuple[HeadLayout, tuple[str, ...]], bytes] = {}  # messages of short ones, as written
 
     def layouts(self, example: Any, metadata: _Metadata | None, has_body: bool) -> tuple[list[HeadLayout], HeadLayout]:
         """Return the layouts of dictionary messages and of the batch's message, as pyarrow writes *example*. Learned once for
@@ -1111,6 +1113,9 @@ class IpcReader:
     def next_message(self) -> BatchMessage | None:
         """Read the next batch's message without decoding it; ``None`` at the end marker. Raises `IPCError` for half a message
         or a head that cannot be true, `RequestTooLargeError` above a limit."""
+        for dictionary in self.facts.seen:
+            if self._source.take(cast("bytes", dictionary.data)):
+                self._keep_dictionary(dictionary)
         while True:
             raw, head = self._last
             known = bool(raw) and not self.ended and self._source.take(raw)
@@ -1139,7 +1144,9 @@ class IpcReader:
                 if not head.compressed:  # else the bounds stand in the body
                     self._last = raw, head
                 return BatchMessage(head, message)
-            self._keep_dictionary(head, message)
+            self._keep_dictionary(BatchMessage(head, message))
+            if len(message) <= 1024 and not head.compressed and len(self.facts.seen) < 16:
+                self.facts.seen = (*self.facts.seen, BatchMessage(head, bytes(message)))
 
     def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
         """Refuse rows that no body pays for, buffers outside it, and compressed buffers that grow past the limit."""
@@ -1168,10 +1175,11 @@ class IpcReader:
         if max_rows is not None and head.rows > max_rows:
             raise RequestTooLargeError(f"expected at most {max_rows} rows in a batch, got {head.rows}")
 
-    def _keep_dictionary(self, head: MessageHead, message: _Buffer) -> None:
+    def _keep_dictionary(self, message: BatchMessage) -> None:
+        head = message.head
         before = self._dictionaries.pop(head.dictionary_id, [])  # its new place is the last: it may build on those before
         kept = self._dictionaries[head.dictionary_id] = before if head.is_delta else []
-        kept.append(BatchMessage(head, message))
+        kept.append(message)
         limit = self._limits.max_bytes
         if limit is not None and sum(len(m.data) for all_of_one in self._dictionaries.values() for m in all_of_one) > limit:
             raise RequestTooLargeError(f"dictionary: expected at most {limit} bytes")
@@ -1287,8 +1295,11 @@ class IpcWriter:
         """Write the end marker (after the schema, if nothing was written)."""
         self.write_all((), close=True)
 
-def stream_bytes(schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]]) -> bytes:
+def stream_bytes(schema: pa.Schema, items: Sequence[tuple[Any, Any]]) -> bytes:
     """Return one whole IPC stream: schema, the batches with their metadata, end marker."""
+    if len(items) == 1 and not isinstance(items[0][0], pa.RecordBatch) and not _wire_write.isEnabledFor(logging.DEBUG):
+        batch, metadata = items[0]  # a `PlainBatch` needs no writer
+        return b"".join((schema_facts(schema).message, *batch.messages(metadata), END_OF_STREAM))
     pieces: list[_Buffer] = []
     IpcWriter(pieces.extend, schema).write_all(items, close=True)
     return b"".join(pieces)
@@ -1351,68 +1362,77 @@ class _NotPlain(Exception):
 
 class _Body:
     """Nodes and buffers of one message, in the order of Arrow's pre-order walk over the columns."""
-    __slots__ = ("buffers", "checked", "dictionaries", "nodes")
+    __slots__ = ("buffers", "checked", "dictionaries", "nodes", "pieces", "size")
     def __init__(self, checked: bool = True) -> None:
         self.checked = checked  # whether codecs have looked at the values already
         self.nodes: list[int] = []  # (length, null count), flat
-        self.buffers: list[bytes] = []
-        self.dictionaries: list[list[Any]] = []  # distinct values of each dictionary column
+        self.buffers: list[int] = []  # (offset, length), flat
+        self.pieces: list[bytes] = []  # the buffers, each padded to 8 bytes …
+        self.size = 0  # … and their length together
+        self.dictionaries: list[tuple[str, ...]] = []  # distinct values of each dictionary column
 
-    def laid_out(self) -> tuple[list[int], bytes]:
-        """Return ((offset, length) of each buffer, flat) and the body, each buffer padded to 8 bytes."""
-        lengths = [*map(len, self.buffers)]
-        padded = [n + 7 & -8 for n in lengths]
-        offsets = [0] * (2 * len(lengths))
-        offsets[::2], offsets[1::2] = [*itertools.accumulate(padded[:-1], initial=0)], lengths
-        return offsets, b"".join(map(bytes.ljust, self.buffers, padded, itertools.repeat(b"\0")))
+    def add(self, *buffers: bytes) -> None:
+        """Add buffers."""
+        for data in buffers:
+            size = len(data)
+            self.buffers += (self.size, size)
+            self.pieces += (data, _PADDING[size & 7])
+            self.size += size + 7 & -8
+
+_PADDING = tuple(bytes(-n % 8) for n in range(8))
 
 
 class _Parts:
     """What a `_Body` becomes on the other side: nodes and buffers handed out one after the other."""
-    __slots__ = ("_body", "_buffer", "_buffers", "_node", "_nodes", "dictionaries")
-    def __init__(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes, dictionaries: Iterator[list[Any]]) -> None:
-        self._nodes, self._buffers, self._body = nodes, buffers, body
-        self._node = self._buffer = 0  # which come next
+    __slots__ = ("_buffer", "_node", "_nodes", "body", "buffers", "dictionaries", "validity")
+    def __init__(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes, dictionaries: Iterator[Sequence[str]]) -> None:
+        self._nodes, self._node, self._buffer = nodes, 0, 0  # and which come next
+        self.buffers, self.body = buffers, body  # it is known that the buffers lie inside
         self.dictionaries = dictionaries
+        self.validity: bytes | None = None  # bitmap of the column taken last, ``None`` without nulls
 
-    def node(self, length: int) -> bytes | None:
-        """Take the next node, which must have *length* values; return its validity bitmap, ``None`` without nulls."""
-        at = self._node
-        self._node = at + 2
-        if self._nodes[at] != length:
+    def take(self, length: int, count: int) -> int:
+        """Take the next node, which must have *length* values, and its *count* buffers, of which the first is the bitmap; return
+        where in `buffers` the second stands."""
+        node, at = self._node, self._buffer
+        self._node, self._buffer = node + 2, at + 2 * count
+        nulls = self._nodes[node + 1]
+        if self._nodes[node] != length or len(self.buffers) < self._buffer:
             raise _NotPlain
-        nulls = self._nodes[at + 1]
-        if not nulls:
-            self._buffer += 2
-            return None
-        validity = self.buffer()
-        present = int.from_bytes(validity, "little") & ((1 << length) - 1)
-        if nulls < 0 or len(validity) * 8 < length or bin(present).count("1") != length - nulls:
+        self.validity = None
+        if nulls:
+            bits = self.validity = self.body[self.buffers[at] : self.buffers[at] + self.buffers[at + 1]]
+            present = int.from_bytes(bits, "little") & ((1 << length) - 1)
+            if nulls < 0 or len(bits) * 8 < length or bin(present).count("1") != length - nulls:
+                raise _NotPlain
+        return at + 2
+
+    def numbers(self, at: int, count: int, code: str, size: int) -> tuple[Any, ...]:
+        """Read *count* numbers of *size* bytes at the beginning of a buffer; *at* is its place in `buffers`."""
+        if self.buffers[at + 1] < count * size:
             raise _NotPlain
-        return validity
+        return struct.unpack_from(f"<{count}{code}", self.body, self.buffers[at])
 
-    def buffer(self) -> bytes:
-        """Take the next buffer; `IpcReader` has checked that it lies inside the body."""
-        at = self._buffer
-        self._buffer = at + 2
-        offset = self._buffers[at]
-        return self._body[offset : offset + self._buffers[at + 1]]
-
-    def offsets(self, length: int) -> tuple[int, ...]:
-        """Take a buffer of length + 1 offsets, each at least as large as the one before."""
-        found = struct.unpack_from(f"<{length + 1}i", self.buffer())
-        if found[0] < 0 or any(map(operator.gt, found, found[1:])):
+    def offsets(self, at: int, length: int, limit: int) -> tuple[int, ...]:
+        """Read length + 1 offsets, each at least as large as the one before, the last at most *limit*."""
+        if length == 1 and self.buffers[at + 1] >= 8:
+            first, last = _TWO_OFFSETS.unpack_from(self.body, self.buffers[at])
+            if 0 <= first <= last <= limit:
+                return first, last
+        found = self.numbers(at, length + 1, "i", 4)
+        if found[0] < 0 or found[-1] > limit or any(map(operator.gt, found, found[1:])):
             raise _NotPlain
         return found
 
     def done(self) -> None:
         """Make sure that nothing is left over."""
-        if self._node != len(self._nodes) or self._buffer != len(self._buffers):
+        if self._node != len(self._nodes) or self._buffer != len(self.buffers):
             raise _NotPlain
 
 _ONE, _TWO_OFFSETS = (1, 0), struct.Struct("<ii")
 _Write = Callable[[Sequence[Any], _Body], None]
 _Read = Callable[[int, _Parts], list[Any]]
+# Each writer and reader looks first for the one value of a row, which is what most messages hold.
 
 def _bitmap(bits: Iterable[Any]) -> bytes:
     """Pack truth values, the first into the lowest bit."""
@@ -1425,87 +1445,101 @@ def _write_node(values: Sequence[Any], body: _Body, kind: type | None = None) ->
         raise _NotPlain
     nulls = values.count(None) if None in values else 0
     body.nodes += (len(values), nulls)
-    body.buffers.append(_bitmap([v is not None for v in values]) if nulls else b"")
+    body.add(_bitmap([v is not None for v in values]) if nulls else b"")
     return nulls > 0
+
+def _is_one(values: Sequence[Any], body: _Body) -> bool:
+    return len(values) == 1 and body.checked and values[0] is not None
 
 def _with_nulls(values: list[Any], validity: bytes | None) -> list[Any]:
     return values if validity is None else [v if validity[i >> 3] >> (i & 7) & 1 else None for i, v in enumerate(values)]
 
 def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
-    one = struct.Struct(f"<{code}")
+    one, size = struct.Struct(f"<{code}{8 - struct.calcsize(code)}x"), struct.calcsize(code)
     def write(values: Sequence[Any], body: _Body) -> None:
-        if body.checked and len(values) == 1 and values[0] is not None:
+        if _is_one(values, body):
+            at = body.size
             body.nodes += _ONE
-            body.buffers += (b"", one.pack(values[0]))
+            body.buffers += (at, 0, at, size)
+            body.pieces.append(one.pack(values[0]))
+            body.size = at + 8
             return
         if _write_node(values, body):
             values = [0 if v is None else v for v in values]
         if not body.checked and not set(map(type, values)) <= accepted:
             raise _NotPlain
-        body.buffers.append(struct.pack(f"<{len(values)}{code}", *values))
+        body.add(struct.pack(f"<{len(values)}{code}", *values))
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, data = parts.node(length), parts.buffer()
-        values = [*one.unpack_from(data)] if length == 1 else [*struct.unpack_from(f"<{length}{code}", data)]
-        return values if validity is None else _with_nulls(values, validity)
+        found = list(parts.numbers(parts.take(length, 2), length, code, size))
+        return found if parts.validity is None else _with_nulls(found, parts.validity)
     return write, read
 
 def _bool_column() -> tuple[_Write, _Read]:
     def write(values: Sequence[Any], body: _Body) -> None:
         _write_node(values, body, bool)
-        body.buffers.append(_bitmap(values))
+        body.add(_bitmap(values))
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, data = parts.node(length), parts.buffer()
-        return _with_nulls([bool(data[i >> 3] >> (i & 7) & 1) for i in range(length)], validity)
+        bits = parts.numbers(parts.take(length, 2), (length + 7) // 8, "B", 1)
+        return _with_nulls([bool(bits[i >> 3] >> (i & 7) & 1) for i in range(length)], parts.validity)
     return write, read
 
 def _text_column(kind: type) -> tuple[_Write, _Read]:
     def write(values: Sequence[Any], body: _Body) -> None:
-        if body.checked and len(values) == 1 and values[0] is not None and len(values[0]) <= SMALL_BODY_BYTES:
-            piece = values[0].encode() if kind is str else values[0]
+        if _is_one(values, body):
+            piece, at = values[0].encode() if kind is str else values[0], body.size
+            size = len(piece)
             body.nodes += _ONE
-            body.buffers += (b"", _TWO_OFFSETS.pack(0, len(piece)), piece)
+            body.buffers += (at, 0, at, 8, at + 8, size)
+            body.pieces += (_TWO_OFFSETS.pack(0, size), piece, _PADDING[size & 7])
+            body.size = at + 8 + (size + 7 & -8)
             return
         _write_node(values, body, kind)
         pieces = [v.encode() if v else b"" for v in values] if kind is str else [v or b"" for v in values]
         offsets = [0, *itertools.accumulate(map(len, pieces))]
         if offsets[-1] > _PLAIN_BYTES:
             raise _NotPlain
-        body.buffers += (struct.pack(f"<{len(offsets)}i", *offsets), b"".join(pieces))
+        body.add(struct.pack(f"<{len(offsets)}i", *offsets), b"".join(pieces))
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, offsets, data = parts.node(length), parts.offsets(length), parts.buffer()
-        if offsets[-1] > len(data):
-            raise _NotPlain
-        pieces: list[Any] = [data[a:b] for a, b in itertools.pairwise(offsets)]
-        return _with_nulls([p.decode() for p in pieces] if kind is str else pieces, validity)
+        at = parts.take(length, 3)
+        start, offsets = parts.buffers[at + 2], parts.offsets(at, length, parts.buffers[at + 3])
+        pieces: list[Any] = [parts.body[start + a : start + b] for a, b in zip(offsets, offsets[1:])]
+        pieces = [p.decode() for p in pieces] if kind is str else pieces
+        return pieces if parts.validity is None else _with_nulls(pieces, parts.validity)
     return write, read
 
 def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
     write_item, read_item = item
     def write(values: Sequence[Any], body: _Body) -> None:
-        _write_node(values, body, list)
-        offsets, flat = [0], list[Any]()
-        for value in values:
-            flat += value or ()
-            offsets.append(len(flat))
-        body.buffers.append(struct.pack(f"<{len(offsets)}i", *offsets))
+        if _is_one(values, body) and type(values[0]) is list:
+            flat, at = values[0], body.size
+            body.nodes += _ONE
+            body.buffers += (at, 0, at, 8)
+            body.pieces.append(_TWO_OFFSETS.pack(0, len(flat)))
+            body.size = at + 8
+        else:
+            _write_node(values, body, list)
+            offsets = [0, *itertools.accumulate(len(v or ()) for v in values)]
+            flat = list(itertools.chain.from_iterable(v or () for v in values))
+            body.add(struct.pack(f"<{len(offsets)}i", *offsets))
         write_item(flat, body)
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, offsets = parts.node(length), parts.offsets(length)
-        if offsets[-1] > _PLAIN_BYTES:
-            raise _NotPlain
+        offsets = parts.offsets(parts.take(length, 2), length, _PLAIN_BYTES)
+        validity = parts.validity
         flat = read_item(offsets[-1], parts)
-        return _with_nulls([flat[a:b] for a, b in itertools.pairwise(offsets)], validity)
+        lists = [flat[a:b] for a, b in zip(offsets, offsets[1:])]
+        return lists if validity is None else _with_nulls(lists, validity)
     return write, read
 
 def _struct_column(names: Sequence[str], columns: Sequence[tuple[_Write, _Read]], row: type) -> tuple[_Write, _Read]:
     """A struct of dicts, or (for the entries of a map, *row* being tuple) of pairs."""
     keys: Sequence[Any] = names if row is dict else range(len(names))
     def write(values: Sequence[Any], body: _Body) -> None:
-        _write_node(values, body, row)
+        nulls = _write_node(values, body, row)
         for key, (write_one, _) in zip(keys, columns):
-            write_one([None if v is None else v[key] for v in values], body)
+            write_one([None if v is None else v[key] for v in values] if nulls else [v[key] for v in values], body)
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity = parts.node(length)
+        parts.take(length, 1)
+        validity = parts.validity
         members = [read_one(length, parts) for _, read_one in columns]
         rows: list[Any] = list(zip(*members)) if members else [()] * length
         return _with_nulls([dict(zip(names, r)) for r in rows] if row is dict else rows, validity)
@@ -1515,18 +1549,18 @@ def _enum_column() -> tuple[_Write, _Read]:
     """``dictionary<int16, utf8>``: the distinct values go into a dictionary message of their own."""
     def write(values: Sequence[Any], body: _Body) -> None:
         _write_node(values, body, str)
-        distinct = list(dict.fromkeys(v for v in values if v is not None))
+        distinct = tuple(dict.fromkeys(v for v in values if v is not None))
         if not distinct:
             raise _NotPlain
         index = {v: i for i, v in enumerate(distinct)}
         body.dictionaries.append(distinct)
-        body.buffers.append(struct.pack(f"<{len(values)}h", *[index.get(v, 0) for v in values]))
+        body.add(struct.pack(f"<{len(values)}h", *[index.get(v, 0) for v in values]))
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, data, known = parts.node(length), parts.buffer(), next(parts.dictionaries)
-        found = _with_nulls(list(struct.unpack_from(f"<{length}h", data)), validity)
-        if any(i is not None and not 0 <= i < len(known) for i in found):
+        found = parts.numbers(parts.take(length, 2), length, "h", 2)
+        known, indices = next(parts.dictionaries), _with_nulls(list(found), parts.validity)
+        if any(i is not None and not 0 <= i < len(known) for i in indices):
             raise _NotPlain
-        return [None if i is None else known[i] for i in found]
+        return [None if i is None else known[i] for i in indices]
     return write, read
 
 _ENUM_TYPE = pa.dictionary(pa.int16(), pa.utf8())
@@ -1592,10 +1626,9 @@ class PlainPlan:
                 write(values, body)
         except (struct.error, OverflowError, TypeError, ValueError, LookupError, AttributeError):
             raise _NotPlain from None
-        offsets, data = body.laid_out()
-        if not length or not data or len(data) > _PLAIN_BYTES:
+        if not length or not 0 < body.size <= _PLAIN_BYTES:
             raise _NotPlain
-        return PlainBatch(self.facts, columns, body.nodes, body.dictionaries, offsets, data)
+        return PlainBatch(self.facts, columns, body.nodes, body.dictionaries, body.buffers, b"".join(body.pieces))
 
     def read(self, reader: IpcReader, message: BatchMessage) -> list[list[Any]]:
         """Decode a message of this schema to a list of values per column, as fully checked as pyarrow's; raises `_NotPlain`."""
@@ -1630,7 +1663,7 @@ def plain_plan(schema: pa.Schema) -> PlainPlan | None:
             facts.plan = None
     return cast("PlainPlan | None", facts.plan)
 
-def _read_dictionary(message: BatchMessage) -> list[Any]:
+def _read_dictionary(message: BatchMessage) -> Sequence[str]:
     head = message.head
     if head.compressed or head.is_delta or len(message.data) > _PLAIN_BYTES or head.rows > _PLAIN_BYTES:
         raise _NotPlain
@@ -1641,7 +1674,7 @@ class PlainBatch:
     """A short batch, encoded here: stands in for a record batch until somebody wants to look at one."""
     __slots__ = ("_columns", "_dictionaries", "_facts", "_head", "data", "nbytes", "nodes", "num_rows", "offsets", "schema")
     def __init__(self, facts: SchemaFacts, columns: Sequence[Sequence[Any]], nodes: Sequence[int],
-                 dictionaries: Sequence[list[Any]], offsets: list[int], data: bytes, head: bytes = b"") -> None:
+                 dictionaries: Sequence[tuple[str, ...]], offsets: list[int], data: bytes, head: bytes = b"") -> None:
         self._facts, self._columns, self.nodes, self._dictionaries = facts, columns, nodes, dictionaries
         self.offsets, self.data, self._head = offsets, data, head
         self.schema, self.num_rows, self.nbytes = facts.schema, len(columns[0]), len(data)  # nbytes: of its buffers
@@ -1662,10 +1695,13 @@ class PlainBatch:
         of_dictionaries, layout = self._facts.layouts(self, metadata, True)
         out: list[_Buffer] = []
         for one, names in zip(of_dictionaries, self._dictionaries):
-            body = _Body()
-            _UTF8_COLUMN[0](names, body)
-            offsets, data = body.laid_out()
-            out.append(one.message(len(names), body.nodes, offsets, data, None))
+            if (one, names) not in (known := self._facts.dictionaries):
+                body = _Body()
+                _UTF8_COLUMN[0](names, body)
+                if len(known) >= 64:
+                    known.clear()
+                known[one, names] = one.message(len(names), body.nodes, body.buffers, b"".join(body.pieces), None)
+            out.append(known[one, names])
         out.append(layout.message(self.num_rows, self.nodes, self.offsets, self.data, metadata))
         return out
 
@@ -2055,6 +2091,7 @@ class RowCodec:
     def __init__(self, fields: Iterable[tuple[str, Codec]]) -> None:
         pairs = list(fields)
         self.names = tuple(name for name, _ in pairs)
+        self.name_set = frozenset(self.names)
         self.codecs = tuple(codec for _, codec in pairs)
         self.schema = pa.schema([pa.field(n, c.arrow_type, nullable=c.nullable) for n, c in pairs])
         self.decodes_plain = all(c.decodes_plain for c in self.codecs)
@@ -2797,6 +2834,8 @@ def _state_types(info: RpcMethodInfo, returned: Any, problems: list[str]) -> tup
 def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """Return one value per parameter, in order, defaults filled in; raises `TypeError` where the call does not fit."""
     names = info.params.names
+    if not args and kwargs.keys() == info.params.name_set:
+        return [kwargs[name] for name in names]
     if len(args) > len(names):
         raise ParameterError(f"{info.name}() takes {len(names)} arguments {list(names)}, got {len(args)}")
     for name in kwargs:
@@ -4346,32 +4385,35 @@ class ByteClient(ClientChannel):
         self._broken = ""  # why the connection is closed
         self._between = False  # whether a stream is expected next: what comes else is text that something printed
 
-    @contextlib.contextmanager
-    def exclusive(self, deadline: float | None) -> Iterator[None]:
-        """Hold the connection; whatever is not an answer breaks it for good.
+    def exclusive(self, deadline: float | None) -> ByteClient:
+        """Take the connection for a ``with`` block; in it, whatever is not an answer breaks the connection for good.
 
         Raises `DeadlineExceededError` when other threads held it for too long (it stays usable), `RpcError` when this
         thread holds it: ``on_log`` calls back.
         """
-        if self._caller == threading.get_ident():
+        me = threading.get_ident()
+        if self._caller == me:
             raise RpcError("ProtocolError", "a call is running on this connection: on_log cannot make another one on it", "")
         left = -1.0 if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
         if not self._lock.acquire(timeout=left):
             raise DeadlineExceededError(f"{_TOO_LATE}: calls of other threads use the connection")
+        if self._broken:
+            self._lock.release()
+            raise TransportError(f"the connection is closed: {self._broken}")
+        self._caller, self.transport.channel.deadline = me, deadline
+        return self
+
+    def __enter__(self) -> None:
+        """The connection was taken by `exclusive` already."""
+
+    def __exit__(self, kind: Any, exc: BaseException | None, trace: object) -> None:
         try:
-            self._caller = threading.get_ident()
-            if self._broken:
-                raise TransportError(f"the connection is closed: {self._broken}")
-            self.transport.channel.deadline = deadline
-            try:
-                yield
-            except BaseException as exc:
-                if isinstance(exc, ParameterError) or (isinstance(exc, RpcError) and _was_answer(exc)):
-                    raise  # before a byte was sent, or after a whole answer
-                lost = self._break(exc)
-                if isinstance(exc, (EOFError, _Refusal, RpcError)):
-                    raise lost from None
-                raise  # interrupted in the middle of an exchange: nobody knows where the bytes stand
+            if exc is None or isinstance(exc, ParameterError) or (isinstance(exc, RpcError) and _was_answer(exc)):
+                return  # before a byte was sent, or after a whole answer
+            lost = self._break(exc)
+            if isinstance(exc, (EOFError, _Refusal, RpcError)):
+                raise lost from None
+            # Else it was interrupted in the middle of an exchange: nobody knows where the bytes stand.
         finally:
             self._caller = 0
             self._lock.release()
@@ -4899,7 +4941,7 @@ class _ByteServing:
     def _reader(self) -> IpcReader:
         return IpcReader(self._channel, self._server.limits, self._server.ipc_validation)
 
-    def _write(self, schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]]) -> None:
+    def _write(self, schema: pa.Schema, items: Sequence[tuple[pa.RecordBatch, Any]]) -> None:
         self._channel.write([stream_bytes(schema, items)])
 
     def _answer(self, exc: BaseException, request_id: str = "") -> None:
