@@ -1566,10 +1566,13 @@ def _enum_column() -> tuple[_Write, _Read]:
 _ENUM_TYPE = pa.dictionary(pa.int16(), pa.utf8())
 _UTF8_COLUMN = _text_column(str)
 
+def _accepted(kind: pa.DataType) -> frozenset[type]:
+    return frozenset({float, int} if kind == pa.float64() else {int})
+
 def _plain_column(kind: pa.DataType) -> tuple[_Write, _Read]:
     """Writer and reader of a column; raises `_NotPlain` for a type that is not plain."""
     if kind in _NUMBERS:
-        return _number_column(_NUMBERS[kind], frozenset({float, int} if kind == pa.float64() else {int}))
+        return _number_column(_NUMBERS[kind], _accepted(kind))
     if kind == _ENUM_TYPE:
         return _enum_column()
     if pa.types.is_boolean(kind):
@@ -1598,26 +1601,17 @@ class PlainPlan:
         simple = (pa.types.is_boolean, pa.types.is_string, pa.types.is_binary)
         # Whether one row of it has as many values in each column, however long they are, so that heads differ in buffers alone.
         self.even = all(c or any(is_a(t) for is_a in simple) for c, t in zip(codes, facts.schema.types))
+        self._accepted = [_accepted(t) for t in facts.schema.types]
         self._row_head = b""  # of a message of one row of numbers without nulls and without metadata: it is always the same
 
     def write_row(self, values: Sequence[Any]) -> PlainBatch:
         """Encode one row of values that codecs have checked; raises `_NotPlain`."""
-        columns = [[v] for v in values]
-        if not self._row_head:
-            batch = self.write(columns, checked=True)
-            if self._row is not None and not any(batch.nodes[1::2]):
-                (message,) = batch.messages(None)
-                self._row_offsets = batch.offsets
-                self._row_head = bytes(message[: -batch.nbytes])
-            return batch
-        try:
-            data = self._row.pack(*values)  # type: ignore[union-attr]
-        except (struct.error, OverflowError):
-            return self.write(columns, checked=True)
-        return PlainBatch(self.facts, columns, (1, 0) * len(columns), (), self._row_offsets, data, self._row_head)
+        return self.write([[v] for v in values], checked=True)
 
     def write(self, columns: Sequence[Sequence[Any]], checked: bool = False) -> PlainBatch:
         """Encode columns of equal length, of which codecs have *checked* the values or not; raises `_NotPlain`."""
+        if self._row_head and (batch := self._numbers(columns, checked)) is not None:
+            return batch
         body, length = _Body(checked), len(columns[0])
         try:
             for values, (write, _), nullable in zip(columns, self._columns, self._nullable):
@@ -1628,7 +1622,23 @@ class PlainPlan:
             raise _NotPlain from None
         if not length or not 0 < body.size <= _PLAIN_BYTES:
             raise _NotPlain
-        return PlainBatch(self.facts, columns, body.nodes, body.dictionaries, body.buffers, b"".join(body.pieces))
+        batch = PlainBatch(self.facts, columns, body.nodes, body.dictionaries, body.buffers, b"".join(body.pieces))
+        if self._row is not None and length == 1 and not any(body.nodes[1::2]):
+            (message,) = batch.messages(None)
+            self._row_buffers = body.buffers
+            self._row_head = bytes(message[: -batch.nbytes])
+        return batch
+
+    def _numbers(self, columns: Sequence[Sequence[Any]], checked: bool) -> PlainBatch | None:
+        """Encode one row of numbers without nulls, with the head that such a row always has; ``None`` for other columns."""
+        try:
+            row = [value for (value,) in columns]
+            if not checked and not all(map(operator.contains, self._accepted, map(type, row))):
+                return None
+            data = cast("struct.Struct", self._row).pack(*row)
+        except (struct.error, OverflowError, ValueError, TypeError):
+            return None
+        return PlainBatch(self.facts, columns, (1, 0) * len(columns), (), self._row_buffers, data, self._row_head)
 
     def read(self, reader: IpcReader, message: BatchMessage) -> list[list[Any]]:
         """Decode a message of this schema to a list of values per column, as fully checked as pyarrow's; raises `_NotPlain`."""
