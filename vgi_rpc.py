@@ -1502,7 +1502,7 @@ def _text_column(kind: type) -> tuple[_Write, _Read]:
     def read(length: int, parts: _Parts) -> list[Any]:
         at = parts.take(length, 3)
         start, offsets = parts.buffers[at + 2], parts.offsets(at, length, parts.buffers[at + 3])
-        pieces: list[Any] = [parts.body[start + a : start + b] for a, b in zip(offsets, offsets[1:])]
+        pieces: list[Any] = [parts.body[start + a : start + b] for a, b in itertools.pairwise(offsets)]
         pieces = [p.decode() for p in pieces] if kind is str else pieces
         return pieces if parts.validity is None else _with_nulls(pieces, parts.validity)
     return write, read
@@ -1526,7 +1526,7 @@ def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
         offsets = parts.offsets(parts.take(length, 2), length, _PLAIN_BYTES)
         validity = parts.validity
         flat = read_item(offsets[-1], parts)
-        lists = [flat[a:b] for a, b in zip(offsets, offsets[1:])]
+        lists = [flat[a:b] for a, b in itertools.pairwise(offsets)]
         return lists if validity is None else _with_nulls(lists, validity)
     return write, read
 
