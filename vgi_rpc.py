@@ -179,10 +179,7 @@ class Code(str, enum.Enum):
     @classmethod
     def parse(cls, text: object) -> Code:
         """Return the code of that name; anything else is ``UNKNOWN``, as peers may be newer than we are."""
-        try:
-            return cls(text)
-        except ValueError:
-            return cls.UNKNOWN
+        return next((code for code in cls if code.value == text), cls.UNKNOWN)
 
 _DETAIL_TYPES: dict[str, type[_Detail]] = {}
 
