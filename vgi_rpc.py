@@ -179,10 +179,7 @@ class Code(str, enum.Enum):
     @classmethod
     def parse(cls, text: object) -> Code:
         """Return the code of that name; anything else is ``UNKNOWN``, as peers may be newer than we are."""
-        try:
-            return cls(text)
-        except ValueError:
-            return cls.UNKNOWN
+        return next((code for code in cls if code.value == text), cls.UNKNOWN)
 
 _DETAIL_TYPES: dict[str, type[_Detail]] = {}
 
@@ -492,24 +489,20 @@ def _message_maker(level: Level) -> classmethod[Message, typing.Concatenate[str,
     return classmethod(make)
 
 
+@dataclass(init=False, slots=True)
 class Message:
     """One log line from a server, or one error."""
-    __slots__ = ("extra", "level", "message")
     MAX_TRACEBACK_CHARS = MAX_TRACEBACK_CHARS
     MAX_TRACEBACK_FRAMES = MAX_TRACEBACK_FRAMES
+    level: Level
+    message: str
+    extra: dict[str, Any] | None  # JSON-compatible facts
 
     def __init__(self, level: Level, message: str, **kwargs: object) -> None:
         if not isinstance(level, Level):
             raise TypeError(f"message level: expected a Level, got {level!r:.100}")
         self.level, self.message = level, message if isinstance(message, str) else _text_of(message)
-        self.extra: dict[str, Any] | None = kwargs or None  # JSON-compatible facts
-
-    def __repr__(self) -> str:
-        return f"Message({self.level.name}, {self.message!r}, extra={self.extra!r})"
-
-    def __eq__(self, other: object) -> bool:
-        facts = operator.attrgetter("level", "message", "extra")
-        return isinstance(other, Message) and bool(facts(self) == facts(other))
+        self.extra = kwargs or None
 
     exception, error, warn, info, debug, trace = map(_message_maker, Level)
 
@@ -577,13 +570,12 @@ def _traceback_facts(exc: BaseException) -> dict[str, Any]:
 def _message_metadata(message: Message, server_id: str, request_id: str) -> dict[bytes, bytes]:
     """A message as metadata of a zero-row batch; for an error its code, kind and details also stand on their own."""
     metadata = {k.encode(): v.encode("utf-8", "backslashreplace") for k, v in message.add_to_metadata().items()}
-    facts: dict[bytes, Any] = {}
+    facts: dict[bytes, Any] = {SERVER_ID_KEY: server_id, REQUEST_ID_KEY: request_id}
     if message.level is Level.EXCEPTION:
         extra = message.extra or {}
         details = extra.get("error_details")
-        facts = {ERROR_CODE_KEY: extra.get("error_code") or Code.UNKNOWN, ERROR_KIND_KEY: extra.get("error_kind")}
+        facts |= {ERROR_CODE_KEY: extra.get("error_code") or Code.UNKNOWN, ERROR_KIND_KEY: extra.get("error_kind")}
         facts[ERROR_DETAILS_KEY] = json.dumps(details) if details else None
-    facts |= {SERVER_ID_KEY: server_id, REQUEST_ID_KEY: request_id}
     return metadata | {key: str(fact).encode("utf-8", "backslashreplace") for key, fact in facts.items() if fact}
 
 def _json_object(data: bytes | None) -> dict[str, Any]:
@@ -1897,7 +1889,7 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
 def _filler(kind: pa.DataType) -> Any:
     """A value without nulls, which puts an entry into every dictionary of *kind*."""
     if pa.types.is_struct(kind):
-        return {f.name: _filler(f.type) for f in (kind.field(i) for i in range(kind.num_fields))}
+        return {f.name: _filler(f.type) for f in kind}
     if pa.types.is_map(kind):
         return [(_filler(kind.key_type), _filler(kind.item_type))]
     if kind.num_fields:
@@ -1956,13 +1948,11 @@ _SCALARS: dict[Any, tuple[pa.DataType, tuple[type, ...]]] = {  # annotation: Arr
 def _scalar_codec(kind: Callable[[Any], Any]) -> Codec:
     arrow_type, accepted = _SCALARS[kind]
     expected = _type_text(arrow_type)
-    def fits(value: Any) -> bool:
-        return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
     def encode(value: Any) -> Any:
         if type(value) is kind:
             return value
-        unboxed = value if fits(value) else _unboxed(value)
-        if not fits(unboxed):
+        unboxed = _unboxed(value)
+        if not isinstance(unboxed, accepted) or (isinstance(unboxed, bool) and kind is not bool):
             raise _Mismatch(expected, _got(value))
         try:
             return kind(unboxed)
@@ -2652,12 +2642,9 @@ def _parse_version(text: str) -> tuple[int, int] | None:
 
 def _public_functions(cls: type) -> dict[str, Any]:
     """Public methods of a class by name; those of object, Protocol and Generic are nobody's service."""
-    found: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        if base.__module__ not in ("builtins", "typing", "typing_extensions", "abc"):
-            found.update({n: f for n, f in vars(base).items() if not n.startswith("_") and inspect.isfunction(f)})
-    found.pop("on_serve_start", None)
-    return found
+    bases = [b for b in reversed(cls.__mro__) if b.__module__ not in ("builtins", "typing", "typing_extensions", "abc")]
+    found = {n: f for base in bases for n, f in vars(base).items() if not n.startswith("_") and inspect.isfunction(f)}
+    return {n: f for n, f in found.items() if n != "on_serve_start"}
 
 def _is_context(name: str, annotation: Any) -> bool:
     return _split_optional(annotation)[0] is CallContext or (name == "ctx" and annotation is inspect.Parameter.empty)
@@ -2726,19 +2713,21 @@ def _result_facts(annotation: Any) -> dict[str, Any]:
 def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
     """Return the methods of a Protocol class, or of a plain class that serves as its own, by name. Raises one `TypeError` that
     names every annotation that is missing or has no Arrow type."""
-    protocol_name = protocol_name_of(protocol)
-    infos, problems = {}, []
-    for name, function in _public_functions(protocol).items():
-        try:
-            infos[name] = _method_info(protocol_name, name, function)
-        except TypeError as exc:
-            problems.append(f"{protocol.__qualname__}.{exc}")
-    _raise_problems(f"{protocol.__qualname__} cannot be served", problems)
-    return types.MappingProxyType(infos)
+    make = functools.partial(_method_info, protocol_name_of(protocol))
+    what, where = f"{protocol.__qualname__} cannot be served", f"{protocol.__qualname__}."
+    return types.MappingProxyType(_make_all(what, where, make, _public_functions(protocol)))
 
-def _raise_problems(what: str, problems: list[str]) -> None:
+def _make_all(what: str, where: str, make: Callable[[str, Any], _T], items: Mapping[str, Any]) -> dict[str, _T]:
+    """Return ``{name: make(name, item)}``; the `TypeError` of each that fails becomes part of one, *where* in front of it."""
+    made, problems = {}, []
+    for name, item in items.items():
+        try:
+            made[name] = make(name, item)
+        except TypeError as exc:
+            problems.append(f"{where}{exc}")
     if problems:
         raise TypeError(f"{what}: " + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
+    return made
 
 def describe_rpc(protocol: type, *, methods: Mapping[str, RpcMethodInfo] | None = None) -> str:
     """Return a text for people: the protocol's methods with their signatures, schemas and docstrings."""
@@ -2782,13 +2771,8 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
         wanted = implementation.__qualname__
         raise TypeError(f"expected an instance of {wanted}, got the class; write {wanted}()")
     service = HostedService(name, protocol, version, implementation, {})
-    problems: list[str] = []
-    for info in rpc_methods(protocol).values():
-        try:
-            service.methods[info.name] = _bind_method(info, service)
-        except TypeError as exc:
-            problems.append(str(exc))
-    _raise_problems(f"{type(implementation).__qualname__} does not implement {name}", problems)
+    what = f"{type(implementation).__qualname__} does not implement {name}"
+    service.methods |= _make_all(what, "", lambda _, info: _bind_method(info, service), rpc_methods(protocol))
     return service
 
 def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
@@ -3106,7 +3090,7 @@ def _type_token(kind: pa.DataType) -> str:
         sorted_ = ",keys_sorted" if kind.keys_sorted else ""
         return f"map<key:{_type_token(kind.key_type)},{_child_token('value', kind.item_field)}{sorted_}>"
     if t.is_struct(kind):
-        return f"struct<{','.join(_child_token(kind.field(i).name, kind.field(i)) for i in range(kind.num_fields))}>"
+        return f"struct<{','.join(_child_token(f.name, f) for f in kind)}>"
     if t.is_fixed_size_list(kind):
         return f"fixed_size_list({kind.list_size})<{_child_token('item', kind.value_field)}>"
     if t.is_list(kind) or t.is_large_list(kind):
@@ -6392,7 +6376,7 @@ def _json_in(value: Any, kind: pa.DataType, step: str = "") -> Any:
         if value is None:
             return None
         if t.is_struct(kind) and isinstance(value, dict):
-            members = {f.name: f.type for f in (kind.field(i) for i in range(kind.num_fields))}
+            members = {f.name: f.type for f in kind}
             for name in value.keys() - members.keys():
                 raise _Mismatch(f"one of {list(members)}", f"{name!r:.60}{_suggest(name, members)}")
             return {k: _json_in(v, members[k], f".{k}") for k, v in value.items()}
@@ -7293,30 +7277,21 @@ class _HttpClientStream(ClientStream):
 # how much of each answer is checked.
 
 @contextlib.contextmanager
-def _connected(
-    dial: Callable[[], Transport | ClientChannel], protocol: type[_P], on_log: ClientLog | None, timeout: float | None,
-    ipc_validation: IpcValidation,
-) -> Iterator[_P]:  # fmt: skip
-    options: dict[str, Any] = {"timeout": timeout, "ipc_validation": ipc_validation}
-    with contextlib.closing(dial()) as transport, RpcConnection(protocol, transport, on_log, **options) as proxy:
+def _connected(dial: Callable[[], Transport | ClientChannel], protocol: type[_P], on_log: ClientLog | None,
+               timeout: float | None, ipc_validation: IpcValidation) -> Iterator[_P]:
+    with RpcConnection(protocol, dial(), on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
         yield proxy
 
 @contextlib.contextmanager
-def serve_pipe(
-    protocol: type[_P], implementation: Any, *, on_log: ClientLog | None = None, timeout: float | None = None,
-    ipc_validation: IpcValidation | None = None,
-) -> Iterator[_P]:  # fmt: skip
-    """Serve *implementation* in a thread of this process, over a pair of pipes, and give a proxy to it.
-
-    *ipc_validation* holds for both sides; default: every value. ``TypeError``: the implementation does not fit the protocol.
-    """
+def serve_pipe(protocol: type[_P], implementation: Any, *, on_log: ClientLog | None = None, timeout: float | None = None,
+               ipc_validation: IpcValidation | None = None) -> Iterator[_P]:
+    """Serve *implementation* in a thread of this process, over a pair of pipes, and give a proxy to it. *ipc_validation* holds
+    for both sides; default: every value. ``TypeError``: the implementation does not fit the protocol."""
     server = RpcServer(protocol, implementation, ipc_validation=ipc_validation)
     client, serving = make_pipe_pair()
-
     def serve() -> None:
         with contextlib.closing(serving):
             server.serve(serving)
-
     thread = threading.Thread(target=serve, daemon=True, name="vgi_rpc serve_pipe")
     thread.start()
     try:
@@ -7325,46 +7300,35 @@ def serve_pipe(
     finally:
         thread.join(WORKER_EXIT_SECONDS)
 
-def connect(
-    protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None, stderr: StderrMode = StderrMode.INHERIT,
-    stderr_logger: logging.Logger | None = None, timeout: float | None = None,
-    ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
-    """Start a worker and give a proxy to it; on leaving, its stdin is closed and it is reaped.
-
-    *cmd* is a program that calls `run_server`, with its arguments; one that is deaf for longer than *timeout* is terminated.
-    *stderr* says where its standard error goes, *stderr_logger* is for ``StderrMode.PIPE``. Raises `TransportError`, on
-    entering when the program cannot be started, from a call when it has died.
-    """
+def connect(protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None,
+            stderr: StderrMode = StderrMode.INHERIT, stderr_logger: logging.Logger | None = None, timeout: float | None = None,
+            ipc_validation: IpcValidation = IpcValidation.FULL) -> contextlib.AbstractContextManager[_P]:
+    """Start a worker and give a proxy to it; on leaving, its stdin is closed and it is reaped. *cmd* is a program that calls
+    `run_server`, with its arguments; one that is deaf for longer than *timeout* is terminated. *stderr* says where its standard
+    error goes, *stderr_logger* is for ``StderrMode.PIPE``. Raises `TransportError`, on entering when the program cannot be
+    started, from a call when it has died."""
     dial = functools.partial(SubprocessTransport, cmd, stderr=stderr, stderr_logger=stderr_logger)
     return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
-def unix_connect(
-    protocol: type[_P], path: str, *, on_log: ClientLog | None = None, timeout: float | None = None,
-    ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
+def unix_connect(protocol: type[_P], path: str, *, on_log: ClientLog | None = None, timeout: float | None = None,
+                 ipc_validation: IpcValidation = IpcValidation.FULL) -> contextlib.AbstractContextManager[_P]:
     """Connect to a Unix socket and give a proxy; on entering raises `TransportError` when nobody listens there."""
     return _connected(lambda: connect_unix_socket(path, timeout), protocol, on_log, timeout, ipc_validation)
 
-def tcp_connect(
-    protocol: type[_P], host: str, port: int, *, connect_timeout: float | None = 5.0, tls_context: ssl.SSLContext | None = None,
-    server_hostname: str | None = None, on_log: ClientLog | None = None, timeout: float | None = None,
-    ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
-    """Connect over TCP and give a proxy; on entering raises `TransportError` when nobody listens there, or TLS fails.
-
-    With *tls_context*, a client-side context of the standard library's ``ssl``, over TLS; the certificate must be for
-    *server_hostname*, by default for *host*. *connect_timeout* is in seconds.
-    """
+def tcp_connect(protocol: type[_P], host: str, port: int, *, connect_timeout: float | None = 5.0,
+                tls_context: ssl.SSLContext | None = None, server_hostname: str | None = None, on_log: ClientLog | None = None,
+                timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL,
+                ) -> contextlib.AbstractContextManager[_P]:
+    """Connect over TCP and give a proxy; on entering raises `TransportError` when nobody listens there, or TLS fails. With
+    *tls_context*, a client-side context of the standard library's ``ssl``, over TLS; the certificate must be for
+    *server_hostname*, by default for *host*. *connect_timeout* is in seconds."""
     def dial() -> Transport:
         connected = connect_tcp_socket(host, port, connect_timeout, tls_context, server_hostname)
         return Transport(SocketChannel(connected), TransportKind.TCP, f"{host}:{port}")
-
     return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
-def _http_client(
-    base_url: str | None, prefix: str | None, client: HttpSender | None, tls: ssl.SSLContext | None = None, **options: Any
-) -> HttpClient:
+def _http_client(base_url: str | None, prefix: str | None, client: HttpSender | None, tls: ssl.SSLContext | None = None,
+                 **options: Any) -> HttpClient:
     if client is not None:
         return HttpClient(client, prefix if prefix is not None else getattr(client, "prefix", ""), **options)
     if base_url is None:
@@ -7378,7 +7342,7 @@ def http_connect(
     client: HttpSender | None = None, headers: Headers | None = None, timeout: float | None = None,
     tls_context: ssl.SSLContext | None = None, compression_level: int | None = 1,
     accepted_max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES, ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
+) -> contextlib.AbstractContextManager[_P]:
     """Connect over HTTP and give a proxy, which several threads may use.
 
     Args:
@@ -7397,24 +7361,20 @@ def http_connect(
 
 @_takes_options(HttpOptions)
 def make_sync_client(server: RpcServer, **options: Any) -> SyncClient:
-    """Return a client for ``http_connect(P, client=...)`` that calls *server*'s HTTP side without a socket.
-
-    The keywords are those of `HttpOptions`; without ``token_key`` a random one is used, silently.
-    """
+    """Return a client for ``http_connect(P, client=...)`` that calls *server*'s HTTP side without a socket. The keywords are
+    those of `HttpOptions`; without ``token_key`` a random one is used, silently."""
     options.setdefault("token_key", os.urandom(32))
     return SyncClient(HttpApp(server, *_split_options(options, HttpOptions)))
 
-def http_capabilities(
-    base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None, timeout: float | None = None
-) -> HttpServerCapabilities:
+def http_capabilities(base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None,
+                      timeout: float | None = None) -> HttpServerCapabilities:
     """Ask a server's ``/health`` what it can do; raises `TransportError`. A *client* that was given stays open."""
     channel = _http_client(base_url, prefix, client)
     with contextlib.nullcontext() if client is not None else contextlib.closing(channel):
         return channel.capabilities(None if timeout is None else time.monotonic() + timeout)
 
-def http_introspect(
-    base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None, protocol: str | None = None
-) -> ServiceDescription:
+def http_introspect(base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None,
+                    protocol: str | None = None) -> ServiceDescription:
     """Return what an HTTP server says of *protocol*, by default its primary one; raises as `list_protocols`."""
     channel = _http_client(base_url, prefix, client)
     with contextlib.nullcontext() if client is not None else contextlib.closing(channel):
@@ -7433,14 +7393,12 @@ def _host_and_port(text: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 def run_server(protocol_or_server: type | RpcServer, implementation: Any = None) -> None:
-    """Be a worker: the ``main`` of a program that serves, which reads the program's own command line.
-
-    Without arguments it serves stdin and stdout. ``--http [--host H] [--port N]``, ``--unix PATH`` and ``--tcp [HOST:]PORT``
-    listen instead, and print one discovery line on stdout: ``PORT:<n>``, ``UNIX:<path>`` or ``TCP:<host>:<port>``.
+    """Be a worker: the ``main`` of a program that serves, which reads the program's own command line. Without arguments it
+    serves stdin and stdout. ``--http [--host H] [--port N]``, ``--unix PATH`` and ``--tcp [HOST:]PORT`` listen instead, and
+    print one discovery line on stdout: ``PORT:<n>``, ``UNIX:<path>`` or ``TCP:<host>:<port>``.
 
     *implementation* is ``None`` with a ready server, or to make one of a plain class. Raises ``TypeError`` when it does not
-    fit the protocol, ``SystemExit`` when the command line is wrong or asks for help.
-    """
+    fit the protocol, ``SystemExit`` when the command line is wrong or asks for help."""
     import argparse
     server = protocol_or_server
     if not isinstance(server, RpcServer):
