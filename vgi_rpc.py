@@ -179,10 +179,7 @@ class Code(str, enum.Enum):
     @classmethod
     def parse(cls, text: object) -> Code:
         """Return the code of that name; anything else is ``UNKNOWN``, as peers may be newer than we are."""
-        try:
-            return cls(text)
-        except ValueError:
-            return cls.UNKNOWN
+        return next((code for code in cls if code.value == text), cls.UNKNOWN)
 
 _DETAIL_TYPES: dict[str, type[_Detail]] = {}
 
@@ -492,24 +489,20 @@ def _message_maker(level: Level) -> classmethod[Message, typing.Concatenate[str,
     return classmethod(make)
 
 
+@dataclass(init=False, slots=True)
 class Message:
     """One log line from a server, or one error."""
-    __slots__ = ("extra", "level", "message")
     MAX_TRACEBACK_CHARS = MAX_TRACEBACK_CHARS
     MAX_TRACEBACK_FRAMES = MAX_TRACEBACK_FRAMES
+    level: Level
+    message: str
+    extra: dict[str, Any] | None  # JSON-compatible facts
 
     def __init__(self, level: Level, message: str, **kwargs: object) -> None:
         if not isinstance(level, Level):
             raise TypeError(f"message level: expected a Level, got {level!r:.100}")
         self.level, self.message = level, message if isinstance(message, str) else _text_of(message)
-        self.extra: dict[str, Any] | None = kwargs or None  # JSON-compatible facts
-
-    def __repr__(self) -> str:
-        return f"Message({self.level.name}, {self.message!r}, extra={self.extra!r})"
-
-    def __eq__(self, other: object) -> bool:
-        facts = operator.attrgetter("level", "message", "extra")
-        return isinstance(other, Message) and bool(facts(self) == facts(other))
+        self.extra = kwargs or None
 
     exception, error, warn, info, debug, trace = map(_message_maker, Level)
 
@@ -577,13 +570,12 @@ def _traceback_facts(exc: BaseException) -> dict[str, Any]:
 def _message_metadata(message: Message, server_id: str, request_id: str) -> dict[bytes, bytes]:
     """A message as metadata of a zero-row batch; for an error its code, kind and details also stand on their own."""
     metadata = {k.encode(): v.encode("utf-8", "backslashreplace") for k, v in message.add_to_metadata().items()}
-    facts: dict[bytes, Any] = {}
+    facts: dict[bytes, Any] = {SERVER_ID_KEY: server_id, REQUEST_ID_KEY: request_id}
     if message.level is Level.EXCEPTION:
         extra = message.extra or {}
         details = extra.get("error_details")
-        facts = {ERROR_CODE_KEY: extra.get("error_code") or Code.UNKNOWN, ERROR_KIND_KEY: extra.get("error_kind")}
+        facts |= {ERROR_CODE_KEY: extra.get("error_code") or Code.UNKNOWN, ERROR_KIND_KEY: extra.get("error_kind")}
         facts[ERROR_DETAILS_KEY] = json.dumps(details) if details else None
-    facts |= {SERVER_ID_KEY: server_id, REQUEST_ID_KEY: request_id}
     return metadata | {key: str(fact).encode("utf-8", "backslashreplace") for key, fact in facts.items() if fact}
 
 def _json_object(data: bytes | None) -> dict[str, Any]:
@@ -708,6 +700,8 @@ def batch_kind(num_rows: int, metadata: _Metadata | None) -> BatchKind:
 
 class ByteSource:
     """Bytes in their order: what an `IpcReader` reads from."""
+    _buffer, _at = b"", 0  # what is there already, and where the part of it begins that was not read
+
     def read(self, size: int) -> bytes:
         """Return the next *size* bytes, fewer only where the source ends."""
         raise io.UnsupportedOperation("read")
@@ -716,32 +710,56 @@ class ByteSource:
         """Return *head* and the next *size* bytes in one piece of memory; shorter only where the source ends."""
         return head + self.read(size)
 
+    def read_head(self) -> bytes:
+        """Read a message's prefix and head if they are there already, and look like it; else read nothing."""
+        data, at = self._buffer, self._at
+        if len(data) >= at + 8:
+            mark, size = _PREFIX.unpack_from(data, at)
+            if mark == -1 and 0 < size <= len(data) - at - 8:
+                self._at = end = at + 8 + size
+                return data[at:end]
+        return b""
+
     def take(self, expected: bytes) -> bool:
         """Read *expected* if it comes next and is there already; else read nothing."""
-        return False
+        found = self._buffer.startswith(expected, self._at)
+        self._at += len(expected) if found else 0
+        return found
+
+_PREFIX = struct.Struct("<ii")
 
 
 class BufferSource(ByteSource):
-    """A source over bytes in memory, which `read_after` does not copy when *head* was the last thing read."""
+    """A source over bytes in memory, which `read_after` does not copy when they are many and *head* was the last thing read."""
     def __init__(self, data: _Buffer) -> None:
-        self._buffer = data if isinstance(data, pa.Buffer) else pa.py_buffer(data)
-        self._view = memoryview(self._buffer)
-        self.position = 0  # bytes read so far
+        self._whole: Any = None  # unless they are few
+        if isinstance(data, bytes) and len(data) <= SMALL_BODY_BYTES:
+            self._buffer, self._size = data, len(data)
+        else:
+            self._whole = data if isinstance(data, pa.Buffer) else pa.py_buffer(data)
+            self._view = memoryview(self._whole)
+            self._size = len(self._view)
 
     def read(self, size: int) -> bytes:
-        piece = bytes(self._view[self.position : self.position + size])
-        self.position += len(piece)
-        return piece
+        start, self._at = self._at, min(self._at + size, self._size)
+        return bytes(self._view[start : self._at]) if self._whole is not None else self._buffer[start : self._at]
 
     def read_after(self, head: bytes, size: int) -> _Buffer:
-        start = self.position - len(head)
-        self.position = min(self.position + size, len(self._view))
-        return self._buffer.slice(start, self.position - start)
+        if self._whole is None:
+            return head + self.read(size)
+        start = self._at - len(head)
+        self._at = min(self._at + size, self._size)
+        return self._whole.slice(start, self._at - start)
+
+    @property
+    def position(self) -> int:
+        """How many bytes were read so far."""
+        return self._at
 
     @property
     def left(self) -> int:
         """How many bytes are still to be read."""
-        return len(self._view) - self.position
+        return self._size - self._at
 
 @dataclass(frozen=True)
 class IpcLimits:
@@ -760,6 +778,12 @@ class MessageHead(NamedTuple):
     compressed: bool = False
     dictionary_id: int = 0
     is_delta: bool = False
+
+def are_inside(buffers: Sequence[int], body_length: int) -> bool:
+    """Whether each (offset, length) lies in a body of that many bytes, at a multiple of 8."""
+    offsets = buffers[::2]
+    return (min(buffers, default=0) >= 0 and not functools.reduce(operator.or_, offsets, 0) & 7
+            and max(map(operator.add, offsets, buffers[1::2]), default=0) <= body_length)
 
 class BatchMessage(NamedTuple):
     """A record batch's message: its head and all of its bytes, prefix included."""
@@ -975,12 +999,14 @@ def _has_dictionary(kind: pa.DataType) -> bool:
 
 class SchemaFacts:
     """A schema with what reading and writing its batches needs to know; safe for use by several threads."""
-    __slots__ = ("_shapes", "has_dictionary", "message", "plan", "schema")
+    __slots__ = ("_shapes", "dictionaries", "has_dictionary", "message", "plan", "schema", "seen")
     def __init__(self, schema: pa.Schema, message: bytes) -> None:
         self.schema, self.message = schema, message  # the encapsulated schema message
         self.has_dictionary = any(map(_has_dictionary, schema.types))
         self.plan: Any = False  # how its short batches travel without pyarrow: `plain_plan` fills it in
         self._shapes: dict[Any, tuple[list[HeadLayout], HeadLayout]] = {}
+        self.seen: tuple[BatchMessage, ...] = ()  # short dictionary messages, as read
+        self.dictionaries: dict[tuple[HeadLayout, tuple[str, ...]], bytes] = {}  # messages of short ones, as written
 
     def layouts(self, example: Any, metadata: _Metadata | None, has_body: bool) -> tuple[list[HeadLayout], HeadLayout]:
         """Return the layouts of dictionary messages and of the batch's message, as pyarrow writes *example*. Learned once for
@@ -1050,6 +1076,10 @@ class IpcReader:
 
     def _read_head(self, first: bool = False) -> bytes | None:
         """Read prefix and head of the next message; ``None`` at the end marker."""
+        if raw := self._source.read_head():
+            if len(raw) - 8 > MAX_METADATA_BYTES:
+                raise IPCError(f"message head: expected 1 to {MAX_METADATA_BYTES} bytes, got {len(raw) - 8}")
+            return raw
         prefix = self._source.read(8)
         if len(prefix) < 8 or prefix[:4] != _CONTINUATION:
             if first and not prefix:
@@ -1075,6 +1105,9 @@ class IpcReader:
     def next_message(self) -> BatchMessage | None:
         """Read the next batch's message without decoding it; ``None`` at the end marker. Raises `IPCError` for half a message
         or a head that cannot be true, `RequestTooLargeError` above a limit."""
+        for dictionary in self.facts.seen:
+            if self._source.take(cast("bytes", dictionary.data)):
+                self._keep_dictionary(dictionary)
         while True:
             raw, head = self._last
             known = bool(raw) and not self.ended and self._source.take(raw)
@@ -1090,7 +1123,8 @@ class IpcReader:
             if limit is not None and size > limit:
                 self._unread = size
                 raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {size}")
-            message = _guard("the message body", self._source.read_after, raw, size)
+            call = self._source.read_after
+            message = call(raw, size) if size <= SMALL_BODY_BYTES else _guard("the message body", call, raw, size)
             got = len(message) - len(raw)
             if got < size:
                 raise IPCError(f"half a message: expected a body of {size} bytes, got {got}")
@@ -1102,12 +1136,17 @@ class IpcReader:
                 if not head.compressed:  # else the bounds stand in the body
                     self._last = raw, head
                 return BatchMessage(head, message)
-            self._keep_dictionary(head, message)
+            self._keep_dictionary(BatchMessage(head, message))
+            if len(message) <= 1024 and not head.compressed and len(self.facts.seen) < 16:
+                self.facts.seen = (*self.facts.seen, BatchMessage(head, bytes(message)))
 
     def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
         """Refuse rows that no body pays for, buffers outside it, and compressed buffers that grow past the limit."""
-        decoded, buffers = 0, iter(head.buffers)
-        for offset, length in zip(buffers, buffers):
+        plain = not head.compressed and 0 <= head.rows <= FREE_ROWS >= max(head.nodes, default=0) and self._limits.max_rows is None
+        if plain and are_inside(head.buffers, head.body_length):
+            return  # nearly all; what is wrong with the others is found out below
+        decoded = 0
+        for offset, length in zip(head.buffers[::2], head.buffers[1::2]):
             if offset < 0 or length < 0 or offset + length > head.body_length:
                 raise IPCError(f"buffer at {offset}, {length} bytes: outside the body of {head.body_length} bytes")
             if length and offset % 8:
@@ -1128,10 +1167,11 @@ class IpcReader:
         if max_rows is not None and head.rows > max_rows:
             raise RequestTooLargeError(f"expected at most {max_rows} rows in a batch, got {head.rows}")
 
-    def _keep_dictionary(self, head: MessageHead, message: _Buffer) -> None:
+    def _keep_dictionary(self, message: BatchMessage) -> None:
+        head = message.head
         before = self._dictionaries.pop(head.dictionary_id, [])  # its new place is the last: it may build on those before
         kept = self._dictionaries[head.dictionary_id] = before if head.is_delta else []
-        kept.append(BatchMessage(head, message))
+        kept.append(message)
         limit = self._limits.max_bytes
         if limit is not None and sum(len(m.data) for all_of_one in self._dictionaries.values() for m in all_of_one) > limit:
             raise RequestTooLargeError(f"dictionary: expected at most {limit} bytes")
@@ -1247,8 +1287,11 @@ class IpcWriter:
         """Write the end marker (after the schema, if nothing was written)."""
         self.write_all((), close=True)
 
-def stream_bytes(schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]]) -> bytes:
+def stream_bytes(schema: pa.Schema, items: Sequence[tuple[Any, Any]]) -> bytes:
     """Return one whole IPC stream: schema, the batches with their metadata, end marker."""
+    if len(items) == 1 and not isinstance(items[0][0], pa.RecordBatch) and not _wire_write.isEnabledFor(logging.DEBUG):
+        batch, metadata = items[0]  # a `PlainBatch` needs no writer
+        return b"".join((schema_facts(schema).message, *batch.messages(metadata), END_OF_STREAM))
     pieces: list[_Buffer] = []
     IpcWriter(pieces.extend, schema).write_all(items, close=True)
     return b"".join(pieces)
@@ -1311,65 +1354,77 @@ class _NotPlain(Exception):
 
 class _Body:
     """Nodes and buffers of one message, in the order of Arrow's pre-order walk over the columns."""
-    __slots__ = ("buffers", "checked", "dictionaries", "nodes")
+    __slots__ = ("buffers", "checked", "dictionaries", "nodes", "pieces", "size")
     def __init__(self, checked: bool = True) -> None:
         self.checked = checked  # whether codecs have looked at the values already
         self.nodes: list[int] = []  # (length, null count), flat
-        self.buffers: list[bytes] = []
-        self.dictionaries: list[list[Any]] = []  # distinct values of each dictionary column
+        self.buffers: list[int] = []  # (offset, length), flat
+        self.pieces: list[bytes] = []  # the buffers, each padded to 8 bytes …
+        self.size = 0  # … and their length together
+        self.dictionaries: list[tuple[str, ...]] = []  # distinct values of each dictionary column
 
-    def laid_out(self) -> tuple[list[int], bytes]:
-        """Return ((offset, length) of each buffer, flat) and the body, each buffer padded to 8 bytes."""
-        offsets: list[int] = []
-        padded, at = [], 0
-        for data in self.buffers:
+    def add(self, *buffers: bytes) -> None:
+        """Add buffers."""
+        for data in buffers:
             size = len(data)
-            offsets += (at, size)
-            if size:
-                rest = -size % 8
-                padded.append(data + bytes(rest) if rest else data)
-                at += size + rest
-        return offsets, b"".join(padded)
+            self.buffers += (self.size, size)
+            self.pieces += (data, _PADDING[size & 7])
+            self.size += size + 7 & -8
+
+_PADDING = tuple(bytes(-n % 8) for n in range(8))
 
 
 class _Parts:
     """What a `_Body` becomes on the other side: nodes and buffers handed out one after the other."""
-    __slots__ = ("_body", "_buffers", "_nodes", "dictionaries")
-    def __init__(self, head: MessageHead, body: memoryview, dictionaries: Iterator[list[Any]]) -> None:
-        self._nodes, self._buffers, self._body = iter(head.nodes), iter(head.buffers), body
+    __slots__ = ("_buffer", "_node", "_nodes", "body", "buffers", "dictionaries", "validity")
+    def __init__(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes, dictionaries: Iterator[Sequence[str]]) -> None:
+        self._nodes, self._node, self._buffer = nodes, 0, 0  # and which come next
+        self.buffers, self.body = buffers, body  # it is known that the buffers lie inside
         self.dictionaries = dictionaries
+        self.validity: bytes | None = None  # bitmap of the column taken last, ``None`` without nulls
 
-    def node(self, length: int) -> bytes | None:
-        """Take the next node, which must have *length* values; return its validity bitmap, ``None`` without nulls."""
-        if next(self._nodes, -1) != length:
+    def take(self, length: int, count: int) -> int:
+        """Take the next node, which must have *length* values, and its *count* buffers, of which the first is the bitmap; return
+        where in `buffers` the second stands."""
+        node, at = self._node, self._buffer
+        self._node, self._buffer = node + 2, at + 2 * count
+        nulls = self._nodes[node + 1]
+        if self._nodes[node] != length or len(self.buffers) < self._buffer:
             raise _NotPlain
-        nulls, validity = next(self._nodes, -1), self.buffer()
-        if not nulls:
-            return None
-        present = int.from_bytes(validity, "little") & ((1 << length) - 1)
-        if nulls < 0 or len(validity) * 8 < length or bin(present).count("1") != length - nulls:
+        self.validity = None
+        if nulls:
+            bits = self.validity = self.body[self.buffers[at] : self.buffers[at] + self.buffers[at + 1]]
+            present = int.from_bytes(bits, "little") & ((1 << length) - 1)
+            if nulls < 0 or len(bits) * 8 < length or bin(present).count("1") != length - nulls:
+                raise _NotPlain
+        return at + 2
+
+    def numbers(self, at: int, count: int, code: str, size: int) -> tuple[Any, ...]:
+        """Read *count* numbers of *size* bytes at the beginning of a buffer; *at* is its place in `buffers`."""
+        if self.buffers[at + 1] < count * size:
             raise _NotPlain
-        return bytes(validity)
+        return struct.unpack_from(f"<{count}{code}", self.body, self.buffers[at])
 
-    def buffer(self) -> memoryview:
-        """Take the next buffer; `IpcReader` has checked that it lies inside the body."""
-        offset = next(self._buffers, -1)
-        return self._body[offset : offset + next(self._buffers, -1)]
-
-    def offsets(self, length: int) -> tuple[int, ...]:
-        """Take a buffer of length + 1 offsets, each at least as large as the one before."""
-        found = struct.unpack_from(f"<{length + 1}i", self.buffer())
-        if found[0] < 0 or any(map(operator.gt, found, found[1:])):
+    def offsets(self, at: int, length: int, limit: int) -> tuple[int, ...]:
+        """Read length + 1 offsets, each at least as large as the one before, the last at most *limit*."""
+        if length == 1 and self.buffers[at + 1] >= 8:
+            first, last = _TWO_OFFSETS.unpack_from(self.body, self.buffers[at])
+            if 0 <= first <= last <= limit:
+                return first, last
+        found = self.numbers(at, length + 1, "i", 4)
+        if found[0] < 0 or found[-1] > limit or any(map(operator.gt, found, found[1:])):
             raise _NotPlain
         return found
 
     def done(self) -> None:
         """Make sure that nothing is left over."""
-        if next(self._nodes, None) is not None or next(self._buffers, None) is not None:
+        if self._node != len(self._nodes) or self._buffer != len(self.buffers):
             raise _NotPlain
 
+_ONE, _TWO_OFFSETS = (1, 0), struct.Struct("<ii")
 _Write = Callable[[Sequence[Any], _Body], None]
 _Read = Callable[[int, _Parts], list[Any]]
+# Each writer and reader looks first for the one value of a row, which is what most messages hold.
 
 def _bitmap(bits: Iterable[Any]) -> bytes:
     """Pack truth values, the first into the lowest bit."""
@@ -1378,85 +1433,112 @@ def _bitmap(bits: Iterable[Any]) -> bytes:
 
 def _write_node(values: Sequence[Any], body: _Body, kind: type | None = None) -> bool:
     """Add node and validity of a column; return whether it has nulls. Raises `_NotPlain` for values not of type *kind*."""
-    if kind and not set(map(type, values)) <= {kind, type(None)}:
+    if kind and not body.checked and not set(map(type, values)) <= {kind, type(None)}:
         raise _NotPlain
     nulls = values.count(None) if None in values else 0
     body.nodes += (len(values), nulls)
-    body.buffers.append(_bitmap([v is not None for v in values]) if nulls else b"")
+    body.add(_bitmap([v is not None for v in values]) if nulls else b"")
     return nulls > 0
+
+def _is_one(values: Sequence[Any], body: _Body) -> bool:
+    return len(values) == 1 and body.checked and values[0] is not None
 
 def _with_nulls(values: list[Any], validity: bytes | None) -> list[Any]:
     return values if validity is None else [v if validity[i >> 3] >> (i & 7) & 1 else None for i, v in enumerate(values)]
 
 def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
+    one, size = struct.Struct(f"<{code}{8 - struct.calcsize(code)}x"), struct.calcsize(code)
     def write(values: Sequence[Any], body: _Body) -> None:
+        if _is_one(values, body):
+            at = body.size
+            body.nodes += _ONE
+            body.buffers += (at, 0, at, size)
+            body.pieces.append(one.pack(values[0]))
+            body.size = at + 8
+            return
         form = f"<{len(values)}{code}"
         try:  # a look for nulls takes twice as long as this
             data = struct.pack(form, *values)
             body.nodes += (len(values), 0)
-            body.buffers.append(b"")
+            body.add(b"")
         except struct.error:
             _write_node(values, body)
             values = [0 if v is None else v for v in values]
             data = struct.pack(form, *values)
         if not body.checked and not set(map(type, values)) <= accepted:
             raise _NotPlain
-        body.buffers.append(data)
+        body.add(data)
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, data = parts.node(length), parts.buffer()
-        return _with_nulls(list(struct.unpack_from(f"<{length}{code}", data)), validity)
+        found = list(parts.numbers(parts.take(length, 2), length, code, size))
+        return found if parts.validity is None else _with_nulls(found, parts.validity)
     return write, read
 
 def _bool_column() -> tuple[_Write, _Read]:
     def write(values: Sequence[Any], body: _Body) -> None:
         _write_node(values, body, bool)
-        body.buffers.append(_bitmap(values))
+        body.add(_bitmap(values))
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, data = parts.node(length), parts.buffer()
-        return _with_nulls([bool(data[i >> 3] >> (i & 7) & 1) for i in range(length)], validity)
+        bits = parts.numbers(parts.take(length, 2), (length + 7) // 8, "B", 1)
+        return _with_nulls([bool(bits[i >> 3] >> (i & 7) & 1) for i in range(length)], parts.validity)
     return write, read
 
 def _text_column(kind: type) -> tuple[_Write, _Read]:
     def write(values: Sequence[Any], body: _Body) -> None:
+        if _is_one(values, body):
+            piece, at = values[0].encode() if kind is str else values[0], body.size
+            size = len(piece)
+            body.nodes += _ONE
+            body.buffers += (at, 0, at, 8, at + 8, size)
+            body.pieces += (_TWO_OFFSETS.pack(0, size), piece, _PADDING[size & 7])
+            body.size = at + 8 + (size + 7 & -8)
+            return
         _write_node(values, body, kind)
         pieces = [v.encode() if v else b"" for v in values] if kind is str else [v or b"" for v in values]
         offsets = [0, *itertools.accumulate(map(len, pieces))]
         if offsets[-1] > _PLAIN_BYTES:
             raise _NotPlain
-        body.buffers += (struct.pack(f"<{len(offsets)}i", *offsets), b"".join(pieces))
+        body.add(struct.pack(f"<{len(offsets)}i", *offsets), b"".join(pieces))
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, offsets, data = parts.node(length), parts.offsets(length), bytes(parts.buffer())
-        if offsets[-1] > len(data):
-            raise _NotPlain
-        pieces: list[Any] = [data[a:b] for a, b in itertools.pairwise(offsets)]
-        return _with_nulls([p.decode() for p in pieces] if kind is str else pieces, validity)
+        at = parts.take(length, 3)
+        start, offsets = parts.buffers[at + 2], parts.offsets(at, length, parts.buffers[at + 3])
+        pieces: list[Any] = [parts.body[start + a : start + b] for a, b in itertools.pairwise(offsets)]
+        pieces = [p.decode() for p in pieces] if kind is str else pieces
+        return pieces if parts.validity is None else _with_nulls(pieces, parts.validity)
     return write, read
 
 def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
     write_item, read_item = item
     def write(values: Sequence[Any], body: _Body) -> None:
-        _write_node(values, body, list)
-        offsets = [0, *itertools.accumulate(len(v or ()) for v in values)]
-        flat = values[0] or () if len(values) == 1 else list(itertools.chain.from_iterable(v or () for v in values))
-        body.buffers.append(struct.pack(f"<{len(offsets)}i", *offsets))
+        if _is_one(values, body) and type(values[0]) is list:
+            flat, at = values[0], body.size
+            body.nodes += _ONE
+            body.buffers += (at, 0, at, 8)
+            body.pieces.append(_TWO_OFFSETS.pack(0, len(flat)))
+            body.size = at + 8
+        else:
+            _write_node(values, body, list)
+            offsets = [0, *itertools.accumulate(len(v or ()) for v in values)]
+            flat = list(itertools.chain.from_iterable(v or () for v in values))
+            body.add(struct.pack(f"<{len(offsets)}i", *offsets))
         write_item(flat, body)
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, offsets = parts.node(length), parts.offsets(length)
-        if offsets[-1] > _PLAIN_BYTES:
-            raise _NotPlain
+        offsets = parts.offsets(parts.take(length, 2), length, _PLAIN_BYTES)
+        validity = parts.validity
         flat = read_item(offsets[-1], parts)
-        return _with_nulls([flat[a:b] for a, b in itertools.pairwise(offsets)], validity)
+        lists = [flat[a:b] for a, b in itertools.pairwise(offsets)]
+        return lists if validity is None else _with_nulls(lists, validity)
     return write, read
 
 def _struct_column(names: Sequence[str], columns: Sequence[tuple[_Write, _Read]], row: type) -> tuple[_Write, _Read]:
     """A struct of dicts, or (for the entries of a map, *row* being tuple) of pairs."""
     keys: Sequence[Any] = names if row is dict else range(len(names))
     def write(values: Sequence[Any], body: _Body) -> None:
-        _write_node(values, body, row)
+        nulls = _write_node(values, body, row)
         for key, (write_one, _) in zip(keys, columns):
-            write_one([None if v is None else v[key] for v in values], body)
+            write_one([None if v is None else v[key] for v in values] if nulls else [v[key] for v in values], body)
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity = parts.node(length)
+        parts.take(length, 1)
+        validity = parts.validity
         members = [read_one(length, parts) for _, read_one in columns]
         rows: list[Any] = list(zip(*members)) if members else [()] * length
         return _with_nulls([dict(zip(names, r)) for r in rows] if row is dict else rows, validity)
@@ -1466,27 +1548,30 @@ def _enum_column() -> tuple[_Write, _Read]:
     """``dictionary<int16, utf8>``: the distinct values go into a dictionary message of their own."""
     def write(values: Sequence[Any], body: _Body) -> None:
         _write_node(values, body, str)
-        distinct = list(dict.fromkeys(v for v in values if v is not None))
+        distinct = tuple(dict.fromkeys(v for v in values if v is not None))
         if not distinct:
             raise _NotPlain
         index = {v: i for i, v in enumerate(distinct)}
         body.dictionaries.append(distinct)
-        body.buffers.append(struct.pack(f"<{len(values)}h", *[index.get(v, 0) for v in values]))
+        body.add(struct.pack(f"<{len(values)}h", *[index.get(v, 0) for v in values]))
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, data, known = parts.node(length), parts.buffer(), next(parts.dictionaries)
-        found = _with_nulls(list(struct.unpack_from(f"<{length}h", data)), validity)
-        if any(i is not None and not 0 <= i < len(known) for i in found):
+        found = parts.numbers(parts.take(length, 2), length, "h", 2)
+        known, indices = next(parts.dictionaries), _with_nulls(list(found), parts.validity)
+        if any(i is not None and not 0 <= i < len(known) for i in indices):
             raise _NotPlain
-        return [None if i is None else known[i] for i in found]
+        return [None if i is None else known[i] for i in indices]
     return write, read
 
 _ENUM_TYPE = pa.dictionary(pa.int16(), pa.utf8())
 _UTF8_COLUMN = _text_column(str)
 
+def _accepted(kind: pa.DataType) -> frozenset[type]:
+    return frozenset({float, int} if kind == pa.float64() else {int})
+
 def _plain_column(kind: pa.DataType) -> tuple[_Write, _Read]:
     """Writer and reader of a column; raises `_NotPlain` for a type that is not plain."""
     if kind in _NUMBERS:
-        return _number_column(_NUMBERS[kind], frozenset({float, int} if kind == pa.float64() else {int}))
+        return _number_column(_NUMBERS[kind], _accepted(kind))
     if kind == _ENUM_TYPE:
         return _enum_column()
     if pa.types.is_boolean(kind):
@@ -1510,9 +1595,22 @@ class PlainPlan:
         self._columns = [_plain_column(t) for t in facts.schema.types]
         self._nullable = [f.nullable for f in facts.schema]
         self.names = frozenset(facts.schema.names)
+        codes = [_NUMBERS.get(t, "") for t in facts.schema.types]
+        self._row = struct.Struct("<" + "".join(f"{c}{8 - struct.calcsize(c)}x" for c in codes)) if all(codes) else None
+        simple = (pa.types.is_boolean, pa.types.is_string, pa.types.is_binary)
+        # Whether one row of it has as many values in each column, however long they are, so that heads differ in buffers alone.
+        self.even = all(c or any(is_a(t) for is_a in simple) for c, t in zip(codes, facts.schema.types))
+        self._accepted = [_accepted(t) for t in facts.schema.types]
+        self._row_head = b""  # of a message of one row of numbers without nulls and without metadata: it is always the same
+
+    def write_row(self, values: Sequence[Any]) -> PlainBatch:
+        """Encode one row of values that codecs have checked; raises `_NotPlain`."""
+        return self.write([[v] for v in values], checked=True)
 
     def write(self, columns: Sequence[Sequence[Any]], checked: bool = False) -> PlainBatch:
         """Encode columns of equal length, of which codecs have *checked* the values or not; raises `_NotPlain`."""
+        if self._row_head and (batch := self._numbers(columns, checked)) is not None:
+            return batch
         body, length = _Body(checked), len(columns[0])
         try:
             for values, (write, _), nullable in zip(columns, self._columns, self._nullable):
@@ -1521,10 +1619,25 @@ class PlainPlan:
                 write(values, body)
         except (struct.error, OverflowError, TypeError, ValueError, LookupError, AttributeError):
             raise _NotPlain from None
-        offsets, data = body.laid_out()
-        if not length or not data or len(data) > _PLAIN_BYTES:
+        if not length or not 0 < body.size <= _PLAIN_BYTES:
             raise _NotPlain
-        return PlainBatch(self.facts, columns, body, offsets, data)
+        batch = PlainBatch(self.facts, columns, body.nodes, body.dictionaries, body.buffers, b"".join(body.pieces))
+        if self._row is not None and length == 1 and not any(body.nodes[1::2]):
+            (message,) = batch.messages(None)
+            self._row_buffers = body.buffers
+            self._row_head = bytes(message[: -batch.nbytes])
+        return batch
+
+    def _numbers(self, columns: Sequence[Sequence[Any]], checked: bool) -> PlainBatch | None:
+        """Encode one row of numbers without nulls, with the head that such a row always has; ``None`` for other columns."""
+        try:
+            row = [value for (value,) in columns]
+            if not checked and not all(map(operator.contains, self._accepted, map(type, row))):
+                return None
+            data = cast("struct.Struct", self._row).pack(*row)
+        except (struct.error, OverflowError, ValueError, TypeError):
+            return None
+        return PlainBatch(self.facts, columns, (1, 0) * len(columns), (), self._row_buffers, data, self._row_head)
 
     def read(self, reader: IpcReader, message: BatchMessage) -> list[list[Any]]:
         """Decode a message of this schema to a list of values per column, as fully checked as pyarrow's; raises `_NotPlain`."""
@@ -1533,9 +1646,18 @@ class PlainPlan:
             raise _NotPlain
         try:
             dictionaries = map(_read_dictionary, reader.dictionaries()) if self.facts.has_dictionary else iter(())
-            parts = _Parts(head, message.body(), dictionaries)
-            columns = [read(head.rows, parts) for _, read in self._columns]
-        except (struct.error, UnicodeDecodeError, StopIteration, LookupError, OverflowError, ValueError):
+            return self._read(head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), dictionaries))
+        except StopIteration:
+            raise _NotPlain from None
+
+    def read_row(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes) -> list[Any]:
+        """Decode one row of a schema without dictionaries; *buffers* are known to lie inside *body*. Raises `_NotPlain`."""
+        return [column[0] for column in self._read(1, _Parts(nodes, buffers, body, iter(())))]
+
+    def _read(self, length: int, parts: _Parts) -> list[list[Any]]:
+        try:
+            columns = [read(length, parts) for _, read in self._columns]
+        except (struct.error, UnicodeDecodeError, LookupError, OverflowError, ValueError):
             raise _NotPlain from None
         parts.done()
         return columns
@@ -1550,18 +1672,20 @@ def plain_plan(schema: pa.Schema) -> PlainPlan | None:
             facts.plan = None
     return cast("PlainPlan | None", facts.plan)
 
-def _read_dictionary(message: BatchMessage) -> list[Any]:
+def _read_dictionary(message: BatchMessage) -> Sequence[str]:
     head = message.head
     if head.compressed or head.is_delta or len(message.data) > _PLAIN_BYTES or head.rows > _PLAIN_BYTES:
         raise _NotPlain
-    return _UTF8_COLUMN[1](head.rows, _Parts(head, message.body(), iter(())))
+    return _UTF8_COLUMN[1](head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), iter(())))
 
 
 class PlainBatch:
     """A short batch, encoded here: stands in for a record batch until somebody wants to look at one."""
-    __slots__ = ("_body", "_columns", "_data", "_facts", "_offsets", "nbytes", "num_rows", "schema")
-    def __init__(self, facts: SchemaFacts, columns: Sequence[Sequence[Any]], body: _Body, offsets: list[int], data: bytes) -> None:
-        self._facts, self._columns, self._body, self._offsets, self._data = facts, columns, body, offsets, data
+    __slots__ = ("_columns", "_dictionaries", "_facts", "_head", "data", "nbytes", "nodes", "num_rows", "offsets", "schema")
+    def __init__(self, facts: SchemaFacts, columns: Sequence[Sequence[Any]], nodes: Sequence[int],
+                 dictionaries: Sequence[tuple[str, ...]], offsets: list[int], data: bytes, head: bytes = b"") -> None:
+        self._facts, self._columns, self.nodes, self._dictionaries = facts, columns, nodes, dictionaries
+        self.offsets, self.data, self._head = offsets, data, head
         self.schema, self.num_rows, self.nbytes = facts.schema, len(columns[0]), len(data)  # nbytes: of its buffers
 
     def to_record_batch(self) -> pa.RecordBatch:
@@ -1569,17 +1693,105 @@ class PlainBatch:
         arrays = [pa.array(c, t) for c, t in zip(self._columns, self.schema.types)]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
+    def row(self) -> list[Any]:
+        """Return the values of its first row, encoded as codecs do."""
+        return [column[0] for column in self._columns]
+
     def messages(self, metadata: _Metadata | None) -> list[_Buffer]:
         """Return the messages that carry it: dictionaries first."""
+        if self._head and not metadata:
+            return [self._head + self.data]
         of_dictionaries, layout = self._facts.layouts(self, metadata, True)
         out: list[_Buffer] = []
-        for one, names in zip(of_dictionaries, self._body.dictionaries):
-            body = _Body()
-            _UTF8_COLUMN[0](names, body)
-            offsets, data = body.laid_out()
-            out.append(one.message(len(names), body.nodes, offsets, data, None))
-        out.append(layout.message(self.num_rows, self._body.nodes, self._offsets, self._data, metadata))
+        for one, names in zip(of_dictionaries, self._dictionaries):
+            if (one, names) not in (known := self._facts.dictionaries):
+                body = _Body()
+                _UTF8_COLUMN[0](names, body)
+                if len(known) >= 64:
+                    known.clear()
+                known[one, names] = one.message(len(names), body.nodes, body.buffers, b"".join(body.pieces), None)
+            out.append(known[one, names])
+        out.append(layout.message(self.num_rows, self.nodes, self.offsets, self.data, metadata))
         return out
+
+
+class StreamLayout:
+    """Whole streams of one row that differ in its values and in a few metadata values alone, as the calls of one method do: one
+    `struct` call reads or writes all of it, or all but the body where that has no fixed length. Learned from a stream that went
+    the ordinary way, so what was decided there on the fixed bytes holds for every stream of this layout."""
+    __slots__ = ("_buffers", "_buffers_at", "_fixed", "_keys_at", "_length_at", "_nodes", "_parts", "_plan", "_struct", "keys")
+    def __init__(self, facts: SchemaFacts, message: BatchMessage, holes: list[tuple[int, str, Any]], numbers: bool) -> None:
+        head, body_at = message.head, len(message.data) - message.head.body_length
+        example = facts.message + bytes(message.data[:None if numbers else body_at]) + (END_OF_STREAM if numbers else b"")
+        codes, at = ["<"], 0
+        for start, code, _ in sorted(holes):
+            codes += (f"{start - at}s", code)
+            at = start + struct.calcsize("<" + code)
+        self._struct = struct.Struct("".join([*codes, f"{len(example) - at}s"]))
+        self._parts = list(self._struct.unpack(example))  # fixed, hole, fixed, hole, … fixed
+        self._fixed, self._plan = tuple(self._parts[::2]), None if numbers else cast("PlainPlan", plain_plan(facts.schema))
+        names = [name for _, _, name in sorted(holes)]
+        self._keys_at = [i for i, name in enumerate(names) if isinstance(name, bytes)]
+        self.keys = tuple(names[i] for i in self._keys_at)
+        self._nodes, self._buffers = head.nodes, struct.Struct(f"<{len(head.buffers)}q")
+        self._length_at, self._buffers_at = (0, 0) if numbers else (names.index("body_length"), names.index("buffers"))
+
+    @classmethod
+    def learn(cls, facts: SchemaFacts, message: BatchMessage, keys: Sequence[bytes] = ()) -> StreamLayout | None:
+        """Learn from the one batch of a stream; the metadata values of *keys* may differ. ``None`` for columns whose values have
+        parts of their own, and where what may differ also decides how a head is read."""
+        head, plan, types_ = message.head, plain_plan(facts.schema), facts.schema.types
+        if not (len(types_) == 0 or (plan is not None and plan.even and head.rows == 1)) or head.compressed:
+            return None
+        numbers = all(t in _NUMBERS for t in types_) and not any(head.nodes[1::2])
+        first, body_at = len(facts.message), len(message.data) - head.body_length
+        regions = {name: (start, size) for start, size, name in _parse_head(bytes(message.data[8:body_at]))[1]}
+        wanted = {*[key for key in keys if (head.metadata or {}).get(key)], *(() if numbers else ("body_length", "buffers"))}
+        if not regions.keys() >= wanted or len(message.data) > SMALL_BODY_BYTES:
+            return None
+        holes = [(first + 8 + start, "q" if name == "body_length" else f"{size}s", name)
+                 for name, (start, size) in regions.items() if name in wanted]
+        if numbers:
+            holes += [(first + body_at + offset, _NUMBERS[t], offset) for offset, t in zip(head.buffers[2::4], types_)]
+        ends = [start + struct.calcsize("<" + code) for start, code, _ in sorted(holes)]
+        in_order = list(head.buffers[2::4]) == sorted(head.buffers[2::4])
+        if not in_order or any(end > start for end, (start, *_) in zip(ends, sorted(holes)[1:])):
+            return None
+        return cls(facts, message, holes, numbers)
+
+    def read(self, data: bytes, at: int) -> tuple[Sequence[Any], int] | None:
+        """Return the values of `keys`, then of the row, and where the stream ends; ``None`` when what stands in *data* from *at*
+        on is not of this layout, or not there to its end."""
+        end = at + self._struct.size
+        if len(data) < end:
+            return None
+        parts = self._struct.unpack_from(data, at)
+        if parts[::2] != self._fixed:
+            return None
+        holes = parts[1::2]
+        if self._plan is None:
+            return holes, end
+        body, buffers = data[end : end + holes[self._length_at]], self._buffers.unpack(holes[self._buffers_at])
+        end += len(body)
+        if len(body) != holes[self._length_at] or not are_inside(buffers, len(body)) or not data.startswith(END_OF_STREAM, end):
+            return None
+        try:
+            return [*[holes[i] for i in self._keys_at], *self._plan.read_row(self._nodes, buffers, body)], end + 8
+        except _NotPlain:
+            return None
+
+    def write(self, values: Mapping[bytes, bytes], batch: Any) -> bytes | None:
+        """Return the stream of a `PlainBatch` or tick with these values of `keys`; ``None`` for a batch of another layout."""
+        if batch is not _TICK and (not isinstance(batch, PlainBatch) or tuple(batch.nodes) != self._nodes):
+            return None
+        parts = self._parts.copy()
+        for i, key in zip(self._keys_at, self.keys):
+            parts[2 * i + 1] = values[key]
+        if self._plan is None:
+            parts[2 * len(self.keys) + 1 :: 2] = () if batch is _TICK else batch.row()
+            return self._struct.pack(*parts)
+        parts[2 * self._length_at + 1], parts[2 * self._buffers_at + 1] = len(batch.data), self._buffers.pack(*batch.offsets)
+        return b"".join((self._struct.pack(*parts), batch.data, END_OF_STREAM))
 
 
 # ============================================================================
@@ -1684,7 +1896,7 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
 def _filler(kind: pa.DataType) -> Any:
     """A value without nulls, which puts an entry into every dictionary of *kind*."""
     if pa.types.is_struct(kind):
-        return {f.name: _filler(f.type) for f in (kind.field(i) for i in range(kind.num_fields))}
+        return {f.name: _filler(f.type) for f in kind}
     if pa.types.is_map(kind):
         return [(_filler(kind.key_type), _filler(kind.item_type))]
     if kind.num_fields:
@@ -1743,13 +1955,11 @@ _SCALARS: dict[Any, tuple[pa.DataType, tuple[type, ...]]] = {  # annotation: Arr
 def _scalar_codec(kind: Callable[[Any], Any]) -> Codec:
     arrow_type, accepted = _SCALARS[kind]
     expected = _type_text(arrow_type)
-    def fits(value: Any) -> bool:
-        return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
     def encode(value: Any) -> Any:
         if type(value) is kind:
             return value
-        unboxed = value if fits(value) else _unboxed(value)
-        if not fits(unboxed):
+        unboxed = _unboxed(value)
+        if not isinstance(unboxed, accepted) or (isinstance(unboxed, bool) and kind is not bool):
             raise _Mismatch(expected, _got(value))
         try:
             return kind(unboxed)
@@ -1808,9 +2018,14 @@ def _dict_codec(key: Codec, value: Codec) -> Codec:
                 raise exc.under(f"[{k!r:.40}]") from None
     def encode(mapping: Any) -> Any:
         _expect(mapping, Mapping, expected)
+        if set(map(type, mapping)) <= key.plain and set(map(type, mapping.values())) <= value.plain:
+            return list(mapping.items())
         return list(pairs(mapping.items(), key.encode, value.encode))
-    decode = _not_none(_type_text(arrow_type), lambda entries: dict(pairs(entries, key.decode, value.decode)))
-    return Codec(arrow_type, False, encode, decode)
+    def decode(entries: Any) -> Any:
+        if key.decodes_plain and value.decodes_plain and not any(None in pair for pair in entries):
+            return dict(entries)
+        return dict(pairs(entries, key.decode, value.decode))
+    return Codec(arrow_type, False, encode, _not_none(_type_text(arrow_type), decode))
 
 def _enum_codec(kind: type[enum.Enum]) -> Codec:
     members = kind.__members__
@@ -1888,8 +2103,10 @@ class RowCodec:
     def __init__(self, fields: Iterable[tuple[str, Codec]]) -> None:
         pairs = list(fields)
         self.names = tuple(name for name, _ in pairs)
+        self.name_set = frozenset(self.names)
         self.codecs = tuple(codec for _, codec in pairs)
         self.schema = pa.schema([pa.field(n, c.arrow_type, nullable=c.nullable) for n, c in pairs])
+        self.decodes_plain = all(c.decodes_plain for c in self.codecs)
 
     @functools.cached_property
     def plan(self) -> PlainPlan | None:
@@ -1900,11 +2117,18 @@ class RowCodec:
         """Encode one row; raises `_Mismatch` whose path begins with ``.name``."""
         plan = self.plan
         if plan is not None:
-            encoded = [[_of_field(n, c.encode, v)] for n, c, v in zip(self.names, self.codecs, values)]
-            with contextlib.suppress(_NotPlain):
-                return plan.write(encoded, checked=True)
+            encoded = [v if type(v) in c.plain else _of_field(n, c.encode, v) for n, c, v in zip(self.names, self.codecs, values)]
+            try:
+                return plan.write_row(encoded)
+            except _NotPlain:
+                pass
         arrays = [_of_field(n, c.to_array, [v]) for n, c, v in zip(self.names, self.codecs, values)]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+
+    def decode(self, values: Sequence[Any]) -> list[Any]:
+        """Decode one row as `PlainPlan.read` or ``to_pylist`` gave it; raises as `from_batch`."""
+        return [v if c.decodes_plain and v is not None else _of_field(n, c.decode, v)
+                for n, c, v in zip(self.names, self.codecs, values)]
 
     def from_batch(self, batch: pa.RecordBatch) -> list[Any]:
         """Decode the one row of a batch of this schema; raises `_Mismatch` whose path begins with ``.name``."""
@@ -1915,8 +2139,7 @@ class RowCodec:
         plan = self.plan
         if plan is not None and reader.facts is plan.facts:
             with contextlib.suppress(_NotPlain):
-                columns = plan.read(reader, message)
-                return [_of_field(n, c.decode, column[0]) for n, c, column in zip(self.names, self.codecs, columns)]
+                return self.decode([column[0] for column in plan.read(reader, message)])
         return self.from_batch(reader.decode(message))
 
 
@@ -1944,6 +2167,7 @@ class DataclassCodec:
                 raise TypeError(f"{where}: {exc}") from None
         self.row = RowCodec(codecs)  # in the order of the fields
         self.names = frozenset(self.row.names)
+        self._all_init = all(f.init for f in self.fields)
 
     def values(self, instance: Any) -> Sequence[Any]:
         _expect(instance, self.cls, self.cls.__name__)
@@ -1978,8 +2202,10 @@ class DataclassCodec:
         plan = self.row.plan
         if plan is not None and reader.facts is plan.facts and message.head.rows == 1:
             with contextlib.suppress(_NotPlain):
-                columns = {name: column[0] for name, column in zip(self.row.names, plan.read(reader, message))}
-                return self._build(lambda codec: codec.decode, columns)
+                values = [column[0] for column in plan.read(reader, message)]
+                if self._all_init:
+                    return self.cls(**dict(zip(self.row.names, self.row.decode(values))))
+                return self._build(lambda codec: codec.decode, dict(zip(self.row.names, values)))
         return self.from_batch(reader.decode(message))
 
     def _build(self, reader: Callable[[Codec], Callable[[Any], Any]], present: Mapping[str, Any]) -> Any:
@@ -2129,11 +2355,11 @@ class AuthContext:
 
 _ANONYMOUS = AuthContext(None, False)
 ClientLog = Callable[[Message], None]
-_current_context: contextvars.ContextVar[CallContext | None] = contextvars.ContextVar("vgi_rpc_call", default=None)
+_current_auth: contextvars.ContextVar[AuthContext] = contextvars.ContextVar("vgi_rpc_auth", default=_ANONYMOUS)
 
 def current_auth() -> AuthContext:
     """Return who calls the method that runs now; anonymous outside of one."""
-    return ctx.auth if (ctx := _current_context.get()) is not None else _ANONYMOUS
+    return _current_auth.get()
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -2379,6 +2605,7 @@ class RpcMethodInfo:
     header: DataclassCodec | None = field(default=None, repr=False)
     idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
     deprecation: str | None = None  # why the method should not be used any more
+    layouts: dict[Any, StreamLayout | None] = field(default_factory=dict, repr=False, compare=False)  # of its requests and results
 
     @property
     def kind(self) -> str:
@@ -2427,12 +2654,9 @@ def _parse_version(text: str) -> tuple[int, int] | None:
 
 def _public_functions(cls: type) -> dict[str, Any]:
     """Public methods of a class by name; those of object, Protocol and Generic are nobody's service."""
-    found: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        if base.__module__ not in ("builtins", "typing", "typing_extensions", "abc"):
-            found.update({n: f for n, f in vars(base).items() if not n.startswith("_") and inspect.isfunction(f)})
-    found.pop("on_serve_start", None)
-    return found
+    bases = [b for b in reversed(cls.__mro__) if b.__module__ not in ("builtins", "typing", "typing_extensions", "abc")]
+    found = {n: f for base in bases for n, f in vars(base).items() if not n.startswith("_") and inspect.isfunction(f)}
+    return {n: f for n, f in found.items() if n != "on_serve_start"}
 
 def _is_context(name: str, annotation: Any) -> bool:
     return _split_optional(annotation)[0] is CallContext or (name == "ctx" and annotation is inspect.Parameter.empty)
@@ -2501,19 +2725,21 @@ def _result_facts(annotation: Any) -> dict[str, Any]:
 def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
     """Return the methods of a Protocol class, or of a plain class that serves as its own, by name. Raises one `TypeError` that
     names every annotation that is missing or has no Arrow type."""
-    protocol_name = protocol_name_of(protocol)
-    infos, problems = {}, []
-    for name, function in _public_functions(protocol).items():
-        try:
-            infos[name] = _method_info(protocol_name, name, function)
-        except TypeError as exc:
-            problems.append(f"{protocol.__qualname__}.{exc}")
-    _raise_problems(f"{protocol.__qualname__} cannot be served", problems)
-    return types.MappingProxyType(infos)
+    make = functools.partial(_method_info, protocol_name_of(protocol))
+    what, where = f"{protocol.__qualname__} cannot be served", f"{protocol.__qualname__}."
+    return types.MappingProxyType(_make_all(what, where, make, _public_functions(protocol)))
 
-def _raise_problems(what: str, problems: list[str]) -> None:
+def _make_all(what: str, where: str, make: Callable[[str, Any], _T], items: Mapping[str, Any]) -> dict[str, _T]:
+    """Return ``{name: make(name, item)}``; the `TypeError` of each that fails becomes part of one, *where* in front of it."""
+    made, problems = {}, []
+    for name, item in items.items():
+        try:
+            made[name] = make(name, item)
+        except TypeError as exc:
+            problems.append(f"{where}{exc}")
     if problems:
         raise TypeError(f"{what}: " + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
+    return made
 
 def describe_rpc(protocol: type, *, methods: Mapping[str, RpcMethodInfo] | None = None) -> str:
     """Return a text for people: the protocol's methods with their signatures, schemas and docstrings."""
@@ -2557,13 +2783,8 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
         wanted = implementation.__qualname__
         raise TypeError(f"expected an instance of {wanted}, got the class; write {wanted}()")
     service = HostedService(name, protocol, version, implementation, {})
-    problems: list[str] = []
-    for info in rpc_methods(protocol).values():
-        try:
-            service.methods[info.name] = _bind_method(info, service)
-        except TypeError as exc:
-            problems.append(str(exc))
-    _raise_problems(f"{type(implementation).__qualname__} does not implement {name}", problems)
+    what = f"{type(implementation).__qualname__} does not implement {name}"
+    service.methods |= _make_all(what, "", lambda _, info: _bind_method(info, service), rpc_methods(protocol))
     return service
 
 def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
@@ -2619,6 +2840,8 @@ def _state_types(info: RpcMethodInfo, returned: Any, problems: list[str]) -> tup
 def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """Return one value per parameter, in order, defaults filled in; raises `TypeError` where the call does not fit."""
     names = info.params.names
+    if not args and kwargs.keys() == info.params.name_set:
+        return [kwargs[name] for name in names]
     if len(args) > len(names):
         raise ParameterError(f"{info.name}() takes {len(names)} arguments {list(names)}, got {len(args)}")
     for name in kwargs:
@@ -2636,15 +2859,26 @@ def request_batch(info: RpcMethodInfo, values: Sequence[Any]) -> pa.RecordBatch 
     """Encode the arguments, 1 row x len(parameters) columns; a `TypeError` gives the parameter and the path inside it."""
     return _located(f"{info.name}() argument ", ".", info.params.to_batch, values) if info.params.names else _TICK
 
-def request_metadata(info: RpcMethodInfo, version: str, request_id: str, timeout: float | None) -> dict[bytes, bytes]:
-    """The metadata of a request (WIRE section 1); *timeout* in seconds."""
+def request_stream(info: RpcMethodInfo, batch: pa.RecordBatch | PlainBatch, version: str, request_id: str,
+                   timeout: float | None) -> bytes:
+    """Return a whole request (WIRE section 1): *batch* is that of `request_batch`, *timeout* in seconds."""
+    varying = {REQUEST_ID_KEY: request_id.encode()}
+    if timeout is not None:
+        varying[TIMEOUT_KEY] = b"%015d" % max(1, int(timeout * 1000))  # always as long, see StreamLayout
+    shape = version, len(request_id), len(varying)
+    layout = info.layouts.get(shape)
+    if layout is not None and (stream := layout.write(varying, batch)) is not None:
+        return stream
     metadata = {METHOD_KEY: info.name.encode(), REQUEST_VERSION_KEY: REQUEST_VERSION,
-                PROTOCOL_KEY: info.protocol_name.encode(), REQUEST_ID_KEY: request_id.encode()}
+                PROTOCOL_KEY: info.protocol_name.encode(), **varying}
     if version:
         metadata[PROTOCOL_VERSION_KEY] = version.encode()
-    if timeout is not None:
-        metadata[TIMEOUT_KEY] = str(max(1, int(timeout * 1000))).encode()
-    return metadata
+    stream = stream_bytes(batch.schema, [(batch, metadata)])
+    if shape not in info.layouts and len(info.layouts) < 8:
+        reader = IpcReader(BufferSource(stream))
+        message = cast("BatchMessage", reader.next_message())
+        info.layouts[shape] = StreamLayout.learn(reader.facts, message, list(varying))
+    return stream
 
 
 class Request:
@@ -2658,6 +2892,17 @@ class Request:
         if reader.next_message() is not None:
             got = 2 + sum(1 for _ in iter(reader.next_message, None))
             raise ProtocolError(f"request: expected exactly one batch, got {got}")
+
+    @property
+    def schema_message(self) -> bytes:
+        """The message that told its schema."""
+        return self._reader.facts.message
+
+    def layout(self) -> StreamLayout | None:
+        """Learn how requests look that differ from this one in request id, time limit and numbers alone."""
+        if not self.metadata.keys() <= _EVERYDAY_KEYS:
+            return None  # a trace, say, is another one in each request
+        return StreamLayout.learn(self._reader.facts, self._message, (REQUEST_ID_KEY, TIMEOUT_KEY))
 
     def text(self, key: bytes, what: str) -> str | None:
         """Return a metadata value as text, ``None`` when absent; raises `ProtocolError` when it is not UTF-8."""
@@ -2682,14 +2927,32 @@ class Request:
         """Whether the request has exactly the schema of *row*."""
         return (row.plan is not None and self._reader.facts is row.plan.facts) or self.schema.equals(row.schema)
 
-    def values(self, row: RowCodec) -> list[Any]:
+    def values(self, row: RowCodec) -> Sequence[Any]:
         """Decode its one row, validated as the reader was told; raises `_Mismatch`, `IPCError`."""
         return row.from_message(self._reader, self._message)
+
+
+class KnownRequest(Request):
+    """A request of a layout that was learned from one before it: it has its schema and its one row."""
+    def __init__(self, bound: BoundMethod, layout: StreamLayout, found: Sequence[Any]) -> None:
+        self.schema, self.rows = bound.info.params_schema, 1
+        self.metadata = dict(zip(layout.keys, found))
+        self._values = found[len(layout.keys) :]
+
+    def has_schema(self, row: RowCodec) -> bool:
+        return True
+
+    def values(self, row: RowCodec) -> Sequence[Any]:
+        return row.decode(self._values)
 
 def clean_request_id(text: str | None) -> str:
     """Return *text* if it may be echoed and logged (1 to 128 visible ASCII characters), else an empty string."""
     text = text or ""
+    if text.isalnum() and text.isascii() and len(text) <= MAX_REQUEST_ID_CHARS:
+        return text
     return text if len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable() and " " not in text else ""
+
+_EVERYDAY_KEYS = {METHOD_KEY, REQUEST_VERSION_KEY, REQUEST_ID_KEY, PROTOCOL_KEY, PROTOCOL_VERSION_KEY, TIMEOUT_KEY}
 
 def new_request_id() -> str:
     """Return 16 random hex characters."""
@@ -2742,7 +3005,20 @@ def read_result(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage) -
     if message.head.rows != 1 or reader.schema.names != ["result"]:
         got = f"{message.head.rows} rows of {_schema_text(reader.schema)}"
         raise ParameterError(f"{info.name}() result: expected 1 row of {_schema_text(info.result_schema)}, got {got}")
-    return _located(f"{info.name}() result", ".result", functools.partial(info.result.from_message, reader), message)[0]
+    value = _located(f"{info.name}() result", ".result", functools.partial(info.result.from_message, reader), message)[0]
+    if "result" not in info.layouts and reader.schema.equals(info.result_schema):
+        info.layouts["result"] = StreamLayout.learn(reader.facts, message)
+    return value
+
+def recall_result(info: RpcMethodInfo, data: bytes, at: int) -> tuple[Sequence[Any], int] | None:
+    """Read a result that stands in *data* from *at* on; return its row and where it ends. ``None`` when it does not look like the
+    first one that the method returned, or is not there to its end: then it goes the ordinary way."""
+    layout = info.layouts.get("result")
+    return None if layout is None else layout.read(data, at)
+
+def decode_result(info: RpcMethodInfo, row: Sequence[Any]) -> Any:
+    """Decode the row of a result; raises as `read_result`."""
+    return _located(f"{info.name}() result", ".result", info.result.decode, row)[0] if row else None
 
 
 # ============================================================================
@@ -2826,7 +3102,7 @@ def _type_token(kind: pa.DataType) -> str:
         sorted_ = ",keys_sorted" if kind.keys_sorted else ""
         return f"map<key:{_type_token(kind.key_type)},{_child_token('value', kind.item_field)}{sorted_}>"
     if t.is_struct(kind):
-        return f"struct<{','.join(_child_token(kind.field(i).name, kind.field(i)) for i in range(kind.num_fields))}>"
+        return f"struct<{','.join(_child_token(f.name, f) for f in kind)}>"
     if t.is_fixed_size_list(kind):
         return f"fixed_size_list({kind.list_size})<{_child_token('item', kind.value_field)}>"
     if t.is_list(kind) or t.is_large_list(kind):
@@ -3146,25 +3422,49 @@ class Call:
     """One call being served: `begin`, for a stream `turn` after `turn`, then `end`; used by one thread at a time."""
     def __init__(self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None,
                  request_id: str) -> None:
-        info, hosted = bound.info, bound.hosted
-        self.server, self.bound, self.started = server, bound, time.monotonic()
+        self.server, self.bound, self.caller, self.request_id = server, bound, caller, request_id
+        self.started, self._request = time.monotonic(), request
         self.stream: Stream[Any, Any] | None = None  # once `begin` returned one
+        self.cancelled = False  # by the client
         self._messages: list[Message] = []
         self._error: BaseException | None = None
-        sent = request.metadata if request is not None else {}
-        traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
-        metadata = {**caller.metadata, **traces, **({"remote_addr": caller.remote_addr} if caller.remote_addr else {})}
         timeout = request.timeout if request is not None else None
-        self.context = CallContext(
-            caller.auth, self._messages.append, metadata, server_id=server.server_id, method_name=info.name,
-            protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=request_id,
-            deadline=None if timeout is None else self.started + timeout, response_limit_bytes=caller.response_limit_bytes,
-            _gone=caller.gone)
-        self.record = CallRecord(
-            hosted.name, hosted.hash, info.name, info.method_type.value, request_id, caller.kind, caller.auth,
-            caller.remote_addr, metadata, os.urandom(16).hex() if info.method_type is MethodType.STREAM else "",
-            request.schema if request is not None else None, request.rows if request is not None else 0)
+        self._deadline = None if timeout is None else self.started + timeout
         self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
+
+    # Most calls have no hook that wants the record and no method that asks for the context: both are made when asked for.
+
+    @functools.cached_property
+    def context(self) -> CallContext:
+        """What the method may ask."""
+        info, hosted, caller = self.bound.info, self.bound.hosted, self.caller
+        return CallContext(
+            caller.auth, self._messages.append, self._transport_metadata, server_id=self.server.server_id, method_name=info.name,
+            protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=self.request_id,
+            deadline=self._deadline, response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone)
+
+    @functools.cached_property
+    def record(self) -> CallRecord:
+        """What hooks and the access log see."""
+        info, hosted, caller, request = self.bound.info, self.bound.hosted, self.caller, self._request
+        return CallRecord(
+            hosted.name, hosted.hash, info.name, info.method_type.value, self.request_id, caller.kind, caller.auth,
+            caller.remote_addr, self._transport_metadata, os.urandom(16).hex() if info.method_type is MethodType.STREAM else "",
+            request.schema if request is not None else None, request.rows if request is not None else 0)
+
+    @functools.cached_property
+    def _transport_metadata(self) -> dict[str, Any]:
+        sent = self._request.metadata if self._request is not None else {}
+        traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
+        return {**self.caller.metadata, **traces, **({"remote_addr": self.caller.remote_addr} if self.caller.remote_addr else {})}
+
+    def count_input(self, rows: int, size: int = 0) -> None:
+        """Count a batch that came, of so many rows and bytes, when somebody listens."""
+        if self._tokens:
+            statistics = self.record.statistics
+            statistics.input_batches += 1
+            statistics.input_rows += rows
+            statistics.input_bytes += size
 
     def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
         """Pending log lines as batches; the list is emptied."""
@@ -3172,26 +3472,25 @@ class Call:
         if not taken:
             return []
         self._messages.clear()
-        empty, request_id = empty_batch(schema), self.context.request_id
+        empty, request_id = empty_batch(schema), self.request_id
         return [(empty, _message_metadata(m, self.server.server_id, request_id)) for m in taken]
 
     def _failed(self, schema: pa.Schema, exc: BaseException, logs: Iterable[Message] = (), *, refused: bool = False) -> Turn:
         self._error = exc
         if not refused and not isinstance(exc, StatusError):
-            logger.debug("%s.%s raised", self.record.protocol, self.record.method, exc_info=exc)
-        items = [*self._logs(schema, logs), self.server.error_item(exc, schema, self.context.request_id)]
+            logger.debug("%s.%s raised", self.bound.hosted.name, self.bound.info.name, exc_info=exc)
+        items = [*self._logs(schema, logs), self.server.error_item(exc, schema, self.request_id)]
         return Turn(schema, items, True, exc, exc.http_status if refused and isinstance(exc, _Refusal) else 200)
 
     def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the application's code with this call as the current one; a deadline that has passed is an error."""
-        token = _current_context.set(self.context)
+        token = _current_auth.set(self.caller.auth)
         try:
             result = function(*args, **kwargs)
         finally:
-            _current_context.reset(token)
-        deadline = self.context.deadline
-        if deadline is not None and time.monotonic() >= deadline:
-            raise DeadlineExceededError(f"{self.record.method}(): the time that the client allowed has passed")
+            _current_auth.reset(token)
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            raise DeadlineExceededError(f"{self.bound.info.name}(): the time that the client allowed has passed")
         return result
 
     def refuse(self, exc: BaseException) -> Turn:
@@ -3208,7 +3507,8 @@ class Call:
             result = self._run(self.bound.function, **arguments)
             if info.method_type is MethodType.UNARY:
                 batch = result_batch(info, result)
-                self.record.statistics.record_output(batch)
+                if self._tokens:
+                    self.record.statistics.record_output(batch)
                 return Turn(info.result_schema, [*self._logs(info.result_schema), (batch, None)], True)
             self.stream = self._checked_stream(result)
             if self.stream.call_state is not None:
@@ -3235,10 +3535,11 @@ class Call:
         stream = cast("Stream[Any, Any]", self.stream)
         schema = stream.output_schema
         out = OutputCollector(schema, producer_mode=stream.is_producer)
-        self.record.statistics.record_input(given.batch)
+        if self._tokens:
+            self.record.statistics.record_input(given.batch)
         try:
             if not stream.is_producer:
-                batch = conform_batch(given.batch, stream.input_schema, f"{self.record.method}() input", cast_values=True)
+                batch = conform_batch(given.batch, stream.input_schema, f"{self.bound.info.name}() input", cast_values=True)
                 given = given if batch is given.batch else AnnotatedBatch(batch, given.custom_metadata)
             self._run(stream.state.process, given, out, self.context)
             out.validate()
@@ -3246,23 +3547,25 @@ class Call:
             return self._failed(schema, exc, out.messages)
         items = self._logs(schema, out.messages)
         if out._data is not None:
-            self.record.statistics.record_output(out._data)
+            if self._tokens:
+                self.record.statistics.record_output(out._data)
             items.append((out._data, out._metadata))
         return Turn(schema, items, out.finished)
 
     def cancel(self) -> None:
         """Tell the state, once, that the client has cancelled; what ``on_cancel`` raises is swallowed."""
-        if self.record.cancelled or self.stream is None:
+        if self.cancelled or self.stream is None:
             return
-        self.record.cancelled = True
+        self.cancelled = True
         try:
             self._run(self.stream.state.on_cancel, self.context)
         except BaseException as exc:
-            logger.debug("on_cancel of %s raised", self.record.method, exc_info=exc)
+            logger.debug("on_cancel of %s raised", self.bound.info.name, exc_info=exc)
 
     def end(self) -> None:
         """Report the call to the hooks and the access log."""
-        self.record.duration_ms = (time.monotonic() - self.started) * 1000
+        if self._tokens:
+            self.record.duration_ms, self.record.cancelled = (time.monotonic() - self.started) * 1000, self.cancelled
         for hook, token in zip(self.server._hooks, self._tokens):
             _tell(hook, "on_dispatch_end", token, self.record, self._error)
 
@@ -3297,6 +3600,7 @@ class ServerCore:
         self.methods: Mapping[str, RpcMethodInfo] = {name: bound.info for name, bound in primary.methods.items()}
         self._hooks: list[DispatchHook] = []
         self._started: set[TransportKind] = set()
+        self._known: dict[bytes, list[tuple[StreamLayout, BoundMethod]]] = {}  # by schema message: requests that were served
         self._state, self._active, self.draining = threading.Condition(), 0, False
 
     def list_protocols(self) -> ProtocolList:
@@ -3347,6 +3651,27 @@ class ServerCore:
         bound = self.method(service, name)
         self._check_protocol_version(service, request)
         return bound
+
+    def remember(self, bound: BoundMethod, request: Request) -> None:
+        """Recognise requests like this one, which was found good, from now on. Bounded; safe between threads."""
+        known = self._known.get(request.schema_message, [])
+        if len(known) < 16 and (layout := request.layout()) is not None:
+            if len(self._known) >= 512:
+                self._known.clear()
+            self._known[request.schema_message] = [(layout, bound), *known]
+
+    def recall(self, data: bytes, at: int) -> tuple[BoundMethod, KnownRequest, int] | None:
+        """Read a request that stands in *data* from *at* on; return its method, the request and where it ends. ``None`` when
+        none like it was served, or it is not there to its end: then it goes the ordinary way."""
+        if len(data) - at < 8:
+            return None
+        schema_message = data[at : at + 8 + struct.unpack_from("<i", data, at + 4)[0]]
+        most = self.limits.max_bytes
+        for layout, bound in self._known.get(schema_message, ()):
+            found = layout.read(data, at)
+            if found is not None and (most is None or found[1] - at <= most):
+                return bound, KnownRequest(bound, layout, found[0]), found[1]
+        return None
 
     def check_wire_version(self, metadata: _Metadata) -> None:
         """Raise `VersionError` unless the request speaks our wire version."""
@@ -3404,7 +3729,8 @@ class ServerCore:
     def __exit__(self, *exc: object) -> None:
         with self._state:
             self._active -= 1
-            self._state.notify_all()
+            if self.draining:
+                self._state.notify_all()
 
     def refuse_if_draining(self) -> None:
         """Raise `ServerDrainingError` once `drain` was called."""
@@ -3551,11 +3877,6 @@ class ByteChannel(ByteSource):
             filled += got
         return whole
 
-    def take(self, expected: bytes) -> bool:
-        found = self._buffer.startswith(expected, self._at)
-        self._at += len(expected) if found else 0
-        return found
-
     def read_until(self, marker: bytes, limit: int) -> bytes | None:
         """Read to and with *marker*; ``None`` if the source ends or *limit* bytes pass before it comes."""
         seen = self._at
@@ -3570,6 +3891,16 @@ class ByteChannel(ByteSource):
     def peek(self) -> bytes:
         """Return what has been received and not read."""
         return self._buffer[self._at :]
+
+    def received(self) -> tuple[bytes, int]:
+        """Wait until there is something to read, or the end; return what has been received and from where on it was not read."""
+        if self._at == len(self._buffer):
+            self._fill()
+        return self._buffer, self._at
+
+    def skip_to(self, end: int) -> None:
+        """Count what `received` returned as read up to *end*."""
+        self._at = end
 
     def write(self, pieces: Sequence[_Buffer]) -> None:
         """Write all of *pieces*, in order; large ones are not copied."""
@@ -4068,32 +4399,35 @@ class ByteClient(ClientChannel):
         self._broken = ""  # why the connection is closed
         self._between = False  # whether a stream is expected next: what comes else is text that something printed
 
-    @contextlib.contextmanager
-    def exclusive(self, deadline: float | None) -> Iterator[None]:
-        """Hold the connection; whatever is not an answer breaks it for good.
+    def exclusive(self, deadline: float | None) -> ByteClient:
+        """Take the connection for a ``with`` block; in it, whatever is not an answer breaks the connection for good.
 
         Raises `DeadlineExceededError` when other threads held it for too long (it stays usable), `RpcError` when this
         thread holds it: ``on_log`` calls back.
         """
-        if self._caller == threading.get_ident():
+        me = threading.get_ident()
+        if self._caller == me:
             raise RpcError("ProtocolError", "a call is running on this connection: on_log cannot make another one on it", "")
         left = -1.0 if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
         if not self._lock.acquire(timeout=left):
             raise DeadlineExceededError(f"{_TOO_LATE}: calls of other threads use the connection")
+        if self._broken:
+            self._lock.release()
+            raise TransportError(f"the connection is closed: {self._broken}")
+        self._caller, self.transport.channel.deadline = me, deadline
+        return self
+
+    def __enter__(self) -> None:
+        """The connection was taken by `exclusive` already."""
+
+    def __exit__(self, kind: Any, exc: BaseException | None, trace: object) -> None:
         try:
-            self._caller = threading.get_ident()
-            if self._broken:
-                raise TransportError(f"the connection is closed: {self._broken}")
-            self.transport.channel.deadline = deadline
-            try:
-                yield
-            except BaseException as exc:
-                if isinstance(exc, ParameterError) or (isinstance(exc, RpcError) and _was_answer(exc)):
-                    raise  # before a byte was sent, or after a whole answer
-                lost = self._break(exc)
-                if isinstance(exc, (EOFError, _Refusal, RpcError)):
-                    raise lost from None
-                raise  # interrupted in the middle of an exchange: nobody knows where the bytes stand
+            if exc is None or isinstance(exc, ParameterError) or (isinstance(exc, RpcError) and _was_answer(exc)):
+                return  # before a byte was sent, or after a whole answer
+            lost = self._break(exc)
+            if isinstance(exc, (EOFError, _Refusal, RpcError)):
+                raise lost from None
+            # Else it was interrupted in the middle of an exchange: nobody knows where the bytes stand.
         finally:
             self._caller = 0
             self._lock.release()
@@ -4159,17 +4493,24 @@ class ByteClient(ClientChannel):
     def _send_request(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> str:
         self._end_open("was ended by another call on its connection; read it to its end first, or connect twice")
         request_id, self._between = new_request_id(), True
-        metadata = request_metadata(info, options.version, request_id, options.timeout)
-        self.transport.channel.write([stream_bytes(batch.schema, [(batch, metadata)])])
+        self.transport.channel.write([request_stream(info, batch, options.version, request_id, options.timeout)])
         return request_id
 
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         with self.exclusive(options.deadline):
-            reader, item = self.open_reply(self._send_request(info, batch, options), options)
-            reader.skip()
-            if item is None:
-                raise IPCError(f"{info.name}(): expected a result, got an end of stream")
-        return answer_call(read_result, info, item.reader, item.message)
+            request_id, channel = self._send_request(info, batch, options), self.transport.channel
+            if not self.transport.stray and (known := recall_result(info, *channel.received())) is not None:
+                row, end = known
+                channel.skip_to(end)
+                self._between = False
+                read = functools.partial(decode_result, info, row)
+            else:
+                reader, item = self.open_reply(request_id, options)
+                reader.skip()
+                if item is None:
+                    raise IPCError(f"{info.name}(): expected a result, got an end of stream")
+                read = functools.partial(read_result, info, item.reader, item.message)
+        return answer_call(read)
 
     def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
         with self.exclusive(options.deadline):
@@ -4585,6 +4926,8 @@ class _ByteServing:
         """Serve one request; ``False`` when the connection is at its end."""
         try:
             self._channel.deadline = None
+            if (known := self._server.recall(*self._channel.received())) is not None:
+                return self._serve_known(*known)
             reader = self._reader()
             with self._server:
                 return self._serve_stream(reader)
@@ -4596,10 +4939,23 @@ class _ByteServing:
             pass
         return False
 
+    def _serve_known(self, bound: BoundMethod, request: Request, end: int) -> bool:
+        self._channel.skip_to(end)
+        self._orphan_expected = False
+        request_id = request.request_id or new_request_id()
+        with self._server:
+            try:
+                self._server.start(self._caller.kind)
+                self._serve_request(bound, request, request_id)
+            except (_Refusal, StatusError) as exc:
+                self._answer(exc, request_id)
+                self._orphan_expected = True
+        return True
+
     def _reader(self) -> IpcReader:
         return IpcReader(self._channel, self._server.limits, self._server.ipc_validation)
 
-    def _write(self, schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]]) -> None:
+    def _write(self, schema: pa.Schema, items: Sequence[tuple[pa.RecordBatch, Any]]) -> None:
         self._channel.write([stream_bytes(schema, items)])
 
     def _answer(self, exc: BaseException, request_id: str = "") -> None:
@@ -4617,7 +4973,7 @@ class _ByteServing:
                 self._answer_options(request)
                 return True
             self._server.start(self._caller.kind)
-            self._serve_request(request, request_id or new_request_id())
+            self._serve_request(self._server.resolve(request), request, request_id or new_request_id())
         except (_Refusal, StatusError) as exc:
             reader.skip()  # raises when the bytes make no sense: then the connection is closed
             if request is not None or not orphan_expected:
@@ -4631,8 +4987,7 @@ class _ByteServing:
         metadata = {SHM_KEY: b"false", REQUEST_VERSION_KEY: REQUEST_VERSION, SERVER_ID_KEY: self._server.server_id.encode()}
         self._write(EMPTY_SCHEMA, [(_TICK, metadata)])
 
-    def _serve_request(self, request: Request, request_id: str) -> None:
-        bound = self._server.resolve(request)
+    def _serve_request(self, bound: BoundMethod, request: Request, request_id: str) -> None:
         call = self._server.open_call(bound, self._caller, request, request_id)
         try:
             try:
@@ -4640,8 +4995,9 @@ class _ByteServing:
             except _Refusal as exc:
                 turn = call.refuse(exc)
             else:
-                call.record.statistics.input_batches += 1
-                call.record.statistics.input_rows += request.rows
+                if not isinstance(request, KnownRequest):
+                    self._server.remember(bound, request)
+                call.count_input(request.rows)
                 turn = call.begin(arguments)
             if call.stream is None:
                 self._orphan_expected = bound.info.method_type is MethodType.STREAM
@@ -6155,7 +6511,7 @@ def _json_in(value: Any, kind: pa.DataType, step: str = "") -> Any:
         if value is None:
             return None
         if t.is_struct(kind) and isinstance(value, dict):
-            members = {f.name: f.type for f in (kind.field(i) for i in range(kind.num_fields))}
+            members = {f.name: f.type for f in kind}
             for name in value.keys() - members.keys():
                 raise _Mismatch(f"one of {list(members)}", f"{name!r:.60}{_suggest(name, members)}")
             return {k: _json_in(v, members[k], f".{k}") for k, v in value.items()}
@@ -6924,8 +7280,7 @@ def _answer_item(reader: IpcReader, info: RpcMethodInfo, options: CallOptions, w
     return item
 
 def _request_body(info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> bytes:
-    metadata = request_metadata(info, options.version, new_request_id(), options.timeout)
-    return stream_bytes(batch.schema, [(batch, metadata)])
+    return request_stream(info, batch, options.version, new_request_id(), options.timeout)
 
 
 class _HttpClientStream(ClientStream):
@@ -7078,30 +7433,21 @@ class _HttpClientStream(ClientStream):
 # how much of each answer is checked.
 
 @contextlib.contextmanager
-def _connected(
-    dial: Callable[[], Transport | ClientChannel], protocol: type[_P], on_log: ClientLog | None, timeout: float | None,
-    ipc_validation: IpcValidation,
-) -> Iterator[_P]:  # fmt: skip
-    options: dict[str, Any] = {"timeout": timeout, "ipc_validation": ipc_validation}
-    with contextlib.closing(dial()) as transport, RpcConnection(protocol, transport, on_log, **options) as proxy:
+def _connected(dial: Callable[[], Transport | ClientChannel], protocol: type[_P], on_log: ClientLog | None,
+               timeout: float | None, ipc_validation: IpcValidation) -> Iterator[_P]:
+    with RpcConnection(protocol, dial(), on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
         yield proxy
 
 @contextlib.contextmanager
-def serve_pipe(
-    protocol: type[_P], implementation: Any, *, on_log: ClientLog | None = None, timeout: float | None = None,
-    ipc_validation: IpcValidation | None = None,
-) -> Iterator[_P]:  # fmt: skip
-    """Serve *implementation* in a thread of this process, over a pair of pipes, and give a proxy to it.
-
-    *ipc_validation* holds for both sides; default: every value. ``TypeError``: the implementation does not fit the protocol.
-    """
+def serve_pipe(protocol: type[_P], implementation: Any, *, on_log: ClientLog | None = None, timeout: float | None = None,
+               ipc_validation: IpcValidation | None = None) -> Iterator[_P]:
+    """Serve *implementation* in a thread of this process, over a pair of pipes, and give a proxy to it. *ipc_validation* holds
+    for both sides; default: every value. ``TypeError``: the implementation does not fit the protocol."""
     server = RpcServer(protocol, implementation, ipc_validation=ipc_validation)
     client, serving = make_pipe_pair()
-
     def serve() -> None:
         with contextlib.closing(serving):
             server.serve(serving)
-
     thread = threading.Thread(target=serve, daemon=True, name="vgi_rpc serve_pipe")
     thread.start()
     try:
@@ -7110,46 +7456,35 @@ def serve_pipe(
     finally:
         thread.join(WORKER_EXIT_SECONDS)
 
-def connect(
-    protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None, stderr: StderrMode = StderrMode.INHERIT,
-    stderr_logger: logging.Logger | None = None, timeout: float | None = None,
-    ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
-    """Start a worker and give a proxy to it; on leaving, its stdin is closed and it is reaped.
-
-    *cmd* is a program that calls `run_server`, with its arguments; one that is deaf for longer than *timeout* is terminated.
-    *stderr* says where its standard error goes, *stderr_logger* is for ``StderrMode.PIPE``. Raises `TransportError`, on
-    entering when the program cannot be started, from a call when it has died.
-    """
+def connect(protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None,
+            stderr: StderrMode = StderrMode.INHERIT, stderr_logger: logging.Logger | None = None, timeout: float | None = None,
+            ipc_validation: IpcValidation = IpcValidation.FULL) -> contextlib.AbstractContextManager[_P]:
+    """Start a worker and give a proxy to it; on leaving, its stdin is closed and it is reaped. *cmd* is a program that calls
+    `run_server`, with its arguments; one that is deaf for longer than *timeout* is terminated. *stderr* says where its standard
+    error goes, *stderr_logger* is for ``StderrMode.PIPE``. Raises `TransportError`, on entering when the program cannot be
+    started, from a call when it has died."""
     dial = functools.partial(SubprocessTransport, cmd, stderr=stderr, stderr_logger=stderr_logger)
     return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
-def unix_connect(
-    protocol: type[_P], path: str, *, on_log: ClientLog | None = None, timeout: float | None = None,
-    ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
+def unix_connect(protocol: type[_P], path: str, *, on_log: ClientLog | None = None, timeout: float | None = None,
+                 ipc_validation: IpcValidation = IpcValidation.FULL) -> contextlib.AbstractContextManager[_P]:
     """Connect to a Unix socket and give a proxy; on entering raises `TransportError` when nobody listens there."""
     return _connected(lambda: connect_unix_socket(path, timeout), protocol, on_log, timeout, ipc_validation)
 
-def tcp_connect(
-    protocol: type[_P], host: str, port: int, *, connect_timeout: float | None = 5.0, tls_context: ssl.SSLContext | None = None,
-    server_hostname: str | None = None, on_log: ClientLog | None = None, timeout: float | None = None,
-    ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
-    """Connect over TCP and give a proxy; on entering raises `TransportError` when nobody listens there, or TLS fails.
-
-    With *tls_context*, a client-side context of the standard library's ``ssl``, over TLS; the certificate must be for
-    *server_hostname*, by default for *host*. *connect_timeout* is in seconds.
-    """
+def tcp_connect(protocol: type[_P], host: str, port: int, *, connect_timeout: float | None = 5.0,
+                tls_context: ssl.SSLContext | None = None, server_hostname: str | None = None, on_log: ClientLog | None = None,
+                timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL,
+                ) -> contextlib.AbstractContextManager[_P]:
+    """Connect over TCP and give a proxy; on entering raises `TransportError` when nobody listens there, or TLS fails. With
+    *tls_context*, a client-side context of the standard library's ``ssl``, over TLS; the certificate must be for
+    *server_hostname*, by default for *host*. *connect_timeout* is in seconds."""
     def dial() -> Transport:
         connected = connect_tcp_socket(host, port, connect_timeout, tls_context, server_hostname)
         return Transport(SocketChannel(connected), TransportKind.TCP, f"{host}:{port}")
-
     return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
-def _http_client(
-    base_url: str | None, prefix: str | None, client: HttpSender | None, tls: ssl.SSLContext | None = None, **options: Any
-) -> HttpClient:
+def _http_client(base_url: str | None, prefix: str | None, client: HttpSender | None, tls: ssl.SSLContext | None = None,
+                 **options: Any) -> HttpClient:
     if client is not None:
         return HttpClient(client, prefix if prefix is not None else getattr(client, "prefix", ""), **options)
     if base_url is None:
@@ -7163,7 +7498,7 @@ def http_connect(
     client: HttpSender | None = None, headers: Headers | None = None, timeout: float | None = None,
     tls_context: ssl.SSLContext | None = None, compression_level: int | None = 1,
     accepted_max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES, ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
+) -> contextlib.AbstractContextManager[_P]:
     """Connect over HTTP and give a proxy, which several threads may use.
 
     Args:
@@ -7182,24 +7517,20 @@ def http_connect(
 
 @_takes_options(HttpOptions)
 def make_sync_client(server: RpcServer, **options: Any) -> SyncClient:
-    """Return a client for ``http_connect(P, client=...)`` that calls *server*'s HTTP side without a socket.
-
-    The keywords are those of `HttpOptions`; without ``token_key`` a random one is used, silently.
-    """
+    """Return a client for ``http_connect(P, client=...)`` that calls *server*'s HTTP side without a socket. The keywords are
+    those of `HttpOptions`; without ``token_key`` a random one is used, silently."""
     options.setdefault("token_key", os.urandom(32))
     return SyncClient(HttpApp(server, *_split_options(options, HttpOptions)))
 
-def http_capabilities(
-    base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None, timeout: float | None = None
-) -> HttpServerCapabilities:
+def http_capabilities(base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None,
+                      timeout: float | None = None) -> HttpServerCapabilities:
     """Ask a server's ``/health`` what it can do; raises `TransportError`. A *client* that was given stays open."""
     channel = _http_client(base_url, prefix, client)
     with contextlib.nullcontext() if client is not None else contextlib.closing(channel):
         return channel.capabilities(None if timeout is None else time.monotonic() + timeout)
 
-def http_introspect(
-    base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None, protocol: str | None = None
-) -> ServiceDescription:
+def http_introspect(base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None,
+                    protocol: str | None = None) -> ServiceDescription:
     """Return what an HTTP server says of *protocol*, by default its primary one; raises as `list_protocols`."""
     channel = _http_client(base_url, prefix, client)
     with contextlib.nullcontext() if client is not None else contextlib.closing(channel):
@@ -7218,14 +7549,12 @@ def _host_and_port(text: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 def run_server(protocol_or_server: type | RpcServer, implementation: Any = None) -> None:
-    """Be a worker: the ``main`` of a program that serves, which reads the program's own command line.
-
-    Without arguments it serves stdin and stdout. ``--http [--host H] [--port N]``, ``--unix PATH`` and ``--tcp [HOST:]PORT``
-    listen instead, and print one discovery line on stdout: ``PORT:<n>``, ``UNIX:<path>`` or ``TCP:<host>:<port>``.
+    """Be a worker: the ``main`` of a program that serves, which reads the program's own command line. Without arguments it
+    serves stdin and stdout. ``--http [--host H] [--port N]``, ``--unix PATH`` and ``--tcp [HOST:]PORT`` listen instead, and
+    print one discovery line on stdout: ``PORT:<n>``, ``UNIX:<path>`` or ``TCP:<host>:<port>``.
 
     *implementation* is ``None`` with a ready server, or to make one of a plain class. Raises ``TypeError`` when it does not
-    fit the protocol, ``SystemExit`` when the command line is wrong or asks for help.
-    """
+    fit the protocol, ``SystemExit`` when the command line is wrong or asks for help."""
     import argparse
     server = protocol_or_server
     if not isinstance(server, RpcServer):
