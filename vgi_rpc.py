@@ -3458,6 +3458,17 @@ class Call:
         traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
         return {**self.caller.metadata, **traces, **({"remote_addr": self.caller.remote_addr} if self.caller.remote_addr else {})}
 
+    @property
+    def deadline(self) -> float | None:
+        """When the client stops waiting, seconds of ``time.monotonic()``; over HTTP it differs from turn to turn."""
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float | None) -> None:
+        self._deadline = deadline
+        if "context" in self.__dict__:
+            self.context.deadline = deadline
+
     def count_input(self, rows: int, size: int = 0) -> None:
         """Count a batch that came, of so many rows and bytes, when somebody listens."""
         if self._tokens:
@@ -5753,21 +5764,26 @@ class HttpApp:
             raise ProtocolError(f"{path[1]}() is {'' if kind is MethodType.UNARY else 'not '}a stream; {hint}")
         return bound
 
-    def _read_request(self, path: list[str], body: bytes, kind: MethodType) -> tuple[BoundMethod, Request]:
-        """Read the request that begins a call."""
-        hint = "post to its /init" if kind is MethodType.UNARY else "post without /init"
-        bound, source = self._bound(path, kind, hint), BufferSource(body)
+    def _read_request(self, path: list[str], body: bytes, kind: MethodType) -> tuple[Request, BoundMethod, dict[str, Any]]:
+        """Read the request that begins a call: the request, its method and its arguments."""
+        bound = self._bound(path, kind, "post to its /init" if kind is MethodType.UNARY else "post without /init")
+        known = self.server.recall(body, 0) if isinstance(body, bytes) else None
+        if known is not None and known[0] is bound and known[2] == len(body):
+            return known[1], bound, read_arguments(bound.info, known[1])
+        source = BufferSource(body)
         request = Request(self._reader(source))
         if source.left:
             raise IPCError(f"request: {source.left} bytes after the end of the stream")
         self.server.resolve(request, (path[0], path[1]))
-        return bound, request
+        arguments = read_arguments(bound.info, request)
+        if PROTOCOL_KEY in request.metadata:  # which it may leave out here, but not on a byte stream of the same server
+            self.server.remember(bound, request)
+        return request, bound, arguments
 
     def _unary(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
-        bound, request = self._read_request(path, body, MethodType.UNARY)
-        arguments = read_arguments(bound.info, request)
+        request, bound, arguments = self._read_request(path, body, MethodType.UNARY)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
-        call.record.http["request_bytes"] = len(body)
+        _note(call, request_bytes=len(body))
         try:
             turn = call.begin(arguments)
             return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
@@ -5776,10 +5792,9 @@ class HttpApp:
 
     def _init(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
         """Serve the start of a stream."""
-        bound, request = self._read_request(path, body, MethodType.STREAM)
-        arguments = read_arguments(bound.info, request)
+        request, bound, arguments = self._read_request(path, body, MethodType.STREAM)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
-        call.record.http["request_bytes"] = len(body)
+        _note(call, request_bytes=len(body))
 
         def answer() -> HttpResponse:
             turn = call.begin(arguments)
@@ -5814,8 +5829,8 @@ class HttpApp:
         call = self._go_on(bound, caller, opened, own_id or request_id)
         timeout = metadata.get(TIMEOUT_KEY, b"")
         if timeout.isdigit() and len(timeout) < 16:
-            call.context.deadline = time.monotonic() + int(timeout) / 1000
-        call.record.http["request_bytes"] = len(body)
+            call.deadline = time.monotonic() + int(timeout) / 1000
+        _note(call, request_bytes=len(body))
         shown = {k: v for k, v in metadata.items() if k not in _OUR_KEYS}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
 
@@ -5841,7 +5856,8 @@ class HttpApp:
         if opened.limit is not None and opened.limit != caller.response_limit_bytes:
             caller = dataclasses.replace(caller, response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
         call = self.server.open_call(bound, caller, None, request_id)
-        call.record.stream_id = opened.stream_id
+        if call._tokens:
+            call.record.stream_id = opened.stream_id
         return call
 
     def _next_turn(self, call: Call, opened: _OpenedCall, state: StreamState | bytes, given: AnnotatedBatch, cancel: bool) -> Turn:
@@ -5867,9 +5883,9 @@ class HttpApp:
 
     def _several(self, answer: _StreamAnswer, turn: Turn, most: int) -> Iterator[bytes]:
         """Yield nothing, then each turn as it is made, and the token at the end: within the budget, *most* and a time."""
-        call, context, pieces = answer.call, answer.call.context, list[_Buffer]()
-        writer, limit = IpcWriter(pieces.extend, turn.schema), context.response_limit_bytes
-        until, allowed = time.monotonic() + MAX_TURNS_SECONDS, context.deadline and context.deadline - call.started
+        call, pieces = answer.call, list[_Buffer]()
+        writer, limit = IpcWriter(pieces.extend, turn.schema), call.caller.response_limit_bytes
+        until, allowed = time.monotonic() + MAX_TURNS_SECONDS, call.deadline and call.deadline - call.started
         lead, sent, state = answer.header, 0, None
 
         def encode(turn: Turn) -> bytes:
@@ -5899,11 +5915,11 @@ class HttpApp:
                 if limit is not None and sent + len(data) > limit:
                     data = self._too_large(call, len(data), limit)
                 sent += len(data)
-                call.record.http.update(http_status=200, response_bytes=sent)
+                _note(call, http_status=200, response_bytes=sent)
                 yield data
                 if turn.finished:
                     return
-                lead, context.deadline = b"", allowed and time.monotonic() + allowed
+                lead, call.deadline = b"", allowed and time.monotonic() + allowed
                 turn = call.turn(answer.given)
 
     def _remember(self, answer: _StreamAnswer) -> Callable[[], bytes]:
@@ -5921,14 +5937,14 @@ class HttpApp:
         return _encoded(bound.hosted.name, bound.info.name, *who)
 
     def _seal_call(self, call: Call, stream: Stream[Any, Any], call_id: bytes) -> bytes:
-        limit, fixed, kind = call.context.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
+        limit, fixed, kind = call.caller.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
         if fixed is not None and (kind is None or not isinstance(fixed, kind)):
             wanted = "CALL_STATE_TYPE, which is not set" if kind is None else kind.__name__
             raise ParameterError(f"{type(stream.state).__name__}: Stream(call_state=...): expected {wanted}, got {_got(fixed)}")
         call_state = fixed.serialize_to_bytes() if fixed is not None else b""
         schemas = _serialized(stream.output_schema), _serialized(stream.input_schema)
         parts = (call_id, *schemas, call_state, call.record.stream_id.encode(), b"" if limit is None else str(limit).encode())
-        return self.sealer.seal(b"call", (*self._binding(call.bound, call.context.auth), call_id), pack_parts(parts))
+        return self.sealer.seal(b"call", (*self._binding(call.bound, call.caller.auth), call_id), pack_parts(parts))
 
     @staticmethod
     def _state_content(answer: _StreamAnswer, state: Any) -> bytes:
@@ -5943,7 +5959,7 @@ class HttpApp:
         return pack_parts((answer.call_id, bytes([bound.state_types.index(type(state))]), state.serialize_to_bytes()))
 
     def _tokens(self, answer: _StreamAnswer, content: bytes) -> dict[bytes, bytes]:
-        binding = self._binding(answer.call.bound, answer.call.context.auth)
+        binding = self._binding(answer.call.bound, answer.call.caller.auth)
         tokens = {STATE_KEY: self.sealer.seal(b"state", binding, content)}
         return {**tokens, CALL_STATE_KEY: answer.call_token} if answer.call_token else tokens
 
@@ -5965,7 +5981,7 @@ class HttpApp:
         # fields, as it cannot differ from what reading back would give.
         cursor, state = tokens[STATE_KEY], stream.state
         if len(cursor) <= _MAX_LIVE_BYTES and getattr(state, "__dict__", {}).keys() == dataclass_codec(type(state)).names:
-            binding = self._binding(answer.call.bound, answer.call.context.auth)
+            binding = self._binding(answer.call.bound, answer.call.caller.auth)
             with self._lock:
                 self._live[cursor] = _LiveState(binding, self.sealer.clock(), answer.call_id, state)
                 if len(self._live) > _MAX_LIVE_STATES:
@@ -6019,7 +6035,7 @@ class HttpApp:
             call_state = cls.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
         stream: Stream[Any, Any] = Stream(opened.output_schema, state, opened.input_schema, call_state=call_state)
         if cls.rehydrate is not StreamState.rehydrate:
-            call._run(state.rehydrate, call.context.implementation)
+            call._run(state.rehydrate, call.bound.hosted.implementation)
         if call_state is not None:
             call._run(state.bind_call_state, call_state)
         call.stream = stream
@@ -6035,7 +6051,7 @@ class HttpApp:
 
     def _respond(self, call: Call, request: HttpRequest, body: bytes, turn: Turn) -> HttpResponse:
         """Put a turn's bytes into a response: budget first, then coding."""
-        limit, failed = call.context.response_limit_bytes, turn.error is not None
+        limit, failed = call.caller.response_limit_bytes, turn.error is not None
         if limit is not None and len(body) > limit:
             body, failed = self._too_large(call, len(body), limit), True
         headers = [("Content-Type", ARROW_CONTENT_TYPE), *([(RPC_ERROR_HEADER, "true")] if failed else [])]
@@ -6046,8 +6062,13 @@ class HttpApp:
             if packed is not None:
                 body = packed
                 headers.append((header, encoding))
-        call.record.http.update(http_status=turn.status, response_bytes=len(body))
+        _note(call, http_status=turn.status, response_bytes=len(body))
         return HttpResponse(turn.status, headers, body)
+
+def _note(call: Call, **facts: int) -> None:
+    """Put facts of HTTP on a call's record, when somebody listens."""
+    if call._tokens:
+        call.record.http.update(facts)
 
 @functools.lru_cache(maxsize=1024)
 def _encoded(*texts: str) -> tuple[bytes, ...]:
@@ -6060,7 +6081,7 @@ def _arrow_failure(app: HttpApp, exc: BaseException, request_id: str) -> HttpRes
     return HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE), *further], body)
 
 def _answer_too_large(call: Call, size: int, limit: int) -> ResponseTooLargeError:
-    return ResponseTooLargeError(f"{call.record.method}(): the answer exceeds max_response_bytes ({size} > {limit})")
+    return ResponseTooLargeError(f"{call.bound.info.name}(): the answer exceeds max_response_bytes ({size} > {limit})")
 
 def _smallest(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
@@ -7249,6 +7270,9 @@ class HttpClient(ClientChannel):
     # -- calls
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         reply = self.post(f"/{info.protocol_name}/{info.name}", _request_body(info, batch, options), options.deadline)
+        known = recall_result(info, reply.body, 0) if isinstance(reply.body, bytes) else None
+        if known is not None and known[1] == len(reply.body):
+            return decode_result(info, known[0])
         item = _answer_item(_open_answer(BufferSource(reply.body), options), info, options, "a result")
         return answer_call(read_result, info, item.reader, item.message)
 
