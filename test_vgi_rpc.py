@@ -2394,6 +2394,16 @@ class HttpTokenTests(TestCase):
         self.assertEqual(ada.exchange().status, 200)
         self.assertEqual(anonymous.exchange().status, 200)
 
+    def test_a_state_that_is_still_here_ages_too(self) -> None:
+        app = vgi_rpc.make_wsgi_app(make_server(), token_key=KEY)
+        stream, sealer = RawStream(WsgiClient(app)), app.app.sealer
+        sealer.clock = lambda: time.time() + 3_000
+        self.assertEqual(stream.exchange().status, 200)
+        sealer.clock = lambda: time.time() + 4_000
+        self.assertIn("expired", self.refused(stream.exchange()))
+        sealer.clock = lambda: time.time() - 4_000
+        self.assertIn("future", self.refused(stream.exchange()))
+
     def test_another_server_needs_the_same_key(self) -> None:
         stream = RawStream(wsgi_client(token_key=KEY))
         for key, good in (
@@ -4084,6 +4094,14 @@ def http_head(*lines: str, start: str = "POST /Service/add HTTP/1.1", host: str 
     return ("\r\n".join(given) + "\r\n\r\n").encode("latin-1")
 
 
+def error_or(call: Any) -> Any:
+    """What *call* returns, or what it raised in as many parts."""
+    try:
+        return call()
+    except vgi_rpc.ProtocolError as exc:
+        return ("error", str(exc), exc.http_status, None)
+
+
 LENGTH = f"Content-Length: {len(GOOD)}"
 CHUNKED = b"%x\r\n" % len(GOOD) + GOOD + b"\r\n0\r\n\r\n"
 ASKED = http_head(LENGTH) + GOOD
@@ -4216,6 +4234,58 @@ class HttpFramingTests(TestCase):
         parsed = vgi_rpc.parse_http_head(b"GET / HTTP/1.1\r\nA: 1\r\nb:  2 \r\na: 3\r\n\r\n")
         self.assertEqual(parsed.headers, {"a": "1, 3", "b": "2"})
         self.assertEqual(set(parsed.repeated), {"a"})
+
+    def test_heads_one_after_the_other(self) -> None:
+        """What is known of a head never shows in those that follow it on their connection."""
+        rng = random.Random(11)
+        lines = ["X-Request-ID: a1", "X-Request-ID: a b", "x-request-id: c", "Date: Sun, 06 Nov 1994 08:49:37 GMT", "Date: x", "DATE: y"]
+        lines += ["Content-Length: 5", "Content-Length: 71", "Content-Length: +5", "Content-Length: 5 ", "content-length: 5"]
+        lines += ["X: Content-Length: 5", "X-Content-Length: 5", "Content-Length : 5", "Host: y", "Accept: a", "", "\x00: b"]
+        last, same = http_head("Date: Sun, 06 Nov 1994 08:49:37 GMT", LENGTH), 0
+
+        class Prepared(vgi_rpc.ByteChannel):
+            def _receive(self, size: int) -> bytes:
+                return last
+
+        reader = vgi_rpc.HeadReader(Prepared())
+        for _ in range(20_000):
+            if rng.random() < 0.7:
+                last = http_head(*(rng.choice(lines) for _ in range(rng.randrange(4))))
+                last = last[: last.index(b"\r\n\r\n") + 4]
+            memories = set()
+            for raw in (last, last.replace(b"Length: 5\r\n\r\n", b"Length: 71\r\n\r\n")):
+                last = raw
+                found, wanted = error_or(reader.read), error_or(lambda: vgi_rpc.parse_http_head(last))
+                self.assertEqual(found[:3], wanted[:3], raw)
+                memories.add(id(found[3]))
+            same += len(memories) == 1
+        self.assertGreater(same, 1000)
+
+    def test_a_known_head_changes_no_answer(self) -> None:
+        for name, (data, statuses) in FRAMING.items():
+            with self.subTest(name), RawHttp(self.port) as raw:
+                for given, accepted in ((ASKED, (200,)), (ASKED, (200,)), (data, statuses)):
+                    raw.send(given)
+                    self.assertIn(raw.answer().status, accepted)
+
+    def test_each_request_of_a_connection_is_authenticated(self) -> None:
+        asked: list[str] = []
+
+        def authenticate(request: Any) -> AuthContext:
+            asked.append(request.get_header("x-request-id"))
+            if len(asked) == 3:
+                raise ValueError("over")
+            return AuthContext("t", True, f"caller {len(asked)}")
+
+        _, port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, authenticate=authenticate)
+        body = request_bytes("context", {})
+        with RawHttp(port) as raw:
+            for number, status in ((1, 200), (2, 200), (3, 401)):
+                raw.send(http_head(f"X-Request-ID: r{number}", f"Content-Length: {len(body)}", start="POST /Service/context HTTP/1.1") + body)
+                reply = raw.answer()
+                self.assertEqual((reply.status, reply.headers["x-request-id"]), (status, f"r{number}"))
+                self.assertEqual(f"caller {number}".encode() in reply.body, status == 200)
+        self.assertEqual(asked, ["r1", "r2", "r3"])
 
     def test_keep_alive_and_pipelining(self) -> None:
         with RawHttp(self.port) as raw:
