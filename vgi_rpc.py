@@ -992,17 +992,18 @@ def _children(kind: pa.DataType) -> list[pa.Field]:
         return [pa.field("", kind.value_type)]
     return [kind.field(i) for i in range(kind.num_fields)]
 
-def _has_dictionary(kind: pa.DataType) -> bool:
+def _count_dictionaries(kind: pa.DataType) -> int:
     if isinstance(kind, pa.BaseExtensionType):
-        return _has_dictionary(kind.storage_type)
-    return pa.types.is_dictionary(kind) or any(_has_dictionary(kind.field(i).type) for i in range(kind.num_fields))
+        return _count_dictionaries(kind.storage_type)
+    return int(pa.types.is_dictionary(kind)) + sum(_count_dictionaries(kind.field(i).type) for i in range(kind.num_fields))
 
 class SchemaFacts:
     """A schema with what reading and writing its batches needs to know; safe for use by several threads."""
-    __slots__ = ("_shapes", "dictionaries", "has_dictionary", "message", "plan", "schema", "seen")
+    __slots__ = ("_shapes", "dictionaries", "dictionary_count", "has_dictionary", "message", "plan", "schema", "seen")
     def __init__(self, schema: pa.Schema, message: bytes) -> None:
         self.schema, self.message = schema, message  # the encapsulated schema message
-        self.has_dictionary = any(map(_has_dictionary, schema.types))
+        self.dictionary_count = sum(map(_count_dictionaries, schema.types))
+        self.has_dictionary = self.dictionary_count > 0
         self.plan: Any = False  # how its short batches travel without pyarrow: `plain_plan` fills it in
         self._shapes: dict[Any, tuple[list[HeadLayout], HeadLayout]] = {}
         self.seen: tuple[BatchMessage, ...] = ()  # short dictionary messages, as read
@@ -1123,11 +1124,12 @@ class IpcReader:
             if limit is not None and size > limit:
                 self._unread = size
                 raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {size}")
-            call = self._source.read_after
-            message = call(raw, size) if size <= SMALL_BODY_BYTES else _guard("the message body", call, raw, size)
-            got = len(message) - len(raw)
-            if got < size:
-                raise IPCError(f"half a message: expected a body of {size} bytes, got {got}")
+            message: _Buffer = raw
+            if size:
+                call = self._source.read_after
+                message = call(raw, size) if size <= SMALL_BODY_BYTES else _guard("the message body", call, raw, size)
+                if (got := len(message) - len(raw)) < size:
+                    raise IPCError(f"half a message: expected a body of {size} bytes, got {got}")
             if not known:
                 self._check_bounds(head, memoryview(message)[len(raw) :])
             if head.kind == _BATCH_MESSAGE:
@@ -1638,8 +1640,10 @@ class PlainPlan:
         if head.compressed or len(message.data) > _PLAIN_BYTES or not 0 < head.rows <= _PLAIN_BYTES:
             raise _NotPlain
         try:
-            dictionaries = map(_read_dictionary, reader.dictionaries()) if self.facts.has_dictionary else iter(())
-            return self._read(head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), dictionaries))
+            found = reader.dictionaries() if self.facts.has_dictionary else []
+            if [m.head.dictionary_id for m in found] != list(range(self.facts.dictionary_count)):  # as pyarrow numbers them
+                raise _NotPlain
+            return self._read(head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), map(_read_dictionary, found)))
         except StopIteration:
             raise _NotPlain from None
 
@@ -1878,7 +1882,7 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
         offsets = pa.py_buffer(struct.pack("<ii", 0, len(values[0])))
         return pa.Array.from_buffers(kind, 1, [None, offsets, pa.py_buffer(values[0])])  # not copied
     array_ = pa.array(values, type=kind)
-    if kind.num_fields and _has_dictionary(kind):
+    if kind.num_fields and _count_dictionaries(kind):
         try:
             array_.validate(full=True)
         except pa.ArrowInvalid:
@@ -2539,7 +2543,7 @@ class Stream(Generic[_S, _H]):
     @property
     def is_producer(self) -> bool:
         """Whether turns run on ticks: nothing comes in, and the state is not an exchange's."""
-        return not len(self.input_schema) and not isinstance(self.state, ExchangeState)
+        return (self.input_schema is EMPTY_SCHEMA or not len(self.input_schema)) and not isinstance(self.state, ExchangeState)
 
     if typing.TYPE_CHECKING:  # to a client's type checker a Stream is the StreamSession that the proxy returns
         def __iter__(self) -> Iterator[AnnotatedBatch]: ...
@@ -3513,12 +3517,12 @@ class Call:
     def turn(self, given: AnnotatedBatch) -> Turn:
         """Serve one turn of the stream on *given* (a tick for a producer)."""
         stream = cast("Stream[Any, Any]", self.stream)
-        schema = stream.output_schema
-        out = OutputCollector(schema, producer_mode=stream.is_producer)
+        schema, producer = stream.output_schema, stream.is_producer
+        out = OutputCollector(schema, producer_mode=producer)
         if self._tokens:
             self.record.statistics.record_input(given.batch)
         try:
-            if not stream.is_producer:
+            if not producer:
                 batch = conform_batch(given.batch, stream.input_schema, f"{self.bound.info.name}() input", cast_values=True)
                 given = given if batch is given.batch else AnnotatedBatch(batch, given.custom_metadata)
             self._run(stream.state.process, given, out, self.context)
@@ -5006,7 +5010,8 @@ class _ByteServing:
                         call.cancel()
                     writer.close()
                     break
-                turn = call.turn(AnnotatedBatch(batch, pa.KeyValueMetadata(metadata) if metadata else None))
+                plain = batch is _TICK and not metadata
+                turn = call.turn(_PLAIN_TICK if plain else AnnotatedBatch(batch, pa.KeyValueMetadata(metadata) if metadata else None))
             finished = turn.finished
             writer.write_all(turn.items, close=finished)
         reader.skip()
