@@ -869,7 +869,7 @@ def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
             decisive[start : start + size] = b"\1" * size
         apart = all(end <= start for (_, end), (start, _) in zip(sorted(spans), sorted(spans)[1:]))
         once = len({name for _, _, name in regions}) == len(regions)
-        return head, regions if apart and once and not any(any(decisive[a:b]) for a, b in spans) else []
+        return head, regions if apart and once and not any(1 in decisive[a:b] for a, b in spans) else []
     message = _Table(data, struct.unpack_from("<I", data, 0)[0], seen)
     if message.scalar(0, "<h") not in (3, 4):  # V4 and V5 of MetadataVersion: those that pyarrow reads
         raise ValueError(f"metadata version {message.scalar(0, '<h') + 1}")
@@ -967,8 +967,8 @@ def parse_message_head(data: bytes) -> MessageHead:
         head, regions = _parse_head(data)
     except (struct.error, IndexError, ValueError, OverflowError, MemoryError) as exc:
         raise IPCError(f"not an Arrow IPC message: its head of {len(data)} bytes does not parse ({_text_of(exc)})") from None
-    if regions and len(data) <= 4096 and len(layouts) < 8:
-        if len(_layouts) >= 512:
+    if regions and len(data) <= 16_384 and len(layouts) < 8:
+        if len(_layouts) * len(data) >= 1 << 21:
             _layouts.clear()
         _layouts[len(data)] = [*layouts, HeadLayout(data, head, regions)]
     return head
@@ -1458,11 +1458,18 @@ def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]
             body.pieces.append(one.pack(values[0]))
             body.size = at + 8
             return
-        if _write_node(values, body):
+        form = f"<{len(values)}{code}"
+        try:  # a look for nulls takes twice as long as this
+            data = struct.pack(form, *values)
+            body.nodes += (len(values), 0)
+            body.add(b"")
+        except struct.error:
+            _write_node(values, body)
             values = [0 if v is None else v for v in values]
+            data = struct.pack(form, *values)
         if not body.checked and not set(map(type, values)) <= accepted:
             raise _NotPlain
-        body.add(struct.pack(f"<{len(values)}{code}", *values))
+        body.add(data)
     def read(length: int, parts: _Parts) -> list[Any]:
         found = list(parts.numbers(parts.take(length, 2), length, code, size))
         return found if parts.validity is None else _with_nulls(found, parts.validity)
@@ -1992,7 +1999,12 @@ def _list_codec(item: Codec, container: type) -> Codec:
     expected = f"{container.__name__} of {item.expected}"
     def encode(values: Any) -> Any:
         _expect(values, accepted, expected)
-        return list(values) if set(map(type, values)) <= item.plain else _each(item.encode, values)
+        kinds = list(map(type, values))
+        # To count one type takes half as long as to collect them all.
+        alike = kinds and kinds[0] in item.plain and kinds.count(kinds[0]) == len(kinds)
+        if not alike and not set(kinds) <= item.plain:
+            return _each(item.encode, values)
+        return values if type(values) is list else list(values)
     def decode(values: Any) -> Any:
         plain = item.decodes_plain and (item.nullable or None not in values)
         members = values if plain else _each(item.decode, values)
@@ -3203,7 +3215,10 @@ def _method_description(m: MethodSummary) -> MethodDescription:
 _TOKEN_REFUSED = "state token refused: not issued by this service for this call; start the stream again"
 _MAC_BYTES = 32
 _STORED, _ZLIB, _ZSTD = 0, 1, 2
-_SAMPLE_BYTES, _WORTH, _COMPRESS_FROM_BYTES = 4_096, 0.7, 1_024
+_SAMPLE_BYTES, _WORTH = 4_096, 0.7
+# What fits into the first flight of a TCP connection (ten segments, RFC 6928) arrives no sooner for being shorter, and packing
+# takes longer than all else that is done with it. A token grows by a third in base64.
+_COMPRESS_BODY_FROM_BYTES, _COMPRESS_STATE_FROM_BYTES = 14_000, 10_000
 _MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
 
 @functools.cache
@@ -3267,36 +3282,27 @@ class TokenSealer:
     def __init__(self, keys: Sequence[bytes], ttl: float = TOKEN_TTL_SECONDS, clock: Callable[[], float] = time.time) -> None:
         if not keys or any(len(k) < 16 for k in keys):
             raise ValueError(f"token key: expected at least 16 bytes, got {[len(k) for k in keys] or 'none'}")
-        self._keys, self.ttl, self._clock = [bytes(k) for k in keys], ttl, clock
+        self._begun, self.ttl, self.clock = [hmac.new(k, digestmod="sha256") for k in keys], ttl, clock
 
     @staticmethod
-    def _mac(key: bytes, half: bytes, binding: Sequence[bytes], sealed: bytes) -> bytes:
-        # Every part is preceded by its length, so that no two bindings give the same bytes.
-        return hmac.digest(key, b"".join((b"vgi_rpc.token.v1", pack_parts((half, *binding)), sealed)), "sha256")
+    def _mac(begun: hmac.HMAC, half: bytes, binding: Sequence[bytes], sealed: bytes) -> bytes:
+        mac = begun.copy()
+        mac.update(_bound_to(half, *binding))
+        mac.update(sealed)
+        return mac.digest()
 
     def seal(self, half: bytes, binding: Sequence[bytes], content: bytes) -> bytes:
         """Return *content* as a token (base64), bound to *half* (which half of the state it is) and *binding*."""
         method = _STORED
-        if len(content) >= _COMPRESS_FROM_BYTES:
+        if len(content) >= _COMPRESS_STATE_FROM_BYTES:
             packed = zstd_compress(content) if _zstd_available() else zlib.compress(content, 1)
             if len(packed) < len(content):
                 method, content = (_ZSTD if _zstd_available() else _ZLIB), packed
-        sealed = struct.pack("<BBQ", 1, method, int(self._clock() * 1000)) + content
-        return base64.b64encode(sealed + self._mac(self._keys[0], half, binding, sealed))
+        sealed = struct.pack("<BBQ", 1, method, int(self.clock() * 1000)) + content
+        return binascii.b2a_base64(sealed + self._mac(self._begun[0], half, binding, sealed), newline=False)
 
     def open(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> bytes:
-        """Return the content of a token, after `verify`, whose arguments and errors these are."""
-        return self.expand(*self.verify(half, binding, token, aged=aged))
-
-    @staticmethod
-    def expand(method: int, packed: bytes) -> bytes:
-        """Decompress what `verify` found."""
-        if method == _ZSTD:
-            return zstd_decompress(packed, _MAX_STATE_BYTES)
-        return packed if method == _STORED else gzip_decompress(packed, _MAX_STATE_BYTES, 15)
-
-    def verify(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> tuple[int, bytes]:
-        """Check that a token was sealed for the same *half* and *binding*; `ttl` applies if *aged*. Return what is inside.
+        """Return the content of a token that was sealed for the same *half* and *binding*; `ttl` applies if *aged*.
         Raises `TokenError`: any fault of the seal in one uniform text; or, the seal being good, too old or from the future."""
         try:
             raw = base64.b64decode(token or b"", validate=True)
@@ -3304,21 +3310,35 @@ class TokenSealer:
             raw = b""
         sealed, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
         # All keys, always: the time taken does not tell which one fits.
-        good = sum([hmac.compare_digest(self._mac(key, half, binding, sealed), mac) for key in self._keys])
+        good = sum([hmac.compare_digest(self._mac(key, half, binding, sealed), mac) for key in self._begun])
         # Base64 has spare bits at its end; only the spelling that we would write is ours, and only version 1 is.
-        if not good or len(sealed) < 10 or base64.b64encode(raw) != token or sealed[0] != 1:
+        if not good or len(sealed) < 10 or binascii.b2a_base64(raw, newline=False) != token or sealed[0] != 1:
             raise TokenError(_TOKEN_REFUSED)
         method, issued = struct.unpack_from("<BQ", sealed, 1)
-        age = self._clock() - issued / 1000
+        self.check_age(issued / 1000, aged)
+        packed = sealed[10:]
+        if method == _ZSTD:
+            return zstd_decompress(packed, _MAX_STATE_BYTES)
+        return packed if method == _STORED else gzip_decompress(packed, _MAX_STATE_BYTES, 15)
+
+    def check_age(self, issued: float, aged: bool = True) -> None:
+        """Raise `TokenError` for a token of that time (of the clock) that is too old, if *aged*, or from the future."""
+        age = self.clock() - issued
         if age < -TOKEN_CLOCK_SKEW_SECONDS:
             raise TokenError("state token refused: issued in the future; check the servers' clocks")
         if aged and self.ttl and age > self.ttl:
             raise TokenError(f"token expired: {age:.0f} s old, at most {self.ttl:g} s are allowed; start the stream again")
-        return method, sealed[10:]
 
 def pack_parts(parts: Sequence[bytes]) -> bytes:
     """Join byte strings so that `unpack_parts` gets them back: each is preceded by its length."""
-    return b"".join(struct.pack("<I", len(p)) + p for p in parts)
+    return b"".join([piece for part in parts for piece in (_LENGTH(len(part)), part)])
+
+_LENGTH = struct.Struct("<I").pack
+
+@functools.lru_cache(maxsize=256)
+def _bound_to(*binding: bytes) -> bytes:
+    """What a seal covers in front of the content; no two bindings give the same bytes."""
+    return b"vgi_rpc.token.v1" + pack_parts(binding)
 
 def unpack_parts(data: bytes, count: int) -> list[bytes]:
     """Split what `pack_parts` joined and was sealed; `TokenError` for other than *count* parts: another version wrote it."""
@@ -5305,6 +5325,7 @@ class HttpRequest:
     repeated: frozenset[str] = frozenset()  # names of the headers that came more than once
     gone: Callable[[], bool] | None = None  # whether the client has left; None when that cannot be known
     multiprocess: bool = False  # whether the next request may come to another process
+    memory: dict[str, Any] = field(default_factory=dict)  # what was found out of its head, see `HttpHead`
 
     def get_header(self, name: str, default: str | None = None) -> str | None:
         """Return a header's value by its name in any case."""
@@ -5438,10 +5459,11 @@ def compress_body(body: bytes, encoding: str, level: int) -> bytes:
     encoder = zlib.compressobj(level, wbits=31)
     return encoder.compress(body) + encoder.flush()
 
-def compress_if_worth(body: bytes, encoding: str, level: int) -> bytes | None:
-    """Encode a body, if that makes it a good deal smaller; ``None`` if it is short or, by a sample, does not compress."""
+def compress_if_worth(body: bytes, encoding: str, level: int, packed_bytes: int = 0) -> bytes | None:
+    """Encode a body, if that makes it a good deal smaller; ``None`` if it is short (without those of its bytes that are packed
+    already) or, by a sample, does not compress."""
     size, middle = len(body), len(body) // 2
-    if size < _SAMPLE_BYTES:
+    if size - packed_bytes < _COMPRESS_BODY_FROM_BYTES:
         return None
     sample = body[middle : middle + _SAMPLE_BYTES] if size > 4 * _SAMPLE_BYTES else b""
     if sample and len(compress_body(sample, encoding, level)) > _WORTH * _SAMPLE_BYTES:
@@ -5508,6 +5530,16 @@ def _internal_error(request_id: str) -> HttpResponse:
 _MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and the size of their cursors
 _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
 
+class _CallHead(NamedTuple):
+    """What the head of a POST says of the call."""
+    in_json: bool
+    coded: bool  # whether its body has a coding
+    answer_coding: tuple[str, str, bool]  # see `choose_encoding`
+    turns: int  # that one answer may have
+    caller: Caller  # but for who it is
+
+_OUR_KEYS = frozenset({STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY})  # not the state's business
+
 class _OpenedCall(NamedTuple):
     """The half of a stream's state that never changes, as it was sealed at init."""
     call_id: bytes
@@ -5516,6 +5548,13 @@ class _OpenedCall(NamedTuple):
     call_state: bytes
     stream_id: str
     limit: int | None
+
+class _LiveState(NamedTuple):
+    """A state that need not be read back from its cursor."""
+    binding: tuple[bytes, ...]
+    issued: float
+    call_id: bytes
+    state: StreamState
 
 class _StreamAnswer(NamedTuple):
     """What the turns of one answer have in common."""
@@ -5542,7 +5581,7 @@ class HttpApp:
         self.sealer = TokenSealer(keys or [os.urandom(32)], self.options.token_ttl)
         self._limit = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
         self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
-        self._live: OrderedDict[bytes, tuple[bytes, int, StreamState]] = OrderedDict()  # by the cursor that holds the same
+        self._live: OrderedDict[bytes, _LiveState] = OrderedDict()  # by the cursor that holds the same
         self._lock = threading.Lock()
         self._capabilities = self._capability_headers()
 
@@ -5558,6 +5597,11 @@ class HttpApp:
     # -- one request
     def __call__(self, request: HttpRequest) -> HttpResponse:
         """Answer *request*; never raises."""
+        with self.server:
+            return self.respond(request)
+
+    def respond(self, request: HttpRequest) -> HttpResponse:
+        """Answer *request*, which the caller has counted as running until its answer is out."""
         request_id = clean_request_id(request.get_header(REQUEST_ID_HEADER)) or new_request_id()
         try:
             response = self._route(request, request_id)
@@ -5571,12 +5615,14 @@ class HttpApp:
         except Exception:
             logger.exception("request %s failed", request_id)
             response = _internal_error(request_id)
-        response.headers += [(REQUEST_ID_HEADER, request_id), *self._capabilities, *self._cors_headers(request)]
+        response.headers += [*self._capabilities, *self._cors_headers(request), (REQUEST_ID_HEADER, request_id)]
         return response
 
     def _cors_headers(self, request: HttpRequest) -> list[tuple[str, str]]:
-        origin, allowed = request.get_header("origin"), self.options.cors_origins
-        if not allowed or origin is None or ("*" not in allowed and origin not in allowed):
+        if not (allowed := self.options.cors_origins):
+            return []
+        origin = request.get_header("origin")
+        if origin is None or ("*" not in allowed and origin not in allowed):
             return []
         everyone = "*" in allowed
         exposed = ["WWW-Authenticate", REQUEST_ID_HEADER, CONTENT_ENCODING_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER]
@@ -5593,6 +5639,8 @@ class HttpApp:
         return HttpResponse(200, headers)
 
     def _route(self, request: HttpRequest, request_id: str) -> HttpResponse:
+        if "path" in request.memory:
+            return self._post(request, request_id, request.memory["path"])
         path, prefix = request.path, self.options.prefix
         if not path.startswith(prefix) or (len(path) > len(prefix) and prefix and path[len(prefix)] != "/"):
             return self._not_found(request)
@@ -5614,25 +5662,47 @@ class HttpApp:
             return self._not_found(request)
         if request.method != "POST":
             return _method_not_allowed("POST")
-        return self._post(request, request_id, self._caller(request, request_id), segments)
+        request.memory["path"] = segments
+        return self._post(request, request_id, segments)
 
-    def _post(self, request: HttpRequest, request_id: str, caller: Caller, segments: list[str]) -> HttpResponse:
-        if segments[0].startswith("__"):
-            self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
-        content_type, in_json = request.get_header("content-type") or "", bool(_json_type(self, request))
-        if not in_json and content_type.strip().lower() != ARROW_CONTENT_TYPE:
-            raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
+    def _post(self, request: HttpRequest, request_id: str, segments: list[str]) -> HttpResponse:
+        auth = self._authenticated(request, request_id)  # asked each time: what it decides may end, or depend on more
+        head: _CallHead = request.memory.get("call") or self._head_of_call(request, segments)
+        caller = head.caller if head.caller.auth is auth else dataclasses.replace(head.caller, auth=auth)
         self.server.refuse_if_draining()
         self.server.start(TransportKind.HTTP)
         if request.multiprocess and self._own_key and len(segments) == 3:
             text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
             raise _protocol_error(text, 500, Code.FAILED_PRECONDITION)
-        body = cast("bytes", _decoded_body(request.headers, lambda: request.read_body(self._limit), self._limit))
-        if in_json:
+        read = functools.partial(request.read_body, self._limit)
+        body: Any = _decoded_body(request.headers, read, self._limit) if head.coded else read()
+        if head.in_json:
             return _post_json(self, segments, body, caller, request, request_id)
-        with self.server:
-            handler = self._exchange if segments[2:] == ["exchange"] else self._start
-            return handler(segments, body, caller, request, request_id)
+        handler = self._unary if len(segments) == 2 else self._init if segments[2] == "init" else self._exchange
+        return handler(segments, body, caller, request, request_id)
+
+    def _head_of_call(self, request: HttpRequest, segments: list[str]) -> _CallHead:
+        """Check the head of a POST."""
+        name, low, high = ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
+        given, limit = request.get_header(name), self.options.max_response_bytes
+        if given is not None:
+            fits = re.fullmatch("[1-9][0-9]{0,15}", given) and low <= int(given) <= high
+            if name.lower() in request.repeated or not fits:
+                raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
+            limit = _smallest(int(given), limit)
+        if segments[0].startswith("__"):
+            self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
+        content_type, in_json = request.get_header("content-type") or "", bool(_json_type(self, request))
+        if not in_json and content_type.strip().lower() != ARROW_CONTENT_TYPE:
+            raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
+        headers, asked = request.headers, request.get_header(MAX_TURNS_HEADER) or ""
+        metadata = {k.decode(): headers[k.decode()] for k in TRACE_KEYS if k.decode() in headers}
+        caller = Caller(TransportKind.HTTP, _ANONYMOUS, request.remote_addr, metadata, request.gone, limit)
+        coding = choose_encoding(headers.get(ACCEPT_ENCODING_HEADER.lower()), headers.get("accept-encoding", "")[:1000])
+        turns = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
+        coded = CONTENT_ENCODING_HEADER.lower() in headers or "content-encoding" in headers
+        request.memory["call"] = head = _CallHead(in_json, coded, coding, turns, caller)
+        return head
 
     # -- everything that is not a call
     def _not_found(self, request: HttpRequest) -> HttpResponse:
@@ -5647,19 +5717,7 @@ class HttpApp:
 
 
 
-    # -- who calls, and what they sent
-    def _caller(self, request: HttpRequest, request_id: str) -> Caller:
-        auth = self._authenticated(request, request_id)
-        name, low, high = ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
-        given, limit = request.get_header(name), self.options.max_response_bytes
-        if given is not None:
-            fits = re.fullmatch("[1-9][0-9]{0,15}", given) and low <= int(given) <= high
-            if name.lower() in request.repeated or not fits:
-                raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
-            limit = _smallest(int(given), limit)
-        metadata = {k.decode(): request.headers[k.decode()] for k in TRACE_KEYS if k.decode() in request.headers}
-        return Caller(TransportKind.HTTP, auth, request.remote_addr, metadata, request.gone, limit)
-
+    # -- who calls
     def _authenticated(self, request: HttpRequest, request_id: str) -> AuthContext:
         if self.options.authenticate is None:
             return _ANONYMOUS
@@ -5700,31 +5758,43 @@ class HttpApp:
             raise ProtocolError(f"{path[1]}() is {'' if kind is MethodType.UNARY else 'not '}a stream; {hint}")
         return bound
 
-    def _start(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
-        """Serve a unary call, or the start of a stream (its path ends with init)."""
-        hint, kind = ("post without /init", MethodType.STREAM) if path[2:] else ("post to its /init", MethodType.UNARY)
+    def _read_request(self, path: list[str], body: bytes, kind: MethodType) -> tuple[BoundMethod, Request]:
+        """Read the request that begins a call."""
+        hint = "post to its /init" if kind is MethodType.UNARY else "post without /init"
         bound, source = self._bound(path, kind, hint), BufferSource(body)
         request = Request(self._reader(source))
         if source.left:
             raise IPCError(f"request: {source.left} bytes after the end of the stream")
         self.server.resolve(request, (path[0], path[1]))
+        return bound, request
+
+    def _unary(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
+        bound, request = self._read_request(path, body, MethodType.UNARY)
         arguments = read_arguments(bound.info, request)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
         call.record.http["request_bytes"] = len(body)
-        if kind is MethodType.UNARY:
-            try:
-                turn = call.begin(arguments)
-                return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
-            finally:
-                call.end()
-        with contextlib.ExitStack() as ending:
-            ending.callback(call.end)
+        try:
+            turn = call.begin(arguments)
+            return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
+        finally:
+            call.end()
+
+    def _init(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
+        """Serve the start of a stream."""
+        bound, request = self._read_request(path, body, MethodType.STREAM)
+        arguments = read_arguments(bound.info, request)
+        call = self.server.open_call(bound, caller, request, request.request_id or request_id)
+        call.record.http["request_bytes"] = len(body)
+
+        def answer() -> HttpResponse:
             turn = call.begin(arguments)
             if call.stream is None:
                 return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
             header = stream_bytes(turn.schema, turn.items) if turn.items else b""
             turn, call_id, call_token = self._first_turn(call, call.stream)
-            return self._respond_turns(_StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token), turn, http, ending)
+            return self._respond_turns(_StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token), turn, http)
+
+        return self._ending(call, answer)
 
     def _first_turn(self, call: Call, stream: Stream[Any, Any]) -> tuple[Turn, bytes, bytes]:
         """Run a producer's first turn; return it with the call's id and token."""
@@ -5745,23 +5815,37 @@ class HttpApp:
             raise ProtocolError(f"exchange: expected one batch and the end of the stream, got {'more' if item else 'none'}")
         batch, metadata = item[0], item[1] or {}
         opened, state = self._open_tokens(bound, caller.auth, metadata)
-        own_id = clean_request_id(metadata.get(REQUEST_ID_KEY, b"").decode("latin-1"))
+        own_id = clean_request_id(metadata[REQUEST_ID_KEY].decode("latin-1")) if REQUEST_ID_KEY in metadata else ""
         call = self._go_on(bound, caller, opened, own_id or request_id)
         timeout = metadata.get(TIMEOUT_KEY, b"")
         if timeout.isdigit() and len(timeout) < 16:
             call.context.deadline = time.monotonic() + int(timeout) / 1000
         call.record.http["request_bytes"] = len(body)
-        ours = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY)
-        shown = {k: v for k, v in metadata.items() if k not in ours}
+        shown = {k: v for k, v in metadata.items() if k not in _OUR_KEYS}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
-        with contextlib.ExitStack() as ending:
-            ending.callback(call.end)
+
+        def answer() -> HttpResponse:
             turn = self._next_turn(call, opened, state, given, CANCEL_KEY in metadata)
-            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http, ending)
+            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http)
+
+        return self._ending(call, answer)
+
+    @staticmethod
+    def _ending(call: Call, answer: Callable[[], HttpResponse]) -> HttpResponse:
+        """Return an answer and end the call, unless the answer's body is still to be made, and ends it."""
+        whole = True
+        try:
+            response = answer()
+            whole = isinstance(response.body, bytes)
+            return response
+        finally:
+            if whole:
+                call.end()
 
     def _go_on(self, bound: BoundMethod, caller: Caller, opened: _OpenedCall, request_id: str) -> Call:
-        limit = _smallest(caller.response_limit_bytes, opened.limit)
-        call = self.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, request_id)
+        if opened.limit is not None and opened.limit != caller.response_limit_bytes:
+            caller = dataclasses.replace(caller, response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
+        call = self.server.open_call(bound, caller, None, request_id)
         call.record.stream_id = opened.stream_id
         return call
 
@@ -5775,18 +5859,18 @@ class HttpApp:
             return Turn(stream.output_schema, call._logs(stream.output_schema), True)
         return call.turn(given)
 
-    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, http: HttpRequest, ending: contextlib.ExitStack) -> HttpResponse:
-        """Answer with a turn and, if the client takes several of a producer, with those that follow; then *ending* is theirs."""
-        call, asked = answer.call, http.get_header(MAX_TURNS_HEADER) or ""
-        most = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
-        if most == 1 or turn.finished or not cast("Stream[Any, Any]", call.stream).is_producer:
+    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, http: HttpRequest) -> HttpResponse:
+        """Answer with a turn and, if the client takes several of a producer, with those that follow; these end the call."""
+        stream: Any = answer.call.stream
+        most = http.memory["call"].turns
+        if most == 1 or turn.finished or not stream.is_producer:
             turn = self._with_cursor(answer, turn)
-            return self._respond(call, http, answer.header + stream_bytes(turn.schema, turn.items), turn)
-        body = self._several(answer, turn, most, ending.pop_all())
+            return self._respond(answer.call, http, answer.header + stream_bytes(turn.schema, turn.items), turn)
+        body = self._several(answer, turn, most)
         next(body)  # has taken over: from here on closing it ends the call
         return HttpResponse(200, [("Content-Type", ARROW_CONTENT_TYPE), ("X-Accel-Buffering", "no")], body)  # for nginx
 
-    def _several(self, answer: _StreamAnswer, turn: Turn, most: int, ending: contextlib.ExitStack) -> Iterator[bytes]:
+    def _several(self, answer: _StreamAnswer, turn: Turn, most: int) -> Iterator[bytes]:
         """Yield nothing, then each turn as it is made, and the token at the end: within the budget, *most* and a time."""
         call, context, pieces = answer.call, answer.call.context, list[_Buffer]()
         writer, limit = IpcWriter(pieces.extend, turn.schema), context.response_limit_bytes
@@ -5798,7 +5882,8 @@ class HttpApp:
             writer.write_all(turn.items, close=turn.finished)
             return b"".join(pieces)
 
-        with ending, self.server:
+        with contextlib.ExitStack() as ending, self.server:
+            ending.callback(call.end)
             yield b""
             for left in reversed(range(most)):
                 data, before, size, close = lead + encode(turn), state, 0, False
@@ -5838,7 +5923,7 @@ class HttpApp:
     @staticmethod
     def _binding(bound: BoundMethod, auth: AuthContext) -> tuple[bytes, ...]:
         who = (auth.domain or "", auth.principal or "") if auth.authenticated else ("", "")
-        return (bound.hosted.name.encode(), bound.info.name.encode(), who[0].encode(), who[1].encode())
+        return _encoded(bound.hosted.name, bound.info.name, *who)
 
     def _seal_call(self, call: Call, stream: Stream[Any, Any], call_id: bytes) -> bytes:
         limit, fixed, kind = call.context.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
@@ -5876,7 +5961,7 @@ class HttpApp:
         """Add the fresh cursor to a turn that goes on; a state that cannot be sealed turns it into an error."""
         if turn.finished:
             return turn
-        stream = cast("Stream[Any, Any]", answer.call.stream)
+        stream: Any = answer.call.stream
         try:
             tokens = self._tokens(answer, self._state_content(answer, stream.state))
         except Exception as exc:
@@ -5885,8 +5970,9 @@ class HttpApp:
         # fields, as it cannot differ from what reading back would give.
         cursor, state = tokens[STATE_KEY], stream.state
         if len(cursor) <= _MAX_LIVE_BYTES and getattr(state, "__dict__", {}).keys() == dataclass_codec(type(state)).names:
+            binding = self._binding(answer.call.bound, answer.call.context.auth)
             with self._lock:
-                self._live[cursor] = answer.call_id, answer.call.bound.state_types.index(type(state)), state
+                self._live[cursor] = _LiveState(binding, self.sealer.clock(), answer.call_id, state)
                 if len(self._live) > _MAX_LIVE_STATES:
                     self._live.popitem(last=False)
         items, at = list(turn.items), turn.data_index
@@ -5901,14 +5987,18 @@ class HttpApp:
     def _open_tokens(self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata) -> tuple[_OpenedCall, StreamState | bytes]:
         """Open the cursor, then the call half whose id it holds; return that and the state: live, or its type's index and bytes."""
         binding, cursor = self._binding(bound, auth), metadata.get(STATE_KEY, b"")
-        sealed = self.sealer.verify(b"state", binding, cursor)
         with self._lock:
             live = self._live.pop(cursor, None)  # one turn only: a cursor that comes again gives the same turn again
         state: StreamState | bytes
-        if live is not None:
-            call_id, index, state = live[0], bytes([live[1]]), copy.copy(live[2])  # each turn has an object of its own
+        if live is not None and live.binding == binding:  # to the last byte what we have sealed: the seal is good
+            self.sealer.check_age(live.issued)
+            call_id, state = live.call_id, object.__new__(type(live.state))
+            state.__dict__.update(live.state.__dict__)  # each turn has an object of its own
         else:
-            call_id, index, state = unpack_parts(self.sealer.expand(*sealed), 3)
+            call_id, index, state = unpack_parts(self.sealer.open(b"state", binding, cursor), 3)
+            if len(index) != 1 or index[0] >= len(bound.state_types):
+                raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had other states
+            state = index + state
         cache_key = (binding, call_id, token := metadata.get(CALL_STATE_KEY, b""))
         with self._lock:
             opened = self._opened.pop(cache_key, None)
@@ -5921,9 +6011,7 @@ class HttpApp:
             self._opened[cache_key] = opened
             while len(self._opened) > self.options.call_state_cache_entries:
                 self._opened.popitem(last=False)
-        if len(index) != 1 or index[0] >= len(bound.state_types):
-            raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had other states
-        return opened, state if isinstance(state, StreamState) else index + state
+        return opened, state
 
     def _revive(self, call: Call, opened: _OpenedCall, state: StreamState | bytes) -> Stream[Any, Any]:
         cls = type(state) if isinstance(state, StreamState) else cast("type[StreamState]", call.bound.state_types[state[0]])
@@ -5935,7 +6023,8 @@ class HttpApp:
                 raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had one
             call_state = cls.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
         stream: Stream[Any, Any] = Stream(opened.output_schema, state, opened.input_schema, call_state=call_state)
-        call._run(state.rehydrate, call.context.implementation)
+        if cls.rehydrate is not StreamState.rehydrate:
+            call._run(state.rehydrate, call.context.implementation)
         if call_state is not None:
             call._run(state.bind_call_state, call_state)
         call.stream = stream
@@ -5955,16 +6044,19 @@ class HttpApp:
         if limit is not None and len(body) > limit:
             body, failed = self._too_large(call, len(body), limit), True
         headers = [("Content-Type", ARROW_CONTENT_TYPE), *([(RPC_ERROR_HEADER, "true")] if failed else [])]
-        if (level := self.options.compression_level) is not None:
-            given = request.headers
-            accepted = given.get(ACCEPT_ENCODING_HEADER.lower()), given.get("accept-encoding", "")[:1000]
-            encoding, header, identity = choose_encoding(*accepted)
-            packed = (compress_if_worth if identity else compress_body)(body, encoding, level) if encoding else None
+        encoding, header, identity = request.memory["call"].answer_coding
+        if encoding and (level := self.options.compression_level) is not None:
+            token = (turn.items[-1][1] or {}).get(STATE_KEY, b"") if identity and turn.items else b""
+            packed = compress_if_worth(body, encoding, level, len(token)) if identity else compress_body(body, encoding, level)
             if packed is not None:
                 body = packed
                 headers.append((header, encoding))
         call.record.http.update(http_status=turn.status, response_bytes=len(body))
         return HttpResponse(turn.status, headers, body)
+
+@functools.lru_cache(maxsize=1024)
+def _encoded(*texts: str) -> tuple[bytes, ...]:
+    return tuple([text.encode() for text in texts])
 
 def _arrow_failure(app: HttpApp, exc: BaseException, request_id: str) -> HttpResponse:
     body = stream_bytes(EMPTY_SCHEMA, [app.server.error_item(exc, EMPTY_SCHEMA, request_id)])
@@ -6045,6 +6137,7 @@ class HttpHead(NamedTuple):
     start: tuple[str, str, str]  # the three parts of the request line or status line
     headers: dict[str, str]  # by lower-case name; the values of a repeated one are joined by ", "
     repeated: frozenset[str]  # names that came more than once
+    memory: dict[str, Any]  # what was found out of it; `HeadReader` hands it on to heads that differ in `_VARYING` alone
 
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 
@@ -6077,20 +6170,46 @@ def parse_http_head(raw: bytes) -> HttpHead:
             repeated.add(name)
             value = f"{headers[name]}, {value}"
         headers[name] = value
-    return HttpHead((start[0], start[1], start[2]), headers, frozenset(repeated))
+    return HttpHead((start[0], start[1], start[2]), headers, frozenset(repeated), {})
 
-def read_http_head(channel: ByteChannel) -> HttpHead | None:
-    """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
-    Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken.
-    """
-    raw = channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
-    if raw is not None:
-        return parse_http_head(raw)
-    if not (seen := channel.peek()):
-        return None
-    if len(seen) >= MAX_HEAD_BYTES:
-        raise _protocol_error(f"the head exceeds {MAX_HEAD_BYTES} bytes", 414 if b"\r\n" not in seen else 431)
-    raise TransportError("the connection was closed in the middle of a head")
+# How the heads of one connection end, ours and many others; what is in front of it stays the same from call to call.
+_VARYING = re.compile(
+    rb"(?<=\r\n)(?:X-Request-ID: ([!-~]{1,128})\r\n)?(?:Date: ([A-Z][ -~]{1,40}[A-Z])\r\n)?Content-Length: ([0-9]{1,18})\r\n\r\n"
+)
+_VARYING_NAMES = ("x-request-id", "date", "content-length")
+
+
+class HeadReader:
+    """Reads the heads of the messages on *channel*."""
+    def __init__(self, channel: SocketChannel) -> None:
+        self.channel = channel
+        self._lead, self._known = b"\n", HttpHead(("", "", ""), {}, frozenset(), {})  # of the last head; at first of none
+
+    def read(self) -> HttpHead | None:
+        """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
+        Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken.
+        """
+        raw = self.channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
+        if raw is None and not (seen := self.channel.peek()):
+            return None
+        if raw is None and len(seen) >= MAX_HEAD_BYTES:
+            raise _protocol_error(f"the head exceeds {MAX_HEAD_BYTES} bytes", 414 if b"\r\n" not in seen else 431)
+        if raw is None:
+            raise TransportError("the connection was closed in the middle of a head")
+        varying = _VARYING.fullmatch(raw, len(self._lead)) if raw.startswith(self._lead) else None
+        if varying is None:
+            return self._parsed(raw)
+        known = self._known
+        values = {name: value.decode() for name, value in zip(_VARYING_NAMES, varying.groups()) if value is not None}
+        return HttpHead(known.start, known.headers | values, known.repeated, known.memory)
+
+    def _parsed(self, raw: bytes) -> HttpHead:
+        head, varying = parse_http_head(raw), _VARYING.search(raw)
+        fixed = {n: v for n, v in head.headers.items() if n not in _VARYING_NAMES}
+        # No line in front of the varying ones has their names, and there is room for all of these.
+        if varying and len(fixed) + sum(v is not None for v in varying.groups()) == raw.count(b"\n") - 2 < MAX_HEADERS - 2:
+            self._lead, self._known = raw[: varying.start()], head._replace(headers=fixed)
+        return head
 
 def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Iterator[bytes]:
     """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped.
@@ -6127,10 +6246,20 @@ def _gathered(pieces: Iterable[bytes]) -> bytes:
     return whole.getvalue()
 
 
+class _Asked(NamedTuple):
+    """What a request's head says of the message, apart from its length."""
+    path: str
+    keep_alive: bool
+    takes_chunks: bool
+    chunked: bool
+    expects_continue: bool
+
+
 class _HttpConnection:
     """Serves the requests of one connection: reads strictly, answers, closes when the framing is in doubt."""
     def __init__(self, owner: HttpServing, channel: SocketChannel, remote_addr: str, only_health: bool) -> None:
         self._app, self._options, self._channel, self._remote = owner.app, owner.options, channel, remote_addr
+        self._heads = HeadReader(channel)
         self._only_health = only_health  # beyond the cap on connections: one request, and soon
         self._wait = _OVER_CAP_WAIT_SECONDS if only_health else self._options.read_timeout
         self._unread = False  # of the current request, a body that must not be taken for the next one
@@ -6161,31 +6290,35 @@ class _HttpConnection:
         try:
             if not channel.peek()[:1].isalpha():
                 raise ProtocolError("expected an HTTP request line")
-            head = read_http_head(channel)
+            head = self._heads.read()
             if head is None:
                 return False
-            request = self._request(head, started + options.request_deadline)
+            asked = head.memory.get("asked") or self._check(head)
         except ProtocolError as exc:
             further = [(REQUEST_ID_HEADER, new_request_id()), *self._app._capabilities]
             response = json_response(exc.http_status, {"error": "bad_request", "detail": str(exc)}, further)
             self._send(response, head.start[0] if head else "GET", keep=False)
             return False
+        length = head.headers.get("content-length", "")
+        self._unread = asked.chunked or length not in ("", "0")
+        read = functools.partial(self._read_body, asked, length, started + options.request_deadline)
+        request = HttpRequest(head.start[0], asked.path, head.headers, self._remote, read, head.repeated, self._channel.peer_gone)
+        request.memory = head.memory
         with self._app.server:  # until the answer is out: a server that drains must not exit before
-            return self._answer(request, head)
+            return self._answer(request, asked)
 
-    def _answer(self, request: HttpRequest, head: HttpHead) -> bool:
+    def _answer(self, request: HttpRequest, asked: _Asked) -> bool:
         """Answer one request; return whether the connection goes on."""
         options = self._options
         if self._only_health and not request.path.endswith("/health"):
             facts = {"error": "too_many_connections", "detail": f"this server takes {options.max_connections} at a time"}
             response = json_response(503, facts, [("Retry-After", "1"), *self._app._capabilities])
         else:
-            response = self._app(request)
+            response = self._app.respond(request)
         self._channel.deadline = time.monotonic() + options.request_deadline
-        tokens = [t.strip().lower() for t in head.headers.get("connection", "").split(",")]
-        refused = self._unread or self._only_health or response.close or self._app.server.draining or "close" in tokens
-        keep = not refused and (head.start[2] == "HTTP/1.1" or "keep-alive" in tokens)
-        if isinstance(response.body, Iterator) and head.start[2] == "HTTP/1.0":  # which has no chunks
+        refused = self._unread or self._only_health or response.close or self._app.server.draining
+        keep = asked.keep_alive and not refused
+        if not asked.takes_chunks and not isinstance(response.body, bytes):
             response.body = b"".join(response.body)
         self._send(response, request.method, keep)
         return keep
@@ -6200,8 +6333,8 @@ class _HttpConnection:
 
 
 
-    def _request(self, head: HttpHead, deadline: float) -> HttpRequest:
-        """Check what RFC 9112 asks of a request's head, and set up the reading of its body."""
+    def _check(self, head: HttpHead) -> _Asked:
+        """Check what RFC 9112 asks of a request's head."""
         (method, target, version), headers = head.start, head.headers
         if version not in ("HTTP/1.1", "HTTP/1.0"):
             status = 505 if re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version) else 400
@@ -6227,19 +6360,20 @@ class _HttpConnection:
             raise ProtocolError(f"Content-Length: expected decimal digits, got {length[:40]!r}")
         if method == "POST" and coding is None and length is None:
             raise _protocol_error("POST requires a Content-Length", 411)
-        self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        path, read = target.partition("?")[0], functools.partial(self._read_body, head, deadline)
-        return HttpRequest(method, path, headers, self._remote, read, head.repeated, self._channel.peer_gone)
+        tokens, expects = [t.strip().lower() for t in headers.get("connection", "").split(",")], headers.get("expect", "")
+        keep = "close" not in tokens and (version == "HTTP/1.1" or "keep-alive" in tokens)
+        path, expects_continue = target.partition("?")[0], expects.lower() == "100-continue"
+        asked = _Asked(path, keep, version == "HTTP/1.1", coding is not None, expects_continue)
+        head.memory["asked"] = asked
+        return asked
 
-
-
-    def _read_body(self, head: HttpHead, deadline: float, limit: int) -> bytes:
-        channel, chunked = self._channel, "transfer-encoding" in head.headers
+    def _read_body(self, asked: _Asked, length: str, deadline: float, limit: int) -> bytes:
+        channel = self._channel
         channel.deadline = deadline
-        size = 0 if chunked else _content_length(head.headers.get("content-length", ""), limit)
-        if head.headers.get("expect", "").lower() == "100-continue":
+        size = 0 if asked.chunked else _content_length(length, limit)
+        if asked.expects_continue:
             channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
-        body = _gathered(read_chunked(channel, limit)) if chunked else cast("bytes", channel.read_after(b"", size))
+        body = _gathered(read_chunked(channel, limit)) if asked.chunked else cast("bytes", channel.read_after(b"", size))
         if len(body) < size:
             raise TransportError(f"request body: expected {size} bytes, got {len(body)}")
         self._unread = False
@@ -6247,8 +6381,9 @@ class _HttpConnection:
 
     def _send(self, response: HttpResponse, method: str, keep: bool) -> None:
         body, lines = response.body, [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Status')}"]
+        lines += [] if keep else ["Connection: close"]
         lines += [f"{name}: {value}" for name, value in response.headers]
-        lines += [f"Date: {_http_date(int(time.time()))}", *([] if keep else ["Connection: close"])]
+        lines.append(f"Date: {_http_date(int(time.time()))}")
         lines.append(f"Content-Length: {len(body)}" if isinstance(body, bytes) else "Transfer-Encoding: chunked")
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
         if method == "HEAD" or isinstance(body, bytes):
@@ -6828,7 +6963,8 @@ class HttpConnections(HttpSender):
             import ssl
             tls_context = ssl.create_default_context()
         self._tls = tls_context if target.tls else None
-        self._idle: deque[SocketChannel] = deque()
+        self._idle: deque[HeadReader] = deque()
+        self._leads: dict[tuple[str, str], tuple[_HeaderList, bytes]] = {}  # by method and path: how the last head began
         self._closed = False
 
     def _dial(self, deadline: float | None) -> SocketChannel:
@@ -6849,18 +6985,18 @@ class HttpConnections(HttpSender):
         channel.deadline = time.monotonic() + timeout
         authorization = f"Proxy-Authorization: {credentials}\r\n" if credentials else ""
         channel.write([f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n{authorization}\r\n".encode("latin-1")])
-        head = read_http_head(channel)
+        head = HeadReader(channel).read()
         if head is None or head.start[1] != "200":
             raise TransportError(f"it refused: {' '.join(head.start[1:])}" if head else "it gave no answer")
         wrapped = cast("ssl.SSLContext", self._tls).wrap_socket(connected, server_hostname=self._target.host)
         wrapped.settimeout(None)
         return SocketChannel(wrapped)
 
-    def _take(self) -> SocketChannel | None:
+    def _take(self) -> HeadReader | None:
         with contextlib.suppress(IndexError):
-            while (channel := self._idle.pop()).peer_gone() or channel.peek():
-                channel.close()
-            return channel
+            while (kept := self._idle.pop()).channel.peer_gone() or kept.channel.peek():
+                kept.channel.close()
+            return kept
         return None
 
     def send(
@@ -6874,7 +7010,7 @@ class HttpConnections(HttpSender):
             with contextlib.suppress(_NotSent):
                 return self._exchange(kept, method, message, deadline, limit, unread)
         try:
-            return self._exchange(self._dial(deadline), method, message, deadline, limit, unread)
+            return self._exchange(HeadReader(self._dial(deadline)), method, message, deadline, limit, unread)
         except _NotSent as exc:
             raise TransportError(f"{self._target.authority} closed the connection without an answer: {exc}") from None
 
@@ -6882,74 +7018,86 @@ class HttpConnections(HttpSender):
         return functools.partial(self.send, unread=True)(*request, **named)
 
     def _message(self, method: str, path: str, headers: _HeaderList, body: bytes) -> list[bytes]:
+        given, lead = self._leads.get((method, path), (None, b""))
+        if given != headers:
+            lead = self._lead(method, path, headers)
+            if len(self._leads) >= 64:
+                self._leads.clear()
+            self._leads[method, path] = list(headers), lead
+        return [lead + (b"Content-Length: %d\r\n\r\n" % len(body) if body or method == "POST" else b"\r\n"), body]
+
+    def _lead(self, method: str, path: str, headers: _HeaderList) -> bytes:
+        """A request's head up to its length."""
         target = self._target
         lines = [f"{method} {path} HTTP/1.1", f"Host: {target.authority}"]
         if target.proxy is not None and not target.tls:
             lines[0] = f"{method} http://{target.authority}{path} HTTP/1.1"
             lines += [f"Proxy-Authorization: {target.proxy[2]}"] if target.proxy[2] else []
         lines += [f"{name}: {value}" for name, value in headers]
-        lines += [f"Content-Length: {len(body)}"] if body or method == "POST" else []
         if any(c in line for line in lines for c in "\r\n\0"):
             raise ValueError("a header contains a line break")
-        return [("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"), body]
+        return ("\r\n".join(lines) + "\r\n").encode("latin-1")
 
     def _exchange(
-        self, channel: SocketChannel, method: str, message: list[bytes], deadline: float | None, limit: int, unread: bool
+        self, heads: HeadReader, method: str, message: list[bytes], deadline: float | None, limit: int, unread: bool
     ) -> HttpReply:
-        channel.deadline = deadline
-        with self._reading(channel):
-            head = self._head_of_answer(channel, message)
-            reply = self._read_reply(channel, method, head, limit, unread)
+        heads.channel.deadline = deadline
+        try:
+            head = self._head_of_answer(heads, message)
+            reply = self._read_reply(heads, method, head, limit, unread)
+        except BaseException as exc:
+            raise self._ended(heads.channel, exc) from None
         if not isinstance(reply.body, HttpBody):
-            self._give_back(channel, head)
+            self._give_back(heads, head)
         return reply
 
-    @contextlib.contextmanager
-    def _reading(self, channel: SocketChannel) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as exc:
-            channel.close()
-            if isinstance(exc, RequestTooLargeError):
-                raise ResponseTooLargeError(f"the answer exceeds what this client accepts: {exc}") from None
-            if isinstance(exc, ProtocolError):
-                text = "closed the connection within an answer" if channel.ended else "does not speak HTTP as it should"
-                raise TransportError(f"{self._target.authority} {text}: {exc}") from None
-            raise
+    def _ended(self, channel: SocketChannel, exc: BaseException) -> BaseException:
+        """Close a connection whose answer could not be read; return what to raise for it."""
+        channel.close()
+        if isinstance(exc, RequestTooLargeError):
+            return ResponseTooLargeError(f"the answer exceeds what this client accepts: {exc}")
+        if isinstance(exc, ProtocolError):
+            text = "closed the connection within an answer" if channel.ended else "does not speak HTTP as it should"
+            return TransportError(f"{self._target.authority} {text}: {exc}")
+        return exc
 
-    def _give_back(self, channel: SocketChannel, head: HttpHead) -> None:
+    def _give_back(self, heads: HeadReader, head: HttpHead) -> None:
         keep = head.start[0] == "HTTP/1.1" and "close" not in head.headers.get("connection", "").lower()
-        if keep and not channel.ended and len(self._idle) < self._MAX_IDLE and not self._closed:
-            self._idle.append(channel)
+        if keep and not heads.channel.ended and len(self._idle) < self._MAX_IDLE and not self._closed:
+            self._idle.append(heads)
         else:
-            channel.close()
+            heads.channel.close()
 
-    def _pieces(self, channel: SocketChannel, head: HttpHead, limit: int) -> Iterator[bytes]:
-        with self._reading(channel):
-            yield from read_chunked(channel, limit, _BUDGET_RULE)
-        self._give_back(channel, head)
+    def _pieces(self, heads: HeadReader, head: HttpHead, limit: int) -> Iterator[bytes]:
+        try:
+            yield from read_chunked(heads.channel, limit, _BUDGET_RULE)
+        except BaseException as exc:
+            raise self._ended(heads.channel, exc) from None
+        self._give_back(heads, head)
 
-    def _head_of_answer(self, channel: SocketChannel, message: list[bytes]) -> HttpHead:
+    def _head_of_answer(self, heads: HeadReader, message: list[bytes]) -> HttpHead:
         unsent: TransportError | None = None
         try:
-            channel.write(message)
+            heads.channel.write(message)
         except TransportError as exc:
             unsent = exc  # a server that refuses a large body early may have answered before it hung up
         for _ in range(self._MAX_INTERIM):
             try:
-                head = read_http_head(channel)
+                head = heads.read()
                 if head is None:
                     raise TransportError(f"{self._target.authority} closed the connection without an answer")
             except TransportError as exc:
-                if unsent and not channel.peek():
+                if unsent and not heads.channel.peek():
                     raise _NotSent(unsent.error_message) from None
                 raise exc
             if not head.start[1].startswith("1"):
                 return head
         raise ProtocolError(f"more than {self._MAX_INTERIM} interim answers")
 
-    def _read_reply(self, channel: SocketChannel, method: str, head: HttpHead, limit: int, unread: bool) -> HttpReply:
-        (version, status, _), headers = head.start, head.headers
+    def _read_reply(self, heads: HeadReader, method: str, head: HttpHead, limit: int, unread: bool) -> HttpReply:
+        (version, status, _), headers, channel = head.start, head.headers, heads.channel
+        if "sized" in head.memory and method != "HEAD":
+            return HttpReply(200, headers, _sized_body(channel, headers["content-length"], limit))
         if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[2-5][0-9][0-9]", status):
             raise ProtocolError(f"expected a status line, got {' '.join(head.start)[:80]!r}")
         if "content-length" in head.repeated or ("content-length" in headers and "transfer-encoding" in headers):
@@ -6958,25 +7106,30 @@ class HttpConnections(HttpSender):
         if coding is not None and coding.lower() != "chunked" and not bodiless:
             raise ProtocolError(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}")
         coded = headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding")
-        plain = headers.get("content-type") == ARROW_CONTENT_TYPE and not coded
-        if unread and coding is not None and status == "200" and plain:
-            return HttpReply(200, headers, HttpBody(self._pieces(channel, head, limit), channel))
+        if status == "200" and headers.get("content-type") == ARROW_CONTENT_TYPE and not coded:
+            if unread and coding is not None:
+                return HttpReply(200, headers, HttpBody(self._pieces(heads, head, limit), channel))
+            if "content-length" in headers:
+                head.memory["sized"] = True  # all of the above holds for the next one that looks the same
 
         def read() -> _Buffer:
             if coding is not None or "content-length" not in headers:
                 return _gathered((read_chunked if coding else _read_to_end)(channel, limit, _BUDGET_RULE))
-            size = _content_length(headers["content-length"], limit, _BUDGET_RULE)
-            body = channel.read_after(b"", size)
-            if len(body) < size:
-                raise TransportError(f"half an answer: expected {size} bytes, got {len(body)}")
-            return body
+            return _sized_body(channel, headers["content-length"], limit)
 
         return HttpReply(int(status), headers, b"" if bodiless else _decoded_body(headers, read, limit))
 
     def close(self) -> None:
         self._closed = True
         while self._idle:
-            self._idle.pop().close()
+            self._idle.pop().channel.close()
+
+def _sized_body(channel: ByteChannel, length: str, limit: int) -> _Buffer:
+    size = _content_length(length, limit, _BUDGET_RULE)
+    body = channel.read_after(b"", size)
+    if len(body) < size:
+        raise TransportError(f"half an answer: expected {size} bytes, got {len(body)}")
+    return body
 
 def _read_to_end(channel: ByteChannel, limit: int, rule: str) -> Iterator[bytes]:
     total = 0
@@ -7027,8 +7180,8 @@ class HttpClient(ClientChannel):
         self._budget = max_response_bytes or most
         self._capabilities: HttpServerCapabilities | None = None
         accept = ", ".join((*supported_encodings(), "identity")) if compression_level is not None else "identity"
-        self._fixed = [("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept)]
-        self._fixed.append((ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget)))
+        self._fixed = (("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept),
+                       (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget)))
 
     def _own_headers(self) -> list[tuple[str, str]]:
         given = self._headers() if callable(self._headers) else self._headers
@@ -7043,17 +7196,19 @@ class HttpClient(ClientChannel):
             self._capabilities = HttpServerCapabilities.from_headers(reply.headers if reply.status < 300 else {})
         return self._capabilities
 
-    def post(self, path: str, body: bytes, deadline: float | None, turns: int = 1) -> HttpReply:
-        """Post Arrow, return an answer in Arrow; with several *turns* of a producer it may come piece by piece.
+    def post(self, path: str, body: bytes, deadline: float | None, turns: int = 1, packed_bytes: int = 0) -> HttpReply:
+        """Post Arrow, return an answer in Arrow; with several *turns* of a producer it may come piece by piece. Of *body* so
+        many bytes do not compress.
         Raises `AuthenticationError` for a 401, `TransportError` when no answer comes or one that is not Arrow, `RpcError` when
         the body or the answer is larger than the server or the budget allows.
         """
         server, headers = self.capabilities(deadline), [*self._fixed, *self._own_headers()]
-        encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
-        packed = compress_if_worth(body, encoding, self._level) if encoding and self._level is not None else None
-        if packed is not None:
-            body = packed
-            headers.append(("Content-Encoding", encoding))
+        if self._level is not None and len(body) >= _COMPRESS_BODY_FROM_BYTES:
+            encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
+            packed = compress_if_worth(body, encoding, self._level, packed_bytes) if encoding else None
+            if packed is not None:
+                body = packed
+                headers.append(("Content-Encoding", encoding))
         path, most = self._prefix + path, server.max_request_bytes
         if most is not None and len(body) > most:
             text = f"the server takes requests of at most {most} bytes, this one has {len(body)}"
@@ -7192,7 +7347,8 @@ class _HttpClientStream(ClientStream):
         tokens = {**metadata, STATE_KEY: self._cursor or b"", CALL_STATE_KEY: self._call_token}
         if self._options.timeout is not None:
             tokens[TIMEOUT_KEY] = str(max(1, int(self._options.timeout * 1000))).encode()
-        return self._client.post(self._path, stream_bytes(batch.schema, [(batch, tokens)]), self._options.deadline, turns)
+        body = stream_bytes(batch.schema, [(batch, tokens)])
+        return self._client.post(self._path, body, self._options.deadline, turns, len(tokens[STATE_KEY]))
 
     def _ask(self, given: AnnotatedBatch, turns: int) -> None:
         metadata, self._metadata = dict(given.custom_metadata or self._metadata or {}), None
