@@ -3433,7 +3433,7 @@ class Call:
         self._messages: list[Message] = []
         self._error: BaseException | None = None
         timeout = request.timeout if request is not None else None
-        self._deadline = None if timeout is None else self.started + timeout
+        self.deadline = None if timeout is None else self.started + timeout  # of `context`, which is made when asked for
         self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
 
     # Most calls have no hook that wants the record and no method that asks for the context: both are made when asked for.
@@ -3445,7 +3445,7 @@ class Call:
         return CallContext(
             caller.auth, self._messages.append, self._transport_metadata, server_id=self.server.server_id, method_name=info.name,
             protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=self.request_id,
-            deadline=self._deadline, response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone)
+            deadline=self.deadline, response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone)
 
     @functools.cached_property
     def record(self) -> CallRecord:
@@ -3453,7 +3453,7 @@ class Call:
         info, hosted, caller, request = self.bound.info, self.bound.hosted, self.caller, self._request
         return CallRecord(
             hosted.name, hosted.hash, info.name, info.method_type.value, self.request_id, caller.kind, caller.auth,
-            caller.remote_addr, self._transport_metadata, os.urandom(16).hex() if info.method_type is MethodType.STREAM else "",
+            caller.remote_addr, self._transport_metadata, self.stream_id,
             request.schema if request is not None else None, request.rows if request is not None else 0)
 
     @functools.cached_property
@@ -3462,13 +3462,17 @@ class Call:
         traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
         return {**self.caller.metadata, **traces, **({"remote_addr": self.caller.remote_addr} if self.caller.remote_addr else {})}
 
-    def count_input(self, rows: int, size: int = 0) -> None:
-        """Count a batch that came, of so many rows and bytes, when somebody listens."""
+    @functools.cached_property
+    def stream_id(self) -> str:
+        """What all requests of one stream have in common in the access log."""
+        return os.urandom(16).hex() if self.bound.info.method_type is MethodType.STREAM else ""
+
+    def note(self, stream_id: str = "", **http: int) -> None:
+        """Keep facts for the record: those of HTTP, and the id of a stream that other requests began."""
+        self.stream_id = stream_id or self.stream_id
         if self._tokens:
-            statistics = self.record.statistics
-            statistics.input_batches += 1
-            statistics.input_rows += rows
-            statistics.input_bytes += size
+            self.record.stream_id = self.stream_id
+            self.record.http.update(http)
 
     def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
         """Pending log lines as batches; the list is emptied."""
@@ -3493,7 +3497,7 @@ class Call:
             result = function(*args, **kwargs)
         finally:
             _current_auth.reset(token)
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if self.deadline is not None and time.monotonic() >= self.deadline:
             raise DeadlineExceededError(f"{self.bound.info.name}(): the time that the client allowed has passed")
         return result
 
@@ -3504,7 +3508,12 @@ class Call:
     def begin(self, arguments: dict[str, Any]) -> Turn:
         """Run the method and return a unary method's whole answer, or the header turn of a stream. That is logs and the header
         row; without a header no items and an empty schema, and the logs go with the first turn."""
-        info = self.bound.info
+        info, request = self.bound.info, self._request
+        if type(request) is Request:
+            self.server.remember(self.bound, request)
+        if self._tokens and request is not None:
+            self.record.statistics.input_batches += 1
+            self.record.statistics.input_rows += request.rows
         if self.bound.context_parameter is not None:
             arguments = {**arguments, self.bound.context_parameter: self.context}
         try:
@@ -4999,9 +5008,6 @@ class _ByteServing:
             except _Refusal as exc:
                 turn = call.refuse(exc)
             else:
-                if not isinstance(request, KnownRequest):
-                    self._server.remember(bound, request)
-                call.count_input(request.rows)
                 turn = call.begin(arguments)
             if call.stream is None:
                 self._orphan_expected = bound.info.method_type is MethodType.STREAM
@@ -5760,19 +5766,23 @@ class HttpApp:
 
     def _read_request(self, path: list[str], body: bytes, kind: MethodType) -> tuple[BoundMethod, Request]:
         """Read the request that begins a call."""
+        if isinstance(body, bytes) and (known := self.server.recall(body, 0)) is not None:
+            bound, request, end = known
+            if end == len(body) and [bound.hosted.name, bound.info.name] == path[:2] and bound.info.method_type is kind:
+                return bound, request
         hint = "post to its /init" if kind is MethodType.UNARY else "post without /init"
         bound, source = self._bound(path, kind, hint), BufferSource(body)
-        request = Request(self._reader(source))
+        fresh = Request(self._reader(source))
         if source.left:
             raise IPCError(f"request: {source.left} bytes after the end of the stream")
-        self.server.resolve(request, (path[0], path[1]))
-        return bound, request
+        self.server.resolve(fresh, (path[0], path[1]))
+        return bound, fresh
 
     def _unary(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
         bound, request = self._read_request(path, body, MethodType.UNARY)
         arguments = read_arguments(bound.info, request)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
-        call.record.http["request_bytes"] = len(body)
+        call.note(request_bytes=len(body))
         try:
             turn = call.begin(arguments)
             return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
@@ -5784,7 +5794,7 @@ class HttpApp:
         bound, request = self._read_request(path, body, MethodType.STREAM)
         arguments = read_arguments(bound.info, request)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
-        call.record.http["request_bytes"] = len(body)
+        call.note(request_bytes=len(body))
 
         def answer() -> HttpResponse:
             turn = call.begin(arguments)
@@ -5819,8 +5829,8 @@ class HttpApp:
         call = self._go_on(bound, caller, opened, own_id or request_id)
         timeout = metadata.get(TIMEOUT_KEY, b"")
         if timeout.isdigit() and len(timeout) < 16:
-            call.context.deadline = time.monotonic() + int(timeout) / 1000
-        call.record.http["request_bytes"] = len(body)
+            call.deadline = time.monotonic() + int(timeout) / 1000
+        call.note(request_bytes=len(body))
         shown = {k: v for k, v in metadata.items() if k not in _OUR_KEYS}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
 
@@ -5846,7 +5856,7 @@ class HttpApp:
         if opened.limit is not None and opened.limit != caller.response_limit_bytes:
             caller = dataclasses.replace(caller, response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
         call = self.server.open_call(bound, caller, None, request_id)
-        call.record.stream_id = opened.stream_id
+        call.note(opened.stream_id)
         return call
 
     def _next_turn(self, call: Call, opened: _OpenedCall, state: StreamState | bytes, given: AnnotatedBatch, cancel: bool) -> Turn:
@@ -5904,7 +5914,7 @@ class HttpApp:
                 if limit is not None and sent + len(data) > limit:
                     data = self._too_large(call, len(data), limit)
                 sent += len(data)
-                call.record.http.update(http_status=200, response_bytes=sent)
+                call.note(http_status=200, response_bytes=sent)
                 yield data
                 if turn.finished:
                     return
@@ -5926,14 +5936,14 @@ class HttpApp:
         return _encoded(bound.hosted.name, bound.info.name, *who)
 
     def _seal_call(self, call: Call, stream: Stream[Any, Any], call_id: bytes) -> bytes:
-        limit, fixed, kind = call.context.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
+        limit, fixed, kind = call.caller.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
         if fixed is not None and (kind is None or not isinstance(fixed, kind)):
             wanted = "CALL_STATE_TYPE, which is not set" if kind is None else kind.__name__
             raise ParameterError(f"{type(stream.state).__name__}: Stream(call_state=...): expected {wanted}, got {_got(fixed)}")
         call_state = fixed.serialize_to_bytes() if fixed is not None else b""
         schemas = _serialized(stream.output_schema), _serialized(stream.input_schema)
-        parts = (call_id, *schemas, call_state, call.record.stream_id.encode(), b"" if limit is None else str(limit).encode())
-        return self.sealer.seal(b"call", (*self._binding(call.bound, call.context.auth), call_id), pack_parts(parts))
+        parts = (call_id, *schemas, call_state, call.stream_id.encode(), b"" if limit is None else str(limit).encode())
+        return self.sealer.seal(b"call", (*self._binding(call.bound, call.caller.auth), call_id), pack_parts(parts))
 
     @staticmethod
     def _state_content(answer: _StreamAnswer, state: Any) -> bytes:
@@ -5948,7 +5958,7 @@ class HttpApp:
         return pack_parts((answer.call_id, bytes([bound.state_types.index(type(state))]), state.serialize_to_bytes()))
 
     def _tokens(self, answer: _StreamAnswer, content: bytes) -> dict[bytes, bytes]:
-        binding = self._binding(answer.call.bound, answer.call.context.auth)
+        binding = self._binding(answer.call.bound, answer.call.caller.auth)
         tokens = {STATE_KEY: self.sealer.seal(b"state", binding, content)}
         return {**tokens, CALL_STATE_KEY: answer.call_token} if answer.call_token else tokens
 
@@ -5970,7 +5980,7 @@ class HttpApp:
         # fields, as it cannot differ from what reading back would give.
         cursor, state = tokens[STATE_KEY], stream.state
         if len(cursor) <= _MAX_LIVE_BYTES and getattr(state, "__dict__", {}).keys() == dataclass_codec(type(state)).names:
-            binding = self._binding(answer.call.bound, answer.call.context.auth)
+            binding = self._binding(answer.call.bound, answer.call.caller.auth)
             with self._lock:
                 self._live[cursor] = _LiveState(binding, self.sealer.clock(), answer.call_id, state)
                 if len(self._live) > _MAX_LIVE_STATES:
@@ -6024,7 +6034,7 @@ class HttpApp:
             call_state = cls.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
         stream: Stream[Any, Any] = Stream(opened.output_schema, state, opened.input_schema, call_state=call_state)
         if cls.rehydrate is not StreamState.rehydrate:
-            call._run(state.rehydrate, call.context.implementation)
+            call._run(state.rehydrate, call.bound.hosted.implementation)
         if call_state is not None:
             call._run(state.bind_call_state, call_state)
         call.stream = stream
@@ -6040,7 +6050,7 @@ class HttpApp:
 
     def _respond(self, call: Call, request: HttpRequest, body: bytes, turn: Turn) -> HttpResponse:
         """Put a turn's bytes into a response: budget first, then coding."""
-        limit, failed = call.context.response_limit_bytes, turn.error is not None
+        limit, failed = call.caller.response_limit_bytes, turn.error is not None
         if limit is not None and len(body) > limit:
             body, failed = self._too_large(call, len(body), limit), True
         headers = [("Content-Type", ARROW_CONTENT_TYPE), *([(RPC_ERROR_HEADER, "true")] if failed else [])]
@@ -6051,7 +6061,7 @@ class HttpApp:
             if packed is not None:
                 body = packed
                 headers.append((header, encoding))
-        call.record.http.update(http_status=turn.status, response_bytes=len(body))
+        call.note(http_status=turn.status, response_bytes=len(body))
         return HttpResponse(turn.status, headers, body)
 
 @functools.lru_cache(maxsize=1024)
@@ -6065,7 +6075,7 @@ def _arrow_failure(app: HttpApp, exc: BaseException, request_id: str) -> HttpRes
     return HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE), *further], body)
 
 def _answer_too_large(call: Call, size: int, limit: int) -> ResponseTooLargeError:
-    return ResponseTooLargeError(f"{call.record.method}(): the answer exceeds max_response_bytes ({size} > {limit})")
+    return ResponseTooLargeError(f"{call.bound.info.name}(): the answer exceeds max_response_bytes ({size} > {limit})")
 
 def _smallest(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
@@ -6619,7 +6629,7 @@ def _json_failure(app: HttpApp, exc: BaseException, request_id: str, key: str = 
 
 def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterable[Any]], sent: int = 0) -> HttpResponse:
     """The lines that *render* makes of a turn, or its error, or that of *render*; *sent* bytes went out before."""
-    error, body, limit = turn.error, b"", call.context.response_limit_bytes
+    error, body, limit = turn.error, b"", call.caller.response_limit_bytes
     try:
         body = b"".join(map(_json_bytes, render())) if error is None else b""
         if limit is not None and sent + len(body) > limit:
@@ -6628,7 +6638,7 @@ def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterab
         error = call._failed(turn.schema, exc).error
     response = HttpResponse(200, [("Content-Type", _JSON)], body)
     if error is not None:
-        response = _json_failure(app, error, call.context.request_id, "__error__" if sent else "error")
+        response = _json_failure(app, error, call.request_id, "__error__" if sent else "error")
     call.record.http.setdefault("http_status", 200 if sent else response.status)
     call.record.http["response_bytes"] = sent + len(cast("bytes", response.body))
     return response
@@ -7254,6 +7264,8 @@ class HttpClient(ClientChannel):
     # -- calls
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         reply = self.post(f"/{info.protocol_name}/{info.name}", _request_body(info, batch, options), options.deadline)
+        if isinstance(reply.body, bytes) and (known := recall_result(info, reply.body, 0)) is not None:
+            return answer_call(decode_result, info, known[0])
         item = _answer_item(_open_answer(BufferSource(reply.body), options), info, options, "a result")
         return answer_call(read_result, info, item.reader, item.message)
 
