@@ -1500,6 +1500,12 @@ class StreamLayoutTests(TestCase):
         self.assertEqual([read[0][0].num_rows for read in answers], [1, 0, 1])
         self.assertIn("at most 2000 bytes", error_of(answers[1])["text"])
 
+    def test_what_may_be_left_out_over_http_is_missed_on_a_pipe(self) -> None:
+        server, unnamed = make_server(), request_bytes("add", {"a": 1.0, "b": 2.0}, protocol=None)
+        for _ in range(3):
+            self.assertEqual(wsgi_client(server).post("/Service/add", unnamed).status, 200)
+        self.assertEqual(error_of(ask_core(server, unnamed)[0])["kind"], "protocol_not_specified")
+
     def test_what_differs_in_each_request_is_not_learned(self) -> None:
         traced = [request_bytes("add", {"a": 1.0, "b": 2.0}, traceparent=f"00-{n:032x}-01") for n in range(40)]
         self.assertIsNone(recalled(self.server_that_knows(*traced), traced[0]))
@@ -6709,6 +6715,23 @@ class AheadHttpTests(AheadContract, unittest.TestCase):
 
         with vgi_rpc.http_connect(Ahead, client=client) as p:
             self.assertEqual(ahead_values(p.count(n=30)), list(range(30)))
+
+    def test_each_turn_of_an_answer_has_the_whole_time(self) -> None:
+        late, left, produce = [0.0], [], AheadCount.produce
+        clock = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: time.monotonic() + late[0]})
+
+        def slow(state: Any, out: OutputCollector, ctx: CallContext) -> None:
+            left.append(ctx.deadline - clock.monotonic())
+            late[0] += 50.0
+            produce(state, out, ctx)
+
+        client = vgi_rpc.make_sync_client(RpcServer(Ahead, AheadImpl()), token_key=AHEAD_KEY)
+        with contextlib.ExitStack() as stack:
+            for owner, name, value in ((vgi_rpc, "time", clock), (vgi_rpc, "MAX_TURNS_SECONDS", 1e9), (AheadCount, "produce", slow)):
+                stack.enter_context(mock.patch.object(owner, name, value))
+            proxy = stack.enter_context(vgi_rpc.http_connect(Ahead, client=client, timeout=80.0))
+            self.assertEqual(ahead_values(proxy.count(n=10)), list(range(10)))
+        self.assertEqual((len(left), [seconds for seconds in left if not 30 < seconds <= 80]), (11, []))
 
     def test_init_streams_too(self) -> None:
         server = RpcServer(Ahead, AheadImpl())

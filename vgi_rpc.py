@@ -992,17 +992,18 @@ def _children(kind: pa.DataType) -> list[pa.Field]:
         return [pa.field("", kind.value_type)]
     return [kind.field(i) for i in range(kind.num_fields)]
 
-def _has_dictionary(kind: pa.DataType) -> bool:
+def _count_dictionaries(kind: pa.DataType) -> int:
     if isinstance(kind, pa.BaseExtensionType):
-        return _has_dictionary(kind.storage_type)
-    return pa.types.is_dictionary(kind) or any(_has_dictionary(kind.field(i).type) for i in range(kind.num_fields))
+        return _count_dictionaries(kind.storage_type)
+    return int(pa.types.is_dictionary(kind)) + sum(_count_dictionaries(kind.field(i).type) for i in range(kind.num_fields))
 
 class SchemaFacts:
     """A schema with what reading and writing its batches needs to know; safe for use by several threads."""
-    __slots__ = ("_shapes", "dictionaries", "has_dictionary", "message", "plan", "schema", "seen")
+    __slots__ = ("_shapes", "dictionaries", "dictionary_count", "has_dictionary", "message", "plan", "schema", "seen")
     def __init__(self, schema: pa.Schema, message: bytes) -> None:
         self.schema, self.message = schema, message  # the encapsulated schema message
-        self.has_dictionary = any(map(_has_dictionary, schema.types))
+        self.dictionary_count = sum(map(_count_dictionaries, schema.types))
+        self.has_dictionary = self.dictionary_count > 0
         self.plan: Any = False  # how its short batches travel without pyarrow: `plain_plan` fills it in
         self._shapes: dict[Any, tuple[list[HeadLayout], HeadLayout]] = {}
         self.seen: tuple[BatchMessage, ...] = ()  # short dictionary messages, as read
@@ -1123,11 +1124,12 @@ class IpcReader:
             if limit is not None and size > limit:
                 self._unread = size
                 raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {size}")
-            call = self._source.read_after
-            message = call(raw, size) if size <= SMALL_BODY_BYTES else _guard("the message body", call, raw, size)
-            got = len(message) - len(raw)
-            if got < size:
-                raise IPCError(f"half a message: expected a body of {size} bytes, got {got}")
+            message: _Buffer = raw
+            if size:
+                call = self._source.read_after
+                message = call(raw, size) if size <= SMALL_BODY_BYTES else _guard("the message body", call, raw, size)
+                if (got := len(message) - len(raw)) < size:
+                    raise IPCError(f"half a message: expected a body of {size} bytes, got {got}")
             if not known:
                 self._check_bounds(head, memoryview(message)[len(raw) :])
             if head.kind == _BATCH_MESSAGE:
@@ -1645,8 +1647,10 @@ class PlainPlan:
         if head.compressed or len(message.data) > _PLAIN_BYTES or not 0 < head.rows <= _PLAIN_BYTES:
             raise _NotPlain
         try:
-            dictionaries = map(_read_dictionary, reader.dictionaries()) if self.facts.has_dictionary else iter(())
-            return self._read(head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), dictionaries))
+            found = reader.dictionaries() if self.facts.has_dictionary else []
+            if [m.head.dictionary_id for m in found] != list(range(self.facts.dictionary_count)):  # as pyarrow numbers them
+                raise _NotPlain
+            return self._read(head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), map(_read_dictionary, found)))
         except StopIteration:
             raise _NotPlain from None
 
@@ -1885,7 +1889,7 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
         offsets = pa.py_buffer(struct.pack("<ii", 0, len(values[0])))
         return pa.Array.from_buffers(kind, 1, [None, offsets, pa.py_buffer(values[0])])  # not copied
     array_ = pa.array(values, type=kind)
-    if kind.num_fields and _has_dictionary(kind):
+    if kind.num_fields and _count_dictionaries(kind):
         try:
             array_.validate(full=True)
         except pa.ArrowInvalid:
@@ -2551,7 +2555,7 @@ class Stream(Generic[_S, _H]):
     @property
     def is_producer(self) -> bool:
         """Whether turns run on ticks: nothing comes in, and the state is not an exchange's."""
-        return not len(self.input_schema) and not isinstance(self.state, ExchangeState)
+        return (self.input_schema is EMPTY_SCHEMA or not len(self.input_schema)) and not isinstance(self.state, ExchangeState)
 
     if typing.TYPE_CHECKING:  # to a client's type checker a Stream is the StreamSession that the proxy returns
         def __iter__(self) -> Iterator[AnnotatedBatch]: ...
@@ -2900,8 +2904,8 @@ class Request:
 
     def layout(self) -> StreamLayout | None:
         """Learn how requests look that differ from this one in request id, time limit and numbers alone."""
-        if not self.metadata.keys() <= _EVERYDAY_KEYS:
-            return None  # a trace, say, is another one in each request
+        if not self.metadata.keys() <= _EVERYDAY_KEYS or PROTOCOL_KEY not in self.metadata:
+            return None  # a trace, say, is another one in each request; and only over HTTP a request need not name its protocol
         return StreamLayout.learn(self._reader.facts, self._message, (REQUEST_ID_KEY, TIMEOUT_KEY))
 
     def text(self, key: bytes, what: str) -> str | None:
@@ -3434,33 +3438,9 @@ class Call:
 
     # Most calls have no hook that wants the record and no method that asks for the context: both are made when asked for.
 
-    @functools.cached_property
-    def context(self) -> CallContext:
-        """What the method may ask."""
-        info, hosted, caller = self.bound.info, self.bound.hosted, self.caller
-        return CallContext(
-            caller.auth, self._messages.append, self._transport_metadata, server_id=self.server.server_id, method_name=info.name,
-            protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=self.request_id,
-            deadline=self._deadline, response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone)
-
-    @functools.cached_property
-    def record(self) -> CallRecord:
-        """What hooks and the access log see."""
-        info, hosted, caller, request = self.bound.info, self.bound.hosted, self.caller, self._request
-        return CallRecord(
-            hosted.name, hosted.hash, info.name, info.method_type.value, self.request_id, caller.kind, caller.auth,
-            caller.remote_addr, self._transport_metadata, os.urandom(16).hex() if info.method_type is MethodType.STREAM else "",
-            request.schema if request is not None else None, request.rows if request is not None else 0)
-
-    @functools.cached_property
-    def _transport_metadata(self) -> dict[str, Any]:
-        sent = self._request.metadata if self._request is not None else {}
-        traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
-        return {**self.caller.metadata, **traces, **({"remote_addr": self.caller.remote_addr} if self.caller.remote_addr else {})}
-
     @property
     def deadline(self) -> float | None:
-        """When the client stops waiting, seconds of ``time.monotonic()``; over HTTP it differs from turn to turn."""
+        """When the client stops waiting, in seconds of ``time.monotonic()``; over HTTP it is another one for each turn."""
         return self._deadline
 
     @deadline.setter
@@ -3469,13 +3449,41 @@ class Call:
         if "context" in self.__dict__:
             self.context.deadline = deadline
 
-    def count_input(self, rows: int, size: int = 0) -> None:
-        """Count a batch that came, of so many rows and bytes, when somebody listens."""
+    @functools.cached_property
+    def context(self) -> CallContext:
+        """What the method may ask."""
+        info, hosted, caller = self.bound.info, self.bound.hosted, self.caller
+        return CallContext(
+            caller.auth, self._messages.append, self._transport_metadata, server_id=self.server.server_id, method_name=info.name,
+            protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=self.request_id,
+            deadline=self.deadline, response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone)
+
+    @functools.cached_property
+    def record(self) -> CallRecord:
+        """What hooks and the access log see."""
+        info, hosted, caller, request = self.bound.info, self.bound.hosted, self.caller, self._request
+        return CallRecord(
+            hosted.name, hosted.hash, info.name, info.method_type.value, self.request_id, caller.kind, caller.auth,
+            caller.remote_addr, self._transport_metadata, self.stream_id,
+            request.schema if request is not None else None, request.rows if request is not None else 0)
+
+    @functools.cached_property
+    def _transport_metadata(self) -> dict[str, Any]:
+        sent = self._request.metadata if self._request is not None else {}
+        traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
+        return {**self.caller.metadata, **traces, **({"remote_addr": self.caller.remote_addr} if self.caller.remote_addr else {})}
+
+    @functools.cached_property
+    def stream_id(self) -> str:
+        """What all requests of one stream have in common in the access log."""
+        return os.urandom(16).hex() if self.bound.info.method_type is MethodType.STREAM else ""
+
+    def note(self, stream_id: str = "", **http: int) -> None:
+        """Keep facts for the record: those of HTTP, and the id of a stream that other requests began."""
+        self.stream_id = stream_id or self.stream_id
         if self._tokens:
-            statistics = self.record.statistics
-            statistics.input_batches += 1
-            statistics.input_rows += rows
-            statistics.input_bytes += size
+            self.record.stream_id = self.stream_id
+            self.record.http.update(http)
 
     def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
         """Pending log lines as batches; the list is emptied."""
@@ -3500,7 +3508,7 @@ class Call:
             result = function(*args, **kwargs)
         finally:
             _current_auth.reset(token)
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if self.deadline is not None and time.monotonic() >= self.deadline:
             raise DeadlineExceededError(f"{self.bound.info.name}(): the time that the client allowed has passed")
         return result
 
@@ -3511,7 +3519,12 @@ class Call:
     def begin(self, arguments: dict[str, Any]) -> Turn:
         """Run the method and return a unary method's whole answer, or the header turn of a stream. That is logs and the header
         row; without a header no items and an empty schema, and the logs go with the first turn."""
-        info = self.bound.info
+        info, request = self.bound.info, self._request
+        if type(request) is Request:
+            self.server.remember(self.bound, request)
+        if self._tokens and request is not None:
+            self.record.statistics.input_batches += 1
+            self.record.statistics.input_rows += request.rows
         if self.bound.context_parameter is not None:
             arguments = {**arguments, self.bound.context_parameter: self.context}
         try:
@@ -3544,12 +3557,12 @@ class Call:
     def turn(self, given: AnnotatedBatch) -> Turn:
         """Serve one turn of the stream on *given* (a tick for a producer)."""
         stream = cast("Stream[Any, Any]", self.stream)
-        schema = stream.output_schema
-        out = OutputCollector(schema, producer_mode=stream.is_producer)
+        schema, producer = stream.output_schema, stream.is_producer
+        out = OutputCollector(schema, producer_mode=producer)
         if self._tokens:
             self.record.statistics.record_input(given.batch)
         try:
-            if not stream.is_producer:
+            if not producer:
                 batch = conform_batch(given.batch, stream.input_schema, f"{self.bound.info.name}() input", cast_values=True)
                 given = given if batch is given.batch else AnnotatedBatch(batch, given.custom_metadata)
             self._run(stream.state.process, given, out, self.context)
@@ -5006,9 +5019,6 @@ class _ByteServing:
             except _Refusal as exc:
                 turn = call.refuse(exc)
             else:
-                if not isinstance(request, KnownRequest):
-                    self._server.remember(bound, request)
-                call.count_input(request.rows)
                 turn = call.begin(arguments)
             if call.stream is None:
                 self._orphan_expected = bound.info.method_type is MethodType.STREAM
@@ -5037,7 +5047,8 @@ class _ByteServing:
                         call.cancel()
                     writer.close()
                     break
-                turn = call.turn(AnnotatedBatch(batch, pa.KeyValueMetadata(metadata) if metadata else None))
+                plain = batch is _TICK and not metadata
+                turn = call.turn(_PLAIN_TICK if plain else AnnotatedBatch(batch, pa.KeyValueMetadata(metadata) if metadata else None))
             finished = turn.finished
             writer.write_all(turn.items, close=finished)
         reader.skip()
@@ -5775,15 +5786,12 @@ class HttpApp:
         if source.left:
             raise IPCError(f"request: {source.left} bytes after the end of the stream")
         self.server.resolve(request, (path[0], path[1]))
-        arguments = read_arguments(bound.info, request)
-        if PROTOCOL_KEY in request.metadata:  # which it may leave out here, but not on a byte stream of the same server
-            self.server.remember(bound, request)
-        return request, bound, arguments
+        return request, bound, read_arguments(bound.info, request)
 
     def _unary(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
         request, bound, arguments = self._read_request(path, body, MethodType.UNARY)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
-        _note(call, request_bytes=len(body))
+        call.note(request_bytes=len(body))
         try:
             turn = call.begin(arguments)
             return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
@@ -5794,7 +5802,7 @@ class HttpApp:
         """Serve the start of a stream."""
         request, bound, arguments = self._read_request(path, body, MethodType.STREAM)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
-        _note(call, request_bytes=len(body))
+        call.note(request_bytes=len(body))
 
         def answer() -> HttpResponse:
             turn = call.begin(arguments)
@@ -5830,7 +5838,7 @@ class HttpApp:
         timeout = metadata.get(TIMEOUT_KEY, b"")
         if timeout.isdigit() and len(timeout) < 16:
             call.deadline = time.monotonic() + int(timeout) / 1000
-        _note(call, request_bytes=len(body))
+        call.note(request_bytes=len(body))
         shown = {k: v for k, v in metadata.items() if k not in _OUR_KEYS}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
 
@@ -5856,8 +5864,7 @@ class HttpApp:
         if opened.limit is not None and opened.limit != caller.response_limit_bytes:
             caller = dataclasses.replace(caller, response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
         call = self.server.open_call(bound, caller, None, request_id)
-        if call._tokens:
-            call.record.stream_id = opened.stream_id
+        call.note(opened.stream_id)
         return call
 
     def _next_turn(self, call: Call, opened: _OpenedCall, state: StreamState | bytes, given: AnnotatedBatch, cancel: bool) -> Turn:
@@ -5915,7 +5922,7 @@ class HttpApp:
                 if limit is not None and sent + len(data) > limit:
                     data = self._too_large(call, len(data), limit)
                 sent += len(data)
-                _note(call, http_status=200, response_bytes=sent)
+                call.note(http_status=200, response_bytes=sent)
                 yield data
                 if turn.finished:
                     return
@@ -5943,7 +5950,7 @@ class HttpApp:
             raise ParameterError(f"{type(stream.state).__name__}: Stream(call_state=...): expected {wanted}, got {_got(fixed)}")
         call_state = fixed.serialize_to_bytes() if fixed is not None else b""
         schemas = _serialized(stream.output_schema), _serialized(stream.input_schema)
-        parts = (call_id, *schemas, call_state, call.record.stream_id.encode(), b"" if limit is None else str(limit).encode())
+        parts = (call_id, *schemas, call_state, call.stream_id.encode(), b"" if limit is None else str(limit).encode())
         return self.sealer.seal(b"call", (*self._binding(call.bound, call.caller.auth), call_id), pack_parts(parts))
 
     @staticmethod
@@ -6062,13 +6069,8 @@ class HttpApp:
             if packed is not None:
                 body = packed
                 headers.append((header, encoding))
-        _note(call, http_status=turn.status, response_bytes=len(body))
+        call.note(http_status=turn.status, response_bytes=len(body))
         return HttpResponse(turn.status, headers, body)
-
-def _note(call: Call, **facts: int) -> None:
-    """Put facts of HTTP on a call's record, when somebody listens."""
-    if call._tokens:
-        call.record.http.update(facts)
 
 @functools.lru_cache(maxsize=1024)
 def _encoded(*texts: str) -> tuple[bytes, ...]:
@@ -6635,7 +6637,7 @@ def _json_failure(app: HttpApp, exc: BaseException, request_id: str, key: str = 
 
 def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterable[Any]], sent: int = 0) -> HttpResponse:
     """The lines that *render* makes of a turn, or its error, or that of *render*; *sent* bytes went out before."""
-    error, body, limit = turn.error, b"", call.context.response_limit_bytes
+    error, body, limit = turn.error, b"", call.caller.response_limit_bytes
     try:
         body = b"".join(map(_json_bytes, render())) if error is None else b""
         if limit is not None and sent + len(body) > limit:
@@ -6644,7 +6646,7 @@ def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterab
         error = call._failed(turn.schema, exc).error
     response = HttpResponse(200, [("Content-Type", _JSON)], body)
     if error is not None:
-        response = _json_failure(app, error, call.context.request_id, "__error__" if sent else "error")
+        response = _json_failure(app, error, call.request_id, "__error__" if sent else "error")
     call.record.http.setdefault("http_status", 200 if sent else response.status)
     call.record.http["response_bytes"] = sent + len(cast("bytes", response.body))
     return response
