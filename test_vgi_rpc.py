@@ -6731,7 +6731,7 @@ class AheadHttpTests(AheadContract, unittest.TestCase):
                 stack.enter_context(mock.patch.object(owner, name, value))
             proxy = stack.enter_context(vgi_rpc.http_connect(Ahead, client=client, timeout=80.0))
             self.assertEqual(ahead_values(proxy.count(n=10)), list(range(10)))
-        self.assertEqual((len(left), [seconds for seconds in left if not 30 < seconds <= 80]), (11, []))
+        self.assertEqual((len(left), [seconds for seconds in left if not 30 < seconds < 81]), (11, []))
 
     def test_init_streams_too(self) -> None:
         server = RpcServer(Ahead, AheadImpl())
