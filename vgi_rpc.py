@@ -2958,9 +2958,18 @@ def clean_request_id(text: str | None) -> str:
 
 _EVERYDAY_KEYS = {METHOD_KEY, REQUEST_VERSION_KEY, REQUEST_ID_KEY, PROTOCOL_KEY, PROTOCOL_VERSION_KEY, TIMEOUT_KEY}
 
+_request_ids: list[str] = []  # made many at a time: asking the system for each takes longer than a call's other parts
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_request_ids.clear)
+
 def new_request_id() -> str:
     """Return 16 random hex characters."""
-    return os.urandom(8).hex()
+    while True:
+        try:
+            return _request_ids.pop()
+        except IndexError:
+            text = os.urandom(1024).hex()
+            _request_ids.extend([text[at : at + 16] for at in range(0, len(text), 16)])
 
 def read_arguments(info: RpcMethodInfo, request: Request) -> dict[str, Any]:
     """Check a request against the method and decode its parameters. Raises `ParameterError` for one missing, extra, null or not
@@ -3625,7 +3634,8 @@ class ServerCore:
         self._hooks: list[DispatchHook] = []
         self._started: set[TransportKind] = set()
         self._known: dict[bytes, list[tuple[StreamLayout, BoundMethod]]] = {}  # by schema message: requests that were served
-        self._state, self._active, self.draining = threading.Condition(), 0, False
+        self._lock, self._active, self.draining = threading.RLock(), 0, False
+        self._state = threading.Condition(self._lock)
 
     def list_protocols(self) -> ProtocolList:
         """What reflection answers to ``list_protocols``."""
@@ -3746,12 +3756,12 @@ class ServerCore:
 
     def __enter__(self) -> ServerCore:
         """Count the work inside ``with server`` as running, so that `drain` waits for it."""
-        with self._state:
+        with self._lock:
             self._active += 1
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with self._state:
+        with self._lock:
             self._active -= 1
             if self.draining:
                 self._state.notify_all()
@@ -5545,6 +5555,7 @@ def _internal_error(request_id: str) -> HttpResponse:
 
 
 _MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and the size of their cursors
+_MAC_TEXT_BYTES = 44  # of a cursor, its end: what tells it from all others, and is hashed sooner than the whole
 _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
 
 class _CallHead(NamedTuple):
@@ -5568,6 +5579,7 @@ class _OpenedCall(NamedTuple):
 
 class _LiveState(NamedTuple):
     """A state that need not be read back from its cursor."""
+    cursor: bytes
     binding: tuple[bytes, ...]
     issued: float
     call_id: bytes
@@ -5598,7 +5610,7 @@ class HttpApp:
         self.sealer = TokenSealer(keys or [os.urandom(32)], self.options.token_ttl)
         self._limit = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
         self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
-        self._live: OrderedDict[bytes, _LiveState] = OrderedDict()  # by the cursor that holds the same
+        self._live: OrderedDict[bytes, _LiveState] = OrderedDict()  # by the end of the cursor that holds the same
         self._lock = threading.Lock()
         self._capabilities = self._capability_headers()
 
@@ -5691,8 +5703,8 @@ class HttpApp:
         if request.multiprocess and self._own_key and len(segments) == 3:
             text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
             raise _protocol_error(text, 500, Code.FAILED_PRECONDITION)
-        read = functools.partial(request.read_body, self._limit)
-        body: Any = _decoded_body(request.headers, read, self._limit) if head.coded else read()
+        read, most = request.read_body, self._limit
+        body: Any = _decoded_body(request.headers, lambda: read(most), most) if head.coded else read(most)
         if head.in_json:
             return _post_json(self, segments, body, caller, request, request_id)
         handler = self._unary if len(segments) == 2 else self._init if segments[2] == "init" else self._exchange
@@ -5990,7 +6002,7 @@ class HttpApp:
         if len(cursor) <= _MAX_LIVE_BYTES and getattr(state, "__dict__", {}).keys() == dataclass_codec(type(state)).names:
             binding = self._binding(answer.call.bound, answer.call.caller.auth)
             with self._lock:
-                self._live[cursor] = _LiveState(binding, self.sealer.clock(), answer.call_id, state)
+                self._live[cursor[-_MAC_TEXT_BYTES:]] = _LiveState(cursor, binding, self.sealer.clock(), answer.call_id, state)
                 if len(self._live) > _MAX_LIVE_STATES:
                     self._live.popitem(last=False)
         items, at = list(turn.items), turn.data_index
@@ -6006,9 +6018,9 @@ class HttpApp:
         """Open the cursor, then the call half whose id it holds; return that and the state: live, or its type's index and bytes."""
         binding, cursor = self._binding(bound, auth), metadata.get(STATE_KEY, b"")
         with self._lock:
-            live = self._live.pop(cursor, None)  # one turn only: a cursor that comes again gives the same turn again
+            live = self._live.pop(cursor[-_MAC_TEXT_BYTES:], None)  # one turn only: a cursor that comes again gives the same turn again
         state: StreamState | bytes
-        if live is not None and live.binding == binding:  # to the last byte what we have sealed: the seal is good
+        if live is not None and live.cursor == cursor and live.binding == binding:  # what we have sealed, to the last byte
             self.sealer.check_age(live.issued)
             call_id, state = live.call_id, object.__new__(type(live.state))
             state.__dict__.update(live.state.__dict__)  # each turn has an object of its own
@@ -6195,6 +6207,7 @@ _VARYING = re.compile(
     rb"(?<=\r\n)(?:X-Request-ID: ([!-~]{1,128})\r\n)?(?:Date: ([A-Z][ -~]{1,40}[A-Z])\r\n)?Content-Length: ([0-9]{1,18})\r\n\r\n"
 )
 _VARYING_NAMES = ("x-request-id", "date", "content-length")
+_KEPT_HEAD_BYTES = 8_192  # of each connection, at most
 
 
 class HeadReader:
@@ -6202,6 +6215,7 @@ class HeadReader:
     def __init__(self, channel: SocketChannel) -> None:
         self.channel = channel
         self._lead, self._known = b"\n", HttpHead(("", "", ""), {}, frozenset(), {})  # of the last head; at first of none
+        self._last: tuple[bytes, HttpHead] = b"", self._known
 
     def read(self) -> HttpHead | None:
         """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
@@ -6214,9 +6228,13 @@ class HeadReader:
             raise _protocol_error(f"the head exceeds {MAX_HEAD_BYTES} bytes", 414 if b"\r\n" not in seen else 431)
         if raw is None:
             raise TransportError("the connection was closed in the middle of a head")
-        varying = _VARYING.fullmatch(raw, len(self._lead)) if raw.startswith(self._lead) else None
-        if varying is None:
-            return self._parsed(raw)
+        if raw != self._last[0]:
+            varying = _VARYING.fullmatch(raw, len(self._lead)) if raw.startswith(self._lead) else None
+            head = self._parsed(raw) if varying is None else self._changed(varying)
+            self._last = raw if len(raw) <= _KEPT_HEAD_BYTES else b"", head
+        return self._last[1]
+
+    def _changed(self, varying: re.Match[bytes]) -> HttpHead:
         known = self._known
         values = {name: value.decode() for name, value in zip(_VARYING_NAMES, varying.groups()) if value is not None}
         return HttpHead(known.start, known.headers | values, known.repeated, known.memory)
@@ -6224,8 +6242,10 @@ class HeadReader:
     def _parsed(self, raw: bytes) -> HttpHead:
         head, varying = parse_http_head(raw), _VARYING.search(raw)
         fixed = {n: v for n, v in head.headers.items() if n not in _VARYING_NAMES}
+        lines = raw.count(b"\n") - 2
         # No line in front of the varying ones has their names, and there is room for all of these.
-        if varying and len(fixed) + sum(v is not None for v in varying.groups()) == raw.count(b"\n") - 2 < MAX_HEADERS - 2:
+        alone = varying is not None and len(fixed) + sum(v is not None for v in varying.groups()) == lines
+        if varying and alone and lines < MAX_HEADERS - 2 and len(raw) <= _KEPT_HEAD_BYTES:
             self._lead, self._known = raw[: varying.start()], head._replace(headers=fixed)
         return head
 
@@ -6317,11 +6337,12 @@ class _HttpConnection:
             response = json_response(exc.http_status, {"error": "bad_request", "detail": str(exc)}, further)
             self._send(response, head.start[0] if head else "GET", keep=False)
             return False
-        length = head.headers.get("content-length", "")
+        headers = head.headers.copy()  # the next head may be the same one
+        length = headers.get("content-length", "")
         self._unread = asked.chunked or length not in ("", "0")
         read = functools.partial(self._read_body, asked, length, started + options.request_deadline)
-        request = HttpRequest(head.start[0], asked.path, head.headers, self._remote, read, head.repeated, self._channel.peer_gone)
-        request.memory = head.memory
+        request = HttpRequest(head.start[0], asked.path, headers, self._remote, read, head.repeated, self._channel.peer_gone,
+                              memory=head.memory)
         with self._app.server:  # until the answer is out: a server that drains must not exit before
             return self._answer(request, asked)
 
