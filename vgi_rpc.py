@@ -1377,51 +1377,66 @@ _PADDING = tuple(bytes(-n % 8) for n in range(8))
 
 
 class _Parts:
-    """What a `_Body` becomes on the other side: nodes and buffers handed out one after the other."""
-    __slots__ = ("_buffer", "_node", "_nodes", "body", "buffers", "dictionaries", "validity")
+    """What a `_Body` becomes on the other side."""
+    __slots__ = ("body", "buffers", "dictionaries", "nodes")
     def __init__(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes, dictionaries: Iterator[Sequence[str]]) -> None:
-        self._nodes, self._node, self._buffer = nodes, 0, 0  # and which come next
-        self.buffers, self.body = buffers, body  # it is known that the buffers lie inside
+        self.nodes, self.buffers, self.body = nodes, buffers, body  # it is known that the buffers lie inside the body
         self.dictionaries = dictionaries
-        self.validity: bytes | None = None  # bitmap of the column taken last, ``None`` without nulls
 
-    def take(self, length: int, count: int) -> int:
-        """Take the next node, which must have *length* values, and its *count* buffers, of which the first is the bitmap; return
-        where in `buffers` the second stands."""
-        node, at = self._node, self._buffer
-        self._node, self._buffer = node + 2, at + 2 * count
-        nulls = self._nodes[node + 1]
-        if self._nodes[node] != length or len(self.buffers) < self._buffer:
-            raise _NotPlain
-        self.validity = None
-        if nulls:
-            bits = self.validity = self.body[self.buffers[at] : self.buffers[at] + self.buffers[at + 1]]
-            present = int.from_bytes(bits, "little") & ((1 << length) - 1)
-            if nulls < 0 or len(bits) * 8 < length or bin(present).count("1") != length - nulls:
-                raise _NotPlain
-        return at + 2
 
-    def numbers(self, at: int, count: int, code: str, size: int) -> tuple[Any, ...]:
-        """Read *count* numbers of *size* bytes at the beginning of a buffer; *at* is its place in `buffers`."""
-        if self.buffers[at + 1] < count * size:
-            raise _NotPlain
-        return struct.unpack_from(f"<{count}{code}", self.body, self.buffers[at])
+class _Place:
+    """Where one column's node and buffers stand among those of its schema, which is the same in all batches."""
+    __slots__ = ("first", "node")
+    def __init__(self, node: int, first: int) -> None:
+        self.node, self.first = node, first  # indices of its node, and of its bitmap's buffer
 
-    def offsets(self, at: int, length: int, limit: int) -> tuple[int, ...]:
-        """Read length + 1 offsets, each at least as large as the one before, the last at most *limit*."""
-        if length == 1 and self.buffers[at + 1] >= 8:
-            first, last = _TWO_OFFSETS.unpack_from(self.body, self.buffers[at])
-            if 0 <= first <= last <= limit:
-                return first, last
-        found = self.numbers(at, length + 1, "i", 4)
-        if found[0] < 0 or found[-1] > limit or any(map(operator.gt, found, found[1:])):
+    def start(self, parts: _Parts, length: int) -> int:
+        """Return where in ``parts.buffers`` the buffer behind the bitmap stands; raises `_NotPlain` unless there are *length* values."""
+        if parts.nodes[self.node] != length:
             raise _NotPlain
-        return found
+        return self.first + 2
 
-    def done(self) -> None:
-        """Make sure that nothing is left over."""
-        if self._node != len(self._nodes) or self._buffer != len(self.buffers):
+    def one(self, parts: _Parts, length: int) -> tuple[int, int] | None:
+        """Return both offsets of a column of one value that is not null, ``None`` for another column."""
+        node, at = self.node, self.first + 2
+        if length == 1 and parts.nodes[node] == 1 and not parts.nodes[node + 1] and parts.buffers[at + 1] >= 8:
+            return _TWO_OFFSETS.unpack_from(parts.body, parts.buffers[at])
+        return None
+
+    def with_nulls(self, values: list[Any], parts: _Parts) -> list[Any]:
+        """Return *values* with ``None`` where the bitmap says so."""
+        if not (nulls := parts.nodes[self.node + 1]):
+            return values
+        at, length = parts.buffers[self.first], len(values)
+        bits = parts.body[at : at + parts.buffers[self.first + 1]]
+        present = int.from_bytes(bits, "little") & ((1 << length) - 1)
+        if nulls < 0 or len(bits) * 8 < length or bin(present).count("1") != length - nulls:
             raise _NotPlain
+        return [v if bits[i >> 3] >> (i & 7) & 1 else None for i, v in enumerate(values)]
+
+class _Places:
+    """Hands out places in Arrow's pre-order walk over the columns."""
+    def __init__(self) -> None:
+        self.nodes = self.buffers = 0  # numbers that were handed out: two of each node and of each buffer
+
+    def take(self, buffers: int) -> _Place:
+        """Return the place of the next column, which has so many buffers of its own."""
+        place = _Place(self.nodes, self.buffers)
+        self.nodes, self.buffers = self.nodes + 2, self.buffers + 2 * buffers
+        return place
+
+def _numbers(parts: _Parts, at: int, count: int, code: str, size: int) -> tuple[Any, ...]:
+    """Read *count* numbers of *size* bytes at the beginning of a buffer; *at* is its place in ``parts.buffers``."""
+    if parts.buffers[at + 1] < count * size:
+        raise _NotPlain
+    return struct.unpack_from(f"<{count}{code}", parts.body, parts.buffers[at])
+
+def _offsets(parts: _Parts, at: int, length: int, limit: int) -> tuple[int, ...]:
+    """Read length + 1 offsets, each at least as large as the one before, the last at most *limit*."""
+    found = _numbers(parts, at, length + 1, "i", 4)
+    if found[0] < 0 or found[-1] > limit or any(map(operator.gt, found, found[1:])):
+        raise _NotPlain
+    return found
 
 _ONE, _TWO_OFFSETS = (1, 0), struct.Struct("<ii")
 _Write = Callable[[Sequence[Any], _Body], None]
@@ -1445,10 +1460,7 @@ def _write_node(values: Sequence[Any], body: _Body, kind: type | None = None) ->
 def _is_one(values: Sequence[Any], body: _Body) -> bool:
     return len(values) == 1 and body.checked and values[0] is not None
 
-def _with_nulls(values: list[Any], validity: bytes | None) -> list[Any]:
-    return values if validity is None else [v if validity[i >> 3] >> (i & 7) & 1 else None for i, v in enumerate(values)]
-
-def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
+def _number_column(place: _Place, code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
     one, size = struct.Struct(f"<{code}{8 - struct.calcsize(code)}x"), struct.calcsize(code)
     def write(values: Sequence[Any], body: _Body) -> None:
         if _is_one(values, body):
@@ -1471,20 +1483,20 @@ def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]
             raise _NotPlain
         body.add(data)
     def read(length: int, parts: _Parts) -> list[Any]:
-        found = list(parts.numbers(parts.take(length, 2), length, code, size))
-        return found if parts.validity is None else _with_nulls(found, parts.validity)
+        found = list(_numbers(parts, place.start(parts, length), length, code, size))
+        return place.with_nulls(found, parts) if parts.nodes[place.node + 1] else found
     return write, read
 
-def _bool_column() -> tuple[_Write, _Read]:
+def _bool_column(place: _Place) -> tuple[_Write, _Read]:
     def write(values: Sequence[Any], body: _Body) -> None:
         _write_node(values, body, bool)
         body.add(_bitmap(values))
     def read(length: int, parts: _Parts) -> list[Any]:
-        bits = parts.numbers(parts.take(length, 2), (length + 7) // 8, "B", 1)
-        return _with_nulls([bool(bits[i >> 3] >> (i & 7) & 1) for i in range(length)], parts.validity)
+        bits = _numbers(parts, place.start(parts, length), (length + 7) // 8, "B", 1)
+        return place.with_nulls([bool(bits[i >> 3] >> (i & 7) & 1) for i in range(length)], parts)
     return write, read
 
-def _text_column(kind: type) -> tuple[_Write, _Read]:
+def _text_column(place: _Place, kind: type) -> tuple[_Write, _Read]:
     def write(values: Sequence[Any], body: _Body) -> None:
         if _is_one(values, body):
             piece, at = values[0].encode() if kind is str else values[0], body.size
@@ -1501,14 +1513,16 @@ def _text_column(kind: type) -> tuple[_Write, _Read]:
             raise _NotPlain
         body.add(struct.pack(f"<{len(offsets)}i", *offsets), b"".join(pieces))
     def read(length: int, parts: _Parts) -> list[Any]:
-        at = parts.take(length, 3)
-        start, offsets = parts.buffers[at + 2], parts.offsets(at, length, parts.buffers[at + 3])
-        pieces: list[Any] = [parts.body[start + a : start + b] for a, b in itertools.pairwise(offsets)]
-        pieces = [p.decode() for p in pieces] if kind is str else pieces
-        return pieces if parts.validity is None else _with_nulls(pieces, parts.validity)
+        start, size, body = parts.buffers[place.first + 4], parts.buffers[place.first + 5], parts.body
+        if (found := place.one(parts, length)) is not None and 0 <= found[0] <= found[1] <= size:
+            piece = body[start + found[0] : start + found[1]]
+            return [piece.decode() if kind is str else piece]
+        offsets = _offsets(parts, place.start(parts, length), length, size)
+        pieces: list[Any] = [body[start + a : start + b] for a, b in itertools.pairwise(offsets)]
+        return place.with_nulls([p.decode() for p in pieces] if kind is str else pieces, parts)
     return write, read
 
-def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
+def _list_column(place: _Place, item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
     write_item, read_item = item
     def write(values: Sequence[Any], body: _Body) -> None:
         if _is_one(values, body) and type(values[0]) is list:
@@ -1524,14 +1538,14 @@ def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
             body.add(struct.pack(f"<{len(offsets)}i", *offsets))
         write_item(flat, body)
     def read(length: int, parts: _Parts) -> list[Any]:
-        offsets = parts.offsets(parts.take(length, 2), length, _PLAIN_BYTES)
-        validity = parts.validity
+        if (found := place.one(parts, length)) is not None and 0 == found[0] <= found[1] <= _PLAIN_BYTES:
+            return [read_item(found[1], parts)]
+        offsets = _offsets(parts, place.start(parts, length), length, _PLAIN_BYTES)
         flat = read_item(offsets[-1], parts)
-        lists = [flat[a:b] for a, b in itertools.pairwise(offsets)]
-        return lists if validity is None else _with_nulls(lists, validity)
+        return place.with_nulls([flat[a:b] for a, b in itertools.pairwise(offsets)], parts)
     return write, read
 
-def _struct_column(names: Sequence[str], columns: Sequence[tuple[_Write, _Read]], row: type) -> tuple[_Write, _Read]:
+def _struct_column(place: _Place, names: Sequence[str], columns: Sequence[tuple[_Write, _Read]], row: type) -> tuple[_Write, _Read]:
     """A struct of dicts, or (for the entries of a map, *row* being tuple) of pairs."""
     keys: Sequence[Any] = names if row is dict else range(len(names))
     def write(values: Sequence[Any], body: _Body) -> None:
@@ -1539,14 +1553,13 @@ def _struct_column(names: Sequence[str], columns: Sequence[tuple[_Write, _Read]]
         for key, (write_one, _) in zip(keys, columns):
             write_one([None if v is None else v[key] for v in values] if nulls else [v[key] for v in values], body)
     def read(length: int, parts: _Parts) -> list[Any]:
-        parts.take(length, 1)
-        validity = parts.validity
+        place.start(parts, length)
         members = [read_one(length, parts) for _, read_one in columns]
         rows: list[Any] = list(zip(*members)) if members else [()] * length
-        return _with_nulls([dict(zip(names, r)) for r in rows] if row is dict else rows, validity)
+        return place.with_nulls([dict(zip(names, r)) for r in rows] if row is dict else rows, parts)
     return write, read
 
-def _enum_column() -> tuple[_Write, _Read]:
+def _enum_column(place: _Place) -> tuple[_Write, _Read]:
     """``dictionary<int16, utf8>``: the distinct values go into a dictionary message of their own."""
     def write(values: Sequence[Any], body: _Body) -> None:
         _write_node(values, body, str)
@@ -1557,36 +1570,38 @@ def _enum_column() -> tuple[_Write, _Read]:
         body.dictionaries.append(distinct)
         body.add(struct.pack(f"<{len(values)}h", *[index.get(v, 0) for v in values]))
     def read(length: int, parts: _Parts) -> list[Any]:
-        found = parts.numbers(parts.take(length, 2), length, "h", 2)
-        known, indices = next(parts.dictionaries), _with_nulls(list(found), parts.validity)
+        found, known = _numbers(parts, place.start(parts, length), length, "h", 2), next(parts.dictionaries)
+        indices = place.with_nulls(list(found), parts)
         if any(i is not None and not 0 <= i < len(known) for i in indices):
             raise _NotPlain
         return [None if i is None else known[i] for i in indices]
     return write, read
 
 _ENUM_TYPE = pa.dictionary(pa.int16(), pa.utf8())
-_UTF8_COLUMN = _text_column(str)
+_UTF8_COLUMN = _text_column(_Place(0, 0), str)
 
 def _accepted(kind: pa.DataType) -> frozenset[type]:
     return frozenset({float, int} if kind == pa.float64() else {int})
 
-def _plain_column(kind: pa.DataType) -> tuple[_Write, _Read]:
+def _plain_column(kind: pa.DataType, places: _Places) -> tuple[_Write, _Read]:
     """Writer and reader of a column; raises `_NotPlain` for a type that is not plain."""
     if kind in _NUMBERS:
-        return _number_column(_NUMBERS[kind], _accepted(kind))
+        return _number_column(places.take(2), _NUMBERS[kind], _accepted(kind))
     if kind == _ENUM_TYPE:
-        return _enum_column()
+        return _enum_column(places.take(2))
     if pa.types.is_boolean(kind):
-        return _bool_column()
+        return _bool_column(places.take(2))
     if pa.types.is_string(kind) or pa.types.is_binary(kind):
-        return _text_column(str if pa.types.is_string(kind) else bytes)
+        return _text_column(places.take(3), str if pa.types.is_string(kind) else bytes)
     if pa.types.is_map(kind):
-        return _list_column(_struct_column(("key", "value"), [_plain_column(kind.key_type), _plain_column(kind.item_type)], tuple))
+        place, entries = places.take(2), places.take(1)
+        columns = [_plain_column(kind.key_type, places), _plain_column(kind.item_type, places)]
+        return _list_column(place, _struct_column(entries, ("key", "value"), columns, tuple))
     if pa.types.is_list(kind):
-        return _list_column(_plain_column(kind.value_type))
+        return _list_column(places.take(2), _plain_column(kind.value_type, places))
     if pa.types.is_struct(kind):
-        members = [kind.field(i) for i in range(kind.num_fields)]
-        return _struct_column([m.name for m in members], [_plain_column(m.type) for m in members], dict)
+        place, members = places.take(1), list(kind)
+        return _struct_column(place, [m.name for m in members], [_plain_column(m.type, places) for m in members], dict)
     raise _NotPlain
 
 
@@ -1594,7 +1609,8 @@ class PlainPlan:
     """How short batches of one schema are written and read here; shared between threads."""
     def __init__(self, facts: SchemaFacts) -> None:
         self.facts = facts
-        self._columns = [_plain_column(t) for t in facts.schema.types]
+        self._places = _Places()
+        self._columns = [_plain_column(t, self._places) for t in facts.schema.types]
         self._nullable = [f.nullable for f in facts.schema]
         self.names = frozenset(facts.schema.names)
         codes = [_NUMBERS.get(t, "") for t in facts.schema.types]
@@ -1654,17 +1670,41 @@ class PlainPlan:
         except StopIteration:
             raise _NotPlain from None
 
+    def read_stream(self, data: bytes) -> list[Any]:
+        """Decode a whole stream of one row as `stream_bytes` writes it, its dictionaries such as were read before; raises
+        `_NotPlain`."""
+        facts, at = self.facts, len(self.facts.message)
+        found = []
+        for known in facts.seen:
+            if data.startswith(cast("bytes", known.data), at):
+                found.append(known)
+                at += len(known.data)
+        start = at + 8 + (_PREFIX.unpack_from(data, at)[1] if len(data) >= at + 8 else 0)
+        if not data.startswith(facts.message) or not data.startswith(_CONTINUATION, at) or not at + 8 < start < len(data):
+            raise _NotPlain
+        try:
+            head = parse_message_head(data[at + 8 : start])
+        except IPCError:
+            raise _NotPlain from None
+        end = start + head.body_length
+        ids = [one.head.dictionary_id for one in found]
+        if head.kind != _BATCH_MESSAGE or head.rows != 1 or head.compressed or ids != list(range(facts.dictionary_count)) \
+                or not data.startswith(END_OF_STREAM, end) or not are_inside(head.buffers, head.body_length):
+            raise _NotPlain
+        parts = _Parts(head.nodes, head.buffers, data[start:end], map(_read_dictionary, found))
+        return [column[0] for column in self._read(1, parts)]
+
     def read_row(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes) -> list[Any]:
         """Decode one row of a schema without dictionaries; *buffers* are known to lie inside *body*. Raises `_NotPlain`."""
         return [column[0] for column in self._read(1, _Parts(nodes, buffers, body, iter(())))]
 
     def _read(self, length: int, parts: _Parts) -> list[list[Any]]:
+        if len(parts.nodes) != self._places.nodes or len(parts.buffers) != self._places.buffers:
+            raise _NotPlain
         try:
-            columns = [read(length, parts) for _, read in self._columns]
+            return [read(length, parts) for _, read in self._columns]
         except (struct.error, UnicodeDecodeError, LookupError, OverflowError, ValueError):
             raise _NotPlain from None
-        parts.done()
-        return columns
 
 def plain_plan(schema: pa.Schema) -> PlainPlan | None:
     """Return the plan of a schema, ``None`` when it has a type that is not plain or no columns at all."""
@@ -2199,18 +2239,23 @@ class DataclassCodec:
 
     def from_bytes(self, data: _Buffer, validation: IpcValidation = IpcValidation.FULL) -> Any:
         """Decode an IPC stream of one row; no bytes, or no batch, is a row of defaults."""
+        plan = self.row.plan
+        if plan is not None and isinstance(data, bytes) and len(data) <= _PLAIN_BYTES:
+            with contextlib.suppress(_NotPlain):
+                return self._from_row(plan.read_stream(data))
         reader = IpcReader(BufferSource(data), _inner_limits(data), validation) if len(data) else None
         message = reader.next_message() if reader else None
         if reader is None or message is None:
             return self.from_batch(_TICK)
-        plan = self.row.plan
         if plan is not None and reader.facts is plan.facts and message.head.rows == 1:
             with contextlib.suppress(_NotPlain):
-                values = [column[0] for column in plan.read(reader, message)]
-                if self._all_init:
-                    return self.cls(**dict(zip(self.row.names, self.row.decode(values))))
-                return self._build(lambda codec: codec.decode, dict(zip(self.row.names, values)))
+                return self._from_row([column[0] for column in plan.read(reader, message)])
         return self.from_batch(reader.decode(message))
+
+    def _from_row(self, values: Sequence[Any]) -> Any:
+        if self._all_init:
+            return self.cls(**dict(zip(self.row.names, self.row.decode(values))))
+        return self._build(lambda codec: codec.decode, dict(zip(self.row.names, values)))
 
     def _build(self, reader: Callable[[Codec], Callable[[Any], Any]], present: Mapping[str, Any]) -> Any:
         values: dict[str, Any] = {}
@@ -3433,7 +3478,7 @@ class Call:
         self._messages: list[Message] = []
         self._error: BaseException | None = None
         timeout = request.timeout if request is not None else None
-        self.deadline = None if timeout is None else self.started + timeout  # of `context`, which is made when asked for
+        self.deadline = None if timeout is None else self.started + timeout
         self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
 
     # Most calls have no hook that wants the record and no method that asks for the context: both are made when asked for.
@@ -3461,6 +3506,10 @@ class Call:
         sent = self._request.metadata if self._request is not None else {}
         traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
         return {**self.caller.metadata, **traces, **({"remote_addr": self.caller.remote_addr} if self.caller.remote_addr else {})}
+
+    def wait_until(self, deadline: float | None) -> None:
+        """Set when the client stops waiting for what comes next."""
+        self.deadline = self.context.deadline = deadline
 
     @functools.cached_property
     def stream_id(self) -> str:
@@ -5829,7 +5878,7 @@ class HttpApp:
         call = self._go_on(bound, caller, opened, own_id or request_id)
         timeout = metadata.get(TIMEOUT_KEY, b"")
         if timeout.isdigit() and len(timeout) < 16:
-            call.deadline = time.monotonic() + int(timeout) / 1000
+            call.wait_until(time.monotonic() + int(timeout) / 1000)
         call.note(request_bytes=len(body))
         shown = {k: v for k, v in metadata.items() if k not in _OUR_KEYS}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
@@ -5882,9 +5931,9 @@ class HttpApp:
 
     def _several(self, answer: _StreamAnswer, turn: Turn, most: int) -> Iterator[bytes]:
         """Yield nothing, then each turn as it is made, and the token at the end: within the budget, *most* and a time."""
-        call, context, pieces = answer.call, answer.call.context, list[_Buffer]()
-        writer, limit = IpcWriter(pieces.extend, turn.schema), context.response_limit_bytes
-        until, allowed = time.monotonic() + MAX_TURNS_SECONDS, context.deadline and context.deadline - call.started
+        call, pieces = answer.call, list[_Buffer]()
+        writer, limit = IpcWriter(pieces.extend, turn.schema), call.caller.response_limit_bytes
+        until, allowed = time.monotonic() + MAX_TURNS_SECONDS, call.deadline and call.deadline - call.started
         lead, sent, state = answer.header, 0, None
 
         def encode(turn: Turn) -> bytes:
@@ -5918,7 +5967,8 @@ class HttpApp:
                 yield data
                 if turn.finished:
                     return
-                lead, context.deadline = b"", allowed and time.monotonic() + allowed
+                lead = b""
+                call.wait_until(allowed and time.monotonic() + allowed)
                 turn = call.turn(answer.given)
 
     def _remember(self, answer: _StreamAnswer) -> Callable[[], bytes]:
