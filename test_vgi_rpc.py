@@ -1500,6 +1500,12 @@ class StreamLayoutTests(TestCase):
         self.assertEqual([read[0][0].num_rows for read in answers], [1, 0, 1])
         self.assertIn("at most 2000 bytes", error_of(answers[1])["text"])
 
+    def test_what_may_be_left_out_over_http_is_missed_on_a_pipe(self) -> None:
+        server, unnamed = make_server(), request_bytes("add", {"a": 1.0, "b": 2.0}, protocol=None)
+        for _ in range(3):
+            self.assertEqual(wsgi_client(server).post("/Service/add", unnamed).status, 200)
+        self.assertEqual(error_of(ask_core(server, unnamed)[0])["kind"], "protocol_not_specified")
+
     def test_what_differs_in_each_request_is_not_learned(self) -> None:
         traced = [request_bytes("add", {"a": 1.0, "b": 2.0}, traceparent=f"00-{n:032x}-01") for n in range(40)]
         self.assertIsNone(recalled(self.server_that_knows(*traced), traced[0]))
@@ -2393,6 +2399,16 @@ class HttpTokenTests(TestCase):
         self.refused(anonymous.exchange(authorization="Bearer ada"))
         self.assertEqual(ada.exchange().status, 200)
         self.assertEqual(anonymous.exchange().status, 200)
+
+    def test_a_state_that_is_still_here_ages_too(self) -> None:
+        app = vgi_rpc.make_wsgi_app(make_server(), token_key=KEY)
+        stream, sealer = RawStream(WsgiClient(app)), app.app.sealer
+        sealer.clock = lambda: time.time() + 3_000
+        self.assertEqual(stream.exchange().status, 200)
+        sealer.clock = lambda: time.time() + 4_000
+        self.assertIn("expired", self.refused(stream.exchange()))
+        sealer.clock = lambda: time.time() - 4_000
+        self.assertIn("future", self.refused(stream.exchange()))
 
     def test_another_server_needs_the_same_key(self) -> None:
         stream = RawStream(wsgi_client(token_key=KEY))
@@ -4084,6 +4100,14 @@ def http_head(*lines: str, start: str = "POST /Service/add HTTP/1.1", host: str 
     return ("\r\n".join(given) + "\r\n\r\n").encode("latin-1")
 
 
+def error_or(call: Any) -> Any:
+    """What *call* returns, or what it raised in as many parts."""
+    try:
+        return call()
+    except vgi_rpc.ProtocolError as exc:
+        return ("error", str(exc), exc.http_status, None)
+
+
 LENGTH = f"Content-Length: {len(GOOD)}"
 CHUNKED = b"%x\r\n" % len(GOOD) + GOOD + b"\r\n0\r\n\r\n"
 ASKED = http_head(LENGTH) + GOOD
@@ -4216,6 +4240,58 @@ class HttpFramingTests(TestCase):
         parsed = vgi_rpc.parse_http_head(b"GET / HTTP/1.1\r\nA: 1\r\nb:  2 \r\na: 3\r\n\r\n")
         self.assertEqual(parsed.headers, {"a": "1, 3", "b": "2"})
         self.assertEqual(set(parsed.repeated), {"a"})
+
+    def test_heads_one_after_the_other(self) -> None:
+        """What is known of a head never shows in those that follow it on their connection."""
+        rng = random.Random(11)
+        lines = ["X-Request-ID: a1", "X-Request-ID: a b", "x-request-id: c", "Date: Sun, 06 Nov 1994 08:49:37 GMT", "Date: x", "DATE: y"]
+        lines += ["Content-Length: 5", "Content-Length: 71", "Content-Length: +5", "Content-Length: 5 ", "content-length: 5"]
+        lines += ["X: Content-Length: 5", "X-Content-Length: 5", "Content-Length : 5", "Host: y", "Accept: a", "", "\x00: b"]
+        last, same = http_head("Date: Sun, 06 Nov 1994 08:49:37 GMT", LENGTH), 0
+
+        class Prepared(vgi_rpc.ByteChannel):
+            def _receive(self, size: int) -> bytes:
+                return last
+
+        reader = vgi_rpc.HeadReader(Prepared())
+        for _ in range(20_000):
+            if rng.random() < 0.7:
+                last = http_head(*(rng.choice(lines) for _ in range(rng.randrange(4))))
+                last = last[: last.index(b"\r\n\r\n") + 4]
+            memories = set()
+            for raw in (last, last.replace(b"Length: 5\r\n\r\n", b"Length: 71\r\n\r\n")):
+                last = raw
+                found, wanted = error_or(reader.read), error_or(lambda: vgi_rpc.parse_http_head(last))
+                self.assertEqual(found[:3], wanted[:3], raw)
+                memories.add(id(found[3]))
+            same += len(memories) == 1
+        self.assertGreater(same, 1000)
+
+    def test_a_known_head_changes_no_answer(self) -> None:
+        for name, (data, statuses) in FRAMING.items():
+            with self.subTest(name), RawHttp(self.port) as raw:
+                for given, accepted in ((ASKED, (200,)), (ASKED, (200,)), (data, statuses)):
+                    raw.send(given)
+                    self.assertIn(raw.answer().status, accepted)
+
+    def test_each_request_of_a_connection_is_authenticated(self) -> None:
+        asked: list[str] = []
+
+        def authenticate(request: Any) -> AuthContext:
+            asked.append(request.get_header("x-request-id"))
+            if len(asked) == 3:
+                raise ValueError("over")
+            return AuthContext("t", True, f"caller {len(asked)}")
+
+        _, port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, authenticate=authenticate)
+        body = request_bytes("context", {})
+        with RawHttp(port) as raw:
+            for number, status in ((1, 200), (2, 200), (3, 401)):
+                raw.send(http_head(f"X-Request-ID: r{number}", f"Content-Length: {len(body)}", start="POST /Service/context HTTP/1.1") + body)
+                reply = raw.answer()
+                self.assertEqual((reply.status, reply.headers["x-request-id"]), (status, f"r{number}"))
+                self.assertEqual(f"caller {number}".encode() in reply.body, status == 200)
+        self.assertEqual(asked, ["r1", "r2", "r3"])
 
     def test_keep_alive_and_pipelining(self) -> None:
         with RawHttp(self.port) as raw:
@@ -6639,6 +6715,23 @@ class AheadHttpTests(AheadContract, unittest.TestCase):
 
         with vgi_rpc.http_connect(Ahead, client=client) as p:
             self.assertEqual(ahead_values(p.count(n=30)), list(range(30)))
+
+    def test_each_turn_of_an_answer_has_the_whole_time(self) -> None:
+        late, left, produce = [0.0], [], AheadCount.produce
+        clock = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: time.monotonic() + late[0]})
+
+        def slow(state: Any, out: OutputCollector, ctx: CallContext) -> None:
+            left.append(ctx.deadline - clock.monotonic())
+            late[0] += 50.0
+            produce(state, out, ctx)
+
+        client = vgi_rpc.make_sync_client(RpcServer(Ahead, AheadImpl()), token_key=AHEAD_KEY)
+        with contextlib.ExitStack() as stack:
+            for owner, name, value in ((vgi_rpc, "time", clock), (vgi_rpc, "MAX_TURNS_SECONDS", 1e9), (AheadCount, "produce", slow)):
+                stack.enter_context(mock.patch.object(owner, name, value))
+            proxy = stack.enter_context(vgi_rpc.http_connect(Ahead, client=client, timeout=80.0))
+            self.assertEqual(ahead_values(proxy.count(n=10)), list(range(10)))
+        self.assertEqual((len(left), [seconds for seconds in left if not 30 < seconds < 81]), (11, []))
 
     def test_init_streams_too(self) -> None:
         server = RpcServer(Ahead, AheadImpl())

@@ -2949,8 +2949,8 @@ class Request:
 
     def layout(self) -> StreamLayout | None:
         """Learn how requests look that differ from this one in request id, time limit and numbers alone."""
-        if not self.metadata.keys() <= _EVERYDAY_KEYS:
-            return None  # a trace, say, is another one in each request
+        if not self.metadata.keys() <= _EVERYDAY_KEYS or PROTOCOL_KEY not in self.metadata:
+            return None  # a trace, say, is another one in each request; and only over HTTP a request need not name its protocol
         return StreamLayout.learn(self._reader.facts, self._message, (REQUEST_ID_KEY, TIMEOUT_KEY))
 
     def text(self, key: bytes, what: str) -> str | None:
@@ -3478,10 +3478,21 @@ class Call:
         self._messages: list[Message] = []
         self._error: BaseException | None = None
         timeout = request.timeout if request is not None else None
-        self.deadline = None if timeout is None else self.started + timeout
+        self._deadline = None if timeout is None else self.started + timeout
         self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
 
     # Most calls have no hook that wants the record and no method that asks for the context: both are made when asked for.
+
+    @property
+    def deadline(self) -> float | None:
+        """When the client stops waiting, in seconds of ``time.monotonic()``; over HTTP it is another one for each turn."""
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float | None) -> None:
+        self._deadline = deadline
+        if "context" in self.__dict__:
+            self.context.deadline = deadline
 
     @functools.cached_property
     def context(self) -> CallContext:
@@ -3506,10 +3517,6 @@ class Call:
         sent = self._request.metadata if self._request is not None else {}
         traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
         return {**self.caller.metadata, **traces, **({"remote_addr": self.caller.remote_addr} if self.caller.remote_addr else {})}
-
-    def wait_until(self, deadline: float | None) -> None:
-        """Set when the client stops waiting for what comes next."""
-        self.deadline = self.context.deadline = deadline
 
     @functools.cached_property
     def stream_id(self) -> str:
@@ -5813,23 +5820,21 @@ class HttpApp:
             raise ProtocolError(f"{path[1]}() is {'' if kind is MethodType.UNARY else 'not '}a stream; {hint}")
         return bound
 
-    def _read_request(self, path: list[str], body: bytes, kind: MethodType) -> tuple[BoundMethod, Request]:
-        """Read the request that begins a call."""
-        if isinstance(body, bytes) and (known := self.server.recall(body, 0)) is not None:
-            bound, request, end = known
-            if end == len(body) and [bound.hosted.name, bound.info.name] == path[:2] and bound.info.method_type is kind:
-                return bound, request
-        hint = "post to its /init" if kind is MethodType.UNARY else "post without /init"
-        bound, source = self._bound(path, kind, hint), BufferSource(body)
-        fresh = Request(self._reader(source))
+    def _read_request(self, path: list[str], body: bytes, kind: MethodType) -> tuple[Request, BoundMethod, dict[str, Any]]:
+        """Read the request that begins a call: the request, its method and its arguments."""
+        bound = self._bound(path, kind, "post to its /init" if kind is MethodType.UNARY else "post without /init")
+        known = self.server.recall(body, 0) if isinstance(body, bytes) else None
+        if known is not None and known[0] is bound and known[2] == len(body):
+            return known[1], bound, read_arguments(bound.info, known[1])
+        source = BufferSource(body)
+        request = Request(self._reader(source))
         if source.left:
             raise IPCError(f"request: {source.left} bytes after the end of the stream")
-        self.server.resolve(fresh, (path[0], path[1]))
-        return bound, fresh
+        self.server.resolve(request, (path[0], path[1]))
+        return request, bound, read_arguments(bound.info, request)
 
     def _unary(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
-        bound, request = self._read_request(path, body, MethodType.UNARY)
-        arguments = read_arguments(bound.info, request)
+        request, bound, arguments = self._read_request(path, body, MethodType.UNARY)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
         call.note(request_bytes=len(body))
         try:
@@ -5840,8 +5845,7 @@ class HttpApp:
 
     def _init(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
         """Serve the start of a stream."""
-        bound, request = self._read_request(path, body, MethodType.STREAM)
-        arguments = read_arguments(bound.info, request)
+        request, bound, arguments = self._read_request(path, body, MethodType.STREAM)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
         call.note(request_bytes=len(body))
 
@@ -5878,7 +5882,7 @@ class HttpApp:
         call = self._go_on(bound, caller, opened, own_id or request_id)
         timeout = metadata.get(TIMEOUT_KEY, b"")
         if timeout.isdigit() and len(timeout) < 16:
-            call.wait_until(time.monotonic() + int(timeout) / 1000)
+            call.deadline = time.monotonic() + int(timeout) / 1000
         call.note(request_bytes=len(body))
         shown = {k: v for k, v in metadata.items() if k not in _OUR_KEYS}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
@@ -5967,8 +5971,7 @@ class HttpApp:
                 yield data
                 if turn.finished:
                     return
-                lead = b""
-                call.wait_until(allowed and time.monotonic() + allowed)
+                lead, call.deadline = b"", allowed and time.monotonic() + allowed
                 turn = call.turn(answer.given)
 
     def _remember(self, answer: _StreamAnswer) -> Callable[[], bytes]:
@@ -7314,8 +7317,9 @@ class HttpClient(ClientChannel):
     # -- calls
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         reply = self.post(f"/{info.protocol_name}/{info.name}", _request_body(info, batch, options), options.deadline)
-        if isinstance(reply.body, bytes) and (known := recall_result(info, reply.body, 0)) is not None:
-            return answer_call(decode_result, info, known[0])
+        known = recall_result(info, reply.body, 0) if isinstance(reply.body, bytes) else None
+        if known is not None and known[1] == len(reply.body):
+            return decode_result(info, known[0])
         item = _answer_item(_open_answer(BufferSource(reply.body), options), info, options, "a result")
         return answer_call(read_result, info, item.reader, item.message)
 
