@@ -14,6 +14,7 @@ import collections
 import argparse
 import base64
 import contextlib
+import dataclasses
 import datetime
 import decimal
 import enum
@@ -2307,6 +2308,49 @@ class HttpTokenTests(TestCase):
             reply = moved(stream, 50 * turn, token_ttl=60).exchange()
             self.assertEqual(reply.status, 200)
             stream.tokens = {**stream.tokens, STATE: read_streams(reply.body)[-1][-1][1][STATE]}
+
+    def test_a_token_of_another_version_of_the_service(self) -> None:
+        """Fields may come with a default, and go; a state that no longer fits is a refused token, not a method that failed."""
+
+        def client_of(fields: Any, fixed: Any = int, late: Any = None) -> WsgiClient:
+            def exchange(self: Any, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+                out.emit_pydict({"value": [1.0]})
+
+            def rehydrate(self: Any, implementation: Any) -> None:
+                if late is not None:
+                    raise late
+
+            kind = fixed and dataclasses.make_dataclass("Fixed", [("scale", fixed)], bases=(ArrowSerializableDataclass,))
+            members = {"exchange": exchange, "rehydrate": rehydrate, "CALL_STATE_TYPE": kind}
+            state = dataclasses.make_dataclass("State", fields, bases=(ExchangeState,), namespace=members)
+
+            def go(self: Any) -> Any:
+                return Stream(VALUE, state(1, 2), input_schema=VALUE, call_state=kind(3))
+
+            go.__annotations__["return"] = Stream[state]
+            service = type("Service", (), {"nested": go})
+            return wsgi_client(RpcServer(service, service()))
+
+        same = [("total", int), ("step", int)]
+        versions: dict[str, tuple[tuple[Any, ...], str]] = {
+            "the same": ((same,), ""),
+            "a field fewer": ((same[:1],), ""),
+            "a field more": (([*same, ("more", int, field(default=0))],), ""),
+            "a field more, without a default": (([*same, ("more", int)],), "TokenError"),
+            "a field of another type": (([("total", str), ("step", int)],), "TokenError"),
+            "another call state": ((same, list[str]), "TokenError"),
+            "no call state": ((same, None), "TokenError"),
+            "the same, but its rehydrate() raises": ((same, int, ValueError("late")), "ValueError"),
+        }
+        stream = RawStream(client_of(same), "nested", {})
+        for name, (version, error) in versions.items():
+            stream.client = client_of(*version)
+            with self.subTest(name):
+                reply = stream.exchange()
+                if error == "TokenError":
+                    self.assertIn("not issued by this service", self.refused(reply))
+                else:
+                    self.assertEqual((reply.status, reply.error["type"] if b"EXCEPTION" in reply.body else ""), (200, error))
 
     def test_an_old_cursor_is_an_old_state(self) -> None:
         stream = RawStream(wsgi_client())

@@ -5410,7 +5410,7 @@ class HttpApp:
         try:
             stream = self._revive(call, opened, state)
         except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer
-            return call._failed(opened.output_schema, exc)
+            return call._failed(opened.output_schema, exc, refused=isinstance(exc, TokenError))
         if cancel:
             call.cancel()
             return Turn(stream.output_schema, call._logs(stream.output_schema), True)
@@ -5568,13 +5568,16 @@ class HttpApp:
 
     def _revive(self, call: Call, opened: _OpenedCall, state: StreamState | bytes) -> Stream[Any, Any]:
         cls = type(state) if isinstance(state, StreamState) else cast("type[StreamState]", call.bound.state_types[state[0]])
-        if not isinstance(state, StreamState):  # our own bytes: the seal vouches for them
-            state = cls.deserialize_from_bytes(state[1:], IpcValidation.NONE)
         call_state = None
-        if opened.call_state:
-            if cls.CALL_STATE_TYPE is None:
-                raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had one
-            call_state = cls.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
+        try:
+            if not isinstance(state, StreamState):  # our own bytes: the seal vouches for them
+                state = cls.deserialize_from_bytes(state[1:], IpcValidation.NONE)
+            if opened.call_state:
+                if cls.CALL_STATE_TYPE is None:
+                    raise TokenError(_TOKEN_REFUSED)
+                call_state = cls.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
+        except _Refusal as exc:  # sealed by a version of the service whose state was another
+            raise TokenError(_TOKEN_REFUSED) from exc
         stream: Stream[Any, Any] = Stream(opened.output_schema, state, opened.input_schema, call_state=call_state)
         call._run(state.rehydrate, call.context.implementation)
         if call_state is not None:
