@@ -7542,6 +7542,19 @@ class PoolTests(TestCase):
                 self.assertEqual((found.evictions_idle, found.evictions_max, found.idle), expected)
         self.assertEqual(resources(), before)
 
+    def test_an_idle_worker_that_dies_is_reaped(self) -> None:
+        before = resources()
+        with vgi_rpc.WorkerPool() as pool:
+            with pool.connect(Hard, HARD_WORKER) as proxy:
+                killed = proxy.process_id()
+            os.kill(killed, signal.SIGKILL)
+            while pool.idle_count:
+                threading.Event().wait(0.02)
+            with self.assertRaises(ProcessLookupError):  # a zombie would still be there
+                os.kill(killed, 0)
+            self.assertEqual((pool.metrics.discards, pool.metrics.evictions_idle), (1, 0))
+        self.assertEqual(resources(), before)
+
     def test_many_threads(self) -> None:
         with vgi_rpc.WorkerPool(max_idle=2) as pool:
             wrong: list[str] = []

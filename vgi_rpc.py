@@ -4397,6 +4397,8 @@ def _is_quiet(worker: SubprocessTransport) -> bool:
     return alive and not channel.peek() and not _ready(channel.fileno(), "POLLIN")
 
 
+_REAP_SECONDS = 1.0  # how long an idle worker that died may stay a zombie
+
 class WorkerPool:
     """Keeps workers between connections, so that the next one of the same command does not wait for a start.
 
@@ -4404,8 +4406,8 @@ class WorkerPool:
     was left in the middle of a call is ended instead. Safe for use by several threads; a context manager, which closes it.
 
     At most *max_idle* workers wait (0 keeps none), whatever their commands, each for *idle_timeout* seconds; the longest idle
-    one goes first. *stderr* and *stderr_logger* are as in `connect`. *shm_size* is accepted for code written for other
-    implementations, and without effect: batches travel inline, as shared memory is not offered to workers.
+    one goes first, and one that dies is reaped within a second. *stderr* and *stderr_logger* are as in `connect`. *shm_size* is
+    accepted for code written for other implementations, and without effect: shared memory is not offered to workers.
     """
 
     def __init__(self, max_idle: int = 4, idle_timeout: float = 60.0, stderr: StderrMode = StderrMode.INHERIT,
@@ -4484,16 +4486,20 @@ class WorkerPool:
             one.close()
 
     def _evict(self) -> None:
-        """End workers as their time comes; return once nobody is idle."""
+        """End workers as their time comes, and reap those that died; return once nobody is idle."""
         while True:
             with self._changed:
-                while self._idle and (left := self._idle[0].idle_since + self.idle_timeout - time.monotonic()) > 0:
-                    self._changed.wait(left)
                 if not self._idle:
                     self._evictor = None
                     return
-                self._count(evictions_idle=1)
-                old = self._idle.pop(0)
+                died = [w for w in self._idle if w.proc.poll() is not None]
+                left = self._idle[0].idle_since + self.idle_timeout - time.monotonic()
+                if left > 0 and not died:
+                    self._changed.wait(min(left, _REAP_SECONDS))
+                    continue
+                old = (died or self._idle)[0]
+                self._idle.remove(old)
+                self._count(discards=bool(died), evictions_idle=not died)
             old.close()
 
     def close(self) -> None:
