@@ -3328,15 +3328,19 @@ class TlsTests(TestCase):
     def setUpClass(cls) -> None:
         cls.folder = tempfile.mkdtemp()
         cls.addClassCleanup(shutil.rmtree, cls.folder)
-        cls.certificate, key = os.path.join(cls.folder, "cert.pem"), os.path.join(cls.folder, "key.pem")
-        command = (
-            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30 -subj /CN=localhost".split()
-        )
-        command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cls.certificate]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        cls.certificate, key = cls.make_certificate("server")
         cls.server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         cls.server_context.load_cert_chain(cls.certificate, key)
         cls.client_context = ssl.create_default_context(cafile=cls.certificate)
+
+    @classmethod
+    def make_certificate(cls, name: str) -> tuple[str, str]:
+        """Paths of a certificate that vouches for itself and of its key."""
+        certificate, key = (os.path.join(cls.folder, f"{name}.{kind}") for kind in ("cert", "key"))
+        command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30 -subj /CN={name}".split()
+        command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", certificate]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        return certificate, key
 
     def exercise(self, trusted: Any, stranger: Any, plain: Any) -> None:
         """A client that trusts the certificate is served, others are refused, and hurt nobody."""
@@ -3360,6 +3364,35 @@ class TlsTests(TestCase):
         url = f"https://127.0.0.1:{port}"
         connect = functools.partial(vgi_rpc.http_connect, Service, timeout=WATCHDOG_SECONDS / 4)
         self.exercise(connect(url, tls_context=self.client_context), connect(url), connect(url.replace("https", "http")))
+
+    def test_client_certificates(self) -> None:
+        """A server that asks for one serves those that its authority vouches for, and nobody else."""
+        known, stranger = self.make_certificate("known"), self.make_certificate("stranger")
+        strict = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        strict.load_cert_chain(self.certificate, self.certificate.replace(".cert", ".key"))
+        strict.verify_mode = ssl.CERT_REQUIRED
+        strict.load_verify_locations(known[0])
+        _, tcp_port, _ = in_thread(vgi_rpc.serve_tcp, make_server(), threaded=True, tls_context=strict)
+        _, http_port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, tls_context=strict)
+        connects = {
+            "tcp": functools.partial(vgi_rpc.tcp_connect, Service, "127.0.0.1", tcp_port),
+            "http": functools.partial(vgi_rpc.http_connect, Service, f"https://127.0.0.1:{http_port}"),
+        }
+        # In TLS 1.3 a client has finished its handshake before the server looks at the certificate.
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+
+            def presenting(own: Any, version: Any = version) -> ssl.SSLContext:
+                context = ssl.create_default_context(cafile=self.certificate)
+                context.maximum_version = version
+                if own is not None:
+                    context.load_cert_chain(*own)
+                return context
+
+            for kind, connect in connects.items():
+                with self.subTest(kind, version=version):
+                    connect = functools.partial(connect, timeout=WATCHDOG_SECONDS / 4)
+                    refused = [connect(tls_context=presenting(own)) for own in (None, stranger)]
+                    self.exercise(connect(tls_context=presenting(known)), *refused)
 
 
 class ProcessTests(TestCase):
