@@ -2094,6 +2094,48 @@ class IntrospectionTests(TestCase):
         self.assertEqual([methods[m].idempotency for m in ("put", "get", "old")], ["idempotent", "no_side_effects", "unknown"])
         self.assertEqual([methods[m].deprecation for m in ("get", "old")], [None, "use get"])
 
+    def test_limits(self) -> None:
+        """A server of any transport tells all of its caps, also those that nobody configured."""
+        everywhere = {"max_columns": (4096, "columns"), "max_nesting": (64, "levels"), "free_rows": (1 << 24, "rows, or 8 for each byte of the batch")}
+        bytes_ = {**everywhere, "max_request_bytes": (None, "bytes"), "max_rows": (None, "rows")}
+        http = {**everywhere, "max_request_bytes": (256 << 20, "bytes"), "max_response_bytes": (None, "bytes"), "token_ttl": (3600, "seconds")}
+        served = {"max_connections": (512, "connections"), "request_deadline": (300, "seconds"), "max_head_bytes": (131_072, "bytes")}
+        own, never_told = {"max_request_bytes": 1000, "max_rows": 10}, set(vgi_rpc._LIMITS)
+        shown = {k: (v, k.rpartition("_")[2]) for k, v in own.items()}
+        _, tcp, _ = in_thread(vgi_rpc.serve_tcp, make_server(**own), threaded=True, max_connections=7, idle_timeout=60.0)
+        _, web, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY)
+        connect = functools.partial(vgi_rpc.http_connect, Service)
+        with tempfile.TemporaryDirectory() as folder:
+            path, _ = in_thread(vgi_rpc.serve_unix, make_server(), os.path.join(folder, "s"), threaded=True)
+            for name, proxy, expected in (
+                ("pipe", vgi_rpc.serve_pipe(Service, ServiceImpl()), {**bytes_, "max_decoded_bytes": (1 << 30, "bytes, or 1,024 times the compressed ones")}),
+                ("worker", vgi_rpc.connect(Service, WORKER), {**bytes_, "drain_grace_seconds": (30, "seconds")}),
+                ("unix", vgi_rpc.unix_connect(Service, path), {**bytes_, "max_connections": (None, "connections"), "idle_timeout": (None, "seconds")}),
+                ("tcp", vgi_rpc.tcp_connect(Service, "127.0.0.1", tcp), {**bytes_, **shown, "max_connections": (7, "connections"), "idle_timeout": (60, "seconds")}),
+                ("http", connect(f"http://127.0.0.1:{web}"), {**http, **served}),
+                ("wsgi", connect(client=wsgi_client()), {**http, "max_json_request_bytes": (16 << 20, "bytes")}),
+                ("wsgi with options", connect(client=wsgi_client(token_ttl=0, **own)), {**http, **shown, "token_ttl": (None, "seconds")}),
+            ):
+                with self.subTest(name), proxy as p:
+                    told = vgi_rpc.introspect(p).limits
+                    self.assertEqual({k: v for k, v in told.items() if k in expected}, expected)
+                    self.assertEqual("max_connections" in told, name in ("unix", "tcp", "http"))
+                    self.assertEqual("token_ttl" in told, name.startswith(("http", "wsgi")))
+                    self.assertEqual(vgi_rpc.describe_protocol(p, "vgi_rpc.Reflection.v1").limits, told)
+                    never_told -= told.keys()
+        self.assertEqual(never_told, {"tls_handshake_timeout"})
+
+    def test_limits_that_are_none(self) -> None:
+        """What a strange server tells is passed over, and a limit is text that people read."""
+        service = make_server().primary
+        strange: Any = {"good": [1, "rows"], "open": [None, "bytes"], "a": 3, "b": [1], "c": ["1", "rows"], "d": [True, "rows"], "e": []}
+        told = vgi_rpc._limits_told(vgi_rpc.describe_service(service, strange))
+        self.assertEqual(told, {"good": (1, "rows"), "open": (None, "bytes")})
+        self.assertEqual(list(map(str, [*told.values(), vgi_rpc.Limit(10**6, "bytes"), vgi_rpc.Limit(2.5, "seconds")])), ["1 rows", "none", "1,000,000 bytes", "2.5 seconds"])
+        with mock.patch.object(vgi_rpc, "LIMITS_KEY", b"unknown"):
+            told_by_another = vgi_rpc.describe_service(service, strange)
+        self.assertEqual(vgi_rpc._limits_told(told_by_another), {})
+
     def test_it_can_be_switched_off(self) -> None:
         client = vgi_rpc.make_sync_client(make_server(enable_describe=False))
         with vgi_rpc.http_connect(Service, client=client) as proxy:
@@ -3353,6 +3395,7 @@ class TlsTests(TestCase):
                 self.assertEqual(session.exchange(values(2.0)).batch.to_pydict()["sum"], [2.0])
             batch = pa.RecordBatch.from_pydict({"x": pa.array(range(100_000))})
             self.assertTrue(proxy.echo_batch(batch).equals(batch))
+            self.assertEqual(vgi_rpc.introspect(proxy).limits["tls_handshake_timeout"], (5, "seconds"))
 
     def test_tcp(self) -> None:
         _, port, _ = in_thread(vgi_rpc.serve_tcp, make_server(), threaded=True, tls_context=self.server_context)
@@ -5479,9 +5522,20 @@ class CliOtherTests(CliTests):
     def test_describe(self) -> None:
         self.assertRegex(self.ok("describe", self.url), r"countdown\n  kind: producer\n  doc: Count from start to 0.*\n  parameters: start: int64, pause: float64 \| null = null")
         self.assertIn("## add\n- kind: unary", self.ok("describe", self.url, "-f", "markdown"))
+        for where in (self.url, CLI_WORKER):
+            self.assertIn("\n  max columns: 4,096 columns\n", self.ok("describe", where))
+        self.assertIn("\n  max request bytes: 268,435,456 bytes\n", self.ok("describe", self.url))
         facts = json.loads(self.ok("describe", self.url, "countdown", "-f", "json"))
+        self.assertEqual(facts["limits"]["max_connections"], {"value": 512, "unit": "connections"})
         self.assertEqual([m["name"] for m in facts["methods"]], ["countdown"])
         self.assertEqual(facts["methods"][0]["header"][0], {"name": "start", "type": "int64", "nullable": False})
+
+    def test_describe_of_a_server_that_tells_its_limits_in_headers_alone(self) -> None:
+        with mock.patch.object(vgi_rpc, "limits_of", lambda transport: {}):
+            _, port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, max_request_bytes=1_000_000)
+        said = self.ok("describe", f"http://127.0.0.1:{port}", "add")
+        self.assertIn("\n  max request bytes: 1,000,000 bytes\n", said)
+        self.assertNotIn("max columns", said)
 
     def test_described_python_works(self) -> None:
         scope: dict[str, object] = {"__name__": "generated"}
@@ -5853,7 +5907,8 @@ class PagesTests(unittest.TestCase):
         with pages_serving() as ask:
             words = self.assert_page(ask("GET", "/")).words
             url = f"http://127.0.0.1:{ask.port}"
-            for text in (vgi_rpc.__version__, pa.__version__, "9.9", "1.2.3", f"call {url} add a=1.5", "Healthok"):
+            caps = "max request bytes268,435,456 bytes", "max connections512 connections", "max columns4,096 columns", "max response bytesnone"
+            for text in (vgi_rpc.__version__, pa.__version__, "9.9", "1.2.3", f"call {url} add a=1.5", "Healthok", *caps):
                 self.assertIn(text, words)
             line = re.search(r"curl \S+ -H 'Content-Type: application/json' -d '(.*?)'", words)
             self.assertEqual(ask("POST", "/Everything/add", json.loads(line[1])).json(), {"result": 3.5})
