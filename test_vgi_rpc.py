@@ -2108,10 +2108,10 @@ class IntrospectionTests(TestCase):
         with tempfile.TemporaryDirectory() as folder:
             path, _ = in_thread(vgi_rpc.serve_unix, make_server(), os.path.join(folder, "s"), threaded=True)
             for name, proxy, expected in (
-                ("pipe", vgi_rpc.serve_pipe(Service, ServiceImpl()), {**bytes_, "max_decoded_bytes": (1 << 30, "bytes, or 1,024 times the compressed ones")}),
+                ("pipe", vgi_rpc.serve_pipe(Service, ServiceImpl()), {**bytes_, "free_decoded_bytes": (1 << 30, "bytes, or 1,024 times the compressed ones")}),
                 ("worker", vgi_rpc.connect(Service, WORKER), {**bytes_, "drain_grace_seconds": (30, "seconds")}),
                 ("unix", vgi_rpc.unix_connect(Service, path), {**bytes_, "max_connections": (None, "connections"), "idle_timeout": (None, "seconds")}),
-                ("tcp", vgi_rpc.tcp_connect(Service, "127.0.0.1", tcp), {**bytes_, **shown, "max_connections": (7, "connections"), "idle_timeout": (60, "seconds")}),
+                ("tcp", vgi_rpc.tcp_connect(Service, "127.0.0.1", tcp), {**bytes_, **shown, "max_decoded_bytes": (1000, "bytes"), "max_connections": (7, "connections"), "idle_timeout": (60, "seconds")}),
                 ("http", connect(f"http://127.0.0.1:{web}"), {**http, **served}),
                 ("wsgi", connect(client=wsgi_client()), {**http, "max_json_request_bytes": (16 << 20, "bytes")}),
                 ("wsgi with options", connect(client=wsgi_client(token_ttl=0, **own)), {**http, **shown, "token_ttl": (None, "seconds")}),
@@ -8207,10 +8207,14 @@ def soak(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="soak")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--counts", action="store_true", help="instead: a great number of one thing, one thing after the other")
     options = parser.parse_args(argv)
+    setUpModule()
+    if options.counts:
+        counts()
+        return
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**9)
     print(f"seed {seed}", flush=True)
-    setUpModule()
     soaking = Soak(seed)
     try:
         idle = resources()
@@ -8226,6 +8230,124 @@ def soak(argv: list[str]) -> None:
     print(f"descriptors, threads, zombies: {before} before, {after} after; memory grew by {grown:.1f} MB")
     if soaking.wrong or after > before and (after[0] > before[0] + 3 or after[1] > before[1] + 1 or after[2]) or grown > 32:
         raise SystemExit("FAILED\n" + "\n".join(soaking.wrong[:5]))
+
+
+# -- great numbers, which must leave nothing behind
+
+
+class Footprint(NamedTuple):
+    """What a process holds."""
+
+    descriptors: int
+    threads: int
+    megabytes: float
+
+    @classmethod
+    def of(cls, process: int) -> "Footprint":
+        place = pathlib.Path("/proc", str(process))
+        threads, kilobytes = (int(re.search(rf"{key}:\s+(\d+)", (place / "status").read_text())[1]) for key in ("Threads", "VmRSS"))
+        return cls(len(os.listdir(place / "fd")), threads, kilobytes / 1000)
+
+    def __str__(self) -> str:
+        return f"{self.descriptors} descriptors, {self.threads} threads, {self.megabytes:.1f} MB"
+
+
+def repeated(what: str, number: int, step: Any, server: int | None = None) -> None:
+    """Do *step* so often and print what the processes held after a tenth and at the end; more at the end is a failure."""
+    start, processes, before = time.monotonic(), {"client": os.getpid(), **({"server": server} if server else {})}, {}
+    for i in range(number):
+        if i == number // 10:
+            before = {name: Footprint.of(process) for name, process in processes.items()}
+        step(i)
+    seconds, after = time.monotonic() - start, {}
+    for _ in range(100):
+        after = {name: Footprint.of(process) for name, process in processes.items()}
+        if all(after[name][:2] <= held[:2] for name, held in before.items()):
+            break
+        time.sleep(0.1)
+    print(f"{number:,} {what}: {seconds:.1f} s", *(f"{name} {before[name]} before, {after[name]} after" for name in processes), sep="; ", flush=True)
+    for name, held in before.items():
+        now = after[name]
+        if now.descriptors > held.descriptors or now.threads > held.threads or now.megabytes > held.megabytes + 32 or resources()[2]:
+            raise SystemExit(f"FAILED: {name} holds more than before, or there are zombies: {resources()}")
+
+
+def expect(found: Any, expected: Any) -> None:
+    if found != expected:
+        raise SystemExit(f"FAILED: expected {expected!r}, got {found!r}")
+
+
+def counts() -> None:
+    """Calls, abandoned streams, restarts and idle connections in the numbers in which they must be borne, and one large batch."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
+    os.environ["VGI_RPC_TOKEN_KEY"] = KEY.decode()
+    for kind in ("a pipe", "HTTP"):
+        with contextlib.ExitStack() as stack:
+            worker = stack.enter_context(HardWorker("--http")) if kind == "HTTP" else None
+            proxy = stack.enter_context(worker.connect() if worker else vgi_rpc.connect(Hard, HARD_WORKER))
+            server = proxy.process_id()
+
+            def call(i: int, proxy: Any = proxy) -> None:
+                expect(proxy.ask(str(i)), f"answer to {i}")
+
+            def abandon(i: int, proxy: Any = proxy) -> None:
+                expect(next(iter(proxy.asking(str(i), 10**9))).batch.to_pydict(), {"answer": [f"{i}/0"]})
+
+            repeated(f"calls over {kind}", 100_000, call, server)
+            repeated(f"abandoned streams over {kind}", 10_000, abandon, server)
+            call(0)
+    repeated("worker restarts, every other one by kill -9 in a stream", 1_000, restart)
+    with HardWorker("--http") as worker:
+        repeated("times 100 idle connections", 10, functools.partial(idle_connections, worker, 100), worker.process.pid)
+        repeated("times 1,000 idle connections", 10, functools.partial(idle_connections, worker, 1_000), worker.process.pid)
+    large_batch()
+
+
+def restart(i: int) -> None:
+    """One worker from its start to its end."""
+    with vgi_rpc.connect(vgi_rpc.Demo, [*PROGRAM, "serve", "--stdio"], stderr=vgi_rpc.StderrMode.DEVNULL) as proxy:
+        expect(proxy.add(a=float(i), b=1.0), i + 1.0)
+        if i % 2:
+            session = proxy.countdown(start=10**9)
+            expect(next(iter(session)).batch.to_pydict(), {"n": [10**9]})
+            (child,) = pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            os.kill(int(child), signal.SIGKILL)
+            with contextlib.suppress(TransportError):
+                for _ in range(10**6):  # what was in the pipe may still be read
+                    session.tick()
+                expect("no error", "an error")
+
+
+def idle_connections(worker: HardWorker, number: int, _: int) -> None:
+    """So many connections that say nothing: a call is answered or told to come back, health is answered, and so is who comes later."""
+    body = hard_request("ask", question="q")
+    asked = http_head(f"Content-Length: {len(body)}", start="POST /Hard/ask HTTP/1.1") + body
+    with contextlib.ExitStack() as stack:
+        for _ in range(number):
+            stack.enter_context(socket.create_connection(("127.0.0.1", worker.port)))
+        for request, statuses in ((asked, (200,) if number < 512 else (503,)), (http_head(start="GET /health HTTP/1.1"), (200,))):
+            with RawHttp(worker.port) as raw:
+                raw.send(request)
+                reply = raw.answer()
+                expect((reply.status in statuses, "retry-after" in reply.headers), (True, reply.status == 503))
+    with worker.connect() as proxy:
+        expect(proxy.ask("q"), "answer to q")
+
+
+def large_batch(size: int = 2_362_232_013) -> None:
+    """A batch above what one system call takes (2.2 GiB), to a worker and back."""
+    free = int(re.search(r"MemAvailable:\s+(\d+)", pathlib.Path("/proc/meminfo").read_text())[1]) * 1024
+    if free < 6 * size:
+        raise SystemExit(f"FAILED: a batch of {size:,} bytes there and back needs {6 * size:,} bytes of memory, {free:,} are free")
+    numbers = pa.Array.from_buffers(pa.int64(), size // 8, [None, pa.py_buffer(os.urandom(1 << 20) * (1 + (size >> 20)))])
+    start, batch = time.monotonic(), pa.RecordBatch.from_arrays([numbers], schema=AHEAD_VALUE)
+    with vgi_rpc.connect(Ahead, [*WORKER[:-1], "ahead-worker"]) as proxy:
+        with proxy.same() as session:
+            expect(session.exchange(AnnotatedBatch(batch)).batch.equals(batch), True)
+        expect(proxy.add(a=1, b=2), 3)
+    print(f"a batch of {batch.nbytes:,} bytes over a pipe and back: {time.monotonic() - start:.1f} s")
 
 
 # ============================================================================
@@ -8347,6 +8469,7 @@ if __name__ == "__main__":
     services = {
         "worker": make_server,
         "hard-worker": hard_server,
+        "ahead-worker": lambda: RpcServer(Ahead, AheadImpl()),
         "measured": lambda: RpcServer(Measured, MeasuredImpl()),
     }
     commands = {"fuzz": fuzz, "soak": soak, "bench": bench}

@@ -68,8 +68,7 @@ __all__ = [
     "connect", "unix_connect", "tcp_connect", "http_connect", "with_options", "StderrMode", "RpcConnection",  # connecting
     "make_pipe_pair", "PipeTransport", "SubprocessTransport", "WorkerPool", "PoolMetrics", "http_capabilities",
     "HttpServerCapabilities",
-    "introspect", "http_introspect", "list_protocols", "describe_protocol", "ServiceDescription", "MethodDescription",
-    "Limit",
+    "introspect", "http_introspect", "list_protocols", "describe_protocol", "ServiceDescription", "MethodDescription", "Limit",
 ]
 
 _T = TypeVar("_T")
@@ -127,7 +126,7 @@ MAX_METADATA_BYTES = 67_108_864  # one message's head; tokens live there, so it 
 MAX_COLUMNS = 4_096
 MAX_NESTING = 64  # levels of list, map and struct in a foreign schema
 FREE_ROWS = 1 << 24  # more rows than this must be paid for with at least one bit of body each
-MAX_DECODED_BYTES = 1 << 30  # of compressed buffers, or 1,024 times theirs; only where max_request_bytes is not set
+FREE_DECODED_BYTES = 1 << 30  # of compressed buffers, or 1,024 times theirs; only where max_request_bytes is not set
 MAX_ERROR_MESSAGE_CHARS, MAX_TRACEBACK_CHARS, MAX_TRACEBACK_FRAMES = 16_000, 16_000, 5
 MAX_ERROR_DETAILS_BYTES = 4_096  # above it the details are left out whole (the family's rule)
 MAX_ERROR_KIND_CHARS, MAX_REQUEST_ID_CHARS, MAX_HEADERS = 255, 128, 100
@@ -138,6 +137,7 @@ READ_TIMEOUT_SECONDS = 30.0  # HTTP: between two bytes of one request
 REQUEST_DEADLINE_SECONDS = 300.0  # HTTP: for the whole of one request, first byte to last
 DRAIN_GRACE_SECONDS = 30.0
 TLS_HANDSHAKE_SECONDS = 5.0
+REAP_SECONDS = 1.0  # how long a worker that died while idle in a pool may stay a zombie
 WORKER_EXIT_SECONDS = 5.0  # how long a worker may take to leave after its stdin closed
 MAX_PREFETCH = 16  # ticks that a client sends ahead on a byte stream: together far less than any pipe's buffer
 SLOW_TURN_SECONDS = 0.01  # a producer that takes longer is not asked ahead on a byte stream
@@ -1124,7 +1124,7 @@ class IpcReader:
                     raise IPCError(f"compressed buffer at {offset}: a decoded length of {size} bytes")
             decoded += length if size == -1 else size
         limit, max_rows = self._limits.max_bytes, self._limits.max_rows
-        if head.compressed and decoded > (limit if limit is not None else max(MAX_DECODED_BYTES, 1024 * head.body_length)):
+        if head.compressed and decoded > (limit if limit is not None else max(FREE_DECODED_BYTES, 1024 * head.body_length)):
             raise RequestTooLargeError(f"compressed buffers: expected at most {limit} decoded bytes, got {decoded}")
         longest = max(head.rows, *head.nodes[::2], 0)  # a child may be longer than its parent: one list of a trillion nulls
         if head.rows < 0 or (longest > FREE_ROWS and longest > 8 * decoded):
@@ -2859,16 +2859,17 @@ class Limit(NamedTuple):
 
 _LIMITS: dict[str, tuple[str, float | None]] = {  # all that a server may have: unit, and the value where no option changes it
     "max_request_bytes": ("bytes", None), "max_json_request_bytes": ("bytes", None), "max_response_bytes": ("bytes", None),
-    "max_decoded_bytes": ("bytes, or 1,024 times the compressed ones", None), "max_rows": ("rows", None),
-    "free_rows": ("rows, or 8 for each byte of the batch", FREE_ROWS), "max_columns": ("columns", MAX_COLUMNS),
-    "max_nesting": ("levels", MAX_NESTING), "max_metadata_bytes": ("bytes", MAX_METADATA_BYTES),
-    "max_error_message_chars": ("characters", MAX_ERROR_MESSAGE_CHARS), "max_traceback_chars": ("characters", MAX_TRACEBACK_CHARS),
-    "max_error_details_bytes": ("bytes", MAX_ERROR_DETAILS_BYTES), "max_request_id_chars": ("characters", MAX_REQUEST_ID_CHARS),
-    "max_turns": ("turns", None), "max_turns_seconds": ("seconds", None), "token_ttl": ("seconds", None),
-    "token_clock_skew": ("seconds", None), "max_state_bytes": ("bytes", None), "call_state_cache_entries": ("tokens", None),
-    "max_head_bytes": ("bytes", None), "max_headers": ("headers", None), "max_connections": ("connections", None),
-    "tls_handshake_timeout": ("seconds", None), "read_timeout": ("seconds", None), "request_deadline": ("seconds", None),
-    "keep_alive_timeout": ("seconds", None), "idle_timeout": ("seconds", None), "drain_grace_seconds": ("seconds", None),
+    "max_decoded_bytes": ("bytes", None), "free_decoded_bytes": ("bytes, or 1,024 times the compressed ones", None),
+    "max_rows": ("rows", None), "free_rows": ("rows, or 8 for each byte of the batch", FREE_ROWS),
+    "max_columns": ("columns", MAX_COLUMNS), "max_nesting": ("levels", MAX_NESTING),
+    "max_metadata_bytes": ("bytes", MAX_METADATA_BYTES), "max_error_message_chars": ("characters", MAX_ERROR_MESSAGE_CHARS),
+    "max_traceback_chars": ("characters", MAX_TRACEBACK_CHARS), "max_error_details_bytes": ("bytes", MAX_ERROR_DETAILS_BYTES),
+    "max_request_id_chars": ("characters", MAX_REQUEST_ID_CHARS), "max_turns": ("turns", None),
+    "max_turns_seconds": ("seconds", None), "token_ttl": ("seconds", None), "token_clock_skew": ("seconds", None), "max_state_bytes": ("bytes", None),
+    "call_state_cache_entries": ("tokens", None), "max_head_bytes": ("bytes", None), "max_headers": ("headers", None),
+    "max_connections": ("connections", None), "tls_handshake_timeout": ("seconds", None), "read_timeout": ("seconds", None),
+    "request_deadline": ("seconds", None), "keep_alive_timeout": ("seconds", None), "idle_timeout": ("seconds", None),
+    "drain_grace_seconds": ("seconds", None),
 }
 
 def limits_of(transport: Mapping[str, Any]) -> dict[str, Limit]:
@@ -4441,8 +4442,6 @@ def _is_quiet(worker: SubprocessTransport) -> bool:
     return alive and not channel.peek() and not _ready(channel.fileno(), "POLLIN")
 
 
-_REAP_SECONDS = 1.0  # how long an idle worker that died may stay a zombie
-
 class WorkerPool:
     """Keeps workers between connections, so that the next one of the same command does not wait for a start.
 
@@ -4539,7 +4538,7 @@ class WorkerPool:
                 died = [w for w in self._idle if w.proc.poll() is not None]
                 left = self._idle[0].idle_since + self.idle_timeout - time.monotonic()
                 if left > 0 and not died:
-                    self._changed.wait(min(left, _REAP_SECONDS))
+                    self._changed.wait(min(left, REAP_SECONDS))
                     continue
                 old = (died or self._idle)[0]
                 self._idle.remove(old)
@@ -4609,7 +4608,8 @@ class _ByteServing:
     def __init__(self, server: ServerCore, transport: Transport, auth: AuthContext) -> None:
         self._server, self._channel = server, transport.channel
         most, rows = server.limits.max_bytes, server.limits.max_rows
-        limits = limits_of({"max_request_bytes": most, "max_decoded_bytes": most or MAX_DECODED_BYTES, "max_rows": rows, **transport.limits})
+        decoded = {"free_decoded_bytes": FREE_DECODED_BYTES} if most is None else {"max_decoded_bytes": most}
+        limits = limits_of({"max_request_bytes": most, "max_rows": rows, **decoded, **transport.limits})
         self._caller = Caller(transport.kind, auth, transport.remote_addr, gone=transport.channel.peer_gone, limits=limits)
         # After a refusal the client may still send the input stream of the stream it had asked for: it has no method
         # key, cannot be a request, and is passed over.
@@ -5238,10 +5238,11 @@ class HttpApp:
             )
         self.sealer = TokenSealer(keys or [os.urandom(32)], self.options.token_ttl)
         self._limit = most = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
-        own: dict[str, Any] = {"max_turns": MAX_TURNS, "max_turns_seconds": MAX_TURNS_SECONDS}
-        own |= {"token_clock_skew": TOKEN_CLOCK_SKEW_SECONDS, "max_request_bytes": most}
-        own |= {"token_ttl": self.sealer.ttl or None, "max_state_bytes": _MAX_STATE_BYTES}
-        own |= {"max_json_request_bytes": self.options.max_request_bytes or _JSON_MAX_REQUEST_BYTES} if self.options.json else {}
+        own: dict[str, Any] = {
+            "max_request_bytes": most, "max_decoded_bytes": most, "max_state_bytes": _MAX_STATE_BYTES, "max_turns": MAX_TURNS,
+            "max_turns_seconds": MAX_TURNS_SECONDS, "token_ttl": self.sealer.ttl or None, "token_clock_skew": TOKEN_CLOCK_SKEW_SECONDS}
+        if self.options.json:
+            own["max_json_request_bytes"] = self.options.max_request_bytes or _JSON_MAX_REQUEST_BYTES
         self.limits = limits_of({**vars(self.options), **own})
         self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
         self._live: OrderedDict[bytes, tuple[bytes, int, StreamState]] = OrderedDict()  # by the cursor that holds the same
