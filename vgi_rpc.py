@@ -2865,11 +2865,11 @@ _LIMITS: dict[str, tuple[str, float | None]] = {  # all that a server may have: 
     "max_metadata_bytes": ("bytes", MAX_METADATA_BYTES), "max_error_message_chars": ("characters", MAX_ERROR_MESSAGE_CHARS),
     "max_traceback_chars": ("characters", MAX_TRACEBACK_CHARS), "max_error_details_bytes": ("bytes", MAX_ERROR_DETAILS_BYTES),
     "max_request_id_chars": ("characters", MAX_REQUEST_ID_CHARS), "max_turns": ("turns", None),
-    "max_turns_seconds": ("seconds", None), "token_ttl": ("seconds", None), "token_clock_skew": ("seconds", None), "max_state_bytes": ("bytes", None),
-    "call_state_cache_entries": ("tokens", None), "max_head_bytes": ("bytes", None), "max_headers": ("headers", None),
-    "max_connections": ("connections", None), "tls_handshake_timeout": ("seconds", None), "read_timeout": ("seconds", None),
-    "request_deadline": ("seconds", None), "keep_alive_timeout": ("seconds", None), "idle_timeout": ("seconds", None),
-    "drain_grace_seconds": ("seconds", None),
+    "max_turns_seconds": ("seconds", None), "token_ttl": ("seconds", None), "token_clock_skew": ("seconds", None),
+    "max_state_bytes": ("bytes", None), "call_state_cache_entries": ("tokens", None), "max_head_bytes": ("bytes", None),
+    "max_headers": ("headers", None), "max_connections": ("connections", None), "tls_handshake_timeout": ("seconds", None),
+    "read_timeout": ("seconds", None), "request_deadline": ("seconds", None), "keep_alive_timeout": ("seconds", None),
+    "idle_timeout": ("seconds", None), "drain_grace_seconds": ("seconds", None),
 }
 
 def limits_of(transport: Mapping[str, Any]) -> dict[str, Limit]:
@@ -5240,7 +5240,8 @@ class HttpApp:
         self._limit = most = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
         own: dict[str, Any] = {
             "max_request_bytes": most, "max_decoded_bytes": most, "max_state_bytes": _MAX_STATE_BYTES, "max_turns": MAX_TURNS,
-            "max_turns_seconds": MAX_TURNS_SECONDS, "token_ttl": self.sealer.ttl or None, "token_clock_skew": TOKEN_CLOCK_SKEW_SECONDS}
+            "max_turns_seconds": MAX_TURNS_SECONDS, "token_clock_skew": TOKEN_CLOCK_SKEW_SECONDS,
+            "token_ttl": self.sealer.ttl or None}
         if self.options.json:
             own["max_json_request_bytes"] = self.options.max_request_bytes or _JSON_MAX_REQUEST_BYTES
         self.limits = limits_of({**vars(self.options), **own})
