@@ -2128,10 +2128,10 @@ class IntrospectionTests(TestCase):
     def test_limits_that_are_none(self) -> None:
         """What a strange server tells is passed over, and a limit is text that people read."""
         service = make_server().primary
-        strange: Any = {"good": [1, "rows"], "open": [None, "bytes"], "a": 3, "b": [1], "c": ["1", "rows"], "d": [True, "rows"], "e": []}
+        strange: Any = {"good": [1, "rows"], "open": [None, "bytes"], "zero": [0, "tokens"], "a": 3, "b": [1], "c": ["1", "rows"], "d": [True, "rows"], "e": []}
         told = vgi_rpc._limits_told(vgi_rpc.describe_service(service, strange))
-        self.assertEqual(told, {"good": (1, "rows"), "open": (None, "bytes")})
-        self.assertEqual(list(map(str, [*told.values(), vgi_rpc.Limit(10**6, "bytes"), vgi_rpc.Limit(2.5, "seconds")])), ["1 rows", "none", "1,000,000 bytes", "2.5 seconds"])
+        self.assertEqual(told, {"good": (1, "rows"), "open": (None, "bytes"), "zero": (0, "tokens")})
+        self.assertEqual(list(map(str, [*told.values(), vgi_rpc.Limit(10**6, "bytes"), vgi_rpc.Limit(2.5, "seconds")])), ["1 rows", "none", "0 tokens", "1,000,000 bytes", "2.5 seconds"])
         with mock.patch.object(vgi_rpc, "LIMITS_KEY", b"unknown"):
             told_by_another = vgi_rpc.describe_service(service, strange)
         self.assertEqual(vgi_rpc._limits_told(told_by_another), {})

@@ -2881,8 +2881,8 @@ def _limits_told(description: ProtocolDescription) -> dict[str, Limit]:
     """The limits that came with a description; what is not as we would tell it is passed over."""
     schemas = (_schema_from_bytes(m.params_schema_ipc) for m in description.methods[:1])
     told = next((_json_object((schema.metadata or {}).get(LIMITS_KEY)) for schema in schemas), {})
-    good = (None, str), (int, str), (float, str)
-    return {k: Limit(*v) for k, v in told.items() if isinstance(v, list) and tuple(x and type(x) for x in v) in good}
+    good = (types.NoneType, str), (int, str), (float, str)
+    return {k: Limit(*v) for k, v in told.items() if isinstance(v, list) and tuple(map(type, v)) in good}
 
 def describe_service(service: HostedService, limits: Mapping[str, Limit]) -> ProtocolDescription:
     """Return the reflection answer for one hosted protocol; the *limits* travel with its first method."""
