@@ -8243,6 +8243,15 @@ class Footprint(NamedTuple):
     megabytes: float
 
     @classmethod
+    def settled(cls, process: int) -> "Footprint":
+        """What it holds once its descriptors and threads have stayed the same for two seconds, or after twenty."""
+        seen = [cls.of(process)]
+        while len(seen) < 40 and (len(seen) < 5 or len({held[:2] for held in seen[-5:]}) > 1):
+            time.sleep(0.5)
+            seen.append(cls.of(process))
+        return seen[-1]
+
+    @classmethod
     def of(cls, process: int) -> "Footprint":
         place = pathlib.Path("/proc", str(process))
         threads, kilobytes = (int(re.search(rf"{key}:\s+(\d+)", (place / "status").read_text())[1]) for key in ("Threads", "VmRSS"))
@@ -8257,14 +8266,12 @@ def repeated(what: str, number: int, step: Any, server: int | None = None) -> No
     start, processes, before = time.monotonic(), {"client": os.getpid(), **({"server": server} if server else {})}, {}
     for i in range(number):
         if i == number // 10:
-            before = {name: Footprint.of(process) for name, process in processes.items()}
+            paused = time.monotonic()
+            before = {name: Footprint.settled(process) for name, process in processes.items()}
+            start += time.monotonic() - paused
         step(i)
-    seconds, after = time.monotonic() - start, {}
-    for _ in range(100):
-        after = {name: Footprint.of(process) for name, process in processes.items()}
-        if all(after[name][:2] <= held[:2] for name, held in before.items()):
-            break
-        time.sleep(0.1)
+    seconds = time.monotonic() - start
+    after = {name: Footprint.settled(process) for name, process in processes.items()}
     print(f"{number:,} {what}: {seconds:.1f} s", *(f"{name} {before[name]} before, {after[name]} after" for name in processes), sep="; ", flush=True)
     for name, held in before.items():
         now = after[name]
