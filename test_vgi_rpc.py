@@ -23,6 +23,7 @@ import functools
 import importlib.util
 import http.client
 import io
+import itertools
 import json
 import logging
 import os
@@ -1399,6 +1400,120 @@ class PlainRowTests(TestCase):
                     meant = sum(c[0].as_py() for c in batch.columns) if method == "add" else batch.column(0)[0].as_py()
                     self.assertEqual(read_stream(io.BytesIO(reply.body))[-1][0].column(0)[0].as_py(), meant)
         self.assertTrue(accepted and refused)
+
+
+def ordinary(server: RpcServer, data: bytes) -> Any:
+    """What the ordinary way makes of a request: method, id, time limit, arguments and length; its exception when it refuses."""
+    source = vgi_rpc.BufferSource(data)
+    try:
+        request = vgi_rpc.Request(vgi_rpc.IpcReader(source, server.limits))
+        bound = server.resolve(request)
+        return bound.info.name, request.request_id, request.timeout, vgi_rpc.read_arguments(bound.info, request), source.position
+    except Exception as exc:
+        return exc
+
+
+def recalled(server: RpcServer, data: bytes, at: int = 0) -> Any:
+    """The same of a request that is recognised, ``None`` when it is not."""
+    if (found := server.recall(data, at)) is None:
+        return None
+    bound, request, end = found
+    try:
+        return bound.info.name, request.request_id, request.timeout, vgi_rpc.read_arguments(bound.info, request), end - at
+    except Exception as exc:
+        return exc
+
+
+class StreamLayoutTests(TestCase):
+    """Requests and results that look like those before them are recognised; that must show in nothing but the time."""
+
+    def server_that_knows(self, *requests: bytes) -> RpcServer:
+        """A server that has served each of the requests."""
+        server = make_server()
+        server.serve(vgi_rpc.Transport(MemoryChannel(b"".join(requests)), vgi_rpc.TransportKind.PIPE))
+        return server
+
+    def test_every_type_means_the_same_when_it_is_recognised(self) -> None:
+        known = 0
+        for name, case in TYPES.items():
+            info = vgi_rpc.rpc_methods(Service)[f"echo_{name}"]
+            for timeout in (None, 5.0):
+                for first, second in itertools.product(case.values, repeat=2):
+                    info.layouts.clear()
+                    one, two = (vgi_rpc.request_batch(info, [value]) for value in (first, second))
+                    learned_of = vgi_rpc.request_stream(info, one, "", "0123456789abcdef", timeout)
+                    recognised = vgi_rpc.request_stream(info, two, "", "fedcba9876543210", timeout)
+                    info.layouts.clear()
+                    with self.subTest(name=name, first=first, second=second, timeout=timeout):
+                        self.assertEqual(recognised, vgi_rpc.request_stream(info, two, "", "fedcba9876543210", timeout))
+                        server = self.server_that_knows(learned_of)
+                        found, wanted = recalled(server, b"xy" + recognised, 2), ordinary(server, recognised)
+                        if found is not None:
+                            known += 1
+                            self.assertEqual(repr(found), repr(wanted))
+        self.assertGreater(known, 100)
+
+    def test_calls_answer_the_same_before_and_after_they_are_known(self) -> None:
+        with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
+            for name, case in TYPES.items():
+                for value in [*case.values, *case.values]:
+                    with self.subTest(name=name, value=value):
+                        self.assertEqual(getattr(proxy, f"echo_{name}")(value), value)
+            for _ in range(3):
+                self.assertIsNone(proxy.nothing())
+                self.assertEqual([proxy.optional(1), proxy.optional(), proxy.optional(2)], [1, None, 2])
+                with self.assertRaises(RpcError):
+                    proxy.fail(how="TypeError")
+                with self.assertRaisesRegex(RpcError, "large|int64"):
+                    proxy.lie(how="large")
+                self.assertEqual(proxy.add(a=1.5), 3.5)
+
+    def test_damaged_bytes_are_taken_for_nothing_else(self) -> None:
+        for method, data in (
+            ("add", {"a": 1.0, "b": 2.0}), ("echo_str", {"value": "text"}), ("echo_union_str", {"value": None}), ("nothing", None),
+        ):  # fmt: skip
+            honest = request_bytes(method, data, **{"vgi_rpc.request_id": "0123456789abcdef", "vgi_rpc.timeout_ms": "000000000009000"})
+            server, seen = self.server_that_knows(honest), 0
+            self.assertIsNotNone(recalled(server, honest))
+            for at, bit in itertools.product(range(len(honest)), (0x01, 0x80)):
+                broken = honest[:at] + bytes([honest[at] ^ bit]) + honest[at + 1 :]
+                found, wanted = recalled(server, broken), ordinary(server, broken)
+                with self.subTest(method=method, at=at, bit=bit):
+                    if isinstance(found, Exception):
+                        self.assertEqual((type(found), str(found)), (type(wanted), str(wanted)))
+                    elif found is not None:
+                        seen += 1
+                        self.assertEqual(repr(found), repr(wanted))
+            self.assertGreater(seen, 16, method)
+
+    def test_half_a_request_is_not_one(self) -> None:
+        for method, data in (("add", {"a": 1.0, "b": 2.0}), ("echo_bytes", {"value": b"12345"})):
+            honest = request_bytes(method, data)
+            server = self.server_that_knows(honest)
+            for size in range(len(honest)):
+                self.assertIsNone(server.recall(honest[:size], 0), (method, size))
+            self.assertIsNotNone(server.recall(honest + b"next", 0))
+
+    def test_limits_hold_for_what_is_known(self) -> None:
+        server = RpcServer(Service, ServiceImpl(), max_request_bytes=2_000)
+        small, large = (request_bytes("echo_str", {"value": "x" * size}) for size in (10, 3_000))
+        answers = ask_core(server, small + large + small)
+        self.assertEqual([read[0][0].num_rows for read in answers], [1, 0, 1])
+        self.assertIn("at most 2000 bytes", error_of(answers[1])["text"])
+
+    def test_what_differs_in_each_request_is_not_learned(self) -> None:
+        traced = [request_bytes("add", {"a": 1.0, "b": 2.0}, traceparent=f"00-{n:032x}-01") for n in range(40)]
+        self.assertIsNone(recalled(self.server_that_knows(*traced), traced[0]))
+        named = [request_bytes("add", {"a": 1.0, "b": 2.0}, **{"vgi_rpc.request_id": "x" * (n + 1)}) for n in range(40)]
+        server = self.server_that_knows(*named)
+        self.assertLessEqual(sum(map(len, server._known.values())), 16)
+
+    def test_a_method_sees_its_caller_and_its_deadline_when_known(self) -> None:
+        with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
+            hurried = vgi_rpc.with_options(proxy, timeout=0.05)
+            self.assertEqual([hurried.wait(seconds=0.0) for _ in range(3)], [0, 0, 0])
+            with self.assertRaises(vgi_rpc.DeadlineExceededError):
+                hurried.wait(seconds=0.5)
 
 
 # ============================================================================
@@ -7992,7 +8107,19 @@ class Fuzzer:
         assert repr(columns) == repr([c.to_pylist() for c in batch.columns]), (damaged, columns, batch.to_pydict())
         return "same"
 
-    TARGETS = ("layout", "plain", "core", "body", "token", "framing", "byte_client", "http_client")
+    def known(self, rng: random.Random) -> str:
+        """A request like one that was served: recognised for what the ordinary way takes it for, or not at all."""
+        data = rng.choice(self.requests[:6])
+        ask_core(self.server, data)
+        damaged = mutated(data, [data], rng)
+        if (found := recalled(self.server, damaged)) is None:
+            return "unknown"
+        wanted = ordinary(self.server, damaged)
+        same = type(found) is type(wanted) and (isinstance(found, Exception) or repr(found) == repr(wanted))
+        assert same, (damaged, found, wanted)
+        return "refused" if isinstance(found, Exception) else "same"
+
+    TARGETS = ("layout", "plain", "known", "core", "body", "token", "framing", "byte_client", "http_client")
 
 
 INTERNAL = {"AttributeError", "IndexError", "KeyError", "NameError", "AssertionError", "struct.error", "error", "RecursionError", "UnboundLocalError", "UnicodeDecodeError", "UnicodeEncodeError", "MemoryError", "OverflowError"}

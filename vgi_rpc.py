@@ -183,10 +183,7 @@ class Code(str, enum.Enum):
     @classmethod
     def parse(cls, text: object) -> Code:
         """Return the code of that name; anything else is ``UNKNOWN``, as peers may be newer than we are."""
-        try:
-            return cls(text)
-        except ValueError:
-            return cls.UNKNOWN
+        return next((code for code in cls if code.value == text), cls.UNKNOWN)
 
 _DETAIL_TYPES: dict[str, type[_Detail]] = {}
 
@@ -496,24 +493,20 @@ def _message_maker(level: Level) -> classmethod[Message, typing.Concatenate[str,
     return classmethod(make)
 
 
+@dataclass(init=False, slots=True)
 class Message:
     """One log line from a server, or one error."""
-    __slots__ = ("extra", "level", "message")
     MAX_TRACEBACK_CHARS = MAX_TRACEBACK_CHARS
     MAX_TRACEBACK_FRAMES = MAX_TRACEBACK_FRAMES
+    level: Level
+    message: str
+    extra: dict[str, Any] | None  # JSON-compatible facts
 
     def __init__(self, level: Level, message: str, **kwargs: object) -> None:
         if not isinstance(level, Level):
             raise TypeError(f"message level: expected a Level, got {level!r:.100}")
         self.level, self.message = level, message if isinstance(message, str) else _text_of(message)
-        self.extra: dict[str, Any] | None = kwargs or None  # JSON-compatible facts
-
-    def __repr__(self) -> str:
-        return f"Message({self.level.name}, {self.message!r}, extra={self.extra!r})"
-
-    def __eq__(self, other: object) -> bool:
-        facts = operator.attrgetter("level", "message", "extra")
-        return isinstance(other, Message) and bool(facts(self) == facts(other))
+        self.extra = kwargs or None
 
     exception, error, warn, info, debug, trace = map(_message_maker, Level)
 
@@ -581,13 +574,12 @@ def _traceback_facts(exc: BaseException) -> dict[str, Any]:
 def _message_metadata(message: Message, server_id: str, request_id: str) -> dict[bytes, bytes]:
     """A message as metadata of a zero-row batch; for an error its code, kind and details also stand on their own."""
     metadata = {k.encode(): v.encode("utf-8", "backslashreplace") for k, v in message.add_to_metadata().items()}
-    facts: dict[bytes, Any] = {}
+    facts: dict[bytes, Any] = {SERVER_ID_KEY: server_id, REQUEST_ID_KEY: request_id}
     if message.level is Level.EXCEPTION:
         extra = message.extra or {}
         details = extra.get("error_details")
-        facts = {ERROR_CODE_KEY: extra.get("error_code") or Code.UNKNOWN, ERROR_KIND_KEY: extra.get("error_kind")}
+        facts |= {ERROR_CODE_KEY: extra.get("error_code") or Code.UNKNOWN, ERROR_KIND_KEY: extra.get("error_kind")}
         facts[ERROR_DETAILS_KEY] = json.dumps(details) if details else None
-    facts |= {SERVER_ID_KEY: server_id, REQUEST_ID_KEY: request_id}
     return metadata | {key: str(fact).encode("utf-8", "backslashreplace") for key, fact in facts.items() if fact}
 
 def _json_object(data: bytes | None) -> dict[str, Any]:
@@ -712,6 +704,8 @@ def batch_kind(num_rows: int, metadata: _Metadata | None) -> BatchKind:
 
 class ByteSource:
     """Bytes in their order: what an `IpcReader` reads from."""
+    _buffer, _at = b"", 0  # what is there already, and where the part of it begins that was not read
+
     def read(self, size: int) -> bytes:
         """Return the next *size* bytes, fewer only where the source ends."""
         raise io.UnsupportedOperation("read")
@@ -720,32 +714,56 @@ class ByteSource:
         """Return *head* and the next *size* bytes in one piece of memory; shorter only where the source ends."""
         return head + self.read(size)
 
+    def read_head(self) -> bytes:
+        """Read a message's prefix and head if they are there already, and look like it; else read nothing."""
+        data, at = self._buffer, self._at
+        if len(data) >= at + 8:
+            mark, size = _PREFIX.unpack_from(data, at)
+            if mark == -1 and 0 < size <= len(data) - at - 8:
+                self._at = end = at + 8 + size
+                return data[at:end]
+        return b""
+
     def take(self, expected: bytes) -> bool:
         """Read *expected* if it comes next and is there already; else read nothing."""
-        return False
+        found = self._buffer.startswith(expected, self._at)
+        self._at += len(expected) if found else 0
+        return found
+
+_PREFIX = struct.Struct("<ii")
 
 
 class BufferSource(ByteSource):
-    """A source over bytes in memory, which `read_after` does not copy when *head* was the last thing read."""
+    """A source over bytes in memory, which `read_after` does not copy when they are many and *head* was the last thing read."""
     def __init__(self, data: _Buffer) -> None:
-        self._buffer = data if isinstance(data, pa.Buffer) else pa.py_buffer(data)
-        self._view = memoryview(self._buffer)
-        self.position = 0  # bytes read so far
+        self._whole: Any = None  # unless they are few
+        if isinstance(data, bytes) and len(data) <= SMALL_BODY_BYTES:
+            self._buffer, self._size = data, len(data)
+        else:
+            self._whole = data if isinstance(data, pa.Buffer) else pa.py_buffer(data)
+            self._view = memoryview(self._whole)
+            self._size = len(self._view)
 
     def read(self, size: int) -> bytes:
-        piece = bytes(self._view[self.position : self.position + size])
-        self.position += len(piece)
-        return piece
+        start, self._at = self._at, min(self._at + size, self._size)
+        return bytes(self._view[start : self._at]) if self._whole is not None else self._buffer[start : self._at]
 
     def read_after(self, head: bytes, size: int) -> _Buffer:
-        start = self.position - len(head)
-        self.position = min(self.position + size, len(self._view))
-        return self._buffer.slice(start, self.position - start)
+        if self._whole is None:
+            return head + self.read(size)
+        start = self._at - len(head)
+        self._at = min(self._at + size, self._size)
+        return self._whole.slice(start, self._at - start)
+
+    @property
+    def position(self) -> int:
+        """How many bytes were read so far."""
+        return self._at
 
     @property
     def left(self) -> int:
         """How many bytes are still to be read."""
-        return len(self._view) - self.position
+        return self._size - self._at
 
 @dataclass(frozen=True)
 class IpcLimits:
@@ -764,6 +782,12 @@ class MessageHead(NamedTuple):
     compressed: bool = False
     dictionary_id: int = 0
     is_delta: bool = False
+
+def are_inside(buffers: Sequence[int], body_length: int) -> bool:
+    """Whether each (offset, length) lies in a body of that many bytes, at a multiple of 8."""
+    offsets = buffers[::2]
+    return (min(buffers, default=0) >= 0 and not functools.reduce(operator.or_, offsets, 0) & 7
+            and max(map(operator.add, offsets, buffers[1::2]), default=0) <= body_length)
 
 class BatchMessage(NamedTuple):
     """A record batch's message: its head and all of its bytes, prefix included."""
@@ -849,7 +873,7 @@ def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
             decisive[start : start + size] = b"\1" * size
         apart = all(end <= start for (_, end), (start, _) in zip(sorted(spans), sorted(spans)[1:]))
         once = len({name for _, _, name in regions}) == len(regions)
-        return head, regions if apart and once and not any(any(decisive[a:b]) for a, b in spans) else []
+        return head, regions if apart and once and not any(1 in decisive[a:b] for a, b in spans) else []
     message = _Table(data, struct.unpack_from("<I", data, 0)[0], seen)
     if message.scalar(0, "<h") not in (3, 4):  # V4 and V5 of MetadataVersion: those that pyarrow reads
         raise ValueError(f"metadata version {message.scalar(0, '<h') + 1}")
@@ -947,8 +971,8 @@ def parse_message_head(data: bytes) -> MessageHead:
         head, regions = _parse_head(data)
     except (struct.error, IndexError, ValueError, OverflowError, MemoryError) as exc:
         raise IPCError(f"not an Arrow IPC message: its head of {len(data)} bytes does not parse ({_text_of(exc)})") from None
-    if regions and len(data) <= 4096 and len(layouts) < 8:
-        if len(_layouts) >= 512:
+    if regions and len(data) <= 16_384 and len(layouts) < 8:
+        if len(_layouts) * len(data) >= 1 << 21:
             _layouts.clear()
         _layouts[len(data)] = [*layouts, HeadLayout(data, head, regions)]
     return head
@@ -972,19 +996,22 @@ def _children(kind: pa.DataType) -> list[pa.Field]:
         return [pa.field("", kind.value_type)]
     return [kind.field(i) for i in range(kind.num_fields)]
 
-def _has_dictionary(kind: pa.DataType) -> bool:
+def _count_dictionaries(kind: pa.DataType) -> int:
     if isinstance(kind, pa.BaseExtensionType):
-        return _has_dictionary(kind.storage_type)
-    return pa.types.is_dictionary(kind) or any(_has_dictionary(kind.field(i).type) for i in range(kind.num_fields))
+        return _count_dictionaries(kind.storage_type)
+    return int(pa.types.is_dictionary(kind)) + sum(_count_dictionaries(kind.field(i).type) for i in range(kind.num_fields))
 
 class SchemaFacts:
     """A schema with what reading and writing its batches needs to know; safe for use by several threads."""
-    __slots__ = ("_shapes", "has_dictionary", "message", "plan", "schema")
+    __slots__ = ("_shapes", "dictionaries", "dictionary_count", "has_dictionary", "message", "plan", "schema", "seen")
     def __init__(self, schema: pa.Schema, message: bytes) -> None:
         self.schema, self.message = schema, message  # the encapsulated schema message
-        self.has_dictionary = any(map(_has_dictionary, schema.types))
+        self.dictionary_count = sum(map(_count_dictionaries, schema.types))
+        self.has_dictionary = self.dictionary_count > 0
         self.plan: Any = False  # how its short batches travel without pyarrow: `plain_plan` fills it in
         self._shapes: dict[Any, tuple[list[HeadLayout], HeadLayout]] = {}
+        self.seen: tuple[BatchMessage, ...] = ()  # short dictionary messages, as read
+        self.dictionaries: dict[tuple[HeadLayout, tuple[str, ...]], bytes] = {}  # messages of short ones, as written
 
     def layouts(self, example: Any, metadata: _Metadata | None, has_body: bool) -> tuple[list[HeadLayout], HeadLayout]:
         """Return the layouts of dictionary messages and of the batch's message, as pyarrow writes *example*. Learned once for
@@ -1054,6 +1081,10 @@ class IpcReader:
 
     def _read_head(self, first: bool = False) -> bytes | None:
         """Read prefix and head of the next message; ``None`` at the end marker."""
+        if raw := self._source.read_head():
+            if len(raw) - 8 > MAX_METADATA_BYTES:
+                raise IPCError(f"message head: expected 1 to {MAX_METADATA_BYTES} bytes, got {len(raw) - 8}")
+            return raw
         prefix = self._source.read(8)
         if len(prefix) < 8 or prefix[:4] != _CONTINUATION:
             if first and not prefix:
@@ -1079,6 +1110,9 @@ class IpcReader:
     def next_message(self) -> BatchMessage | None:
         """Read the next batch's message without decoding it; ``None`` at the end marker. Raises `IPCError` for half a message
         or a head that cannot be true, `RequestTooLargeError` above a limit."""
+        for dictionary in self.facts.seen:
+            if self._source.take(cast("bytes", dictionary.data)):
+                self._keep_dictionary(dictionary)
         while True:
             raw, head = self._last
             known = bool(raw) and not self.ended and self._source.take(raw)
@@ -1094,10 +1128,12 @@ class IpcReader:
             if limit is not None and size > limit:
                 self._unread = size
                 raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {size}")
-            message = _guard("the message body", self._source.read_after, raw, size)
-            got = len(message) - len(raw)
-            if got < size:
-                raise IPCError(f"half a message: expected a body of {size} bytes, got {got}")
+            message: _Buffer = raw
+            if size:
+                call = self._source.read_after
+                message = call(raw, size) if size <= SMALL_BODY_BYTES else _guard("the message body", call, raw, size)
+                if (got := len(message) - len(raw)) < size:
+                    raise IPCError(f"half a message: expected a body of {size} bytes, got {got}")
             if not known:
                 self._check_bounds(head, memoryview(message)[len(raw) :])
             if head.kind == _BATCH_MESSAGE:
@@ -1106,12 +1142,17 @@ class IpcReader:
                 if not head.compressed:  # else the bounds stand in the body
                     self._last = raw, head
                 return BatchMessage(head, message)
-            self._keep_dictionary(head, message)
+            self._keep_dictionary(BatchMessage(head, message))
+            if len(message) <= 1024 and not head.compressed and len(self.facts.seen) < 16:
+                self.facts.seen = (*self.facts.seen, BatchMessage(head, bytes(message)))
 
     def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
         """Refuse rows that no body pays for, buffers outside it, and compressed buffers that grow past the limit."""
-        decoded, buffers = 0, iter(head.buffers)
-        for offset, length in zip(buffers, buffers):
+        plain = not head.compressed and 0 <= head.rows <= FREE_ROWS >= max(head.nodes, default=0) and self._limits.max_rows is None
+        if plain and are_inside(head.buffers, head.body_length):
+            return  # nearly all; what is wrong with the others is found out below
+        decoded = 0
+        for offset, length in zip(head.buffers[::2], head.buffers[1::2]):
             if offset < 0 or length < 0 or offset + length > head.body_length:
                 raise IPCError(f"buffer at {offset}, {length} bytes: outside the body of {head.body_length} bytes")
             if length and offset % 8:
@@ -1132,10 +1173,11 @@ class IpcReader:
         if max_rows is not None and head.rows > max_rows:
             raise RequestTooLargeError(f"expected at most {max_rows} rows in a batch, got {head.rows}")
 
-    def _keep_dictionary(self, head: MessageHead, message: _Buffer) -> None:
+    def _keep_dictionary(self, message: BatchMessage) -> None:
+        head = message.head
         before = self._dictionaries.pop(head.dictionary_id, [])  # its new place is the last: it may build on those before
         kept = self._dictionaries[head.dictionary_id] = before if head.is_delta else []
-        kept.append(BatchMessage(head, message))
+        kept.append(message)
         limit = self._limits.max_bytes
         if limit is not None and sum(len(m.data) for all_of_one in self._dictionaries.values() for m in all_of_one) > limit:
             raise RequestTooLargeError(f"dictionary: expected at most {limit} bytes")
@@ -1251,8 +1293,11 @@ class IpcWriter:
         """Write the end marker (after the schema, if nothing was written)."""
         self.write_all((), close=True)
 
-def stream_bytes(schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]]) -> bytes:
+def stream_bytes(schema: pa.Schema, items: Sequence[tuple[Any, Any]]) -> bytes:
     """Return one whole IPC stream: schema, the batches with their metadata, end marker."""
+    if len(items) == 1 and not isinstance(items[0][0], pa.RecordBatch) and not _wire_write.isEnabledFor(logging.DEBUG):
+        batch, metadata = items[0]  # a `PlainBatch` needs no writer
+        return b"".join((schema_facts(schema).message, *batch.messages(metadata), END_OF_STREAM))
     pieces: list[_Buffer] = []
     IpcWriter(pieces.extend, schema).write_all(items, close=True)
     return b"".join(pieces)
@@ -1315,65 +1360,77 @@ class _NotPlain(Exception):
 
 class _Body:
     """Nodes and buffers of one message, in the order of Arrow's pre-order walk over the columns."""
-    __slots__ = ("buffers", "checked", "dictionaries", "nodes")
+    __slots__ = ("buffers", "checked", "dictionaries", "nodes", "pieces", "size")
     def __init__(self, checked: bool = True) -> None:
         self.checked = checked  # whether codecs have looked at the values already
         self.nodes: list[int] = []  # (length, null count), flat
-        self.buffers: list[bytes] = []
-        self.dictionaries: list[list[Any]] = []  # distinct values of each dictionary column
+        self.buffers: list[int] = []  # (offset, length), flat
+        self.pieces: list[bytes] = []  # the buffers, each padded to 8 bytes …
+        self.size = 0  # … and their length together
+        self.dictionaries: list[tuple[str, ...]] = []  # distinct values of each dictionary column
 
-    def laid_out(self) -> tuple[list[int], bytes]:
-        """Return ((offset, length) of each buffer, flat) and the body, each buffer padded to 8 bytes."""
-        offsets: list[int] = []
-        padded, at = [], 0
-        for data in self.buffers:
+    def add(self, *buffers: bytes) -> None:
+        """Add buffers."""
+        for data in buffers:
             size = len(data)
-            offsets += (at, size)
-            if size:
-                rest = -size % 8
-                padded.append(data + bytes(rest) if rest else data)
-                at += size + rest
-        return offsets, b"".join(padded)
+            self.buffers += (self.size, size)
+            self.pieces += (data, _PADDING[size & 7])
+            self.size += size + 7 & -8
+
+_PADDING = tuple(bytes(-n % 8) for n in range(8))
 
 
 class _Parts:
     """What a `_Body` becomes on the other side: nodes and buffers handed out one after the other."""
-    __slots__ = ("_body", "_buffers", "_nodes", "dictionaries")
-    def __init__(self, head: MessageHead, body: memoryview, dictionaries: Iterator[list[Any]]) -> None:
-        self._nodes, self._buffers, self._body = iter(head.nodes), iter(head.buffers), body
+    __slots__ = ("_buffer", "_node", "_nodes", "body", "buffers", "dictionaries", "validity")
+    def __init__(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes, dictionaries: Iterator[Sequence[str]]) -> None:
+        self._nodes, self._node, self._buffer = nodes, 0, 0  # and which come next
+        self.buffers, self.body = buffers, body  # it is known that the buffers lie inside
         self.dictionaries = dictionaries
+        self.validity: bytes | None = None  # bitmap of the column taken last, ``None`` without nulls
 
-    def node(self, length: int) -> bytes | None:
-        """Take the next node, which must have *length* values; return its validity bitmap, ``None`` without nulls."""
-        if next(self._nodes, -1) != length:
+    def take(self, length: int, count: int) -> int:
+        """Take the next node, which must have *length* values, and its *count* buffers, of which the first is the bitmap; return
+        where in `buffers` the second stands."""
+        node, at = self._node, self._buffer
+        self._node, self._buffer = node + 2, at + 2 * count
+        nulls = self._nodes[node + 1]
+        if self._nodes[node] != length or len(self.buffers) < self._buffer:
             raise _NotPlain
-        nulls, validity = next(self._nodes, -1), self.buffer()
-        if not nulls:
-            return None
-        present = int.from_bytes(validity, "little") & ((1 << length) - 1)
-        if nulls < 0 or len(validity) * 8 < length or bin(present).count("1") != length - nulls:
+        self.validity = None
+        if nulls:
+            bits = self.validity = self.body[self.buffers[at] : self.buffers[at] + self.buffers[at + 1]]
+            present = int.from_bytes(bits, "little") & ((1 << length) - 1)
+            if nulls < 0 or len(bits) * 8 < length or bin(present).count("1") != length - nulls:
+                raise _NotPlain
+        return at + 2
+
+    def numbers(self, at: int, count: int, code: str, size: int) -> tuple[Any, ...]:
+        """Read *count* numbers of *size* bytes at the beginning of a buffer; *at* is its place in `buffers`."""
+        if self.buffers[at + 1] < count * size:
             raise _NotPlain
-        return bytes(validity)
+        return struct.unpack_from(f"<{count}{code}", self.body, self.buffers[at])
 
-    def buffer(self) -> memoryview:
-        """Take the next buffer; `IpcReader` has checked that it lies inside the body."""
-        offset = next(self._buffers, -1)
-        return self._body[offset : offset + next(self._buffers, -1)]
-
-    def offsets(self, length: int) -> tuple[int, ...]:
-        """Take a buffer of length + 1 offsets, each at least as large as the one before."""
-        found = struct.unpack_from(f"<{length + 1}i", self.buffer())
-        if found[0] < 0 or any(map(operator.gt, found, found[1:])):
+    def offsets(self, at: int, length: int, limit: int) -> tuple[int, ...]:
+        """Read length + 1 offsets, each at least as large as the one before, the last at most *limit*."""
+        if length == 1 and self.buffers[at + 1] >= 8:
+            first, last = _TWO_OFFSETS.unpack_from(self.body, self.buffers[at])
+            if 0 <= first <= last <= limit:
+                return first, last
+        found = self.numbers(at, length + 1, "i", 4)
+        if found[0] < 0 or found[-1] > limit or any(map(operator.gt, found, found[1:])):
             raise _NotPlain
         return found
 
     def done(self) -> None:
         """Make sure that nothing is left over."""
-        if next(self._nodes, None) is not None or next(self._buffers, None) is not None:
+        if self._node != len(self._nodes) or self._buffer != len(self.buffers):
             raise _NotPlain
 
+_ONE, _TWO_OFFSETS = (1, 0), struct.Struct("<ii")
 _Write = Callable[[Sequence[Any], _Body], None]
 _Read = Callable[[int, _Parts], list[Any]]
+# Each writer and reader looks first for the one value of a row, which is what most messages hold.
 
 def _bitmap(bits: Iterable[Any]) -> bytes:
     """Pack truth values, the first into the lowest bit."""
@@ -1382,80 +1439,112 @@ def _bitmap(bits: Iterable[Any]) -> bytes:
 
 def _write_node(values: Sequence[Any], body: _Body, kind: type | None = None) -> bool:
     """Add node and validity of a column; return whether it has nulls. Raises `_NotPlain` for values not of type *kind*."""
-    if kind and not set(map(type, values)) <= {kind, type(None)}:
+    if kind and not body.checked and not set(map(type, values)) <= {kind, type(None)}:
         raise _NotPlain
     nulls = values.count(None) if None in values else 0
     body.nodes += (len(values), nulls)
-    body.buffers.append(_bitmap([v is not None for v in values]) if nulls else b"")
+    body.add(_bitmap([v is not None for v in values]) if nulls else b"")
     return nulls > 0
+
+def _is_one(values: Sequence[Any], body: _Body) -> bool:
+    return len(values) == 1 and body.checked and values[0] is not None
 
 def _with_nulls(values: list[Any], validity: bytes | None) -> list[Any]:
     return values if validity is None else [v if validity[i >> 3] >> (i & 7) & 1 else None for i, v in enumerate(values)]
 
 def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
+    one, size = struct.Struct(f"<{code}{8 - struct.calcsize(code)}x"), struct.calcsize(code)
     def write(values: Sequence[Any], body: _Body) -> None:
-        if _write_node(values, body):
+        if _is_one(values, body):
+            at = body.size
+            body.nodes += _ONE
+            body.buffers += (at, 0, at, size)
+            body.pieces.append(one.pack(values[0]))
+            body.size = at + 8
+            return
+        form = f"<{len(values)}{code}"
+        try:  # a look for nulls takes twice as long as this
+            data = struct.pack(form, *values)
+            body.nodes += (len(values), 0)
+            body.add(b"")
+        except struct.error:
+            _write_node(values, body)
             values = [0 if v is None else v for v in values]
+            data = struct.pack(form, *values)
         if not body.checked and not set(map(type, values)) <= accepted:
             raise _NotPlain
-        body.buffers.append(struct.pack(f"<{len(values)}{code}", *values))
+        body.add(data)
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, data = parts.node(length), parts.buffer()
-        return _with_nulls(list(struct.unpack_from(f"<{length}{code}", data)), validity)
+        found = list(parts.numbers(parts.take(length, 2), length, code, size))
+        return found if parts.validity is None else _with_nulls(found, parts.validity)
     return write, read
 
 def _bool_column() -> tuple[_Write, _Read]:
     def write(values: Sequence[Any], body: _Body) -> None:
         _write_node(values, body, bool)
-        body.buffers.append(_bitmap(values))
+        body.add(_bitmap(values))
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, data = parts.node(length), parts.buffer()
-        return _with_nulls([bool(data[i >> 3] >> (i & 7) & 1) for i in range(length)], validity)
+        bits = parts.numbers(parts.take(length, 2), (length + 7) // 8, "B", 1)
+        return _with_nulls([bool(bits[i >> 3] >> (i & 7) & 1) for i in range(length)], parts.validity)
     return write, read
 
 def _text_column(kind: type) -> tuple[_Write, _Read]:
     def write(values: Sequence[Any], body: _Body) -> None:
+        if _is_one(values, body):
+            piece, at = values[0].encode() if kind is str else values[0], body.size
+            size = len(piece)
+            body.nodes += _ONE
+            body.buffers += (at, 0, at, 8, at + 8, size)
+            body.pieces += (_TWO_OFFSETS.pack(0, size), piece, _PADDING[size & 7])
+            body.size = at + 8 + (size + 7 & -8)
+            return
         _write_node(values, body, kind)
         pieces = [v.encode() if v else b"" for v in values] if kind is str else [v or b"" for v in values]
         offsets = [0, *itertools.accumulate(map(len, pieces))]
         if offsets[-1] > _PLAIN_BYTES:
             raise _NotPlain
-        body.buffers += (struct.pack(f"<{len(offsets)}i", *offsets), b"".join(pieces))
+        body.add(struct.pack(f"<{len(offsets)}i", *offsets), b"".join(pieces))
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, offsets, data = parts.node(length), parts.offsets(length), bytes(parts.buffer())
-        if offsets[-1] > len(data):
-            raise _NotPlain
-        pieces: list[Any] = [data[a:b] for a, b in itertools.pairwise(offsets)]
-        return _with_nulls([p.decode() for p in pieces] if kind is str else pieces, validity)
+        at = parts.take(length, 3)
+        start, offsets = parts.buffers[at + 2], parts.offsets(at, length, parts.buffers[at + 3])
+        pieces: list[Any] = [parts.body[start + a : start + b] for a, b in itertools.pairwise(offsets)]
+        pieces = [p.decode() for p in pieces] if kind is str else pieces
+        return pieces if parts.validity is None else _with_nulls(pieces, parts.validity)
     return write, read
 
 def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
     write_item, read_item = item
     def write(values: Sequence[Any], body: _Body) -> None:
-        _write_node(values, body, list)
-        offsets, flat = [0], list[Any]()
-        for value in values:
-            flat += value or ()
-            offsets.append(len(flat))
-        body.buffers.append(struct.pack(f"<{len(offsets)}i", *offsets))
+        if _is_one(values, body) and type(values[0]) is list:
+            flat, at = values[0], body.size
+            body.nodes += _ONE
+            body.buffers += (at, 0, at, 8)
+            body.pieces.append(_TWO_OFFSETS.pack(0, len(flat)))
+            body.size = at + 8
+        else:
+            _write_node(values, body, list)
+            offsets = [0, *itertools.accumulate(len(v or ()) for v in values)]
+            flat = list(itertools.chain.from_iterable(v or () for v in values))
+            body.add(struct.pack(f"<{len(offsets)}i", *offsets))
         write_item(flat, body)
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, offsets = parts.node(length), parts.offsets(length)
-        if offsets[-1] > _PLAIN_BYTES:
-            raise _NotPlain
+        offsets = parts.offsets(parts.take(length, 2), length, _PLAIN_BYTES)
+        validity = parts.validity
         flat = read_item(offsets[-1], parts)
-        return _with_nulls([flat[a:b] for a, b in itertools.pairwise(offsets)], validity)
+        lists = [flat[a:b] for a, b in itertools.pairwise(offsets)]
+        return lists if validity is None else _with_nulls(lists, validity)
     return write, read
 
 def _struct_column(names: Sequence[str], columns: Sequence[tuple[_Write, _Read]], row: type) -> tuple[_Write, _Read]:
     """A struct of dicts, or (for the entries of a map, *row* being tuple) of pairs."""
     keys: Sequence[Any] = names if row is dict else range(len(names))
     def write(values: Sequence[Any], body: _Body) -> None:
-        _write_node(values, body, row)
+        nulls = _write_node(values, body, row)
         for key, (write_one, _) in zip(keys, columns):
-            write_one([None if v is None else v[key] for v in values], body)
+            write_one([None if v is None else v[key] for v in values] if nulls else [v[key] for v in values], body)
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity = parts.node(length)
+        parts.take(length, 1)
+        validity = parts.validity
         members = [read_one(length, parts) for _, read_one in columns]
         rows: list[Any] = list(zip(*members)) if members else [()] * length
         return _with_nulls([dict(zip(names, r)) for r in rows] if row is dict else rows, validity)
@@ -1465,27 +1554,30 @@ def _enum_column() -> tuple[_Write, _Read]:
     """``dictionary<int16, utf8>``: the distinct values go into a dictionary message of their own."""
     def write(values: Sequence[Any], body: _Body) -> None:
         _write_node(values, body, str)
-        distinct = list(dict.fromkeys(v for v in values if v is not None))
+        distinct = tuple(dict.fromkeys(v for v in values if v is not None))
         if not distinct:
             raise _NotPlain
         index = {v: i for i, v in enumerate(distinct)}
         body.dictionaries.append(distinct)
-        body.buffers.append(struct.pack(f"<{len(values)}h", *[index.get(v, 0) for v in values]))
+        body.add(struct.pack(f"<{len(values)}h", *[index.get(v, 0) for v in values]))
     def read(length: int, parts: _Parts) -> list[Any]:
-        validity, data, known = parts.node(length), parts.buffer(), next(parts.dictionaries)
-        found = _with_nulls(list(struct.unpack_from(f"<{length}h", data)), validity)
-        if any(i is not None and not 0 <= i < len(known) for i in found):
+        found = parts.numbers(parts.take(length, 2), length, "h", 2)
+        known, indices = next(parts.dictionaries), _with_nulls(list(found), parts.validity)
+        if any(i is not None and not 0 <= i < len(known) for i in indices):
             raise _NotPlain
-        return [None if i is None else known[i] for i in found]
+        return [None if i is None else known[i] for i in indices]
     return write, read
 
 _ENUM_TYPE = pa.dictionary(pa.int16(), pa.utf8())
 _UTF8_COLUMN = _text_column(str)
 
+def _accepted(kind: pa.DataType) -> frozenset[type]:
+    return frozenset({float, int} if kind == pa.float64() else {int})
+
 def _plain_column(kind: pa.DataType) -> tuple[_Write, _Read]:
     """Writer and reader of a column; raises `_NotPlain` for a type that is not plain."""
     if kind in _NUMBERS:
-        return _number_column(_NUMBERS[kind], frozenset({float, int} if kind == pa.float64() else {int}))
+        return _number_column(_NUMBERS[kind], _accepted(kind))
     if kind == _ENUM_TYPE:
         return _enum_column()
     if pa.types.is_boolean(kind):
@@ -1509,9 +1601,22 @@ class PlainPlan:
         self._columns = [_plain_column(t) for t in facts.schema.types]
         self._nullable = [f.nullable for f in facts.schema]
         self.names = frozenset(facts.schema.names)
+        codes = [_NUMBERS.get(t, "") for t in facts.schema.types]
+        self._row = struct.Struct("<" + "".join(f"{c}{8 - struct.calcsize(c)}x" for c in codes)) if all(codes) else None
+        simple = (pa.types.is_boolean, pa.types.is_string, pa.types.is_binary)
+        # Whether one row of it has as many values in each column, however long they are, so that heads differ in buffers alone.
+        self.even = all(c or any(is_a(t) for is_a in simple) for c, t in zip(codes, facts.schema.types))
+        self._accepted = [_accepted(t) for t in facts.schema.types]
+        self._row_head = b""  # of a message of one row of numbers without nulls and without metadata: it is always the same
+
+    def write_row(self, values: Sequence[Any]) -> PlainBatch:
+        """Encode one row of values that codecs have checked; raises `_NotPlain`."""
+        return self.write([[v] for v in values], checked=True)
 
     def write(self, columns: Sequence[Sequence[Any]], checked: bool = False) -> PlainBatch:
         """Encode columns of equal length, of which codecs have *checked* the values or not; raises `_NotPlain`."""
+        if self._row_head and (batch := self._numbers(columns, checked)) is not None:
+            return batch
         body, length = _Body(checked), len(columns[0])
         try:
             for values, (write, _), nullable in zip(columns, self._columns, self._nullable):
@@ -1520,10 +1625,25 @@ class PlainPlan:
                 write(values, body)
         except (struct.error, OverflowError, TypeError, ValueError, LookupError, AttributeError):
             raise _NotPlain from None
-        offsets, data = body.laid_out()
-        if not length or not data or len(data) > _PLAIN_BYTES:
+        if not length or not 0 < body.size <= _PLAIN_BYTES:
             raise _NotPlain
-        return PlainBatch(self.facts, columns, body, offsets, data)
+        batch = PlainBatch(self.facts, columns, body.nodes, body.dictionaries, body.buffers, b"".join(body.pieces))
+        if self._row is not None and length == 1 and not any(body.nodes[1::2]):
+            (message,) = batch.messages(None)
+            self._row_buffers = body.buffers
+            self._row_head = bytes(message[: -batch.nbytes])
+        return batch
+
+    def _numbers(self, columns: Sequence[Sequence[Any]], checked: bool) -> PlainBatch | None:
+        """Encode one row of numbers without nulls, with the head that such a row always has; ``None`` for other columns."""
+        try:
+            row = [value for (value,) in columns]
+            if not checked and not all(map(operator.contains, self._accepted, map(type, row))):
+                return None
+            data = cast("struct.Struct", self._row).pack(*row)
+        except (struct.error, OverflowError, ValueError, TypeError):
+            return None
+        return PlainBatch(self.facts, columns, (1, 0) * len(columns), (), self._row_buffers, data, self._row_head)
 
     def read(self, reader: IpcReader, message: BatchMessage) -> list[list[Any]]:
         """Decode a message of this schema to a list of values per column, as fully checked as pyarrow's; raises `_NotPlain`."""
@@ -1531,10 +1651,21 @@ class PlainPlan:
         if head.compressed or len(message.data) > _PLAIN_BYTES or not 0 < head.rows <= _PLAIN_BYTES:
             raise _NotPlain
         try:
-            dictionaries = map(_read_dictionary, reader.dictionaries()) if self.facts.has_dictionary else iter(())
-            parts = _Parts(head, message.body(), dictionaries)
-            columns = [read(head.rows, parts) for _, read in self._columns]
-        except (struct.error, UnicodeDecodeError, StopIteration, LookupError, OverflowError, ValueError):
+            found = reader.dictionaries() if self.facts.has_dictionary else []
+            if [m.head.dictionary_id for m in found] != list(range(self.facts.dictionary_count)):  # as pyarrow numbers them
+                raise _NotPlain
+            return self._read(head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), map(_read_dictionary, found)))
+        except StopIteration:
+            raise _NotPlain from None
+
+    def read_row(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes) -> list[Any]:
+        """Decode one row of a schema without dictionaries; *buffers* are known to lie inside *body*. Raises `_NotPlain`."""
+        return [column[0] for column in self._read(1, _Parts(nodes, buffers, body, iter(())))]
+
+    def _read(self, length: int, parts: _Parts) -> list[list[Any]]:
+        try:
+            columns = [read(length, parts) for _, read in self._columns]
+        except (struct.error, UnicodeDecodeError, LookupError, OverflowError, ValueError):
             raise _NotPlain from None
         parts.done()
         return columns
@@ -1549,18 +1680,20 @@ def plain_plan(schema: pa.Schema) -> PlainPlan | None:
             facts.plan = None
     return cast("PlainPlan | None", facts.plan)
 
-def _read_dictionary(message: BatchMessage) -> list[Any]:
+def _read_dictionary(message: BatchMessage) -> Sequence[str]:
     head = message.head
     if head.compressed or head.is_delta or len(message.data) > _PLAIN_BYTES or head.rows > _PLAIN_BYTES:
         raise _NotPlain
-    return _UTF8_COLUMN[1](head.rows, _Parts(head, message.body(), iter(())))
+    return _UTF8_COLUMN[1](head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), iter(())))
 
 
 class PlainBatch:
     """A short batch, encoded here: stands in for a record batch until somebody wants to look at one."""
-    __slots__ = ("_body", "_columns", "_data", "_facts", "_offsets", "nbytes", "num_rows", "schema")
-    def __init__(self, facts: SchemaFacts, columns: Sequence[Sequence[Any]], body: _Body, offsets: list[int], data: bytes) -> None:
-        self._facts, self._columns, self._body, self._offsets, self._data = facts, columns, body, offsets, data
+    __slots__ = ("_columns", "_dictionaries", "_facts", "_head", "data", "nbytes", "nodes", "num_rows", "offsets", "schema")
+    def __init__(self, facts: SchemaFacts, columns: Sequence[Sequence[Any]], nodes: Sequence[int],
+                 dictionaries: Sequence[tuple[str, ...]], offsets: list[int], data: bytes, head: bytes = b"") -> None:
+        self._facts, self._columns, self.nodes, self._dictionaries = facts, columns, nodes, dictionaries
+        self.offsets, self.data, self._head = offsets, data, head
         self.schema, self.num_rows, self.nbytes = facts.schema, len(columns[0]), len(data)  # nbytes: of its buffers
 
     def to_record_batch(self) -> pa.RecordBatch:
@@ -1568,17 +1701,105 @@ class PlainBatch:
         arrays = [pa.array(c, t) for c, t in zip(self._columns, self.schema.types)]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
+    def row(self) -> list[Any]:
+        """Return the values of its first row, encoded as codecs do."""
+        return [column[0] for column in self._columns]
+
     def messages(self, metadata: _Metadata | None) -> list[_Buffer]:
         """Return the messages that carry it: dictionaries first."""
+        if self._head and not metadata:
+            return [self._head + self.data]
         of_dictionaries, layout = self._facts.layouts(self, metadata, True)
         out: list[_Buffer] = []
-        for one, names in zip(of_dictionaries, self._body.dictionaries):
-            body = _Body()
-            _UTF8_COLUMN[0](names, body)
-            offsets, data = body.laid_out()
-            out.append(one.message(len(names), body.nodes, offsets, data, None))
-        out.append(layout.message(self.num_rows, self._body.nodes, self._offsets, self._data, metadata))
+        for one, names in zip(of_dictionaries, self._dictionaries):
+            if (one, names) not in (known := self._facts.dictionaries):
+                body = _Body()
+                _UTF8_COLUMN[0](names, body)
+                if len(known) >= 64:
+                    known.clear()
+                known[one, names] = one.message(len(names), body.nodes, body.buffers, b"".join(body.pieces), None)
+            out.append(known[one, names])
+        out.append(layout.message(self.num_rows, self.nodes, self.offsets, self.data, metadata))
         return out
+
+
+class StreamLayout:
+    """Whole streams of one row that differ in its values and in a few metadata values alone, as the calls of one method do: one
+    `struct` call reads or writes all of it, or all but the body where that has no fixed length. Learned from a stream that went
+    the ordinary way, so what was decided there on the fixed bytes holds for every stream of this layout."""
+    __slots__ = ("_buffers", "_buffers_at", "_fixed", "_keys_at", "_length_at", "_nodes", "_parts", "_plan", "_struct", "keys")
+    def __init__(self, facts: SchemaFacts, message: BatchMessage, holes: list[tuple[int, str, Any]], numbers: bool) -> None:
+        head, body_at = message.head, len(message.data) - message.head.body_length
+        example = facts.message + bytes(message.data[:None if numbers else body_at]) + (END_OF_STREAM if numbers else b"")
+        codes, at = ["<"], 0
+        for start, code, _ in sorted(holes):
+            codes += (f"{start - at}s", code)
+            at = start + struct.calcsize("<" + code)
+        self._struct = struct.Struct("".join([*codes, f"{len(example) - at}s"]))
+        self._parts = list(self._struct.unpack(example))  # fixed, hole, fixed, hole, … fixed
+        self._fixed, self._plan = tuple(self._parts[::2]), None if numbers else cast("PlainPlan", plain_plan(facts.schema))
+        names = [name for _, _, name in sorted(holes)]
+        self._keys_at = [i for i, name in enumerate(names) if isinstance(name, bytes)]
+        self.keys = tuple(names[i] for i in self._keys_at)
+        self._nodes, self._buffers = head.nodes, struct.Struct(f"<{len(head.buffers)}q")
+        self._length_at, self._buffers_at = (0, 0) if numbers else (names.index("body_length"), names.index("buffers"))
+
+    @classmethod
+    def learn(cls, facts: SchemaFacts, message: BatchMessage, keys: Sequence[bytes] = ()) -> StreamLayout | None:
+        """Learn from the one batch of a stream; the metadata values of *keys* may differ. ``None`` for columns whose values have
+        parts of their own, and where what may differ also decides how a head is read."""
+        head, plan, types_ = message.head, plain_plan(facts.schema), facts.schema.types
+        if not (len(types_) == 0 or (plan is not None and plan.even and head.rows == 1)) or head.compressed:
+            return None
+        numbers = all(t in _NUMBERS for t in types_) and not any(head.nodes[1::2])
+        first, body_at = len(facts.message), len(message.data) - head.body_length
+        regions = {name: (start, size) for start, size, name in _parse_head(bytes(message.data[8:body_at]))[1]}
+        wanted = {*[key for key in keys if (head.metadata or {}).get(key)], *(() if numbers else ("body_length", "buffers"))}
+        if not regions.keys() >= wanted or len(message.data) > SMALL_BODY_BYTES:
+            return None
+        holes = [(first + 8 + start, "q" if name == "body_length" else f"{size}s", name)
+                 for name, (start, size) in regions.items() if name in wanted]
+        if numbers:
+            holes += [(first + body_at + offset, _NUMBERS[t], offset) for offset, t in zip(head.buffers[2::4], types_)]
+        ends = [start + struct.calcsize("<" + code) for start, code, _ in sorted(holes)]
+        in_order = list(head.buffers[2::4]) == sorted(head.buffers[2::4])
+        if not in_order or any(end > start for end, (start, *_) in zip(ends, sorted(holes)[1:])):
+            return None
+        return cls(facts, message, holes, numbers)
+
+    def read(self, data: bytes, at: int) -> tuple[Sequence[Any], int] | None:
+        """Return the values of `keys`, then of the row, and where the stream ends; ``None`` when what stands in *data* from *at*
+        on is not of this layout, or not there to its end."""
+        end = at + self._struct.size
+        if len(data) < end:
+            return None
+        parts = self._struct.unpack_from(data, at)
+        if parts[::2] != self._fixed:
+            return None
+        holes = parts[1::2]
+        if self._plan is None:
+            return holes, end
+        body, buffers = data[end : end + holes[self._length_at]], self._buffers.unpack(holes[self._buffers_at])
+        end += len(body)
+        if len(body) != holes[self._length_at] or not are_inside(buffers, len(body)) or not data.startswith(END_OF_STREAM, end):
+            return None
+        try:
+            return [*[holes[i] for i in self._keys_at], *self._plan.read_row(self._nodes, buffers, body)], end + 8
+        except _NotPlain:
+            return None
+
+    def write(self, values: Mapping[bytes, bytes], batch: Any) -> bytes | None:
+        """Return the stream of a `PlainBatch` or tick with these values of `keys`; ``None`` for a batch of another layout."""
+        if batch is not _TICK and (not isinstance(batch, PlainBatch) or tuple(batch.nodes) != self._nodes):
+            return None
+        parts = self._parts.copy()
+        for i, key in zip(self._keys_at, self.keys):
+            parts[2 * i + 1] = values[key]
+        if self._plan is None:
+            parts[2 * len(self.keys) + 1 :: 2] = () if batch is _TICK else batch.row()
+            return self._struct.pack(*parts)
+        parts[2 * self._length_at + 1], parts[2 * self._buffers_at + 1] = len(batch.data), self._buffers.pack(*batch.offsets)
+        return b"".join((self._struct.pack(*parts), batch.data, END_OF_STREAM))
 
 
 # ============================================================================
@@ -1672,7 +1893,7 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
         offsets = pa.py_buffer(struct.pack("<ii", 0, len(values[0])))
         return pa.Array.from_buffers(kind, 1, [None, offsets, pa.py_buffer(values[0])])  # not copied
     array_ = pa.array(values, type=kind)
-    if kind.num_fields and _has_dictionary(kind):
+    if kind.num_fields and _count_dictionaries(kind):
         try:
             array_.validate(full=True)
         except pa.ArrowInvalid:
@@ -1683,7 +1904,7 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
 def _filler(kind: pa.DataType) -> Any:
     """A value without nulls, which puts an entry into every dictionary of *kind*."""
     if pa.types.is_struct(kind):
-        return {f.name: _filler(f.type) for f in (kind.field(i) for i in range(kind.num_fields))}
+        return {f.name: _filler(f.type) for f in kind}
     if pa.types.is_map(kind):
         return [(_filler(kind.key_type), _filler(kind.item_type))]
     if kind.num_fields:
@@ -1742,13 +1963,11 @@ _SCALARS: dict[Any, tuple[pa.DataType, tuple[type, ...]]] = {  # annotation: Arr
 def _scalar_codec(kind: Callable[[Any], Any]) -> Codec:
     arrow_type, accepted = _SCALARS[kind]
     expected = _type_text(arrow_type)
-    def fits(value: Any) -> bool:
-        return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
     def encode(value: Any) -> Any:
         if type(value) is kind:
             return value
-        unboxed = value if fits(value) else _unboxed(value)
-        if not fits(unboxed):
+        unboxed = _unboxed(value)
+        if not isinstance(unboxed, accepted) or (isinstance(unboxed, bool) and kind is not bool):
             raise _Mismatch(expected, _got(value))
         try:
             return kind(unboxed)
@@ -1784,7 +2003,12 @@ def _list_codec(item: Codec, container: type) -> Codec:
     expected = f"{container.__name__} of {item.expected}"
     def encode(values: Any) -> Any:
         _expect(values, accepted, expected)
-        return list(values) if set(map(type, values)) <= item.plain else _each(item.encode, values)
+        kinds = list(map(type, values))
+        # To count one type takes half as long as to collect them all.
+        alike = kinds and kinds[0] in item.plain and kinds.count(kinds[0]) == len(kinds)
+        if not alike and not set(kinds) <= item.plain:
+            return _each(item.encode, values)
+        return values if type(values) is list else list(values)
     def decode(values: Any) -> Any:
         plain = item.decodes_plain and (item.nullable or None not in values)
         members = values if plain else _each(item.decode, values)
@@ -1802,9 +2026,14 @@ def _dict_codec(key: Codec, value: Codec) -> Codec:
                 raise exc.under(f"[{k!r:.40}]") from None
     def encode(mapping: Any) -> Any:
         _expect(mapping, Mapping, expected)
+        if set(map(type, mapping)) <= key.plain and set(map(type, mapping.values())) <= value.plain:
+            return list(mapping.items())
         return list(pairs(mapping.items(), key.encode, value.encode))
-    decode = _not_none(_type_text(arrow_type), lambda entries: dict(pairs(entries, key.decode, value.decode)))
-    return Codec(arrow_type, False, encode, decode)
+    def decode(entries: Any) -> Any:
+        if key.decodes_plain and value.decodes_plain and not any(None in pair for pair in entries):
+            return dict(entries)
+        return dict(pairs(entries, key.decode, value.decode))
+    return Codec(arrow_type, False, encode, _not_none(_type_text(arrow_type), decode))
 
 def _enum_codec(kind: type[enum.Enum]) -> Codec:
     members = kind.__members__
@@ -1882,8 +2111,10 @@ class RowCodec:
     def __init__(self, fields: Iterable[tuple[str, Codec]]) -> None:
         pairs = list(fields)
         self.names = tuple(name for name, _ in pairs)
+        self.name_set = frozenset(self.names)
         self.codecs = tuple(codec for _, codec in pairs)
         self.schema = pa.schema([pa.field(n, c.arrow_type, nullable=c.nullable) for n, c in pairs])
+        self.decodes_plain = all(c.decodes_plain for c in self.codecs)
 
     @functools.cached_property
     def plan(self) -> PlainPlan | None:
@@ -1894,11 +2125,18 @@ class RowCodec:
         """Encode one row; raises `_Mismatch` whose path begins with ``.name``."""
         plan = self.plan
         if plan is not None:
-            encoded = [[_of_field(n, c.encode, v)] for n, c, v in zip(self.names, self.codecs, values)]
-            with contextlib.suppress(_NotPlain):
-                return plan.write(encoded, checked=True)
+            encoded = [v if type(v) in c.plain else _of_field(n, c.encode, v) for n, c, v in zip(self.names, self.codecs, values)]
+            try:
+                return plan.write_row(encoded)
+            except _NotPlain:
+                pass
         arrays = [_of_field(n, c.to_array, [v]) for n, c, v in zip(self.names, self.codecs, values)]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+
+    def decode(self, values: Sequence[Any]) -> list[Any]:
+        """Decode one row as `PlainPlan.read` or ``to_pylist`` gave it; raises as `from_batch`."""
+        return [v if c.decodes_plain and v is not None else _of_field(n, c.decode, v)
+                for n, c, v in zip(self.names, self.codecs, values)]
 
     def from_batch(self, batch: pa.RecordBatch) -> list[Any]:
         """Decode the one row of a batch of this schema; raises `_Mismatch` whose path begins with ``.name``."""
@@ -1909,8 +2147,7 @@ class RowCodec:
         plan = self.plan
         if plan is not None and reader.facts is plan.facts:
             with contextlib.suppress(_NotPlain):
-                columns = plan.read(reader, message)
-                return [_of_field(n, c.decode, column[0]) for n, c, column in zip(self.names, self.codecs, columns)]
+                return self.decode([column[0] for column in plan.read(reader, message)])
         return self.from_batch(reader.decode(message))
 
 
@@ -1938,6 +2175,7 @@ class DataclassCodec:
                 raise TypeError(f"{where}: {exc}") from None
         self.row = RowCodec(codecs)  # in the order of the fields
         self.names = frozenset(self.row.names)
+        self._all_init = all(f.init for f in self.fields)
 
     def values(self, instance: Any) -> Sequence[Any]:
         _expect(instance, self.cls, self.cls.__name__)
@@ -1972,8 +2210,10 @@ class DataclassCodec:
         plan = self.row.plan
         if plan is not None and reader.facts is plan.facts and message.head.rows == 1:
             with contextlib.suppress(_NotPlain):
-                columns = {name: column[0] for name, column in zip(self.row.names, plan.read(reader, message))}
-                return self._build(lambda codec: codec.decode, columns)
+                values = [column[0] for column in plan.read(reader, message)]
+                if self._all_init:
+                    return self.cls(**dict(zip(self.row.names, self.row.decode(values))))
+                return self._build(lambda codec: codec.decode, dict(zip(self.row.names, values)))
         return self.from_batch(reader.decode(message))
 
     def _build(self, reader: Callable[[Codec], Callable[[Any], Any]], present: Mapping[str, Any]) -> Any:
@@ -2123,11 +2363,11 @@ class AuthContext:
 
 _ANONYMOUS = AuthContext(None, False)
 ClientLog = Callable[[Message], None]
-_current_context: contextvars.ContextVar[CallContext | None] = contextvars.ContextVar("vgi_rpc_call", default=None)
+_current_auth: contextvars.ContextVar[AuthContext] = contextvars.ContextVar("vgi_rpc_auth", default=_ANONYMOUS)
 
 def current_auth() -> AuthContext:
     """Return who calls the method that runs now; anonymous outside of one."""
-    return ctx.auth if (ctx := _current_context.get()) is not None else _ANONYMOUS
+    return _current_auth.get()
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -2320,7 +2560,7 @@ class Stream(Generic[_S, _H]):
     @property
     def is_producer(self) -> bool:
         """Whether turns run on ticks: nothing comes in, and the state is not an exchange's."""
-        return not len(self.input_schema) and not isinstance(self.state, ExchangeState)
+        return (self.input_schema is EMPTY_SCHEMA or not len(self.input_schema)) and not isinstance(self.state, ExchangeState)
 
     if typing.TYPE_CHECKING:  # to a client's type checker a Stream is the StreamSession that the proxy returns
         def __iter__(self) -> Iterator[AnnotatedBatch]: ...
@@ -2374,6 +2614,7 @@ class RpcMethodInfo:
     header: DataclassCodec | None = field(default=None, repr=False)
     idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
     deprecation: str | None = None  # why the method should not be used any more
+    layouts: dict[Any, StreamLayout | None] = field(default_factory=dict, repr=False, compare=False)  # of its requests and results
 
     @property
     def kind(self) -> str:
@@ -2422,12 +2663,9 @@ def _parse_version(text: str) -> tuple[int, int] | None:
 
 def _public_functions(cls: type) -> dict[str, Any]:
     """Public methods of a class by name; those of object, Protocol and Generic are nobody's service."""
-    found: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        if base.__module__ not in ("builtins", "typing", "typing_extensions", "abc"):
-            found.update({n: f for n, f in vars(base).items() if not n.startswith("_") and inspect.isfunction(f)})
-    found.pop("on_serve_start", None)
-    return found
+    bases = [b for b in reversed(cls.__mro__) if b.__module__ not in ("builtins", "typing", "typing_extensions", "abc")]
+    found = {n: f for base in bases for n, f in vars(base).items() if not n.startswith("_") and inspect.isfunction(f)}
+    return {n: f for n, f in found.items() if n != "on_serve_start"}
 
 def _is_context(name: str, annotation: Any) -> bool:
     return _split_optional(annotation)[0] is CallContext or (name == "ctx" and annotation is inspect.Parameter.empty)
@@ -2496,19 +2734,21 @@ def _result_facts(annotation: Any) -> dict[str, Any]:
 def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
     """Return the methods of a Protocol class, or of a plain class that serves as its own, by name. Raises one `TypeError` that
     names every annotation that is missing or has no Arrow type."""
-    protocol_name = protocol_name_of(protocol)
-    infos, problems = {}, []
-    for name, function in _public_functions(protocol).items():
-        try:
-            infos[name] = _method_info(protocol_name, name, function)
-        except TypeError as exc:
-            problems.append(f"{protocol.__qualname__}.{exc}")
-    _raise_problems(f"{protocol.__qualname__} cannot be served", problems)
-    return types.MappingProxyType(infos)
+    make = functools.partial(_method_info, protocol_name_of(protocol))
+    what, where = f"{protocol.__qualname__} cannot be served", f"{protocol.__qualname__}."
+    return types.MappingProxyType(_make_all(what, where, make, _public_functions(protocol)))
 
-def _raise_problems(what: str, problems: list[str]) -> None:
+def _make_all(what: str, where: str, make: Callable[[str, Any], _T], items: Mapping[str, Any]) -> dict[str, _T]:
+    """Return ``{name: make(name, item)}``; the `TypeError` of each that fails becomes part of one, *where* in front of it."""
+    made, problems = {}, []
+    for name, item in items.items():
+        try:
+            made[name] = make(name, item)
+        except TypeError as exc:
+            problems.append(f"{where}{exc}")
     if problems:
         raise TypeError(f"{what}: " + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
+    return made
 
 def describe_rpc(protocol: type, *, methods: Mapping[str, RpcMethodInfo] | None = None) -> str:
     """Return a text for people: the protocol's methods with their signatures, schemas and docstrings."""
@@ -2552,13 +2792,8 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
         wanted = implementation.__qualname__
         raise TypeError(f"expected an instance of {wanted}, got the class; write {wanted}()")
     service = HostedService(name, protocol, version, implementation, {})
-    problems: list[str] = []
-    for info in rpc_methods(protocol).values():
-        try:
-            service.methods[info.name] = _bind_method(info, service)
-        except TypeError as exc:
-            problems.append(str(exc))
-    _raise_problems(f"{type(implementation).__qualname__} does not implement {name}", problems)
+    what = f"{type(implementation).__qualname__} does not implement {name}"
+    service.methods |= _make_all(what, "", lambda _, info: _bind_method(info, service), rpc_methods(protocol))
     return service
 
 def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
@@ -2614,6 +2849,8 @@ def _state_types(info: RpcMethodInfo, returned: Any, problems: list[str]) -> tup
 def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """Return one value per parameter, in order, defaults filled in; raises `TypeError` where the call does not fit."""
     names = info.params.names
+    if not args and kwargs.keys() == info.params.name_set:
+        return [kwargs[name] for name in names]
     if len(args) > len(names):
         raise ParameterError(f"{info.name}() takes {len(names)} arguments {list(names)}, got {len(args)}")
     for name in kwargs:
@@ -2631,15 +2868,26 @@ def request_batch(info: RpcMethodInfo, values: Sequence[Any]) -> pa.RecordBatch 
     """Encode the arguments, 1 row x len(parameters) columns; a `TypeError` gives the parameter and the path inside it."""
     return _located(f"{info.name}() argument ", ".", info.params.to_batch, values) if info.params.names else _TICK
 
-def request_metadata(info: RpcMethodInfo, version: str, request_id: str, timeout: float | None) -> dict[bytes, bytes]:
-    """The metadata of a request (WIRE section 1); *timeout* in seconds."""
+def request_stream(info: RpcMethodInfo, batch: pa.RecordBatch | PlainBatch, version: str, request_id: str,
+                   timeout: float | None) -> bytes:
+    """Return a whole request (WIRE section 1): *batch* is that of `request_batch`, *timeout* in seconds."""
+    varying = {REQUEST_ID_KEY: request_id.encode()}
+    if timeout is not None:
+        varying[TIMEOUT_KEY] = b"%015d" % max(1, int(timeout * 1000))  # always as long, see StreamLayout
+    shape = version, len(request_id), len(varying)
+    layout = info.layouts.get(shape)
+    if layout is not None and (stream := layout.write(varying, batch)) is not None:
+        return stream
     metadata = {METHOD_KEY: info.name.encode(), REQUEST_VERSION_KEY: REQUEST_VERSION,
-                PROTOCOL_KEY: info.protocol_name.encode(), REQUEST_ID_KEY: request_id.encode()}
+                PROTOCOL_KEY: info.protocol_name.encode(), **varying}
     if version:
         metadata[PROTOCOL_VERSION_KEY] = version.encode()
-    if timeout is not None:
-        metadata[TIMEOUT_KEY] = str(max(1, int(timeout * 1000))).encode()
-    return metadata
+    stream = stream_bytes(batch.schema, [(batch, metadata)])
+    if shape not in info.layouts and len(info.layouts) < 8:
+        reader = IpcReader(BufferSource(stream))
+        message = cast("BatchMessage", reader.next_message())
+        info.layouts[shape] = StreamLayout.learn(reader.facts, message, list(varying))
+    return stream
 
 
 class Request:
@@ -2653,6 +2901,17 @@ class Request:
         if reader.next_message() is not None:
             got = 2 + sum(1 for _ in iter(reader.next_message, None))
             raise ProtocolError(f"request: expected exactly one batch, got {got}")
+
+    @property
+    def schema_message(self) -> bytes:
+        """The message that told its schema."""
+        return self._reader.facts.message
+
+    def layout(self) -> StreamLayout | None:
+        """Learn how requests look that differ from this one in request id, time limit and numbers alone."""
+        if not self.metadata.keys() <= _EVERYDAY_KEYS:
+            return None  # a trace, say, is another one in each request
+        return StreamLayout.learn(self._reader.facts, self._message, (REQUEST_ID_KEY, TIMEOUT_KEY))
 
     def text(self, key: bytes, what: str) -> str | None:
         """Return a metadata value as text, ``None`` when absent; raises `ProtocolError` when it is not UTF-8."""
@@ -2677,14 +2936,32 @@ class Request:
         """Whether the request has exactly the schema of *row*."""
         return (row.plan is not None and self._reader.facts is row.plan.facts) or self.schema.equals(row.schema)
 
-    def values(self, row: RowCodec) -> list[Any]:
+    def values(self, row: RowCodec) -> Sequence[Any]:
         """Decode its one row, validated as the reader was told; raises `_Mismatch`, `IPCError`."""
         return row.from_message(self._reader, self._message)
+
+
+class KnownRequest(Request):
+    """A request of a layout that was learned from one before it: it has its schema and its one row."""
+    def __init__(self, bound: BoundMethod, layout: StreamLayout, found: Sequence[Any]) -> None:
+        self.schema, self.rows = bound.info.params_schema, 1
+        self.metadata = dict(zip(layout.keys, found))
+        self._values = found[len(layout.keys) :]
+
+    def has_schema(self, row: RowCodec) -> bool:
+        return True
+
+    def values(self, row: RowCodec) -> Sequence[Any]:
+        return row.decode(self._values)
 
 def clean_request_id(text: str | None) -> str:
     """Return *text* if it may be echoed and logged (1 to 128 visible ASCII characters), else an empty string."""
     text = text or ""
+    if text.isalnum() and text.isascii() and len(text) <= MAX_REQUEST_ID_CHARS:
+        return text
     return text if len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable() and " " not in text else ""
+
+_EVERYDAY_KEYS = {METHOD_KEY, REQUEST_VERSION_KEY, REQUEST_ID_KEY, PROTOCOL_KEY, PROTOCOL_VERSION_KEY, TIMEOUT_KEY}
 
 def new_request_id() -> str:
     """Return 16 random hex characters."""
@@ -2737,7 +3014,20 @@ def read_result(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage) -
     if message.head.rows != 1 or reader.schema.names != ["result"]:
         got = f"{message.head.rows} rows of {_schema_text(reader.schema)}"
         raise ParameterError(f"{info.name}() result: expected 1 row of {_schema_text(info.result_schema)}, got {got}")
-    return _located(f"{info.name}() result", ".result", functools.partial(info.result.from_message, reader), message)[0]
+    value = _located(f"{info.name}() result", ".result", functools.partial(info.result.from_message, reader), message)[0]
+    if "result" not in info.layouts and reader.schema.equals(info.result_schema):
+        info.layouts["result"] = StreamLayout.learn(reader.facts, message)
+    return value
+
+def recall_result(info: RpcMethodInfo, data: bytes, at: int) -> tuple[Sequence[Any], int] | None:
+    """Read a result that stands in *data* from *at* on; return its row and where it ends. ``None`` when it does not look like the
+    first one that the method returned, or is not there to its end: then it goes the ordinary way."""
+    layout = info.layouts.get("result")
+    return None if layout is None else layout.read(data, at)
+
+def decode_result(info: RpcMethodInfo, row: Sequence[Any]) -> Any:
+    """Decode the row of a result; raises as `read_result`."""
+    return _located(f"{info.name}() result", ".result", info.result.decode, row)[0] if row else None
 
 
 # ============================================================================
@@ -2821,7 +3111,7 @@ def _type_token(kind: pa.DataType) -> str:
         sorted_ = ",keys_sorted" if kind.keys_sorted else ""
         return f"map<key:{_type_token(kind.key_type)},{_child_token('value', kind.item_field)}{sorted_}>"
     if t.is_struct(kind):
-        return f"struct<{','.join(_child_token(kind.field(i).name, kind.field(i)) for i in range(kind.num_fields))}>"
+        return f"struct<{','.join(_child_token(f.name, f) for f in kind)}>"
     if t.is_fixed_size_list(kind):
         return f"fixed_size_list({kind.list_size})<{_child_token('item', kind.value_field)}>"
     if t.is_list(kind) or t.is_large_list(kind):
@@ -2968,7 +3258,10 @@ def _method_description(m: MethodSummary) -> MethodDescription:
 _TOKEN_REFUSED = "state token refused: not issued by this service for this call; start the stream again"
 _MAC_BYTES = 32
 _STORED, _ZLIB, _ZSTD = 0, 1, 2
-_SAMPLE_BYTES, _WORTH, _COMPRESS_FROM_BYTES = 4_096, 0.7, 1_024
+_SAMPLE_BYTES, _WORTH = 4_096, 0.7
+# What fits into the first flight of a TCP connection (ten segments, RFC 6928) arrives no sooner for being shorter, and packing
+# takes longer than all else that is done with it. A token grows by a third in base64.
+_COMPRESS_BODY_FROM_BYTES, _COMPRESS_STATE_FROM_BYTES = 14_000, 10_000
 _MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
 
 @functools.cache
@@ -3032,36 +3325,27 @@ class TokenSealer:
     def __init__(self, keys: Sequence[bytes], ttl: float = TOKEN_TTL_SECONDS, clock: Callable[[], float] = time.time) -> None:
         if not keys or any(len(k) < 16 for k in keys):
             raise ValueError(f"token key: expected at least 16 bytes, got {[len(k) for k in keys] or 'none'}")
-        self._keys, self.ttl, self._clock = [bytes(k) for k in keys], ttl, clock
+        self._begun, self.ttl, self.clock = [hmac.new(k, digestmod="sha256") for k in keys], ttl, clock
 
     @staticmethod
-    def _mac(key: bytes, half: bytes, binding: Sequence[bytes], sealed: bytes) -> bytes:
-        # Every part is preceded by its length, so that no two bindings give the same bytes.
-        return hmac.digest(key, b"".join((b"vgi_rpc.token.v1", pack_parts((half, *binding)), sealed)), "sha256")
+    def _mac(begun: hmac.HMAC, half: bytes, binding: Sequence[bytes], sealed: bytes) -> bytes:
+        mac = begun.copy()
+        mac.update(_bound_to(half, *binding))
+        mac.update(sealed)
+        return mac.digest()
 
     def seal(self, half: bytes, binding: Sequence[bytes], content: bytes) -> bytes:
         """Return *content* as a token (base64), bound to *half* (which half of the state it is) and *binding*."""
         method = _STORED
-        if len(content) >= _COMPRESS_FROM_BYTES:
+        if len(content) >= _COMPRESS_STATE_FROM_BYTES:
             packed = zstd_compress(content) if _zstd_available() else zlib.compress(content, 1)
             if len(packed) < len(content):
                 method, content = (_ZSTD if _zstd_available() else _ZLIB), packed
-        sealed = struct.pack("<BBQ", 1, method, int(self._clock() * 1000)) + content
-        return base64.b64encode(sealed + self._mac(self._keys[0], half, binding, sealed))
+        sealed = struct.pack("<BBQ", 1, method, int(self.clock() * 1000)) + content
+        return binascii.b2a_base64(sealed + self._mac(self._begun[0], half, binding, sealed), newline=False)
 
     def open(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> bytes:
-        """Return the content of a token, after `verify`, whose arguments and errors these are."""
-        return self.expand(*self.verify(half, binding, token, aged=aged))
-
-    @staticmethod
-    def expand(method: int, packed: bytes) -> bytes:
-        """Decompress what `verify` found."""
-        if method == _ZSTD:
-            return zstd_decompress(packed, _MAX_STATE_BYTES)
-        return packed if method == _STORED else gzip_decompress(packed, _MAX_STATE_BYTES, 15)
-
-    def verify(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> tuple[int, bytes]:
-        """Check that a token was sealed for the same *half* and *binding*; `ttl` applies if *aged*. Return what is inside.
+        """Return the content of a token that was sealed for the same *half* and *binding*; `ttl` applies if *aged*.
         Raises `TokenError`: any fault of the seal in one uniform text; or, the seal being good, too old or from the future."""
         try:
             raw = base64.b64decode(token or b"", validate=True)
@@ -3069,21 +3353,35 @@ class TokenSealer:
             raw = b""
         sealed, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
         # All keys, always: the time taken does not tell which one fits.
-        good = sum([hmac.compare_digest(self._mac(key, half, binding, sealed), mac) for key in self._keys])
+        good = sum([hmac.compare_digest(self._mac(key, half, binding, sealed), mac) for key in self._begun])
         # Base64 has spare bits at its end; only the spelling that we would write is ours, and only version 1 is.
-        if not good or len(sealed) < 10 or base64.b64encode(raw) != token or sealed[0] != 1:
+        if not good or len(sealed) < 10 or binascii.b2a_base64(raw, newline=False) != token or sealed[0] != 1:
             raise TokenError(_TOKEN_REFUSED)
         method, issued = struct.unpack_from("<BQ", sealed, 1)
-        age = self._clock() - issued / 1000
+        self.check_age(issued / 1000, aged)
+        packed = sealed[10:]
+        if method == _ZSTD:
+            return zstd_decompress(packed, _MAX_STATE_BYTES)
+        return packed if method == _STORED else gzip_decompress(packed, _MAX_STATE_BYTES, 15)
+
+    def check_age(self, issued: float, aged: bool = True) -> None:
+        """Raise `TokenError` for a token of that time (of the clock) that is too old, if *aged*, or from the future."""
+        age = self.clock() - issued
         if age < -TOKEN_CLOCK_SKEW_SECONDS:
             raise TokenError("state token refused: issued in the future; check the servers' clocks")
         if aged and self.ttl and age > self.ttl:
             raise TokenError(f"token expired: {age:.0f} s old, at most {self.ttl:g} s are allowed; start the stream again")
-        return method, sealed[10:]
 
 def pack_parts(parts: Sequence[bytes]) -> bytes:
     """Join byte strings so that `unpack_parts` gets them back: each is preceded by its length."""
-    return b"".join(struct.pack("<I", len(p)) + p for p in parts)
+    return b"".join([piece for part in parts for piece in (_LENGTH(len(part)), part)])
+
+_LENGTH = struct.Struct("<I").pack
+
+@functools.lru_cache(maxsize=256)
+def _bound_to(*binding: bytes) -> bytes:
+    """What a seal covers in front of the content; no two bindings give the same bytes."""
+    return b"vgi_rpc.token.v1" + pack_parts(binding)
 
 def unpack_parts(data: bytes, count: int) -> list[bytes]:
     """Split what `pack_parts` joined and was sealed; `TokenError` for other than *count* parts: another version wrote it."""
@@ -3172,25 +3470,53 @@ class Call:
     """One call being served: `begin`, for a stream `turn` after `turn`, then `end`; used by one thread at a time."""
     def __init__(self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None,
                  request_id: str) -> None:
-        info, hosted = bound.info, bound.hosted
-        self.server, self.bound, self.started = server, bound, time.monotonic()
+        self.server, self.bound, self.caller, self.request_id = server, bound, caller, request_id
+        self.started, self._request = time.monotonic(), request
         self.stream: Stream[Any, Any] | None = None  # once `begin` returned one
+        self.cancelled = False  # by the client
         self._messages: list[Message] = []
         self._error: BaseException | None = None
-        sent = request.metadata if request is not None else {}
-        traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
-        metadata = {**caller.metadata, **traces, **({"remote_addr": caller.remote_addr} if caller.remote_addr else {})}
         timeout = request.timeout if request is not None else None
-        self.context = CallContext(
-            caller.auth, self._messages.append, metadata, server_id=server.server_id, method_name=info.name,
-            protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=request_id,
-            deadline=None if timeout is None else self.started + timeout, response_limit_bytes=caller.response_limit_bytes,
-            _gone=caller.gone, _limits=caller.limits)
-        self.record = CallRecord(
-            hosted.name, hosted.hash, info.name, info.method_type.value, request_id, caller.kind, caller.auth,
-            caller.remote_addr, metadata, os.urandom(16).hex() if info.method_type is MethodType.STREAM else "",
-            request.schema if request is not None else None, request.rows if request is not None else 0)
+        self.deadline = None if timeout is None else self.started + timeout  # of `context`, which is made when asked for
         self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
+
+    # Most calls have no hook that wants the record and no method that asks for the context: both are made when asked for.
+
+    @functools.cached_property
+    def context(self) -> CallContext:
+        """What the method may ask."""
+        info, hosted, caller = self.bound.info, self.bound.hosted, self.caller
+        return CallContext(
+            caller.auth, self._messages.append, self._transport_metadata, server_id=self.server.server_id, method_name=info.name,
+            protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=self.request_id,
+            deadline=self.deadline, response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone, _limits=caller.limits)
+
+    @functools.cached_property
+    def record(self) -> CallRecord:
+        """What hooks and the access log see."""
+        info, hosted, caller, request = self.bound.info, self.bound.hosted, self.caller, self._request
+        return CallRecord(
+            hosted.name, hosted.hash, info.name, info.method_type.value, self.request_id, caller.kind, caller.auth,
+            caller.remote_addr, self._transport_metadata, self.stream_id,
+            request.schema if request is not None else None, request.rows if request is not None else 0)
+
+    @functools.cached_property
+    def _transport_metadata(self) -> dict[str, Any]:
+        sent = self._request.metadata if self._request is not None else {}
+        traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
+        return {**self.caller.metadata, **traces, **({"remote_addr": self.caller.remote_addr} if self.caller.remote_addr else {})}
+
+    @functools.cached_property
+    def stream_id(self) -> str:
+        """What all requests of one stream have in common in the access log."""
+        return os.urandom(16).hex() if self.bound.info.method_type is MethodType.STREAM else ""
+
+    def note(self, stream_id: str = "", **http: int) -> None:
+        """Keep facts for the record: those of HTTP, and the id of a stream that other requests began."""
+        self.stream_id = stream_id or self.stream_id
+        if self._tokens:
+            self.record.stream_id = self.stream_id
+            self.record.http.update(http)
 
     def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
         """Pending log lines as batches; the list is emptied."""
@@ -3198,26 +3524,25 @@ class Call:
         if not taken:
             return []
         self._messages.clear()
-        empty, request_id = empty_batch(schema), self.context.request_id
+        empty, request_id = empty_batch(schema), self.request_id
         return [(empty, _message_metadata(m, self.server.server_id, request_id)) for m in taken]
 
     def _failed(self, schema: pa.Schema, exc: BaseException, logs: Iterable[Message] = (), *, refused: bool = False) -> Turn:
         self._error = exc
         if not refused and not isinstance(exc, StatusError):
-            logger.debug("%s.%s raised", self.record.protocol, self.record.method, exc_info=exc)
-        items = [*self._logs(schema, logs), self.server.error_item(exc, schema, self.context.request_id)]
+            logger.debug("%s.%s raised", self.bound.hosted.name, self.bound.info.name, exc_info=exc)
+        items = [*self._logs(schema, logs), self.server.error_item(exc, schema, self.request_id)]
         return Turn(schema, items, True, exc, exc.http_status if refused and isinstance(exc, _Refusal) else 200)
 
     def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the application's code with this call as the current one; a deadline that has passed is an error."""
-        token = _current_context.set(self.context)
+        token = _current_auth.set(self.caller.auth)
         try:
             result = function(*args, **kwargs)
         finally:
-            _current_context.reset(token)
-        deadline = self.context.deadline
-        if deadline is not None and time.monotonic() >= deadline:
-            raise DeadlineExceededError(f"{self.record.method}(): the time that the client allowed has passed")
+            _current_auth.reset(token)
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise DeadlineExceededError(f"{self.bound.info.name}(): the time that the client allowed has passed")
         return result
 
     def refuse(self, exc: BaseException) -> Turn:
@@ -3227,14 +3552,20 @@ class Call:
     def begin(self, arguments: dict[str, Any]) -> Turn:
         """Run the method and return a unary method's whole answer, or the header turn of a stream. That is logs and the header
         row; without a header no items and an empty schema, and the logs go with the first turn."""
-        info = self.bound.info
+        info, request = self.bound.info, self._request
+        if type(request) is Request:
+            self.server.remember(self.bound, request)
+        if self._tokens and request is not None:
+            self.record.statistics.input_batches += 1
+            self.record.statistics.input_rows += request.rows
         if self.bound.context_parameter is not None:
             arguments = {**arguments, self.bound.context_parameter: self.context}
         try:
             result = self._run(self.bound.function, **arguments)
             if info.method_type is MethodType.UNARY:
                 batch = result_batch(info, result)
-                self.record.statistics.record_output(batch)
+                if self._tokens:
+                    self.record.statistics.record_output(batch)
                 return Turn(info.result_schema, [*self._logs(info.result_schema), (batch, None)], True)
             self.stream = self._checked_stream(result)
             if self.stream.call_state is not None:
@@ -3259,12 +3590,13 @@ class Call:
     def turn(self, given: AnnotatedBatch) -> Turn:
         """Serve one turn of the stream on *given* (a tick for a producer)."""
         stream = cast("Stream[Any, Any]", self.stream)
-        schema = stream.output_schema
-        out = OutputCollector(schema, producer_mode=stream.is_producer)
-        self.record.statistics.record_input(given.batch)
+        schema, producer = stream.output_schema, stream.is_producer
+        out = OutputCollector(schema, producer_mode=producer)
+        if self._tokens:
+            self.record.statistics.record_input(given.batch)
         try:
-            if not stream.is_producer:
-                batch = conform_batch(given.batch, stream.input_schema, f"{self.record.method}() input", cast_values=True)
+            if not producer:
+                batch = conform_batch(given.batch, stream.input_schema, f"{self.bound.info.name}() input", cast_values=True)
                 given = given if batch is given.batch else AnnotatedBatch(batch, given.custom_metadata)
             self._run(stream.state.process, given, out, self.context)
             out.validate()
@@ -3272,23 +3604,25 @@ class Call:
             return self._failed(schema, exc, out.messages)
         items = self._logs(schema, out.messages)
         if out._data is not None:
-            self.record.statistics.record_output(out._data)
+            if self._tokens:
+                self.record.statistics.record_output(out._data)
             items.append((out._data, out._metadata))
         return Turn(schema, items, out.finished)
 
     def cancel(self) -> None:
         """Tell the state, once, that the client has cancelled; what ``on_cancel`` raises is swallowed."""
-        if self.record.cancelled or self.stream is None:
+        if self.cancelled or self.stream is None:
             return
-        self.record.cancelled = True
+        self.cancelled = True
         try:
             self._run(self.stream.state.on_cancel, self.context)
         except BaseException as exc:
-            logger.debug("on_cancel of %s raised", self.record.method, exc_info=exc)
+            logger.debug("on_cancel of %s raised", self.bound.info.name, exc_info=exc)
 
     def end(self) -> None:
         """Report the call to the hooks and the access log."""
-        self.record.duration_ms = (time.monotonic() - self.started) * 1000
+        if self._tokens:
+            self.record.duration_ms, self.record.cancelled = (time.monotonic() - self.started) * 1000, self.cancelled
         for hook, token in zip(self.server._hooks, self._tokens):
             _tell(hook, "on_dispatch_end", token, self.record, self._error)
 
@@ -3323,6 +3657,7 @@ class ServerCore:
         self.methods: Mapping[str, RpcMethodInfo] = {name: bound.info for name, bound in primary.methods.items()}
         self._hooks: list[DispatchHook] = []
         self._started: set[TransportKind] = set()
+        self._known: dict[bytes, list[tuple[StreamLayout, BoundMethod]]] = {}  # by schema message: requests that were served
         self._state, self._active, self.draining = threading.Condition(), 0, False
 
     def list_protocols(self) -> ProtocolList:
@@ -3373,6 +3708,27 @@ class ServerCore:
         bound = self.method(service, name)
         self._check_protocol_version(service, request)
         return bound
+
+    def remember(self, bound: BoundMethod, request: Request) -> None:
+        """Recognise requests like this one, which was found good, from now on. Bounded; safe between threads."""
+        known = self._known.get(request.schema_message, [])
+        if len(known) < 16 and (layout := request.layout()) is not None:
+            if len(self._known) >= 512:
+                self._known.clear()
+            self._known[request.schema_message] = [(layout, bound), *known]
+
+    def recall(self, data: bytes, at: int) -> tuple[BoundMethod, KnownRequest, int] | None:
+        """Read a request that stands in *data* from *at* on; return its method, the request and where it ends. ``None`` when
+        none like it was served, or it is not there to its end: then it goes the ordinary way."""
+        if len(data) - at < 8:
+            return None
+        schema_message = data[at : at + 8 + struct.unpack_from("<i", data, at + 4)[0]]
+        most = self.limits.max_bytes
+        for layout, bound in self._known.get(schema_message, ()):
+            found = layout.read(data, at)
+            if found is not None and (most is None or found[1] - at <= most):
+                return bound, KnownRequest(bound, layout, found[0]), found[1]
+        return None
 
     def check_wire_version(self, metadata: _Metadata) -> None:
         """Raise `VersionError` unless the request speaks our wire version."""
@@ -3430,7 +3786,8 @@ class ServerCore:
     def __exit__(self, *exc: object) -> None:
         with self._state:
             self._active -= 1
-            self._state.notify_all()
+            if self.draining:
+                self._state.notify_all()
 
     def refuse_if_draining(self) -> None:
         """Raise `ServerDrainingError` once `drain` was called."""
@@ -3577,11 +3934,6 @@ class ByteChannel(ByteSource):
             filled += got
         return whole
 
-    def take(self, expected: bytes) -> bool:
-        found = self._buffer.startswith(expected, self._at)
-        self._at += len(expected) if found else 0
-        return found
-
     def read_until(self, marker: bytes, limit: int) -> bytes | None:
         """Read to and with *marker*; ``None`` if the source ends or *limit* bytes pass before it comes."""
         seen = self._at
@@ -3596,6 +3948,16 @@ class ByteChannel(ByteSource):
     def peek(self) -> bytes:
         """Return what has been received and not read."""
         return self._buffer[self._at :]
+
+    def received(self) -> tuple[bytes, int]:
+        """Wait until there is something to read, or the end; return what has been received and from where on it was not read."""
+        if self._at == len(self._buffer):
+            self._fill()
+        return self._buffer, self._at
+
+    def skip_to(self, end: int) -> None:
+        """Count what `received` returned as read up to *end*."""
+        self._at = end
 
     def write(self, pieces: Sequence[_Buffer]) -> None:
         """Write all of *pieces*, in order; large ones are not copied."""
@@ -4095,32 +4457,35 @@ class ByteClient(ClientChannel):
         self._broken = ""  # why the connection is closed
         self._between = False  # whether a stream is expected next: what comes else is text that something printed
 
-    @contextlib.contextmanager
-    def exclusive(self, deadline: float | None) -> Iterator[None]:
-        """Hold the connection; whatever is not an answer breaks it for good.
+    def exclusive(self, deadline: float | None) -> ByteClient:
+        """Take the connection for a ``with`` block; in it, whatever is not an answer breaks the connection for good.
 
         Raises `DeadlineExceededError` when other threads held it for too long (it stays usable), `RpcError` when this
         thread holds it: ``on_log`` calls back.
         """
-        if self._caller == threading.get_ident():
+        me = threading.get_ident()
+        if self._caller == me:
             raise RpcError("ProtocolError", "a call is running on this connection: on_log cannot make another one on it", "")
         left = -1.0 if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
         if not self._lock.acquire(timeout=left):
             raise DeadlineExceededError(f"{_TOO_LATE}: calls of other threads use the connection")
+        if self._broken:
+            self._lock.release()
+            raise TransportError(f"the connection is closed: {self._broken}")
+        self._caller, self.transport.channel.deadline = me, deadline
+        return self
+
+    def __enter__(self) -> None:
+        """The connection was taken by `exclusive` already."""
+
+    def __exit__(self, kind: Any, exc: BaseException | None, trace: object) -> None:
         try:
-            self._caller = threading.get_ident()
-            if self._broken:
-                raise TransportError(f"the connection is closed: {self._broken}")
-            self.transport.channel.deadline = deadline
-            try:
-                yield
-            except BaseException as exc:
-                if isinstance(exc, ParameterError) or (isinstance(exc, RpcError) and _was_answer(exc)):
-                    raise  # before a byte was sent, or after a whole answer
-                lost = self._break(exc)
-                if isinstance(exc, (EOFError, _Refusal, RpcError)):
-                    raise lost from None
-                raise  # interrupted in the middle of an exchange: nobody knows where the bytes stand
+            if exc is None or isinstance(exc, ParameterError) or (isinstance(exc, RpcError) and _was_answer(exc)):
+                return  # before a byte was sent, or after a whole answer
+            lost = self._break(exc)
+            if isinstance(exc, (EOFError, _Refusal, RpcError)):
+                raise lost from None
+            # Else it was interrupted in the middle of an exchange: nobody knows where the bytes stand.
         finally:
             self._caller = 0
             self._lock.release()
@@ -4186,17 +4551,24 @@ class ByteClient(ClientChannel):
     def _send_request(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> str:
         self._end_open("was ended by another call on its connection; read it to its end first, or connect twice")
         request_id, self._between = new_request_id(), True
-        metadata = request_metadata(info, options.version, request_id, options.timeout)
-        self.transport.channel.write([stream_bytes(batch.schema, [(batch, metadata)])])
+        self.transport.channel.write([request_stream(info, batch, options.version, request_id, options.timeout)])
         return request_id
 
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         with self.exclusive(options.deadline):
-            reader, item = self.open_reply(self._send_request(info, batch, options), options)
-            reader.skip()
-            if item is None:
-                raise IPCError(f"{info.name}(): expected a result, got an end of stream")
-        return answer_call(read_result, info, item.reader, item.message)
+            request_id, channel = self._send_request(info, batch, options), self.transport.channel
+            if not self.transport.stray and (known := recall_result(info, *channel.received())) is not None:
+                row, end = known
+                channel.skip_to(end)
+                self._between = False
+                read = functools.partial(decode_result, info, row)
+            else:
+                reader, item = self.open_reply(request_id, options)
+                reader.skip()
+                if item is None:
+                    raise IPCError(f"{info.name}(): expected a result, got an end of stream")
+                read = functools.partial(read_result, info, item.reader, item.message)
+        return answer_call(read)
 
     def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
         with self.exclusive(options.deadline):
@@ -4619,6 +4991,8 @@ class _ByteServing:
         """Serve one request; ``False`` when the connection is at its end."""
         try:
             self._channel.deadline = None
+            if (known := self._server.recall(*self._channel.received())) is not None:
+                return self._serve_known(*known)
             reader = self._reader()
             with self._server:
                 return self._serve_stream(reader)
@@ -4630,10 +5004,23 @@ class _ByteServing:
             pass
         return False
 
+    def _serve_known(self, bound: BoundMethod, request: Request, end: int) -> bool:
+        self._channel.skip_to(end)
+        self._orphan_expected = False
+        request_id = request.request_id or new_request_id()
+        with self._server:
+            try:
+                self._server.start(self._caller.kind)
+                self._serve_request(bound, request, request_id)
+            except (_Refusal, StatusError) as exc:
+                self._answer(exc, request_id)
+                self._orphan_expected = True
+        return True
+
     def _reader(self) -> IpcReader:
         return IpcReader(self._channel, self._server.limits, self._server.ipc_validation)
 
-    def _write(self, schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]]) -> None:
+    def _write(self, schema: pa.Schema, items: Sequence[tuple[pa.RecordBatch, Any]]) -> None:
         self._channel.write([stream_bytes(schema, items)])
 
     def _answer(self, exc: BaseException, request_id: str = "") -> None:
@@ -4651,7 +5038,7 @@ class _ByteServing:
                 self._answer_options(request)
                 return True
             self._server.start(self._caller.kind)
-            self._serve_request(request, request_id or new_request_id())
+            self._serve_request(self._server.resolve(request), request, request_id or new_request_id())
         except (_Refusal, StatusError) as exc:
             reader.skip()  # raises when the bytes make no sense: then the connection is closed
             if request is not None or not orphan_expected:
@@ -4665,8 +5052,7 @@ class _ByteServing:
         metadata = {SHM_KEY: b"false", REQUEST_VERSION_KEY: REQUEST_VERSION, SERVER_ID_KEY: self._server.server_id.encode()}
         self._write(EMPTY_SCHEMA, [(_TICK, metadata)])
 
-    def _serve_request(self, request: Request, request_id: str) -> None:
-        bound = self._server.resolve(request)
+    def _serve_request(self, bound: BoundMethod, request: Request, request_id: str) -> None:
         call = self._server.open_call(bound, self._caller, request, request_id)
         try:
             try:
@@ -4674,8 +5060,6 @@ class _ByteServing:
             except _Refusal as exc:
                 turn = call.refuse(exc)
             else:
-                call.record.statistics.input_batches += 1
-                call.record.statistics.input_rows += request.rows
                 turn = call.begin(arguments)
             if call.stream is None:
                 self._orphan_expected = bound.info.method_type is MethodType.STREAM
@@ -4704,7 +5088,8 @@ class _ByteServing:
                         call.cancel()
                     writer.close()
                     break
-                turn = call.turn(AnnotatedBatch(batch, pa.KeyValueMetadata(metadata) if metadata else None))
+                plain = batch is _TICK and not metadata
+                turn = call.turn(_PLAIN_TICK if plain else AnnotatedBatch(batch, pa.KeyValueMetadata(metadata) if metadata else None))
             finished = turn.finished
             writer.write_all(turn.items, close=finished)
         reader.skip()
@@ -5002,6 +5387,7 @@ class HttpRequest:
     repeated: frozenset[str] = frozenset()  # names of the headers that came more than once
     gone: Callable[[], bool] | None = None  # whether the client has left; None when that cannot be known
     multiprocess: bool = False  # whether the next request may come to another process
+    memory: dict[str, Any] = field(default_factory=dict)  # what was found out of its head, see `HttpHead`
 
     def get_header(self, name: str, default: str | None = None) -> str | None:
         """Return a header's value by its name in any case."""
@@ -5135,10 +5521,11 @@ def compress_body(body: bytes, encoding: str, level: int) -> bytes:
     encoder = zlib.compressobj(level, wbits=31)
     return encoder.compress(body) + encoder.flush()
 
-def compress_if_worth(body: bytes, encoding: str, level: int) -> bytes | None:
-    """Encode a body, if that makes it a good deal smaller; ``None`` if it is short or, by a sample, does not compress."""
+def compress_if_worth(body: bytes, encoding: str, level: int, packed_bytes: int = 0) -> bytes | None:
+    """Encode a body, if that makes it a good deal smaller; ``None`` if it is short (without those of its bytes that are packed
+    already) or, by a sample, does not compress."""
     size, middle = len(body), len(body) // 2
-    if size < _SAMPLE_BYTES:
+    if size - packed_bytes < _COMPRESS_BODY_FROM_BYTES:
         return None
     sample = body[middle : middle + _SAMPLE_BYTES] if size > 4 * _SAMPLE_BYTES else b""
     if sample and len(compress_body(sample, encoding, level)) > _WORTH * _SAMPLE_BYTES:
@@ -5205,6 +5592,16 @@ def _internal_error(request_id: str) -> HttpResponse:
 _MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and the size of their cursors
 _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
 
+class _CallHead(NamedTuple):
+    """What the head of a POST says of the call."""
+    in_json: bool
+    coded: bool  # whether its body has a coding
+    answer_coding: tuple[str, str, bool]  # see `choose_encoding`
+    turns: int  # that one answer may have
+    caller: Caller  # but for who it is
+
+_OUR_KEYS = frozenset({STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY})  # not the state's business
+
 class _OpenedCall(NamedTuple):
     """The half of a stream's state that never changes, as it was sealed at init."""
     call_id: bytes
@@ -5213,6 +5610,13 @@ class _OpenedCall(NamedTuple):
     call_state: bytes
     stream_id: str
     limit: int | None
+
+class _LiveState(NamedTuple):
+    """A state that need not be read back from its cursor."""
+    binding: tuple[bytes, ...]
+    issued: float
+    call_id: bytes
+    state: StreamState
 
 class _StreamAnswer(NamedTuple):
     """What the turns of one answer have in common."""
@@ -5246,7 +5650,7 @@ class HttpApp:
             own["max_json_request_bytes"] = self.options.max_request_bytes or _JSON_MAX_REQUEST_BYTES
         self.limits = limits_of({**vars(self.options), **own})
         self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
-        self._live: OrderedDict[bytes, tuple[bytes, int, StreamState]] = OrderedDict()  # by the cursor that holds the same
+        self._live: OrderedDict[bytes, _LiveState] = OrderedDict()  # by the cursor that holds the same
         self._lock = threading.Lock()
         self._capabilities = self._capability_headers()
 
@@ -5262,6 +5666,11 @@ class HttpApp:
     # -- one request
     def __call__(self, request: HttpRequest) -> HttpResponse:
         """Answer *request*; never raises."""
+        with self.server:
+            return self.respond(request)
+
+    def respond(self, request: HttpRequest) -> HttpResponse:
+        """Answer *request*, which the caller has counted as running until its answer is out."""
         request_id = clean_request_id(request.get_header(REQUEST_ID_HEADER)) or new_request_id()
         try:
             response = self._route(request, request_id)
@@ -5275,12 +5684,14 @@ class HttpApp:
         except Exception:
             logger.exception("request %s failed", request_id)
             response = _internal_error(request_id)
-        response.headers += [(REQUEST_ID_HEADER, request_id), *self._capabilities, *self._cors_headers(request)]
+        response.headers += [*self._capabilities, *self._cors_headers(request), (REQUEST_ID_HEADER, request_id)]
         return response
 
     def _cors_headers(self, request: HttpRequest) -> list[tuple[str, str]]:
-        origin, allowed = request.get_header("origin"), self.options.cors_origins
-        if not allowed or origin is None or ("*" not in allowed and origin not in allowed):
+        if not (allowed := self.options.cors_origins):
+            return []
+        origin = request.get_header("origin")
+        if origin is None or ("*" not in allowed and origin not in allowed):
             return []
         everyone = "*" in allowed
         exposed = ["WWW-Authenticate", REQUEST_ID_HEADER, CONTENT_ENCODING_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER]
@@ -5297,6 +5708,8 @@ class HttpApp:
         return HttpResponse(200, headers)
 
     def _route(self, request: HttpRequest, request_id: str) -> HttpResponse:
+        if "path" in request.memory:
+            return self._post(request, request_id, request.memory["path"])
         path, prefix = request.path, self.options.prefix
         if not path.startswith(prefix) or (len(path) > len(prefix) and prefix and path[len(prefix)] != "/"):
             return self._not_found(request)
@@ -5318,25 +5731,47 @@ class HttpApp:
             return self._not_found(request)
         if request.method != "POST":
             return _method_not_allowed("POST")
-        return self._post(request, request_id, self._caller(request, request_id), segments)
+        request.memory["path"] = segments
+        return self._post(request, request_id, segments)
 
-    def _post(self, request: HttpRequest, request_id: str, caller: Caller, segments: list[str]) -> HttpResponse:
-        if segments[0].startswith("__"):
-            self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
-        content_type, in_json = request.get_header("content-type") or "", bool(_json_type(self, request))
-        if not in_json and content_type.strip().lower() != ARROW_CONTENT_TYPE:
-            raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
+    def _post(self, request: HttpRequest, request_id: str, segments: list[str]) -> HttpResponse:
+        auth = self._authenticated(request, request_id)  # asked each time: what it decides may end, or depend on more
+        head: _CallHead = request.memory.get("call") or self._head_of_call(request, segments)
+        caller = head.caller if head.caller.auth is auth else dataclasses.replace(head.caller, auth=auth)
         self.server.refuse_if_draining()
         self.server.start(TransportKind.HTTP)
         if request.multiprocess and self._own_key and len(segments) == 3:
             text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
             raise _protocol_error(text, 500, Code.FAILED_PRECONDITION)
-        body = cast("bytes", _decoded_body(request.headers, lambda: request.read_body(self._limit), self._limit))
-        if in_json:
+        read = functools.partial(request.read_body, self._limit)
+        body: Any = _decoded_body(request.headers, read, self._limit) if head.coded else read()
+        if head.in_json:
             return _post_json(self, segments, body, caller, request, request_id)
-        with self.server:
-            handler = self._exchange if segments[2:] == ["exchange"] else self._start
-            return handler(segments, body, caller, request, request_id)
+        handler = self._unary if len(segments) == 2 else self._init if segments[2] == "init" else self._exchange
+        return handler(segments, body, caller, request, request_id)
+
+    def _head_of_call(self, request: HttpRequest, segments: list[str]) -> _CallHead:
+        """Check the head of a POST."""
+        name, low, high = ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
+        given, limit = request.get_header(name), self.options.max_response_bytes
+        if given is not None:
+            fits = re.fullmatch("[1-9][0-9]{0,15}", given) and low <= int(given) <= high
+            if name.lower() in request.repeated or not fits:
+                raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
+            limit = _smallest(int(given), limit)
+        if segments[0].startswith("__"):
+            self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
+        content_type, in_json = request.get_header("content-type") or "", bool(_json_type(self, request))
+        if not in_json and content_type.strip().lower() != ARROW_CONTENT_TYPE:
+            raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
+        headers, asked = request.headers, request.get_header(MAX_TURNS_HEADER) or ""
+        metadata = {k.decode(): headers[k.decode()] for k in TRACE_KEYS if k.decode() in headers}
+        caller = Caller(TransportKind.HTTP, _ANONYMOUS, request.remote_addr, metadata, request.gone, limit, self.limits)
+        coding = choose_encoding(headers.get(ACCEPT_ENCODING_HEADER.lower()), headers.get("accept-encoding", "")[:1000])
+        turns = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
+        coded = CONTENT_ENCODING_HEADER.lower() in headers or "content-encoding" in headers
+        request.memory["call"] = head = _CallHead(in_json, coded, coding, turns, caller)
+        return head
 
     # -- everything that is not a call
     def _not_found(self, request: HttpRequest) -> HttpResponse:
@@ -5351,19 +5786,7 @@ class HttpApp:
 
 
 
-    # -- who calls, and what they sent
-    def _caller(self, request: HttpRequest, request_id: str) -> Caller:
-        auth = self._authenticated(request, request_id)
-        name, low, high = ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
-        given, limit = request.get_header(name), self.options.max_response_bytes
-        if given is not None:
-            fits = re.fullmatch("[1-9][0-9]{0,15}", given) and low <= int(given) <= high
-            if name.lower() in request.repeated or not fits:
-                raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
-            limit = _smallest(int(given), limit)
-        metadata = {k.decode(): request.headers[k.decode()] for k in TRACE_KEYS if k.decode() in request.headers}
-        return Caller(TransportKind.HTTP, auth, request.remote_addr, metadata, request.gone, limit, self.limits)
-
+    # -- who calls
     def _authenticated(self, request: HttpRequest, request_id: str) -> AuthContext:
         if self.options.authenticate is None:
             return _ANONYMOUS
@@ -5404,31 +5827,47 @@ class HttpApp:
             raise ProtocolError(f"{path[1]}() is {'' if kind is MethodType.UNARY else 'not '}a stream; {hint}")
         return bound
 
-    def _start(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
-        """Serve a unary call, or the start of a stream (its path ends with init)."""
-        hint, kind = ("post without /init", MethodType.STREAM) if path[2:] else ("post to its /init", MethodType.UNARY)
+    def _read_request(self, path: list[str], body: bytes, kind: MethodType) -> tuple[BoundMethod, Request]:
+        """Read the request that begins a call."""
+        if isinstance(body, bytes) and (known := self.server.recall(body, 0)) is not None:
+            bound, request, end = known
+            if end == len(body) and [bound.hosted.name, bound.info.name] == path[:2] and bound.info.method_type is kind:
+                return bound, request
+        hint = "post to its /init" if kind is MethodType.UNARY else "post without /init"
         bound, source = self._bound(path, kind, hint), BufferSource(body)
-        request = Request(self._reader(source))
+        fresh = Request(self._reader(source))
         if source.left:
             raise IPCError(f"request: {source.left} bytes after the end of the stream")
-        self.server.resolve(request, (path[0], path[1]))
+        self.server.resolve(fresh, (path[0], path[1]))
+        return bound, fresh
+
+    def _unary(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
+        bound, request = self._read_request(path, body, MethodType.UNARY)
         arguments = read_arguments(bound.info, request)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
-        call.record.http["request_bytes"] = len(body)
-        if kind is MethodType.UNARY:
-            try:
-                turn = call.begin(arguments)
-                return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
-            finally:
-                call.end()
-        with contextlib.ExitStack() as ending:
-            ending.callback(call.end)
+        call.note(request_bytes=len(body))
+        try:
+            turn = call.begin(arguments)
+            return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
+        finally:
+            call.end()
+
+    def _init(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
+        """Serve the start of a stream."""
+        bound, request = self._read_request(path, body, MethodType.STREAM)
+        arguments = read_arguments(bound.info, request)
+        call = self.server.open_call(bound, caller, request, request.request_id or request_id)
+        call.note(request_bytes=len(body))
+
+        def answer() -> HttpResponse:
             turn = call.begin(arguments)
             if call.stream is None:
                 return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
             header = stream_bytes(turn.schema, turn.items) if turn.items else b""
             turn, call_id, call_token = self._first_turn(call, call.stream)
-            return self._respond_turns(_StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token), turn, http, ending)
+            return self._respond_turns(_StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token), turn, http)
+
+        return self._ending(call, answer)
 
     def _first_turn(self, call: Call, stream: Stream[Any, Any]) -> tuple[Turn, bytes, bytes]:
         """Run a producer's first turn; return it with the call's id and token."""
@@ -5449,24 +5888,38 @@ class HttpApp:
             raise ProtocolError(f"exchange: expected one batch and the end of the stream, got {'more' if item else 'none'}")
         batch, metadata = item[0], item[1] or {}
         opened, state = self._open_tokens(bound, caller.auth, metadata)
-        own_id = clean_request_id(metadata.get(REQUEST_ID_KEY, b"").decode("latin-1"))
+        own_id = clean_request_id(metadata[REQUEST_ID_KEY].decode("latin-1")) if REQUEST_ID_KEY in metadata else ""
         call = self._go_on(bound, caller, opened, own_id or request_id)
         timeout = metadata.get(TIMEOUT_KEY, b"")
         if timeout.isdigit() and len(timeout) < 16:
-            call.context.deadline = time.monotonic() + int(timeout) / 1000
-        call.record.http["request_bytes"] = len(body)
-        ours = (STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY)
-        shown = {k: v for k, v in metadata.items() if k not in ours}
+            call.deadline = time.monotonic() + int(timeout) / 1000
+        call.note(request_bytes=len(body))
+        shown = {k: v for k, v in metadata.items() if k not in _OUR_KEYS}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
-        with contextlib.ExitStack() as ending:
-            ending.callback(call.end)
+
+        def answer() -> HttpResponse:
             turn = self._next_turn(call, opened, state, given, CANCEL_KEY in metadata)
-            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http, ending)
+            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http)
+
+        return self._ending(call, answer)
+
+    @staticmethod
+    def _ending(call: Call, answer: Callable[[], HttpResponse]) -> HttpResponse:
+        """Return an answer and end the call, unless the answer's body is still to be made, and ends it."""
+        whole = True
+        try:
+            response = answer()
+            whole = isinstance(response.body, bytes)
+            return response
+        finally:
+            if whole:
+                call.end()
 
     def _go_on(self, bound: BoundMethod, caller: Caller, opened: _OpenedCall, request_id: str) -> Call:
-        limit = _smallest(caller.response_limit_bytes, opened.limit)
-        call = self.server.open_call(bound, dataclasses.replace(caller, response_limit_bytes=limit), None, request_id)
-        call.record.stream_id = opened.stream_id
+        if opened.limit is not None and opened.limit != caller.response_limit_bytes:
+            caller = dataclasses.replace(caller, response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
+        call = self.server.open_call(bound, caller, None, request_id)
+        call.note(opened.stream_id)
         return call
 
     def _next_turn(self, call: Call, opened: _OpenedCall, state: StreamState | bytes, given: AnnotatedBatch, cancel: bool) -> Turn:
@@ -5479,18 +5932,18 @@ class HttpApp:
             return Turn(stream.output_schema, call._logs(stream.output_schema), True)
         return call.turn(given)
 
-    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, http: HttpRequest, ending: contextlib.ExitStack) -> HttpResponse:
-        """Answer with a turn and, if the client takes several of a producer, with those that follow; then *ending* is theirs."""
-        call, asked = answer.call, http.get_header(MAX_TURNS_HEADER) or ""
-        most = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
-        if most == 1 or turn.finished or not cast("Stream[Any, Any]", call.stream).is_producer:
+    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, http: HttpRequest) -> HttpResponse:
+        """Answer with a turn and, if the client takes several of a producer, with those that follow; these end the call."""
+        stream: Any = answer.call.stream
+        most = http.memory["call"].turns
+        if most == 1 or turn.finished or not stream.is_producer:
             turn = self._with_cursor(answer, turn)
-            return self._respond(call, http, answer.header + stream_bytes(turn.schema, turn.items), turn)
-        body = self._several(answer, turn, most, ending.pop_all())
+            return self._respond(answer.call, http, answer.header + stream_bytes(turn.schema, turn.items), turn)
+        body = self._several(answer, turn, most)
         next(body)  # has taken over: from here on closing it ends the call
         return HttpResponse(200, [("Content-Type", ARROW_CONTENT_TYPE), ("X-Accel-Buffering", "no")], body)  # for nginx
 
-    def _several(self, answer: _StreamAnswer, turn: Turn, most: int, ending: contextlib.ExitStack) -> Iterator[bytes]:
+    def _several(self, answer: _StreamAnswer, turn: Turn, most: int) -> Iterator[bytes]:
         """Yield nothing, then each turn as it is made, and the token at the end: within the budget, *most* and a time."""
         call, context, pieces = answer.call, answer.call.context, list[_Buffer]()
         writer, limit = IpcWriter(pieces.extend, turn.schema), context.response_limit_bytes
@@ -5502,7 +5955,8 @@ class HttpApp:
             writer.write_all(turn.items, close=turn.finished)
             return b"".join(pieces)
 
-        with ending, self.server:
+        with contextlib.ExitStack() as ending, self.server:
+            ending.callback(call.end)
             yield b""
             for left in reversed(range(most)):
                 data, before, size, close = lead + encode(turn), state, 0, False
@@ -5523,7 +5977,7 @@ class HttpApp:
                 if limit is not None and sent + len(data) > limit:
                     data = self._too_large(call, len(data), limit)
                 sent += len(data)
-                call.record.http.update(http_status=200, response_bytes=sent)
+                call.note(http_status=200, response_bytes=sent)
                 yield data
                 if turn.finished:
                     return
@@ -5542,17 +5996,17 @@ class HttpApp:
     @staticmethod
     def _binding(bound: BoundMethod, auth: AuthContext) -> tuple[bytes, ...]:
         who = (auth.domain or "", auth.principal or "") if auth.authenticated else ("", "")
-        return (bound.hosted.name.encode(), bound.info.name.encode(), who[0].encode(), who[1].encode())
+        return _encoded(bound.hosted.name, bound.info.name, *who)
 
     def _seal_call(self, call: Call, stream: Stream[Any, Any], call_id: bytes) -> bytes:
-        limit, fixed, kind = call.context.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
+        limit, fixed, kind = call.caller.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
         if fixed is not None and (kind is None or not isinstance(fixed, kind)):
             wanted = "CALL_STATE_TYPE, which is not set" if kind is None else kind.__name__
             raise ParameterError(f"{type(stream.state).__name__}: Stream(call_state=...): expected {wanted}, got {_got(fixed)}")
         call_state = fixed.serialize_to_bytes() if fixed is not None else b""
         schemas = _serialized(stream.output_schema), _serialized(stream.input_schema)
-        parts = (call_id, *schemas, call_state, call.record.stream_id.encode(), b"" if limit is None else str(limit).encode())
-        return self.sealer.seal(b"call", (*self._binding(call.bound, call.context.auth), call_id), pack_parts(parts))
+        parts = (call_id, *schemas, call_state, call.stream_id.encode(), b"" if limit is None else str(limit).encode())
+        return self.sealer.seal(b"call", (*self._binding(call.bound, call.caller.auth), call_id), pack_parts(parts))
 
     @staticmethod
     def _state_content(answer: _StreamAnswer, state: Any) -> bytes:
@@ -5567,7 +6021,7 @@ class HttpApp:
         return pack_parts((answer.call_id, bytes([bound.state_types.index(type(state))]), state.serialize_to_bytes()))
 
     def _tokens(self, answer: _StreamAnswer, content: bytes) -> dict[bytes, bytes]:
-        binding = self._binding(answer.call.bound, answer.call.context.auth)
+        binding = self._binding(answer.call.bound, answer.call.caller.auth)
         tokens = {STATE_KEY: self.sealer.seal(b"state", binding, content)}
         return {**tokens, CALL_STATE_KEY: answer.call_token} if answer.call_token else tokens
 
@@ -5580,7 +6034,7 @@ class HttpApp:
         """Add the fresh cursor to a turn that goes on; a state that cannot be sealed turns it into an error."""
         if turn.finished:
             return turn
-        stream = cast("Stream[Any, Any]", answer.call.stream)
+        stream: Any = answer.call.stream
         try:
             tokens = self._tokens(answer, self._state_content(answer, stream.state))
         except Exception as exc:
@@ -5589,8 +6043,9 @@ class HttpApp:
         # fields, as it cannot differ from what reading back would give.
         cursor, state = tokens[STATE_KEY], stream.state
         if len(cursor) <= _MAX_LIVE_BYTES and getattr(state, "__dict__", {}).keys() == dataclass_codec(type(state)).names:
+            binding = self._binding(answer.call.bound, answer.call.caller.auth)
             with self._lock:
-                self._live[cursor] = answer.call_id, answer.call.bound.state_types.index(type(state)), state
+                self._live[cursor] = _LiveState(binding, self.sealer.clock(), answer.call_id, state)
                 if len(self._live) > _MAX_LIVE_STATES:
                     self._live.popitem(last=False)
         items, at = list(turn.items), turn.data_index
@@ -5605,14 +6060,18 @@ class HttpApp:
     def _open_tokens(self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata) -> tuple[_OpenedCall, StreamState | bytes]:
         """Open the cursor, then the call half whose id it holds; return that and the state: live, or its type's index and bytes."""
         binding, cursor = self._binding(bound, auth), metadata.get(STATE_KEY, b"")
-        sealed = self.sealer.verify(b"state", binding, cursor)
         with self._lock:
             live = self._live.pop(cursor, None)  # one turn only: a cursor that comes again gives the same turn again
         state: StreamState | bytes
-        if live is not None:
-            call_id, index, state = live[0], bytes([live[1]]), copy.copy(live[2])  # each turn has an object of its own
+        if live is not None and live.binding == binding:  # to the last byte what we have sealed: the seal is good
+            self.sealer.check_age(live.issued)
+            call_id, state = live.call_id, object.__new__(type(live.state))
+            state.__dict__.update(live.state.__dict__)  # each turn has an object of its own
         else:
-            call_id, index, state = unpack_parts(self.sealer.expand(*sealed), 3)
+            call_id, index, state = unpack_parts(self.sealer.open(b"state", binding, cursor), 3)
+            if len(index) != 1 or index[0] >= len(bound.state_types):
+                raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had other states
+            state = index + state
         cache_key = (binding, call_id, token := metadata.get(CALL_STATE_KEY, b""))
         with self._lock:
             opened = self._opened.pop(cache_key, None)
@@ -5625,9 +6084,7 @@ class HttpApp:
             self._opened[cache_key] = opened
             while len(self._opened) > self.options.call_state_cache_entries:
                 self._opened.popitem(last=False)
-        if len(index) != 1 or index[0] >= len(bound.state_types):
-            raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had other states
-        return opened, state if isinstance(state, StreamState) else index + state
+        return opened, state
 
     def _revive(self, call: Call, opened: _OpenedCall, state: StreamState | bytes) -> Stream[Any, Any]:
         cls = type(state) if isinstance(state, StreamState) else cast("type[StreamState]", call.bound.state_types[state[0]])
@@ -5642,7 +6099,8 @@ class HttpApp:
         except _Refusal as exc:  # sealed by a version of the service whose state was another
             raise TokenError(_TOKEN_REFUSED) from exc
         stream: Stream[Any, Any] = Stream(opened.output_schema, state, opened.input_schema, call_state=call_state)
-        call._run(state.rehydrate, call.context.implementation)
+        if cls.rehydrate is not StreamState.rehydrate:
+            call._run(state.rehydrate, call.bound.hosted.implementation)
         if call_state is not None:
             call._run(state.bind_call_state, call_state)
         call.stream = stream
@@ -5658,20 +6116,23 @@ class HttpApp:
 
     def _respond(self, call: Call, request: HttpRequest, body: bytes, turn: Turn) -> HttpResponse:
         """Put a turn's bytes into a response: budget first, then coding."""
-        limit, failed = call.context.response_limit_bytes, turn.error is not None
+        limit, failed = call.caller.response_limit_bytes, turn.error is not None
         if limit is not None and len(body) > limit:
             body, failed = self._too_large(call, len(body), limit), True
         headers = [("Content-Type", ARROW_CONTENT_TYPE), *([(RPC_ERROR_HEADER, "true")] if failed else [])]
-        if (level := self.options.compression_level) is not None:
-            given = request.headers
-            accepted = given.get(ACCEPT_ENCODING_HEADER.lower()), given.get("accept-encoding", "")[:1000]
-            encoding, header, identity = choose_encoding(*accepted)
-            packed = (compress_if_worth if identity else compress_body)(body, encoding, level) if encoding else None
+        encoding, header, identity = request.memory["call"].answer_coding
+        if encoding and (level := self.options.compression_level) is not None:
+            token = (turn.items[-1][1] or {}).get(STATE_KEY, b"") if identity and turn.items else b""
+            packed = compress_if_worth(body, encoding, level, len(token)) if identity else compress_body(body, encoding, level)
             if packed is not None:
                 body = packed
                 headers.append((header, encoding))
-        call.record.http.update(http_status=turn.status, response_bytes=len(body))
+        call.note(http_status=turn.status, response_bytes=len(body))
         return HttpResponse(turn.status, headers, body)
+
+@functools.lru_cache(maxsize=1024)
+def _encoded(*texts: str) -> tuple[bytes, ...]:
+    return tuple([text.encode() for text in texts])
 
 def _arrow_failure(app: HttpApp, exc: BaseException, request_id: str) -> HttpResponse:
     body = stream_bytes(EMPTY_SCHEMA, [app.server.error_item(exc, EMPTY_SCHEMA, request_id)])
@@ -5680,7 +6141,7 @@ def _arrow_failure(app: HttpApp, exc: BaseException, request_id: str) -> HttpRes
     return HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE), *further], body)
 
 def _answer_too_large(call: Call, size: int, limit: int) -> ResponseTooLargeError:
-    return ResponseTooLargeError(f"{call.record.method}(): the answer exceeds max_response_bytes ({size} > {limit})")
+    return ResponseTooLargeError(f"{call.bound.info.name}(): the answer exceeds max_response_bytes ({size} > {limit})")
 
 def _smallest(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
@@ -5752,6 +6213,7 @@ class HttpHead(NamedTuple):
     start: tuple[str, str, str]  # the three parts of the request line or status line
     headers: dict[str, str]  # by lower-case name; the values of a repeated one are joined by ", "
     repeated: frozenset[str]  # names that came more than once
+    memory: dict[str, Any]  # what was found out of it; `HeadReader` hands it on to heads that differ in `_VARYING` alone
 
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 
@@ -5784,20 +6246,46 @@ def parse_http_head(raw: bytes) -> HttpHead:
             repeated.add(name)
             value = f"{headers[name]}, {value}"
         headers[name] = value
-    return HttpHead((start[0], start[1], start[2]), headers, frozenset(repeated))
+    return HttpHead((start[0], start[1], start[2]), headers, frozenset(repeated), {})
 
-def read_http_head(channel: ByteChannel) -> HttpHead | None:
-    """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
-    Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken.
-    """
-    raw = channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
-    if raw is not None:
-        return parse_http_head(raw)
-    if not (seen := channel.peek()):
-        return None
-    if len(seen) >= MAX_HEAD_BYTES:
-        raise _protocol_error(f"the head exceeds {MAX_HEAD_BYTES} bytes", 414 if b"\r\n" not in seen else 431)
-    raise TransportError("the connection was closed in the middle of a head")
+# How the heads of one connection end, ours and many others; what is in front of it stays the same from call to call.
+_VARYING = re.compile(
+    rb"(?<=\r\n)(?:X-Request-ID: ([!-~]{1,128})\r\n)?(?:Date: ([A-Z][ -~]{1,40}[A-Z])\r\n)?Content-Length: ([0-9]{1,18})\r\n\r\n"
+)
+_VARYING_NAMES = ("x-request-id", "date", "content-length")
+
+
+class HeadReader:
+    """Reads the heads of the messages on *channel*."""
+    def __init__(self, channel: SocketChannel) -> None:
+        self.channel = channel
+        self._lead, self._known = b"\n", HttpHead(("", "", ""), {}, frozenset(), {})  # of the last head; at first of none
+
+    def read(self) -> HttpHead | None:
+        """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
+        Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken.
+        """
+        raw = self.channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
+        if raw is None and not (seen := self.channel.peek()):
+            return None
+        if raw is None and len(seen) >= MAX_HEAD_BYTES:
+            raise _protocol_error(f"the head exceeds {MAX_HEAD_BYTES} bytes", 414 if b"\r\n" not in seen else 431)
+        if raw is None:
+            raise TransportError("the connection was closed in the middle of a head")
+        varying = _VARYING.fullmatch(raw, len(self._lead)) if raw.startswith(self._lead) else None
+        if varying is None:
+            return self._parsed(raw)
+        known = self._known
+        values = {name: value.decode() for name, value in zip(_VARYING_NAMES, varying.groups()) if value is not None}
+        return HttpHead(known.start, known.headers | values, known.repeated, known.memory)
+
+    def _parsed(self, raw: bytes) -> HttpHead:
+        head, varying = parse_http_head(raw), _VARYING.search(raw)
+        fixed = {n: v for n, v in head.headers.items() if n not in _VARYING_NAMES}
+        # No line in front of the varying ones has their names, and there is room for all of these.
+        if varying and len(fixed) + sum(v is not None for v in varying.groups()) == raw.count(b"\n") - 2 < MAX_HEADERS - 2:
+            self._lead, self._known = raw[: varying.start()], head._replace(headers=fixed)
+        return head
 
 def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Iterator[bytes]:
     """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped.
@@ -5834,10 +6322,20 @@ def _gathered(pieces: Iterable[bytes]) -> bytes:
     return whole.getvalue()
 
 
+class _Asked(NamedTuple):
+    """What a request's head says of the message, apart from its length."""
+    path: str
+    keep_alive: bool
+    takes_chunks: bool
+    chunked: bool
+    expects_continue: bool
+
+
 class _HttpConnection:
     """Serves the requests of one connection: reads strictly, answers, closes when the framing is in doubt."""
     def __init__(self, owner: HttpServing, channel: SocketChannel, remote_addr: str, only_health: bool) -> None:
         self._app, self._options, self._channel, self._remote = owner.app, owner.options, channel, remote_addr
+        self._heads = HeadReader(channel)
         self._only_health = only_health  # beyond the cap on connections: one request, and soon
         self._wait = _OVER_CAP_WAIT_SECONDS if only_health else self._options.read_timeout
         self._unread = False  # of the current request, a body that must not be taken for the next one
@@ -5868,31 +6366,35 @@ class _HttpConnection:
         try:
             if not channel.peek()[:1].isalpha():
                 raise ProtocolError("expected an HTTP request line")
-            head = read_http_head(channel)
+            head = self._heads.read()
             if head is None:
                 return False
-            request = self._request(head, started + options.request_deadline)
+            asked = head.memory.get("asked") or self._check(head)
         except ProtocolError as exc:
             further = [(REQUEST_ID_HEADER, new_request_id()), *self._app._capabilities]
             response = json_response(exc.http_status, {"error": "bad_request", "detail": str(exc)}, further)
             self._send(response, head.start[0] if head else "GET", keep=False)
             return False
+        length = head.headers.get("content-length", "")
+        self._unread = asked.chunked or length not in ("", "0")
+        read = functools.partial(self._read_body, asked, length, started + options.request_deadline)
+        request = HttpRequest(head.start[0], asked.path, head.headers, self._remote, read, head.repeated, self._channel.peer_gone)
+        request.memory = head.memory
         with self._app.server:  # until the answer is out: a server that drains must not exit before
-            return self._answer(request, head)
+            return self._answer(request, asked)
 
-    def _answer(self, request: HttpRequest, head: HttpHead) -> bool:
+    def _answer(self, request: HttpRequest, asked: _Asked) -> bool:
         """Answer one request; return whether the connection goes on."""
         options = self._options
         if self._only_health and not request.path.endswith("/health"):
             facts = {"error": "too_many_connections", "detail": f"this server takes {options.max_connections} at a time"}
             response = json_response(503, facts, [("Retry-After", "1"), *self._app._capabilities])
         else:
-            response = self._app(request)
+            response = self._app.respond(request)
         self._channel.deadline = time.monotonic() + options.request_deadline
-        tokens = [t.strip().lower() for t in head.headers.get("connection", "").split(",")]
-        refused = self._unread or self._only_health or response.close or self._app.server.draining or "close" in tokens
-        keep = not refused and (head.start[2] == "HTTP/1.1" or "keep-alive" in tokens)
-        if isinstance(response.body, Iterator) and head.start[2] == "HTTP/1.0":  # which has no chunks
+        refused = self._unread or self._only_health or response.close or self._app.server.draining
+        keep = asked.keep_alive and not refused
+        if not asked.takes_chunks and not isinstance(response.body, bytes):
             response.body = b"".join(response.body)
         self._send(response, request.method, keep)
         return keep
@@ -5907,8 +6409,8 @@ class _HttpConnection:
 
 
 
-    def _request(self, head: HttpHead, deadline: float) -> HttpRequest:
-        """Check what RFC 9112 asks of a request's head, and set up the reading of its body."""
+    def _check(self, head: HttpHead) -> _Asked:
+        """Check what RFC 9112 asks of a request's head."""
         (method, target, version), headers = head.start, head.headers
         if version not in ("HTTP/1.1", "HTTP/1.0"):
             status = 505 if re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version) else 400
@@ -5934,19 +6436,20 @@ class _HttpConnection:
             raise ProtocolError(f"Content-Length: expected decimal digits, got {length[:40]!r}")
         if method == "POST" and coding is None and length is None:
             raise _protocol_error("POST requires a Content-Length", 411)
-        self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        path, read = target.partition("?")[0], functools.partial(self._read_body, head, deadline)
-        return HttpRequest(method, path, headers, self._remote, read, head.repeated, self._channel.peer_gone)
+        tokens, expects = [t.strip().lower() for t in headers.get("connection", "").split(",")], headers.get("expect", "")
+        keep = "close" not in tokens and (version == "HTTP/1.1" or "keep-alive" in tokens)
+        path, expects_continue = target.partition("?")[0], expects.lower() == "100-continue"
+        asked = _Asked(path, keep, version == "HTTP/1.1", coding is not None, expects_continue)
+        head.memory["asked"] = asked
+        return asked
 
-
-
-    def _read_body(self, head: HttpHead, deadline: float, limit: int) -> bytes:
-        channel, chunked = self._channel, "transfer-encoding" in head.headers
+    def _read_body(self, asked: _Asked, length: str, deadline: float, limit: int) -> bytes:
+        channel = self._channel
         channel.deadline = deadline
-        size = 0 if chunked else _content_length(head.headers.get("content-length", ""), limit)
-        if head.headers.get("expect", "").lower() == "100-continue":
+        size = 0 if asked.chunked else _content_length(length, limit)
+        if asked.expects_continue:
             channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
-        body = _gathered(read_chunked(channel, limit)) if chunked else cast("bytes", channel.read_after(b"", size))
+        body = _gathered(read_chunked(channel, limit)) if asked.chunked else cast("bytes", channel.read_after(b"", size))
         if len(body) < size:
             raise TransportError(f"request body: expected {size} bytes, got {len(body)}")
         self._unread = False
@@ -5954,8 +6457,9 @@ class _HttpConnection:
 
     def _send(self, response: HttpResponse, method: str, keep: bool) -> None:
         body, lines = response.body, [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Status')}"]
+        lines += [] if keep else ["Connection: close"]
         lines += [f"{name}: {value}" for name, value in response.headers]
-        lines += [f"Date: {_http_date(int(time.time()))}", *([] if keep else ["Connection: close"])]
+        lines.append(f"Date: {_http_date(int(time.time()))}")
         lines.append(f"Content-Length: {len(body)}" if isinstance(body, bytes) else "Transfer-Encoding: chunked")
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
         if method == "HEAD" or isinstance(body, bytes):
@@ -6090,7 +6594,7 @@ def _json_in(value: Any, kind: pa.DataType, step: str = "") -> Any:
         if value is None:
             return None
         if t.is_struct(kind) and isinstance(value, dict):
-            members = {f.name: f.type for f in (kind.field(i) for i in range(kind.num_fields))}
+            members = {f.name: f.type for f in kind}
             for name in value.keys() - members.keys():
                 raise _Mismatch(f"one of {list(members)}", f"{name!r:.60}{_suggest(name, members)}")
             return {k: _json_in(v, members[k], f".{k}") for k, v in value.items()}
@@ -6193,7 +6697,7 @@ def _json_failure(app: HttpApp, exc: BaseException, request_id: str, key: str = 
 
 def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterable[Any]], sent: int = 0) -> HttpResponse:
     """The lines that *render* makes of a turn, or its error, or that of *render*; *sent* bytes went out before."""
-    error, body, limit = turn.error, b"", call.context.response_limit_bytes
+    error, body, limit = turn.error, b"", call.caller.response_limit_bytes
     try:
         body = b"".join(map(_json_bytes, render())) if error is None else b""
         if limit is not None and sent + len(body) > limit:
@@ -6202,7 +6706,7 @@ def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterab
         error = call._failed(turn.schema, exc).error
     response = HttpResponse(200, [("Content-Type", _JSON)], body)
     if error is not None:
-        response = _json_failure(app, error, call.context.request_id, "__error__" if sent else "error")
+        response = _json_failure(app, error, call.request_id, "__error__" if sent else "error")
     call.record.http.setdefault("http_status", 200 if sent else response.status)
     call.record.http["response_bytes"] = sent + len(cast("bytes", response.body))
     return response
@@ -6537,7 +7041,8 @@ class HttpConnections(HttpSender):
             import ssl
             tls_context = ssl.create_default_context()
         self._tls = tls_context if target.tls else None
-        self._idle: deque[SocketChannel] = deque()
+        self._idle: deque[HeadReader] = deque()
+        self._leads: dict[tuple[str, str], tuple[_HeaderList, bytes]] = {}  # by method and path: how the last head began
         self._closed = False
 
     def _dial(self, deadline: float | None) -> SocketChannel:
@@ -6558,18 +7063,18 @@ class HttpConnections(HttpSender):
         channel.deadline = time.monotonic() + timeout
         authorization = f"Proxy-Authorization: {credentials}\r\n" if credentials else ""
         channel.write([f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n{authorization}\r\n".encode("latin-1")])
-        head = read_http_head(channel)
+        head = HeadReader(channel).read()
         if head is None or head.start[1] != "200":
             raise TransportError(f"it refused: {' '.join(head.start[1:])}" if head else "it gave no answer")
         wrapped = cast("ssl.SSLContext", self._tls).wrap_socket(connected, server_hostname=self._target.host)
         wrapped.settimeout(None)
         return SocketChannel(wrapped)
 
-    def _take(self) -> SocketChannel | None:
+    def _take(self) -> HeadReader | None:
         with contextlib.suppress(IndexError):
-            while (channel := self._idle.pop()).peer_gone() or channel.peek():
-                channel.close()
-            return channel
+            while (kept := self._idle.pop()).channel.peer_gone() or kept.channel.peek():
+                kept.channel.close()
+            return kept
         return None
 
     def send(
@@ -6583,7 +7088,7 @@ class HttpConnections(HttpSender):
             with contextlib.suppress(_NotSent):
                 return self._exchange(kept, method, message, deadline, limit, unread)
         try:
-            return self._exchange(self._dial(deadline), method, message, deadline, limit, unread)
+            return self._exchange(HeadReader(self._dial(deadline)), method, message, deadline, limit, unread)
         except _NotSent as exc:
             raise TransportError(f"{self._target.authority} closed the connection without an answer: {exc}") from None
 
@@ -6591,74 +7096,86 @@ class HttpConnections(HttpSender):
         return functools.partial(self.send, unread=True)(*request, **named)
 
     def _message(self, method: str, path: str, headers: _HeaderList, body: bytes) -> list[bytes]:
+        given, lead = self._leads.get((method, path), (None, b""))
+        if given != headers:
+            lead = self._lead(method, path, headers)
+            if len(self._leads) >= 64:
+                self._leads.clear()
+            self._leads[method, path] = list(headers), lead
+        return [lead + (b"Content-Length: %d\r\n\r\n" % len(body) if body or method == "POST" else b"\r\n"), body]
+
+    def _lead(self, method: str, path: str, headers: _HeaderList) -> bytes:
+        """A request's head up to its length."""
         target = self._target
         lines = [f"{method} {path} HTTP/1.1", f"Host: {target.authority}"]
         if target.proxy is not None and not target.tls:
             lines[0] = f"{method} http://{target.authority}{path} HTTP/1.1"
             lines += [f"Proxy-Authorization: {target.proxy[2]}"] if target.proxy[2] else []
         lines += [f"{name}: {value}" for name, value in headers]
-        lines += [f"Content-Length: {len(body)}"] if body or method == "POST" else []
         if any(c in line for line in lines for c in "\r\n\0"):
             raise ValueError("a header contains a line break")
-        return [("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"), body]
+        return ("\r\n".join(lines) + "\r\n").encode("latin-1")
 
     def _exchange(
-        self, channel: SocketChannel, method: str, message: list[bytes], deadline: float | None, limit: int, unread: bool
+        self, heads: HeadReader, method: str, message: list[bytes], deadline: float | None, limit: int, unread: bool
     ) -> HttpReply:
-        channel.deadline = deadline
-        with self._reading(channel):
-            head = self._head_of_answer(channel, message)
-            reply = self._read_reply(channel, method, head, limit, unread)
+        heads.channel.deadline = deadline
+        try:
+            head = self._head_of_answer(heads, message)
+            reply = self._read_reply(heads, method, head, limit, unread)
+        except BaseException as exc:
+            raise self._ended(heads.channel, exc) from None
         if not isinstance(reply.body, HttpBody):
-            self._give_back(channel, head)
+            self._give_back(heads, head)
         return reply
 
-    @contextlib.contextmanager
-    def _reading(self, channel: SocketChannel) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as exc:
-            channel.close()
-            if isinstance(exc, RequestTooLargeError):
-                raise ResponseTooLargeError(f"the answer exceeds what this client accepts: {exc}") from None
-            if isinstance(exc, ProtocolError):
-                text = "closed the connection within an answer" if channel.ended else "does not speak HTTP as it should"
-                raise TransportError(f"{self._target.authority} {text}: {exc}") from None
-            raise
+    def _ended(self, channel: SocketChannel, exc: BaseException) -> BaseException:
+        """Close a connection whose answer could not be read; return what to raise for it."""
+        channel.close()
+        if isinstance(exc, RequestTooLargeError):
+            return ResponseTooLargeError(f"the answer exceeds what this client accepts: {exc}")
+        if isinstance(exc, ProtocolError):
+            text = "closed the connection within an answer" if channel.ended else "does not speak HTTP as it should"
+            return TransportError(f"{self._target.authority} {text}: {exc}")
+        return exc
 
-    def _give_back(self, channel: SocketChannel, head: HttpHead) -> None:
+    def _give_back(self, heads: HeadReader, head: HttpHead) -> None:
         keep = head.start[0] == "HTTP/1.1" and "close" not in head.headers.get("connection", "").lower()
-        if keep and not channel.ended and len(self._idle) < self._MAX_IDLE and not self._closed:
-            self._idle.append(channel)
+        if keep and not heads.channel.ended and len(self._idle) < self._MAX_IDLE and not self._closed:
+            self._idle.append(heads)
         else:
-            channel.close()
+            heads.channel.close()
 
-    def _pieces(self, channel: SocketChannel, head: HttpHead, limit: int) -> Iterator[bytes]:
-        with self._reading(channel):
-            yield from read_chunked(channel, limit, _BUDGET_RULE)
-        self._give_back(channel, head)
+    def _pieces(self, heads: HeadReader, head: HttpHead, limit: int) -> Iterator[bytes]:
+        try:
+            yield from read_chunked(heads.channel, limit, _BUDGET_RULE)
+        except BaseException as exc:
+            raise self._ended(heads.channel, exc) from None
+        self._give_back(heads, head)
 
-    def _head_of_answer(self, channel: SocketChannel, message: list[bytes]) -> HttpHead:
+    def _head_of_answer(self, heads: HeadReader, message: list[bytes]) -> HttpHead:
         unsent: TransportError | None = None
         try:
-            channel.write(message)
+            heads.channel.write(message)
         except TransportError as exc:
             unsent = exc  # a server that refuses a large body early may have answered before it hung up
         for _ in range(self._MAX_INTERIM):
             try:
-                head = read_http_head(channel)
+                head = heads.read()
                 if head is None:
                     raise TransportError(f"{self._target.authority} closed the connection without an answer")
             except TransportError as exc:
-                if unsent and not channel.peek():
+                if unsent and not heads.channel.peek():
                     raise _NotSent(unsent.error_message) from None
                 raise exc
             if not head.start[1].startswith("1"):
                 return head
         raise ProtocolError(f"more than {self._MAX_INTERIM} interim answers")
 
-    def _read_reply(self, channel: SocketChannel, method: str, head: HttpHead, limit: int, unread: bool) -> HttpReply:
-        (version, status, _), headers = head.start, head.headers
+    def _read_reply(self, heads: HeadReader, method: str, head: HttpHead, limit: int, unread: bool) -> HttpReply:
+        (version, status, _), headers, channel = head.start, head.headers, heads.channel
+        if "sized" in head.memory and method != "HEAD":
+            return HttpReply(200, headers, _sized_body(channel, headers["content-length"], limit))
         if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[2-5][0-9][0-9]", status):
             raise ProtocolError(f"expected a status line, got {' '.join(head.start)[:80]!r}")
         if "content-length" in head.repeated or ("content-length" in headers and "transfer-encoding" in headers):
@@ -6667,25 +7184,30 @@ class HttpConnections(HttpSender):
         if coding is not None and coding.lower() != "chunked" and not bodiless:
             raise ProtocolError(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}")
         coded = headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding")
-        plain = headers.get("content-type") == ARROW_CONTENT_TYPE and not coded
-        if unread and coding is not None and status == "200" and plain:
-            return HttpReply(200, headers, HttpBody(self._pieces(channel, head, limit), channel))
+        if status == "200" and headers.get("content-type") == ARROW_CONTENT_TYPE and not coded:
+            if unread and coding is not None:
+                return HttpReply(200, headers, HttpBody(self._pieces(heads, head, limit), channel))
+            if "content-length" in headers:
+                head.memory["sized"] = True  # all of the above holds for the next one that looks the same
 
         def read() -> _Buffer:
             if coding is not None or "content-length" not in headers:
                 return _gathered((read_chunked if coding else _read_to_end)(channel, limit, _BUDGET_RULE))
-            size = _content_length(headers["content-length"], limit, _BUDGET_RULE)
-            body = channel.read_after(b"", size)
-            if len(body) < size:
-                raise TransportError(f"half an answer: expected {size} bytes, got {len(body)}")
-            return body
+            return _sized_body(channel, headers["content-length"], limit)
 
         return HttpReply(int(status), headers, b"" if bodiless else _decoded_body(headers, read, limit))
 
     def close(self) -> None:
         self._closed = True
         while self._idle:
-            self._idle.pop().close()
+            self._idle.pop().channel.close()
+
+def _sized_body(channel: ByteChannel, length: str, limit: int) -> _Buffer:
+    size = _content_length(length, limit, _BUDGET_RULE)
+    body = channel.read_after(b"", size)
+    if len(body) < size:
+        raise TransportError(f"half an answer: expected {size} bytes, got {len(body)}")
+    return body
 
 def _read_to_end(channel: ByteChannel, limit: int, rule: str) -> Iterator[bytes]:
     total = 0
@@ -6736,8 +7258,8 @@ class HttpClient(ClientChannel):
         self._budget = max_response_bytes or most
         self._capabilities: HttpServerCapabilities | None = None
         accept = ", ".join((*supported_encodings(), "identity")) if compression_level is not None else "identity"
-        self._fixed = [("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept)]
-        self._fixed.append((ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget)))
+        self._fixed = (("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept),
+                       (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget)))
 
     def _own_headers(self) -> list[tuple[str, str]]:
         given = self._headers() if callable(self._headers) else self._headers
@@ -6752,17 +7274,19 @@ class HttpClient(ClientChannel):
             self._capabilities = HttpServerCapabilities.from_headers(reply.headers if reply.status < 300 else {})
         return self._capabilities
 
-    def post(self, path: str, body: bytes, deadline: float | None, turns: int = 1) -> HttpReply:
-        """Post Arrow, return an answer in Arrow; with several *turns* of a producer it may come piece by piece.
+    def post(self, path: str, body: bytes, deadline: float | None, turns: int = 1, packed_bytes: int = 0) -> HttpReply:
+        """Post Arrow, return an answer in Arrow; with several *turns* of a producer it may come piece by piece. Of *body* so
+        many bytes do not compress.
         Raises `AuthenticationError` for a 401, `TransportError` when no answer comes or one that is not Arrow, `RpcError` when
         the body or the answer is larger than the server or the budget allows.
         """
         server, headers = self.capabilities(deadline), [*self._fixed, *self._own_headers()]
-        encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
-        packed = compress_if_worth(body, encoding, self._level) if encoding and self._level is not None else None
-        if packed is not None:
-            body = packed
-            headers.append(("Content-Encoding", encoding))
+        if self._level is not None and len(body) >= _COMPRESS_BODY_FROM_BYTES:
+            encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
+            packed = compress_if_worth(body, encoding, self._level, packed_bytes) if encoding else None
+            if packed is not None:
+                body = packed
+                headers.append(("Content-Encoding", encoding))
         path, most = self._prefix + path, server.max_request_bytes
         if most is not None and len(body) > most:
             text = f"the server takes requests of at most {most} bytes, this one has {len(body)}"
@@ -6808,6 +7332,8 @@ class HttpClient(ClientChannel):
     # -- calls
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         reply = self.post(f"/{info.protocol_name}/{info.name}", _request_body(info, batch, options), options.deadline)
+        if isinstance(reply.body, bytes) and (known := recall_result(info, reply.body, 0)) is not None:
+            return answer_call(decode_result, info, known[0])
         item = _answer_item(_open_answer(BufferSource(reply.body), options), info, options, "a result")
         return answer_call(read_result, info, item.reader, item.message)
 
@@ -6839,8 +7365,7 @@ def _answer_item(reader: IpcReader, info: RpcMethodInfo, options: CallOptions, w
     return item
 
 def _request_body(info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> bytes:
-    metadata = request_metadata(info, options.version, new_request_id(), options.timeout)
-    return stream_bytes(batch.schema, [(batch, metadata)])
+    return request_stream(info, batch, options.version, new_request_id(), options.timeout)
 
 
 class _HttpClientStream(ClientStream):
@@ -6902,7 +7427,8 @@ class _HttpClientStream(ClientStream):
         tokens = {**metadata, STATE_KEY: self._cursor or b"", CALL_STATE_KEY: self._call_token}
         if self._options.timeout is not None:
             tokens[TIMEOUT_KEY] = str(max(1, int(self._options.timeout * 1000))).encode()
-        return self._client.post(self._path, stream_bytes(batch.schema, [(batch, tokens)]), self._options.deadline, turns)
+        body = stream_bytes(batch.schema, [(batch, tokens)])
+        return self._client.post(self._path, body, self._options.deadline, turns, len(tokens[STATE_KEY]))
 
     def _ask(self, given: AnnotatedBatch, turns: int) -> None:
         metadata, self._metadata = dict(given.custom_metadata or self._metadata or {}), None
@@ -6992,30 +7518,21 @@ class _HttpClientStream(ClientStream):
 # how much of each answer is checked.
 
 @contextlib.contextmanager
-def _connected(
-    dial: Callable[[], Transport | ClientChannel], protocol: type[_P], on_log: ClientLog | None, timeout: float | None,
-    ipc_validation: IpcValidation,
-) -> Iterator[_P]:  # fmt: skip
-    options: dict[str, Any] = {"timeout": timeout, "ipc_validation": ipc_validation}
-    with contextlib.closing(dial()) as transport, RpcConnection(protocol, transport, on_log, **options) as proxy:
+def _connected(dial: Callable[[], Transport | ClientChannel], protocol: type[_P], on_log: ClientLog | None,
+               timeout: float | None, ipc_validation: IpcValidation) -> Iterator[_P]:
+    with RpcConnection(protocol, dial(), on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
         yield proxy
 
 @contextlib.contextmanager
-def serve_pipe(
-    protocol: type[_P], implementation: Any, *, on_log: ClientLog | None = None, timeout: float | None = None,
-    ipc_validation: IpcValidation | None = None,
-) -> Iterator[_P]:  # fmt: skip
-    """Serve *implementation* in a thread of this process, over a pair of pipes, and give a proxy to it.
-
-    *ipc_validation* holds for both sides; default: every value. ``TypeError``: the implementation does not fit the protocol.
-    """
+def serve_pipe(protocol: type[_P], implementation: Any, *, on_log: ClientLog | None = None, timeout: float | None = None,
+               ipc_validation: IpcValidation | None = None) -> Iterator[_P]:
+    """Serve *implementation* in a thread of this process, over a pair of pipes, and give a proxy to it. *ipc_validation* holds
+    for both sides; default: every value. ``TypeError``: the implementation does not fit the protocol."""
     server = RpcServer(protocol, implementation, ipc_validation=ipc_validation)
     client, serving = make_pipe_pair()
-
     def serve() -> None:
         with contextlib.closing(serving):
             server.serve(serving)
-
     thread = threading.Thread(target=serve, daemon=True, name="vgi_rpc serve_pipe")
     thread.start()
     try:
@@ -7024,46 +7541,35 @@ def serve_pipe(
     finally:
         thread.join(WORKER_EXIT_SECONDS)
 
-def connect(
-    protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None, stderr: StderrMode = StderrMode.INHERIT,
-    stderr_logger: logging.Logger | None = None, timeout: float | None = None,
-    ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
-    """Start a worker and give a proxy to it; on leaving, its stdin is closed and it is reaped.
-
-    *cmd* is a program that calls `run_server`, with its arguments; one that is deaf for longer than *timeout* is terminated.
-    *stderr* says where its standard error goes, *stderr_logger* is for ``StderrMode.PIPE``. Raises `TransportError`, on
-    entering when the program cannot be started, from a call when it has died.
-    """
+def connect(protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None,
+            stderr: StderrMode = StderrMode.INHERIT, stderr_logger: logging.Logger | None = None, timeout: float | None = None,
+            ipc_validation: IpcValidation = IpcValidation.FULL) -> contextlib.AbstractContextManager[_P]:
+    """Start a worker and give a proxy to it; on leaving, its stdin is closed and it is reaped. *cmd* is a program that calls
+    `run_server`, with its arguments; one that is deaf for longer than *timeout* is terminated. *stderr* says where its standard
+    error goes, *stderr_logger* is for ``StderrMode.PIPE``. Raises `TransportError`, on entering when the program cannot be
+    started, from a call when it has died."""
     dial = functools.partial(SubprocessTransport, cmd, stderr=stderr, stderr_logger=stderr_logger)
     return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
-def unix_connect(
-    protocol: type[_P], path: str, *, on_log: ClientLog | None = None, timeout: float | None = None,
-    ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
+def unix_connect(protocol: type[_P], path: str, *, on_log: ClientLog | None = None, timeout: float | None = None,
+                 ipc_validation: IpcValidation = IpcValidation.FULL) -> contextlib.AbstractContextManager[_P]:
     """Connect to a Unix socket and give a proxy; on entering raises `TransportError` when nobody listens there."""
     return _connected(lambda: connect_unix_socket(path, timeout), protocol, on_log, timeout, ipc_validation)
 
-def tcp_connect(
-    protocol: type[_P], host: str, port: int, *, connect_timeout: float | None = 5.0, tls_context: ssl.SSLContext | None = None,
-    server_hostname: str | None = None, on_log: ClientLog | None = None, timeout: float | None = None,
-    ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
-    """Connect over TCP and give a proxy; on entering raises `TransportError` when nobody listens there, or TLS fails.
-
-    With *tls_context*, a client-side context of the standard library's ``ssl``, over TLS; the certificate must be for
-    *server_hostname*, by default for *host*. *connect_timeout* is in seconds.
-    """
+def tcp_connect(protocol: type[_P], host: str, port: int, *, connect_timeout: float | None = 5.0,
+                tls_context: ssl.SSLContext | None = None, server_hostname: str | None = None, on_log: ClientLog | None = None,
+                timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL,
+                ) -> contextlib.AbstractContextManager[_P]:
+    """Connect over TCP and give a proxy; on entering raises `TransportError` when nobody listens there, or TLS fails. With
+    *tls_context*, a client-side context of the standard library's ``ssl``, over TLS; the certificate must be for
+    *server_hostname*, by default for *host*. *connect_timeout* is in seconds."""
     def dial() -> Transport:
         connected = connect_tcp_socket(host, port, connect_timeout, tls_context, server_hostname)
         return Transport(SocketChannel(connected), TransportKind.TCP, f"{host}:{port}")
-
     return _connected(dial, protocol, on_log, timeout, ipc_validation)
 
-def _http_client(
-    base_url: str | None, prefix: str | None, client: HttpSender | None, tls: ssl.SSLContext | None = None, **options: Any
-) -> HttpClient:
+def _http_client(base_url: str | None, prefix: str | None, client: HttpSender | None, tls: ssl.SSLContext | None = None,
+                 **options: Any) -> HttpClient:
     if client is not None:
         return HttpClient(client, prefix if prefix is not None else getattr(client, "prefix", ""), **options)
     if base_url is None:
@@ -7077,7 +7583,7 @@ def http_connect(
     client: HttpSender | None = None, headers: Headers | None = None, timeout: float | None = None,
     tls_context: ssl.SSLContext | None = None, compression_level: int | None = 1,
     accepted_max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES, ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> contextlib.AbstractContextManager[_P]:  # fmt: skip
+) -> contextlib.AbstractContextManager[_P]:
     """Connect over HTTP and give a proxy, which several threads may use.
 
     Args:
@@ -7096,24 +7602,20 @@ def http_connect(
 
 @_takes_options(HttpOptions)
 def make_sync_client(server: RpcServer, **options: Any) -> SyncClient:
-    """Return a client for ``http_connect(P, client=...)`` that calls *server*'s HTTP side without a socket.
-
-    The keywords are those of `HttpOptions`; without ``token_key`` a random one is used, silently.
-    """
+    """Return a client for ``http_connect(P, client=...)`` that calls *server*'s HTTP side without a socket. The keywords are
+    those of `HttpOptions`; without ``token_key`` a random one is used, silently."""
     options.setdefault("token_key", os.urandom(32))
     return SyncClient(HttpApp(server, *_split_options(options, HttpOptions)))
 
-def http_capabilities(
-    base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None, timeout: float | None = None
-) -> HttpServerCapabilities:
+def http_capabilities(base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None,
+                      timeout: float | None = None) -> HttpServerCapabilities:
     """Ask a server's ``/health`` what it can do; raises `TransportError`. A *client* that was given stays open."""
     channel = _http_client(base_url, prefix, client)
     with contextlib.nullcontext() if client is not None else contextlib.closing(channel):
         return channel.capabilities(None if timeout is None else time.monotonic() + timeout)
 
-def http_introspect(
-    base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None, protocol: str | None = None
-) -> ServiceDescription:
+def http_introspect(base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None,
+                    protocol: str | None = None) -> ServiceDescription:
     """Return what an HTTP server says of *protocol*, by default its primary one; raises as `list_protocols`."""
     channel = _http_client(base_url, prefix, client)
     with contextlib.nullcontext() if client is not None else contextlib.closing(channel):
@@ -7132,14 +7634,12 @@ def _host_and_port(text: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 def run_server(protocol_or_server: type | RpcServer, implementation: Any = None) -> None:
-    """Be a worker: the ``main`` of a program that serves, which reads the program's own command line.
-
-    Without arguments it serves stdin and stdout. ``--http [--host H] [--port N]``, ``--unix PATH`` and ``--tcp [HOST:]PORT``
-    listen instead, and print one discovery line on stdout: ``PORT:<n>``, ``UNIX:<path>`` or ``TCP:<host>:<port>``.
+    """Be a worker: the ``main`` of a program that serves, which reads the program's own command line. Without arguments it
+    serves stdin and stdout. ``--http [--host H] [--port N]``, ``--unix PATH`` and ``--tcp [HOST:]PORT`` listen instead, and
+    print one discovery line on stdout: ``PORT:<n>``, ``UNIX:<path>`` or ``TCP:<host>:<port>``.
 
     *implementation* is ``None`` with a ready server, or to make one of a plain class. Raises ``TypeError`` when it does not
-    fit the protocol, ``SystemExit`` when the command line is wrong or asks for help.
-    """
+    fit the protocol, ``SystemExit`` when the command line is wrong or asks for help."""
     import argparse
     server = protocol_or_server
     if not isinstance(server, RpcServer):
