@@ -14,6 +14,7 @@ import collections
 import argparse
 import base64
 import contextlib
+import dataclasses
 import datetime
 import decimal
 import enum
@@ -2214,6 +2215,48 @@ class IntrospectionTests(TestCase):
         self.assertEqual([methods[m].idempotency for m in ("put", "get", "old")], ["idempotent", "no_side_effects", "unknown"])
         self.assertEqual([methods[m].deprecation for m in ("get", "old")], [None, "use get"])
 
+    def test_limits(self) -> None:
+        """A server of any transport tells all of its caps, also those that nobody configured."""
+        everywhere = {"max_columns": (4096, "columns"), "max_nesting": (64, "levels"), "free_rows": (1 << 24, "rows, or 8 for each byte of the batch")}
+        bytes_ = {**everywhere, "max_request_bytes": (None, "bytes"), "max_rows": (None, "rows")}
+        http = {**everywhere, "max_request_bytes": (256 << 20, "bytes"), "max_response_bytes": (None, "bytes"), "token_ttl": (3600, "seconds")}
+        served = {"max_connections": (512, "connections"), "request_deadline": (300, "seconds"), "max_head_bytes": (131_072, "bytes")}
+        own, never_told = {"max_request_bytes": 1000, "max_rows": 10}, set(vgi_rpc._LIMITS)
+        shown = {k: (v, k.rpartition("_")[2]) for k, v in own.items()}
+        _, tcp, _ = in_thread(vgi_rpc.serve_tcp, make_server(**own), threaded=True, max_connections=7, idle_timeout=60.0)
+        _, web, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY)
+        connect = functools.partial(vgi_rpc.http_connect, Service)
+        with tempfile.TemporaryDirectory() as folder:
+            path, _ = in_thread(vgi_rpc.serve_unix, make_server(), os.path.join(folder, "s"), threaded=True)
+            for name, proxy, expected in (
+                ("pipe", vgi_rpc.serve_pipe(Service, ServiceImpl()), {**bytes_, "free_decoded_bytes": (1 << 30, "bytes, or 1,024 times the compressed ones")}),
+                ("worker", vgi_rpc.connect(Service, WORKER), {**bytes_, "drain_grace_seconds": (30, "seconds")}),
+                ("unix", vgi_rpc.unix_connect(Service, path), {**bytes_, "max_connections": (None, "connections"), "idle_timeout": (None, "seconds")}),
+                ("tcp", vgi_rpc.tcp_connect(Service, "127.0.0.1", tcp), {**bytes_, **shown, "max_decoded_bytes": (1000, "bytes"), "max_connections": (7, "connections"), "idle_timeout": (60, "seconds")}),
+                ("http", connect(f"http://127.0.0.1:{web}"), {**http, **served}),
+                ("wsgi", connect(client=wsgi_client()), {**http, "max_json_request_bytes": (16 << 20, "bytes")}),
+                ("wsgi with options", connect(client=wsgi_client(token_ttl=0, **own)), {**http, **shown, "token_ttl": (None, "seconds")}),
+            ):
+                with self.subTest(name), proxy as p:
+                    told = vgi_rpc.introspect(p).limits
+                    self.assertEqual({k: v for k, v in told.items() if k in expected}, expected)
+                    self.assertEqual("max_connections" in told, name in ("unix", "tcp", "http"))
+                    self.assertEqual("token_ttl" in told, name.startswith(("http", "wsgi")))
+                    self.assertEqual(vgi_rpc.describe_protocol(p, "vgi_rpc.Reflection.v1").limits, told)
+                    never_told -= told.keys()
+        self.assertEqual(never_told, {"tls_handshake_timeout"})
+
+    def test_limits_that_are_none(self) -> None:
+        """What a strange server tells is passed over, and a limit is text that people read."""
+        service = make_server().primary
+        strange: Any = {"good": [1, "rows"], "open": [None, "bytes"], "zero": [0, "tokens"], "a": 3, "b": [1], "c": ["1", "rows"], "d": [True, "rows"], "e": []}
+        told = vgi_rpc._limits_told(vgi_rpc.describe_service(service, strange))
+        self.assertEqual(told, {"good": (1, "rows"), "open": (None, "bytes"), "zero": (0, "tokens")})
+        self.assertEqual(list(map(str, [*told.values(), vgi_rpc.Limit(10**6, "bytes"), vgi_rpc.Limit(2.5, "seconds")])), ["1 rows", "none", "0 tokens", "1,000,000 bytes", "2.5 seconds"])
+        with mock.patch.object(vgi_rpc, "LIMITS_KEY", b"unknown"):
+            told_by_another = vgi_rpc.describe_service(service, strange)
+        self.assertEqual(vgi_rpc._limits_told(told_by_another), {})
+
     def test_it_can_be_switched_off(self) -> None:
         client = vgi_rpc.make_sync_client(make_server(enable_describe=False))
         with vgi_rpc.http_connect(Service, client=client) as proxy:
@@ -2438,6 +2481,49 @@ class HttpTokenTests(TestCase):
             reply = moved(stream, 50 * turn, token_ttl=60).exchange()
             self.assertEqual(reply.status, 200)
             stream.tokens = {**stream.tokens, STATE: read_streams(reply.body)[-1][-1][1][STATE]}
+
+    def test_a_token_of_another_version_of_the_service(self) -> None:
+        """Fields may come with a default, and go; a state that no longer fits is a refused token, not a method that failed."""
+
+        def client_of(fields: Any, fixed: Any = int, late: Any = None) -> WsgiClient:
+            def exchange(self: Any, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+                out.emit_pydict({"value": [1.0]})
+
+            def rehydrate(self: Any, implementation: Any) -> None:
+                if late is not None:
+                    raise late
+
+            kind = fixed and dataclasses.make_dataclass("Fixed", [("scale", fixed)], bases=(ArrowSerializableDataclass,))
+            members = {"exchange": exchange, "rehydrate": rehydrate, "CALL_STATE_TYPE": kind}
+            state = dataclasses.make_dataclass("State", fields, bases=(ExchangeState,), namespace=members)
+
+            def go(self: Any) -> Any:
+                return Stream(VALUE, state(1, 2), input_schema=VALUE, call_state=kind(3))
+
+            go.__annotations__["return"] = Stream[state]
+            service = type("Service", (), {"nested": go})
+            return wsgi_client(RpcServer(service, service()))
+
+        same = [("total", int), ("step", int)]
+        versions: dict[str, tuple[tuple[Any, ...], str]] = {
+            "the same": ((same,), ""),
+            "a field fewer": ((same[:1],), ""),
+            "a field more": (([*same, ("more", int, field(default=0))],), ""),
+            "a field more, without a default": (([*same, ("more", int)],), "TokenError"),
+            "a field of another type": (([("total", str), ("step", int)],), "TokenError"),
+            "another call state": ((same, list[str]), "TokenError"),
+            "no call state": ((same, None), "TokenError"),
+            "the same, but its rehydrate() raises": ((same, int, ValueError("late")), "ValueError"),
+        }
+        stream = RawStream(client_of(same), "nested", {})
+        for name, (version, error) in versions.items():
+            stream.client = client_of(*version)
+            with self.subTest(name):
+                reply = stream.exchange()
+                if error == "TokenError":
+                    self.assertIn("not issued by this service", self.refused(reply))
+                else:
+                    self.assertEqual((reply.status, reply.error["type"] if b"EXCEPTION" in reply.body else ""), (200, error))
 
     def test_an_old_cursor_is_an_old_state(self) -> None:
         stream = RawStream(wsgi_client())
@@ -3415,15 +3501,19 @@ class TlsTests(TestCase):
     def setUpClass(cls) -> None:
         cls.folder = tempfile.mkdtemp()
         cls.addClassCleanup(shutil.rmtree, cls.folder)
-        cls.certificate, key = os.path.join(cls.folder, "cert.pem"), os.path.join(cls.folder, "key.pem")
-        command = (
-            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30 -subj /CN=localhost".split()
-        )
-        command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cls.certificate]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        cls.certificate, key = cls.make_certificate("server")
         cls.server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         cls.server_context.load_cert_chain(cls.certificate, key)
         cls.client_context = ssl.create_default_context(cafile=cls.certificate)
+
+    @classmethod
+    def make_certificate(cls, name: str) -> tuple[str, str]:
+        """Paths of a certificate that vouches for itself and of its key."""
+        certificate, key = (os.path.join(cls.folder, f"{name}.{kind}") for kind in ("cert", "key"))
+        command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30 -subj /CN={name}".split()
+        command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", certificate]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        return certificate, key
 
     def exercise(self, trusted: Any, stranger: Any, plain: Any) -> None:
         """A client that trusts the certificate is served, others are refused, and hurt nobody."""
@@ -3436,6 +3526,7 @@ class TlsTests(TestCase):
                 self.assertEqual(session.exchange(values(2.0)).batch.to_pydict()["sum"], [2.0])
             batch = pa.RecordBatch.from_pydict({"x": pa.array(range(100_000))})
             self.assertTrue(proxy.echo_batch(batch).equals(batch))
+            self.assertEqual(vgi_rpc.introspect(proxy).limits["tls_handshake_timeout"], (5, "seconds"))
 
     def test_tcp(self) -> None:
         _, port, _ = in_thread(vgi_rpc.serve_tcp, make_server(), threaded=True, tls_context=self.server_context)
@@ -3447,6 +3538,35 @@ class TlsTests(TestCase):
         url = f"https://127.0.0.1:{port}"
         connect = functools.partial(vgi_rpc.http_connect, Service, timeout=WATCHDOG_SECONDS / 4)
         self.exercise(connect(url, tls_context=self.client_context), connect(url), connect(url.replace("https", "http")))
+
+    def test_client_certificates(self) -> None:
+        """A server that asks for one serves those that its authority vouches for, and nobody else."""
+        known, stranger = self.make_certificate("known"), self.make_certificate("stranger")
+        strict = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        strict.load_cert_chain(self.certificate, self.certificate.replace(".cert", ".key"))
+        strict.verify_mode = ssl.CERT_REQUIRED
+        strict.load_verify_locations(known[0])
+        _, tcp_port, _ = in_thread(vgi_rpc.serve_tcp, make_server(), threaded=True, tls_context=strict)
+        _, http_port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, tls_context=strict)
+        connects = {
+            "tcp": functools.partial(vgi_rpc.tcp_connect, Service, "127.0.0.1", tcp_port),
+            "http": functools.partial(vgi_rpc.http_connect, Service, f"https://127.0.0.1:{http_port}"),
+        }
+        # In TLS 1.3 a client has finished its handshake before the server looks at the certificate.
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+
+            def presenting(own: Any, version: Any = version) -> ssl.SSLContext:
+                context = ssl.create_default_context(cafile=self.certificate)
+                context.maximum_version = version
+                if own is not None:
+                    context.load_cert_chain(*own)
+                return context
+
+            for kind, connect in connects.items():
+                with self.subTest(kind, version=version):
+                    connect = functools.partial(connect, timeout=WATCHDOG_SECONDS / 4)
+                    refused = [connect(tls_context=presenting(own)) for own in (None, stranger)]
+                    self.exercise(connect(tls_context=presenting(known)), *refused)
 
 
 class ProcessTests(TestCase):
@@ -5593,9 +5713,20 @@ class CliOtherTests(CliTests):
     def test_describe(self) -> None:
         self.assertRegex(self.ok("describe", self.url), r"countdown\n  kind: producer\n  doc: Count from start to 0.*\n  parameters: start: int64, pause: float64 \| null = null")
         self.assertIn("## add\n- kind: unary", self.ok("describe", self.url, "-f", "markdown"))
+        for where in (self.url, CLI_WORKER):
+            self.assertIn("\n  max columns: 4,096 columns\n", self.ok("describe", where))
+        self.assertIn("\n  max request bytes: 268,435,456 bytes\n", self.ok("describe", self.url))
         facts = json.loads(self.ok("describe", self.url, "countdown", "-f", "json"))
+        self.assertEqual(facts["limits"]["max_connections"], {"value": 512, "unit": "connections"})
         self.assertEqual([m["name"] for m in facts["methods"]], ["countdown"])
         self.assertEqual(facts["methods"][0]["header"][0], {"name": "start", "type": "int64", "nullable": False})
+
+    def test_describe_of_a_server_that_tells_its_limits_in_headers_alone(self) -> None:
+        with mock.patch.object(vgi_rpc, "limits_of", lambda transport: {}):
+            _, port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, max_request_bytes=1_000_000)
+        said = self.ok("describe", f"http://127.0.0.1:{port}", "add")
+        self.assertIn("\n  max request bytes: 1,000,000 bytes\n", said)
+        self.assertNotIn("max columns", said)
 
     def test_described_python_works(self) -> None:
         scope: dict[str, object] = {"__name__": "generated"}
@@ -5967,7 +6098,8 @@ class PagesTests(unittest.TestCase):
         with pages_serving() as ask:
             words = self.assert_page(ask("GET", "/")).words
             url = f"http://127.0.0.1:{ask.port}"
-            for text in (vgi_rpc.__version__, pa.__version__, "9.9", "1.2.3", f"call {url} add a=1.5", "Healthok"):
+            caps = "max request bytes268,435,456 bytes", "max connections512 connections", "max columns4,096 columns", "max response bytesnone"
+            for text in (vgi_rpc.__version__, pa.__version__, "9.9", "1.2.3", f"call {url} add a=1.5", "Healthok", *caps):
                 self.assertIn(text, words)
             line = re.search(r"curl \S+ -H 'Content-Type: application/json' -d '(.*?)'", words)
             self.assertEqual(ask("POST", "/Everything/add", json.loads(line[1])).json(), {"result": 3.5})
@@ -7706,6 +7838,19 @@ class PoolTests(TestCase):
                 self.assertEqual((found.evictions_idle, found.evictions_max, found.idle), expected)
         self.assertEqual(resources(), before)
 
+    def test_an_idle_worker_that_dies_is_reaped(self) -> None:
+        before = resources()
+        with vgi_rpc.WorkerPool() as pool:
+            with pool.connect(Hard, HARD_WORKER) as proxy:
+                killed = proxy.process_id()
+            os.kill(killed, signal.SIGKILL)
+            while pool.idle_count:
+                threading.Event().wait(0.02)
+            with self.assertRaises(ProcessLookupError):  # a zombie would still be there
+                os.kill(killed, 0)
+            self.assertEqual((pool.metrics.discards, pool.metrics.evictions_idle), (1, 0))
+        self.assertEqual(resources(), before)
+
     def test_many_threads(self) -> None:
         with vgi_rpc.WorkerPool(max_idle=2) as pool:
             wrong: list[str] = []
@@ -8282,10 +8427,14 @@ def soak(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="soak")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--counts", action="store_true", help="instead: a great number of one thing, one thing after the other")
     options = parser.parse_args(argv)
+    setUpModule()
+    if options.counts:
+        counts()
+        return
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**9)
     print(f"seed {seed}", flush=True)
-    setUpModule()
     soaking = Soak(seed)
     try:
         idle = resources()
@@ -8301,6 +8450,131 @@ def soak(argv: list[str]) -> None:
     print(f"descriptors, threads, zombies: {before} before, {after} after; memory grew by {grown:.1f} MB")
     if soaking.wrong or after > before and (after[0] > before[0] + 3 or after[1] > before[1] + 1 or after[2]) or grown > 32:
         raise SystemExit("FAILED\n" + "\n".join(soaking.wrong[:5]))
+
+
+# -- great numbers, which must leave nothing behind
+
+
+class Footprint(NamedTuple):
+    """What a process holds."""
+
+    descriptors: int
+    threads: int
+    megabytes: float
+
+    @classmethod
+    def settled(cls, process: int) -> "Footprint":
+        """What it holds once its descriptors and threads have stayed the same for two seconds, or after twenty."""
+        seen = [cls.of(process)]
+        while len(seen) < 40 and (len(seen) < 5 or len({held[:2] for held in seen[-5:]}) > 1):
+            time.sleep(0.5)
+            seen.append(cls.of(process))
+        return seen[-1]
+
+    @classmethod
+    def of(cls, process: int) -> "Footprint":
+        place = pathlib.Path("/proc", str(process))
+        threads, kilobytes = (int(re.search(rf"{key}:\s+(\d+)", (place / "status").read_text())[1]) for key in ("Threads", "VmRSS"))
+        return cls(len(os.listdir(place / "fd")), threads, kilobytes / 1000)
+
+    def __str__(self) -> str:
+        return f"{self.descriptors} descriptors, {self.threads} threads, {self.megabytes:.1f} MB"
+
+
+def repeated(what: str, number: int, step: Any, server: int | None = None) -> None:
+    """Do *step* so often and print what the processes held after a tenth and at the end; more at the end is a failure."""
+    start, processes, before = time.monotonic(), {"client": os.getpid(), **({"server": server} if server else {})}, {}
+    for i in range(number):
+        if i == number // 10:
+            paused = time.monotonic()
+            before = {name: Footprint.settled(process) for name, process in processes.items()}
+            start += time.monotonic() - paused
+        step(i)
+    seconds = time.monotonic() - start
+    after = {name: Footprint.settled(process) for name, process in processes.items()}
+    print(f"{number:,} {what}: {seconds:.1f} s", *(f"{name} {before[name]} before, {after[name]} after" for name in processes), sep="; ", flush=True)
+    for name, held in before.items():
+        now = after[name]
+        if now.descriptors > held.descriptors or now.threads > held.threads or now.megabytes > held.megabytes + 32 or resources()[2]:
+            raise SystemExit(f"FAILED: {name} holds more than before, or there are zombies: {resources()}")
+
+
+def expect(found: Any, expected: Any) -> None:
+    if found != expected:
+        raise SystemExit(f"FAILED: expected {expected!r}, got {found!r}")
+
+
+def counts() -> None:
+    """Calls, abandoned streams, restarts and idle connections in the numbers in which they must be borne, and one large batch."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
+    os.environ["VGI_RPC_TOKEN_KEY"] = KEY.decode()
+    for kind in ("a pipe", "HTTP"):
+        with contextlib.ExitStack() as stack:
+            worker = stack.enter_context(HardWorker("--http")) if kind == "HTTP" else None
+            proxy = stack.enter_context(worker.connect() if worker else vgi_rpc.connect(Hard, HARD_WORKER))
+            server = proxy.process_id()
+
+            def call(i: int, proxy: Any = proxy) -> None:
+                expect(proxy.ask(str(i)), f"answer to {i}")
+
+            def abandon(i: int, proxy: Any = proxy) -> None:
+                expect(next(iter(proxy.asking(str(i), 10**9))).batch.to_pydict(), {"answer": [f"{i}/0"]})
+
+            repeated(f"calls over {kind}", 100_000, call, server)
+            repeated(f"abandoned streams over {kind}", 10_000, abandon, server)
+            call(0)
+    repeated("worker restarts, every other one by kill -9 in a stream", 1_000, restart)
+    with HardWorker("--http") as worker:
+        repeated("times 100 idle connections", 10, functools.partial(idle_connections, worker, 100), worker.process.pid)
+        repeated("times 1,000 idle connections", 10, functools.partial(idle_connections, worker, 1_000), worker.process.pid)
+    large_batch()
+
+
+def restart(i: int) -> None:
+    """One worker from its start to its end."""
+    with vgi_rpc.connect(vgi_rpc.Demo, [*PROGRAM, "serve", "--stdio"], stderr=vgi_rpc.StderrMode.DEVNULL) as proxy:
+        expect(proxy.add(a=float(i), b=1.0), i + 1.0)
+        if i % 2:
+            session = proxy.countdown(start=10**9)
+            expect(next(iter(session)).batch.to_pydict(), {"n": [10**9]})
+            (child,) = pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            os.kill(int(child), signal.SIGKILL)
+            with contextlib.suppress(TransportError):
+                for _ in range(10**6):  # what was in the pipe may still be read
+                    session.tick()
+                expect("no error", "an error")
+
+
+def idle_connections(worker: HardWorker, number: int, _: int) -> None:
+    """So many connections that say nothing: a call is answered or told to come back, health is answered, and so is who comes later."""
+    body = hard_request("ask", question="q")
+    asked = http_head(f"Content-Length: {len(body)}", start="POST /Hard/ask HTTP/1.1") + body
+    with contextlib.ExitStack() as stack:
+        for _ in range(number):
+            stack.enter_context(socket.create_connection(("127.0.0.1", worker.port)))
+        for request, statuses in ((asked, (200,) if number < 512 else (503,)), (http_head(start="GET /health HTTP/1.1"), (200,))):
+            with RawHttp(worker.port) as raw:
+                raw.send(request)
+                reply = raw.answer()
+                expect((reply.status in statuses, "retry-after" in reply.headers), (True, reply.status == 503))
+    with worker.connect() as proxy:
+        expect(proxy.ask("q"), "answer to q")
+
+
+def large_batch(size: int = 2_362_232_013) -> None:
+    """A batch above what one system call takes (2.2 GiB), to a worker and back."""
+    free = int(re.search(r"MemAvailable:\s+(\d+)", pathlib.Path("/proc/meminfo").read_text())[1]) * 1024
+    if free < 6 * size:
+        raise SystemExit(f"FAILED: a batch of {size:,} bytes there and back needs {6 * size:,} bytes of memory, {free:,} are free")
+    numbers = pa.Array.from_buffers(pa.int64(), size // 8, [None, pa.py_buffer(os.urandom(1 << 20) * (1 + (size >> 20)))])
+    start, batch = time.monotonic(), pa.RecordBatch.from_arrays([numbers], schema=AHEAD_VALUE)
+    with vgi_rpc.connect(Ahead, [*WORKER[:-1], "ahead-worker"]) as proxy:
+        with proxy.same() as session:
+            expect(session.exchange(AnnotatedBatch(batch)).batch.equals(batch), True)
+        expect(proxy.add(a=1, b=2), 3)
+    print(f"a batch of {batch.nbytes:,} bytes over a pipe and back: {time.monotonic() - start:.1f} s")
 
 
 # ============================================================================
@@ -8422,6 +8696,7 @@ if __name__ == "__main__":
     services = {
         "worker": make_server,
         "hard-worker": hard_server,
+        "ahead-worker": lambda: RpcServer(Ahead, AheadImpl()),
         "measured": lambda: RpcServer(Measured, MeasuredImpl()),
     }
     commands = {"fuzz": fuzz, "soak": soak, "bench": bench}

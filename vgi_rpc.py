@@ -68,7 +68,7 @@ __all__ = [
     "connect", "unix_connect", "tcp_connect", "http_connect", "with_options", "StderrMode", "RpcConnection",  # connecting
     "make_pipe_pair", "PipeTransport", "SubprocessTransport", "WorkerPool", "PoolMetrics", "http_capabilities",
     "HttpServerCapabilities",
-    "introspect", "http_introspect", "list_protocols", "describe_protocol", "ServiceDescription", "MethodDescription",
+    "introspect", "http_introspect", "list_protocols", "describe_protocol", "ServiceDescription", "MethodDescription", "Limit",
 ]
 
 _T = TypeVar("_T")
@@ -99,6 +99,7 @@ SERVER_ID_KEY, ERROR_CODE_KEY, ERROR_KIND_KEY = b"vgi_rpc.server_id", b"vgi_rpc.
 ERROR_DETAILS_KEY, LOCATION_KEY, SHM_OFFSET_KEY = b"vgi_rpc.error_details", b"vgi_rpc.location", b"vgi_rpc.shm_offset"
 STATE_KEY, CALL_STATE_KEY = b"vgi_rpc.stream_state#b64", b"vgi_rpc.call_state#b64"
 DOC_KEY, DEFAULTS_KEY, PARAM_DOCS_KEY = b"vgi_rpc.doc", b"vgi_rpc.defaults", b"vgi_rpc.param_docs"  # ours: of schemas
+LIMITS_KEY = b"vgi_rpc.limits"  # ours: of the schema of the first method's parameters
 
 RESERVED_PROTOCOL_PREFIX = "vgi_rpc."
 REFLECTION_PROTOCOL = "vgi_rpc.Reflection.v1"
@@ -125,6 +126,7 @@ MAX_METADATA_BYTES = 67_108_864  # one message's head; tokens live there, so it 
 MAX_COLUMNS = 4_096
 MAX_NESTING = 64  # levels of list, map and struct in a foreign schema
 FREE_ROWS = 1 << 24  # more rows than this must be paid for with at least one bit of body each
+FREE_DECODED_BYTES = 1 << 30  # of compressed buffers, or 1,024 times theirs; only where max_request_bytes is not set
 MAX_ERROR_MESSAGE_CHARS, MAX_TRACEBACK_CHARS, MAX_TRACEBACK_FRAMES = 16_000, 16_000, 5
 MAX_ERROR_DETAILS_BYTES = 4_096  # above it the details are left out whole (the family's rule)
 MAX_ERROR_KIND_CHARS, MAX_REQUEST_ID_CHARS, MAX_HEADERS = 255, 128, 100
@@ -134,6 +136,8 @@ TOKEN_CLOCK_SKEW_SECONDS = 60.0  # how far ahead of us another server's clock ma
 READ_TIMEOUT_SECONDS = 30.0  # HTTP: between two bytes of one request
 REQUEST_DEADLINE_SECONDS = 300.0  # HTTP: for the whole of one request, first byte to last
 DRAIN_GRACE_SECONDS = 30.0
+TLS_HANDSHAKE_SECONDS = 5.0
+REAP_SECONDS = 1.0  # how long a worker that died while idle in a pool may stay a zombie
 WORKER_EXIT_SECONDS = 5.0  # how long a worker may take to leave after its stdin closed
 MAX_PREFETCH = 16  # ticks that a client sends ahead on a byte stream: together far less than any pipe's buffer
 SLOW_TURN_SECONDS = 0.01  # a producer that takes longer is not asked ahead on a byte stream
@@ -1161,7 +1165,7 @@ class IpcReader:
                     raise IPCError(f"compressed buffer at {offset}: a decoded length of {size} bytes")
             decoded += length if size == -1 else size
         limit, max_rows = self._limits.max_bytes, self._limits.max_rows
-        if head.compressed and decoded > (limit if limit is not None else max(1 << 30, 1024 * head.body_length)):
+        if head.compressed and decoded > (limit if limit is not None else max(FREE_DECODED_BYTES, 1024 * head.body_length)):
             raise RequestTooLargeError(f"compressed buffers: expected at most {limit} decoded bytes, got {decoded}")
         longest = max(head.rows, *head.nodes[::2], 0)  # a child may be longer than its parent: one list of a trillion nulls
         if head.rows < 0 or (longest > FREE_ROWS and longest > 8 * decoded):
@@ -1377,51 +1381,66 @@ _PADDING = tuple(bytes(-n % 8) for n in range(8))
 
 
 class _Parts:
-    """What a `_Body` becomes on the other side: nodes and buffers handed out one after the other."""
-    __slots__ = ("_buffer", "_node", "_nodes", "body", "buffers", "dictionaries", "validity")
+    """What a `_Body` becomes on the other side."""
+    __slots__ = ("body", "buffers", "dictionaries", "nodes")
     def __init__(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes, dictionaries: Iterator[Sequence[str]]) -> None:
-        self._nodes, self._node, self._buffer = nodes, 0, 0  # and which come next
-        self.buffers, self.body = buffers, body  # it is known that the buffers lie inside
+        self.nodes, self.buffers, self.body = nodes, buffers, body  # it is known that the buffers lie inside the body
         self.dictionaries = dictionaries
-        self.validity: bytes | None = None  # bitmap of the column taken last, ``None`` without nulls
 
-    def take(self, length: int, count: int) -> int:
-        """Take the next node, which must have *length* values, and its *count* buffers, of which the first is the bitmap; return
-        where in `buffers` the second stands."""
-        node, at = self._node, self._buffer
-        self._node, self._buffer = node + 2, at + 2 * count
-        nulls = self._nodes[node + 1]
-        if self._nodes[node] != length or len(self.buffers) < self._buffer:
-            raise _NotPlain
-        self.validity = None
-        if nulls:
-            bits = self.validity = self.body[self.buffers[at] : self.buffers[at] + self.buffers[at + 1]]
-            present = int.from_bytes(bits, "little") & ((1 << length) - 1)
-            if nulls < 0 or len(bits) * 8 < length or bin(present).count("1") != length - nulls:
-                raise _NotPlain
-        return at + 2
 
-    def numbers(self, at: int, count: int, code: str, size: int) -> tuple[Any, ...]:
-        """Read *count* numbers of *size* bytes at the beginning of a buffer; *at* is its place in `buffers`."""
-        if self.buffers[at + 1] < count * size:
-            raise _NotPlain
-        return struct.unpack_from(f"<{count}{code}", self.body, self.buffers[at])
+class _Place:
+    """Where one column's node and buffers stand among those of its schema, which is the same in all batches."""
+    __slots__ = ("first", "node")
+    def __init__(self, node: int, first: int) -> None:
+        self.node, self.first = node, first  # indices of its node, and of its bitmap's buffer
 
-    def offsets(self, at: int, length: int, limit: int) -> tuple[int, ...]:
-        """Read length + 1 offsets, each at least as large as the one before, the last at most *limit*."""
-        if length == 1 and self.buffers[at + 1] >= 8:
-            first, last = _TWO_OFFSETS.unpack_from(self.body, self.buffers[at])
-            if 0 <= first <= last <= limit:
-                return first, last
-        found = self.numbers(at, length + 1, "i", 4)
-        if found[0] < 0 or found[-1] > limit or any(map(operator.gt, found, found[1:])):
+    def start(self, parts: _Parts, length: int) -> int:
+        """Return where in ``parts.buffers`` the buffer behind the bitmap stands; raises `_NotPlain` unless there are *length* values."""
+        if parts.nodes[self.node] != length:
             raise _NotPlain
-        return found
+        return self.first + 2
 
-    def done(self) -> None:
-        """Make sure that nothing is left over."""
-        if self._node != len(self._nodes) or self._buffer != len(self.buffers):
+    def one(self, parts: _Parts, length: int) -> tuple[int, int] | None:
+        """Return both offsets of a column of one value that is not null, ``None`` for another column."""
+        node, at = self.node, self.first + 2
+        if length == 1 and parts.nodes[node] == 1 and not parts.nodes[node + 1] and parts.buffers[at + 1] >= 8:
+            return _TWO_OFFSETS.unpack_from(parts.body, parts.buffers[at])
+        return None
+
+    def with_nulls(self, values: list[Any], parts: _Parts) -> list[Any]:
+        """Return *values* with ``None`` where the bitmap says so."""
+        if not (nulls := parts.nodes[self.node + 1]):
+            return values
+        at, length = parts.buffers[self.first], len(values)
+        bits = parts.body[at : at + parts.buffers[self.first + 1]]
+        present = int.from_bytes(bits, "little") & ((1 << length) - 1)
+        if nulls < 0 or len(bits) * 8 < length or bin(present).count("1") != length - nulls:
             raise _NotPlain
+        return [v if bits[i >> 3] >> (i & 7) & 1 else None for i, v in enumerate(values)]
+
+class _Places:
+    """Hands out places in Arrow's pre-order walk over the columns."""
+    def __init__(self) -> None:
+        self.nodes = self.buffers = 0  # numbers that were handed out: two of each node and of each buffer
+
+    def take(self, buffers: int) -> _Place:
+        """Return the place of the next column, which has so many buffers of its own."""
+        place = _Place(self.nodes, self.buffers)
+        self.nodes, self.buffers = self.nodes + 2, self.buffers + 2 * buffers
+        return place
+
+def _numbers(parts: _Parts, at: int, count: int, code: str, size: int) -> tuple[Any, ...]:
+    """Read *count* numbers of *size* bytes at the beginning of a buffer; *at* is its place in ``parts.buffers``."""
+    if parts.buffers[at + 1] < count * size:
+        raise _NotPlain
+    return struct.unpack_from(f"<{count}{code}", parts.body, parts.buffers[at])
+
+def _offsets(parts: _Parts, at: int, length: int, limit: int) -> tuple[int, ...]:
+    """Read length + 1 offsets, each at least as large as the one before, the last at most *limit*."""
+    found = _numbers(parts, at, length + 1, "i", 4)
+    if found[0] < 0 or found[-1] > limit or any(map(operator.gt, found, found[1:])):
+        raise _NotPlain
+    return found
 
 _ONE, _TWO_OFFSETS = (1, 0), struct.Struct("<ii")
 _Write = Callable[[Sequence[Any], _Body], None]
@@ -1445,10 +1464,7 @@ def _write_node(values: Sequence[Any], body: _Body, kind: type | None = None) ->
 def _is_one(values: Sequence[Any], body: _Body) -> bool:
     return len(values) == 1 and body.checked and values[0] is not None
 
-def _with_nulls(values: list[Any], validity: bytes | None) -> list[Any]:
-    return values if validity is None else [v if validity[i >> 3] >> (i & 7) & 1 else None for i, v in enumerate(values)]
-
-def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
+def _number_column(place: _Place, code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
     one, size = struct.Struct(f"<{code}{8 - struct.calcsize(code)}x"), struct.calcsize(code)
     def write(values: Sequence[Any], body: _Body) -> None:
         if _is_one(values, body):
@@ -1471,20 +1487,20 @@ def _number_column(code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]
             raise _NotPlain
         body.add(data)
     def read(length: int, parts: _Parts) -> list[Any]:
-        found = list(parts.numbers(parts.take(length, 2), length, code, size))
-        return found if parts.validity is None else _with_nulls(found, parts.validity)
+        found = list(_numbers(parts, place.start(parts, length), length, code, size))
+        return place.with_nulls(found, parts) if parts.nodes[place.node + 1] else found
     return write, read
 
-def _bool_column() -> tuple[_Write, _Read]:
+def _bool_column(place: _Place) -> tuple[_Write, _Read]:
     def write(values: Sequence[Any], body: _Body) -> None:
         _write_node(values, body, bool)
         body.add(_bitmap(values))
     def read(length: int, parts: _Parts) -> list[Any]:
-        bits = parts.numbers(parts.take(length, 2), (length + 7) // 8, "B", 1)
-        return _with_nulls([bool(bits[i >> 3] >> (i & 7) & 1) for i in range(length)], parts.validity)
+        bits = _numbers(parts, place.start(parts, length), (length + 7) // 8, "B", 1)
+        return place.with_nulls([bool(bits[i >> 3] >> (i & 7) & 1) for i in range(length)], parts)
     return write, read
 
-def _text_column(kind: type) -> tuple[_Write, _Read]:
+def _text_column(place: _Place, kind: type) -> tuple[_Write, _Read]:
     def write(values: Sequence[Any], body: _Body) -> None:
         if _is_one(values, body):
             piece, at = values[0].encode() if kind is str else values[0], body.size
@@ -1501,14 +1517,16 @@ def _text_column(kind: type) -> tuple[_Write, _Read]:
             raise _NotPlain
         body.add(struct.pack(f"<{len(offsets)}i", *offsets), b"".join(pieces))
     def read(length: int, parts: _Parts) -> list[Any]:
-        at = parts.take(length, 3)
-        start, offsets = parts.buffers[at + 2], parts.offsets(at, length, parts.buffers[at + 3])
-        pieces: list[Any] = [parts.body[start + a : start + b] for a, b in itertools.pairwise(offsets)]
-        pieces = [p.decode() for p in pieces] if kind is str else pieces
-        return pieces if parts.validity is None else _with_nulls(pieces, parts.validity)
+        start, size, body = parts.buffers[place.first + 4], parts.buffers[place.first + 5], parts.body
+        if (found := place.one(parts, length)) is not None and 0 <= found[0] <= found[1] <= size:
+            piece = body[start + found[0] : start + found[1]]
+            return [piece.decode() if kind is str else piece]
+        offsets = _offsets(parts, place.start(parts, length), length, size)
+        pieces: list[Any] = [body[start + a : start + b] for a, b in itertools.pairwise(offsets)]
+        return place.with_nulls([p.decode() for p in pieces] if kind is str else pieces, parts)
     return write, read
 
-def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
+def _list_column(place: _Place, item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
     write_item, read_item = item
     def write(values: Sequence[Any], body: _Body) -> None:
         if _is_one(values, body) and type(values[0]) is list:
@@ -1524,14 +1542,14 @@ def _list_column(item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
             body.add(struct.pack(f"<{len(offsets)}i", *offsets))
         write_item(flat, body)
     def read(length: int, parts: _Parts) -> list[Any]:
-        offsets = parts.offsets(parts.take(length, 2), length, _PLAIN_BYTES)
-        validity = parts.validity
+        if (found := place.one(parts, length)) is not None and 0 == found[0] <= found[1] <= _PLAIN_BYTES:
+            return [read_item(found[1], parts)]
+        offsets = _offsets(parts, place.start(parts, length), length, _PLAIN_BYTES)
         flat = read_item(offsets[-1], parts)
-        lists = [flat[a:b] for a, b in itertools.pairwise(offsets)]
-        return lists if validity is None else _with_nulls(lists, validity)
+        return place.with_nulls([flat[a:b] for a, b in itertools.pairwise(offsets)], parts)
     return write, read
 
-def _struct_column(names: Sequence[str], columns: Sequence[tuple[_Write, _Read]], row: type) -> tuple[_Write, _Read]:
+def _struct_column(place: _Place, names: Sequence[str], columns: Sequence[tuple[_Write, _Read]], row: type) -> tuple[_Write, _Read]:
     """A struct of dicts, or (for the entries of a map, *row* being tuple) of pairs."""
     keys: Sequence[Any] = names if row is dict else range(len(names))
     def write(values: Sequence[Any], body: _Body) -> None:
@@ -1539,14 +1557,13 @@ def _struct_column(names: Sequence[str], columns: Sequence[tuple[_Write, _Read]]
         for key, (write_one, _) in zip(keys, columns):
             write_one([None if v is None else v[key] for v in values] if nulls else [v[key] for v in values], body)
     def read(length: int, parts: _Parts) -> list[Any]:
-        parts.take(length, 1)
-        validity = parts.validity
+        place.start(parts, length)
         members = [read_one(length, parts) for _, read_one in columns]
         rows: list[Any] = list(zip(*members)) if members else [()] * length
-        return _with_nulls([dict(zip(names, r)) for r in rows] if row is dict else rows, validity)
+        return place.with_nulls([dict(zip(names, r)) for r in rows] if row is dict else rows, parts)
     return write, read
 
-def _enum_column() -> tuple[_Write, _Read]:
+def _enum_column(place: _Place) -> tuple[_Write, _Read]:
     """``dictionary<int16, utf8>``: the distinct values go into a dictionary message of their own."""
     def write(values: Sequence[Any], body: _Body) -> None:
         _write_node(values, body, str)
@@ -1557,36 +1574,38 @@ def _enum_column() -> tuple[_Write, _Read]:
         body.dictionaries.append(distinct)
         body.add(struct.pack(f"<{len(values)}h", *[index.get(v, 0) for v in values]))
     def read(length: int, parts: _Parts) -> list[Any]:
-        found = parts.numbers(parts.take(length, 2), length, "h", 2)
-        known, indices = next(parts.dictionaries), _with_nulls(list(found), parts.validity)
+        found, known = _numbers(parts, place.start(parts, length), length, "h", 2), next(parts.dictionaries)
+        indices = place.with_nulls(list(found), parts)
         if any(i is not None and not 0 <= i < len(known) for i in indices):
             raise _NotPlain
         return [None if i is None else known[i] for i in indices]
     return write, read
 
 _ENUM_TYPE = pa.dictionary(pa.int16(), pa.utf8())
-_UTF8_COLUMN = _text_column(str)
+_UTF8_COLUMN = _text_column(_Place(0, 0), str)
 
 def _accepted(kind: pa.DataType) -> frozenset[type]:
     return frozenset({float, int} if kind == pa.float64() else {int})
 
-def _plain_column(kind: pa.DataType) -> tuple[_Write, _Read]:
+def _plain_column(kind: pa.DataType, places: _Places) -> tuple[_Write, _Read]:
     """Writer and reader of a column; raises `_NotPlain` for a type that is not plain."""
     if kind in _NUMBERS:
-        return _number_column(_NUMBERS[kind], _accepted(kind))
+        return _number_column(places.take(2), _NUMBERS[kind], _accepted(kind))
     if kind == _ENUM_TYPE:
-        return _enum_column()
+        return _enum_column(places.take(2))
     if pa.types.is_boolean(kind):
-        return _bool_column()
+        return _bool_column(places.take(2))
     if pa.types.is_string(kind) or pa.types.is_binary(kind):
-        return _text_column(str if pa.types.is_string(kind) else bytes)
+        return _text_column(places.take(3), str if pa.types.is_string(kind) else bytes)
     if pa.types.is_map(kind):
-        return _list_column(_struct_column(("key", "value"), [_plain_column(kind.key_type), _plain_column(kind.item_type)], tuple))
+        place, entries = places.take(2), places.take(1)
+        columns = [_plain_column(kind.key_type, places), _plain_column(kind.item_type, places)]
+        return _list_column(place, _struct_column(entries, ("key", "value"), columns, tuple))
     if pa.types.is_list(kind):
-        return _list_column(_plain_column(kind.value_type))
+        return _list_column(places.take(2), _plain_column(kind.value_type, places))
     if pa.types.is_struct(kind):
-        members = [kind.field(i) for i in range(kind.num_fields)]
-        return _struct_column([m.name for m in members], [_plain_column(m.type) for m in members], dict)
+        place, members = places.take(1), list(kind)
+        return _struct_column(place, [m.name for m in members], [_plain_column(m.type, places) for m in members], dict)
     raise _NotPlain
 
 
@@ -1594,7 +1613,8 @@ class PlainPlan:
     """How short batches of one schema are written and read here; shared between threads."""
     def __init__(self, facts: SchemaFacts) -> None:
         self.facts = facts
-        self._columns = [_plain_column(t) for t in facts.schema.types]
+        self._places = _Places()
+        self._columns = [_plain_column(t, self._places) for t in facts.schema.types]
         self._nullable = [f.nullable for f in facts.schema]
         self.names = frozenset(facts.schema.names)
         codes = [_NUMBERS.get(t, "") for t in facts.schema.types]
@@ -1654,17 +1674,41 @@ class PlainPlan:
         except StopIteration:
             raise _NotPlain from None
 
+    def read_stream(self, data: bytes) -> list[Any]:
+        """Decode a whole stream of one row as `stream_bytes` writes it, its dictionaries such as were read before; raises
+        `_NotPlain`."""
+        facts, at = self.facts, len(self.facts.message)
+        found = []
+        for known in facts.seen:
+            if data.startswith(cast("bytes", known.data), at):
+                found.append(known)
+                at += len(known.data)
+        start = at + 8 + (_PREFIX.unpack_from(data, at)[1] if len(data) >= at + 8 else 0)
+        if not data.startswith(facts.message) or not data.startswith(_CONTINUATION, at) or not at + 8 < start < len(data):
+            raise _NotPlain
+        try:
+            head = parse_message_head(data[at + 8 : start])
+        except IPCError:
+            raise _NotPlain from None
+        end = start + head.body_length
+        ids = [one.head.dictionary_id for one in found]
+        if head.kind != _BATCH_MESSAGE or head.rows != 1 or head.compressed or ids != list(range(facts.dictionary_count)) \
+                or not data.startswith(END_OF_STREAM, end) or not are_inside(head.buffers, head.body_length):
+            raise _NotPlain
+        parts = _Parts(head.nodes, head.buffers, data[start:end], map(_read_dictionary, found))
+        return [column[0] for column in self._read(1, parts)]
+
     def read_row(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes) -> list[Any]:
         """Decode one row of a schema without dictionaries; *buffers* are known to lie inside *body*. Raises `_NotPlain`."""
         return [column[0] for column in self._read(1, _Parts(nodes, buffers, body, iter(())))]
 
     def _read(self, length: int, parts: _Parts) -> list[list[Any]]:
+        if len(parts.nodes) != self._places.nodes or len(parts.buffers) != self._places.buffers:
+            raise _NotPlain
         try:
-            columns = [read(length, parts) for _, read in self._columns]
+            return [read(length, parts) for _, read in self._columns]
         except (struct.error, UnicodeDecodeError, LookupError, OverflowError, ValueError):
             raise _NotPlain from None
-        parts.done()
-        return columns
 
 def plain_plan(schema: pa.Schema) -> PlainPlan | None:
     """Return the plan of a schema, ``None`` when it has a type that is not plain or no columns at all."""
@@ -2199,18 +2243,23 @@ class DataclassCodec:
 
     def from_bytes(self, data: _Buffer, validation: IpcValidation = IpcValidation.FULL) -> Any:
         """Decode an IPC stream of one row; no bytes, or no batch, is a row of defaults."""
+        plan = self.row.plan
+        if plan is not None and isinstance(data, bytes) and len(data) <= _PLAIN_BYTES:
+            with contextlib.suppress(_NotPlain):
+                return self._from_row(plan.read_stream(data))
         reader = IpcReader(BufferSource(data), _inner_limits(data), validation) if len(data) else None
         message = reader.next_message() if reader else None
         if reader is None or message is None:
             return self.from_batch(_TICK)
-        plan = self.row.plan
         if plan is not None and reader.facts is plan.facts and message.head.rows == 1:
             with contextlib.suppress(_NotPlain):
-                values = [column[0] for column in plan.read(reader, message)]
-                if self._all_init:
-                    return self.cls(**dict(zip(self.row.names, self.row.decode(values))))
-                return self._build(lambda codec: codec.decode, dict(zip(self.row.names, values)))
+                return self._from_row([column[0] for column in plan.read(reader, message)])
         return self.from_batch(reader.decode(message))
+
+    def _from_row(self, values: Sequence[Any]) -> Any:
+        if self._all_init:
+            return self.cls(**dict(zip(self.row.names, self.row.decode(values))))
+        return self._build(lambda codec: codec.decode, dict(zip(self.row.names, values)))
 
     def _build(self, reader: Callable[[Codec], Callable[[Any], Any]], present: Mapping[str, Any]) -> Any:
         values: dict[str, Any] = {}
@@ -2382,6 +2431,7 @@ class CallContext:
     deadline: float | None = None  # when the client stops waiting, seconds of time.monotonic(); None for never
     response_limit_bytes: int | None = None  # what client and server accept as one answer over HTTP; None for any size
     _gone: Callable[[], bool] | None = None
+    _limits: Mapping[str, Any] = None  # type: ignore[assignment]  # as `describe` tells them
 
     def __post_init__(self) -> None:
         self.transport_metadata = self.transport_metadata or {}
@@ -3142,19 +3192,56 @@ def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
 def _serialized(schema: pa.Schema | None) -> bytes:
     return b"" if schema is None else schema.serialize().to_pybytes()
 
-def describe_service(service: HostedService) -> ProtocolDescription:
-    """Return the reflection answer for one hosted protocol."""
-    methods = [_method_summary(bound) for _, bound in sorted(service.methods.items())]
+class Limit(NamedTuple):
+    """One cap of a server."""
+    value: float | None  # None for none
+    unit: str  # bytes, rows, seconds …
+
+    def __str__(self) -> str:
+        shown = f"{self.value:,}" if isinstance(self.value, int) else f"{self.value or 0:,g}"
+        return "none" if self.value is None else f"{shown} {self.unit}"
+
+_LIMITS: dict[str, tuple[str, float | None]] = {  # all that a server may have: unit, and the value where no option changes it
+    "max_request_bytes": ("bytes", None), "max_json_request_bytes": ("bytes", None), "max_response_bytes": ("bytes", None),
+    "max_decoded_bytes": ("bytes", None), "free_decoded_bytes": ("bytes, or 1,024 times the compressed ones", None),
+    "max_rows": ("rows", None), "free_rows": ("rows, or 8 for each byte of the batch", FREE_ROWS),
+    "max_columns": ("columns", MAX_COLUMNS), "max_nesting": ("levels", MAX_NESTING),
+    "max_metadata_bytes": ("bytes", MAX_METADATA_BYTES), "max_error_message_chars": ("characters", MAX_ERROR_MESSAGE_CHARS),
+    "max_traceback_chars": ("characters", MAX_TRACEBACK_CHARS), "max_error_details_bytes": ("bytes", MAX_ERROR_DETAILS_BYTES),
+    "max_request_id_chars": ("characters", MAX_REQUEST_ID_CHARS), "max_turns": ("turns", None),
+    "max_turns_seconds": ("seconds", None), "token_ttl": ("seconds", None), "token_clock_skew": ("seconds", None),
+    "max_state_bytes": ("bytes", None), "call_state_cache_entries": ("tokens", None), "max_head_bytes": ("bytes", None),
+    "max_headers": ("headers", None), "max_connections": ("connections", None), "tls_handshake_timeout": ("seconds", None),
+    "read_timeout": ("seconds", None), "request_deadline": ("seconds", None), "keep_alive_timeout": ("seconds", None),
+    "idle_timeout": ("seconds", None), "drain_grace_seconds": ("seconds", None),
+}
+
+def limits_of(transport: Mapping[str, Any]) -> dict[str, Limit]:
+    """Return the limits of a server: the fixed ones, and those that *transport* gives by name."""
+    named = ((name, unit, transport.get(name, fixed)) for name, (unit, fixed) in _LIMITS.items() if fixed or name in transport)
+    return {name: Limit(value, unit) for name, unit, value in named}
+
+def _limits_told(description: ProtocolDescription) -> dict[str, Limit]:
+    """The limits that came with a description; what is not as we would tell it is passed over."""
+    schemas = (_schema_from_bytes(m.params_schema_ipc) for m in description.methods[:1])
+    told = next((_json_object((schema.metadata or {}).get(LIMITS_KEY)) for schema in schemas), {})
+    good = (types.NoneType, str), (int, str), (float, str)
+    return {k: Limit(*v) for k, v in told.items() if isinstance(v, list) and tuple(map(type, v)) in good}
+
+def describe_service(service: HostedService, limits: Mapping[str, Limit]) -> ProtocolDescription:
+    """Return the reflection answer for one hosted protocol; the *limits* travel with its first method."""
+    more = itertools.chain([{LIMITS_KEY: json.dumps(limits).encode()}], itertools.repeat({}))
+    methods = [_method_summary(bound, told) for (_, bound), told in zip(sorted(service.methods.items()), more)]
     return ProtocolDescription(service.name, service.version, service.hash, methods=methods)
 
-def _method_summary(bound: BoundMethod) -> MethodSummary:
+def _method_summary(bound: BoundMethod, more: Mapping[bytes, bytes]) -> MethodSummary:
     info, stream = bound.info, ""
     if info.method_type is MethodType.STREAM:
         kinds = {_is_exchange(s) for s in bound.state_types} or {info.is_exchange}
         stream = {True: "exchange", False: "producer", None: "unknown"}[kinds.pop() if len(kinds) == 1 else None]
     return MethodSummary(
         info.name, info.method_type.value, info.has_return, info.header is not None, stream,
-        params_schema_ipc=_serialized(info.params_schema.with_metadata(_told(info))),
+        params_schema_ipc=_serialized(info.params_schema.with_metadata({**_told(info), **more})),
         result_schema_ipc=_serialized(info.result_schema if info.has_return else None),
         header_schema_ipc=_serialized(info.header.row.schema if info.header else None),
         idempotency=info.idempotency, deprecated=info.deprecation is not None, deprecation_message=info.deprecation or "",
@@ -3196,11 +3283,12 @@ class ServiceDescription:
     server_id: str  # 12 hex characters
     methods: Mapping[str, MethodDescription]
     protocol_version: str = ""  # MAJOR.MINOR.PATCH, empty when it declares none
+    limits: Mapping[str, Limit] = field(default_factory=dict)  # by name; told by our own servers only
 
 def _service_description(listed: ProtocolList, described: ProtocolDescription) -> ServiceDescription:
     methods = types.MappingProxyType({m.name: _method_description(m) for m in described.methods})
     return ServiceDescription(described.protocol, listed.request_version, DESCRIBE_VERSION, described.protocol_hash,
-                              listed.server_id, methods, described.protocol_version)
+                              listed.server_id, methods, described.protocol_version, _limits_told(described))
 
 def _method_description(m: MethodSummary) -> MethodDescription:
     params = _schema_from_bytes(m.params_schema_ipc)
@@ -3413,6 +3501,7 @@ class Caller:
     metadata: Mapping[str, Any] = field(default_factory=dict)  # further facts for ctx.transport_metadata
     gone: Callable[[], bool] | None = None  # whether the client has left; None when the transport cannot know
     response_limit_bytes: int | None = None  # what the caller accepts as one answer
+    limits: Mapping[str, Limit] = field(default_factory=dict)  # of server and transport, by name
 
 class Turn(NamedTuple):
     """What one turn sends."""
@@ -3465,7 +3554,7 @@ class Call:
         return CallContext(
             caller.auth, self._messages.append, self._transport_metadata, server_id=self.server.server_id, method_name=info.name,
             protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=self.request_id,
-            deadline=self.deadline, response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone)
+            deadline=self.deadline, response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone, _limits=caller.limits)
 
     @functools.cached_property
     def record(self) -> CallRecord:
@@ -3642,9 +3731,9 @@ class ServerCore:
         hosted = [ProtocolSummary(s.name, s.version, s.hash) for s in self.services.values()]
         return ProtocolList(self.server_id, self.server_version, REQUEST_VERSION.decode(), hosted)
 
-    def describe(self, protocol: str) -> ProtocolDescription:
+    def describe(self, protocol: str, ctx: CallContext) -> ProtocolDescription:
         """What reflection answers to ``describe``."""
-        return describe_service(self.service(protocol))
+        return describe_service(self.service(protocol), ctx._limits)
 
     def service(self, name: str) -> HostedService:
         """Return a hosted protocol; raises `ProtocolNotSupportedError`, which echoes *name* only if it may be a name."""
@@ -4055,8 +4144,9 @@ class Transport:
     peer = "the server"  # how error texts call the other side
     stray = False  # an input stream was sent that a refusing server may have taken for a request
 
-    def __init__(self, channel: ByteChannel, kind: TransportKind, remote_addr: str = "") -> None:
+    def __init__(self, channel: ByteChannel, kind: TransportKind, remote_addr: str = "", **limits: float | None) -> None:
         self.channel, self.kind, self.remote_addr = channel, kind, remote_addr
+        self.limits = limits  # of the listener that it came by, as `describe` shows them
 
     def obituary(self) -> str:
         """Say why no more bytes come, as far as is known here."""
@@ -4797,8 +4887,8 @@ class WorkerPool:
     was left in the middle of a call is ended instead. Safe for use by several threads; a context manager, which closes it.
 
     At most *max_idle* workers wait (0 keeps none), whatever their commands, each for *idle_timeout* seconds; the longest idle
-    one goes first. *stderr* and *stderr_logger* are as in `connect`. *shm_size* is accepted for code written for other
-    implementations, and without effect: batches travel inline, as shared memory is not offered to workers.
+    one goes first, and one that dies is reaped within a second. *stderr* and *stderr_logger* are as in `connect`. *shm_size* is
+    accepted for code written for other implementations, and without effect: shared memory is not offered to workers.
     """
 
     def __init__(self, max_idle: int = 4, idle_timeout: float = 60.0, stderr: StderrMode = StderrMode.INHERIT,
@@ -4877,16 +4967,20 @@ class WorkerPool:
             one.close()
 
     def _evict(self) -> None:
-        """End workers as their time comes; return once nobody is idle."""
+        """End workers as their time comes, and reap those that died; return once nobody is idle."""
         while True:
             with self._changed:
-                while self._idle and (left := self._idle[0].idle_since + self.idle_timeout - time.monotonic()) > 0:
-                    self._changed.wait(left)
                 if not self._idle:
                     self._evictor = None
                     return
-                self._count(evictions_idle=1)
-                old = self._idle.pop(0)
+                died = [w for w in self._idle if w.proc.poll() is not None]
+                left = self._idle[0].idle_since + self.idle_timeout - time.monotonic()
+                if left > 0 and not died:
+                    self._changed.wait(min(left, REAP_SECONDS))
+                    continue
+                old = (died or self._idle)[0]
+                self._idle.remove(old)
+                self._count(discards=bool(died), evictions_idle=not died)
             old.close()
 
     def close(self) -> None:
@@ -4951,7 +5045,10 @@ class _ByteServing:
     """Serves one byte channel, request after request."""
     def __init__(self, server: ServerCore, transport: Transport, auth: AuthContext) -> None:
         self._server, self._channel = server, transport.channel
-        self._caller = Caller(transport.kind, auth, transport.remote_addr, gone=transport.channel.peer_gone)
+        most, rows = server.limits.max_bytes, server.limits.max_rows
+        decoded = {"free_decoded_bytes": FREE_DECODED_BYTES} if most is None else {"max_decoded_bytes": most}
+        limits = limits_of({"max_request_bytes": most, "max_rows": rows, **decoded, **transport.limits})
+        self._caller = Caller(transport.kind, auth, transport.remote_addr, gone=transport.channel.peer_gone, limits=limits)
         # After a refusal the client may still send the input stream of the stream it had asked for: it has no method
         # key, cannot be a request, and is passed over.
         self._orphan_expected = False
@@ -5105,7 +5202,8 @@ def serve_stdio(server: RpcServer) -> None:
     While serving, descriptor 1 is standard error: whatever prints to stdout cannot break the channel.
     """
     write_fd = os.dup(1)
-    transport = Transport(FdChannel(os.dup(0), write_fd), TransportKind.PIPE)  # not inherited by children of the methods
+    channel = FdChannel(os.dup(0), write_fd)  # not inherited by children of the methods
+    transport = Transport(channel, TransportKind.PIPE, drain_grace_seconds=DRAIN_GRACE_SECONDS)
     try:
         with open(os.devnull, "rb") as null:
             os.dup2(null.fileno(), 0)
@@ -5258,7 +5356,8 @@ def serve_unix(server: RpcServer, path: str, *, threaded: bool = False, max_conn
     is in use by a live server, or cannot be made.
     """
     def handle(connected: socket.socket, address: Any) -> None:
-        server.serve(Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}"))
+        server.serve(Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}", max_connections=max_connections,
+                               idle_timeout=idle_timeout, drain_grace_seconds=DRAIN_GRACE_SECONDS))
 
     with socket.socket(socket.AF_UNIX) as listening:
         _remove_dead_socket(path)
@@ -5301,7 +5400,7 @@ def _start_tls(connected: socket.socket, tls_context: ssl.SSLContext | None) -> 
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if tls_context is None:
         return connected
-    connected.settimeout(5.0)
+    connected.settimeout(TLS_HANDSHAKE_SECONDS)
     wrapped = tls_context.wrap_socket(connected, server_side=True)
     wrapped.settimeout(None)
     return wrapped
@@ -5327,8 +5426,10 @@ def serve_tcp(server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, thre
             return
         listener._connections[connected] = ready
         with ready:
-            server.serve(Transport(SocketChannel(ready), TransportKind.TCP, where))
+            server.serve(Transport(SocketChannel(ready), TransportKind.TCP, where, max_connections=max_connections, **limits))
 
+    limits = {"idle_timeout": idle_timeout, "drain_grace_seconds": DRAIN_GRACE_SECONDS}
+    limits |= {"tls_handshake_timeout": TLS_HANDSHAKE_SECONDS} if tls_context is not None else {}
     listening = listen_tcp(host, port)
     listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
     run_listener(server, listener, DRAIN_GRACE_SECONDS, on_bound, host, listening.getsockname()[1])
@@ -5608,7 +5709,14 @@ class HttpApp:
                 "with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere"
             )
         self.sealer = TokenSealer(keys or [os.urandom(32)], self.options.token_ttl)
-        self._limit = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
+        self._limit = most = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
+        own: dict[str, Any] = {
+            "max_request_bytes": most, "max_decoded_bytes": most, "max_state_bytes": _MAX_STATE_BYTES, "max_turns": MAX_TURNS,
+            "max_turns_seconds": MAX_TURNS_SECONDS, "token_clock_skew": TOKEN_CLOCK_SKEW_SECONDS,
+            "token_ttl": self.sealer.ttl or None}
+        if self.options.json:
+            own["max_json_request_bytes"] = self.options.max_request_bytes or _JSON_MAX_REQUEST_BYTES
+        self.limits = limits_of({**vars(self.options), **own})
         self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
         self._live: OrderedDict[bytes, _LiveState] = OrderedDict()  # by the end of the cursor that holds the same
         self._lock = threading.Lock()
@@ -5726,7 +5834,7 @@ class HttpApp:
             raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
         headers, asked = request.headers, request.get_header(MAX_TURNS_HEADER) or ""
         metadata = {k.decode(): headers[k.decode()] for k in TRACE_KEYS if k.decode() in headers}
-        caller = Caller(TransportKind.HTTP, _ANONYMOUS, request.remote_addr, metadata, request.gone, limit)
+        caller = Caller(TransportKind.HTTP, _ANONYMOUS, request.remote_addr, metadata, request.gone, limit, self.limits)
         coding = choose_encoding(headers.get(ACCEPT_ENCODING_HEADER.lower()), headers.get("accept-encoding", "")[:1000])
         turns = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
         coded = CONTENT_ENCODING_HEADER.lower() in headers or "content-encoding" in headers
@@ -5883,7 +5991,7 @@ class HttpApp:
         try:
             stream = self._revive(call, opened, state)
         except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer
-            return call._failed(opened.output_schema, exc)
+            return call._failed(opened.output_schema, exc, refused=isinstance(exc, TokenError))
         if cancel:
             call.cancel()
             return Turn(stream.output_schema, call._logs(stream.output_schema), True)
@@ -6045,13 +6153,16 @@ class HttpApp:
 
     def _revive(self, call: Call, opened: _OpenedCall, state: StreamState | bytes) -> Stream[Any, Any]:
         cls = type(state) if isinstance(state, StreamState) else cast("type[StreamState]", call.bound.state_types[state[0]])
-        if not isinstance(state, StreamState):  # our own bytes: the seal vouches for them
-            state = cls.deserialize_from_bytes(state[1:], IpcValidation.NONE)
         call_state = None
-        if opened.call_state:
-            if cls.CALL_STATE_TYPE is None:
-                raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had one
-            call_state = cls.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
+        try:
+            if not isinstance(state, StreamState):  # our own bytes: the seal vouches for them
+                state = cls.deserialize_from_bytes(state[1:], IpcValidation.NONE)
+            if opened.call_state:
+                if cls.CALL_STATE_TYPE is None:
+                    raise TokenError(_TOKEN_REFUSED)
+                call_state = cls.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
+        except _Refusal as exc:  # sealed by a version of the service whose state was another
+            raise TokenError(_TOKEN_REFUSED) from exc
         stream: Stream[Any, Any] = Stream(opened.output_schema, state, opened.input_schema, call_state=call_state)
         if cls.rehydrate is not StreamState.rehydrate:
             call._run(state.rehydrate, call.bound.hosted.implementation)
@@ -6462,6 +6573,8 @@ class HttpServing:
     def __init__(self, app: HttpApp, host: str, port: int, options: HttpServeOptions | None = None) -> None:
         self.app, self.host, self.options = app, host, options or HttpServeOptions()
         app.scheme = "https" if self.options.tls_context is not None else "http"
+        tls = {"tls_handshake_timeout": TLS_HANDSHAKE_SECONDS} if app.scheme == "https" else {}
+        app.limits |= limits_of({**vars(self.options), **tls, "max_head_bytes": MAX_HEAD_BYTES, "max_headers": MAX_HEADERS})
         listening = listen_tcp(host, port)
         self.port = listening.getsockname()[1]
         self.listener = Listener(listening, self._handle, threaded=True, idle_timeout=self.options.idle_timeout)
@@ -6784,13 +6897,13 @@ def _page_at(app: HttpApp, request: HttpRequest, request_id: str, segments: list
     body, shown = ([], _method_card) if segments == ["describe"] else ([*_call_lines(app, request)], _method_line)
     for service in server.services.values():
         body.append(f"<h2>{_text(service.name)} {_text(service.version)}</h2>")
-        for m in describe_service(service).methods:
+        for m in describe_service(service, {}).methods:
             body.append(shown(app, service.methods[m.name].info, m.stream_kind.replace("unknown", "stream") or "unary"))
     facts: dict[str, object] = {"Health": "draining, takes no calls" if server.draining else "ok", "Server": server.server_id}
     facts |= {"Version": server.server_version or "not given", "Protocol hash": server.protocol_hash}
     software = f"vgi_rpc {__version__}, wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}"
     facts["Made with"] = f"{software}, pyarrow {pa.__version__}"
-    body.append(f"<h2>This server</h2><article>{_definitions(facts)}</article>")
+    body.append(f"<h2>This server</h2><article>{_definitions(facts)}<h4>Limits</h4>{_limit_list(app)}</article>")
     return _page(app, server.protocol_name, body)
 
 def _not_found_page(app: HttpApp, request: HttpRequest) -> HttpResponse | None:
@@ -6802,6 +6915,9 @@ def _not_found_page(app: HttpApp, request: HttpRequest) -> HttpResponse | None:
 
 def _definitions(facts: Mapping[str, object]) -> str:
     return "<dl>" + "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items()) + "</dl>"
+
+def _limit_list(app: HttpApp, names: Iterable[str] = _LIMITS) -> str:
+    return _definitions({k.replace("_", " "): v for k, v in app.limits.items() if k in names})
 
 def _call_lines(app: HttpApp, request: HttpRequest) -> Iterator[str]:
     """How to call the first method, a unary one where there is one, from each of three places."""
@@ -6840,7 +6956,7 @@ def _method_line(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
 
 def _method_card(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
     """All that is known of a method: its schemas, header, documentation and limits."""
-    anchor, options = _text(f"{info.protocol_name}.{info.name}"), app.options
+    anchor = _text(f"{info.protocol_name}.{info.name}")
     marks = [kind, *([info.idempotency.replace("_", " ")] if info.idempotency != "unknown" else [])]
     marks += [f"deprecated: {info.deprecation}"] if info.deprecation is not None else []
     badges = "".join(f" <b>{_text(m)}</b>" for m in marks)
@@ -6854,11 +6970,8 @@ def _method_card(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
         streamed = title == "Result" and kind != "unary"
         rows = rows or {"none" if not streamed else "batches": "" if not streamed else "of a schema that the call decides"}
         card += f"<h4>{title}</h4>{_definitions(rows)}" if schema is not None else ""
-    answer = f"{options.max_response_bytes:,} bytes" if options.max_response_bytes else "of any size"
-    limits = [f"request {app._limit:,} bytes", f"answer {answer}"]
-    limits += [f"{options.max_rows:,} rows a batch"] if options.max_rows else []
-    limits += [f"state token {options.token_ttl:g} seconds"] if kind != "unary" and options.token_ttl else []
-    return f"{card}<h4>Limits</h4><p>{'; '.join(limits)}</p></article>"
+    names = ["max_request_bytes", "max_response_bytes", "max_rows", *(["token_ttl"] if kind != "unary" else [])]
+    return f"{card}<h4>Limits</h4>{_limit_list(app, names)}</article>"
 
 
 # ============================================================================
@@ -8396,9 +8509,11 @@ def _describe(args: Any) -> None:
     with contextlib.closing(_channel_to(args)) as channel:
         service, method = _describe_live(channel, args)
         service = service if method is None else dataclasses.replace(service, methods={method.name: method})
-        limits = dataclasses.asdict(channel.capabilities(_options(args).deadline)) if isinstance(channel, HttpClient) else {}
+        told = dataclasses.asdict(channel.capabilities(_options(args).deadline)) if isinstance(channel, HttpClient) else {}
+    limits = service.limits or {k: Limit(v, "bytes") for k, v in told.items() if type(v) is int}  # another implementation's
     facts = {f.name: getattr(service, f.name) for f in dataclasses.fields(service) if f.name != "methods"}
-    facts.update(limits={k: v for k, v in limits.items() if v}, methods=list(map(_facts_of, service.methods.values())))
+    facts.update(limits={k: v._asdict() for k, v in limits.items()}, capabilities={k: v for k, v in told.items() if v},
+                 methods=list(map(_facts_of, service.methods.values())))
     if args.format == "json":
         print(json.dumps(facts, indent=2))
     else:
@@ -8421,7 +8536,7 @@ def _facts_of(method: MethodDescription) -> dict[str, Any]:
 
 def _describe_text(facts: dict[str, Any], service: ServiceDescription, markdown: bool) -> str:
     def shown(value: Any) -> str:
-        if isinstance(value, (list, tuple)):
+        if type(value) in (list, tuple):
             return ", ".join(map(shown, value)) or "none"
         if not isinstance(value, dict):
             return str(value).replace("\n", "\n    ")
@@ -8434,7 +8549,8 @@ def _describe_text(facts: dict[str, Any], service: ServiceDescription, markdown:
     for method in facts["methods"]:
         lines += ["", f"{'## ' * markdown}{method['name'] if markdown else _paint(method['name'], '1', sys.stdout)}"]
         lines += [item.format(name, shown(value)) for name, value in method.items() if name != "name"]
-    rest = {**facts["limits"], "protocol_hash": service.protocol_hash, "server_id": service.server_id}
+    limits = {name: Limit(**limit) for name, limit in facts["limits"].items()}
+    rest = {**facts["capabilities"], **limits, "protocol_hash": service.protocol_hash, "server_id": service.server_id}
     return "\n".join([*lines, "", *(item.format(name.replace("_", " "), shown(value)) for name, value in rest.items())])
 
 def _annotation_of(column: pa.Field) -> str:
