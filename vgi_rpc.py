@@ -977,6 +977,8 @@ def parse_message_head(data: bytes) -> MessageHead:
         _layouts[len(data)] = [*layouts, HeadLayout(data, head, regions)]
     return head
 
+_own_head = functools.lru_cache(maxsize=32)(parse_message_head)  # of heads that pyarrow writes here, batch after batch
+
 def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
     """Call into pyarrow with foreign bytes: the one place where its exceptions become ours."""
     try:
@@ -1273,7 +1275,7 @@ class IpcWriter:
         if metadata is None:
             return [raw]
         size = 8 + struct.unpack_from("<i", raw, 4)[0]
-        head, body = parse_message_head(raw[8:size]), raw[size:]
+        head, body = _own_head(raw[8:size]), raw[size:]
         _, layout = self._facts.layouts(batch, metadata, bool(body))
         return [layout.message(head.rows, head.nodes, head.buffers, body, metadata)]
 
@@ -3943,6 +3945,7 @@ class ByteChannel(ByteSource):
         self.deadline: float | None = None  # ``time.monotonic()`` seconds at which reads and writes give up
         self.gap: float | None = None  # seconds that a single wait may take at most
         self.ended = False  # whether the peer has closed its side
+        self._watch: Any = None  # for `peer_gone`, made when it is first asked
 
     # What a kind of channel provides.
     fileno: Callable[[], int]  # the descriptor that is read from, -1 once closed
@@ -3952,9 +3955,15 @@ class ByteChannel(ByteSource):
     _send: Callable[[list[memoryview]], int]
 
     def peer_gone(self) -> bool:
-        """Whether the other side has hung up."""
+        """Whether the other side has hung up; may be asked by any thread."""
         try:
-            return _ready(self.fileno(), "POLLRDHUP")
+            if self._watch is None:
+                import select
+                self._watch = select.poll()
+                self._watch.register(self.fileno(), select.POLLRDHUP)
+            return self.fileno() < 0 or bool(self._watch.poll(0))
+        except RuntimeError:  # another thread asks at this moment, and will know
+            return False
         except (OSError, ValueError, AttributeError):
             return True
 
@@ -6346,9 +6355,14 @@ class HeadReader:
         return self._last[1]
 
     def _changed(self, varying: re.Match[bytes]) -> HttpHead:
-        known = self._known
-        values = {name: value.decode() for name, value in zip(_VARYING_NAMES, varying.groups()) if value is not None}
-        return HttpHead(known.start, known.headers | values, known.repeated, known.memory)
+        start, fixed, repeated, memory = self._known
+        request_id, date, length = varying.groups()
+        headers = {**fixed, "content-length": length.decode()}
+        if request_id is not None:
+            headers["x-request-id"] = request_id.decode()
+        if date is not None:
+            headers["date"] = date.decode()
+        return HttpHead(start, headers, repeated, memory)
 
     def _parsed(self, raw: bytes) -> HttpHead:
         head, varying = parse_http_head(raw), _VARYING.search(raw)
