@@ -6127,7 +6127,7 @@ class HttpApp:
             items[at] = (items[at][0], {**(items[at][1] or {}), **tokens})
         else:
             items.append((empty_batch(stream.output_schema), tokens))
-        return turn._replace(items=items)
+        return Turn(turn.schema, items, turn.finished, turn.error, turn.status)
 
 
 
