@@ -716,9 +716,9 @@ class ByteSource:
         """Return *head* and the next *size* bytes in one piece of memory; shorter only where the source ends."""
         return head + self.read(size)
 
-    def take(self, expected: bytes) -> bool:
-        """Read *expected* if it comes next and is there already; else read nothing."""
-        return False
+    def read_known(self, head: bytes, size: int) -> _Buffer | None:
+        """As `read_after`, if *head* comes next and is there already or with the next bytes that come; else read nothing."""
+        return None
 
 
 class BufferSource(ByteSource):
@@ -1076,30 +1076,32 @@ class IpcReader:
         """Read the next batch's message without decoding it; ``None`` at the end marker. Raises `IPCError` for half a message
         or a head that cannot be true, `RequestTooLargeError` above a limit."""
         while True:
+            if self.ended:
+                return None
             raw, head = self._last
-            known = bool(raw) and not self.ended and self._source.take(raw)
-            if not known:
-                read = None if self.ended else self._read_head()
-                if read is None:
+            message = _guard("the message body", self._source.read_known, raw, head.body_length) if raw else None
+            known = message is not None
+            if message is None:
+                if (read := self._read_head()) is None:
                     return None
-                known = read == raw
-                raw, head = read, head if known else parse_message_head(read[8:])
-            if head.kind == _SCHEMA_MESSAGE:
-                raise IPCError("expected a batch, got a second schema message")
-            size, limit = head.body_length, self._limits.max_bytes
-            if limit is not None and size > limit:
-                self._unread = size
-                raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {size}")
-            message = _guard("the message body", self._source.read_after, raw, size)
-            got = len(message) - len(raw)
-            if got < size:
-                raise IPCError(f"half a message: expected a body of {size} bytes, got {got}")
+                raw, head = read, parse_message_head(read[8:])
+                if head.kind == _SCHEMA_MESSAGE:
+                    raise IPCError("expected a batch, got a second schema message")
+                size, limit = head.body_length, self._limits.max_bytes
+                if limit is not None and size > limit:
+                    self._unread = size
+                    raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {size}")
+                message = _guard("the message body", self._source.read_after, raw, size)
+            if len(message) < len(raw) + head.body_length:
+                got = len(message) - len(raw)
+                raise IPCError(f"half a message: expected a body of {head.body_length} bytes, got {got}")
             if not known:
                 self._check_bounds(head, memoryview(message)[len(raw) :])
             if head.kind == _BATCH_MESSAGE:
                 if _wire_read.isEnabledFor(logging.DEBUG):
-                    _wire_read.debug("batch of %d rows, %d bytes, metadata %s", head.rows, size, sorted(head.metadata or ()))
-                if not head.compressed:  # else the bounds stand in the body
+                    size, keys = head.body_length, sorted(head.metadata or ())
+                    _wire_read.debug("batch of %d rows, %d bytes, metadata %s", head.rows, size, keys)
+                if not known and not head.compressed:  # else the bounds stand in the body
                     self._last = raw, head
                 return BatchMessage(head, message)
             self._keep_dictionary(head, message)
@@ -1172,17 +1174,9 @@ class IpcReader:
 _TICK_FACTS = schema_facts(EMPTY_SCHEMA)
 _TICK_MESSAGE = _TICK.serialize().to_pybytes()
 
-class _Pieces(io.RawIOBase):
+class _Pieces(list["_Buffer"]):
     """The file that collects what pyarrow's stream writer writes, without copying bodies."""
-    def __init__(self) -> None:
-        self.pieces: list[_Buffer] = []
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.pieces.append(data)
-        return len(data)
+    closed, write = False, list.append
 
 
 class IpcWriter:
@@ -1193,7 +1187,7 @@ class IpcWriter:
         self._facts = schema_facts(schema)
         self._write, self._begun = write, False
         self._file = _Pieces()
-        self._writer: ipc.RecordBatchStreamWriter | None = None  # pyarrow's, once there are dictionaries to remember
+        self._writer: ipc.RecordBatchStreamWriter | None = None  # pyarrow's, once there was a batch for it
 
     def write(self, batch: pa.RecordBatch, metadata: Any = None) -> None:
         """Write one batch (schema first, if this is the first); *metadata* becomes the message's own."""
@@ -1214,14 +1208,12 @@ class IpcWriter:
 
     def _messages(self, batch: Any, metadata: dict[bytes, bytes] | None) -> list[_Buffer]:
         if not isinstance(batch, pa.RecordBatch):
-            if self._writer is None:
+            if self._writer is None or not self._facts.has_dictionary:
                 return cast("list[_Buffer]", batch.messages(metadata))
             batch = batch.to_record_batch()
         if batch is _TICK and metadata is None:
             return [_TICK_MESSAGE]
-        # nbytes costs more than all the rest here; the other size is an upper bound, large for slices.
-        large = batch.get_total_buffer_size() > SMALL_BODY_BYTES and batch.nbytes > SMALL_BODY_BYTES
-        if self._facts.has_dictionary or large:
+        if self._facts.has_dictionary or batch.get_total_buffer_size() > SMALL_BODY_BYTES:
             return self._by_pyarrow(batch, metadata)
         raw = batch.serialize().to_pybytes()
         if metadata is None:
@@ -1232,13 +1224,14 @@ class IpcWriter:
         return [layout.message(head.rows, head.nodes, head.buffers, body, metadata)]
 
     def _by_pyarrow(self, batch: pa.RecordBatch, metadata: dict[bytes, bytes] | None) -> list[_Buffer]:
-        writer, schema_left = self._writer, 0
-        if writer is None:
-            writer, schema_left = ipc.new_stream(self._file, self.schema), len(self._facts.message)
-        writer.write_batch(batch, custom_metadata=metadata)
-        if self._facts.has_dictionary:
-            self._writer = writer  # it knows which dictionaries it has sent
-        pieces, self._file.pieces = self._file.pieces, []
+        schema_left = 0
+        if self._writer is None:  # kept: it is dear to make, and knows which dictionaries it has sent
+            self._writer, schema_left = ipc.new_stream(self._file, self.schema), len(self._facts.message)
+        try:
+            self._writer.write_batch(batch, custom_metadata=metadata)
+        finally:
+            pieces = self._file.copy()
+            self._file.clear()
         while schema_left > 0:  # written already
             schema_left -= len(pieces.pop(0))
         return pieces
@@ -1247,10 +1240,14 @@ class IpcWriter:
         """Write the end marker (after the schema, if nothing was written)."""
         self.write_all((), close=True)
 
-def stream_bytes(schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]]) -> bytes:
-    """Return one whole IPC stream: schema, the batches with their metadata, end marker."""
+def write_stream(write: Callable[[list[_Buffer]], object], schema: pa.Schema, items: Iterable[tuple[Any, Any]]) -> None:
+    """Write one whole IPC stream in one call of the sink: schema, the batches with their metadata, end marker."""
+    IpcWriter(write, schema).write_all(items, close=True)
+
+def stream_bytes(schema: pa.Schema, items: Iterable[tuple[Any, Any]]) -> bytes:
+    """Return one whole IPC stream, as `write_stream` writes it."""
     pieces: list[_Buffer] = []
-    IpcWriter(pieces.extend, schema).write_all(items, close=True)
+    write_stream(pieces.extend, schema, items)
     return b"".join(pieces)
 
 _TYPE_SPELLING = {"double": "float64", "halffloat": "float16", "float": "float32", "string": "utf8"}
@@ -3482,7 +3479,7 @@ class ByteChannel(ByteSource):
     close: Callable[[], None]  # both directions; may be called twice
     _receive: Callable[[int], bytes]
     _receive_into: Callable[[memoryview], int]
-    _send: Callable[[list[memoryview]], int]
+    _send: Callable[[Sequence[_Buffer]], int]
 
     def peer_gone(self) -> bool:
         """Whether the other side has hung up."""
@@ -3500,9 +3497,9 @@ class ByteChannel(ByteSource):
             raise DeadlineExceededError(_TOO_LATE)
         return left if self.gap is None else min(left, self.gap)
 
-    def _fill(self) -> bool:
-        """Receive more into the buffer; ``False`` at the end."""
-        piece = self._receive(_RECEIVE_BYTES)
+    def _fill(self, size: int = _RECEIVE_BYTES) -> bool:
+        """Receive up to *size* more bytes into the buffer; ``False`` at the end."""
+        piece = self._receive(size)
         self._buffer, self._at = self._buffer[self._at :] + piece, 0
         self.ended = self.ended or not piece
         return bool(piece)
@@ -3533,10 +3530,16 @@ class ByteChannel(ByteSource):
             filled += got
         return whole
 
-    def take(self, expected: bytes) -> bool:
-        found = self._buffer.startswith(expected, self._at)
-        self._at += len(expected) if found else 0
-        return found
+    def read_known(self, head: bytes, size: int) -> _Buffer | None:
+        if self._at == len(self._buffer):  # without a large body, which is then received in its place
+            self._fill(_RECEIVE_BYTES if size <= _RECEIVE_BYTES else len(head))
+        if not self._buffer.startswith(head, self._at):
+            return None
+        start, self._at = self._at, self._at + len(head)
+        if self._at + size > len(self._buffer):
+            return self.read_after(head, size)
+        self._at += size
+        return self._buffer[start : self._at]
 
     def read_until(self, marker: bytes, limit: int) -> bytes | None:
         """Read to and with *marker*; ``None`` if the source ends or *limit* bytes pass before it comes."""
@@ -3555,19 +3558,17 @@ class ByteChannel(ByteSource):
 
     def write(self, pieces: Sequence[_Buffer]) -> None:
         """Write all of *pieces*, in order; large ones are not copied."""
-        if sum(map(len, pieces)) <= SMALL_BODY_BYTES:
-            data = b"".join(pieces)
-            sent = self._send([data]) if data else 0  # type: ignore[list-item]
-            if sent == len(data):
-                return
-            pieces = [data[sent:]]
-        views = [memoryview(p).cast("B") for p in pieces if len(p)]
+        size = sum(map(len, pieces))
+        if size <= SMALL_BODY_BYTES:
+            pieces = [b"".join(pieces)]
+        sent = self._send(pieces[:_MAX_PIECES]) if size else 0
+        views = [memoryview(p).cast("B") for p in pieces if len(p)] if sent < size else []
         while views:
-            sent = self._send(views[:_MAX_PIECES])
             while views and sent >= len(views[0]):
                 sent -= len(views.pop(0))
-            if sent:
+            if views:
                 views[0] = views[0][sent:]
+                sent = self._send(views[:_MAX_PIECES])
 
 def _lost(exc: BaseException) -> TransportError:
     return TransportError(f"connection lost: {getattr(exc, 'strerror', None) or _text_of(exc)}")
@@ -3616,9 +3617,9 @@ class FdChannel(ByteChannel):
     def _receive_into(self, view: memoryview) -> int:
         return self._io("read_fd", os.readv, [view])
 
-    def _send(self, pieces: list[memoryview]) -> int:
+    def _send(self, pieces: Sequence[_Buffer]) -> int:
         if len(pieces) == 1 or not hasattr(os, "writev"):
-            return self._io("write_fd", os.write, pieces[0][:_MAX_IO_BYTES])
+            return self._io("write_fd", os.write, memoryview(pieces[0])[:_MAX_IO_BYTES])
         return self._io("write_fd", os.writev, pieces)
 
     def close(self) -> None:
@@ -3634,18 +3635,19 @@ class SocketChannel(ByteChannel):
         super().__init__()
         self.socket = connected
         self._gather = not hasattr(connected, "pending") and hasattr(connected, "sendmsg")  # TLS sockets cannot gather
+        self._flags = socket.MSG_WAITALL if self._gather else 0  # without a time limit, one call receives a whole body
         self._timeout: float | None = connected.gettimeout()
 
     def fileno(self) -> int:
         return self.socket.fileno()
 
-    def _io(self, call: Callable[..., _T], argument: Any) -> _T:
+    def _io(self, call: Callable[..., _T], *arguments: Any) -> _T:
         try:
             left = self._time_left()
             if left is not None or self._timeout is not None:
                 self._timeout = left
                 self.socket.settimeout(left)
-            return call(argument)
+            return call(*arguments)
         except (OSError, ValueError) as exc:
             if isinstance(exc, TimeoutError) and exc.errno is None:  # with an errno it is the network's: a lost connection
                 raise DeadlineExceededError(_TOO_LATE) from None
@@ -3655,12 +3657,12 @@ class SocketChannel(ByteChannel):
         return self._io(self.socket.recv, size)
 
     def _receive_into(self, view: memoryview) -> int:
-        return self._io(self.socket.recv_into, view)
+        return self._io(self.socket.recv_into, view, 0, self._flags)
 
-    def _send(self, pieces: list[memoryview]) -> int:
+    def _send(self, pieces: Sequence[_Buffer]) -> int:
         if self._gather and len(pieces) > 1:
             return self._io(self.socket.sendmsg, pieces)
-        return self._io(self.socket.send, pieces[0][:_MAX_IO_BYTES])
+        return self._io(self.socket.send, memoryview(pieces[0])[:_MAX_IO_BYTES])
 
     def close(self) -> None:
         with contextlib.suppress(OSError), self.socket:
@@ -4142,7 +4144,7 @@ class ByteClient(ClientChannel):
         self._end_open("was ended by another call on its connection; read it to its end first, or connect twice")
         request_id, self._between = new_request_id(), True
         metadata = request_metadata(info, options.version, request_id, options.timeout)
-        self.transport.channel.write([stream_bytes(batch.schema, [(batch, metadata)])])
+        write_stream(self.transport.channel.write, batch.schema, [(batch, metadata)])
         return request_id
 
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
@@ -4582,7 +4584,7 @@ class _ByteServing:
         return IpcReader(self._channel, self._server.limits, self._server.ipc_validation)
 
     def _write(self, schema: pa.Schema, items: Iterable[tuple[pa.RecordBatch, Any]]) -> None:
-        self._channel.write([stream_bytes(schema, items)])
+        write_stream(self._channel.write, schema, items)
 
     def _answer(self, exc: BaseException, request_id: str = "") -> None:
         self._write(EMPTY_SCHEMA, [self._server.error_item(exc, EMPTY_SCHEMA, request_id or new_request_id())])
