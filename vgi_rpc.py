@@ -975,10 +975,11 @@ def _has_dictionary(kind: pa.DataType) -> bool:
 
 class SchemaFacts:
     """A schema with what reading and writing its batches needs to know; safe for use by several threads."""
-    __slots__ = ("_shapes", "has_dictionary", "message", "plan", "schema")
+    __slots__ = ("_shapes", "has_dictionary", "message", "plan", "required", "schema")
     def __init__(self, schema: pa.Schema, message: bytes) -> None:
         self.schema, self.message = schema, message  # the encapsulated schema message
         self.has_dictionary = any(map(_has_dictionary, schema.types))
+        self.required = tuple([i for i, f in enumerate(schema) if not f.nullable])  # columns that take no nulls
         self.plan: Any = False  # how its short batches travel without pyarrow: `plain_plan` fills it in
         self._shapes: dict[Any, tuple[list[HeadLayout], HeadLayout]] = {}
 
@@ -1271,9 +1272,9 @@ def conform_batch(batch: Any, schema: pa.Schema, where: str, *, cast_values: boo
             raise ParameterError(f"{where}: expected columns {_schema_text(schema)}, got {_schema_text(batch.schema)}")
         arrays = [_conform_column(a, f, where, cast_values) for a, f in zip(batch.columns, schema)]
         batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
-    for i, column in enumerate(schema):
-        if not column.nullable:
-            _without_nulls(batch.column(i), column, where)
+    for i in schema_facts(schema).required:
+        if batch.column(i).null_count:
+            _without_nulls(batch.column(i), schema.field(i), where)
     return batch
 
 def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values: bool) -> pa.Array:
@@ -3561,7 +3562,7 @@ class ByteChannel(ByteSource):
         size = sum(map(len, pieces))
         if size <= SMALL_BODY_BYTES:
             pieces = [b"".join(pieces)]
-        sent = self._send(pieces[:_MAX_PIECES]) if size else 0
+        sent = self._send(pieces[:_MAX_PIECES]) if 0 < size <= _MAX_IO_BYTES else 0
         views = [memoryview(p).cast("B") for p in pieces if len(p)] if sent < size else []
         while views:
             while views and sent >= len(views[0]):
@@ -3619,7 +3620,7 @@ class FdChannel(ByteChannel):
 
     def _send(self, pieces: Sequence[_Buffer]) -> int:
         if len(pieces) == 1 or not hasattr(os, "writev"):
-            return self._io("write_fd", os.write, memoryview(pieces[0])[:_MAX_IO_BYTES])
+            return self._io("write_fd", os.write, pieces[0][:_MAX_IO_BYTES])
         return self._io("write_fd", os.writev, pieces)
 
     def close(self) -> None:
@@ -3635,19 +3636,18 @@ class SocketChannel(ByteChannel):
         super().__init__()
         self.socket = connected
         self._gather = not hasattr(connected, "pending") and hasattr(connected, "sendmsg")  # TLS sockets cannot gather
-        self._flags = socket.MSG_WAITALL if self._gather else 0  # without a time limit, one call receives a whole body
         self._timeout: float | None = connected.gettimeout()
 
     def fileno(self) -> int:
         return self.socket.fileno()
 
-    def _io(self, call: Callable[..., _T], *arguments: Any) -> _T:
+    def _io(self, call: Callable[..., _T], argument: Any) -> _T:
         try:
             left = self._time_left()
             if left is not None or self._timeout is not None:
                 self._timeout = left
                 self.socket.settimeout(left)
-            return call(*arguments)
+            return call(argument)
         except (OSError, ValueError) as exc:
             if isinstance(exc, TimeoutError) and exc.errno is None:  # with an errno it is the network's: a lost connection
                 raise DeadlineExceededError(_TOO_LATE) from None
@@ -3657,12 +3657,12 @@ class SocketChannel(ByteChannel):
         return self._io(self.socket.recv, size)
 
     def _receive_into(self, view: memoryview) -> int:
-        return self._io(self.socket.recv_into, view, 0, self._flags)
+        return self._io(self.socket.recv_into, view)
 
     def _send(self, pieces: Sequence[_Buffer]) -> int:
         if self._gather and len(pieces) > 1:
             return self._io(self.socket.sendmsg, pieces)
-        return self._io(self.socket.send, memoryview(pieces[0])[:_MAX_IO_BYTES])
+        return self._io(self.socket.send, pieces[0][:_MAX_IO_BYTES])
 
     def close(self) -> None:
         with contextlib.suppress(OSError), self.socket:
