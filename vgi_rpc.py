@@ -39,7 +39,7 @@ import base64, binascii, contextlib, contextvars, copy, dataclasses, enum, errno
 import inspect, io, itertools, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
 import types, typing, zlib
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, Union, cast
 
@@ -3542,15 +3542,32 @@ class ByteChannel(ByteSource):
         self._at += size
         return self._buffer[start : self._at]
 
-    def read_until(self, marker: bytes, limit: int) -> bytes | None:
-        """Read to and with *marker*; ``None`` if the source ends or *limit* bytes pass before it comes."""
+    def read_some(self, size: int) -> bytes:
+        """Read 1 to *size* bytes, as they come; none only where the source ends."""
+        if self._at == len(self._buffer) and not self._fill():
+            return b""
+        piece = self._buffer[self._at : self._at + size]
+        self._at += len(piece)
+        return piece
+
+    def read_into(self, view: memoryview) -> int:
+        """As `read_some`, into the beginning of *view*; return how many came."""
+        if self._at == len(self._buffer):
+            return self._receive_into(view)
+        piece = self.read_some(len(view))
+        view[: len(piece)] = piece
+        return len(piece)
+
+    def read_until(self, marker: bytes, limit: int, size: int = _RECEIVE_BYTES) -> bytes | None:
+        """Read to and with *marker*; ``None`` if the source ends or *limit* bytes pass before it comes. Up to *size* bytes are
+        received at a time."""
         seen = self._at
         while True:
             found = self._buffer.find(marker, max(self._at, seen - len(marker)))
             if found >= 0:
                 return self.read(found + len(marker) - self._at)
             seen = len(self._buffer) - self._at
-            if seen >= limit or not self._fill():
+            if seen >= limit or not self._fill(size):
                 return None
 
     def peek(self) -> bytes:
@@ -5739,13 +5756,14 @@ def read_http_head(channel: ByteChannel) -> HttpHead | None:
         raise _protocol_error(f"the head exceeds {MAX_HEAD_BYTES} bytes", 414 if b"\r\n" not in seen else 431)
     raise TransportError("the connection was closed in the middle of a head")
 
-def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Iterator[bytes]:
-    """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped.
+def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Generator[Any, memoryview | None, None]:
+    """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped. When it was sent a memoryview,
+    the next piece goes there, and its length is yielded.
     Raises `ProtocolError` for wrong framing, `RequestTooLargeError` beyond *limit* bytes, which *rule* names.
     """
-    total = 0
+    total, at_once, view = 0, _RECEIVE_BYTES, None
     while True:
-        line = channel.read_until(b"\r\n", 1024)
+        line = channel.read_until(b"\r\n", 1024, at_once)
         match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n", line or b"")
         if match is None:
             raise ProtocolError(f"chunk: expected a size in hexadecimal digits, got {(line or channel.peek())[:40]!r}")
@@ -5755,12 +5773,15 @@ def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_byte
             raise _too_large(limit, f"at least {total}", rule)
         if not size:
             break
+        at_once = 1024 if size > _RECEIVE_BYTES else _RECEIVE_BYTES  # the next large chunk's data is received in its place
         while size:
-            if not (piece := channel.read(min(size, _RECEIVE_BYTES))):
+            piece = channel.read_some(size) if view is None else channel.read_into(view[:size])
+            got = len(piece) if isinstance(piece, bytes) else piece
+            if not got:
                 raise ProtocolError("chunk: it ends before its data")
-            size -= len(piece)
-            yield piece
-        if channel.read(2) != b"\r\n":
+            size -= got
+            view = yield piece
+        if channel.read_until(b"\n", 2, at_once) != b"\r\n":
             raise ProtocolError("chunk: its data is not followed by CR LF")
     trailers = (channel.read_until(b"\r\n", 8192) for _ in range(MAX_HEADERS))
     if next((line for line in trailers if line in (b"\r\n", None)), None):
@@ -6381,11 +6402,12 @@ class HttpBody(ByteChannel):
         return next(self._pieces, b"")
 
     def _receive_into(self, view: memoryview) -> int:
-        if self._at == len(self._buffer) and not self._fill():
+        if self.channel is not None and 0 < len(self._buffer) == self._at:  # read_chunked takes a view once it has begun
+            with contextlib.suppress(StopIteration):
+                return cast("int", cast("Any", self._pieces).send(view))
             return 0
-        piece = self._buffer[self._at : self._at + len(view)]
+        piece = self.read_some(len(view))
         view[: len(piece)] = piece
-        self._at += len(piece)
         return len(piece)
 
 _BUDGET_RULE = "accepted_max_response_bytes"
