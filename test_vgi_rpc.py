@@ -1266,6 +1266,26 @@ class BatchTests(TestCase):
         self.assertEqual(len(list(iter(vgi_rpc.IpcReader(source).next, None))), 1)
         self.assertEqual(source.read(100), b"rest")
 
+    def test_batches_of_all_sizes_come_in_pieces(self) -> None:
+        rows = {size: pa.RecordBatch.from_pydict({"n": pa.array(range(size), pa.int64())}) for size in (0, 3, 9_000, 20_000)}
+        batches = [*[rows[20_000]] * 3, *[rows[3]] * 3, rows[0], *[rows[9_000]] * 2, rows[20_000].slice(7, 12_000), rows[3]]
+        items = [(b, {b"k": b"%d" % (i // 2)} if i % 5 else None) for i, b in enumerate(batches)]
+        for most in (5_000, 70_000, 1 << 30):
+            with self.subTest(most=most):
+                written = MemoryChannel(b"", most)
+                writer = vgi_rpc.IpcWriter(written.write, rows[3].schema)
+                for batch, metadata in items:
+                    writer.write(batch, metadata)
+                writer.close()
+                data = b"".join(written.written)
+                self.assertEqual([(b, m or None) for b, m in read_stream(io.BytesIO(data))], items)
+                channel = MemoryChannel(data + b"rest", most)
+                self.assertEqual(read_all(b"", channel), items)
+                self.assertEqual(channel.read(5), b"rest")
+        for end in range(len(data) - 300, len(data), 7):
+            with self.subTest(end=end), self.assertRaises(vgi_rpc.IPCError):
+                read_all(b"", MemoryChannel(data[:end], 70_000))
+
     def test_every_strict_prefix_is_refused(self) -> None:
         for name, data in STREAMS.items():
             for end in range(len(data)):
@@ -1441,11 +1461,11 @@ class StreamLayoutTests(TestCase):
                 for first, second in itertools.product(case.values, repeat=2):
                     info.layouts.clear()
                     one, two = (vgi_rpc.request_batch(info, [value]) for value in (first, second))
-                    learned_of = vgi_rpc.request_stream(info, one, "", "0123456789abcdef", timeout)
-                    recognised = vgi_rpc.request_stream(info, two, "", "fedcba9876543210", timeout)
+                    learned_of = b"".join(vgi_rpc.request_stream(info, one, "", "0123456789abcdef", timeout))
+                    recognised = b"".join(vgi_rpc.request_stream(info, two, "", "fedcba9876543210", timeout))
                     info.layouts.clear()
                     with self.subTest(name=name, first=first, second=second, timeout=timeout):
-                        self.assertEqual(recognised, vgi_rpc.request_stream(info, two, "", "fedcba9876543210", timeout))
+                        self.assertEqual(recognised, b"".join(vgi_rpc.request_stream(info, two, "", "fedcba9876543210", timeout)))
                         server = self.server_that_knows(learned_of)
                         found, wanted = recalled(server, b"xy" + recognised, 2), ordinary(server, recognised)
                         if found is not None:
@@ -7233,11 +7253,11 @@ def ask_core(server: RpcServer, data: bytes) -> list[list[Any]]:
 
 
 class MemoryChannel(vgi_rpc.ByteChannel):
-    """A byte channel without a file: what it reads is given, what is written is kept."""
+    """A byte channel without a file: what it reads is given, what is written is kept, *most* bytes at a time."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, most: int = 1 << 30) -> None:
         super().__init__()
-        self._data, self.written = io.BytesIO(data), []
+        self._data, self.written, self._most = io.BytesIO(data), [], most
 
     def fileno(self) -> int:
         return -1
@@ -7246,13 +7266,13 @@ class MemoryChannel(vgi_rpc.ByteChannel):
         self._data = io.BytesIO()
 
     def _receive(self, size: int) -> bytes:
-        return self._data.read(size)
+        return self._data.read(min(size, self._most))
 
     def _receive_into(self, view: memoryview) -> int:
-        return self._data.readinto(view)
+        return self._data.readinto(view[: self._most])
 
     def _send(self, pieces: list) -> int:
-        self.written.append(b"".join(pieces))
+        self.written.append(b"".join(pieces)[: self._most])
         return len(self.written[-1])
 
 
