@@ -5187,11 +5187,12 @@ class _ByteServing:
 
 @contextlib.contextmanager
 def _stop_signals(server: ServerCore, grace: float = DRAIN_GRACE_SECONDS,
-                  wake: Callable[[], object] = lambda: None) -> Iterator[None]:
+                  wake: Callable[[], object] = lambda: None, wake_fd: int = -1) -> Iterator[None]:
     """Have SIGTERM and SIGINT end what is inside: an idle server at once, else after the running calls or *grace* seconds.
 
-    The first signal drains the server and calls *wake*; a second one does not wait. Only the main thread gets signals:
-    in another thread nothing changes.
+    The first signal drains the server and calls *wake*; a second one does not wait. A signal that comes just before the main
+    thread blocks is handled when something can be read at the other end of *wake_fd*. Only the main thread gets signals: in
+    another thread nothing changes.
     """
     import signal
     waiting = threading.main_thread()
@@ -5211,6 +5212,7 @@ def _stop_signals(server: ServerCore, grace: float = DRAIN_GRACE_SECONDS,
         wake()
 
     old = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    old_fd = signal.set_wakeup_fd(wake_fd, warn_on_full_buffer=False)
     try:
         yield
     except SystemExit:
@@ -5218,6 +5220,7 @@ def _stop_signals(server: ServerCore, grace: float = DRAIN_GRACE_SECONDS,
             raise
     finally:
         timer.cancel()
+        signal.set_wakeup_fd(old_fd)
         for number, handler in old.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
@@ -5257,6 +5260,7 @@ class Listener:
         self._socket, self._handle, self._threaded = listening, handle, threaded
         self._max, self._idle = max_connections, idle_timeout
         self._wake_read, self._wake_write = socket.socketpair()
+        self.wake_fd = self._wake_write.fileno()  # a byte written there has `run` look again
         for ours in (listening, self._wake_read, self._wake_write):
             ours.setblocking(False)  # a connection may vanish between select and accept
         self._stopping = False
@@ -5363,7 +5367,7 @@ def run_listener(server: ServerCore, listener: Listener, grace: float = DRAIN_GR
     *on_bound* is called with the address once signals are handled: who is told of it may stop us.
     """
     try:
-        with _stop_signals(server, grace, listener.stop):
+        with _stop_signals(server, grace, listener.stop, listener.wake_fd):
             if on_bound is not None:
                 on_bound(*address)
             listener.run()
