@@ -7692,6 +7692,26 @@ class StoppingTests(TestCase):
         self.folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, self.folder)
 
+    def test_a_signal_that_interrupts_nothing(self) -> None:
+        program = """
+import signal, sys, threading
+sys.path.insert(0, sys.argv[1])
+import vgi_rpc
+
+class Empty: pass
+
+def bound(*address):  # another thread gets the signal: the main one is not interrupted where it waits
+    threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM)).start()
+
+server = vgi_rpc.RpcServer(Empty, Empty())
+{"http": vgi_rpc.serve_http, "tcp": vgi_rpc.serve_tcp}[sys.argv[2]](server, on_bound=bound)
+print("stopped")
+"""
+        for kind in ("http", "tcp"):
+            with self.subTest(kind):
+                command = [sys.executable, "-c", program, str(HERE), kind]
+                self.assertEqual(subprocess.check_output(command, timeout=LIMIT, env=environment(VGI_RPC_TOKEN_KEY="k" * 32), text=True), "stopped\n")
+
     def test_draining(self) -> None:
         for arguments in (["--http"], ["--tcp", "0"], ["--unix", os.path.join(self.folder, "s")]):
             with self.subTest(arguments[0]), HardWorker(*arguments) as worker:

@@ -769,8 +769,7 @@ class BufferSource(ByteSource):
         """How many bytes are still to be read."""
         return self._size - self._at
 
-@dataclass(frozen=True)
-class IpcLimits:
+class IpcLimits(NamedTuple):
     """What an `IpcReader` accepts of one message."""
     max_bytes: int | None = None  # decoded bytes of one message, None for what memory holds
     max_rows: int | None = None  # rows of one batch, None for what its bytes pay for (see FREE_ROWS)
@@ -1193,7 +1192,7 @@ class IpcReader:
 
     def decode(self, message: BatchMessage) -> pa.RecordBatch:
         """Decode a message of this stream, the last one read if the schema has dictionaries; `IPCError` if it is not valid."""
-        if self.facts is _TICK_FACTS and not message.head.rows:
+        if not message.head.rows and not len(self.schema):
             return _TICK
         if self.facts.has_dictionary:
             batch = _guard("the batch", self._decode_with_dictionaries, message.data)
@@ -1224,8 +1223,9 @@ class IpcReader:
                     raise IPCError(f"half a message: {left} bytes short")
                 left -= got
 
-_TICK_FACTS = schema_facts(EMPTY_SCHEMA)
-_TICK_MESSAGE = _TICK.serialize().to_pybytes()
+@functools.cache  # at first use: pyarrow's memory pool takes 4 MiB at once
+def _tick_message() -> bytes:
+    return cast("bytes", _TICK.serialize().to_pybytes())
 
 class _Pieces(list["_Buffer"]):
     """The file that collects what pyarrow's stream writer writes, without copying bodies."""
@@ -1265,7 +1265,7 @@ class IpcWriter:
                 return cast("list[_Buffer]", batch.messages(metadata))
             batch = batch.to_record_batch()
         if batch is _TICK and metadata is None:
-            return [_TICK_MESSAGE]
+            return [_tick_message()]
         if self._facts.has_dictionary or batch.get_total_buffer_size() > SMALL_BODY_BYTES:
             return self._by_pyarrow(batch, metadata)
         raw = batch.serialize().to_pybytes()
@@ -1902,8 +1902,7 @@ def _located(where: str, prefix: str, convert: Callable[[Any], _T], value: Any) 
         exc.path = exc.path.removeprefix(prefix)
         raise exc.error(where) from None
 
-@dataclass(frozen=True)
-class Codec:
+class Codec(NamedTuple):
     """How values of one annotation travel; encoding and decoding raise `_Mismatch`."""
     arrow_type: pa.DataType
     nullable: bool  # whether None is a value
@@ -2099,7 +2098,7 @@ def _optional_codec(inner: Codec) -> Codec:
     def or_none(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda value: None if value is None else convert(value)
     plain = inner.plain | {type(None)} if inner.plain else inner.plain
-    return dataclasses.replace(inner, nullable=True, encode=or_none(inner.encode), decode=or_none(inner.decode), plain=plain)
+    return inner._replace(nullable=True, encode=or_none(inner.encode), decode=or_none(inner.decode), plain=plain)
 
 def _annotated_codec(annotation: Any, whole: bool) -> Codec:
     """``Annotated[T, ArrowType(t)]``: T's own conversions, where it has any, over exactly the type t."""
@@ -2113,10 +2112,10 @@ def _annotated_codec(annotation: Any, whole: bool) -> Codec:
         base = Codec(exact.arrow_type, _split_optional(inner)[1], _same, _same, decodes_plain=True)
     if exact.nullable is False or not (exact.nullable or base.nullable):
         encode, decode = (_not_none(_type_text(exact.arrow_type), convert) for convert in (base.encode, base.decode))
-        base = dataclasses.replace(base, nullable=False, encode=encode, decode=decode, plain=base.plain - {type(None)})
+        base = base._replace(nullable=False, encode=encode, decode=decode, plain=base.plain - {type(None)})
     elif not base.nullable:
         base = _optional_codec(base)
-    return dataclasses.replace(base, arrow_type=exact.arrow_type, fixed_nullability=exact.nullable is not None)
+    return base._replace(arrow_type=exact.arrow_type, fixed_nullability=exact.nullable is not None)
 
 def _batch_to_bytes(batch: Any) -> bytes:
     _expect(batch, pa.RecordBatch, "pyarrow.RecordBatch")
@@ -3498,16 +3497,15 @@ def _tell(hook: DispatchHook, event: str, *facts: Any) -> Any:
         logger.exception("%s of %r raised", event, hook)
         return None
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(NamedTuple):
     """What a transport knows of the other side of a call."""
     kind: TransportKind = TransportKind.PIPE
     auth: AuthContext = _ANONYMOUS  # who calls
     remote_addr: str = ""  # peer address, empty for pipes
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # further facts for ctx.transport_metadata
+    metadata: Mapping[str, Any] = types.MappingProxyType({})  # further facts for ctx.transport_metadata
     gone: Callable[[], bool] | None = None  # whether the client has left; None when the transport cannot know
     response_limit_bytes: int | None = None  # what the caller accepts as one answer
-    limits: Mapping[str, Limit] = field(default_factory=dict)  # of server and transport, by name
+    limits: Mapping[str, Limit] = types.MappingProxyType({})  # of server and transport, by name
 
 class Turn(NamedTuple):
     """What one turn sends."""
@@ -5206,11 +5204,12 @@ class _ByteServing:
 
 @contextlib.contextmanager
 def _stop_signals(server: ServerCore, grace: float = DRAIN_GRACE_SECONDS,
-                  wake: Callable[[], object] = lambda: None) -> Iterator[None]:
+                  wake: Callable[[], object] = lambda: None, wake_fd: int = -1) -> Iterator[None]:
     """Have SIGTERM and SIGINT end what is inside: an idle server at once, else after the running calls or *grace* seconds.
 
-    The first signal drains the server and calls *wake*; a second one does not wait. Only the main thread gets signals:
-    in another thread nothing changes.
+    The first signal drains the server and calls *wake*; a second one does not wait. A signal that comes just before the main
+    thread blocks is handled when something can be read at the other end of *wake_fd*. Only the main thread gets signals: in
+    another thread nothing changes.
     """
     import signal
     waiting = threading.main_thread()
@@ -5230,6 +5229,7 @@ def _stop_signals(server: ServerCore, grace: float = DRAIN_GRACE_SECONDS,
         wake()
 
     old = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    old_fd = signal.set_wakeup_fd(wake_fd, warn_on_full_buffer=False)
     try:
         yield
     except SystemExit:
@@ -5237,6 +5237,7 @@ def _stop_signals(server: ServerCore, grace: float = DRAIN_GRACE_SECONDS,
             raise
     finally:
         timer.cancel()
+        signal.set_wakeup_fd(old_fd)
         for number, handler in old.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
@@ -5276,6 +5277,7 @@ class Listener:
         self._socket, self._handle, self._threaded = listening, handle, threaded
         self._max, self._idle = max_connections, idle_timeout
         self._wake_read, self._wake_write = socket.socketpair()
+        self.wake_fd = self._wake_write.fileno()  # a byte written there has `run` look again
         for ours in (listening, self._wake_read, self._wake_write):
             ours.setblocking(False)  # a connection may vanish between select and accept
         self._stopping = False
@@ -5382,7 +5384,7 @@ def run_listener(server: ServerCore, listener: Listener, grace: float = DRAIN_GR
     *on_bound* is called with the address once signals are handled: who is told of it may stop us.
     """
     try:
-        with _stop_signals(server, grace, listener.stop):
+        with _stop_signals(server, grace, listener.stop, listener.wake_fd):
             if on_bound is not None:
                 on_bound(*address)
             listener.run()
@@ -5849,7 +5851,7 @@ class HttpApp:
     def _post(self, request: HttpRequest, request_id: str, segments: list[str]) -> HttpResponse:
         auth = self._authenticated(request, request_id)  # asked each time: what it decides may end, or depend on more
         head: _CallHead = request.memory.get("call") or self._head_of_call(request, segments)
-        caller = head.caller if head.caller.auth is auth else dataclasses.replace(head.caller, auth=auth)
+        caller = head.caller if head.caller.auth is auth else head.caller._replace(auth=auth)
         self.server.refuse_if_draining()
         self.server.start(TransportKind.HTTP)
         if request.multiprocess and self._own_key and len(segments) == 3:
@@ -6026,7 +6028,7 @@ class HttpApp:
 
     def _go_on(self, bound: BoundMethod, caller: Caller, opened: _OpenedCall, request_id: str) -> Call:
         if opened.limit is not None and opened.limit != caller.response_limit_bytes:
-            caller = dataclasses.replace(caller, response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
+            caller = caller._replace(response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
         call = self.server.open_call(bound, caller, None, request_id)
         call.note(opened.stream_id)
         return call
@@ -6601,8 +6603,9 @@ class _HttpConnection:
 
 @functools.lru_cache(maxsize=2)
 def _http_date(second: int) -> str:
-    from email.utils import formatdate
-    return formatdate(second, usegmt=True)
+    t = time.gmtime(second)  # by hand, as strftime speaks the locale's language, and email.utils takes 10 ms to import
+    day, month = "MonTueWedThuFriSatSun"[3 * t.tm_wday :][:3], "JanFebMarAprMayJunJulAugSepOctNovDec"[3 * t.tm_mon - 3 :][:3]
+    return f"{day}, {t.tm_mday:02} {month} {t.tm_year} {t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT"
 
 @dataclass
 class HttpServeOptions:
@@ -7100,8 +7103,7 @@ class HttpSender:
         """Give back connections."""
 
 
-@dataclass(frozen=True)
-class HttpTarget:
+class HttpTarget(NamedTuple):
     """Where an HTTP client connects."""
     tls: bool
     host: str
@@ -7769,10 +7771,13 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
 
     *implementation* is ``None`` with a ready server, or to make one of a plain class. Raises ``TypeError`` when it does not
     fit the protocol, ``SystemExit`` when the command line is wrong or asks for help."""
-    import argparse
     server = protocol_or_server
     if not isinstance(server, RpcServer):
         server = RpcServer(server, implementation if implementation is not None else server())
+    if not sys.argv[1:]:  # a worker's start need not wait for argparse
+        serve_stdio(server)
+        return
+    import argparse
     parser = argparse.ArgumentParser(description=f"Serves {server.protocol_name} (vgi_rpc {__version__}).")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--http", action="store_true", help="serve HTTP; prints PORT:<n>")
@@ -7808,6 +7813,9 @@ _TEXT_ROWS = 100  # of CSV and NDJSON in a turn, where nothing else says what a 
 _CHUNK_BYTES = 1 << 20  # of a CSV or NDJSON file read at once; the types of its columns are those of the first chunk
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
 @dataclass(frozen=True)
 class CountdownHeader(ArrowSerializableDataclass):
     """What `Demo.countdown` says before its first number."""
@@ -7829,36 +7837,26 @@ class CountdownState(ProducerState):
         self.left -= 1
 
 @dataclass
-class Tally:
-    """Running statistics of one column; nulls are passed over, ``None`` stands for what no value has decided yet."""
-    count: int = 0
-    total: float = 0.0
-    low: float | None = None
-    high: float | None = None
-
-    def add(self, column: pa.Array) -> dict[str, Any]:
-        """Count the values of *column*, any number of rows, and return the statistics so far."""
-        import pyarrow.compute as pc
-
-        values = column.cast(pa.float64(), safe=False)
-        self.count += len(values) - values.null_count
-        self.total += pc.sum(values).as_py() or 0.0
-        edges = pc.min_max(pa.concat_arrays([values, pa.array([self.low, self.high], pa.float64())])).as_py()
-        self.low, self.high = edges["min"], edges["max"]
-        return {"count": self.count, "mean": self.total / self.count if self.count else None, **edges}
-
-@dataclass
 class StatisticsState(ExchangeState):
-    """The statistics so far, by column."""
-    columns: dict[str, Tally]
+    """What is known so far: count, sum, min and max of each column; nulls are passed over, and decide nothing."""
+    columns: dict[str, list[float | None]]
 
     def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
-        out.emit_pydict({name: [tally.add(input.batch.column(name))] for name, tally in self.columns.items()})
+        import pyarrow.compute as pc
+        answer: dict[str, Any] = {}
+        known: dict[str, Any] = self.columns
+        for name, (count, total, *edges) in known.items():
+            values = input.batch.column(name).cast(pa.float64(), safe=False)
+            count += len(values) - values.null_count
+            total += pc.sum(values).as_py() or 0.0
+            found = pc.min_max(pa.concat_arrays([values, pa.array(edges, pa.float64())])).as_py()
+            known[name] = [count, total, *found.values()]
+            answer[name] = [{"count": int(count), "mean": total / count if count else None, **found}]
+        out.emit_pydict(answer)
 
 
 class Demo:
     """A small service with one method of each kind."""
-
     def add(self, a: float, b: float = 1.0) -> float:
         """Return a + b."""
         return a + b
@@ -7870,13 +7868,12 @@ class Demo:
 
     def statistics(self, schema: pa.Schema) -> Stream[StatisticsState]:
         """Answer each batch of schema with count, mean, min and max of every numeric column so far."""
-        t = pa.types
-        names = [f.name for f in schema if t.is_integer(f.type) or t.is_floating(f.type) or t.is_decimal(f.type)]
+        names = [f.name for f in schema if _is_number(f.type) or pa.types.is_decimal(f.type)]
         if not names or len(set(schema.names)) < len(schema):
             problem = f"expected numeric columns under unique names, got {_schema_text(schema)}"
             raise StatusError(problem, code=Code.INVALID_ARGUMENT)
         summary = pa.struct([("count", pa.int64()), ("mean", pa.float64()), ("min", pa.float64()), ("max", pa.float64())])
-        state = StatisticsState({name: Tally() for name in names})
+        state = StatisticsState({name: [0.0, 0.0, None, None] for name in names})
         return Stream(pa.schema([(name, summary) for name in names]), state, input_schema=schema)
 
 DemoImpl = Demo  # for code that names the class that serves apart from the protocol
@@ -7901,10 +7898,8 @@ def _program() -> str:
 
 def _verdict(exc: Exception) -> tuple[int, str]:
     """The exit code of a failure, and a hint."""
-    if isinstance(exc, _CliError):
-        return exc.code, exc.hint
     if not isinstance(exc, RpcError):
-        return _USAGE, ""
+        return (exc.code, exc.hint) if isinstance(exc, _CliError) else (_USAGE, "")
     if exc.code is Code.DEADLINE_EXCEEDED:
         return _TIMEOUT, ""
     if isinstance(exc, TransportError):
@@ -7948,7 +7943,6 @@ def _load_target(text: str) -> Any:
 
 def _import_module(name: str) -> Any:
     import importlib.util
-
     if not name.endswith(".py"):
         sys.path.insert(0, os.getcwd())
         return importlib.import_module(name)
@@ -7956,7 +7950,7 @@ def _import_module(name: str) -> Any:
     if not os.path.isfile(path):
         raise _CliError(f"no file {path}")
     sys.path.insert(0, os.path.dirname(path))
-    spec = cast("Any", importlib.util.spec_from_file_location(stem, path))
+    spec: Any = importlib.util.spec_from_file_location(stem, path)
     module = sys.modules[stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -8014,10 +8008,8 @@ def _service_of(target: str | None) -> RpcServer:
 
 def _size(text: str) -> int:
     """``64M`` -> bytes; argparse names this function in its error text."""
-    match = re.fullmatch(r"([0-9]+)([KMG]?)(i?B)?", text, re.I)
-    if not match:
-        raise ValueError(text)
-    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
+    [(number, unit)] = re.findall(r"^([0-9]+)([KMG]?)(?:i?B)?\Z", text, re.I)
+    return int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit.upper()]
 
 def _words_of(path: str) -> list[list[str]]:
     """The words of each line of a file of secrets that is neither empty nor a comment."""
@@ -8045,7 +8037,6 @@ def _http_options(args: Any) -> tuple[dict[str, Any], str]:
         options["authenticate"] = bearer_authenticate_static(tokens=tokens)
     if args.tls_cert:
         import ssl
-
         options["tls_context"] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             options["tls_context"].load_cert_chain(args.tls_cert, args.tls_key)
@@ -8054,7 +8045,7 @@ def _http_options(args: Any) -> tuple[dict[str, Any], str]:
             raise _CliError(f"--tls-cert {args.tls_cert}: {exc.strerror or exc}", hint) from None
     return {name: value for name, value in options.items() if value is not None}, key
 
-def _serve_once(args: Any) -> None:
+def _serve_once(args: Any) -> int:
     server = _service_of(args.target)
     server.include_tracebacks &= not args.no_tracebacks
     if args.no_describe:
@@ -8064,18 +8055,17 @@ def _serve_once(args: Any) -> None:
     HttpApp(server, _split_options(options, HttpOptions, HttpServeOptions)[0])  # what is wrong with them is said now
     if args.check:
         print(describe_rpc(server.primary.protocol).replace("__main__.", ""))
-        return
+        return _OK
     if args.access_log:
         configure_access_log(args.access_log, server)
     _listen(args, server, options, key)
+    return _OK
 
 def _serve(args: Any) -> int:
     """Serve; with ``--reload``, when a module's file changes begin anew: same port and same key, so that open streams go on."""
     import signal
-
     if not args.reload:
-        _serve_once(args)
-        return _OK
+        return _serve_once(args)
     os.environ.setdefault("VGI_RPC_TOKEN_KEY", os.urandom(32).hex())
     if not (args.stdio or args.unix or args.tcp or args.port):
         with listen_tcp(args.host, 0) as free:
@@ -8084,14 +8074,13 @@ def _serve(args: Any) -> int:
     changed = threading.Event()
     threading.Thread(target=_watch, args=(args.target, changed), daemon=True, name="vgi_rpc reload").start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # where no server has handlers of its own
-    code = _OK
     try:
-        _serve_once(args)
+        code = _serve_once(args)
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except (_CliError, OSError, ValueError) as exc:
+        code = _report(exc, args)
         with contextlib.suppress(KeyboardInterrupt):
-            code = _report(exc, args)
             _say("waiting for a change …")
             changed.wait()
             time.sleep(1)  # the signal of `_watch`, which follows at once, must not hit what comes next
@@ -8103,7 +8092,6 @@ def _serve(args: Any) -> int:
 def _watch(target: str | None, changed: threading.Event) -> None:
     """Wait until the file of a loaded module changes, then set the event and have the server stop."""
     import signal
-
     known: dict[str, int] = {}
     while True:
         files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} | {(target or "").rpartition(":")[0]}
@@ -8159,7 +8147,6 @@ def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> 
 def _channel_to(args: Any) -> ClientChannel:
     """The channel to WHERE: a URL, ``unix:PATH``, ``tcp:HOST:PORT`` or a command that is started; to be closed."""
     import shlex
-
     headers = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in args.header)}
     if args.bearer_file:
         headers["Authorization"] = f"Bearer {_words_of(args.bearer_file)[0][-1]}"
@@ -8169,9 +8156,9 @@ def _channel_to(args: Any) -> ClientChannel:
     if headers:
         raise _CliError("-H and --bearer-file are for HTTP")
     kind, _, rest = where.partition(":")
+    host, _, port = rest.rpartition(":")
     if kind == "unix":
         return ByteClient(connect_unix_socket(rest, args.timeout))
-    host, _, port = rest.rpartition(":")
     if kind == "tcp" and port.isdigit():
         connected = connect_tcp_socket(host or "127.0.0.1", int(port), args.timeout or 10.0)
         return ByteClient(Transport(SocketChannel(connected), TransportKind.TCP, rest))
@@ -8281,16 +8268,13 @@ def _traced(args: Any, what: str, batch: pa.RecordBatch) -> pa.RecordBatch:
 
 def _live_method(service: ServiceDescription, method: MethodDescription) -> RpcMethodInfo:
     """A method as the channels want it, from what the server says of it; values are what pyarrow makes of them."""
-
-    def row(schema: pa.Schema) -> RowCodec:
-        return RowCodec((f.name, codec_for(Annotated[object, ArrowType(f.type, f.nullable)])) for f in schema)
-
+    params, result = (
+        RowCodec((f.name, codec_for(Annotated[object, ArrowType(f.type, f.nullable)])) for f in schema)
+        for schema in (method.params_schema, method.result_schema if method.has_return else EMPTY_SCHEMA))
     header: Any = types.SimpleNamespace(from_batch=lambda batch: batch) if method.has_header else None
     return RpcMethodInfo(
         method.name, method.params_schema, method.result_schema, None, method.method_type, method.has_return, None,
-        protocol_name=service.protocol_name, params=row(method.params_schema), header=header,
-        result=row(method.result_schema if method.has_return else EMPTY_SCHEMA),
-    )  # fmt: skip
+        protocol_name=service.protocol_name, params=params, header=header, result=result)
 
 def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
     """The batches of an Arrow, NDJSON or CSV file, told apart by their first bytes; ``-`` is read as it comes."""
@@ -8338,7 +8322,6 @@ def _parse_lines(head: bytes, lines: list[bytes], schema: pa.Schema | None) -> p
     if not head:
         return _rows_to_batch([_parsed_json(f"input {line[:60]!r}", line) for line in lines], schema)
     import pyarrow.csv
-
     converting = pyarrow.csv.ConvertOptions(column_types=schema, strings_can_be_null=True)
     options = {"parse_options": pyarrow.csv.ParseOptions(newlines_in_values=True), "convert_options": converting}
     alone = pyarrow.csv.ReadOptions(use_threads=False)  # threads that still run at the interpreter's end abort it
@@ -8369,13 +8352,6 @@ def _cell(value: Any) -> str:
         return " ".join(f"{k}={_cell(v)}" for k, v in value.items())
     return "" if value is None else value if isinstance(value, str) else _to_json(value).strip('"')
 
-def _opened(value: Any) -> pa.RecordBatch | None:
-    """The batch inside a binary result, where it is an IPC stream: a dataclass (one row) or a record batch."""
-    with contextlib.suppress(IPCError):
-        item = IpcReader(BufferSource(value)).next() if isinstance(value, bytes) and value[:4] == _CONTINUATION else None
-        return item[0] if item else None
-    return None
-
 
 class _Output:
     """Writes a header, batches or one value to a binary file, each as it comes, in one of the formats."""
@@ -8385,11 +8361,9 @@ class _Output:
         self.arrow: IpcWriter | None = None
 
     def put(self, text: str) -> None:
-        """Write text."""
         self.file.write(text.encode("utf-8", "backslashreplace"))
 
     def header(self, batch: pa.RecordBatch) -> None:
-        """Write a stream's header ahead of its batches."""
         row = _json_rows(batch)[0]
         if self.kind == "arrow":
             self.file.write(stream_bytes(batch.schema, [(batch, None)]))
@@ -8402,7 +8376,6 @@ class _Output:
         self.file.flush()
 
     def batch(self, batch: pa.RecordBatch, metadata: Any = None) -> None:
-        """Write the rows of a batch."""
         if self.kind == "arrow":
             self.arrow = self.arrow or IpcWriter(lambda pieces: [self.file.write(piece) for piece in pieces], batch.schema)
             self.arrow.write(batch, metadata)
@@ -8410,10 +8383,9 @@ class _Output:
             self._json(_json_rows(batch))
         elif self.kind == "csv":
             import csv
-
+            rows = [[v if isinstance(v, float) else _cell(v) for v in row.values()] for row in _json_rows(batch)]
             writer = csv.writer(cast("Any", types.SimpleNamespace(write=self.put)), lineterminator="\n")
-            writer.writerows([] if self.begun else [batch.schema.names])
-            writer.writerows([v if isinstance(v, float) else _cell(v) for v in row.values()] for row in _json_rows(batch))
+            writer.writerows(rows if self.begun else [batch.schema.names, *rows])
             self.begun = True
         else:
             self._table(batch)
@@ -8425,8 +8397,7 @@ class _Output:
             self.begun = self.kind == "json"
 
     def _table(self, batch: pa.RecordBatch) -> None:
-        t = pa.types
-        sides = ["<>"[t.is_integer(f.type) or t.is_floating(f.type)] for f in batch.schema]
+        sides = ["<>"[_is_number(f.type)] for f in batch.schema]
         rows = [[_cell(v) for v in row.values()] for row in _json_rows(batch)]
         lines = rows if self.begun else [batch.schema.names, *rows]
         self.widths = self.widths or [min(60, max(map(len, column))) for column in zip(*lines)]
@@ -8437,7 +8408,10 @@ class _Output:
 
     def value(self, value: Any, schema: pa.Schema) -> None:
         """Write a unary result: a plain value as itself, a dataclass or a batch as rows."""
-        batch = _opened(value)
+        batch: pa.RecordBatch | None = None
+        if isinstance(value, bytes) and value[:4] == _CONTINUATION:  # a stream: of a dataclass (one row) or of a record batch
+            with contextlib.suppress(IPCError):
+                batch = (IpcReader(BufferSource(value)).next() or (None,))[0]
         if batch is None and self.kind in ("json", "ndjson", "table"):
             shown = _json_out(value, schema.field(0).type) if len(schema) else None
             text = _cell(shown) if self.kind == "table" else _to_json(shown)
@@ -8450,7 +8424,6 @@ class _Output:
             self.close()
 
     def close(self) -> None:
-        """Write what ends the format."""
         if self.kind == "json":
             self.put("\n]\n" if self.begun else "[]\n")
         if self.arrow is not None:
@@ -8515,7 +8488,7 @@ def _call_stream(args: Any, channel: Any, info: Any, method: MethodDescription, 
     with StreamSession(stream, info) as session, _output(args) as output:
         if session.header is not None:
             output.header(_traced(args, "< header", session.header))
-        given = (batch for part in ([first] if first is not None else [], batches) for batch in part)
+        given = itertools.chain([first] if first is not None else [], batches)
         _write_turns(args, session, _turns(args, session, given, answered), output, name)
 
 def _turns(args: Any, session: StreamSession, batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[Any]:
@@ -8652,14 +8625,12 @@ def _describe_python(service: ServiceDescription) -> str:
     return "\n".join(lines)
 
 def _ping(args: Any) -> None:
-    times = []
     with contextlib.closing(_channel_to(args)) as channel:
-        proxy = make_proxy(Reflection, channel, _options(args))
+        proxy, stamps = make_proxy(Reflection, channel, _options(args)), []
         for _ in range(max(1, args.number) + 1):
-            start = time.perf_counter()
-            proxy.list_protocols()
-            times.append((time.perf_counter() - start) * 1000)
-    times = sorted(times[1:])  # the first one connects
+            proxy.list_protocols()  # the first one connects
+            stamps.append(time.perf_counter() * 1000)
+    times = sorted(later - earlier for earlier, later in itertools.pairwise(stamps))
     median, p99 = times[len(times) // 2], times[int((len(times) - 1) * 0.99)]
     print(f"{len(times)} round trips: min {times[0]:.3f} ms, median {median:.3f} ms, p99 {p99:.3f} ms")
 
@@ -8671,28 +8642,28 @@ def _versions() -> str:
 def _served(kind: str, folder: str) -> Iterator[Any]:
     """A proxy of the demo over one kind of transport; what listens is a child."""
     import subprocess
-
     command = [sys.executable, os.path.abspath(__file__), "serve"]
-    flag, opened = cast("dict[str, tuple[str, Callable[[str, str], Any]]]", {
-        "pipe": ("", lambda *_: serve_pipe(Demo, Demo())),
-        "subprocess": ("", lambda *_: connect(Demo, [*command, "--stdio"])),
-        "wsgi": ("", lambda *_: http_connect(Demo, client=make_sync_client(RpcServer(Demo, Demo())))),
-        "http": ("--port=0", lambda _, port: http_connect(Demo, f"http://127.0.0.1:{port}")),
-        "tcp": ("--tcp=0", lambda host, port: tcp_connect(Demo, host, int(port))),
-        "unix": (f"--unix={folder}/s", lambda _, path: unix_connect(Demo, path)),
-    })[kind]  # fmt: skip
-    host = port = ""
+    flag = {"http": "--port=0", "tcp": "--tcp=0", "unix": f"--unix={folder}/s"}.get(kind)
     with contextlib.ExitStack() as stack:
+        line = ""
         if flag:
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
             child: Any = stack.enter_context(subprocess.Popen([*command, flag, "--announce"], **pipes))
             stack.callback(child.terminate)
-            host, _, port = child.stdout.readline().strip().partition(":")[2].rpartition(":")
-        yield stack.enter_context(opened(host, port))
+            line = child.stdout.readline().strip()
+        host, _, port = line.partition(":")[2].rpartition(":")
+        dial: dict[str, Callable[[], Any]] = {
+            "pipe": lambda: serve_pipe(Demo, Demo()),
+            "subprocess": lambda: connect(Demo, [*command, "--stdio"]),
+            "wsgi": lambda: http_connect(Demo, client=make_sync_client(RpcServer(Demo, Demo()))),
+            "http": lambda: http_connect(Demo, f"http://127.0.0.1:{port}"),
+            "tcp": lambda: tcp_connect(Demo, host, int(port)),
+            "unix": lambda: unix_connect(Demo, port),
+        }
+        yield stack.enter_context(dial[kind]())
 
 def _selfcheck(args: Any) -> int:
     import tempfile
-
     given = AnnotatedBatch.from_pydict({"x": [1.0, None, 3.0]})
 
     def statistics(proxy: Any) -> Any:
@@ -8859,7 +8830,6 @@ def _commands() -> dict[str, _Command]:
 def _parse(words: list[str]) -> tuple[Callable[[Any], int | None], Any]:
     """Read the command line: what is to be run, and with which arguments."""
     import argparse
-
     commands, name = _commands(), words[0] if words else ""
     if name in ("--version", "--help", "-h", ""):
         lines = [f"usage: {_program()} COMMAND …", "", *(f"  {n:12}{c.summary}" for n, c in commands.items())]
@@ -8880,7 +8850,7 @@ def _parse(words: list[str]) -> tuple[Callable[[Any], int | None], Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; *argv* is what stands behind the program's name."""
-    args: Any = None
+    args = None
     try:
         run, args = _parse(list(sys.argv[1:] if argv is None else argv))
         code = run(args)
