@@ -774,6 +774,8 @@ class IpcLimits(NamedTuple):
     max_bytes: int | None = None  # decoded bytes of one message, None for what memory holds
     max_rows: int | None = None  # rows of one batch, None for what its bytes pay for (see FREE_ROWS)
 
+_ANY_SIZE = IpcLimits()
+
 class MessageHead(NamedTuple):
     """The head of one IPC message, as far as bounds, metadata and dictionaries need it (format/Message.fbs)."""
     kind: int
@@ -1070,7 +1072,7 @@ class IpcReader:
     """Reads one Arrow IPC stream from *source*, to its end marker and not a byte further; the schema at once. Not safe for use
     by several threads. The source stays open and belongs to the caller. Raises `EOFError` where the source ends before the
     first byte, and `IPCError` for what is not an Arrow IPC stream."""
-    def __init__(self, source: ByteSource, limits: IpcLimits = IpcLimits(),
+    def __init__(self, source: ByteSource, limits: IpcLimits = _ANY_SIZE,
                  validation: IpcValidation = IpcValidation.FULL) -> None:
         self._source, self._limits, self._validation = source, limits, validation
         self._dictionaries: dict[int, list[BatchMessage]] = {}
