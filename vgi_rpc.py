@@ -4127,6 +4127,10 @@ class SocketChannel(ByteChannel):
         self.socket = connected
         self._gather = not hasattr(connected, "pending") and hasattr(connected, "sendmsg")  # TLS sockets cannot gather
         self._timeout: float | None = connected.gettimeout()
+        with contextlib.suppress(OSError):  # the peer has gone already
+            if connected.family != getattr(socket, "AF_UNIX", None) and connected.getpeername()[0] in ("127.0.0.1", "::1"):
+                # Buffers of megabytes are for long ways; within one machine they only fall out of the processor's cache.
+                connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES // 2)  # which Linux doubles
 
     def fileno(self) -> int:
         return self.socket.fileno()
