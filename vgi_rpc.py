@@ -4146,6 +4146,10 @@ class SocketChannel(ByteChannel):
         self.socket = connected
         self._gather = not hasattr(connected, "pending") and hasattr(connected, "sendmsg")  # TLS sockets cannot gather
         self._timeout: float | None = connected.gettimeout()
+        with contextlib.suppress(OSError):  # the peer has gone already
+            if connected.family != getattr(socket, "AF_UNIX", None) and connected.getpeername()[0] in ("127.0.0.1", "::1"):
+                # Buffers of megabytes are for long ways; within one machine they only fall out of the processor's cache.
+                connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES // 2)  # which Linux doubles
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -5512,7 +5516,7 @@ class HttpResponse:
     """A response: the shells add nothing but framing, ``Date`` and ``Connection``."""
     status: int
     headers: list[tuple[str, str]] = field(default_factory=list)
-    body: bytes | Iterator[bytes] = b""  # a generator's pieces are sent as they come; it is closed when the client leaves
+    body: bytes | Iterator[Any] = b""  # a generator's pieces are sent as they come; it is closed when the client leaves
     close: bool = False  # the connection must not be used again
 
 Authenticate = Callable[[HttpRequest], AuthContext]
@@ -5734,6 +5738,18 @@ class _LiveState(NamedTuple):
     call_id: bytes
     state: StreamState
 
+def _total(pieces: Iterable[_Buffer]) -> int:
+    return sum(map(len, pieces))
+
+
+class _Joined(Iterator[bytes]):
+    """A body that is made as it is sent, for those who take bytes alone."""
+    def __init__(self, body: Any) -> None:
+        self._body, self.close = body, body.close
+
+    def __next__(self) -> bytes:
+        return b"".join(next(self._body))
+
 class _StreamAnswer(NamedTuple):
     """What the turns of one answer have in common."""
     call: Call
@@ -5783,10 +5799,14 @@ class HttpApp:
     def __call__(self, request: HttpRequest) -> HttpResponse:
         """Answer *request*; never raises."""
         with self.server:
-            return self.respond(request)
+            response = self.respond(request)
+        if not isinstance(response.body, bytes):
+            response.body = _Joined(response.body)
+        return response
 
     def respond(self, request: HttpRequest) -> HttpResponse:
-        """Answer *request*, which the caller has counted as running until its answer is out."""
+        """Answer *request*, which the caller has counted as running until its answer is out. A body that is made as it is sent
+        comes as lists of buffers, which are not joined."""
         request_id = clean_request_id(request.get_header(REQUEST_ID_HEADER)) or new_request_id()
         try:
             response = self._route(request, request_id)
@@ -6056,40 +6076,41 @@ class HttpApp:
         next(body)  # has taken over: from here on closing it ends the call
         return HttpResponse(200, [("Content-Type", ARROW_CONTENT_TYPE), ("X-Accel-Buffering", "no")], body)  # for nginx
 
-    def _several(self, answer: _StreamAnswer, turn: Turn, most: int) -> Iterator[bytes]:
+    def _several(self, answer: _StreamAnswer, turn: Turn, most: int) -> Iterator[list[_Buffer]]:
         """Yield nothing, then each turn as it is made, and the token at the end: within the budget, *most* and a time."""
         call, pieces = answer.call, list[_Buffer]()
         writer, limit = IpcWriter(pieces.extend, turn.schema), call.caller.response_limit_bytes
         until, allowed = time.monotonic() + MAX_TURNS_SECONDS, call.deadline and call.deadline - call.started
         lead, sent, state = answer.header, 0, None
 
-        def encode(turn: Turn) -> bytes:
-            pieces.clear()
+        def encode(turn: Turn) -> list[_Buffer]:
             writer.write_all(turn.items, close=turn.finished)
-            return b"".join(pieces)
+            made = pieces.copy()
+            pieces.clear()
+            return made
 
         with contextlib.ExitStack() as ending, self.server:
             ending.callback(call.end)
-            yield b""
+            yield []
             for left in reversed(range(most)):
-                data, before, size, close = lead + encode(turn), state, 0, False
+                data, before, size, close = [lead, *encode(turn)], state, 0, False
                 try:
                     state = None if turn.finished else self._remember(answer)
                     close = not left or self.server.draining or time.monotonic() > until
-                    if (limit is not None and 4 * (sent + len(data)) > limit) or not before or close:
+                    if (limit is not None and 4 * (sent + _total(data)) > limit) or not before or close:
                         size = 4096 + len(answer.call_token) + 2 * len(state()) if state else 0
                 except Exception as exc:
                     turn, state = call._failed(turn.schema, exc), None
                     data += encode(turn)
-                full = limit is not None and sent + len(data) + size > limit
+                full = limit is not None and sent + _total(data) + size > limit
                 if full and before:  # it will be the first of the next answer, made again
                     data, turn = encode(self._cursor_turn(answer, before())), turn._replace(finished=True)
                 elif state and (full or close):
                     turn = self._cursor_turn(answer, state())
                     data += encode(turn)
-                if limit is not None and sent + len(data) > limit:
-                    data = self._too_large(call, len(data), limit)
-                sent += len(data)
+                if limit is not None and sent + _total(data) > limit:
+                    data = [self._too_large(call, _total(data), limit)]
+                sent += _total(data)
                 call.note(http_status=200, response_bytes=sent)
                 yield data
                 if turn.finished:
@@ -6526,7 +6547,7 @@ class _HttpConnection:
         refused = self._unread or self._only_health or response.close or self._app.server.draining
         keep = asked.keep_alive and not refused
         if not asked.takes_chunks and not isinstance(response.body, bytes):
-            response.body = b"".join(response.body)
+            response.body = b"".join(_Joined(response.body))
         self._send(response, request.method, keep)
         return keep
 
@@ -6599,7 +6620,7 @@ class _HttpConnection:
             with contextlib.closing(cast("Any", body)):
                 for piece in filter(None, body):
                     self._channel.deadline = time.monotonic() + self._options.request_deadline  # making it took its own time
-                    self._channel.write([head, b"%x\r\n" % len(piece), piece, b"\r\n"])
+                    self._channel.write([head, b"%x\r\n" % _total(piece), *piece, b"\r\n"])
                     head = b""
                 self._channel.write([head, b"0\r\n\r\n"])
 
@@ -6911,7 +6932,7 @@ def _post_json(app: HttpApp, path: list[str], body: bytes, caller: Caller, reque
     first = next(answers)
     if first.status != 200 or call.stream is None or not call.stream.is_producer:
         return first
-    pieces = (cast("bytes", answer.body) for some in ([first], answers) for answer in some)
+    pieces = ([answer.body] for some in ([first], answers) for answer in some)
     return HttpResponse(200, [("Content-Type", _NDJSON)], pieces)
 
 _PAGE_STYLE = """
