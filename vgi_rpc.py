@@ -3658,15 +3658,15 @@ class Call:
                 raise ParameterError(f"{where}Stream.{name}: expected a {expected.__name__}, got {_got(getattr(value, name))}")
         return value
 
-    def turn(self, given: AnnotatedBatch) -> Turn:
-        """Serve one turn of the stream on *given* (a tick for a producer)."""
+    def turn(self, given: AnnotatedBatch, *, conforms: bool = False) -> Turn:
+        """Serve one turn of the stream on *given* (a tick for a producer), which may be known to conform to the input schema."""
         stream = cast("Stream[Any, Any]", self.stream)
         schema, producer = stream.output_schema, stream.is_producer
         out = OutputCollector(schema, producer_mode=producer)
         if self._tokens:
             self.record.statistics.record_input(given.batch)
         try:
-            if not producer:
+            if not producer and not conforms:
                 batch = conform_batch(given.batch, stream.input_schema, f"{self.bound.info.name}() input", cast_values=True)
                 given = given if batch is given.batch else AnnotatedBatch(batch, given.custom_metadata)
             self._run(stream.state.process, given, out, self.context)
@@ -5189,21 +5189,25 @@ class _ByteServing:
     def _serve_turns(self, call: Call, stream: Stream[Any, Any]) -> None:
         """Lockstep: a batch comes, a turn answers, until either side ends (WIRE section 5)."""
         reader, writer = self._reader(), IpcWriter(self._channel.write, stream.output_schema)
-        finished = False
+        alike, finished = reader.facts is schema_facts(stream.input_schema), False
         while not finished:
             try:
-                item = reader.next()
+                message = reader.next_message()
+                batch = None if message is None else reader.decode(message)
             except _Refusal as exc:
                 turn = call._failed(stream.output_schema, exc, refused=True)
             else:
-                batch, metadata = item or (None, None)
-                if batch is None or CANCEL_KEY in (metadata or ()):
-                    if batch is not None:
+                metadata = message.head.metadata if message is not None else None
+                if message is None or CANCEL_KEY in (metadata or ()):
+                    if message is not None:
                         call.cancel()
                     writer.close()
                     break
-                plain = batch is _TICK and not metadata
-                turn = call.turn(_PLAIN_TICK if plain else AnnotatedBatch(batch, pa.KeyValueMetadata(metadata) if metadata else None))
+                if batch is _TICK and not metadata:
+                    turn = call.turn(_PLAIN_TICK)
+                else:
+                    given = AnnotatedBatch(batch, pa.KeyValueMetadata(metadata) if metadata else None)
+                    turn = call.turn(given, conforms=alike and not any(message.head.nodes[1::2]))
             finished = turn.finished
             writer.write_all(turn.items, close=finished)
         reader.skip()
