@@ -1468,13 +1468,10 @@ def _write_node(values: Sequence[Any], body: _Body, kind: type | None = None) ->
     body.add(_bitmap([v is not None for v in values]) if nulls else b"")
     return nulls > 0
 
-def _is_one(values: Sequence[Any], body: _Body) -> bool:
-    return len(values) == 1 and body.checked and values[0] is not None
-
 def _number_column(place: _Place, code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
     one, size = struct.Struct(f"<{code}{8 - struct.calcsize(code)}x"), struct.calcsize(code)
     def write(values: Sequence[Any], body: _Body) -> None:
-        if _is_one(values, body):
+        if len(values) == 1 and body.checked and values[0] is not None:
             at = body.size
             body.nodes += _ONE
             body.buffers += (at, 0, at, size)
@@ -1509,7 +1506,7 @@ def _bool_column(place: _Place) -> tuple[_Write, _Read]:
 
 def _text_column(place: _Place, kind: type) -> tuple[_Write, _Read]:
     def write(values: Sequence[Any], body: _Body) -> None:
-        if _is_one(values, body):
+        if len(values) == 1 and body.checked and values[0] is not None:
             piece, at = values[0].encode() if kind is str else values[0], body.size
             size = len(piece)
             body.nodes += _ONE
@@ -1536,7 +1533,7 @@ def _text_column(place: _Place, kind: type) -> tuple[_Write, _Read]:
 def _list_column(place: _Place, item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
     write_item, read_item = item
     def write(values: Sequence[Any], body: _Body) -> None:
-        if _is_one(values, body) and type(values[0]) is list:
+        if len(values) == 1 and body.checked and type(values[0]) is list:
             flat, at = values[0], body.size
             body.nodes += _ONE
             body.buffers += (at, 0, at, 8)
@@ -1558,11 +1555,11 @@ def _list_column(place: _Place, item: tuple[_Write, _Read]) -> tuple[_Write, _Re
 
 def _struct_column(place: _Place, names: Sequence[str], columns: Sequence[tuple[_Write, _Read]], row: type) -> tuple[_Write, _Read]:
     """A struct of dicts, or (for the entries of a map, *row* being tuple) of pairs."""
-    keys: Sequence[Any] = names if row is dict else range(len(names))
+    members_of = [operator.itemgetter(key) for key in (names if row is dict else range(len(names)))]
     def write(values: Sequence[Any], body: _Body) -> None:
         nulls = _write_node(values, body, row)
-        for key, (write_one, _) in zip(keys, columns):
-            write_one([None if v is None else v[key] for v in values] if nulls else [v[key] for v in values], body)
+        for member, (write_one, _) in zip(members_of, columns):
+            write_one([None if v is None else member(v) for v in values] if nulls else list(map(member, values)), body)
     def read(length: int, parts: _Parts) -> list[Any]:
         place.start(parts, length)
         members = [read_one(length, parts) for _, read_one in columns]
@@ -1573,6 +1570,13 @@ def _struct_column(place: _Place, names: Sequence[str], columns: Sequence[tuple[
 def _enum_column(place: _Place) -> tuple[_Write, _Read]:
     """``dictionary<int16, utf8>``: the distinct values go into a dictionary message of their own."""
     def write(values: Sequence[Any], body: _Body) -> None:
+        if len(values) == 1 and body.checked and values[0] is not None:
+            body.dictionaries.append((values[0],))
+            body.nodes += _ONE
+            body.buffers += (body.size, 0, body.size, 2)
+            body.pieces.append(bytes(8))
+            body.size += 8
+            return
         _write_node(values, body, str)
         distinct = tuple(dict.fromkeys(v for v in values if v is not None))
         if not distinct:
@@ -2251,8 +2255,10 @@ class DataclassCodec:
         """Decode an IPC stream of one row; no bytes, or no batch, is a row of defaults."""
         plan = self.row.plan
         if plan is not None and isinstance(data, bytes) and len(data) <= _PLAIN_BYTES:
-            with contextlib.suppress(_NotPlain):
+            try:
                 return self._from_row(plan.read_stream(data))
+            except _NotPlain:
+                pass
         reader = IpcReader(BufferSource(data), _inner_limits(data), validation) if len(data) else None
         message = reader.next_message() if reader else None
         if reader is None or message is None:
@@ -3031,13 +3037,13 @@ def new_request_id() -> str:
 def read_arguments(info: RpcMethodInfo, request: Request) -> dict[str, Any]:
     """Check a request against the method and decode its parameters. Raises `ParameterError` for one missing, extra, null or not
     as declared, `ProtocolError` unless there is one row."""
-    wanted = info.params_schema
     if not request.has_schema(info.params):
-        _refuse_schema(info, wanted, request.schema)
-    if not len(wanted):
+        _refuse_schema(info, info.params_schema, request.schema)
+    if not info.params.names:
         return {}
     if request.rows != 1:
-        raise ProtocolError(f"{info.name}(): expected exactly 1 row of {_schema_text(wanted)}, got {request.rows} rows")
+        wanted = _schema_text(info.params_schema)
+        raise ProtocolError(f"{info.name}(): expected exactly 1 row of {wanted}, got {request.rows} rows")
     return dict(zip(info.params.names, _located(f"{info.name}() parameter ", ".", request.values, info.params)))
 
 def _refuse_schema(info: RpcMethodInfo, wanted: pa.Schema, got: pa.Schema) -> None:
@@ -4068,8 +4074,8 @@ class ByteChannel(ByteSource):
 
     def write(self, pieces: Sequence[_Buffer]) -> None:
         """Write all of *pieces*, in order; large ones are not copied."""
-        size = sum(map(len, pieces))
-        if size <= SMALL_BODY_BYTES:
+        size = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
+        if size <= SMALL_BODY_BYTES and len(pieces) > 1:
             pieces = [b"".join(pieces)]
         sent = self._send(pieces[:_MAX_PIECES]) if 0 < size <= _MAX_IO_BYTES else 0
         views = [memoryview(p).cast("B") for p in pieces if len(p)] if sent < size else []
@@ -4671,18 +4677,18 @@ class ByteClient(ClientChannel):
     def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
         with self.exclusive(options.deadline):
             request_id, channel = self._send_request(info, batch, options), self.transport.channel
-            if not self.transport.stray and (known := recall_result(info, *channel.received())) is not None:
-                row, end = known
-                channel.skip_to(end)
+            known = None if self.transport.stray else recall_result(info, *channel.received())
+            if known is not None:
+                channel.skip_to(known[1])
                 self._between = False
-                read = functools.partial(decode_result, info, row)
             else:
                 reader, item = self.open_reply(request_id, options)
                 reader.skip()
                 if item is None:
                     raise IPCError(f"{info.name}(): expected a result, got an end of stream")
-                read = functools.partial(read_result, info, item.reader, item.message)
-        return answer_call(read)
+        if known is not None:
+            return answer_call(decode_result, info, known[0])
+        return answer_call(read_result, info, reader, cast("ReplyItem", item).message)
 
     def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
         with self.exclusive(options.deadline):
