@@ -14,6 +14,7 @@ import collections
 import argparse
 import base64
 import contextlib
+import copy
 import dataclasses
 import datetime
 import decimal
@@ -1286,6 +1287,23 @@ class BatchTests(TestCase):
             with self.subTest(end=end), self.assertRaises(vgi_rpc.IPCError):
                 read_all(b"", MemoryChannel(data[:end], 70_000))
 
+    def test_a_dictionary_that_another_reader_kept_has_this_ones_limits(self) -> None:
+        schema = pa.schema([("c", pa.dictionary(pa.int16(), pa.utf8()), True, {"for": "this test"})])
+        column = pa.DictionaryArray.from_arrays(pa.array([0], pa.int16()), pa.array(list("abcde")))
+        data = ipc_bytes(schema, pa.RecordBatch.from_arrays([column], schema=schema))
+        for _ in range(2):
+            with self.assertRaises(vgi_rpc.RequestTooLargeError):
+                vgi_rpc.IpcReader(vgi_rpc.BufferSource(data), vgi_rpc.IpcLimits(max_rows=2)).next()
+            self.assertEqual([b.to_pydict() for b, _ in read_all(data)], [{"c": ["a"]}])
+
+    def test_nothing_is_read_behind_the_end(self) -> None:
+        data = STREAMS["dictionary"]
+        for _ in range(2):
+            reader = vgi_rpc.IpcReader(source := vgi_rpc.BufferSource(data + data[len(vgi_rpc.schema_facts(vgi_rpc.IpcReader(vgi_rpc.BufferSource(data)).schema).message) :]))
+            self.assertEqual(len(list(iter(reader.next, None))), 1)
+            self.assertIsNone(reader.next())
+            self.assertEqual(source.position, len(data))
+
     def test_every_strict_prefix_is_refused(self) -> None:
         for name, data in STREAMS.items():
             for end in range(len(data)):
@@ -1422,6 +1440,38 @@ class PlainRowTests(TestCase):
         self.assertTrue(accepted and refused)
 
 
+    def test_columns_may_change_once_they_were_emitted(self) -> None:
+        for kind, metadata in itertools.product((pa.utf8(), pa.list_(pa.utf8()), vgi_rpc._ENUM_TYPE), (None, {b"k": b"v"})):
+            column = [["a"], ["b", "c"]] if pa.types.is_list(kind) else ["a", "b"]
+            schema = pa.schema([pa.field("c", kind, metadata={"for": f"this test {metadata}"})])  # not seen before
+            for _ in range(2):
+                out, rows, written = vgi_rpc.OutputCollector(schema), copy.deepcopy(column), list[Any]()
+                out.emit_pydict({"c": rows})
+                if pa.types.is_list(kind):
+                    rows[1].clear()
+                rows.clear()
+                vgi_rpc.write_stream(written.extend, schema, [(out._data, metadata)])
+                with self.subTest(kind=kind, metadata=metadata):
+                    [(batch, _)] = read_stream(io.BytesIO(b"".join(written)))
+                    self.assertEqual([batch["c"].to_pylist(), out.data_batch.batch["c"].to_pylist()], [column, column])
+
+    def test_only_short_dictionaries_are_kept_and_others_may_clear_them(self) -> None:
+        class Clearing(dict[Any, Any]):
+            def __setitem__(self, key: Any, value: Any) -> None:
+                super().__setitem__(key, value)
+                self.clear()  # as another thread does when it finds too many
+
+        schema = pa.schema([pa.field("c", vgi_rpc._ENUM_TYPE, metadata={"for": "this test"})])
+        facts, plan = vgi_rpc.schema_facts(schema), vgi_rpc.plain_plan(schema)
+        for n in range(100):
+            plan.write([["x" * 100_000 + str(n)]]).messages(None)
+            self.assertEqual(facts.dictionaries, {})
+            plan.write([[f"short {n}"]]).messages(None)
+            facts.dictionaries.clear()
+        facts.dictionaries = Clearing()
+        dictionary, _ = plan.write([["short"]]).messages(None)
+        self.assertIn(b"short", dictionary)
+
 def ordinary(server: RpcServer, data: bytes) -> Any:
     """What the ordinary way makes of a request: method, id, time limit, arguments and length; its exception when it refuses."""
     source = vgi_rpc.BufferSource(data)
@@ -1533,6 +1583,16 @@ class StreamLayoutTests(TestCase):
         named = [request_bytes("add", {"a": 1.0, "b": 2.0}, **{"vgi_rpc.request_id": "x" * (n + 1)}) for n in range(40)]
         server = self.server_that_knows(*named)
         self.assertLessEqual(sum(map(len, server._known.values())), 16)
+
+    def test_what_a_peer_makes_long_is_not_kept(self) -> None:
+        honest = request_bytes("add", {"a": 1.0, "b": 2.0})
+        server = self.server_that_knows(honest)
+        known, schema = dict(server._known), server.methods["add"].params_schema
+        long = [request_bytes("add", {"a": 1.0, "b": 2.0}, schema.with_metadata({"x": "y" * 20_000 + str(n)})) for n in range(3)]
+        long += [request_bytes("add", {"a": 1.0, "b": 2.0}, **{"vgi_rpc.protocol_version": "9" * 20_000 + str(n)}) for n in range(3)]
+        answers = ask_core(server, b"".join(long) + honest)
+        self.assertEqual([read[0][0].num_rows for read in answers], [1] * 7)
+        self.assertEqual(server._known, known)
 
     def test_a_method_sees_its_caller_and_its_deadline_when_known(self) -> None:
         with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
@@ -2574,6 +2634,63 @@ class HttpTokenTests(TestCase):
             with self.raises(RpcError, "Misbehaving.at", "expected int64", "got str"):
                 list(proxy.misbehaving("state"))
             self.assertEqual(proxy.add(1.0), 3.0)
+
+
+    def test_a_state_that_is_still_here_is_what_its_cursor_says(self) -> None:
+        client = vgi_rpc.make_sync_client(RpcServer(Kept, KeptImpl()))
+        with vgi_rpc.http_connect(Kept, client=client) as proxy:
+            answers = []
+            for forgets in (False, True):
+                session, seen = proxy.narrow(), []
+                for _ in range(3):
+                    if forgets:
+                        client.app._live.clear()
+                    seen.append(session.exchange(values(0.1)).batch.to_pydict())
+                answers.append(seen)
+            self.assertEqual(*answers)
+            client.app._live.clear()
+            proxy.padded(size=1_000)
+            self.assertEqual(len(client.app._live), 1)
+            proxy.padded(size=2_000_000)  # a cursor of a few hundred bytes
+            self.assertEqual(len(client.app._live), 1)
+
+
+@dataclass
+class Narrow(ExchangeState):
+    """A sum that is rounded where it is written."""
+
+    total: Annotated[float, vgi_rpc.ArrowType(pa.float32())] = 0.0
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        self.total += input.batch.column(0)[0].as_py()
+        out.emit_pydict({"value": [self.total]})
+
+
+@dataclass
+class Padded(ExchangeState):
+    """A state that packs well."""
+
+    padding: bytes
+
+    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        out.emit(input.batch)
+
+
+class Kept(Protocol):
+    """Streams whose states are kept, or not."""
+
+    def narrow(self) -> Stream[ExchangeState]: ...
+    def padded(self, size: int) -> Stream[ExchangeState]: ...
+
+
+class KeptImpl:
+    """Its implementation."""
+
+    def narrow(self) -> Stream[Narrow]:
+        return Stream(VALUE, Narrow(), input_schema=VALUE)
+
+    def padded(self, size: int) -> Stream[Padded]:
+        return Stream(VALUE, Padded(bytes(size)), input_schema=VALUE)
 
 
 def moved(stream: RawStream, seconds: float, **options: Any) -> RawStream:
@@ -6545,6 +6662,19 @@ class Same(ExchangeState):
         out.emit(input.batch)
 
 
+@dataclass
+class Unwritable(ProducerState):
+    """In the middle its state cannot be written, for a turn."""
+
+    n: int = 0
+    turn: int = 0
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        self.turn += 1
+        self.n = 2**70 if self.turn == 3 else 0
+        out.emit_pydict({"blob": [bytes(60_000 if self.turn > 3 else 10)]})
+
+
 class Ahead(Protocol):
     """The service of these tests."""
 
@@ -6554,6 +6684,7 @@ class Ahead(Protocol):
     def named(self) -> Stream[StreamState]: ...
     def blobs(self, sizes: list[int]) -> Stream[Blobs]: ...
     def growing(self) -> Stream[Growing]: ...
+    def unwritable(self) -> Stream[Unwritable]: ...
     def same(self) -> Stream[Same]: ...
 
 
@@ -6577,6 +6708,9 @@ class AheadImpl:
 
     def growing(self) -> Stream[Growing]:
         return Stream(BLOB, Growing([]))
+
+    def unwritable(self) -> Stream[Unwritable]:
+        return Stream(BLOB, Unwritable())
 
     def same(self) -> Stream[Same]:
         return Stream(AHEAD_VALUE, Same(), input_schema=AHEAD_VALUE)
@@ -6785,6 +6919,14 @@ class AheadHttpTests(AheadContract, unittest.TestCase):
         with self.connect() as p, vgi_rpc.with_options(p, prefetch=3).count(n=50) as session:
             for seen, _ in enumerate(session, 1):
                 self.assertLessEqual(len(produced), seen + 3)
+
+    def test_a_cursor_that_cannot_be_written_is_an_error_of_the_stream(self) -> None:
+        with self.connect(accepted_max_response_bytes=65_536, compression_level=None) as p:
+            seen = []
+            with self.assertRaisesRegex(RpcError, "Unwritable.n: expected int64"):
+                for batch in p.unwritable():
+                    seen.append(batch)
+            self.assertEqual((len(seen), p.add(a=1, b=2)), (3, 3))
 
     def test_one_answer_for_many_turns(self) -> None:
         with ahead_http_server() as serving:
@@ -7528,6 +7670,35 @@ class CallerTests(TestCase):
             with self.subTest(given=given, multiprocess=multiprocess):
                 self.assertEqual(started("/Hard/asking/init", hard_request("asking", question="q", limit=2)), status)
                 self.assertEqual(started("/Hard/ask", hard_request("ask", question="q")), 200)
+
+    def test_an_interrupt_leaves_the_connection_to_others(self) -> None:
+        class Interrupted:
+            """A lock that is taken, and then a signal comes."""
+
+            def __init__(self, lock: Any) -> None:
+                self.release, self._is_owned, self.take = lock.release, lock._is_owned, lock.acquire
+
+            def acquire(self, timeout: float) -> bool:
+                raise KeyboardInterrupt if self.take(timeout=timeout) else AssertionError
+
+        near, far = vgi_rpc.make_pipe_pair()
+        with contextlib.closing(near), contextlib.closing(far):
+            client = vgi_rpc.ByteClient(near)
+            lock, client._lock = client._lock, Interrupted(client._lock)  # type: ignore[assignment]
+            with self.assertRaises(KeyboardInterrupt), client.exclusive(None):
+                pass
+            client._lock = lock
+            taken = []
+
+            def take() -> None:
+                with client.exclusive(time.monotonic() + 5.0):
+                    taken.append(client._caller)
+
+            take()
+            thread = threading.Thread(target=take)
+            thread.start()
+            thread.join()
+            self.assertEqual((len(taken), client._caller), (2, 0))
 
     def test_credentials(self) -> None:
         people = {"secret": vgi_rpc.AuthContext("static", True, "ada")}

@@ -144,6 +144,7 @@ SLOW_TURN_SECONDS = 0.01  # a producer that takes longer is not asked ahead on a
 SLOW_READER_SECONDS = 1.0  # a reader that takes longer for a batch gets one an answer: no answer waits half read
 MAX_TURNS = 1_024  # turns of a producer in one HTTP answer
 MAX_TURNS_SECONDS = 5.0  # after so long an answer of several turns ends, so that a server drains and a proxy passes it on
+SMALL_DICTIONARY_BYTES = 1_024  # of a message that is kept, as read or as written, for the next batch with the same values
 SMALL_BODY_BYTES = 65_536  # below: one bytes object; above: read in place, written without copying
 
 EMPTY_SCHEMA = pa.schema([])
@@ -1010,7 +1011,8 @@ def _count_dictionaries(kind: pa.DataType) -> int:
 
 class SchemaFacts:
     """A schema with what reading and writing its batches needs to know; safe for use by several threads."""
-    __slots__ = ("_shapes", "dictionaries", "dictionary_count", "has_dictionary", "message", "plan", "required", "schema", "seen")
+    __slots__ = ("_shapes", "bare", "dictionaries", "dictionary_count", "has_dictionary", "message", "plan", "required", "schema",
+                 "seen")
     def __init__(self, schema: pa.Schema, message: bytes) -> None:
         self.schema, self.message = schema, message  # the encapsulated schema message
         self.dictionary_count = sum(map(_count_dictionaries, schema.types))
@@ -1018,6 +1020,7 @@ class SchemaFacts:
         self.required = tuple([i for i, f in enumerate(schema) if not f.nullable])  # columns that take no nulls
         self.plan: Any = False  # how its short batches travel without pyarrow: `plain_plan` fills it in
         self._shapes: dict[Any, tuple[list[HeadLayout], HeadLayout]] = {}
+        self.bare: tuple[list[HeadLayout], HeadLayout] | None = None  # see `_bare_layouts`
         self.seen: tuple[BatchMessage, ...] = ()  # short dictionary messages, as read
         self.dictionaries: dict[tuple[HeadLayout, tuple[str, ...]], bytes] = {}  # messages of short ones, as written
 
@@ -1027,16 +1030,21 @@ class SchemaFacts:
         shape = (example.num_rows > 0, has_body, tuple([(k, len(v)) for k, v in metadata.items()]) if metadata else None)
         known = self._shapes.get(shape)
         if known is None:
-            batch = example if isinstance(example, pa.RecordBatch) else example.to_record_batch()
-            file = io.BytesIO()
-            with ipc.new_stream(file, self.schema) as writer:
-                writer.write_batch(batch, custom_metadata=metadata)
-            _, *messages = ipc.MessageReader.open_stream(file.getvalue())
-            *dictionaries, layout = [HeadLayout.learn(m.metadata.to_pybytes()) for m in messages]
+            known = self.learn(example if isinstance(example, pa.RecordBatch) else example.to_record_batch(), metadata)
             if len(self._shapes) >= 64:
                 self._shapes.clear()
-            known = self._shapes[shape] = dictionaries, layout
+            if sum(map(len, (metadata or {}).values())) <= SMALL_BODY_BYTES:
+                self._shapes[shape] = known
         return known
+
+    def learn(self, example: pa.RecordBatch, metadata: _Metadata | None) -> tuple[list[HeadLayout], HeadLayout]:
+        """As `layouts`, but nothing is kept."""
+        file = io.BytesIO()
+        with ipc.new_stream(file, self.schema) as writer:
+            writer.write_batch(example, custom_metadata=metadata)
+        _, *messages = ipc.MessageReader.open_stream(file.getvalue())
+        *dictionaries, layout = [HeadLayout.learn(m.metadata.to_pybytes()) for m in messages]
+        return dictionaries, layout
 
 def _decode_schema(message: bytes) -> SchemaFacts:
     head = parse_message_head(message[8:])
@@ -1118,8 +1126,9 @@ class IpcReader:
     def next_message(self) -> BatchMessage | None:
         """Read the next batch's message without decoding it; ``None`` at the end marker. Raises `IPCError` for half a message
         or a head that cannot be true, `RequestTooLargeError` above a limit."""
-        for dictionary in self.facts.seen:
+        for dictionary in () if self.ended else self.facts.seen:
             if self._source.take(cast("bytes", dictionary.data)):
+                self._check_bounds(dictionary.head, dictionary.body())  # a reader with other limits may have kept it
                 self._keep_dictionary(dictionary)
         while True:
             if self.ended:
@@ -1153,7 +1162,7 @@ class IpcReader:
                     self._last = raw, head
                 return BatchMessage(head, message)
             self._keep_dictionary(BatchMessage(head, message))
-            if len(message) <= 1024 and not head.compressed and len(self.facts.seen) < 16:
+            if len(message) <= SMALL_DICTIONARY_BYTES and not head.compressed and len(self.facts.seen) < 16:
                 self.facts.seen = (*self.facts.seen, BatchMessage(head, bytes(message)))
 
     def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
@@ -1731,6 +1740,24 @@ def plain_plan(schema: pa.Schema) -> PlainPlan | None:
             facts.plan = None
     return cast("PlainPlan | None", facts.plan)
 
+def _filler(kind: pa.DataType) -> Any:
+    """A value without nulls, which puts an entry into every dictionary of *kind*."""
+    if pa.types.is_struct(kind):
+        return {f.name: _filler(f.type) for f in kind}
+    if pa.types.is_map(kind):
+        return [(_filler(kind.key_type), _filler(kind.item_type))]
+    if kind.num_fields:
+        return [_filler(kind.value_type)]
+    leaf = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.Array.from_buffers(leaf, 1, [None, *[pa.py_buffer(bytes(64))] * (leaf.num_buffers - 1)])[0].as_py()
+
+def _bare_layouts(facts: SchemaFacts) -> tuple[list[HeadLayout], HeadLayout]:
+    """Return the layouts of a `PlainBatch` without metadata; learned of any row, not of one whose columns its owner may change."""
+    if facts.bare is None:
+        arrays = [pa.array([_filler(t)], t) for t in facts.schema.types]
+        facts.bare = facts.learn(pa.RecordBatch.from_arrays(arrays, schema=facts.schema), None)
+    return facts.bare
+
 def _read_dictionary(message: BatchMessage) -> Sequence[str]:
     head = message.head
     if head.compressed or head.is_delta or len(message.data) > _PLAIN_BYTES or head.rows > _PLAIN_BYTES:
@@ -1748,9 +1775,9 @@ class PlainBatch:
         self.schema, self.num_rows, self.nbytes = facts.schema, len(columns[0]), len(data)  # nbytes: of its buffers
 
     def to_record_batch(self) -> pa.RecordBatch:
-        """Build the record batch that this stands in for."""
-        arrays = [pa.array(c, t) for c, t in zip(self._columns, self.schema.types)]
-        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+        """Read back the record batch that this stands in for."""
+        stream = b"".join([self._facts.message, *self.messages(None), END_OF_STREAM])
+        return cast("Any", IpcReader(BufferSource(stream), validation=IpcValidation.NONE).next())[0]
 
     def row(self) -> list[Any]:
         """Return the values of its first row, encoded as codecs do."""
@@ -1760,19 +1787,24 @@ class PlainBatch:
         """Return the messages that carry it: dictionaries first."""
         if self._head and not metadata:
             return [self._head + self.data]
-        of_dictionaries, layout = self._facts.layouts(self, metadata, True)
+        of_dictionaries, layout = self._facts.layouts(self, metadata, True) if metadata else _bare_layouts(self._facts)
         out: list[_Buffer] = []
         for one, names in zip(of_dictionaries, self._dictionaries):
-            if (one, names) not in (known := self._facts.dictionaries):
+            known = self._facts.dictionaries
+            if (message := known.get((one, names))) is None:
                 body = _Body()
                 _UTF8_COLUMN[0](names, body)
+                message = one.message(len(names), body.nodes, body.buffers, b"".join(body.pieces), None)
                 if len(known) >= 64:
                     known.clear()
-                known[one, names] = one.message(len(names), body.nodes, body.buffers, b"".join(body.pieces), None)
-            out.append(known[one, names])
+                if len(message) <= SMALL_DICTIONARY_BYTES:
+                    known[one, names] = message
+            out.append(message)
         out.append(layout.message(self.num_rows, self.nodes, self.offsets, self.data, metadata))
         return out
 
+
+_LEARNED_BYTES = 8_192  # of a stream's fixed part: peers may have a server learn thousands of layouts
 
 class StreamLayout:
     """Whole streams of one row that differ in its values and in a few metadata values alone, as the calls of one method do: one
@@ -1804,9 +1836,11 @@ class StreamLayout:
             return None
         numbers = all(t in _NUMBERS for t in types_) and not any(head.nodes[1::2])
         first, body_at = len(facts.message), len(message.data) - head.body_length
+        if first + (len(message.data) if numbers else body_at) > _LEARNED_BYTES:
+            return None
         regions = {name: (start, size) for start, size, name in _parse_head(bytes(message.data[8:body_at]))[1]}
         wanted = {*[key for key in keys if (head.metadata or {}).get(key)], *(() if numbers else ("body_length", "buffers"))}
-        if not regions.keys() >= wanted or len(message.data) > SMALL_BODY_BYTES:
+        if not regions.keys() >= wanted:
             return None
         holes = [(first + 8 + start, "q" if name == "body_length" else f"{size}s", name)
                  for name, (start, size) in regions.items() if name in wanted]
@@ -1950,17 +1984,6 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
             # Under a null struct pyarrow writes dictionary index 0, also where the dictionary is empty; readers refuse that.
             array_ = pa.array([*values, _filler(kind)], type=kind).slice(0, len(values))
     return array_
-
-def _filler(kind: pa.DataType) -> Any:
-    """A value without nulls, which puts an entry into every dictionary of *kind*."""
-    if pa.types.is_struct(kind):
-        return {f.name: _filler(f.type) for f in kind}
-    if pa.types.is_map(kind):
-        return [(_filler(kind.key_type), _filler(kind.item_type))]
-    if kind.num_fields:
-        return [_filler(kind.value_type)]
-    leaf = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.Array.from_buffers(leaf, 1, [None, *[pa.py_buffer(bytes(64))] * (leaf.num_buffers - 1)])[0].as_py()
 
 def _failure(value: Any, kind: pa.DataType) -> _Mismatch | None:
     """Find the innermost part of an encoded value that pyarrow does not take for its type; ``None`` when it takes all."""
@@ -4570,7 +4593,7 @@ class ByteClient(ClientChannel):
     """Calls over one byte stream, one at a time; safe for use by several threads, which take turns."""
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # knows whose it is; `exclusive` does not let a thread take it twice
         self._caller = 0  # the thread that holds the lock
         self._open: _ByteClientStream | None = None
         self._broken = ""  # why the connection is closed
@@ -4586,16 +4609,21 @@ class ByteClient(ClientChannel):
         if self._caller == me:
             raise RpcError("ProtocolError", "a call is running on this connection: on_log cannot make another one on it", "")
         left = -1.0 if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
-        if not self._lock.acquire(timeout=left):
-            raise DeadlineExceededError(f"{_TOO_LATE}: calls of other threads use the connection")
-        if self._broken:
-            self._lock.release()
-            raise TransportError(f"the connection is closed: {self._broken}")
-        self._caller, self.transport.channel.deadline = me, deadline
-        return self
+        try:
+            if not self._lock.acquire(timeout=left):
+                raise DeadlineExceededError(f"{_TOO_LATE}: calls of other threads use the connection")
+            if self._broken:
+                raise TransportError(f"the connection is closed: {self._broken}")
+            self._caller, self.transport.channel.deadline = me, deadline
+            return self
+        except BaseException:  # an interrupt, too, which may come when the lock was taken and nothing after it was done
+            if self._lock._is_owned():  # type: ignore[attr-defined]
+                self._caller = 0
+                self._lock.release()
+            raise
 
-    def __enter__(self) -> None:
-        """The connection was taken by `exclusive` already."""
+    # The connection was taken by `exclusive` already. Not of Python's making: a signal is not handled before the block is entered.
+    __enter__ = bool
 
     def __exit__(self, kind: Any, exc: BaseException | None, trace: object) -> None:
         try:
@@ -5717,7 +5745,7 @@ def _internal_error(request_id: str) -> HttpResponse:
 
 
 
-_MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and the size of their cursors
+_MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and their size
 _MAC_TEXT_BYTES = 44  # of a cursor, its end: what tells it from all others, and is hashed sooner than the whole
 _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
 
@@ -6099,6 +6127,12 @@ class HttpApp:
             pieces.clear()
             return made
 
+        def ending_turn(content: Callable[[], bytes]) -> Turn:
+            try:
+                return self._cursor_turn(answer, content())
+            except Exception as exc:  # what cannot be written, and was not written before
+                return call._failed(turn.schema, exc)
+
         with contextlib.ExitStack() as ending, self.server:
             ending.callback(call.end)
             yield []
@@ -6114,9 +6148,10 @@ class HttpApp:
                     data += encode(turn)
                 full = limit is not None and sent + _total(data) + size > limit
                 if full and before:  # it will be the first of the next answer, made again
-                    data, turn = encode(self._cursor_turn(answer, before())), turn._replace(finished=True)
+                    turn = ending_turn(before)
+                    data = encode(turn)
                 elif state and (full or close):
-                    turn = self._cursor_turn(answer, state())
+                    turn = ending_turn(state)
                     data += encode(turn)
                 if limit is not None and sent + _total(data) > limit:
                     data = [self._too_large(call, _total(data), limit)]
@@ -6180,13 +6215,14 @@ class HttpApp:
             return turn
         stream: Any = answer.call.stream
         try:
-            tokens = self._tokens(answer, self._state_content(answer, stream.state))
+            tokens = self._tokens(answer, content := self._state_content(answer, stream.state))
         except Exception as exc:
             return answer.call._failed(stream.output_schema, exc)
         # Kept, so that its next turn in this process need not read it back; only a state that is nothing but its serialised
-        # fields, as it cannot differ from what reading back would give.
-        cursor, state = tokens[STATE_KEY], stream.state
-        if len(cursor) <= _MAX_LIVE_BYTES and getattr(state, "__dict__", {}).keys() == dataclass_codec(type(state)).names:
+        # fields, of types that hold every value (float32, say, does not): it cannot differ from what reading back would give.
+        cursor, state, codec = tokens[STATE_KEY], stream.state, dataclass_codec(type(stream.state))
+        alike = codec.row.plan is not None and getattr(state, "__dict__", {}).keys() == codec.names
+        if alike and len(content) <= _MAX_LIVE_BYTES:  # a cursor may be packed
             binding = self._binding(answer.call.bound, answer.call.caller.auth)
             with self._lock:
                 self._live[cursor[-_MAC_TEXT_BYTES:]] = _LiveState(cursor, binding, self.sealer.clock(), answer.call_id, state)
