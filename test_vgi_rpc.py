@@ -1297,9 +1297,11 @@ class BatchTests(TestCase):
             self.assertEqual([b.to_pydict() for b, _ in read_all(data)], [{"c": ["a"]}])
 
     def test_nothing_is_read_behind_the_end(self) -> None:
+        vgi_rpc._cached_schema.cache_clear()  # and with it the dictionaries that other tests had kept
         data = STREAMS["dictionary"]
+        messages = data.removeprefix(vgi_rpc.IpcReader(vgi_rpc.BufferSource(data)).facts.message)
         for _ in range(2):
-            reader = vgi_rpc.IpcReader(source := vgi_rpc.BufferSource(data + data[len(vgi_rpc.schema_facts(vgi_rpc.IpcReader(vgi_rpc.BufferSource(data)).schema).message) :]))
+            reader = vgi_rpc.IpcReader(source := vgi_rpc.BufferSource(data + messages))
             self.assertEqual(len(list(iter(reader.next, None))), 1)
             self.assertIsNone(reader.next())
             self.assertEqual(source.position, len(data))
