@@ -1586,6 +1586,14 @@ class StreamLayoutTests(TestCase):
         server = self.server_that_knows(*named)
         self.assertLessEqual(sum(map(len, server._known.values())), 16)
 
+    def test_a_layout_is_learned_once(self) -> None:
+        whole = request_bytes("echo_str", {"value": "text"}, **{"vgi_rpc.request_id": "0123456789abcdef"})
+        server = make_server()
+        for _ in range(20):  # not there as a whole, and so not recognised
+            server.serve(vgi_rpc.Transport(MemoryChannel(whole, 100), vgi_rpc.TransportKind.PIPE))
+        self.assertEqual([len(layouts) for layouts in server._known.values()], [1])
+        self.assertIsNotNone(recalled(server, whole))
+
     def test_what_a_peer_makes_long_is_not_kept(self) -> None:
         honest = request_bytes("add", {"a": 1.0, "b": 2.0})
         server = self.server_that_knows(honest)

@@ -1827,6 +1827,11 @@ class StreamLayout:
         self._nodes, self._buffers = head.nodes, struct.Struct(f"<{len(head.buffers)}q")
         self._length_at, self._buffers_at = (0, 0) if numbers else (names.index("body_length"), names.index("buffers"))
 
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What tells it from other layouts."""
+        return self._struct.format, self._fixed
+
     @classmethod
     def learn(cls, facts: SchemaFacts, message: BatchMessage, keys: Sequence[bytes] = ()) -> StreamLayout | None:
         """Learn from the one batch of a stream; the metadata values of *keys* may differ. ``None`` for columns whose values have
@@ -3813,7 +3818,9 @@ class ServerCore:
     def remember(self, bound: BoundMethod, request: Request) -> None:
         """Recognise requests like this one, which was found good, from now on. Bounded; safe between threads."""
         known = self._known.get(request.schema_message, [])
-        if len(known) < 16 and (layout := request.layout()) is not None:
+        layout = request.layout() if len(known) < 16 else None
+        # One that is known comes here, too, when it was not there as a whole or is too long to be looked for.
+        if layout is not None and all(layout.shape != other.shape for other, _ in known):
             if len(self._known) >= 512:
                 self._known.clear()
             self._known[request.schema_message] = [(layout, bound), *known]
