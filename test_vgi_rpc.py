@@ -6554,8 +6554,9 @@ class JsonDoorTests(unittest.TestCase):
             token = ask("POST", "/Everything/sums/init", {}).json()["token"]
             ask("POST", "/Everything/sums/exchange", {"token": token, "rows": [{"x": 1}]})
             none = "NoneType"
-            self.assertEqual(seen, [("add", 200, none, 1), ("plain", 200, none, 3), ("code", 409, "StatusError", 0), ("sums", 200, none, 0),
-                                    ("sums", 200, none, 1)])
+            # A streamed answer's call ends behind its last byte, when the next request may already be served.
+            self.assertCountEqual(seen, [("add", 200, none, 1), ("plain", 200, none, 3), ("code", 409, "StatusError", 0),
+                                         ("sums", 200, none, 0), ("sums", 200, none, 1)])
             server.drain(0)
             self.refused(ask("POST", "/Everything/add", {"a": 1}), 503, "stopping", "UNAVAILABLE")
 
