@@ -5723,7 +5723,8 @@ _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
 
 class _CallHead(NamedTuple):
     """What the head of a POST says of the call."""
-    in_json: bool
+    path: list[str]  # protocol, method and, for a stream, init or exchange
+    json: str  # its media type if it is to be answered in JSON, else empty
     coded: bool  # whether its body has a coding
     answer_coding: tuple[str, str, bool]  # see `choose_encoding`
     turns: int  # that one answer may have
@@ -5747,6 +5748,12 @@ class _LiveState(NamedTuple):
     issued: float
     call_id: bytes
     state: StreamState
+
+    def copy(self) -> StreamState:
+        """Each turn has an object of its own."""
+        copied = object.__new__(type(self.state))
+        copied.__dict__.update(self.state.__dict__)
+        return copied
 
 def _total(pieces: Iterable[_Buffer]) -> int:
     return sum(map(len, pieces))
@@ -5791,7 +5798,7 @@ class HttpApp:
         if self.options.json:
             own["max_json_request_bytes"] = self.options.max_request_bytes or _JSON_MAX_REQUEST_BYTES
         self.limits = limits_of({**vars(self.options), **own})
-        self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
+        self._open_call = functools.lru_cache(self.options.call_state_cache_entries)(self._open_call_token)
         self._live: OrderedDict[bytes, _LiveState] = OrderedDict()  # by the end of the cursor that holds the same
         self._lock = threading.Lock()
         self._capabilities = self._capability_headers()
@@ -5854,10 +5861,10 @@ class HttpApp:
         return HttpResponse(200, headers)
 
     def _route(self, request: HttpRequest, request_id: str) -> HttpResponse:
-        if "path" in request.memory:
-            return self._post(request, request_id, request.memory["path"])
+        if "call" in request.memory:
+            return self._post(request, request_id, request.memory["call"].path)
         path, prefix = request.path, self.options.prefix
-        if not path.startswith(prefix) or (len(path) > len(prefix) and prefix and path[len(prefix)] != "/"):
+        if prefix and not f"{path}/".startswith(f"{prefix}/"):
             return self._not_found(request)
         path = path[len(prefix) :] or "/"
         if request.method == "OPTIONS":
@@ -5867,36 +5874,37 @@ class HttpApp:
         if "%" in path or "//" in path or not path.isascii():
             return self._not_found(request)
         segments = path[1:].split("/")
+        of_call = len(segments) > 1 and segments[0] and segments[2:] in ([], ["init"], ["exchange"])
         if request.method in ("GET", "HEAD"):
             service = self.server.services.get(segments[0])
-            call = service is not None and "".join(segments[1:2]) in service.methods
-            if call and segments[2:] in ([], ["init"], ["exchange"]):
+            if of_call and service is not None and segments[1] in service.methods:
                 return _method_not_allowed("POST")
             return _page_at(self, request, request_id, segments) or self._not_found(request)
-        if not segments[0] or not (len(segments) == 2 or (len(segments) == 3 and segments[2] in ("init", "exchange"))):
+        if not of_call:
             return self._not_found(request)
-        if request.method != "POST":
-            return _method_not_allowed("POST")
-        request.memory["path"] = segments
-        return self._post(request, request_id, segments)
+        return self._post(request, request_id, segments) if request.method == "POST" else _method_not_allowed("POST")
 
-    def _post(self, request: HttpRequest, request_id: str, segments: list[str]) -> HttpResponse:
+    def _post(self, request: HttpRequest, request_id: str, path: list[str]) -> HttpResponse:
         auth = self._authenticated(request, request_id)  # asked each time: what it decides may end, or depend on more
-        head: _CallHead = request.memory.get("call") or self._head_of_call(request, segments)
+        head: _CallHead = request.memory.get("call") or self._head_of_call(request, path)
         caller = head.caller if head.caller.auth is auth else head.caller._replace(auth=auth)
         self.server.refuse_if_draining()
         self.server.start(TransportKind.HTTP)
-        if request.multiprocess and self._own_key and len(segments) == 3:
+        if request.multiprocess and self._own_key and len(path) == 3:
             text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
             raise _protocol_error(text, 500, Code.FAILED_PRECONDITION)
         read, most = request.read_body, self._limit
         body: Any = _decoded_body(request.headers, lambda: read(most), most) if head.coded else read(most)
-        if head.in_json:
-            return _post_json(self, segments, body, caller, request, request_id)
-        handler = self._unary if len(segments) == 2 else self._init if segments[2] == "init" else self._exchange
-        return handler(segments, body, caller, request, request_id)
+        bound, step = self.server.method(self.server.service(path[0]), path[1]), "".join(path[2:])
+        streams = bound.info.method_type is MethodType.STREAM
+        if (step and not streams) or (streams and not step and not head.json):
+            hint = "not a stream; post without /" + step if step else "a stream; post to its /init"
+            raise ProtocolError(f"{path[1]}() is {hint}")
+        if head.json:
+            return _post_json(self, bound, step, body, caller, head, request_id)
+        return (self._exchange if step == "exchange" else self._begin)(bound, body, caller, head, request_id)
 
-    def _head_of_call(self, request: HttpRequest, segments: list[str]) -> _CallHead:
+    def _head_of_call(self, request: HttpRequest, path: list[str]) -> _CallHead:
         """Check the head of a POST."""
         name, low, high = ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
         given, limit = request.get_header(name), self.options.max_response_bytes
@@ -5905,10 +5913,10 @@ class HttpApp:
             if name.lower() in request.repeated or not fits:
                 raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
             limit = _smallest(int(given), limit)
-        if segments[0].startswith("__"):
-            self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
-        content_type, in_json = request.get_header("content-type") or "", bool(_json_type(self, request))
-        if not in_json and content_type.strip().lower() != ARROW_CONTENT_TYPE:
+        if path[0].startswith("__"):
+            self.server.service(path[0])  # a feature of other servers: what is wrong is that it is not there
+        content_type, json_type = request.get_header("content-type") or "", _json_type(self, request)
+        if not json_type and content_type.strip().lower() != ARROW_CONTENT_TYPE:
             raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
         headers, asked = request.headers, request.get_header(MAX_TURNS_HEADER) or ""
         metadata = {k.decode(): headers[k.decode()] for k in TRACE_KEYS if k.decode() in headers}
@@ -5916,7 +5924,7 @@ class HttpApp:
         coding = choose_encoding(headers.get(ACCEPT_ENCODING_HEADER.lower()), headers.get("accept-encoding", "")[:1000])
         turns = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
         coded = CONTENT_ENCODING_HEADER.lower() in headers or "content-encoding" in headers
-        request.memory["call"] = head = _CallHead(in_json, coded, coding, turns, caller)
+        request.memory["call"] = head = _CallHead(path, json_type, coded, coding, turns, caller)
         return head
 
     # -- everything that is not a call
@@ -5966,65 +5974,47 @@ class HttpApp:
         except EOFError:
             raise IPCError("request: expected an Arrow IPC stream, got an empty body") from None
 
-    def _bound(self, path: Sequence[str], kind: MethodType, hint: str) -> BoundMethod:
-        """The method that a path names; *hint* says where to post instead when it is of the other kind."""
-        bound = self.server.method(self.server.service(path[0]), path[1])
-        if bound.info.method_type is not kind:
-            raise ProtocolError(f"{path[1]}() is {'' if kind is MethodType.UNARY else 'not '}a stream; {hint}")
-        return bound
-
-    def _read_request(self, path: list[str], body: bytes, kind: MethodType) -> tuple[Request, BoundMethod, dict[str, Any]]:
-        """Read the request that begins a call: the request, its method and its arguments."""
-        bound = self._bound(path, kind, "post to its /init" if kind is MethodType.UNARY else "post without /init")
+    def _read_request(self, bound: BoundMethod, body: bytes) -> Request:
+        """Read the request that begins a call of *bound*."""
         known = self.server.recall(body, 0) if isinstance(body, bytes) else None
         if known is not None and known[0] is bound and known[2] == len(body):
-            return known[1], bound, read_arguments(bound.info, known[1])
+            return known[1]
         source = BufferSource(body)
         request = Request(self._reader(source))
         if source.left:
             raise IPCError(f"request: {source.left} bytes after the end of the stream")
-        self.server.resolve(request, (path[0], path[1]))
-        return request, bound, read_arguments(bound.info, request)
+        self.server.resolve(request, (bound.hosted.name, bound.info.name))
+        return request
 
-    def _unary(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
-        request, bound, arguments = self._read_request(path, body, MethodType.UNARY)
-        call = self.server.open_call(bound, caller, request, request.request_id or request_id)
-        call.note(request_bytes=len(body))
-        try:
-            turn = call.begin(arguments)
-            return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
-        finally:
-            call.end()
-
-    def _init(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
-        """Serve the start of a stream."""
-        request, bound, arguments = self._read_request(path, body, MethodType.STREAM)
+    def _begin(self, bound: BoundMethod, body: bytes, caller: Caller, head: _CallHead, request_id: str) -> HttpResponse:
+        """Serve a unary call, or the start of a stream."""
+        request = self._read_request(bound, body)
+        arguments = read_arguments(bound.info, request)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
         call.note(request_bytes=len(body))
 
         def answer() -> HttpResponse:
             turn = call.begin(arguments)
             if call.stream is None:
-                return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
+                return self._respond(call, head, turn)
             header = stream_bytes(turn.schema, turn.items) if turn.items else b""
-            turn, call_id, call_token = self._first_turn(call, call.stream)
-            return self._respond_turns(_StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token), turn, http)
+            return self._respond_turns(*self._first_turn(call, call.stream, header), head)
 
         return self._ending(call, answer)
 
-    def _first_turn(self, call: Call, stream: Stream[Any, Any]) -> tuple[Turn, bytes, bytes]:
-        """Run a producer's first turn; return it with the call's id and token."""
+    def _first_turn(self, call: Call, stream: Stream[Any, Any], header: bytes = b"") -> tuple[_StreamAnswer, Turn]:
+        """Seal what does not change of a stream, then run a producer's first turn."""
         call_id, schema = os.urandom(16), stream.output_schema
+        answer = _StreamAnswer(call, call_id, _PLAIN_TICK, header)
         try:
-            call_token = self._seal_call(call, stream, call_id)
+            answer = answer._replace(call_token=self._seal_call(call, stream, call_id))
         except Exception as exc:  # before the producer runs: a stream that cannot go on does not start
-            return call._failed(schema, exc), call_id, b""
-        turn = call.turn(_PLAIN_TICK) if stream.is_producer else Turn(schema, call._logs(schema), False)
-        return turn, call_id, call_token
+            return answer, call._failed(schema, exc)
+        return answer, call.turn(_PLAIN_TICK) if stream.is_producer else Turn(schema, call._logs(schema), False)
 
-    def _exchange(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
+    def _exchange(self, bound: BoundMethod, body: bytes, caller: Caller, head: _CallHead, request_id: str) -> HttpResponse:
         """Serve one turn of a stream, or its end, from the tokens that come with the input."""
-        bound, source = self._bound(path, MethodType.STREAM, "post without /exchange"), BufferSource(body)
+        source = BufferSource(body)
         reader = self._reader(source)
         item = reader.next()
         if item is None or reader.next_message() is not None or source.left:
@@ -6039,12 +6029,8 @@ class HttpApp:
         call.note(request_bytes=len(body))
         shown = {k: v for k, v in metadata.items() if k not in _OUR_KEYS}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
-
-        def answer() -> HttpResponse:
-            turn = self._next_turn(call, opened, state, given, CANCEL_KEY in metadata)
-            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http)
-
-        return self._ending(call, answer)
+        turn = functools.partial(self._next_turn, call, opened, state, given, CANCEL_KEY in metadata)
+        return self._ending(call, lambda: self._respond_turns(*turn(), head))
 
     @staticmethod
     def _ending(call: Call, answer: Callable[[], HttpResponse]) -> HttpResponse:
@@ -6065,24 +6051,24 @@ class HttpApp:
         call.note(opened.stream_id)
         return call
 
-    def _next_turn(self, call: Call, opened: _OpenedCall, state: StreamState | bytes, given: AnnotatedBatch, cancel: bool) -> Turn:
+    def _next_turn(
+        self, call: Call, opened: _OpenedCall, state: Callable[[], StreamState], given: AnnotatedBatch, cancel: bool
+    ) -> tuple[_StreamAnswer, Turn]:
+        answer, schema = _StreamAnswer(call, opened.call_id, given), opened.output_schema
         try:
-            stream = self._revive(call, opened, state)
+            self._revive(call, opened, state)
         except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer
-            return call._failed(opened.output_schema, exc, refused=isinstance(exc, TokenError))
+            return answer, call._failed(schema, exc, refused=isinstance(exc, TokenError))
         if cancel:
             call.cancel()
-            return Turn(stream.output_schema, call._logs(stream.output_schema), True)
-        return call.turn(given)
+            return answer, Turn(schema, call._logs(schema), True)
+        return answer, call.turn(given)
 
-    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, http: HttpRequest) -> HttpResponse:
+    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, head: _CallHead) -> HttpResponse:
         """Answer with a turn and, if the client takes several of a producer, with those that follow; these end the call."""
-        stream: Any = answer.call.stream
-        most = http.memory["call"].turns
-        if most == 1 or turn.finished or not stream.is_producer:
-            turn = self._with_cursor(answer, turn)
-            return self._respond(answer.call, http, answer.header + stream_bytes(turn.schema, turn.items), turn)
-        body = self._several(answer, turn, most)
+        if head.turns == 1 or turn.finished or not cast("Stream[Any, Any]", answer.call.stream).is_producer:
+            return self._respond(answer.call, head, self._with_cursor(answer, turn), answer.header)
+        body = self._several(answer, turn, head.turns)
         next(body)  # has taken over: from here on closing it ends the call
         return HttpResponse(200, [("Content-Type", ARROW_CONTENT_TYPE), ("X-Accel-Buffering", "no")], body)  # for nginx
 
@@ -6119,7 +6105,7 @@ class HttpApp:
                     turn = self._cursor_turn(answer, state())
                     data += encode(turn)
                 if limit is not None and sent + _total(data) > limit:
-                    data = [self._too_large(call, _total(data), limit)]
+                    data = [_too_large_answer(call, _total(data), limit)]
                 sent += _total(data)
                 call.note(http_status=200, response_bytes=sent)
                 yield data
@@ -6201,70 +6187,54 @@ class HttpApp:
 
 
 
-    def _open_tokens(self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata) -> tuple[_OpenedCall, StreamState | bytes]:
-        """Open the cursor, then the call half whose id it holds; return that and the state: live, or its type's index and bytes."""
+    def _open_tokens(
+        self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata
+    ) -> tuple[_OpenedCall, Callable[[], StreamState]]:
+        """Open the cursor, then the call half whose id it holds; return that and what gives the state."""
         binding, cursor = self._binding(bound, auth), metadata.get(STATE_KEY, b"")
         with self._lock:
             live = self._live.pop(cursor[-_MAC_TEXT_BYTES:], None)  # one turn only: a cursor that comes again gives the same turn again
-        state: StreamState | bytes
+        state: Callable[[], StreamState]
         if live is not None and live.cursor == cursor and live.binding == binding:  # what we have sealed, to the last byte
             self.sealer.check_age(live.issued)
-            call_id, state = live.call_id, object.__new__(type(live.state))
-            state.__dict__.update(live.state.__dict__)  # each turn has an object of its own
+            call_id, state = live.call_id, live.copy
         else:
-            call_id, index, state = unpack_parts(self.sealer.open(b"state", binding, cursor), 3)
+            call_id, index, content = unpack_parts(self.sealer.open(b"state", binding, cursor), 3)
             if len(index) != 1 or index[0] >= len(bound.state_types):
                 raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had other states
-            state = index + state
-        cache_key = (binding, call_id, token := metadata.get(CALL_STATE_KEY, b""))
-        with self._lock:
-            opened = self._opened.pop(cache_key, None)
-        if opened is None:
-            content = self.sealer.open(b"call", (*binding, call_id), token, aged=False)
-            _, output, input_, call_state, stream_id, limit = unpack_parts(content, 6)
-            schemas = _schema_from_bytes(output), _schema_from_bytes(input_)
-            opened = _OpenedCall(call_id, *schemas, call_state, stream_id.decode(), int(limit) if limit else None)
-        with self._lock:  # back as the youngest
-            self._opened[cache_key] = opened
-            while len(self._opened) > self.options.call_state_cache_entries:
-                self._opened.popitem(last=False)
-        return opened, state
+            read = cast("type[StreamState]", bound.state_types[index[0]]).deserialize_from_bytes
+            state = functools.partial(read, content, IpcValidation.NONE)  # our own bytes: the seal vouches for them
+        return self._open_call(binding, call_id, metadata.get(CALL_STATE_KEY, b"")), state
 
-    def _revive(self, call: Call, opened: _OpenedCall, state: StreamState | bytes) -> Stream[Any, Any]:
-        cls = type(state) if isinstance(state, StreamState) else cast("type[StreamState]", call.bound.state_types[state[0]])
+    def _open_call_token(self, binding: tuple[bytes, ...], call_id: bytes, token: bytes) -> _OpenedCall:
+        content = self.sealer.open(b"call", (*binding, call_id), token, aged=False)
+        _, output, input_, call_state, stream_id, limit = unpack_parts(content, 6)
+        schemas = _schema_from_bytes(output), _schema_from_bytes(input_)
+        return _OpenedCall(call_id, *schemas, call_state, stream_id.decode(), int(limit) if limit else None)
+
+    def _revive(self, call: Call, opened: _OpenedCall, read: Callable[[], StreamState]) -> None:
         call_state = None
         try:
-            if not isinstance(state, StreamState):  # our own bytes: the seal vouches for them
-                state = cls.deserialize_from_bytes(state[1:], IpcValidation.NONE)
+            state = read()
             if opened.call_state:
-                if cls.CALL_STATE_TYPE is None:
+                if state.CALL_STATE_TYPE is None:
                     raise TokenError(_TOKEN_REFUSED)
-                call_state = cls.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
+                call_state = state.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
         except _Refusal as exc:  # sealed by a version of the service whose state was another
             raise TokenError(_TOKEN_REFUSED) from exc
-        stream: Stream[Any, Any] = Stream(opened.output_schema, state, opened.input_schema, call_state=call_state)
-        if cls.rehydrate is not StreamState.rehydrate:
+        if type(state).rehydrate is not StreamState.rehydrate:
             call._run(state.rehydrate, call.bound.hosted.implementation)
         if call_state is not None:
             call._run(state.bind_call_state, call_state)
-        call.stream = stream
-        return stream
+        call.stream = Stream(opened.output_schema, state, opened.input_schema, call_state=call_state)
 
-    # -- answers
-
-
-    @staticmethod
-    def _too_large(call: Call, size: int, limit: int) -> bytes:
-        turn = call._failed(EMPTY_SCHEMA, _answer_too_large(call, size, limit))
-        return stream_bytes(turn.schema, turn.items)
-
-    def _respond(self, call: Call, request: HttpRequest, body: bytes, turn: Turn) -> HttpResponse:
-        """Put a turn's bytes into a response: budget first, then coding."""
-        limit, failed = call.caller.response_limit_bytes, turn.error is not None
+    def _respond(self, call: Call, head: _CallHead, turn: Turn, lead: bytes = b"") -> HttpResponse:
+        """Put *lead* and a turn's bytes into a response: budget first, then coding."""
+        limit, failed, body = call.caller.response_limit_bytes, turn.error is not None, lead + stream_bytes(turn.schema, turn.items)
         if limit is not None and len(body) > limit:
-            body, failed = self._too_large(call, len(body), limit), True
+            body, failed = _too_large_answer(call, len(body), limit), True
         headers = [("Content-Type", ARROW_CONTENT_TYPE), *([(RPC_ERROR_HEADER, "true")] if failed else [])]
-        encoding, header, identity = request.memory["call"].answer_coding
+        encoding, header, identity = head.answer_coding
         if encoding and (level := self.options.compression_level) is not None:
             token = (turn.items[-1][1] or {}).get(STATE_KEY, b"") if identity and turn.items else b""
             packed = compress_if_worth(body, encoding, level, len(token)) if identity else compress_body(body, encoding, level)
@@ -6286,6 +6256,10 @@ def _arrow_failure(app: HttpApp, exc: BaseException, request_id: str) -> HttpRes
 
 def _answer_too_large(call: Call, size: int, limit: int) -> ResponseTooLargeError:
     return ResponseTooLargeError(f"{call.bound.info.name}(): the answer exceeds max_response_bytes ({size} > {limit})")
+
+def _too_large_answer(call: Call, size: int, limit: int) -> bytes:
+    turn = call._failed(EMPTY_SCHEMA, _answer_too_large(call, size, limit))
+    return stream_bytes(turn.schema, turn.items)
 
 def _smallest(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
@@ -6884,8 +6858,7 @@ def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[
             if stream is None:
                 yield _turn_json(app, call, turn, lambda: [{"result": _json_result(call.bound.info, turn.items[-1][0])}])
             elif not stream.is_producer:
-                turn, call_id, call_token = app._first_turn(call, stream)
-                turn = app._with_cursor(_StreamAnswer(call, call_id, _PLAIN_TICK, call_token=call_token), turn)
+                turn = app._with_cursor(*app._first_turn(call, stream))
                 yield _turn_json(app, call, turn, lambda: [{**dict(zip(["header"], header)), "token": _json_token(turn)}])
             else:
                 lead, over = [{"__header__": row} for row in header], False
@@ -6909,32 +6882,29 @@ def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], call
     where = f"{bound.info.name}() input"
     if entry.keys() - {"token", "rows", "cancel"} or not entry.keys() & {"rows", "cancel"}:
         raise ParameterError(f"{where}: expected token, and rows or cancel, got {', '.join(entry)[:200] or 'nothing'}")
-    state, _, fixed = str(entry.get("token")).encode("utf-8", "replace").partition(b".")
-    tokens = {STATE_KEY: state, CALL_STATE_KEY: fixed, **({CANCEL_KEY: b"1"} if entry.get("cancel") else {})}
-    opened, content = app._open_tokens(bound, caller.auth, tokens)
+    cursor, _, fixed = str(entry.get("token")).encode("utf-8", "replace").partition(b".")
+    tokens = {STATE_KEY: cursor, CALL_STATE_KEY: fixed, **({CANCEL_KEY: b"1"} if entry.get("cancel") else {})}
+    opened, state = app._open_tokens(bound, caller.auth, tokens)
     schema = opened.input_schema
     rows = _located(where, "", lambda rows: _json_in(rows, pa.list_(pa.struct(list(schema)))), entry.get("rows")) or []
     batch = _batch_from_pydict({n: [(row or {}).get(n) for row in rows] for n in schema.names}, schema, where)
     call, given = app._go_on(bound, caller, opened, own_id), AnnotatedBatch(batch)
-    with app.server:
-        turn = app._next_turn(call, opened, content, given, CANCEL_KEY in tokens)
-        turn = app._with_cursor(_StreamAnswer(call, opened.call_id, given), turn)
+    turn = app._with_cursor(*app._next_turn(call, opened, state, given, CANCEL_KEY in tokens))
     token = {} if turn.finished else {"token": _json_token(turn, fixed)}
     answer = _turn_json(app, call, turn, lambda: [{"rows": _turn_rows(turn), **token}])
     call.end()
     return answer
 
-def _post_json(app: HttpApp, path: list[str], body: bytes, caller: Caller, request: HttpRequest, own_id: str) -> HttpResponse:
+def _post_json(
+    app: HttpApp, bound: BoundMethod, step: str, body: bytes, caller: Caller, head: _CallHead, own_id: str
+) -> HttpResponse:
     """Answer a call in JSON: ``{"result": …}``, the rows of a producer as NDJSON, or the token that begins an exchange."""
     if app.options.max_request_bytes is None and len(body) > _JSON_MAX_REQUEST_BYTES:
         raise RequestTooLargeError(f"request body: expected at most {_JSON_MAX_REQUEST_BYTES} bytes of JSON, got {len(body)}")
-    bound = app.server.method(app.server.service(path[0]), path[1])
-    if len(path) > 2:
-        app._bound((path[0], path[1]), MethodType.STREAM, f"post without /{path[2]}")
-    if path[2:] == ["exchange"]:
-        in_lines = _json_type(app, request) == _NDJSON  # the token, then a row a line
-        head, *rows = map(_parse_json, bytes(body).strip().splitlines() or [b""] if in_lines else [body])
-        return _exchange_json(app, bound, {**head, "rows": rows} if in_lines else head, caller, own_id)
+    if step == "exchange":
+        in_lines = head.json == _NDJSON  # the token, then a row a line
+        entry, *rows = map(_parse_json, bytes(body).strip().splitlines() or [b""] if in_lines else [body])
+        return _exchange_json(app, bound, {**entry, "rows": rows} if in_lines else entry, caller, own_id)
     arguments = _json_arguments(bound.info, _parse_json(body))
     call = app.server.open_call(bound, caller, None, own_id)
     call.record.request_schema, call.record.request_rows = bound.info.params_schema, 1
