@@ -5532,10 +5532,8 @@ class HttpResponse:
 Authenticate = Callable[[HttpRequest], AuthContext]
 
 def bearer_authenticate(*, validate: Callable[[str], AuthContext]) -> Authenticate:
-    """Return a callback that hands the bearer token of ``Authorization`` to *validate*.
-
-    *validate* returns who it is, or raises ``ValueError``; let it compare secrets with ``hmac.compare_digest``.
-    """
+    """Return a callback that hands the bearer token of ``Authorization`` to *validate*, which returns who it is, or raises
+    ``ValueError``; let it compare secrets with ``hmac.compare_digest``."""
     def authenticate(request: HttpRequest) -> AuthContext:
         scheme, _, token = (request.get_header("authorization") or "").partition(" ")
         if scheme.lower() != "bearer":
@@ -5560,10 +5558,8 @@ def bearer_authenticate_static(*, tokens: Mapping[str, AuthContext]) -> Authenti
     return bearer_authenticate(validate=validate)
 
 def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
-    """Return a callback that asks each in turn until one knows the caller; the last refusal stands.
-
-    A ``ValueError`` passes the request on to the next; ``PermissionError`` and others end the search.
-    """
+    """Return a callback that asks each in turn until one knows the caller; the last refusal stands. A ``ValueError`` passes
+    the request on to the next; ``PermissionError`` and others end the search."""
     if not authenticators:
         raise ValueError("chain_authenticate: expected at least one authenticator")
 
@@ -5622,8 +5618,7 @@ def _takes_options(*kinds: type) -> Callable[[_Function], _Function]:
     def mark(function: _Function) -> _Function:
         signature = inspect.signature(function)
         kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        for f in (f for kind in kinds for f in dataclasses.fields(kind)):
-            kept.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type))
+        kept += [p.replace(kind=p.KEYWORD_ONLY) for kind in kinds for p in inspect.signature(kind).parameters.values()]
         function.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
         return function
 
@@ -5631,12 +5626,11 @@ def _takes_options(*kinds: type) -> Callable[[_Function], _Function]:
 
 def _split_options(options: dict[str, Any], *kinds: type) -> list[Any]:
     """Build one instance of each of *kinds* from keywords; an unknown keyword is a `TypeError` with a suggestion."""
-    names = {kind: [f.name for f in dataclasses.fields(kind)] for kind in kinds}
-    known = [name for kind in kinds for name in names[kind]]
+    known = [f.name for kind in kinds for f in dataclasses.fields(kind)]
     for name in options:
         if name not in known:
             raise TypeError(f"no option {name!r}{_suggest(name, known)}; there are {', '.join(known)}")
-    return [kind(**{n: options[n] for n in names[kind] if n in options}) for kind in kinds]
+    return [kind(**{f.name: options[f.name] for f in dataclasses.fields(kind) if f.name in options}) for kind in kinds]
 
 def supported_encodings() -> tuple[str, ...]:
     """Return the body codings that this machine can read and write, best first."""
@@ -5652,16 +5646,14 @@ def compress_body(body: bytes, encoding: str, level: int) -> bytes:
 def compress_if_worth(body: bytes, encoding: str, level: int, packed_bytes: int = 0) -> bytes | None:
     """Encode a body, if that makes it a good deal smaller; ``None`` if it is short (without those of its bytes that are packed
     already) or, by a sample, does not compress."""
-    size, middle = len(body), len(body) // 2
-    if size - packed_bytes < _COMPRESS_BODY_FROM_BYTES:
+    middle = len(body) // 2
+    if len(body) - packed_bytes < _COMPRESS_BODY_FROM_BYTES:
         return None
-    sample = body[middle : middle + _SAMPLE_BYTES] if size > 4 * _SAMPLE_BYTES else b""
-    if sample and len(compress_body(sample, encoding, level)) > _WORTH * _SAMPLE_BYTES:
-        return None
-    packed = compress_body(body, encoding, level)
-    return packed if len(packed) < _WORTH * size else None
-
-
+    for tried in (body[middle : middle + _SAMPLE_BYTES], body):
+        packed = compress_body(tried, encoding, level)
+        if len(packed) > _WORTH * len(tried):
+            return None
+    return packed
 
 def decompress_body(body: _Buffer, encoding: str, limit: int) -> bytes:
     """Decode a body to at most *limit* bytes; raises `IPCError` or `RequestTooLargeError`."""
@@ -5703,10 +5695,18 @@ def _protocol_error(text: str, status: int, code: Code = Code.INVALID_ARGUMENT) 
 class _HttpFailure(Exception):
     """Ends the handling of a request with its argument, a response that is not Arrow."""
 
+def _json_bytes(value: Any) -> bytes:
+    """One line of JSON in UTF-8; NaN and the infinities, which JSON does not have, become null."""
+    dump = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"), default=_text_of)
+    try:
+        text = dump(value, allow_nan=False)
+    except ValueError:
+        text = dump(json.loads(dump(value), parse_constant=lambda name: None))
+    return (text + "\n").encode("utf-8", "backslashreplace")
+
 def json_response(status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> HttpResponse:
-    """Return a response with *value* as compact JSON."""
-    body = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_text_of).encode("utf-8", "backslashreplace")
-    return HttpResponse(status, [("Content-Type", "application/json"), *headers], body)
+    """Return a response with *value* as a line of JSON."""
+    return HttpResponse(status, [("Content-Type", _JSON), *headers], _json_bytes(value))
 
 def _method_not_allowed(allowed: str) -> HttpResponse:
     return json_response(405, {"error": "method_not_allowed", "detail": f"expected {allowed}"}, [("Allow", allowed)])
@@ -5714,8 +5714,6 @@ def _method_not_allowed(allowed: str) -> HttpResponse:
 def _internal_error(request_id: str) -> HttpResponse:
     """What went wrong stands in the server's log under the id; its text is not the client's business."""
     return json_response(500, {"error": "internal_error", "request_id": request_id})
-
-
 
 _MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and the size of their cursors
 _MAC_TEXT_BYTES = 44  # of a cursor, its end: what tells it from all others, and is hashed sooner than the whole
@@ -5757,7 +5755,6 @@ class _LiveState(NamedTuple):
 
 def _total(pieces: Iterable[_Buffer]) -> int:
     return sum(map(len, pieces))
-
 
 class _Joined(Iterator[bytes]):
     """A body that is made as it is sent, for those who take bytes alone."""
@@ -5807,10 +5804,9 @@ class HttpApp:
         """What every response says of this server (WIRE section 6); nothing of a feature that is off."""
         options = self.options
         encodings = supported_encodings() if options.compression_level is not None else ()
-        headers = [(SUPPORTED_ENCODINGS_HEADER, ", ".join(encodings)), (EXTERNALIZATION_HEADER, "false")]
-        headers.append((ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"))
         sizes = ((MAX_REQUEST_BYTES_HEADER, options.max_request_bytes), (MAX_RESPONSE_BYTES_HEADER, options.max_response_bytes))
-        return headers + [(name, str(size)) for name, size in sizes if size is not None]
+        return [(SUPPORTED_ENCODINGS_HEADER, ", ".join(encodings)), (EXTERNALIZATION_HEADER, "false"),
+                (ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"), *((n, str(size)) for n, size in sizes if size is not None)]
 
     # -- one request
     def __call__(self, request: HttpRequest) -> HttpResponse:
@@ -5841,12 +5837,10 @@ class HttpApp:
         return response
 
     def _cors_headers(self, request: HttpRequest) -> list[tuple[str, str]]:
-        if not (allowed := self.options.cors_origins):
-            return []
-        origin = request.get_header("origin")
-        if origin is None or ("*" not in allowed and origin not in allowed):
-            return []
+        origin, allowed = request.get_header("origin"), self.options.cors_origins or ()
         everyone = "*" in allowed
+        if origin is None or not (everyone or origin in allowed):
+            return []
         exposed = ["WWW-Authenticate", REQUEST_ID_HEADER, CONTENT_ENCODING_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER]
         names = ", ".join([*exposed, *dict(self._capabilities)])
         headers = [("Access-Control-Expose-Headers", names), ("Access-Control-Allow-Origin", "*" if everyone else origin)]
@@ -5938,8 +5932,6 @@ class HttpApp:
         facts = {"status": "draining" if self.server.draining else "ok", "server_id": self.server.server_id}
         return json_response(200, {**facts, "protocol": self.server.protocol_name}, [("Cache-Control", "no-store")])
 
-
-
     # -- who calls
     def _authenticated(self, request: HttpRequest, request_id: str) -> AuthContext:
         if self.options.authenticate is None:
@@ -5964,8 +5956,6 @@ class HttpApp:
             page = f"<!doctype html><title>401</title><h1>401 Unauthorized</h1><p>{_text(f'{reason}: {detail}')}</p>"
             return HttpResponse(401, [("Content-Type", "text/html; charset=utf-8"), *headers], page.encode())
         return json_response(401, {"error": "unauthorized", "reason": reason.value, "detail": detail}, headers)
-
-
 
     # -- calls
     def _reader(self, source: BufferSource) -> IpcReader:
@@ -6178,14 +6168,10 @@ class HttpApp:
                 self._live[cursor[-_MAC_TEXT_BYTES:]] = _LiveState(cursor, binding, self.sealer.clock(), answer.call_id, state)
                 if len(self._live) > _MAX_LIVE_STATES:
                     self._live.popitem(last=False)
-        items, at = list(turn.items), turn.data_index
-        if not stream.is_producer and at is not None:
-            items[at] = (items[at][0], {**(items[at][1] or {}), **tokens})
-        else:
-            items.append((empty_batch(stream.output_schema), tokens))
-        return Turn(turn.schema, items, turn.finished, turn.error, turn.status)
-
-
+        if stream.is_producer or turn.data_index is None:
+            return turn._replace(items=[*turn.items, (empty_batch(stream.output_schema), tokens)])
+        *logs, (batch, metadata) = turn.items
+        return turn._replace(items=[*logs, (batch, {**(metadata or {}), **tokens})])
 
     def _open_tokens(
         self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata
@@ -6354,8 +6340,7 @@ def parse_http_head(raw: bytes) -> HttpHead:
     start = lines[0].decode("latin-1").split(" ", 2)
     if len(start) != 3:
         raise ProtocolError(f"expected a start line of three parts, got {lines[0][:80]!r}")
-    headers: dict[str, str] = {}
-    repeated = set()
+    headers, repeated = dict[str, str](), set[str]()
     for line in lines[1:]:
         # The same lines come again and again; what may be a secret is not kept.
         short = len(line) < 100 and not line.lower().startswith((b"auth", b"proxy-auth", b"cookie", b"x-"))
@@ -6400,13 +6385,8 @@ class HeadReader:
 
     def _changed(self, varying: re.Match[bytes]) -> HttpHead:
         start, fixed, repeated, memory = self._known
-        request_id, date, length = varying.groups()
-        headers = {**fixed, "content-length": length.decode()}
-        if request_id is not None:
-            headers["x-request-id"] = request_id.decode()
-        if date is not None:
-            headers["date"] = date.decode()
-        return HttpHead(start, headers, repeated, memory)
+        changed = {name: value.decode() for name, value in zip(_VARYING_NAMES, varying.groups()) if value is not None}
+        return HttpHead(start, {**fixed, **changed}, repeated, memory)
 
     def _parsed(self, raw: bytes) -> HttpHead:
         head, varying = parse_http_head(raw), _VARYING.search(raw)
@@ -6455,7 +6435,6 @@ def _gathered(pieces: Iterable[bytes]) -> bytes:
     whole = io.BytesIO()
     whole.writelines(pieces)
     return whole.getvalue()
-
 
 class _Asked(NamedTuple):
     """What a request's head says of the message, apart from its length."""
@@ -6542,8 +6521,6 @@ class _HttpConnection:
             self._channel.socket.shutdown(socket.SHUT_WR)
             while self._channel._fill():
                 pass
-
-
 
     def _check(self, head: HttpHead) -> _Asked:
         """Check what RFC 9112 asks of a request's head."""
@@ -6692,15 +6669,6 @@ def _json_type(app: HttpApp, request: HttpRequest) -> str:
     match = re.fullmatch(r'(application/(?:json|x-ndjson))(?:\s*;\s*charset="?utf-8"?)?', given)
     return match[1] if app.options.json and match else ""
 
-def _json_bytes(value: Any) -> bytes:
-    """One line of JSON in UTF-8; NaN and the infinities, which JSON does not have, become null."""
-    dump = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"), default=_text_of)
-    try:
-        text = dump(value, allow_nan=False)
-    except ValueError:
-        text = dump(json.loads(dump(value), parse_constant=lambda name: None))
-    return (text + "\n").encode("utf-8", "backslashreplace")
-
 def _parse_json(body: bytes) -> dict[str, Any]:
     """Read one JSON object, strictly by RFC 8259; raises `ProtocolError`."""
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -6829,8 +6797,7 @@ def _json_failure(app: HttpApp, exc: BaseException, request_id: str, key: str = 
     facts |= {"traceback": error.remote_traceback} if error.remote_traceback else {}
     own = getattr(exc, "http_status", 200)
     status = own if own not in (200, 400) else _JSON_STATUS.get(error.error_code, 500)
-    headers = [("Content-Type", _JSON), *([("Retry-After", "1")] if status == 503 else [])]
-    return HttpResponse(status, headers, _json_bytes({key: facts}))
+    return json_response(status, {key: facts}, [("Retry-After", "1")] if status == 503 else ())
 
 def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterable[Any]], sent: int = 0) -> HttpResponse:
     """The lines that *render* makes of a turn, or its error, or that of *render*; *sent* bytes went out before."""
@@ -7068,6 +7035,7 @@ class HttpReply(NamedTuple):
     status: int
     headers: dict[str, str]
     body: Any  # bytes, memoryview or Buffer; of `HttpSender.open` also an `HttpBody`, to be read as it comes
+
 
 class HttpBody(ByteChannel):
     """A body that is read as its *pieces* come, over *channel* if there is one; read it to its end, or close it."""
@@ -7450,10 +7418,6 @@ class HttpClient(ClientChannel):
                 raise DeadlineExceededError(f"HTTP {reply.status}: {text}")
             raise TransportError(f"expected Arrow, got HTTP {reply.status} {kind or 'without a type'}: {text}")
         return reply
-
-
-
-
 
     @staticmethod
     def _unauthorized(reply: HttpReply) -> AuthenticationError:
