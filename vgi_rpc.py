@@ -6436,6 +6436,12 @@ def _gathered(pieces: Iterable[bytes]) -> bytes:
     whole.writelines(pieces)
     return whole.getvalue()
 
+def _read_sized(channel: ByteChannel, size: int) -> bytes:
+    body = channel.read_after(b"", size)
+    if len(body) < size:
+        raise TransportError(f"half a body: expected {size} bytes, got {len(body)}")
+    return cast("bytes", body)
+
 class _Asked(NamedTuple):
     """What a request's head says of the message, apart from its length."""
     path: str
@@ -6562,9 +6568,7 @@ class _HttpConnection:
         size = 0 if asked.chunked else _content_length(length, limit)
         if asked.expects_continue:
             channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
-        body = _gathered(read_chunked(channel, limit)) if asked.chunked else cast("bytes", channel.read_after(b"", size))
-        if len(body) < size:
-            raise TransportError(f"request body: expected {size} bytes, got {len(body)}")
+        body = _gathered(read_chunked(channel, limit)) if asked.chunked else _read_sized(channel, size)
         self._unread = False
         return body
 
@@ -7041,16 +7045,16 @@ class HttpBody(ByteChannel):
     """A body that is read as its *pieces* come, over *channel* if there is one; read it to its end, or close it."""
     def __init__(self, pieces: Iterator[bytes], channel: ByteChannel | None = None) -> None:
         super().__init__()
-        self._pieces, self.channel = pieces, channel
+        self.pieces, self.channel = pieces, channel
         self.close = getattr(pieces, "close", lambda: None)  # a generator's; it closes the channel
 
     def _receive(self, size: int) -> bytes:
-        return next(self._pieces, b"")
+        return next(self.pieces, b"")
 
     def _receive_into(self, view: memoryview) -> int:
         if self.channel is not None and 0 < len(self._buffer) == self._at:  # read_chunked takes a view once it has begun
             with contextlib.suppress(StopIteration):
-                return cast("int", cast("Any", self._pieces).send(view))
+                return cast("int", cast("Any", self.pieces).send(view))
             return 0
         piece = self.read_some(len(view))
         view[: len(piece)] = piece
@@ -7062,13 +7066,15 @@ Headers = Mapping[str, str] | Callable[[], Mapping[str, str]]
 
 class HttpSender:
     """Sends one HTTP request and returns its answer: over sockets (`HttpConnections`), or into an app (`SyncClient`)."""
-    def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
-        """Send a request; raise `TransportError` when no answer comes, `ResponseTooLargeError` when it exceeds *limit*."""
-        raise io.UnsupportedOperation("send")
-
     def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
-        """As `send`, but a chunked body may be left to be read as it comes, which raises as `send` does."""
-        return self.send(method, path, headers, body, deadline, limit)
+        """Send a request. A chunked body may be left to be read as it comes. This, and reading it, raises `TransportError` when
+        no answer comes, `ResponseTooLargeError` when it exceeds *limit*."""
+        raise io.UnsupportedOperation("open")
+
+    def send(self, *request: Any) -> HttpReply:
+        """As `open`, but the body is whole."""
+        reply = self.open(*request)
+        return reply._replace(body=_gathered(reply.body.pieces)) if isinstance(reply.body, HttpBody) else reply
 
     def close(self) -> None:
         """Give back connections."""
@@ -7178,23 +7184,18 @@ class HttpConnections(HttpSender):
             return kept
         return None
 
-    def send(
-        self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int, unread: bool = False
-    ) -> HttpReply:
+    def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         message = self._message(method, path, headers, body)
         if self._closed:
             raise TransportError("the connection is closed: it was closed here")
         if kept := self._take():
             # Closed by the server between two calls: the one case in which a request is sent again, as it never got there.
             with contextlib.suppress(_NotSent):
-                return self._exchange(kept, method, message, deadline, limit, unread)
+                return self._exchange(kept, method, message, deadline, limit)
         try:
-            return self._exchange(HeadReader(self._dial(deadline)), method, message, deadline, limit, unread)
+            return self._exchange(HeadReader(self._dial(deadline)), method, message, deadline, limit)
         except _NotSent as exc:
             raise TransportError(f"{self._target.authority} closed the connection without an answer: {exc}") from None
-
-    def open(self, *request: Any, **named: Any) -> HttpReply:
-        return functools.partial(self.send, unread=True)(*request, **named)
 
     def _message(self, method: str, path: str, headers: _HeaderList, body: bytes) -> list[bytes]:
         given, lead = self._leads.get((method, path), (None, b""))
@@ -7217,13 +7218,11 @@ class HttpConnections(HttpSender):
             raise ValueError("a header contains a line break")
         return ("\r\n".join(lines) + "\r\n").encode("latin-1")
 
-    def _exchange(
-        self, heads: HeadReader, method: str, message: list[bytes], deadline: float | None, limit: int, unread: bool
-    ) -> HttpReply:
+    def _exchange(self, heads: HeadReader, method: str, message: list[bytes], deadline: float | None, limit: int) -> HttpReply:
         heads.channel.deadline = deadline
         try:
             head = self._head_of_answer(heads, message)
-            reply = self._read_reply(heads, method, head, limit, unread)
+            reply = self._read_reply(heads, method, head, limit)
         except BaseException as exc:
             raise self._ended(heads.channel, exc) from None
         if not isinstance(reply.body, HttpBody):
@@ -7273,10 +7272,16 @@ class HttpConnections(HttpSender):
                 return head
         raise ProtocolError(f"more than {self._MAX_INTERIM} interim answers")
 
-    def _read_reply(self, heads: HeadReader, method: str, head: HttpHead, limit: int, unread: bool) -> HttpReply:
+    def _read_reply(self, heads: HeadReader, method: str, head: HttpHead, limit: int) -> HttpReply:
         (version, status, _), headers, channel = head.start, head.headers, heads.channel
+
+        def read() -> _Buffer:
+            if "content-length" in headers:
+                return _read_sized(channel, _content_length(headers["content-length"], limit, _BUDGET_RULE))
+            return _gathered((read_chunked if "transfer-encoding" in headers else _read_to_end)(channel, limit, _BUDGET_RULE))
+
         if "sized" in head.memory and method != "HEAD":
-            return HttpReply(200, headers, _sized_body(channel, headers["content-length"], limit))
+            return HttpReply(200, headers, read())
         if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[2-5][0-9][0-9]", status):
             raise ProtocolError(f"expected a status line, got {' '.join(head.start)[:80]!r}")
         if "content-length" in head.repeated or ("content-length" in headers and "transfer-encoding" in headers):
@@ -7285,30 +7290,16 @@ class HttpConnections(HttpSender):
         if coding is not None and coding.lower() != "chunked" and not bodiless:
             raise ProtocolError(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}")
         coded = headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding")
-        if status == "200" and headers.get("content-type") == ARROW_CONTENT_TYPE and not coded:
-            if unread and coding is not None:
+        if status == "200" and headers.get("content-type") == ARROW_CONTENT_TYPE and not coded and not bodiless:
+            if coding is not None:
                 return HttpReply(200, headers, HttpBody(self._pieces(heads, head, limit), channel))
-            if "content-length" in headers:
-                head.memory["sized"] = True  # all of the above holds for the next one that looks the same
-
-        def read() -> _Buffer:
-            if coding is not None or "content-length" not in headers:
-                return _gathered((read_chunked if coding else _read_to_end)(channel, limit, _BUDGET_RULE))
-            return _sized_body(channel, headers["content-length"], limit)
-
+            head.memory["sized"] = True  # all of the above holds for the next one that looks the same
         return HttpReply(int(status), headers, b"" if bodiless else _decoded_body(headers, read, limit))
 
     def close(self) -> None:
         self._closed = True
         while self._idle:
             self._idle.pop().channel.close()
-
-def _sized_body(channel: ByteChannel, length: str, limit: int) -> _Buffer:
-    size = _content_length(length, limit, _BUDGET_RULE)
-    body = channel.read_after(b"", size)
-    if len(body) < size:
-        raise TransportError(f"half an answer: expected {size} bytes, got {len(body)}")
-    return body
 
 def _read_to_end(channel: ByteChannel, limit: int, rule: str) -> Iterator[bytes]:
     total = 0
@@ -7323,10 +7314,6 @@ class SyncClient(HttpSender):
     """Calls an `HttpApp` in the same thread, without a socket: for tests. Made by `make_sync_client`."""
     def __init__(self, app: HttpApp) -> None:
         self.app, self.prefix = app, app.options.prefix
-
-    def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
-        reply = self.open(method, path, headers, body, deadline, limit)
-        return reply._replace(body=reply.body.read(limit)) if isinstance(reply.body, HttpBody) else reply
 
     def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         def read_body(most: int) -> bytes:
