@@ -5541,20 +5541,17 @@ def bearer_authenticate(*, validate: Callable[[str], AuthContext]) -> Authentica
         if not re.fullmatch(r"[!-~]{1,16384}", token):
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "malformed bearer token")
         return validate(token)
-
     authenticate.challenge = "Bearer"  # type: ignore[attr-defined]
     return authenticate
 
 def bearer_authenticate_static(*, tokens: Mapping[str, AuthContext]) -> Authenticate:
     """Return a callback that knows a fixed set of bearer tokens; compared in constant time, all of them each time."""
     known = [(token.encode(), auth) for token, auth in tokens.items()]
-
     def validate(token: str) -> AuthContext:
         found = [auth for secret, auth in known if hmac.compare_digest(secret, token.encode())]
         if not found:
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "unknown bearer token")
         return found[0]
-
     return bearer_authenticate(validate=validate)
 
 def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
@@ -5562,7 +5559,6 @@ def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
     the request on to the next; ``PermissionError`` and others end the search."""
     if not authenticators:
         raise ValueError("chain_authenticate: expected at least one authenticator")
-
     def authenticate(request: HttpRequest) -> AuthContext:
         refusal: ValueError | None = None
         for one in authenticators:
@@ -5573,7 +5569,6 @@ def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
                 missing = isinstance(exc, AuthFailure) and exc.reason is AuthReason.MISSING_CREDENTIAL
                 refusal = exc if refusal is None or not missing else refusal
         raise cast("ValueError", refusal)
-
     authenticate.challenge = next(filter(None, (getattr(one, "challenge", "") for one in authenticators)), "")  # type: ignore
     return authenticate
 
@@ -5621,7 +5616,6 @@ def _takes_options(*kinds: type) -> Callable[[_Function], _Function]:
         kept += [p.replace(kind=p.KEYWORD_ONLY) for kind in kinds for p in inspect.signature(kind).parameters.values()]
         function.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
         return function
-
     return mark
 
 def _split_options(options: dict[str, Any], *kinds: type) -> list[Any]:
@@ -5672,8 +5666,7 @@ def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
     """Choose the coding of an answer: (coding or empty, header that names it, whether to leave it out is as welcome).
     The client's order decides; its private header (``None`` when absent) beats the standard one, and a coding named only
     there is named in the private answer header. ``identity`` first, or ``q=0``, means none; anywhere else it says that an
-    answer may stay as it is where coding it is not worth the time.
-    """
+    answer may stay as it is where coding it is not worth the time."""
     chosen, identity = "", False
     for offer in (public if private is None else private).lower().split(","):
         name, _, parameters = offer.partition(";")
@@ -5708,8 +5701,11 @@ def json_response(status: int, value: Any, headers: Iterable[tuple[str, str]] = 
     """Return a response with *value* as a line of JSON."""
     return HttpResponse(status, [("Content-Type", _JSON), *headers], _json_bytes(value))
 
+def _refusal(status: int, error: str, detail: str, *headers: tuple[str, str]) -> HttpResponse:
+    return json_response(status, {"error": error, "detail": detail}, headers)
+
 def _method_not_allowed(allowed: str) -> HttpResponse:
-    return json_response(405, {"error": "method_not_allowed", "detail": f"expected {allowed}"}, [("Allow", allowed)])
+    return _refusal(405, "method_not_allowed", f"expected {allowed}", ("Allow", allowed))
 
 def _internal_error(request_id: str) -> HttpResponse:
     """What went wrong stands in the server's log under the id; its text is not the client's business."""
@@ -5828,8 +5824,7 @@ class HttpApp:
         except (_Refusal, StatusError) as exc:
             response = (_json_failure if _json_type(self, request) else _arrow_failure)(self, exc, request_id)
         except (TransportError, DeadlineExceededError) as exc:  # while the body was read
-            response = json_response(408, {"error": "request_timeout", "detail": exc.error_message})
-            response.close = True
+            response = dataclasses.replace(_refusal(408, "request_timeout", exc.error_message), close=True)
         except Exception:
             logger.exception("request %s failed", request_id)
             response = _internal_error(request_id)
@@ -5923,8 +5918,8 @@ class HttpApp:
 
     # -- everything that is not a call
     def _not_found(self, request: HttpRequest) -> HttpResponse:
-        facts = {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"}
-        return _not_found_page(self, request) or json_response(404, facts)
+        hint = "expected /{protocol}/{method}[/init|/exchange] or /health"
+        return _not_found_page(self, request) or _refusal(404, "not_found", hint)
 
     def _health(self, request: HttpRequest) -> HttpResponse:
         if request.method not in ("GET", "HEAD"):
@@ -5982,14 +5977,12 @@ class HttpApp:
         arguments = read_arguments(bound.info, request)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
         call.note(request_bytes=len(body))
-
         def answer() -> HttpResponse:
             turn = call.begin(arguments)
             if call.stream is None:
                 return self._respond(call, head, turn)
             header = stream_bytes(turn.schema, turn.items) if turn.items else b""
             return self._respond_turns(*self._first_turn(call, call.stream, header), head)
-
         return self._ending(call, answer)
 
     def _first_turn(self, call: Call, stream: Stream[Any, Any], header: bytes = b"") -> tuple[_StreamAnswer, Turn]:
@@ -6041,9 +6034,8 @@ class HttpApp:
         call.note(opened.stream_id)
         return call
 
-    def _next_turn(
-        self, call: Call, opened: _OpenedCall, state: Callable[[], StreamState], given: AnnotatedBatch, cancel: bool
-    ) -> tuple[_StreamAnswer, Turn]:
+    def _next_turn(self, call: Call, opened: _OpenedCall, state: Callable[[], StreamState], given: AnnotatedBatch,
+                   cancel: bool) -> tuple[_StreamAnswer, Turn]:
         answer, schema = _StreamAnswer(call, opened.call_id, given), opened.output_schema
         try:
             self._revive(call, opened, state)
@@ -6068,13 +6060,11 @@ class HttpApp:
         writer, limit = IpcWriter(pieces.extend, turn.schema), call.caller.response_limit_bytes
         until, allowed = time.monotonic() + MAX_TURNS_SECONDS, call.deadline and call.deadline - call.started
         lead, sent, state = answer.header, 0, None
-
         def encode(turn: Turn) -> list[_Buffer]:
             writer.write_all(turn.items, close=turn.finished)
             made = pieces.copy()
             pieces.clear()
             return made
-
         with contextlib.ExitStack() as ending, self.server:
             ending.callback(call.end)
             yield []
@@ -6173,9 +6163,8 @@ class HttpApp:
         *logs, (batch, metadata) = turn.items
         return turn._replace(items=[*logs, (batch, {**(metadata or {}), **tokens})])
 
-    def _open_tokens(
-        self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata
-    ) -> tuple[_OpenedCall, Callable[[], StreamState]]:
+    def _open_tokens(self, bound: BoundMethod, auth: AuthContext,
+                     metadata: _Metadata) -> tuple[_OpenedCall, Callable[[], StreamState]]:
         """Open the cursor, then the call half whose id it holds; return that and what gives the state."""
         binding, cursor = self._binding(bound, auth), metadata.get(STATE_KEY, b"")
         with self._lock:
@@ -6259,12 +6248,9 @@ _REASONS = {
 
 @_takes_options(HttpOptions)
 def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[bytes]]:
-    """Return a WSGI application (PEP 3333) for any WSGI server; the keywords are those of `HttpOptions`.
-
-    Raises ``TypeError`` for an option that does not exist, ``ValueError`` for one that is out of range.
-    """
+    """Return a WSGI application (PEP 3333) for any WSGI server; the keywords are those of `HttpOptions`. Raises ``TypeError`` for
+    an option that does not exist, ``ValueError`` for one that is out of range."""
     app = HttpApp(server, *_split_options(options, HttpOptions))
-
     def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         app.scheme = environ.get("wsgi.url_scheme", "http")
         response = app(_request_from_environ(environ))
@@ -6274,7 +6260,6 @@ def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[b
             body = iter([body] if environ["REQUEST_METHOD"] != "HEAD" else [])
         start_response(f"{response.status} {_REASONS.get(response.status, 'Status')}", response.headers)
         return body
-
     wsgi.app = app  # type: ignore[attr-defined]
     return wsgi
 
@@ -6282,7 +6267,6 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
     given = {k.removeprefix("HTTP_"): v for k, v in environ.items() if k.startswith("HTTP_")}
     given |= {k: environ[k] for k in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(k)}
     headers = {k.replace("_", "-").lower(): v for k, v in given.items()}
-
     def read_body(limit: int) -> bytes:
         length = environ.get("CONTENT_LENGTH") or ""
         unknown = not length and environ.get("wsgi.input_terminated")  # chunked, decoded by the server under us
@@ -6293,7 +6277,6 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
         if not unknown and len(body) < size:
             raise IPCError(f"request body: expected {size} bytes, got {len(body)}")
         return body
-
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
     path = raw.partition("?")[0] if raw.startswith("/") else environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
     remote, several = environ.get("REMOTE_ADDR", ""), bool(environ.get("wsgi.multiprocess"))
@@ -6368,8 +6351,7 @@ class HeadReader:
 
     def read(self) -> HttpHead | None:
         """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
-        Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken.
-        """
+        Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken."""
         raw = self.channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
         if raw is None and not (seen := self.channel.peek()):
             return None
@@ -6401,8 +6383,7 @@ class HeadReader:
 def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Generator[Any, memoryview | None, None]:
     """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped. When it was sent a memoryview,
     the next piece goes there, and its length is yielded.
-    Raises `ProtocolError` for wrong framing, `RequestTooLargeError` beyond *limit* bytes, which *rule* names.
-    """
+    Raises `ProtocolError` for wrong framing, `RequestTooLargeError` beyond *limit* bytes, which *rule* names."""
     total, at_once, view = 0, _RECEIVE_BYTES, None
     while True:
         line = channel.read_until(b"\r\n", 1024, at_once)
@@ -6492,7 +6473,7 @@ class _HttpConnection:
             asked = head.memory.get("asked") or self._check(head)
         except ProtocolError as exc:
             further = [(REQUEST_ID_HEADER, new_request_id()), *self._app._capabilities]
-            response = json_response(exc.http_status, {"error": "bad_request", "detail": str(exc)}, further)
+            response = _refusal(exc.http_status, "bad_request", str(exc), *further)
             self._send(response, head.start[0] if head else "GET", keep=False)
             return False
         headers = head.headers.copy()  # the next head may be the same one
@@ -6508,8 +6489,8 @@ class _HttpConnection:
         """Answer one request; return whether the connection goes on."""
         options = self._options
         if self._only_health and not request.path.endswith("/health"):
-            facts = {"error": "too_many_connections", "detail": f"this server takes {options.max_connections} at a time"}
-            response = json_response(503, facts, [("Retry-After", "1"), *self._app._capabilities])
+            text = f"this server takes {options.max_connections} at a time"
+            response = _refusal(503, "too_many_connections", text, ("Retry-After", "1"), *self._app._capabilities)
         else:
             response = self._app.respond(request)
         self._channel.deadline = time.monotonic() + options.request_deadline
@@ -6650,10 +6631,8 @@ class HttpServing:
 
 @_takes_options(HttpOptions, HttpServeOptions)
 def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **options: Any) -> None:
-    """Serve over HTTP/1.1 until SIGTERM or SIGINT; the keywords are those of `HttpOptions` and `HttpServeOptions`.
-
-    Raises ``OSError`` when the address cannot be bound; for options as `make_wsgi_app`.
-    """
+    """Serve over HTTP/1.1 until SIGTERM or SIGINT; the keywords are those of `HttpOptions` and `HttpServeOptions`. Raises
+    ``OSError`` when the address cannot be bound; for options as `make_wsgi_app`."""
     chosen, serving = _split_options(options, HttpOptions, HttpServeOptions)
     HttpServing(HttpApp(server, chosen), host, port, serving).run()
 
@@ -6679,12 +6658,10 @@ def _parse_json(body: bytes) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"a key stands twice among {[k for k, _ in pairs][:20]}")
         return dict(pairs)
-
     def finite(text: str) -> float:
         if float(text) - float(text) != 0:
             raise ValueError(f"{text[:40]} is not a number of JSON")
         return float(text)
-
     try:
         value = json.loads(str(body, "utf-8"), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
         if isinstance(value, dict):
@@ -6866,9 +6843,8 @@ def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], call
     call.end()
     return answer
 
-def _post_json(
-    app: HttpApp, bound: BoundMethod, step: str, body: bytes, caller: Caller, head: _CallHead, own_id: str
-) -> HttpResponse:
+def _post_json(app: HttpApp, bound: BoundMethod, step: str, body: bytes, caller: Caller, head: _CallHead,
+               own_id: str) -> HttpResponse:
     """Answer a call in JSON: ``{"result": …}``, the rows of a producer as NDJSON, or the token that begins an exchange."""
     if app.options.max_request_bytes is None and len(body) > _JSON_MAX_REQUEST_BYTES:
         raise RequestTooLargeError(f"request body: expected at most {_JSON_MAX_REQUEST_BYTES} bytes of JSON, got {len(body)}")
@@ -7137,9 +7113,7 @@ class _NotSent(Exception):
 
 class HttpConnections(HttpSender):
     """Kept-alive connections to one server; safe for use by several threads, each call on a connection of its own.
-    For https *tls_context* defaults to ``ssl.create_default_context()``; *connect_timeout* is in seconds.
-    """
-
+    For https *tls_context* defaults to ``ssl.create_default_context()``; *connect_timeout* is in seconds."""
     _MAX_IDLE, _MAX_INTERIM = 8, 16  # connections that are kept, and 1xx answers before the one that counts
 
     def __init__(self, target: HttpTarget, tls_context: ssl.SSLContext | None = None, connect_timeout: float = 10.0) -> None:
@@ -7274,12 +7248,10 @@ class HttpConnections(HttpSender):
 
     def _read_reply(self, heads: HeadReader, method: str, head: HttpHead, limit: int) -> HttpReply:
         (version, status, _), headers, channel = head.start, head.headers, heads.channel
-
         def read() -> _Buffer:
             if "content-length" in headers:
                 return _read_sized(channel, _content_length(headers["content-length"], limit, _BUDGET_RULE))
             return _gathered((read_chunked if "transfer-encoding" in headers else _read_to_end)(channel, limit, _BUDGET_RULE))
-
         if "sized" in head.memory and method != "HEAD":
             return HttpReply(200, headers, read())
         if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[2-5][0-9][0-9]", status):
@@ -7319,7 +7291,6 @@ class SyncClient(HttpSender):
         def read_body(most: int) -> bytes:
             _content_length(str(len(body)), most)
             return body
-
         response = self.app(HttpRequest(method, path, {k.lower(): v for k, v in headers}, "sync", read_body))
         answered, given = {k.lower(): v for k, v in response.headers}, response.body
         whole = isinstance(given, bytes)
@@ -7332,13 +7303,9 @@ def _over_budget(exc: ResponseTooLargeError) -> RpcError:
 
 class HttpClient(ClientChannel):
     """The HTTP implementation of a `ClientChannel`; safe for use by several threads.
-    The arguments are those of `http_connect`; *max_response_bytes* ``None`` stands for the largest that the wire knows.
-    """
-
-    def __init__(
-        self, sender: HttpSender, prefix: str = "", headers: Headers | None = None, compression_level: int | None = 1,
-        max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES,
-    ) -> None:  # fmt: skip
+    The arguments are those of `http_connect`; *max_response_bytes* ``None`` stands for the largest that the wire knows."""
+    def __init__(self, sender: HttpSender, prefix: str = "", headers: Headers | None = None, compression_level: int | None = 1,
+                 max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES) -> None:
         least, most = MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
         if max_response_bytes is not None and not least <= max_response_bytes <= most:
             raise ValueError(f"accepted_max_response_bytes: expected {least} to {most}, got {max_response_bytes}")
@@ -7366,8 +7333,7 @@ class HttpClient(ClientChannel):
         """Post Arrow, return an answer in Arrow; with several *turns* of a producer it may come piece by piece. Of *body* so
         many bytes do not compress.
         Raises `AuthenticationError` for a 401, `TransportError` when no answer comes or one that is not Arrow, `RpcError` when
-        the body or the answer is larger than the server or the budget allows.
-        """
+        the body or the answer is larger than the server or the budget allows."""
         server, headers = self.capabilities(deadline), [*self._fixed, *self._own_headers()]
         if self._level is not None and len(body) >= _COMPRESS_BODY_FROM_BYTES:
             encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
