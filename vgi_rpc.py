@@ -5653,13 +5653,20 @@ def decompress_body(body: _Buffer, encoding: str, limit: int) -> bytes:
     """Decode a body to at most *limit* bytes; raises `IPCError` or `RequestTooLargeError`."""
     return (zstd_decompress if encoding == "zstd" else gzip_decompress)(body, limit)
 
-def _decoded_body(headers: Mapping[str, str], read: Callable[[], _Buffer], limit: int) -> _Buffer:
-    """Read a body and undo the coding that its headers name (our private header first); one we do not know is a 415."""
-    encoding = (headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding") or "identity").strip().lower()
-    if encoding != "identity" and encoding not in supported_encodings():
+def _coding_of(headers: Mapping[str, str]) -> str:
+    """The coding that a body's headers name (our private header first); empty for none."""
+    coding = (headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding") or "").strip().lower()
+    return "" if coding == "identity" else coding
+
+def _decoded_body(headers: Mapping[str, str], read: Callable[[int], _Buffer], limit: int) -> _Buffer:
+    """Read a body and undo its coding, both up to *limit* bytes; a coding that we do not know is a 415."""
+    encoding = _coding_of(headers)
+    if not encoding:
+        return read(limit)
+    if encoding not in supported_encodings():
         text = f"Content-Encoding: expected one of {', '.join(supported_encodings())}, got {encoding[:60]!r}"
         raise _protocol_error(text, 415)
-    return read() if encoding == "identity" else decompress_body(read(), encoding, limit)
+    return decompress_body(read(limit), encoding, limit)
 
 @functools.lru_cache(maxsize=256)
 def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
@@ -5719,7 +5726,6 @@ class _CallHead(NamedTuple):
     """What the head of a POST says of the call."""
     path: list[str]  # protocol, method and, for a stream, init or exchange
     json: str  # its media type if it is to be answered in JSON, else empty
-    coded: bool  # whether its body has a coding
     answer_coding: tuple[str, str, bool]  # see `choose_encoding`
     turns: int  # that one answer may have
     caller: Caller  # but for who it is
@@ -5794,7 +5800,7 @@ class HttpApp:
         self._open_call = functools.lru_cache(self.options.call_state_cache_entries)(self._open_call_token)
         self._live: OrderedDict[bytes, _LiveState] = OrderedDict()  # by the end of the cursor that holds the same
         self._lock = threading.Lock()
-        self._capabilities = self._capability_headers()
+        self._pages, self._capabilities = self.options.pages and server.describe_enabled, self._capability_headers()
 
     def _capability_headers(self) -> list[tuple[str, str]]:
         """What every response says of this server (WIRE section 6); nothing of a feature that is off."""
@@ -5882,8 +5888,7 @@ class HttpApp:
         if request.multiprocess and self._own_key and len(path) == 3:
             text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
             raise _protocol_error(text, 500, Code.FAILED_PRECONDITION)
-        read, most = request.read_body, self._limit
-        body: Any = _decoded_body(request.headers, lambda: read(most), most) if head.coded else read(most)
+        body: Any = _decoded_body(request.headers, request.read_body, self._limit)
         bound, step = self.server.method(self.server.service(path[0]), path[1]), "".join(path[2:])
         streams = bound.info.method_type is MethodType.STREAM
         if (step and not streams) or (streams and not step and not head.json):
@@ -5912,14 +5917,15 @@ class HttpApp:
         caller = Caller(TransportKind.HTTP, _ANONYMOUS, request.remote_addr, metadata, request.gone, limit, self.limits)
         coding = choose_encoding(headers.get(ACCEPT_ENCODING_HEADER.lower()), headers.get("accept-encoding", "")[:1000])
         turns = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
-        coded = CONTENT_ENCODING_HEADER.lower() in headers or "content-encoding" in headers
-        request.memory["call"] = head = _CallHead(path, json_type, coded, coding, turns, caller)
+        request.memory["call"] = head = _CallHead(path, json_type, coding, turns, caller)
         return head
 
     # -- everything that is not a call
     def _not_found(self, request: HttpRequest) -> HttpResponse:
-        hint = "expected /{protocol}/{method}[/init|/exchange] or /health"
-        return _not_found_page(self, request) or _refusal(404, "not_found", hint)
+        if self._pages and "text/html" in (request.get_header("accept") or ""):
+            there = f"This is an Arrow RPC server at {_text(self.options.prefix)}/"
+            return _page(self, "404 Not Found", [f"<p>{there} and what you asked for is not there: see the links.</p>"], 404)
+        return _refusal(404, "not_found", "expected /{protocol}/{method}[/init|/exchange] or /health")
 
     def _health(self, request: HttpRequest) -> HttpResponse:
         if request.method not in ("GET", "HEAD"):
@@ -6056,20 +6062,15 @@ class HttpApp:
 
     def _several(self, answer: _StreamAnswer, turn: Turn, most: int) -> Iterator[list[_Buffer]]:
         """Yield nothing, then each turn as it is made, and the token at the end: within the budget, *most* and a time."""
-        call, pieces = answer.call, list[_Buffer]()
-        writer, limit = IpcWriter(pieces.extend, turn.schema), call.caller.response_limit_bytes
+        call, data, sent, state = answer.call, list[_Buffer]([answer.header]), 0, None
+        writer, limit = IpcWriter(lambda pieces: data.extend(pieces), turn.schema), call.caller.response_limit_bytes
         until, allowed = time.monotonic() + MAX_TURNS_SECONDS, call.deadline and call.deadline - call.started
-        lead, sent, state = answer.header, 0, None
-        def encode(turn: Turn) -> list[_Buffer]:
-            writer.write_all(turn.items, close=turn.finished)
-            made = pieces.copy()
-            pieces.clear()
-            return made
         with contextlib.ExitStack() as ending, self.server:
             ending.callback(call.end)
             yield []
             for left in reversed(range(most)):
-                data, before, size, close = [lead, *encode(turn)], state, 0, False
+                before, size, close = state, 0, False
+                writer.write_all(turn.items, close=turn.finished)
                 try:
                     state = None if turn.finished else self._remember(answer)
                     close = not left or self.server.draining or time.monotonic() > until
@@ -6077,13 +6078,13 @@ class HttpApp:
                         size = 4096 + len(answer.call_token) + 2 * len(state()) if state else 0
                 except Exception as exc:
                     turn, state = call._failed(turn.schema, exc), None
-                    data += encode(turn)
+                    writer.write_all(turn.items, close=True)
                 full = limit is not None and sent + _total(data) + size > limit
                 if full and before:  # it will be the first of the next answer, made again
-                    data, turn = encode(self._cursor_turn(answer, before())), turn._replace(finished=True)
-                elif state and (full or close):
+                    data, state = [], before
+                if state and (full or close):
                     turn = self._cursor_turn(answer, state())
-                    data += encode(turn)
+                    writer.write_all(turn.items, close=True)
                 if limit is not None and sent + _total(data) > limit:
                     data = [_too_large_answer(call, _total(data), limit)]
                 sent += _total(data)
@@ -6091,7 +6092,7 @@ class HttpApp:
                 yield data
                 if turn.finished:
                     return
-                lead, call.deadline = b"", allowed and time.monotonic() + allowed
+                data, call.deadline = [], allowed and time.monotonic() + allowed
                 turn = call.turn(answer.given)
 
     def _remember(self, answer: _StreamAnswer) -> Callable[[], bytes]:
@@ -6897,7 +6898,7 @@ def _page(app: HttpApp, title: str, body: Iterable[str], status: int = 200) -> H
 def _page_at(app: HttpApp, request: HttpRequest, request_id: str, segments: list[str]) -> HttpResponse | None:
     """The page at a path, ``None`` when there is none; it asks for the same authentication as calls do."""
     server = app.server
-    if not app.options.pages or not server.describe_enabled or segments not in ([""], ["describe"]):
+    if not app._pages or segments not in ([""], ["describe"]):
         return None
     app._authenticated(request, request_id)
     body, shown = ([], _method_card) if segments == ["describe"] else ([*_call_lines(app, request)], _method_line)
@@ -6905,19 +6906,11 @@ def _page_at(app: HttpApp, request: HttpRequest, request_id: str, segments: list
         body.append(f"<h2>{_text(service.name)} {_text(service.version)}</h2>")
         for m in describe_service(service, {}).methods:
             body.append(shown(app, service.methods[m.name].info, m.stream_kind.replace("unknown", "stream") or "unary"))
-    facts: dict[str, object] = {"Health": "draining, takes no calls" if server.draining else "ok", "Server": server.server_id}
-    facts |= {"Version": server.server_version or "not given", "Protocol hash": server.protocol_hash}
-    software = f"vgi_rpc {__version__}, wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}"
-    facts["Made with"] = f"{software}, pyarrow {pa.__version__}"
+    software = f"vgi_rpc {__version__}, wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}, pyarrow {pa.__version__}"
+    facts = {"Health": "draining, takes no calls" if server.draining else "ok", "Server": server.server_id,
+             "Version": server.server_version or "not given", "Protocol hash": server.protocol_hash, "Made with": software}
     body.append(f"<h2>This server</h2><article>{_definitions(facts)}<h4>Limits</h4>{_limit_list(app)}</article>")
     return _page(app, server.protocol_name, body)
-
-def _not_found_page(app: HttpApp, request: HttpRequest) -> HttpResponse | None:
-    """The 404 for a person, ``None`` for a program."""
-    if not app.options.pages or not app.server.describe_enabled or "text/html" not in (request.get_header("accept") or ""):
-        return None
-    text = f"This is an Arrow RPC server at {_text(app.options.prefix)}/ and what you asked for is not there: see the links."
-    return _page(app, "404 Not Found", [f"<p>{text}</p>"], 404)
 
 def _definitions(facts: Mapping[str, object]) -> str:
     return "<dl>" + "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items()) + "</dl>"
@@ -7248,12 +7241,12 @@ class HttpConnections(HttpSender):
 
     def _read_reply(self, heads: HeadReader, method: str, head: HttpHead, limit: int) -> HttpReply:
         (version, status, _), headers, channel = head.start, head.headers, heads.channel
-        def read() -> _Buffer:
+        def read(limit: int) -> _Buffer:
             if "content-length" in headers:
                 return _read_sized(channel, _content_length(headers["content-length"], limit, _BUDGET_RULE))
             return _gathered((read_chunked if "transfer-encoding" in headers else _read_to_end)(channel, limit, _BUDGET_RULE))
         if "sized" in head.memory and method != "HEAD":
-            return HttpReply(200, headers, read())
+            return HttpReply(200, headers, read(limit))
         if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[2-5][0-9][0-9]", status):
             raise ProtocolError(f"expected a status line, got {' '.join(head.start)[:80]!r}")
         if "content-length" in head.repeated or ("content-length" in headers and "transfer-encoding" in headers):
@@ -7261,8 +7254,7 @@ class HttpConnections(HttpSender):
         bodiless, coding = method == "HEAD" or status in ("204", "304"), headers.get("transfer-encoding")
         if coding is not None and coding.lower() != "chunked" and not bodiless:
             raise ProtocolError(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}")
-        coded = headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding")
-        if status == "200" and headers.get("content-type") == ARROW_CONTENT_TYPE and not coded and not bodiless:
+        if status == "200" and headers.get("content-type") == ARROW_CONTENT_TYPE and not _coding_of(headers) and not bodiless:
             if coding is not None:
                 return HttpReply(200, headers, HttpBody(self._pieces(heads, head, limit), channel))
             head.memory["sized"] = True  # all of the above holds for the next one that looks the same
@@ -7294,7 +7286,7 @@ class SyncClient(HttpSender):
         response = self.app(HttpRequest(method, path, {k.lower(): v for k, v in headers}, "sync", read_body))
         answered, given = {k.lower(): v for k, v in response.headers}, response.body
         whole = isinstance(given, bytes)
-        shown = _decoded_body(answered, lambda: cast("bytes", given), limit) if whole else HttpBody(cast("Iterator[bytes]", given))
+        shown = _decoded_body(answered, lambda _: cast("bytes", given), limit) if whole else HttpBody(cast("Iterator[bytes]", given))
         return HttpReply(response.status, answered, shown)
 
 def _over_budget(exc: ResponseTooLargeError) -> RpcError:
@@ -7431,7 +7423,7 @@ class _HttpClientStream(ClientStream):
         self._reader: IpcReader | None = None  # of the answer that is being read
         self._rest: HttpBody | None = None  # its body, if that is still coming
         self._metadata: Any = None  # of a tick that came while an answer to earlier ones was being read
-        self._turns, self._handed_at = 1, time.monotonic()
+        self._handed_at = time.monotonic()
 
     def take(self, source: BufferSource) -> None:
         """Read an answer's output stream whole."""
@@ -7499,10 +7491,8 @@ class _HttpClientStream(ClientStream):
         return self._advance(given, 1)
 
     def next(self) -> AnnotatedBatch | None:
-        if not self._waiting and self._rest is None:
-            quick = time.monotonic() - self._handed_at < SLOW_READER_SECONDS
-            self._turns = (self._options.prefetch or MAX_TURNS) if quick else 1
-        answer = self._advance(_PLAIN_TICK, self._turns)
+        quick = time.monotonic() - self._handed_at < SLOW_READER_SECONDS
+        answer = self._advance(_PLAIN_TICK, (self._options.prefetch or MAX_TURNS) if quick else 1)
         self._handed_at = time.monotonic()
         return answer
 
