@@ -5734,6 +5734,7 @@ _OUR_KEYS = frozenset({STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUE
 
 class _OpenedCall(NamedTuple):
     """The half of a stream's state that never changes, as it was sealed at init."""
+    binding: tuple[bytes, ...]  # to the method and who calls it
     call_id: bytes
     output_schema: pa.Schema
     input_schema: pa.Schema
@@ -5769,6 +5770,7 @@ class _Joined(Iterator[bytes]):
 class _StreamAnswer(NamedTuple):
     """What the turns of one answer have in common."""
     call: Call
+    binding: tuple[bytes, ...]
     call_id: bytes
     given: AnnotatedBatch  # what each of them is served on
     header: bytes = b""  # header stream that precedes them
@@ -5784,19 +5786,15 @@ class HttpApp:
         keys = self.options.keys()
         self._own_key = not keys
         if self._own_key:
-            logger.warning(
-                "no token key: a random one is used, so streams do not survive a restart and other processes cannot go on "
-                "with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere"
-            )
+            logger.warning("no token key: a random one is used, so streams do not survive a restart and other processes cannot go "
+                           "on with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere")
         self.sealer = TokenSealer(keys or [os.urandom(32)], self.options.token_ttl)
         self._limit = most = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
-        own: dict[str, Any] = {
-            "max_request_bytes": most, "max_decoded_bytes": most, "max_state_bytes": _MAX_STATE_BYTES, "max_turns": MAX_TURNS,
-            "max_turns_seconds": MAX_TURNS_SECONDS, "token_clock_skew": TOKEN_CLOCK_SKEW_SECONDS,
-            "token_ttl": self.sealer.ttl or None}
-        if self.options.json:
-            own["max_json_request_bytes"] = self.options.max_request_bytes or _JSON_MAX_REQUEST_BYTES
-        self.limits = limits_of({**vars(self.options), **own})
+        in_json = {"max_json_request_bytes": self.options.max_request_bytes or _JSON_MAX_REQUEST_BYTES} if self.options.json else {}
+        self.limits = limits_of({
+            **vars(self.options), **in_json, "max_request_bytes": most, "max_decoded_bytes": most, "max_turns": MAX_TURNS,
+            "max_turns_seconds": MAX_TURNS_SECONDS, "max_state_bytes": _MAX_STATE_BYTES,
+            "token_clock_skew": TOKEN_CLOCK_SKEW_SECONDS, "token_ttl": self.sealer.ttl or None})
         self._open_call = functools.lru_cache(self.options.call_state_cache_entries)(self._open_call_token)
         self._live: OrderedDict[bytes, _LiveState] = OrderedDict()  # by the end of the cursor that holds the same
         self._lock = threading.Lock()
@@ -5993,10 +5991,10 @@ class HttpApp:
 
     def _first_turn(self, call: Call, stream: Stream[Any, Any], header: bytes = b"") -> tuple[_StreamAnswer, Turn]:
         """Seal what does not change of a stream, then run a producer's first turn."""
-        call_id, schema = os.urandom(16), stream.output_schema
-        answer = _StreamAnswer(call, call_id, _PLAIN_TICK, header)
+        schema = stream.output_schema
+        answer = _StreamAnswer(call, self._binding(call.bound, call.caller.auth), os.urandom(16), _PLAIN_TICK, header)
         try:
-            answer = answer._replace(call_token=self._seal_call(call, stream, call_id))
+            answer = answer._replace(call_token=self._seal_call(answer, stream))
         except Exception as exc:  # before the producer runs: a stream that cannot go on does not start
             return answer, call._failed(schema, exc)
         return answer, call.turn(_PLAIN_TICK) if stream.is_producer else Turn(schema, call._logs(schema), False)
@@ -6010,7 +6008,7 @@ class HttpApp:
             raise ProtocolError(f"exchange: expected one batch and the end of the stream, got {'more' if item else 'none'}")
         batch, metadata = item[0], item[1] or {}
         opened, state = self._open_tokens(bound, caller.auth, metadata)
-        own_id = clean_request_id(metadata[REQUEST_ID_KEY].decode("latin-1")) if REQUEST_ID_KEY in metadata else ""
+        own_id = clean_request_id(metadata.get(REQUEST_ID_KEY, b"").decode("latin-1"))
         call = self._go_on(bound, caller, opened, own_id or request_id)
         timeout = metadata.get(TIMEOUT_KEY, b"")
         if timeout.isdigit() and len(timeout) < 16:
@@ -6042,7 +6040,7 @@ class HttpApp:
 
     def _next_turn(self, call: Call, opened: _OpenedCall, state: Callable[[], StreamState], given: AnnotatedBatch,
                    cancel: bool) -> tuple[_StreamAnswer, Turn]:
-        answer, schema = _StreamAnswer(call, opened.call_id, given), opened.output_schema
+        answer, schema = _StreamAnswer(call, opened.binding, opened.call_id, given), opened.output_schema
         try:
             self._revive(call, opened, state)
         except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer
@@ -6086,7 +6084,8 @@ class HttpApp:
                     turn = self._cursor_turn(answer, state())
                     writer.write_all(turn.items, close=True)
                 if limit is not None and sent + _total(data) > limit:
-                    data = [_too_large_answer(call, _total(data), limit)]
+                    turn = _answer_too_large(call, _total(data), limit)
+                    data = [stream_bytes(turn.schema, turn.items)]
                 sent += _total(data)
                 call.note(http_status=200, response_bytes=sent)
                 yield data
@@ -6109,15 +6108,15 @@ class HttpApp:
         who = (auth.domain or "", auth.principal or "") if auth.authenticated else ("", "")
         return _encoded(bound.hosted.name, bound.info.name, *who)
 
-    def _seal_call(self, call: Call, stream: Stream[Any, Any], call_id: bytes) -> bytes:
-        limit, fixed, kind = call.caller.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
+    def _seal_call(self, answer: _StreamAnswer, stream: Stream[Any, Any]) -> bytes:
+        limit, fixed, kind = answer.call.caller.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
         if fixed is not None and (kind is None or not isinstance(fixed, kind)):
             wanted = "CALL_STATE_TYPE, which is not set" if kind is None else kind.__name__
             raise ParameterError(f"{type(stream.state).__name__}: Stream(call_state=...): expected {wanted}, got {_got(fixed)}")
         call_state = fixed.serialize_to_bytes() if fixed is not None else b""
         schemas = _serialized(stream.output_schema), _serialized(stream.input_schema)
-        parts = (call_id, *schemas, call_state, call.stream_id.encode(), b"" if limit is None else str(limit).encode())
-        return self.sealer.seal(b"call", (*self._binding(call.bound, call.caller.auth), call_id), pack_parts(parts))
+        rest = call_state, answer.call.stream_id.encode(), b"" if limit is None else str(limit).encode()
+        return self.sealer.seal(b"call", (*answer.binding, answer.call_id), pack_parts((answer.call_id, *schemas, *rest)))
 
     @staticmethod
     def _state_content(answer: _StreamAnswer, state: Any) -> bytes:
@@ -6125,15 +6124,12 @@ class HttpApp:
         bound = answer.call.bound
         if type(state) not in bound.state_types:
             names = ", ".join(t.__name__ for t in bound.state_types) or "no concrete class"
-            raise ParameterError(
-                f"{bound.info.name}() state: expected {names} (from the implementation's return annotation), "
-                f"got {type(state).__name__}; over HTTP the state is read back as the annotated class"
-            )
+            text = f"expected {names} (from the implementation's return annotation), got {type(state).__name__}"
+            raise ParameterError(f"{bound.info.name}() state: {text}; over HTTP the state is read back as the annotated class")
         return pack_parts((answer.call_id, bytes([bound.state_types.index(type(state))]), state.serialize_to_bytes()))
 
     def _tokens(self, answer: _StreamAnswer, content: bytes) -> dict[bytes, bytes]:
-        binding = self._binding(answer.call.bound, answer.call.caller.auth)
-        tokens = {STATE_KEY: self.sealer.seal(b"state", binding, content)}
+        tokens = {STATE_KEY: self.sealer.seal(b"state", answer.binding, content)}
         return {**tokens, CALL_STATE_KEY: answer.call_token} if answer.call_token else tokens
 
     def _cursor_turn(self, answer: _StreamAnswer, content: bytes) -> Turn:
@@ -6154,9 +6150,9 @@ class HttpApp:
         # fields, as it cannot differ from what reading back would give.
         cursor, state = tokens[STATE_KEY], stream.state
         if len(cursor) <= _MAX_LIVE_BYTES and getattr(state, "__dict__", {}).keys() == dataclass_codec(type(state)).names:
-            binding = self._binding(answer.call.bound, answer.call.caller.auth)
+            live = _LiveState(cursor, answer.binding, self.sealer.clock(), answer.call_id, state)
             with self._lock:
-                self._live[cursor[-_MAC_TEXT_BYTES:]] = _LiveState(cursor, binding, self.sealer.clock(), answer.call_id, state)
+                self._live[cursor[-_MAC_TEXT_BYTES:]] = live
                 if len(self._live) > _MAX_LIVE_STATES:
                     self._live.popitem(last=False)
         if stream.is_producer or turn.data_index is None:
@@ -6186,7 +6182,7 @@ class HttpApp:
         content = self.sealer.open(b"call", (*binding, call_id), token, aged=False)
         _, output, input_, call_state, stream_id, limit = unpack_parts(content, 6)
         schemas = _schema_from_bytes(output), _schema_from_bytes(input_)
-        return _OpenedCall(call_id, *schemas, call_state, stream_id.decode(), int(limit) if limit else None)
+        return _OpenedCall(binding, call_id, *schemas, call_state, stream_id.decode(), int(limit) if limit else None)
 
     def _revive(self, call: Call, opened: _OpenedCall, read: Callable[[], StreamState]) -> None:
         call_state = None
@@ -6206,10 +6202,11 @@ class HttpApp:
 
     def _respond(self, call: Call, head: _CallHead, turn: Turn, lead: bytes = b"") -> HttpResponse:
         """Put *lead* and a turn's bytes into a response: budget first, then coding."""
-        limit, failed, body = call.caller.response_limit_bytes, turn.error is not None, lead + stream_bytes(turn.schema, turn.items)
+        limit, body = call.caller.response_limit_bytes, lead + stream_bytes(turn.schema, turn.items)
         if limit is not None and len(body) > limit:
-            body, failed = _too_large_answer(call, len(body), limit), True
-        headers = [("Content-Type", ARROW_CONTENT_TYPE), *([(RPC_ERROR_HEADER, "true")] if failed else [])]
+            turn = _answer_too_large(call, len(body), limit)
+            body = stream_bytes(turn.schema, turn.items)
+        headers = [("Content-Type", ARROW_CONTENT_TYPE), *([(RPC_ERROR_HEADER, "true")] if turn.error is not None else [])]
         encoding, header, identity = head.answer_coding
         if encoding and (level := self.options.compression_level) is not None:
             token = (turn.items[-1][1] or {}).get(STATE_KEY, b"") if identity and turn.items else b""
@@ -6230,12 +6227,9 @@ def _arrow_failure(app: HttpApp, exc: BaseException, request_id: str) -> HttpRes
     further = {200: [(RPC_ERROR_HEADER, "true")], 503: [("Retry-After", "1")]}.get(status, [])
     return HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE), *further], body)
 
-def _answer_too_large(call: Call, size: int, limit: int) -> ResponseTooLargeError:
-    return ResponseTooLargeError(f"{call.bound.info.name}(): the answer exceeds max_response_bytes ({size} > {limit})")
-
-def _too_large_answer(call: Call, size: int, limit: int) -> bytes:
-    turn = call._failed(EMPTY_SCHEMA, _answer_too_large(call, size, limit))
-    return stream_bytes(turn.schema, turn.items)
+def _answer_too_large(call: Call, size: int, limit: int) -> Turn:
+    text = f"{call.bound.info.name}(): the answer exceeds max_response_bytes ({size} > {limit})"
+    return call._failed(EMPTY_SCHEMA, ResponseTooLargeError(text))
 
 def _smallest(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
@@ -6623,8 +6617,8 @@ class HttpServing:
 
     def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `stop`; then drain and close."""
-        tell, grace = self.options.on_bound or (lambda host, port: None), self.options.drain_grace_seconds
-        run_listener(self.app.server, self.listener, grace, lambda: tell(self.host, self.port))
+        options = self.options
+        run_listener(self.app.server, self.listener, options.drain_grace_seconds, options.on_bound, self.host, self.port)
 
     def stop(self) -> None:
         """Have `run` return; from any thread."""
@@ -6786,10 +6780,10 @@ def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterab
     error, body, limit = turn.error, b"", call.caller.response_limit_bytes
     try:
         body = b"".join(map(_json_bytes, render())) if error is None else b""
-        if limit is not None and sent + len(body) > limit:
-            raise _answer_too_large(call, sent + len(body), limit)
     except Exception as exc:
         error = call._failed(turn.schema, exc).error
+    if limit is not None and sent + len(body) > limit:
+        error = _answer_too_large(call, sent + len(body), limit).error
     response = HttpResponse(200, [("Content-Type", _JSON)], body)
     if error is not None:
         response = _json_failure(app, error, call.request_id, "__error__" if sent else "error")
