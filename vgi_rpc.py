@@ -6418,21 +6418,12 @@ def _read_sized(channel: ByteChannel, size: int) -> bytes:
         raise TransportError(f"half a body: expected {size} bytes, got {len(body)}")
     return cast("bytes", body)
 
-class _Asked(NamedTuple):
-    """What a request's head says of the message, apart from its length."""
-    path: str
-    keep_alive: bool
-    takes_chunks: bool
-    chunked: bool
-    expects_continue: bool
-
 
 class _HttpConnection:
     """Serves the requests of one connection: reads strictly, answers, closes when the framing is in doubt."""
     def __init__(self, owner: HttpServing, channel: SocketChannel, remote_addr: str, only_health: bool) -> None:
         self._app, self._options, self._channel, self._remote = owner.app, owner.options, channel, remote_addr
-        self._heads = HeadReader(channel)
-        self._only_health = only_health  # beyond the cap on connections: one request, and soon
+        self._heads, self._only_health = HeadReader(channel), only_health  # beyond the cap on connections: one request, and soon
         self._wait = _OVER_CAP_WAIT_SECONDS if only_health else self._options.read_timeout
         self._unread = False  # of the current request, a body that must not be taken for the next one
 
@@ -6465,23 +6456,21 @@ class _HttpConnection:
             head = self._heads.read()
             if head is None:
                 return False
-            asked = head.memory.get("asked") or self._check(head)
+            path, keep = head.memory.get("asked") or self._check(head)
         except ProtocolError as exc:
             further = [(REQUEST_ID_HEADER, new_request_id()), *self._app._capabilities]
             response = _refusal(exc.http_status, "bad_request", str(exc), *further)
             self._send(response, head.start[0] if head else "GET", keep=False)
             return False
+        self._unread = "transfer-encoding" in head.headers or head.headers.get("content-length", "0") != "0"
+        read = functools.partial(self._read_body, head.headers, started + options.request_deadline)
         headers = head.headers.copy()  # the next head may be the same one
-        length = headers.get("content-length", "")
-        self._unread = asked.chunked or length not in ("", "0")
-        read = functools.partial(self._read_body, asked, length, started + options.request_deadline)
-        request = HttpRequest(head.start[0], asked.path, headers, self._remote, read, head.repeated, self._channel.peer_gone,
-                              memory=head.memory)
+        request = HttpRequest(head.start[0], path, headers, self._remote, read, head.repeated, channel.peer_gone, memory=head.memory)
         with self._app.server:  # until the answer is out: a server that drains must not exit before
-            return self._answer(request, asked)
+            return self._answer(request, keep, head.start[2] == "HTTP/1.1")
 
-    def _answer(self, request: HttpRequest, asked: _Asked) -> bool:
-        """Answer one request; return whether the connection goes on."""
+    def _answer(self, request: HttpRequest, keep: bool, takes_chunks: bool) -> bool:
+        """Answer one request; return whether the connection goes on, which it may if *keep*."""
         options = self._options
         if self._only_health and not request.path.endswith("/health"):
             text = f"this server takes {options.max_connections} at a time"
@@ -6489,9 +6478,8 @@ class _HttpConnection:
         else:
             response = self._app.respond(request)
         self._channel.deadline = time.monotonic() + options.request_deadline
-        refused = self._unread or self._only_health or response.close or self._app.server.draining
-        keep = asked.keep_alive and not refused
-        if not asked.takes_chunks and not isinstance(response.body, bytes):
+        keep = keep and not (self._unread or self._only_health or response.close or self._app.server.draining)
+        if not takes_chunks and not isinstance(response.body, bytes):
             response.body = b"".join(_Joined(response.body))
         self._send(response, request.method, keep)
         return keep
@@ -6504,47 +6492,41 @@ class _HttpConnection:
             while self._channel._fill():
                 pass
 
-    def _check(self, head: HttpHead) -> _Asked:
-        """Check what RFC 9112 asks of a request's head."""
-        (method, target, version), headers = head.start, head.headers
-        if version not in ("HTTP/1.1", "HTTP/1.0"):
-            status = 505 if re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version) else 400
-            raise _protocol_error(f"expected HTTP/1.1, got {version[:40]!r}", status)
-        if not re.fullmatch(r"[A-Z]{1,20}", method):
-            raise ProtocolError(f"not a method: {method[:40]!r}")
-        if not target.startswith("/") and (target, method) != ("*", "OPTIONS"):
-            raise ProtocolError("the request target must be a path")
-        if len(target) > 8192:
-            raise _protocol_error("the request target exceeds 8192 bytes", 414)
-        if re.search(r"[\x00-\x20\x7f]", target):
-            raise ProtocolError("a control character in the request target")
-        for name in head.repeated & {"content-length", "host", "transfer-encoding", "authorization"}:
-            raise ProtocolError(f"two {name} headers")
-        if version == "HTTP/1.1" and "host" not in headers:
-            raise ProtocolError("HTTP/1.1 requires a Host header")
-        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-        if coding is not None and (length is not None or version == "HTTP/1.0"):
-            raise ProtocolError("both Transfer-Encoding and " + ("HTTP/1.0" if length is None else "Content-Length"))
-        if coding is not None and coding.lower() != "chunked":
-            raise _protocol_error(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}", 501)
-        if length is not None and not (length.isascii() and length.isdigit()):
-            raise ProtocolError(f"Content-Length: expected decimal digits, got {length[:40]!r}")
-        if method == "POST" and coding is None and length is None:
-            raise _protocol_error("POST requires a Content-Length", 411)
-        tokens, expects = [t.strip().lower() for t in headers.get("connection", "").split(",")], headers.get("expect", "")
-        keep = "close" not in tokens and (version == "HTTP/1.1" or "keep-alive" in tokens)
-        path, expects_continue = target.partition("?")[0], expects.lower() == "100-continue"
-        asked = _Asked(path, keep, version == "HTTP/1.1", coding is not None, expects_continue)
-        head.memory["asked"] = asked
+    @staticmethod
+    def _check(head: HttpHead) -> tuple[str, bool]:
+        """Check what RFC 9112 asks of a request's head; return its path, and whether the connection may be kept."""
+        (method, target, version), headers, newest = head.start, head.headers, head.start[2] == "HTTP/1.1"
+        coding, length = headers.get("transfer-encoding", ""), headers.get("content-length", "0")
+        coded, sized = "transfer-encoding" in headers, "content-length" in headers
+        twice = " and ".join(sorted(head.repeated & {"content-length", "host", "transfer-encoding", "authorization"}))
+        for wrong, status, text in (
+            (not re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version), 400, f"expected HTTP/1.1, got {version[:40]!r}"),
+            (version not in ("HTTP/1.1", "HTTP/1.0"), 505, f"expected HTTP/1.1, got {version[:40]!r}"),
+            (not re.fullmatch(r"[A-Z]{1,20}", method), 400, f"not a method: {method[:40]!r}"),
+            (target[0:1] != "/" and (target, method) != ("*", "OPTIONS"), 400, "the request target must be a path"),
+            (len(target) > 8192, 414, "the request target exceeds 8192 bytes"),
+            (re.search(r"[\x00-\x20\x7f]", target), 400, "a control character in the request target"),
+            (twice, 400, f"two {twice} headers"),
+            (newest and "host" not in headers, 400, "HTTP/1.1 requires a Host header"),
+            (coded and sized, 400, "both Transfer-Encoding and Content-Length"),
+            (coded and not newest, 400, "both Transfer-Encoding and HTTP/1.0"),
+            (coded and coding.lower() != "chunked", 501, f"Transfer-Encoding: expected chunked, got {coding[:40]!r}"),
+            (not (length.isascii() and length.isdigit()), 400, f"Content-Length: expected decimal digits, got {length[:40]!r}"),
+            (method == "POST" and not coded and not sized, 411, "POST requires a Content-Length"),
+        ):
+            if wrong:
+                raise _protocol_error(text, status)
+        tokens = [t.strip().lower() for t in headers.get("connection", "").split(",")]
+        head.memory["asked"] = asked = target.partition("?")[0], "close" not in tokens and (newest or "keep-alive" in tokens)
         return asked
 
-    def _read_body(self, asked: _Asked, length: str, deadline: float, limit: int) -> bytes:
-        channel = self._channel
+    def _read_body(self, headers: Mapping[str, str], deadline: float, limit: int) -> bytes:
+        channel, chunked = self._channel, "transfer-encoding" in headers
         channel.deadline = deadline
-        size = 0 if asked.chunked else _content_length(length, limit)
-        if asked.expects_continue:
+        size = 0 if chunked else _content_length(headers.get("content-length", ""), limit)
+        if headers.get("expect", "").lower() == "100-continue":
             channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
-        body = _gathered(read_chunked(channel, limit)) if asked.chunked else _read_sized(channel, size)
+        body = _gathered(read_chunked(channel, limit)) if chunked else _read_sized(channel, size)
         self._unread = False
         return body
 
@@ -6831,12 +6813,12 @@ def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], call
     schema = opened.input_schema
     rows = _located(where, "", lambda rows: _json_in(rows, pa.list_(pa.struct(list(schema)))), entry.get("rows")) or []
     batch = _batch_from_pydict({n: [(row or {}).get(n) for row in rows] for n in schema.names}, schema, where)
-    call, given = app._go_on(bound, caller, opened, own_id), AnnotatedBatch(batch)
-    turn = app._with_cursor(*app._next_turn(call, opened, state, given, CANCEL_KEY in tokens))
-    token = {} if turn.finished else {"token": _json_token(turn, fixed)}
-    answer = _turn_json(app, call, turn, lambda: [{"rows": _turn_rows(turn), **token}])
-    call.end()
-    return answer
+    call = app._go_on(bound, caller, opened, own_id)
+    def answer() -> HttpResponse:
+        turn = app._with_cursor(*app._next_turn(call, opened, state, AnnotatedBatch(batch), CANCEL_KEY in tokens))
+        token = {} if turn.finished else {"token": _json_token(turn, fixed)}
+        return _turn_json(app, call, turn, lambda: [{"rows": _turn_rows(turn), **token}])
+    return app._ending(call, answer)
 
 def _post_json(app: HttpApp, bound: BoundMethod, step: str, body: bytes, caller: Caller, head: _CallHead,
                own_id: str) -> HttpResponse:
