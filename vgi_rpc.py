@@ -5658,15 +5658,14 @@ def _coding_of(headers: Mapping[str, str]) -> str:
     coding = (headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding") or "").strip().lower()
     return "" if coding == "identity" else coding
 
-def _decoded_body(headers: Mapping[str, str], read: Callable[[int], _Buffer], limit: int) -> _Buffer:
-    """Read a body and undo its coding, both up to *limit* bytes; a coding that we do not know is a 415."""
-    encoding = _coding_of(headers)
-    if not encoding:
+def _decoded_body(coding: str, read: Callable[[int], _Buffer], limit: int) -> _Buffer:
+    """Read a body and undo its *coding*, both up to *limit* bytes; a coding that we do not know is a 415."""
+    if not coding:
         return read(limit)
-    if encoding not in supported_encodings():
-        text = f"Content-Encoding: expected one of {', '.join(supported_encodings())}, got {encoding[:60]!r}"
+    if coding not in supported_encodings():
+        text = f"Content-Encoding: expected one of {', '.join(supported_encodings())}, got {coding[:60]!r}"
         raise _protocol_error(text, 415)
-    return decompress_body(read(limit), encoding, limit)
+    return decompress_body(read(limit), coding, limit)
 
 @functools.lru_cache(maxsize=256)
 def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
@@ -5726,6 +5725,7 @@ class _CallHead(NamedTuple):
     """What the head of a POST says of the call."""
     path: list[str]  # protocol, method and, for a stream, init or exchange
     json: str  # its media type if it is to be answered in JSON, else empty
+    coding: str  # of its body
     answer_coding: tuple[str, str, bool]  # see `choose_encoding`
     turns: int  # that one answer may have
     caller: Caller  # but for who it is
@@ -5836,9 +5836,9 @@ class HttpApp:
         return response
 
     def _cors_headers(self, request: HttpRequest) -> list[tuple[str, str]]:
-        origin, allowed = request.get_header("origin"), self.options.cors_origins or ()
-        everyone = "*" in allowed
-        if origin is None or not (everyone or origin in allowed):
+        if not (allowed := self.options.cors_origins) or (origin := request.get_header("origin")) is None:
+            return []
+        if not (everyone := "*" in allowed) and origin not in allowed:
             return []
         exposed = ["WWW-Authenticate", REQUEST_ID_HEADER, CONTENT_ENCODING_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER]
         names = ", ".join([*exposed, *dict(self._capabilities)])
@@ -5886,8 +5886,8 @@ class HttpApp:
         if request.multiprocess and self._own_key and len(path) == 3:
             text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
             raise _protocol_error(text, 500, Code.FAILED_PRECONDITION)
-        body: Any = _decoded_body(request.headers, request.read_body, self._limit)
-        bound, step = self.server.method(self.server.service(path[0]), path[1]), "".join(path[2:])
+        body: Any = _decoded_body(head.coding, request.read_body, self._limit)
+        bound, step = self.server.method(self.server.service(path[0]), path[1]), path[2] if len(path) > 2 else ""
         streams = bound.info.method_type is MethodType.STREAM
         if (step and not streams) or (streams and not step and not head.json):
             hint = "not a stream; post without /" + step if step else "a stream; post to its /init"
@@ -5915,7 +5915,7 @@ class HttpApp:
         caller = Caller(TransportKind.HTTP, _ANONYMOUS, request.remote_addr, metadata, request.gone, limit, self.limits)
         coding = choose_encoding(headers.get(ACCEPT_ENCODING_HEADER.lower()), headers.get("accept-encoding", "")[:1000])
         turns = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
-        request.memory["call"] = head = _CallHead(path, json_type, coding, turns, caller)
+        request.memory["call"] = head = _CallHead(path, json_type, _coding_of(headers), coding, turns, caller)
         return head
 
     # -- everything that is not a call
@@ -6156,9 +6156,9 @@ class HttpApp:
                 if len(self._live) > _MAX_LIVE_STATES:
                     self._live.popitem(last=False)
         if stream.is_producer or turn.data_index is None:
-            return turn._replace(items=[*turn.items, (empty_batch(stream.output_schema), tokens)])
+            return Turn(turn.schema, [*turn.items, (empty_batch(stream.output_schema), tokens)], False)
         *logs, (batch, metadata) = turn.items
-        return turn._replace(items=[*logs, (batch, {**(metadata or {}), **tokens})])
+        return Turn(turn.schema, [*logs, (batch, {**(metadata or {}), **tokens})], False)
 
     def _open_tokens(self, bound: BoundMethod, auth: AuthContext,
                      metadata: _Metadata) -> tuple[_OpenedCall, Callable[[], StreamState]]:
@@ -6524,7 +6524,7 @@ class _HttpConnection:
         channel, chunked = self._channel, "transfer-encoding" in headers
         channel.deadline = deadline
         size = 0 if chunked else _content_length(headers.get("content-length", ""), limit)
-        if headers.get("expect", "").lower() == "100-continue":
+        if "expect" in headers and headers["expect"].lower() == "100-continue":
             channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
         body = _gathered(read_chunked(channel, limit)) if chunked else _read_sized(channel, size)
         self._unread = False
@@ -7227,14 +7227,15 @@ class HttpConnections(HttpSender):
             raise ProtocolError(f"expected a status line, got {' '.join(head.start)[:80]!r}")
         if "content-length" in head.repeated or ("content-length" in headers and "transfer-encoding" in headers):
             raise ProtocolError("an answer with two lengths")
-        bodiless, coding = method == "HEAD" or status in ("204", "304"), headers.get("transfer-encoding")
-        if coding is not None and coding.lower() != "chunked" and not bodiless:
-            raise ProtocolError(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}")
-        if status == "200" and headers.get("content-type") == ARROW_CONTENT_TYPE and not _coding_of(headers) and not bodiless:
-            if coding is not None:
+        bodiless, framing = method == "HEAD" or status in ("204", "304"), headers.get("transfer-encoding")
+        if framing is not None and framing.lower() != "chunked" and not bodiless:
+            raise ProtocolError(f"Transfer-Encoding: expected chunked, got {framing[:40]!r}")
+        coding = _coding_of(headers)
+        if status == "200" and headers.get("content-type") == ARROW_CONTENT_TYPE and not coding and not bodiless:
+            if framing is not None:
                 return HttpReply(200, headers, HttpBody(self._pieces(heads, head, limit), channel))
             head.memory["sized"] = True  # all of the above holds for the next one that looks the same
-        return HttpReply(int(status), headers, b"" if bodiless else _decoded_body(headers, read, limit))
+        return HttpReply(int(status), headers, b"" if bodiless else _decoded_body(coding, read, limit))
 
     def close(self) -> None:
         self._closed = True
@@ -7261,9 +7262,9 @@ class SyncClient(HttpSender):
             return body
         response = self.app(HttpRequest(method, path, {k.lower(): v for k, v in headers}, "sync", read_body))
         answered, given = {k.lower(): v for k, v in response.headers}, response.body
-        whole = isinstance(given, bytes)
-        shown = _decoded_body(answered, lambda _: cast("bytes", given), limit) if whole else HttpBody(cast("Iterator[bytes]", given))
-        return HttpReply(response.status, answered, shown)
+        if not isinstance(given, bytes):
+            return HttpReply(response.status, answered, HttpBody(given))
+        return HttpReply(response.status, answered, _decoded_body(_coding_of(answered), lambda _: given, limit))
 
 def _over_budget(exc: ResponseTooLargeError) -> RpcError:
     return RpcError("ResponseTooLargeError", str(exc), "", error_code=Code.RESOURCE_EXHAUSTED)
