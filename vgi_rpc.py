@@ -5786,11 +5786,12 @@ class HttpApp:
         keys = self.options.keys()
         self._own_key = not keys
         if self._own_key:
-            logger.warning("no token key: a random one is used, so streams do not survive a restart and other processes cannot go "
-                           "on with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere")
+            logger.warning("no token key: a random one is used, so streams do not survive a restart and other processes cannot "
+                           "go on with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere")
         self.sealer = TokenSealer(keys or [os.urandom(32)], self.options.token_ttl)
-        self._limit = most = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
-        in_json = {"max_json_request_bytes": self.options.max_request_bytes or _JSON_MAX_REQUEST_BYTES} if self.options.json else {}
+        given = self.options.max_request_bytes
+        self._limit = most = given or SERVER_MAX_REQUEST_BYTES
+        in_json = {"max_json_request_bytes": given or _JSON_MAX_REQUEST_BYTES} if self.options.json else {}
         self.limits = limits_of({
             **vars(self.options), **in_json, "max_request_bytes": most, "max_decoded_bytes": most, "max_turns": MAX_TURNS,
             "max_turns_seconds": MAX_TURNS_SECONDS, "max_state_bytes": _MAX_STATE_BYTES,
@@ -5846,12 +5847,12 @@ class HttpApp:
         return headers if everyone else [*headers, ("Vary", "Origin")]
 
     def _preflight(self, request: HttpRequest) -> HttpResponse:
-        headers = [("Allow", "GET, HEAD, POST, OPTIONS"), ("Cache-Control", "public, max-age=300"), ("Content-Type", "text/plain")]
+        headers = [("Allow", "GET, HEAD, POST, OPTIONS"), ("Cache-Control", "public, max-age=300")]
         if self._cors_headers(request) and request.get_header("access-control-request-method"):
             asked = request.get_header("access-control-request-headers") or "Content-Type"
-            headers += [("Access-Control-Allow-Methods", "GET, POST, OPTIONS"), ("Access-Control-Max-Age", "7200")]
-            headers.append(("Access-Control-Allow-Headers", re.sub(r"[^A-Za-z0-9_, -]", "", asked)))
-        return HttpResponse(200, headers)
+            headers += [("Access-Control-Allow-Methods", "GET, POST, OPTIONS"), ("Access-Control-Max-Age", "7200"),
+                        ("Access-Control-Allow-Headers", re.sub(r"[^A-Za-z0-9_, -]", "", asked))]
+        return HttpResponse(200, [*headers, ("Content-Type", "text/plain")])
 
     def _route(self, request: HttpRequest, request_id: str) -> HttpResponse:
         if "call" in request.memory:
@@ -6081,7 +6082,7 @@ class HttpApp:
                 if full and before:  # it will be the first of the next answer, made again
                     data, state = [], before
                 if state and (full or close):
-                    turn = self._cursor_turn(answer, state())
+                    turn = self._cursor_turn(answer, state)
                     writer.write_all(turn.items, close=True)
                 if limit is not None and sent + _total(data) > limit:
                     turn = _answer_too_large(call, _total(data), limit)
@@ -6132,10 +6133,13 @@ class HttpApp:
         tokens = {STATE_KEY: self.sealer.seal(b"state", answer.binding, content)}
         return {**tokens, CALL_STATE_KEY: answer.call_token} if answer.call_token else tokens
 
-    def _cursor_turn(self, answer: _StreamAnswer, content: bytes) -> Turn:
-        """What ends an answer whose stream goes on."""
+    def _cursor_turn(self, answer: _StreamAnswer, content: Callable[[], bytes]) -> Turn:
+        """What ends an answer whose stream goes on; an error if its state cannot be sealed."""
         schema = cast("Stream[Any, Any]", answer.call.stream).output_schema
-        return Turn(schema, [(empty_batch(schema), self._tokens(answer, content))], True)
+        try:
+            return Turn(schema, [(empty_batch(schema), self._tokens(answer, content()))], True)
+        except Exception as exc:
+            return answer.call._failed(schema, exc)
 
     def _with_cursor(self, answer: _StreamAnswer, turn: Turn) -> Turn:
         """Add the fresh cursor to a turn that goes on; a state that cannot be sealed turns it into an error."""
@@ -6165,7 +6169,7 @@ class HttpApp:
         """Open the cursor, then the call half whose id it holds; return that and what gives the state."""
         binding, cursor = self._binding(bound, auth), metadata.get(STATE_KEY, b"")
         with self._lock:
-            live = self._live.pop(cursor[-_MAC_TEXT_BYTES:], None)  # one turn only: a cursor that comes again gives the same turn again
+            live = self._live.pop(cursor[-_MAC_TEXT_BYTES:], None)  # for one turn only: the next one may change it
         state: Callable[[], StreamState]
         if live is not None and live.cursor == cursor and live.binding == binding:  # what we have sealed, to the last byte
             self.sealer.check_age(live.issued)
@@ -6243,8 +6247,8 @@ _REASONS = {
 
 @_takes_options(HttpOptions)
 def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[bytes]]:
-    """Return a WSGI application (PEP 3333) for any WSGI server; the keywords are those of `HttpOptions`. Raises ``TypeError`` for
-    an option that does not exist, ``ValueError`` for one that is out of range."""
+    """Return a WSGI application (PEP 3333) for any WSGI server; the keywords are those of `HttpOptions`. Raises ``TypeError``
+    for an option that does not exist, ``ValueError`` for one that is out of range."""
     app = HttpApp(server, *_split_options(options, HttpOptions))
     def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         app.scheme = environ.get("wsgi.url_scheme", "http")
@@ -6423,7 +6427,7 @@ class _HttpConnection:
     """Serves the requests of one connection: reads strictly, answers, closes when the framing is in doubt."""
     def __init__(self, owner: HttpServing, channel: SocketChannel, remote_addr: str, only_health: bool) -> None:
         self._app, self._options, self._channel, self._remote = owner.app, owner.options, channel, remote_addr
-        self._heads, self._only_health = HeadReader(channel), only_health  # beyond the cap on connections: one request, and soon
+        self._heads, self._only_health = HeadReader(channel), only_health  # beyond the cap: one request, and soon
         self._wait = _OVER_CAP_WAIT_SECONDS if only_health else self._options.read_timeout
         self._unread = False  # of the current request, a body that must not be taken for the next one
 
@@ -6465,7 +6469,8 @@ class _HttpConnection:
         self._unread = "transfer-encoding" in head.headers or head.headers.get("content-length", "0") != "0"
         read = functools.partial(self._read_body, head.headers, started + options.request_deadline)
         headers = head.headers.copy()  # the next head may be the same one
-        request = HttpRequest(head.start[0], path, headers, self._remote, read, head.repeated, channel.peer_gone, memory=head.memory)
+        method, gone = head.start[0], channel.peer_gone
+        request = HttpRequest(method, path, headers, self._remote, read, head.repeated, gone, memory=head.memory)
         with self._app.server:  # until the answer is out: a server that drains must not exit before
             return self._answer(request, keep, head.start[2] == "HTTP/1.1")
 
@@ -6750,8 +6755,8 @@ def _json_result(info: RpcMethodInfo, batch: pa.RecordBatch | PlainBatch) -> Any
 def _json_failure(app: HttpApp, exc: BaseException, request_id: str, key: str = "error") -> HttpResponse:
     """An error as JSON; its own status where it has one, else that of its code."""
     error = _error_from_metadata(app.server.error_item(exc, EMPTY_SCHEMA, request_id)[1])
-    facts: dict[str, Any] = {"type": error.error_type, "message": error.error_message, "code": error.error_code}
-    facts |= {"kind": error.error_kind, "details": error.error_details, "request_id": request_id}
+    facts = {"type": error.error_type, "message": error.error_message, "code": error.error_code, "kind": error.error_kind,
+             "details": error.error_details, "request_id": request_id}
     facts |= {"traceback": error.remote_traceback} if error.remote_traceback else {}
     own = getattr(exc, "http_status", 200)
     status = own if own not in (200, 400) else _JSON_STATUS.get(error.error_code, 500)
@@ -6882,7 +6887,8 @@ def _page_at(app: HttpApp, request: HttpRequest, request_id: str, segments: list
         body.append(f"<h2>{_text(service.name)} {_text(service.version)}</h2>")
         for m in describe_service(service, {}).methods:
             body.append(shown(app, service.methods[m.name].info, m.stream_kind.replace("unknown", "stream") or "unary"))
-    software = f"vgi_rpc {__version__}, wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}, pyarrow {pa.__version__}"
+    python, wire = sys.version.split()[0], REQUEST_VERSION.decode()
+    software = f"vgi_rpc {__version__}, wire {wire}, Python {python}, pyarrow {pa.__version__}"
     facts = {"Health": "draining, takes no calls" if server.draining else "ok", "Server": server.server_id,
              "Version": server.server_version or "not given", "Protocol hash": server.protocol_hash, "Made with": software}
     body.append(f"<h2>This server</h2><article>{_definitions(facts)}<h4>Limits</h4>{_limit_list(app)}</article>")
