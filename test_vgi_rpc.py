@@ -6666,6 +6666,19 @@ class Growing(ProducerState):
 
 
 @dataclass
+class Spoilt(ProducerState):
+    """A state that cannot be sealed after its fourth turn; the batch of the fifth fits into no answer that was begun."""
+
+    at: int = 0
+    wide: int = 0
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        self.at += 1
+        self.wide = 0 if self.at < 4 else 2**70
+        out.emit_pydict({"blob": [bytes(1 if self.at < 5 else 90_000)]})
+
+
+@dataclass
 class Same(ExchangeState):
     """Gives each batch back."""
 
@@ -6696,6 +6709,7 @@ class Ahead(Protocol):
     def blobs(self, sizes: list[int]) -> Stream[Blobs]: ...
     def growing(self) -> Stream[Growing]: ...
     def unwritable(self) -> Stream[Unwritable]: ...
+    def spoilt(self) -> Stream[Spoilt]: ...
     def same(self) -> Stream[Same]: ...
 
 
@@ -6722,6 +6736,8 @@ class AheadImpl:
 
     def unwritable(self) -> Stream[Unwritable]:
         return Stream(BLOB, Unwritable())
+    def spoilt(self) -> Stream[Spoilt]:
+        return Stream(BLOB, Spoilt())
 
     def same(self) -> Stream[Same]:
         return Stream(AHEAD_VALUE, Same(), input_schema=AHEAD_VALUE)
@@ -7007,6 +7023,13 @@ class AheadHttpTests(AheadContract, unittest.TestCase):
                 with p.growing() as session:  # what does not fit is made again from the state before it
                     seen = [b.batch["blob"][0].as_py()[0] for _, b in zip(range(12), session)]
                 self.assertEqual(seen, list(range(12)))
+
+    def test_a_state_that_cannot_be_sealed_when_the_next_batch_does_not_fit(self) -> None:
+        with self.connect(accepted_max_response_bytes=70_000) as p, p.spoilt() as session:
+            with self.assertRaisesRegex(RpcError, "wide: expected int64") as caught:
+                for seen, _ in enumerate(session, 1):
+                    self.assertLessEqual(seen, 4)
+            self.assertEqual(caught.exception.error_type, "TypeError")  # an answer, not a connection that breaks
 
     def test_a_server_that_answers_one_turn(self) -> None:
         with mock.patch.object(vgi_rpc, "MAX_TURNS_HEADER", "X-Nobody-Knows"):

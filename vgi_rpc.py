@@ -5567,10 +5567,8 @@ class HttpResponse:
 Authenticate = Callable[[HttpRequest], AuthContext]
 
 def bearer_authenticate(*, validate: Callable[[str], AuthContext]) -> Authenticate:
-    """Return a callback that hands the bearer token of ``Authorization`` to *validate*.
-
-    *validate* returns who it is, or raises ``ValueError``; let it compare secrets with ``hmac.compare_digest``.
-    """
+    """Return a callback that hands the bearer token of ``Authorization`` to *validate*, which returns who it is, or raises
+    ``ValueError``; let it compare secrets with ``hmac.compare_digest``."""
     def authenticate(request: HttpRequest) -> AuthContext:
         scheme, _, token = (request.get_header("authorization") or "").partition(" ")
         if scheme.lower() != "bearer":
@@ -5578,30 +5576,24 @@ def bearer_authenticate(*, validate: Callable[[str], AuthContext]) -> Authentica
         if not re.fullmatch(r"[!-~]{1,16384}", token):
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "malformed bearer token")
         return validate(token)
-
     authenticate.challenge = "Bearer"  # type: ignore[attr-defined]
     return authenticate
 
 def bearer_authenticate_static(*, tokens: Mapping[str, AuthContext]) -> Authenticate:
     """Return a callback that knows a fixed set of bearer tokens; compared in constant time, all of them each time."""
     known = [(token.encode(), auth) for token, auth in tokens.items()]
-
     def validate(token: str) -> AuthContext:
         found = [auth for secret, auth in known if hmac.compare_digest(secret, token.encode())]
         if not found:
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "unknown bearer token")
         return found[0]
-
     return bearer_authenticate(validate=validate)
 
 def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
-    """Return a callback that asks each in turn until one knows the caller; the last refusal stands.
-
-    A ``ValueError`` passes the request on to the next; ``PermissionError`` and others end the search.
-    """
+    """Return a callback that asks each in turn until one knows the caller; the last refusal stands. A ``ValueError`` passes
+    the request on to the next; ``PermissionError`` and others end the search."""
     if not authenticators:
         raise ValueError("chain_authenticate: expected at least one authenticator")
-
     def authenticate(request: HttpRequest) -> AuthContext:
         refusal: ValueError | None = None
         for one in authenticators:
@@ -5612,7 +5604,6 @@ def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
                 missing = isinstance(exc, AuthFailure) and exc.reason is AuthReason.MISSING_CREDENTIAL
                 refusal = exc if refusal is None or not missing else refusal
         raise cast("ValueError", refusal)
-
     authenticate.challenge = next(filter(None, (getattr(one, "challenge", "") for one in authenticators)), "")  # type: ignore
     return authenticate
 
@@ -5657,21 +5648,18 @@ def _takes_options(*kinds: type) -> Callable[[_Function], _Function]:
     def mark(function: _Function) -> _Function:
         signature = inspect.signature(function)
         kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        for f in (f for kind in kinds for f in dataclasses.fields(kind)):
-            kept.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type))
+        kept += [p.replace(kind=p.KEYWORD_ONLY) for kind in kinds for p in inspect.signature(kind).parameters.values()]
         function.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
         return function
-
     return mark
 
 def _split_options(options: dict[str, Any], *kinds: type) -> list[Any]:
     """Build one instance of each of *kinds* from keywords; an unknown keyword is a `TypeError` with a suggestion."""
-    names = {kind: [f.name for f in dataclasses.fields(kind)] for kind in kinds}
-    known = [name for kind in kinds for name in names[kind]]
+    known = [f.name for kind in kinds for f in dataclasses.fields(kind)]
     for name in options:
         if name not in known:
             raise TypeError(f"no option {name!r}{_suggest(name, known)}; there are {', '.join(known)}")
-    return [kind(**{n: options[n] for n in names[kind] if n in options}) for kind in kinds]
+    return [kind(**{f.name: options[f.name] for f in dataclasses.fields(kind) if f.name in options}) for kind in kinds]
 
 def supported_encodings() -> tuple[str, ...]:
     """Return the body codings that this machine can read and write, best first."""
@@ -5687,36 +5675,39 @@ def compress_body(body: bytes, encoding: str, level: int) -> bytes:
 def compress_if_worth(body: bytes, encoding: str, level: int, packed_bytes: int = 0) -> bytes | None:
     """Encode a body, if that makes it a good deal smaller; ``None`` if it is short (without those of its bytes that are packed
     already) or, by a sample, does not compress."""
-    size, middle = len(body), len(body) // 2
-    if size - packed_bytes < _COMPRESS_BODY_FROM_BYTES:
+    middle = len(body) // 2
+    if len(body) - packed_bytes < _COMPRESS_BODY_FROM_BYTES:
         return None
-    sample = body[middle : middle + _SAMPLE_BYTES] if size > 4 * _SAMPLE_BYTES else b""
-    if sample and len(compress_body(sample, encoding, level)) > _WORTH * _SAMPLE_BYTES:
-        return None
-    packed = compress_body(body, encoding, level)
-    return packed if len(packed) < _WORTH * size else None
-
-
+    for tried in (body[middle : middle + _SAMPLE_BYTES], body):
+        packed = compress_body(tried, encoding, level)
+        if len(packed) > _WORTH * len(tried):
+            return None
+    return packed
 
 def decompress_body(body: _Buffer, encoding: str, limit: int) -> bytes:
     """Decode a body to at most *limit* bytes; raises `IPCError` or `RequestTooLargeError`."""
     return (zstd_decompress if encoding == "zstd" else gzip_decompress)(body, limit)
 
-def _decoded_body(headers: Mapping[str, str], read: Callable[[], _Buffer], limit: int) -> _Buffer:
-    """Read a body and undo the coding that its headers name (our private header first); one we do not know is a 415."""
-    encoding = (headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding") or "identity").strip().lower()
-    if encoding != "identity" and encoding not in supported_encodings():
-        text = f"Content-Encoding: expected one of {', '.join(supported_encodings())}, got {encoding[:60]!r}"
+def _coding_of(headers: Mapping[str, str]) -> str:
+    """The coding that a body's headers name (our private header first); empty for none."""
+    coding = (headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding") or "").strip().lower()
+    return "" if coding == "identity" else coding
+
+def _decoded_body(coding: str, read: Callable[[int], _Buffer], limit: int) -> _Buffer:
+    """Read a body and undo its *coding*, both up to *limit* bytes; a coding that we do not know is a 415."""
+    if not coding:
+        return read(limit)
+    if coding not in supported_encodings():
+        text = f"Content-Encoding: expected one of {', '.join(supported_encodings())}, got {coding[:60]!r}"
         raise _protocol_error(text, 415)
-    return read() if encoding == "identity" else decompress_body(read(), encoding, limit)
+    return decompress_body(read(limit), coding, limit)
 
 @functools.lru_cache(maxsize=256)
 def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
     """Choose the coding of an answer: (coding or empty, header that names it, whether to leave it out is as welcome).
     The client's order decides; its private header (``None`` when absent) beats the standard one, and a coding named only
     there is named in the private answer header. ``identity`` first, or ``q=0``, means none; anywhere else it says that an
-    answer may stay as it is where coding it is not worth the time.
-    """
+    answer may stay as it is where coding it is not worth the time."""
     chosen, identity = "", False
     for offer in (public if private is None else private).lower().split(","):
         name, _, parameters = offer.partition(";")
@@ -5738,19 +5729,28 @@ def _protocol_error(text: str, status: int, code: Code = Code.INVALID_ARGUMENT) 
 class _HttpFailure(Exception):
     """Ends the handling of a request with its argument, a response that is not Arrow."""
 
+def _json_bytes(value: Any) -> bytes:
+    """One line of JSON in UTF-8; NaN and the infinities, which JSON does not have, become null."""
+    dump = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"), default=_text_of)
+    try:
+        text = dump(value, allow_nan=False)
+    except ValueError:
+        text = dump(json.loads(dump(value), parse_constant=lambda name: None))
+    return (text + "\n").encode("utf-8", "backslashreplace")
+
 def json_response(status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> HttpResponse:
-    """Return a response with *value* as compact JSON."""
-    body = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_text_of).encode("utf-8", "backslashreplace")
-    return HttpResponse(status, [("Content-Type", "application/json"), *headers], body)
+    """Return a response with *value* as a line of JSON."""
+    return HttpResponse(status, [("Content-Type", _JSON), *headers], _json_bytes(value))
+
+def _refusal(status: int, error: str, detail: str, *headers: tuple[str, str]) -> HttpResponse:
+    return json_response(status, {"error": error, "detail": detail}, headers)
 
 def _method_not_allowed(allowed: str) -> HttpResponse:
-    return json_response(405, {"error": "method_not_allowed", "detail": f"expected {allowed}"}, [("Allow", allowed)])
+    return _refusal(405, "method_not_allowed", f"expected {allowed}", ("Allow", allowed))
 
 def _internal_error(request_id: str) -> HttpResponse:
     """What went wrong stands in the server's log under the id; its text is not the client's business."""
     return json_response(500, {"error": "internal_error", "request_id": request_id})
-
-
 
 _MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and their size
 _MAC_TEXT_BYTES = 44  # of a cursor, its end: what tells it from all others, and is hashed sooner than the whole
@@ -5758,8 +5758,9 @@ _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
 
 class _CallHead(NamedTuple):
     """What the head of a POST says of the call."""
-    in_json: bool
-    coded: bool  # whether its body has a coding
+    path: list[str]  # protocol, method and, for a stream, init or exchange
+    json: str  # its media type if it is to be answered in JSON, else empty
+    coding: str  # of its body
     answer_coding: tuple[str, str, bool]  # see `choose_encoding`
     turns: int  # that one answer may have
     caller: Caller  # but for who it is
@@ -5768,6 +5769,7 @@ _OUR_KEYS = frozenset({STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUE
 
 class _OpenedCall(NamedTuple):
     """The half of a stream's state that never changes, as it was sealed at init."""
+    binding: tuple[bytes, ...]  # to the method and who calls it
     call_id: bytes
     output_schema: pa.Schema
     input_schema: pa.Schema
@@ -5783,9 +5785,14 @@ class _LiveState(NamedTuple):
     call_id: bytes
     state: StreamState
 
+    def copy(self) -> StreamState:
+        """Each turn has an object of its own."""
+        copied = object.__new__(type(self.state))
+        copied.__dict__.update(self.state.__dict__)
+        return copied
+
 def _total(pieces: Iterable[_Buffer]) -> int:
     return sum(map(len, pieces))
-
 
 class _Joined(Iterator[bytes]):
     """A body that is made as it is sent, for those who take bytes alone."""
@@ -5798,6 +5805,7 @@ class _Joined(Iterator[bytes]):
 class _StreamAnswer(NamedTuple):
     """What the turns of one answer have in common."""
     call: Call
+    binding: tuple[bytes, ...]
     call_id: bytes
     given: AnnotatedBatch  # what each of them is served on
     header: bytes = b""  # header stream that precedes them
@@ -5813,32 +5821,28 @@ class HttpApp:
         keys = self.options.keys()
         self._own_key = not keys
         if self._own_key:
-            logger.warning(
-                "no token key: a random one is used, so streams do not survive a restart and other processes cannot go on "
-                "with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere"
-            )
+            logger.warning("no token key: a random one is used, so streams do not survive a restart and other processes cannot "
+                           "go on with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere")
         self.sealer = TokenSealer(keys or [os.urandom(32)], self.options.token_ttl)
-        self._limit = most = self.options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
-        own: dict[str, Any] = {
-            "max_request_bytes": most, "max_decoded_bytes": most, "max_state_bytes": _MAX_STATE_BYTES, "max_turns": MAX_TURNS,
-            "max_turns_seconds": MAX_TURNS_SECONDS, "token_clock_skew": TOKEN_CLOCK_SKEW_SECONDS,
-            "token_ttl": self.sealer.ttl or None}
-        if self.options.json:
-            own["max_json_request_bytes"] = self.options.max_request_bytes or _JSON_MAX_REQUEST_BYTES
-        self.limits = limits_of({**vars(self.options), **own})
-        self._opened: OrderedDict[Any, _OpenedCall] = OrderedDict()
+        given = self.options.max_request_bytes
+        self._limit = most = given or SERVER_MAX_REQUEST_BYTES
+        in_json = {"max_json_request_bytes": given or _JSON_MAX_REQUEST_BYTES} if self.options.json else {}
+        self.limits = limits_of({
+            **vars(self.options), **in_json, "max_request_bytes": most, "max_decoded_bytes": most, "max_turns": MAX_TURNS,
+            "max_turns_seconds": MAX_TURNS_SECONDS, "max_state_bytes": _MAX_STATE_BYTES,
+            "token_clock_skew": TOKEN_CLOCK_SKEW_SECONDS, "token_ttl": self.sealer.ttl or None})
+        self._open_call = functools.lru_cache(self.options.call_state_cache_entries)(self._open_call_token)
         self._live: OrderedDict[bytes, _LiveState] = OrderedDict()  # by the end of the cursor that holds the same
         self._lock = threading.Lock()
-        self._capabilities = self._capability_headers()
+        self._pages, self._capabilities = self.options.pages and server.describe_enabled, self._capability_headers()
 
     def _capability_headers(self) -> list[tuple[str, str]]:
         """What every response says of this server (WIRE section 6); nothing of a feature that is off."""
         options = self.options
         encodings = supported_encodings() if options.compression_level is not None else ()
-        headers = [(SUPPORTED_ENCODINGS_HEADER, ", ".join(encodings)), (EXTERNALIZATION_HEADER, "false")]
-        headers.append((ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"))
         sizes = ((MAX_REQUEST_BYTES_HEADER, options.max_request_bytes), (MAX_RESPONSE_BYTES_HEADER, options.max_response_bytes))
-        return headers + [(name, str(size)) for name, size in sizes if size is not None]
+        return [(SUPPORTED_ENCODINGS_HEADER, ", ".join(encodings)), (EXTERNALIZATION_HEADER, "false"),
+                (ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"), *((n, str(size)) for n, size in sizes if size is not None)]
 
     # -- one request
     def __call__(self, request: HttpRequest) -> HttpResponse:
@@ -5860,8 +5864,7 @@ class HttpApp:
         except (_Refusal, StatusError) as exc:
             response = (_json_failure if _json_type(self, request) else _arrow_failure)(self, exc, request_id)
         except (TransportError, DeadlineExceededError) as exc:  # while the body was read
-            response = json_response(408, {"error": "request_timeout", "detail": exc.error_message})
-            response.close = True
+            response = dataclasses.replace(_refusal(408, "request_timeout", exc.error_message), close=True)
         except Exception:
             logger.exception("request %s failed", request_id)
             response = _internal_error(request_id)
@@ -5869,30 +5872,28 @@ class HttpApp:
         return response
 
     def _cors_headers(self, request: HttpRequest) -> list[tuple[str, str]]:
-        if not (allowed := self.options.cors_origins):
+        if not (allowed := self.options.cors_origins) or (origin := request.get_header("origin")) is None:
             return []
-        origin = request.get_header("origin")
-        if origin is None or ("*" not in allowed and origin not in allowed):
+        if not (everyone := "*" in allowed) and origin not in allowed:
             return []
-        everyone = "*" in allowed
         exposed = ["WWW-Authenticate", REQUEST_ID_HEADER, CONTENT_ENCODING_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER]
         names = ", ".join([*exposed, *dict(self._capabilities)])
         headers = [("Access-Control-Expose-Headers", names), ("Access-Control-Allow-Origin", "*" if everyone else origin)]
         return headers if everyone else [*headers, ("Vary", "Origin")]
 
     def _preflight(self, request: HttpRequest) -> HttpResponse:
-        headers = [("Allow", "GET, HEAD, POST, OPTIONS"), ("Cache-Control", "public, max-age=300"), ("Content-Type", "text/plain")]
+        headers = [("Allow", "GET, HEAD, POST, OPTIONS"), ("Cache-Control", "public, max-age=300")]
         if self._cors_headers(request) and request.get_header("access-control-request-method"):
             asked = request.get_header("access-control-request-headers") or "Content-Type"
-            headers += [("Access-Control-Allow-Methods", "GET, POST, OPTIONS"), ("Access-Control-Max-Age", "7200")]
-            headers.append(("Access-Control-Allow-Headers", re.sub(r"[^A-Za-z0-9_, -]", "", asked)))
-        return HttpResponse(200, headers)
+            headers += [("Access-Control-Allow-Methods", "GET, POST, OPTIONS"), ("Access-Control-Max-Age", "7200"),
+                        ("Access-Control-Allow-Headers", re.sub(r"[^A-Za-z0-9_, -]", "", asked))]
+        return HttpResponse(200, [*headers, ("Content-Type", "text/plain")])
 
     def _route(self, request: HttpRequest, request_id: str) -> HttpResponse:
-        if "path" in request.memory:
-            return self._post(request, request_id, request.memory["path"])
+        if "call" in request.memory:
+            return self._post(request, request_id, request.memory["call"].path)
         path, prefix = request.path, self.options.prefix
-        if not path.startswith(prefix) or (len(path) > len(prefix) and prefix and path[len(prefix)] != "/"):
+        if prefix and not f"{path}/".startswith(f"{prefix}/"):
             return self._not_found(request)
         path = path[len(prefix) :] or "/"
         if request.method == "OPTIONS":
@@ -5902,36 +5903,36 @@ class HttpApp:
         if "%" in path or "//" in path or not path.isascii():
             return self._not_found(request)
         segments = path[1:].split("/")
+        of_call = len(segments) > 1 and segments[0] and segments[2:] in ([], ["init"], ["exchange"])
         if request.method in ("GET", "HEAD"):
             service = self.server.services.get(segments[0])
-            call = service is not None and "".join(segments[1:2]) in service.methods
-            if call and segments[2:] in ([], ["init"], ["exchange"]):
+            if of_call and service is not None and segments[1] in service.methods:
                 return _method_not_allowed("POST")
             return _page_at(self, request, request_id, segments) or self._not_found(request)
-        if not segments[0] or not (len(segments) == 2 or (len(segments) == 3 and segments[2] in ("init", "exchange"))):
+        if not of_call:
             return self._not_found(request)
-        if request.method != "POST":
-            return _method_not_allowed("POST")
-        request.memory["path"] = segments
-        return self._post(request, request_id, segments)
+        return self._post(request, request_id, segments) if request.method == "POST" else _method_not_allowed("POST")
 
-    def _post(self, request: HttpRequest, request_id: str, segments: list[str]) -> HttpResponse:
+    def _post(self, request: HttpRequest, request_id: str, path: list[str]) -> HttpResponse:
         auth = self._authenticated(request, request_id)  # asked each time: what it decides may end, or depend on more
-        head: _CallHead = request.memory.get("call") or self._head_of_call(request, segments)
+        head: _CallHead = request.memory.get("call") or self._head_of_call(request, path)
         caller = head.caller if head.caller.auth is auth else head.caller._replace(auth=auth)
         self.server.refuse_if_draining()
         self.server.start(TransportKind.HTTP)
-        if request.multiprocess and self._own_key and len(segments) == 3:
+        if request.multiprocess and self._own_key and len(path) == 3:
             text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
             raise _protocol_error(text, 500, Code.FAILED_PRECONDITION)
-        read, most = request.read_body, self._limit
-        body: Any = _decoded_body(request.headers, lambda: read(most), most) if head.coded else read(most)
-        if head.in_json:
-            return _post_json(self, segments, body, caller, request, request_id)
-        handler = self._unary if len(segments) == 2 else self._init if segments[2] == "init" else self._exchange
-        return handler(segments, body, caller, request, request_id)
+        body: Any = _decoded_body(head.coding, request.read_body, self._limit)
+        bound, step = self.server.method(self.server.service(path[0]), path[1]), path[2] if len(path) > 2 else ""
+        streams = bound.info.method_type is MethodType.STREAM
+        if (step and not streams) or (streams and not step and not head.json):
+            hint = "not a stream; post without /" + step if step else "a stream; post to its /init"
+            raise ProtocolError(f"{path[1]}() is {hint}")
+        if head.json:
+            return _post_json(self, bound, step, body, caller, head, request_id)
+        return (self._exchange if step == "exchange" else self._begin)(bound, body, caller, head, request_id)
 
-    def _head_of_call(self, request: HttpRequest, segments: list[str]) -> _CallHead:
+    def _head_of_call(self, request: HttpRequest, path: list[str]) -> _CallHead:
         """Check the head of a POST."""
         name, low, high = ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
         given, limit = request.get_header(name), self.options.max_response_bytes
@@ -5940,32 +5941,31 @@ class HttpApp:
             if name.lower() in request.repeated or not fits:
                 raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
             limit = _smallest(int(given), limit)
-        if segments[0].startswith("__"):
-            self.server.service(segments[0])  # a feature of other servers: what is wrong is that it is not there
-        content_type, in_json = request.get_header("content-type") or "", bool(_json_type(self, request))
-        if not in_json and content_type.strip().lower() != ARROW_CONTENT_TYPE:
+        if path[0].startswith("__"):
+            self.server.service(path[0])  # a feature of other servers: what is wrong is that it is not there
+        content_type, json_type = request.get_header("content-type") or "", _json_type(self, request)
+        if not json_type and content_type.strip().lower() != ARROW_CONTENT_TYPE:
             raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
         headers, asked = request.headers, request.get_header(MAX_TURNS_HEADER) or ""
         metadata = {k.decode(): headers[k.decode()] for k in TRACE_KEYS if k.decode() in headers}
         caller = Caller(TransportKind.HTTP, _ANONYMOUS, request.remote_addr, metadata, request.gone, limit, self.limits)
         coding = choose_encoding(headers.get(ACCEPT_ENCODING_HEADER.lower()), headers.get("accept-encoding", "")[:1000])
         turns = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
-        coded = CONTENT_ENCODING_HEADER.lower() in headers or "content-encoding" in headers
-        request.memory["call"] = head = _CallHead(in_json, coded, coding, turns, caller)
+        request.memory["call"] = head = _CallHead(path, json_type, _coding_of(headers), coding, turns, caller)
         return head
 
     # -- everything that is not a call
     def _not_found(self, request: HttpRequest) -> HttpResponse:
-        facts = {"error": "not_found", "detail": "expected /{protocol}/{method}[/init|/exchange] or /health"}
-        return _not_found_page(self, request) or json_response(404, facts)
+        if self._pages and "text/html" in (request.get_header("accept") or ""):
+            there = f"This is an Arrow RPC server at {_text(self.options.prefix)}/"
+            return _page(self, "404 Not Found", [f"<p>{there} and what you asked for is not there: see the links.</p>"], 404)
+        return _refusal(404, "not_found", "expected /{protocol}/{method}[/init|/exchange] or /health")
 
     def _health(self, request: HttpRequest) -> HttpResponse:
         if request.method not in ("GET", "HEAD"):
             return _method_not_allowed("GET, HEAD, OPTIONS")
         facts = {"status": "draining" if self.server.draining else "ok", "server_id": self.server.server_id}
         return json_response(200, {**facts, "protocol": self.server.protocol_name}, [("Cache-Control", "no-store")])
-
-
 
     # -- who calls
     def _authenticated(self, request: HttpRequest, request_id: str) -> AuthContext:
@@ -5992,8 +5992,6 @@ class HttpApp:
             return HttpResponse(401, [("Content-Type", "text/html; charset=utf-8"), *headers], page.encode())
         return json_response(401, {"error": "unauthorized", "reason": reason.value, "detail": detail}, headers)
 
-
-
     # -- calls
     def _reader(self, source: BufferSource) -> IpcReader:
         try:
@@ -6001,72 +5999,52 @@ class HttpApp:
         except EOFError:
             raise IPCError("request: expected an Arrow IPC stream, got an empty body") from None
 
-    def _bound(self, path: Sequence[str], kind: MethodType, hint: str) -> BoundMethod:
-        """The method that a path names; *hint* says where to post instead when it is of the other kind."""
-        bound = self.server.method(self.server.service(path[0]), path[1])
-        if bound.info.method_type is not kind:
-            raise ProtocolError(f"{path[1]}() is {'' if kind is MethodType.UNARY else 'not '}a stream; {hint}")
-        return bound
-
-    def _read_request(self, path: list[str], body: bytes, kind: MethodType) -> tuple[Request, BoundMethod, dict[str, Any]]:
-        """Read the request that begins a call: the request, its method and its arguments."""
-        bound = self._bound(path, kind, "post to its /init" if kind is MethodType.UNARY else "post without /init")
+    def _read_request(self, bound: BoundMethod, body: bytes) -> Request:
+        """Read the request that begins a call of *bound*."""
         known = self.server.recall(body, 0) if isinstance(body, bytes) else None
         if known is not None and known[0] is bound and known[2] == len(body):
-            return known[1], bound, read_arguments(bound.info, known[1])
+            return known[1]
         source = BufferSource(body)
         request = Request(self._reader(source))
         if source.left:
             raise IPCError(f"request: {source.left} bytes after the end of the stream")
-        self.server.resolve(request, (path[0], path[1]))
-        return request, bound, read_arguments(bound.info, request)
+        self.server.resolve(request, (bound.hosted.name, bound.info.name))
+        return request
 
-    def _unary(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
-        request, bound, arguments = self._read_request(path, body, MethodType.UNARY)
+    def _begin(self, bound: BoundMethod, body: bytes, caller: Caller, head: _CallHead, request_id: str) -> HttpResponse:
+        """Serve a unary call, or the start of a stream."""
+        request = self._read_request(bound, body)
+        arguments = read_arguments(bound.info, request)
         call = self.server.open_call(bound, caller, request, request.request_id or request_id)
         call.note(request_bytes=len(body))
-        try:
-            turn = call.begin(arguments)
-            return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
-        finally:
-            call.end()
-
-    def _init(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
-        """Serve the start of a stream."""
-        request, bound, arguments = self._read_request(path, body, MethodType.STREAM)
-        call = self.server.open_call(bound, caller, request, request.request_id or request_id)
-        call.note(request_bytes=len(body))
-
         def answer() -> HttpResponse:
             turn = call.begin(arguments)
             if call.stream is None:
-                return self._respond(call, http, stream_bytes(turn.schema, turn.items), turn)
+                return self._respond(call, head, turn)
             header = stream_bytes(turn.schema, turn.items) if turn.items else b""
-            turn, call_id, call_token = self._first_turn(call, call.stream)
-            return self._respond_turns(_StreamAnswer(call, call_id, _PLAIN_TICK, header, call_token), turn, http)
-
+            return self._respond_turns(*self._first_turn(call, call.stream, header), head)
         return self._ending(call, answer)
 
-    def _first_turn(self, call: Call, stream: Stream[Any, Any]) -> tuple[Turn, bytes, bytes]:
-        """Run a producer's first turn; return it with the call's id and token."""
-        call_id, schema = os.urandom(16), stream.output_schema
+    def _first_turn(self, call: Call, stream: Stream[Any, Any], header: bytes = b"") -> tuple[_StreamAnswer, Turn]:
+        """Seal what does not change of a stream, then run a producer's first turn."""
+        schema = stream.output_schema
+        answer = _StreamAnswer(call, self._binding(call.bound, call.caller.auth), os.urandom(16), _PLAIN_TICK, header)
         try:
-            call_token = self._seal_call(call, stream, call_id)
+            answer = answer._replace(call_token=self._seal_call(answer, stream))
         except Exception as exc:  # before the producer runs: a stream that cannot go on does not start
-            return call._failed(schema, exc), call_id, b""
-        turn = call.turn(_PLAIN_TICK) if stream.is_producer else Turn(schema, call._logs(schema), False)
-        return turn, call_id, call_token
+            return answer, call._failed(schema, exc)
+        return answer, call.turn(_PLAIN_TICK) if stream.is_producer else Turn(schema, call._logs(schema), False)
 
-    def _exchange(self, path: list[str], body: bytes, caller: Caller, http: HttpRequest, request_id: str) -> HttpResponse:
+    def _exchange(self, bound: BoundMethod, body: bytes, caller: Caller, head: _CallHead, request_id: str) -> HttpResponse:
         """Serve one turn of a stream, or its end, from the tokens that come with the input."""
-        bound, source = self._bound(path, MethodType.STREAM, "post without /exchange"), BufferSource(body)
+        source = BufferSource(body)
         reader = self._reader(source)
         item = reader.next()
         if item is None or reader.next_message() is not None or source.left:
             raise ProtocolError(f"exchange: expected one batch and the end of the stream, got {'more' if item else 'none'}")
         batch, metadata = item[0], item[1] or {}
         opened, state = self._open_tokens(bound, caller.auth, metadata)
-        own_id = clean_request_id(metadata[REQUEST_ID_KEY].decode("latin-1")) if REQUEST_ID_KEY in metadata else ""
+        own_id = clean_request_id(metadata.get(REQUEST_ID_KEY, b"").decode("latin-1"))
         call = self._go_on(bound, caller, opened, own_id or request_id)
         timeout = metadata.get(TIMEOUT_KEY, b"")
         if timeout.isdigit() and len(timeout) < 16:
@@ -6074,12 +6052,8 @@ class HttpApp:
         call.note(request_bytes=len(body))
         shown = {k: v for k, v in metadata.items() if k not in _OUR_KEYS}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
-
-        def answer() -> HttpResponse:
-            turn = self._next_turn(call, opened, state, given, CANCEL_KEY in metadata)
-            return self._respond_turns(_StreamAnswer(call, opened.call_id, given), turn, http)
-
-        return self._ending(call, answer)
+        turn = functools.partial(self._next_turn, call, opened, state, given, CANCEL_KEY in metadata)
+        return self._ending(call, lambda: self._respond_turns(*turn(), head))
 
     @staticmethod
     def _ending(call: Call, answer: Callable[[], HttpResponse]) -> HttpResponse:
@@ -6100,51 +6074,37 @@ class HttpApp:
         call.note(opened.stream_id)
         return call
 
-    def _next_turn(self, call: Call, opened: _OpenedCall, state: StreamState | bytes, given: AnnotatedBatch, cancel: bool) -> Turn:
+    def _next_turn(self, call: Call, opened: _OpenedCall, state: Callable[[], StreamState], given: AnnotatedBatch,
+                   cancel: bool) -> tuple[_StreamAnswer, Turn]:
+        answer, schema = _StreamAnswer(call, opened.binding, opened.call_id, given), opened.output_schema
         try:
-            stream = self._revive(call, opened, state)
+            self._revive(call, opened, state)
         except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer
-            return call._failed(opened.output_schema, exc, refused=isinstance(exc, TokenError))
+            return answer, call._failed(schema, exc, refused=isinstance(exc, TokenError))
         if cancel:
             call.cancel()
-            return Turn(stream.output_schema, call._logs(stream.output_schema), True)
-        return call.turn(given)
+            return answer, Turn(schema, call._logs(schema), True)
+        return answer, call.turn(given)
 
-    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, http: HttpRequest) -> HttpResponse:
+    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, head: _CallHead) -> HttpResponse:
         """Answer with a turn and, if the client takes several of a producer, with those that follow; these end the call."""
-        stream: Any = answer.call.stream
-        most = http.memory["call"].turns
-        if most == 1 or turn.finished or not stream.is_producer:
-            turn = self._with_cursor(answer, turn)
-            return self._respond(answer.call, http, answer.header + stream_bytes(turn.schema, turn.items), turn)
-        body = self._several(answer, turn, most)
+        if head.turns == 1 or turn.finished or not cast("Stream[Any, Any]", answer.call.stream).is_producer:
+            return self._respond(answer.call, head, self._with_cursor(answer, turn), answer.header)
+        body = self._several(answer, turn, head.turns)
         next(body)  # has taken over: from here on closing it ends the call
         return HttpResponse(200, [("Content-Type", ARROW_CONTENT_TYPE), ("X-Accel-Buffering", "no")], body)  # for nginx
 
     def _several(self, answer: _StreamAnswer, turn: Turn, most: int) -> Iterator[list[_Buffer]]:
         """Yield nothing, then each turn as it is made, and the token at the end: within the budget, *most* and a time."""
-        call, pieces = answer.call, list[_Buffer]()
-        writer, limit = IpcWriter(pieces.extend, turn.schema), call.caller.response_limit_bytes
+        call, data, sent, state = answer.call, list[_Buffer]([answer.header]), 0, None
+        writer, limit = IpcWriter(lambda pieces: data.extend(pieces), turn.schema), call.caller.response_limit_bytes
         until, allowed = time.monotonic() + MAX_TURNS_SECONDS, call.deadline and call.deadline - call.started
-        lead, sent, state = answer.header, 0, None
-
-        def encode(turn: Turn) -> list[_Buffer]:
-            writer.write_all(turn.items, close=turn.finished)
-            made = pieces.copy()
-            pieces.clear()
-            return made
-
-        def ending_turn(content: Callable[[], bytes]) -> Turn:
-            try:
-                return self._cursor_turn(answer, content())
-            except Exception as exc:  # what cannot be written, and was not written before
-                return call._failed(turn.schema, exc)
-
         with contextlib.ExitStack() as ending, self.server:
             ending.callback(call.end)
             yield []
             for left in reversed(range(most)):
-                data, before, size, close = [lead, *encode(turn)], state, 0, False
+                before, size, close = state, 0, False
+                writer.write_all(turn.items, close=turn.finished)
                 try:
                     state = None if turn.finished else self._remember(answer)
                     close = not left or self.server.draining or time.monotonic() > until
@@ -6152,22 +6112,22 @@ class HttpApp:
                         size = 4096 + len(answer.call_token) + 2 * len(state()) if state else 0
                 except Exception as exc:
                     turn, state = call._failed(turn.schema, exc), None
-                    data += encode(turn)
+                    writer.write_all(turn.items, close=True)
                 full = limit is not None and sent + _total(data) + size > limit
                 if full and before:  # it will be the first of the next answer, made again
-                    turn = ending_turn(before)
-                    data = encode(turn)
-                elif state and (full or close):
-                    turn = ending_turn(state)
-                    data += encode(turn)
+                    data, state = [], before
+                if state and (full or close):
+                    turn = self._cursor_turn(answer, state)
+                    writer.write_all(turn.items, close=True)
                 if limit is not None and sent + _total(data) > limit:
-                    data = [self._too_large(call, _total(data), limit)]
+                    turn = _answer_too_large(call, _total(data), limit)
+                    data = [stream_bytes(turn.schema, turn.items)]
                 sent += _total(data)
                 call.note(http_status=200, response_bytes=sent)
                 yield data
                 if turn.finished:
                     return
-                lead, call.deadline = b"", allowed and time.monotonic() + allowed
+                data, call.deadline = [], allowed and time.monotonic() + allowed
                 turn = call.turn(answer.given)
 
     def _remember(self, answer: _StreamAnswer) -> Callable[[], bytes]:
@@ -6184,15 +6144,15 @@ class HttpApp:
         who = (auth.domain or "", auth.principal or "") if auth.authenticated else ("", "")
         return _encoded(bound.hosted.name, bound.info.name, *who)
 
-    def _seal_call(self, call: Call, stream: Stream[Any, Any], call_id: bytes) -> bytes:
-        limit, fixed, kind = call.caller.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
+    def _seal_call(self, answer: _StreamAnswer, stream: Stream[Any, Any]) -> bytes:
+        limit, fixed, kind = answer.call.caller.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
         if fixed is not None and (kind is None or not isinstance(fixed, kind)):
             wanted = "CALL_STATE_TYPE, which is not set" if kind is None else kind.__name__
             raise ParameterError(f"{type(stream.state).__name__}: Stream(call_state=...): expected {wanted}, got {_got(fixed)}")
         call_state = fixed.serialize_to_bytes() if fixed is not None else b""
         schemas = _serialized(stream.output_schema), _serialized(stream.input_schema)
-        parts = (call_id, *schemas, call_state, call.stream_id.encode(), b"" if limit is None else str(limit).encode())
-        return self.sealer.seal(b"call", (*self._binding(call.bound, call.caller.auth), call_id), pack_parts(parts))
+        rest = call_state, answer.call.stream_id.encode(), b"" if limit is None else str(limit).encode()
+        return self.sealer.seal(b"call", (*answer.binding, answer.call_id), pack_parts((answer.call_id, *schemas, *rest)))
 
     @staticmethod
     def _state_content(answer: _StreamAnswer, state: Any) -> bytes:
@@ -6200,21 +6160,21 @@ class HttpApp:
         bound = answer.call.bound
         if type(state) not in bound.state_types:
             names = ", ".join(t.__name__ for t in bound.state_types) or "no concrete class"
-            raise ParameterError(
-                f"{bound.info.name}() state: expected {names} (from the implementation's return annotation), "
-                f"got {type(state).__name__}; over HTTP the state is read back as the annotated class"
-            )
+            text = f"expected {names} (from the implementation's return annotation), got {type(state).__name__}"
+            raise ParameterError(f"{bound.info.name}() state: {text}; over HTTP the state is read back as the annotated class")
         return pack_parts((answer.call_id, bytes([bound.state_types.index(type(state))]), state.serialize_to_bytes()))
 
     def _tokens(self, answer: _StreamAnswer, content: bytes) -> dict[bytes, bytes]:
-        binding = self._binding(answer.call.bound, answer.call.caller.auth)
-        tokens = {STATE_KEY: self.sealer.seal(b"state", binding, content)}
+        tokens = {STATE_KEY: self.sealer.seal(b"state", answer.binding, content)}
         return {**tokens, CALL_STATE_KEY: answer.call_token} if answer.call_token else tokens
 
-    def _cursor_turn(self, answer: _StreamAnswer, content: bytes) -> Turn:
-        """What ends an answer whose stream goes on."""
+    def _cursor_turn(self, answer: _StreamAnswer, content: Callable[[], bytes]) -> Turn:
+        """What ends an answer whose stream goes on; an error if its state cannot be sealed."""
         schema = cast("Stream[Any, Any]", answer.call.stream).output_schema
-        return Turn(schema, [(empty_batch(schema), self._tokens(answer, content))], True)
+        try:
+            return Turn(schema, [(empty_batch(schema), self._tokens(answer, content()))], True)
+        except Exception as exc:
+            return answer.call._failed(schema, exc)
 
     def _with_cursor(self, answer: _StreamAnswer, turn: Turn) -> Turn:
         """Add the fresh cursor to a turn that goes on; a state that cannot be sealed turns it into an error."""
@@ -6230,84 +6190,64 @@ class HttpApp:
         cursor, state, codec = tokens[STATE_KEY], stream.state, dataclass_codec(type(stream.state))
         alike = codec.row.plan is not None and getattr(state, "__dict__", {}).keys() == codec.names
         if alike and len(content) <= _MAX_LIVE_BYTES:  # a cursor may be packed
-            binding = self._binding(answer.call.bound, answer.call.caller.auth)
+            live = _LiveState(cursor, answer.binding, self.sealer.clock(), answer.call_id, state)
             with self._lock:
-                self._live[cursor[-_MAC_TEXT_BYTES:]] = _LiveState(cursor, binding, self.sealer.clock(), answer.call_id, state)
+                self._live[cursor[-_MAC_TEXT_BYTES:]] = live
                 if len(self._live) > _MAX_LIVE_STATES:
                     self._live.popitem(last=False)
-        items, at = list(turn.items), turn.data_index
-        if not stream.is_producer and at is not None:
-            items[at] = (items[at][0], {**(items[at][1] or {}), **tokens})
-        else:
-            items.append((empty_batch(stream.output_schema), tokens))
-        return Turn(turn.schema, items, turn.finished, turn.error, turn.status)
+        if stream.is_producer or turn.data_index is None:
+            return Turn(turn.schema, [*turn.items, (empty_batch(stream.output_schema), tokens)], False)
+        *logs, (batch, metadata) = turn.items
+        return Turn(turn.schema, [*logs, (batch, {**(metadata or {}), **tokens})], False)
 
-
-
-    def _open_tokens(self, bound: BoundMethod, auth: AuthContext, metadata: _Metadata) -> tuple[_OpenedCall, StreamState | bytes]:
-        """Open the cursor, then the call half whose id it holds; return that and the state: live, or its type's index and bytes."""
+    def _open_tokens(self, bound: BoundMethod, auth: AuthContext,
+                     metadata: _Metadata) -> tuple[_OpenedCall, Callable[[], StreamState]]:
+        """Open the cursor, then the call half whose id it holds; return that and what gives the state."""
         binding, cursor = self._binding(bound, auth), metadata.get(STATE_KEY, b"")
         with self._lock:
-            live = self._live.pop(cursor[-_MAC_TEXT_BYTES:], None)  # one turn only: a cursor that comes again gives the same turn again
-        state: StreamState | bytes
+            live = self._live.pop(cursor[-_MAC_TEXT_BYTES:], None)  # for one turn only: the next one may change it
+        state: Callable[[], StreamState]
         if live is not None and live.cursor == cursor and live.binding == binding:  # what we have sealed, to the last byte
             self.sealer.check_age(live.issued)
-            call_id, state = live.call_id, object.__new__(type(live.state))
-            state.__dict__.update(live.state.__dict__)  # each turn has an object of its own
+            call_id, state = live.call_id, live.copy
         else:
-            call_id, index, state = unpack_parts(self.sealer.open(b"state", binding, cursor), 3)
+            call_id, index, content = unpack_parts(self.sealer.open(b"state", binding, cursor), 3)
             if len(index) != 1 or index[0] >= len(bound.state_types):
                 raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had other states
-            state = index + state
-        cache_key = (binding, call_id, token := metadata.get(CALL_STATE_KEY, b""))
-        with self._lock:
-            opened = self._opened.pop(cache_key, None)
-        if opened is None:
-            content = self.sealer.open(b"call", (*binding, call_id), token, aged=False)
-            _, output, input_, call_state, stream_id, limit = unpack_parts(content, 6)
-            schemas = _schema_from_bytes(output), _schema_from_bytes(input_)
-            opened = _OpenedCall(call_id, *schemas, call_state, stream_id.decode(), int(limit) if limit else None)
-        with self._lock:  # back as the youngest
-            self._opened[cache_key] = opened
-            while len(self._opened) > self.options.call_state_cache_entries:
-                self._opened.popitem(last=False)
-        return opened, state
+            read = cast("type[StreamState]", bound.state_types[index[0]]).deserialize_from_bytes
+            state = functools.partial(read, content, IpcValidation.NONE)  # our own bytes: the seal vouches for them
+        return self._open_call(binding, call_id, metadata.get(CALL_STATE_KEY, b"")), state
 
-    def _revive(self, call: Call, opened: _OpenedCall, state: StreamState | bytes) -> Stream[Any, Any]:
-        cls = type(state) if isinstance(state, StreamState) else cast("type[StreamState]", call.bound.state_types[state[0]])
+    def _open_call_token(self, binding: tuple[bytes, ...], call_id: bytes, token: bytes) -> _OpenedCall:
+        content = self.sealer.open(b"call", (*binding, call_id), token, aged=False)
+        _, output, input_, call_state, stream_id, limit = unpack_parts(content, 6)
+        schemas = _schema_from_bytes(output), _schema_from_bytes(input_)
+        return _OpenedCall(binding, call_id, *schemas, call_state, stream_id.decode(), int(limit) if limit else None)
+
+    def _revive(self, call: Call, opened: _OpenedCall, read: Callable[[], StreamState]) -> None:
         call_state = None
         try:
-            if not isinstance(state, StreamState):  # our own bytes: the seal vouches for them
-                state = cls.deserialize_from_bytes(state[1:], IpcValidation.NONE)
+            state = read()
             if opened.call_state:
-                if cls.CALL_STATE_TYPE is None:
+                if state.CALL_STATE_TYPE is None:
                     raise TokenError(_TOKEN_REFUSED)
-                call_state = cls.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
+                call_state = state.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
         except _Refusal as exc:  # sealed by a version of the service whose state was another
             raise TokenError(_TOKEN_REFUSED) from exc
-        stream: Stream[Any, Any] = Stream(opened.output_schema, state, opened.input_schema, call_state=call_state)
-        if cls.rehydrate is not StreamState.rehydrate:
+        if type(state).rehydrate is not StreamState.rehydrate:
             call._run(state.rehydrate, call.bound.hosted.implementation)
         if call_state is not None:
             call._run(state.bind_call_state, call_state)
-        call.stream = stream
-        return stream
+        call.stream = Stream(opened.output_schema, state, opened.input_schema, call_state=call_state)
 
-    # -- answers
-
-
-    @staticmethod
-    def _too_large(call: Call, size: int, limit: int) -> bytes:
-        turn = call._failed(EMPTY_SCHEMA, _answer_too_large(call, size, limit))
-        return stream_bytes(turn.schema, turn.items)
-
-    def _respond(self, call: Call, request: HttpRequest, body: bytes, turn: Turn) -> HttpResponse:
-        """Put a turn's bytes into a response: budget first, then coding."""
-        limit, failed = call.caller.response_limit_bytes, turn.error is not None
+    def _respond(self, call: Call, head: _CallHead, turn: Turn, lead: bytes = b"") -> HttpResponse:
+        """Put *lead* and a turn's bytes into a response: budget first, then coding."""
+        limit, body = call.caller.response_limit_bytes, lead + stream_bytes(turn.schema, turn.items)
         if limit is not None and len(body) > limit:
-            body, failed = self._too_large(call, len(body), limit), True
-        headers = [("Content-Type", ARROW_CONTENT_TYPE), *([(RPC_ERROR_HEADER, "true")] if failed else [])]
-        encoding, header, identity = request.memory["call"].answer_coding
+            turn = _answer_too_large(call, len(body), limit)
+            body = stream_bytes(turn.schema, turn.items)
+        headers = [("Content-Type", ARROW_CONTENT_TYPE), *([(RPC_ERROR_HEADER, "true")] if turn.error is not None else [])]
+        encoding, header, identity = head.answer_coding
         if encoding and (level := self.options.compression_level) is not None:
             token = (turn.items[-1][1] or {}).get(STATE_KEY, b"") if identity and turn.items else b""
             packed = compress_if_worth(body, encoding, level, len(token)) if identity else compress_body(body, encoding, level)
@@ -6327,8 +6267,9 @@ def _arrow_failure(app: HttpApp, exc: BaseException, request_id: str) -> HttpRes
     further = {200: [(RPC_ERROR_HEADER, "true")], 503: [("Retry-After", "1")]}.get(status, [])
     return HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE), *further], body)
 
-def _answer_too_large(call: Call, size: int, limit: int) -> ResponseTooLargeError:
-    return ResponseTooLargeError(f"{call.bound.info.name}(): the answer exceeds max_response_bytes ({size} > {limit})")
+def _answer_too_large(call: Call, size: int, limit: int) -> Turn:
+    text = f"{call.bound.info.name}(): the answer exceeds max_response_bytes ({size} > {limit})"
+    return call._failed(EMPTY_SCHEMA, ResponseTooLargeError(text))
 
 def _smallest(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
@@ -6342,12 +6283,9 @@ _REASONS = {
 
 @_takes_options(HttpOptions)
 def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[bytes]]:
-    """Return a WSGI application (PEP 3333) for any WSGI server; the keywords are those of `HttpOptions`.
-
-    Raises ``TypeError`` for an option that does not exist, ``ValueError`` for one that is out of range.
-    """
+    """Return a WSGI application (PEP 3333) for any WSGI server; the keywords are those of `HttpOptions`. Raises ``TypeError``
+    for an option that does not exist, ``ValueError`` for one that is out of range."""
     app = HttpApp(server, *_split_options(options, HttpOptions))
-
     def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         app.scheme = environ.get("wsgi.url_scheme", "http")
         response = app(_request_from_environ(environ))
@@ -6357,7 +6295,6 @@ def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[b
             body = iter([body] if environ["REQUEST_METHOD"] != "HEAD" else [])
         start_response(f"{response.status} {_REASONS.get(response.status, 'Status')}", response.headers)
         return body
-
     wsgi.app = app  # type: ignore[attr-defined]
     return wsgi
 
@@ -6365,7 +6302,6 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
     given = {k.removeprefix("HTTP_"): v for k, v in environ.items() if k.startswith("HTTP_")}
     given |= {k: environ[k] for k in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(k)}
     headers = {k.replace("_", "-").lower(): v for k, v in given.items()}
-
     def read_body(limit: int) -> bytes:
         length = environ.get("CONTENT_LENGTH") or ""
         unknown = not length and environ.get("wsgi.input_terminated")  # chunked, decoded by the server under us
@@ -6376,7 +6312,6 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
         if not unknown and len(body) < size:
             raise IPCError(f"request body: expected {size} bytes, got {len(body)}")
         return body
-
     raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
     path = raw.partition("?")[0] if raw.startswith("/") else environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
     remote, several = environ.get("REMOTE_ADDR", ""), bool(environ.get("wsgi.multiprocess"))
@@ -6423,8 +6358,7 @@ def parse_http_head(raw: bytes) -> HttpHead:
     start = lines[0].decode("latin-1").split(" ", 2)
     if len(start) != 3:
         raise ProtocolError(f"expected a start line of three parts, got {lines[0][:80]!r}")
-    headers: dict[str, str] = {}
-    repeated = set()
+    headers, repeated = dict[str, str](), set[str]()
     for line in lines[1:]:
         # The same lines come again and again; what may be a secret is not kept.
         short = len(line) < 100 and not line.lower().startswith((b"auth", b"proxy-auth", b"cookie", b"x-"))
@@ -6452,8 +6386,7 @@ class HeadReader:
 
     def read(self) -> HttpHead | None:
         """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
-        Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken.
-        """
+        Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken."""
         raw = self.channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
         if raw is None and not (seen := self.channel.peek()):
             return None
@@ -6469,13 +6402,8 @@ class HeadReader:
 
     def _changed(self, varying: re.Match[bytes]) -> HttpHead:
         start, fixed, repeated, memory = self._known
-        request_id, date, length = varying.groups()
-        headers = {**fixed, "content-length": length.decode()}
-        if request_id is not None:
-            headers["x-request-id"] = request_id.decode()
-        if date is not None:
-            headers["date"] = date.decode()
-        return HttpHead(start, headers, repeated, memory)
+        changed = {name: value.decode() for name, value in zip(_VARYING_NAMES, varying.groups()) if value is not None}
+        return HttpHead(start, {**fixed, **changed}, repeated, memory)
 
     def _parsed(self, raw: bytes) -> HttpHead:
         head, varying = parse_http_head(raw), _VARYING.search(raw)
@@ -6490,8 +6418,7 @@ class HeadReader:
 def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Generator[Any, memoryview | None, None]:
     """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped. When it was sent a memoryview,
     the next piece goes there, and its length is yielded.
-    Raises `ProtocolError` for wrong framing, `RequestTooLargeError` beyond *limit* bytes, which *rule* names.
-    """
+    Raises `ProtocolError` for wrong framing, `RequestTooLargeError` beyond *limit* bytes, which *rule* names."""
     total, at_once, view = 0, _RECEIVE_BYTES, None
     while True:
         line = channel.read_until(b"\r\n", 1024, at_once)
@@ -6525,22 +6452,18 @@ def _gathered(pieces: Iterable[bytes]) -> bytes:
     whole.writelines(pieces)
     return whole.getvalue()
 
-
-class _Asked(NamedTuple):
-    """What a request's head says of the message, apart from its length."""
-    path: str
-    keep_alive: bool
-    takes_chunks: bool
-    chunked: bool
-    expects_continue: bool
+def _read_sized(channel: ByteChannel, size: int) -> bytes:
+    body = channel.read_after(b"", size)
+    if len(body) < size:
+        raise TransportError(f"half a body: expected {size} bytes, got {len(body)}")
+    return cast("bytes", body)
 
 
 class _HttpConnection:
     """Serves the requests of one connection: reads strictly, answers, closes when the framing is in doubt."""
     def __init__(self, owner: HttpServing, channel: SocketChannel, remote_addr: str, only_health: bool) -> None:
         self._app, self._options, self._channel, self._remote = owner.app, owner.options, channel, remote_addr
-        self._heads = HeadReader(channel)
-        self._only_health = only_health  # beyond the cap on connections: one request, and soon
+        self._heads, self._only_health = HeadReader(channel), only_health  # beyond the cap: one request, and soon
         self._wait = _OVER_CAP_WAIT_SECONDS if only_health else self._options.read_timeout
         self._unread = False  # of the current request, a body that must not be taken for the next one
 
@@ -6573,33 +6496,31 @@ class _HttpConnection:
             head = self._heads.read()
             if head is None:
                 return False
-            asked = head.memory.get("asked") or self._check(head)
+            path, keep = head.memory.get("asked") or self._check(head)
         except ProtocolError as exc:
             further = [(REQUEST_ID_HEADER, new_request_id()), *self._app._capabilities]
-            response = json_response(exc.http_status, {"error": "bad_request", "detail": str(exc)}, further)
+            response = _refusal(exc.http_status, "bad_request", str(exc), *further)
             self._send(response, head.start[0] if head else "GET", keep=False)
             return False
+        self._unread = "transfer-encoding" in head.headers or head.headers.get("content-length", "0") != "0"
+        read = functools.partial(self._read_body, head.headers, started + options.request_deadline)
         headers = head.headers.copy()  # the next head may be the same one
-        length = headers.get("content-length", "")
-        self._unread = asked.chunked or length not in ("", "0")
-        read = functools.partial(self._read_body, asked, length, started + options.request_deadline)
-        request = HttpRequest(head.start[0], asked.path, headers, self._remote, read, head.repeated, self._channel.peer_gone,
-                              memory=head.memory)
+        method, gone = head.start[0], channel.peer_gone
+        request = HttpRequest(method, path, headers, self._remote, read, head.repeated, gone, memory=head.memory)
         with self._app.server:  # until the answer is out: a server that drains must not exit before
-            return self._answer(request, asked)
+            return self._answer(request, keep, head.start[2] == "HTTP/1.1")
 
-    def _answer(self, request: HttpRequest, asked: _Asked) -> bool:
-        """Answer one request; return whether the connection goes on."""
+    def _answer(self, request: HttpRequest, keep: bool, takes_chunks: bool) -> bool:
+        """Answer one request; return whether the connection goes on, which it may if *keep*."""
         options = self._options
         if self._only_health and not request.path.endswith("/health"):
-            facts = {"error": "too_many_connections", "detail": f"this server takes {options.max_connections} at a time"}
-            response = json_response(503, facts, [("Retry-After", "1"), *self._app._capabilities])
+            text = f"this server takes {options.max_connections} at a time"
+            response = _refusal(503, "too_many_connections", text, ("Retry-After", "1"), *self._app._capabilities)
         else:
             response = self._app.respond(request)
         self._channel.deadline = time.monotonic() + options.request_deadline
-        refused = self._unread or self._only_health or response.close or self._app.server.draining
-        keep = asked.keep_alive and not refused
-        if not asked.takes_chunks and not isinstance(response.body, bytes):
+        keep = keep and not (self._unread or self._only_health or response.close or self._app.server.draining)
+        if not takes_chunks and not isinstance(response.body, bytes):
             response.body = b"".join(_Joined(response.body))
         self._send(response, request.method, keep)
         return keep
@@ -6612,51 +6533,41 @@ class _HttpConnection:
             while self._channel._fill():
                 pass
 
-
-
-    def _check(self, head: HttpHead) -> _Asked:
-        """Check what RFC 9112 asks of a request's head."""
-        (method, target, version), headers = head.start, head.headers
-        if version not in ("HTTP/1.1", "HTTP/1.0"):
-            status = 505 if re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version) else 400
-            raise _protocol_error(f"expected HTTP/1.1, got {version[:40]!r}", status)
-        if not re.fullmatch(r"[A-Z]{1,20}", method):
-            raise ProtocolError(f"not a method: {method[:40]!r}")
-        if not target.startswith("/") and (target, method) != ("*", "OPTIONS"):
-            raise ProtocolError("the request target must be a path")
-        if len(target) > 8192:
-            raise _protocol_error("the request target exceeds 8192 bytes", 414)
-        if re.search(r"[\x00-\x20\x7f]", target):
-            raise ProtocolError("a control character in the request target")
-        for name in head.repeated & {"content-length", "host", "transfer-encoding", "authorization"}:
-            raise ProtocolError(f"two {name} headers")
-        if version == "HTTP/1.1" and "host" not in headers:
-            raise ProtocolError("HTTP/1.1 requires a Host header")
-        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-        if coding is not None and (length is not None or version == "HTTP/1.0"):
-            raise ProtocolError("both Transfer-Encoding and " + ("HTTP/1.0" if length is None else "Content-Length"))
-        if coding is not None and coding.lower() != "chunked":
-            raise _protocol_error(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}", 501)
-        if length is not None and not (length.isascii() and length.isdigit()):
-            raise ProtocolError(f"Content-Length: expected decimal digits, got {length[:40]!r}")
-        if method == "POST" and coding is None and length is None:
-            raise _protocol_error("POST requires a Content-Length", 411)
-        tokens, expects = [t.strip().lower() for t in headers.get("connection", "").split(",")], headers.get("expect", "")
-        keep = "close" not in tokens and (version == "HTTP/1.1" or "keep-alive" in tokens)
-        path, expects_continue = target.partition("?")[0], expects.lower() == "100-continue"
-        asked = _Asked(path, keep, version == "HTTP/1.1", coding is not None, expects_continue)
-        head.memory["asked"] = asked
+    @staticmethod
+    def _check(head: HttpHead) -> tuple[str, bool]:
+        """Check what RFC 9112 asks of a request's head; return its path, and whether the connection may be kept."""
+        (method, target, version), headers, newest = head.start, head.headers, head.start[2] == "HTTP/1.1"
+        coding, length = headers.get("transfer-encoding", ""), headers.get("content-length", "0")
+        coded, sized = "transfer-encoding" in headers, "content-length" in headers
+        twice = " and ".join(sorted(head.repeated & {"content-length", "host", "transfer-encoding", "authorization"}))
+        for wrong, status, text in (
+            (not re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version), 400, f"expected HTTP/1.1, got {version[:40]!r}"),
+            (version not in ("HTTP/1.1", "HTTP/1.0"), 505, f"expected HTTP/1.1, got {version[:40]!r}"),
+            (not re.fullmatch(r"[A-Z]{1,20}", method), 400, f"not a method: {method[:40]!r}"),
+            (target[0:1] != "/" and (target, method) != ("*", "OPTIONS"), 400, "the request target must be a path"),
+            (len(target) > 8192, 414, "the request target exceeds 8192 bytes"),
+            (re.search(r"[\x00-\x20\x7f]", target), 400, "a control character in the request target"),
+            (twice, 400, f"two {twice} headers"),
+            (newest and "host" not in headers, 400, "HTTP/1.1 requires a Host header"),
+            (coded and sized, 400, "both Transfer-Encoding and Content-Length"),
+            (coded and not newest, 400, "both Transfer-Encoding and HTTP/1.0"),
+            (coded and coding.lower() != "chunked", 501, f"Transfer-Encoding: expected chunked, got {coding[:40]!r}"),
+            (not (length.isascii() and length.isdigit()), 400, f"Content-Length: expected decimal digits, got {length[:40]!r}"),
+            (method == "POST" and not coded and not sized, 411, "POST requires a Content-Length"),
+        ):
+            if wrong:
+                raise _protocol_error(text, status)
+        tokens = [t.strip().lower() for t in headers.get("connection", "").split(",")]
+        head.memory["asked"] = asked = target.partition("?")[0], "close" not in tokens and (newest or "keep-alive" in tokens)
         return asked
 
-    def _read_body(self, asked: _Asked, length: str, deadline: float, limit: int) -> bytes:
-        channel = self._channel
+    def _read_body(self, headers: Mapping[str, str], deadline: float, limit: int) -> bytes:
+        channel, chunked = self._channel, "transfer-encoding" in headers
         channel.deadline = deadline
-        size = 0 if asked.chunked else _content_length(length, limit)
-        if asked.expects_continue:
+        size = 0 if chunked else _content_length(headers.get("content-length", ""), limit)
+        if "expect" in headers and headers["expect"].lower() == "100-continue":
             channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
-        body = _gathered(read_chunked(channel, limit)) if asked.chunked else cast("bytes", channel.read_after(b"", size))
-        if len(body) < size:
-            raise TransportError(f"request body: expected {size} bytes, got {len(body)}")
+        body = _gathered(read_chunked(channel, limit)) if chunked else _read_sized(channel, size)
         self._unread = False
         return body
 
@@ -6729,8 +6640,8 @@ class HttpServing:
 
     def run(self) -> None:
         """Serve until SIGTERM, SIGINT or `stop`; then drain and close."""
-        tell, grace = self.options.on_bound or (lambda host, port: None), self.options.drain_grace_seconds
-        run_listener(self.app.server, self.listener, grace, lambda: tell(self.host, self.port))
+        options = self.options
+        run_listener(self.app.server, self.listener, options.drain_grace_seconds, options.on_bound, self.host, self.port)
 
     def stop(self) -> None:
         """Have `run` return; from any thread."""
@@ -6738,10 +6649,8 @@ class HttpServing:
 
 @_takes_options(HttpOptions, HttpServeOptions)
 def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **options: Any) -> None:
-    """Serve over HTTP/1.1 until SIGTERM or SIGINT; the keywords are those of `HttpOptions` and `HttpServeOptions`.
-
-    Raises ``OSError`` when the address cannot be bound; for options as `make_wsgi_app`.
-    """
+    """Serve over HTTP/1.1 until SIGTERM or SIGINT; the keywords are those of `HttpOptions` and `HttpServeOptions`. Raises
+    ``OSError`` when the address cannot be bound; for options as `make_wsgi_app`."""
     chosen, serving = _split_options(options, HttpOptions, HttpServeOptions)
     HttpServing(HttpApp(server, chosen), host, port, serving).run()
 
@@ -6761,27 +6670,16 @@ def _json_type(app: HttpApp, request: HttpRequest) -> str:
     match = re.fullmatch(r'(application/(?:json|x-ndjson))(?:\s*;\s*charset="?utf-8"?)?', given)
     return match[1] if app.options.json and match else ""
 
-def _json_bytes(value: Any) -> bytes:
-    """One line of JSON in UTF-8; NaN and the infinities, which JSON does not have, become null."""
-    dump = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"), default=_text_of)
-    try:
-        text = dump(value, allow_nan=False)
-    except ValueError:
-        text = dump(json.loads(dump(value), parse_constant=lambda name: None))
-    return (text + "\n").encode("utf-8", "backslashreplace")
-
 def _parse_json(body: bytes) -> dict[str, Any]:
     """Read one JSON object, strictly by RFC 8259; raises `ProtocolError`."""
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"a key stands twice among {[k for k, _ in pairs][:20]}")
         return dict(pairs)
-
     def finite(text: str) -> float:
         if float(text) - float(text) != 0:
             raise ValueError(f"{text[:40]} is not a number of JSON")
         return float(text)
-
     try:
         value = json.loads(str(body, "utf-8"), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
         if isinstance(value, dict):
@@ -6893,23 +6791,22 @@ def _json_result(info: RpcMethodInfo, batch: pa.RecordBatch | PlainBatch) -> Any
 def _json_failure(app: HttpApp, exc: BaseException, request_id: str, key: str = "error") -> HttpResponse:
     """An error as JSON; its own status where it has one, else that of its code."""
     error = _error_from_metadata(app.server.error_item(exc, EMPTY_SCHEMA, request_id)[1])
-    facts: dict[str, Any] = {"type": error.error_type, "message": error.error_message, "code": error.error_code}
-    facts |= {"kind": error.error_kind, "details": error.error_details, "request_id": request_id}
+    facts = {"type": error.error_type, "message": error.error_message, "code": error.error_code, "kind": error.error_kind,
+             "details": error.error_details, "request_id": request_id}
     facts |= {"traceback": error.remote_traceback} if error.remote_traceback else {}
     own = getattr(exc, "http_status", 200)
     status = own if own not in (200, 400) else _JSON_STATUS.get(error.error_code, 500)
-    headers = [("Content-Type", _JSON), *([("Retry-After", "1")] if status == 503 else [])]
-    return HttpResponse(status, headers, _json_bytes({key: facts}))
+    return json_response(status, {key: facts}, [("Retry-After", "1")] if status == 503 else ())
 
 def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterable[Any]], sent: int = 0) -> HttpResponse:
     """The lines that *render* makes of a turn, or its error, or that of *render*; *sent* bytes went out before."""
     error, body, limit = turn.error, b"", call.caller.response_limit_bytes
     try:
         body = b"".join(map(_json_bytes, render())) if error is None else b""
-        if limit is not None and sent + len(body) > limit:
-            raise _answer_too_large(call, sent + len(body), limit)
     except Exception as exc:
         error = call._failed(turn.schema, exc).error
+    if limit is not None and sent + len(body) > limit:
+        error = _answer_too_large(call, sent + len(body), limit).error
     response = HttpResponse(200, [("Content-Type", _JSON)], body)
     if error is not None:
         response = _json_failure(app, error, call.request_id, "__error__" if sent else "error")
@@ -6927,8 +6824,7 @@ def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[
             if stream is None:
                 yield _turn_json(app, call, turn, lambda: [{"result": _json_result(call.bound.info, turn.items[-1][0])}])
             elif not stream.is_producer:
-                turn, call_id, call_token = app._first_turn(call, stream)
-                turn = app._with_cursor(_StreamAnswer(call, call_id, _PLAIN_TICK, call_token=call_token), turn)
+                turn = app._with_cursor(*app._first_turn(call, stream))
                 yield _turn_json(app, call, turn, lambda: [{**dict(zip(["header"], header)), "token": _json_token(turn)}])
             else:
                 lead, over = [{"__header__": row} for row in header], False
@@ -6952,32 +6848,28 @@ def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], call
     where = f"{bound.info.name}() input"
     if entry.keys() - {"token", "rows", "cancel"} or not entry.keys() & {"rows", "cancel"}:
         raise ParameterError(f"{where}: expected token, and rows or cancel, got {', '.join(entry)[:200] or 'nothing'}")
-    state, _, fixed = str(entry.get("token")).encode("utf-8", "replace").partition(b".")
-    tokens = {STATE_KEY: state, CALL_STATE_KEY: fixed, **({CANCEL_KEY: b"1"} if entry.get("cancel") else {})}
-    opened, content = app._open_tokens(bound, caller.auth, tokens)
+    cursor, _, fixed = str(entry.get("token")).encode("utf-8", "replace").partition(b".")
+    tokens = {STATE_KEY: cursor, CALL_STATE_KEY: fixed, **({CANCEL_KEY: b"1"} if entry.get("cancel") else {})}
+    opened, state = app._open_tokens(bound, caller.auth, tokens)
     schema = opened.input_schema
     rows = _located(where, "", lambda rows: _json_in(rows, pa.list_(pa.struct(list(schema)))), entry.get("rows")) or []
     batch = _batch_from_pydict({n: [(row or {}).get(n) for row in rows] for n in schema.names}, schema, where)
-    call, given = app._go_on(bound, caller, opened, own_id), AnnotatedBatch(batch)
-    with app.server:
-        turn = app._next_turn(call, opened, content, given, CANCEL_KEY in tokens)
-        turn = app._with_cursor(_StreamAnswer(call, opened.call_id, given), turn)
-    token = {} if turn.finished else {"token": _json_token(turn, fixed)}
-    answer = _turn_json(app, call, turn, lambda: [{"rows": _turn_rows(turn), **token}])
-    call.end()
-    return answer
+    call = app._go_on(bound, caller, opened, own_id)
+    def answer() -> HttpResponse:
+        turn = app._with_cursor(*app._next_turn(call, opened, state, AnnotatedBatch(batch), CANCEL_KEY in tokens))
+        token = {} if turn.finished else {"token": _json_token(turn, fixed)}
+        return _turn_json(app, call, turn, lambda: [{"rows": _turn_rows(turn), **token}])
+    return app._ending(call, answer)
 
-def _post_json(app: HttpApp, path: list[str], body: bytes, caller: Caller, request: HttpRequest, own_id: str) -> HttpResponse:
+def _post_json(app: HttpApp, bound: BoundMethod, step: str, body: bytes, caller: Caller, head: _CallHead,
+               own_id: str) -> HttpResponse:
     """Answer a call in JSON: ``{"result": …}``, the rows of a producer as NDJSON, or the token that begins an exchange."""
     if app.options.max_request_bytes is None and len(body) > _JSON_MAX_REQUEST_BYTES:
         raise RequestTooLargeError(f"request body: expected at most {_JSON_MAX_REQUEST_BYTES} bytes of JSON, got {len(body)}")
-    bound = app.server.method(app.server.service(path[0]), path[1])
-    if len(path) > 2:
-        app._bound((path[0], path[1]), MethodType.STREAM, f"post without /{path[2]}")
-    if path[2:] == ["exchange"]:
-        in_lines = _json_type(app, request) == _NDJSON  # the token, then a row a line
-        head, *rows = map(_parse_json, bytes(body).strip().splitlines() or [b""] if in_lines else [body])
-        return _exchange_json(app, bound, {**head, "rows": rows} if in_lines else head, caller, own_id)
+    if step == "exchange":
+        in_lines = head.json == _NDJSON  # the token, then a row a line
+        entry, *rows = map(_parse_json, bytes(body).strip().splitlines() or [b""] if in_lines else [body])
+        return _exchange_json(app, bound, {**entry, "rows": rows} if in_lines else entry, caller, own_id)
     arguments = _json_arguments(bound.info, _parse_json(body))
     call = app.server.open_call(bound, caller, None, own_id)
     call.record.request_schema, call.record.request_rows = bound.info.params_schema, 1
@@ -7023,7 +6915,7 @@ def _page(app: HttpApp, title: str, body: Iterable[str], status: int = 200) -> H
 def _page_at(app: HttpApp, request: HttpRequest, request_id: str, segments: list[str]) -> HttpResponse | None:
     """The page at a path, ``None`` when there is none; it asks for the same authentication as calls do."""
     server = app.server
-    if not app.options.pages or not server.describe_enabled or segments not in ([""], ["describe"]):
+    if not app._pages or segments not in ([""], ["describe"]):
         return None
     app._authenticated(request, request_id)
     body, shown = ([], _method_card) if segments == ["describe"] else ([*_call_lines(app, request)], _method_line)
@@ -7031,19 +6923,12 @@ def _page_at(app: HttpApp, request: HttpRequest, request_id: str, segments: list
         body.append(f"<h2>{_text(service.name)} {_text(service.version)}</h2>")
         for m in describe_service(service, {}).methods:
             body.append(shown(app, service.methods[m.name].info, m.stream_kind.replace("unknown", "stream") or "unary"))
-    facts: dict[str, object] = {"Health": "draining, takes no calls" if server.draining else "ok", "Server": server.server_id}
-    facts |= {"Version": server.server_version or "not given", "Protocol hash": server.protocol_hash}
-    software = f"vgi_rpc {__version__}, wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}"
-    facts["Made with"] = f"{software}, pyarrow {pa.__version__}"
+    python, wire = sys.version.split()[0], REQUEST_VERSION.decode()
+    software = f"vgi_rpc {__version__}, wire {wire}, Python {python}, pyarrow {pa.__version__}"
+    facts = {"Health": "draining, takes no calls" if server.draining else "ok", "Server": server.server_id,
+             "Version": server.server_version or "not given", "Protocol hash": server.protocol_hash, "Made with": software}
     body.append(f"<h2>This server</h2><article>{_definitions(facts)}<h4>Limits</h4>{_limit_list(app)}</article>")
     return _page(app, server.protocol_name, body)
-
-def _not_found_page(app: HttpApp, request: HttpRequest) -> HttpResponse | None:
-    """The 404 for a person, ``None`` for a program."""
-    if not app.options.pages or not app.server.describe_enabled or "text/html" not in (request.get_header("accept") or ""):
-        return None
-    text = f"This is an Arrow RPC server at {_text(app.options.prefix)}/ and what you asked for is not there: see the links."
-    return _page(app, "404 Not Found", [f"<p>{text}</p>"], 404)
 
 def _definitions(facts: Mapping[str, object]) -> str:
     return "<dl>" + "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items()) + "</dl>"
@@ -7142,20 +7027,21 @@ class HttpReply(NamedTuple):
     headers: dict[str, str]
     body: Any  # bytes, memoryview or Buffer; of `HttpSender.open` also an `HttpBody`, to be read as it comes
 
+
 class HttpBody(ByteChannel):
     """A body that is read as its *pieces* come, over *channel* if there is one; read it to its end, or close it."""
     def __init__(self, pieces: Iterator[bytes], channel: ByteChannel | None = None) -> None:
         super().__init__()
-        self._pieces, self.channel = pieces, channel
+        self.pieces, self.channel = pieces, channel
         self.close = getattr(pieces, "close", lambda: None)  # a generator's; it closes the channel
 
     def _receive(self, size: int) -> bytes:
-        return next(self._pieces, b"")
+        return next(self.pieces, b"")
 
     def _receive_into(self, view: memoryview) -> int:
         if self.channel is not None and 0 < len(self._buffer) == self._at:  # read_chunked takes a view once it has begun
             with contextlib.suppress(StopIteration):
-                return cast("int", cast("Any", self._pieces).send(view))
+                return cast("int", cast("Any", self.pieces).send(view))
             return 0
         piece = self.read_some(len(view))
         view[: len(piece)] = piece
@@ -7167,13 +7053,15 @@ Headers = Mapping[str, str] | Callable[[], Mapping[str, str]]
 
 class HttpSender:
     """Sends one HTTP request and returns its answer: over sockets (`HttpConnections`), or into an app (`SyncClient`)."""
-    def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
-        """Send a request; raise `TransportError` when no answer comes, `ResponseTooLargeError` when it exceeds *limit*."""
-        raise io.UnsupportedOperation("send")
-
     def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
-        """As `send`, but a chunked body may be left to be read as it comes, which raises as `send` does."""
-        return self.send(method, path, headers, body, deadline, limit)
+        """Send a request. A chunked body may be left to be read as it comes. This, and reading it, raises `TransportError` when
+        no answer comes, `ResponseTooLargeError` when it exceeds *limit*."""
+        raise io.UnsupportedOperation("open")
+
+    def send(self, *request: Any) -> HttpReply:
+        """As `open`, but the body is whole."""
+        reply = self.open(*request)
+        return reply._replace(body=_gathered(reply.body.pieces)) if isinstance(reply.body, HttpBody) else reply
 
     def close(self) -> None:
         """Give back connections."""
@@ -7236,9 +7124,7 @@ class _NotSent(Exception):
 
 class HttpConnections(HttpSender):
     """Kept-alive connections to one server; safe for use by several threads, each call on a connection of its own.
-    For https *tls_context* defaults to ``ssl.create_default_context()``; *connect_timeout* is in seconds.
-    """
-
+    For https *tls_context* defaults to ``ssl.create_default_context()``; *connect_timeout* is in seconds."""
     _MAX_IDLE, _MAX_INTERIM = 8, 16  # connections that are kept, and 1xx answers before the one that counts
 
     def __init__(self, target: HttpTarget, tls_context: ssl.SSLContext | None = None, connect_timeout: float = 10.0) -> None:
@@ -7283,23 +7169,18 @@ class HttpConnections(HttpSender):
             return kept
         return None
 
-    def send(
-        self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int, unread: bool = False
-    ) -> HttpReply:
+    def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         message = self._message(method, path, headers, body)
         if self._closed:
             raise TransportError("the connection is closed: it was closed here")
         if kept := self._take():
             # Closed by the server between two calls: the one case in which a request is sent again, as it never got there.
             with contextlib.suppress(_NotSent):
-                return self._exchange(kept, method, message, deadline, limit, unread)
+                return self._exchange(kept, method, message, deadline, limit)
         try:
-            return self._exchange(HeadReader(self._dial(deadline)), method, message, deadline, limit, unread)
+            return self._exchange(HeadReader(self._dial(deadline)), method, message, deadline, limit)
         except _NotSent as exc:
             raise TransportError(f"{self._target.authority} closed the connection without an answer: {exc}") from None
-
-    def open(self, *request: Any, **named: Any) -> HttpReply:
-        return functools.partial(self.send, unread=True)(*request, **named)
 
     def _message(self, method: str, path: str, headers: _HeaderList, body: bytes) -> list[bytes]:
         given, lead = self._leads.get((method, path), (None, b""))
@@ -7322,13 +7203,11 @@ class HttpConnections(HttpSender):
             raise ValueError("a header contains a line break")
         return ("\r\n".join(lines) + "\r\n").encode("latin-1")
 
-    def _exchange(
-        self, heads: HeadReader, method: str, message: list[bytes], deadline: float | None, limit: int, unread: bool
-    ) -> HttpReply:
+    def _exchange(self, heads: HeadReader, method: str, message: list[bytes], deadline: float | None, limit: int) -> HttpReply:
         heads.channel.deadline = deadline
         try:
             head = self._head_of_answer(heads, message)
-            reply = self._read_reply(heads, method, head, limit, unread)
+            reply = self._read_reply(heads, method, head, limit)
         except BaseException as exc:
             raise self._ended(heads.channel, exc) from None
         if not isinstance(reply.body, HttpBody):
@@ -7378,42 +7257,32 @@ class HttpConnections(HttpSender):
                 return head
         raise ProtocolError(f"more than {self._MAX_INTERIM} interim answers")
 
-    def _read_reply(self, heads: HeadReader, method: str, head: HttpHead, limit: int, unread: bool) -> HttpReply:
+    def _read_reply(self, heads: HeadReader, method: str, head: HttpHead, limit: int) -> HttpReply:
         (version, status, _), headers, channel = head.start, head.headers, heads.channel
+        def read(limit: int) -> _Buffer:
+            if "content-length" in headers:
+                return _read_sized(channel, _content_length(headers["content-length"], limit, _BUDGET_RULE))
+            return _gathered((read_chunked if "transfer-encoding" in headers else _read_to_end)(channel, limit, _BUDGET_RULE))
         if "sized" in head.memory and method != "HEAD":
-            return HttpReply(200, headers, _sized_body(channel, headers["content-length"], limit))
+            return HttpReply(200, headers, read(limit))
         if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[2-5][0-9][0-9]", status):
             raise ProtocolError(f"expected a status line, got {' '.join(head.start)[:80]!r}")
         if "content-length" in head.repeated or ("content-length" in headers and "transfer-encoding" in headers):
             raise ProtocolError("an answer with two lengths")
-        bodiless, coding = method == "HEAD" or status in ("204", "304"), headers.get("transfer-encoding")
-        if coding is not None and coding.lower() != "chunked" and not bodiless:
-            raise ProtocolError(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}")
-        coded = headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding")
-        if status == "200" and headers.get("content-type") == ARROW_CONTENT_TYPE and not coded:
-            if unread and coding is not None:
+        bodiless, framing = method == "HEAD" or status in ("204", "304"), headers.get("transfer-encoding")
+        if framing is not None and framing.lower() != "chunked" and not bodiless:
+            raise ProtocolError(f"Transfer-Encoding: expected chunked, got {framing[:40]!r}")
+        coding = _coding_of(headers)
+        if status == "200" and headers.get("content-type") == ARROW_CONTENT_TYPE and not coding and not bodiless:
+            if framing is not None:
                 return HttpReply(200, headers, HttpBody(self._pieces(heads, head, limit), channel))
-            if "content-length" in headers:
-                head.memory["sized"] = True  # all of the above holds for the next one that looks the same
-
-        def read() -> _Buffer:
-            if coding is not None or "content-length" not in headers:
-                return _gathered((read_chunked if coding else _read_to_end)(channel, limit, _BUDGET_RULE))
-            return _sized_body(channel, headers["content-length"], limit)
-
-        return HttpReply(int(status), headers, b"" if bodiless else _decoded_body(headers, read, limit))
+            head.memory["sized"] = True  # all of the above holds for the next one that looks the same
+        return HttpReply(int(status), headers, b"" if bodiless else _decoded_body(coding, read, limit))
 
     def close(self) -> None:
         self._closed = True
         while self._idle:
             self._idle.pop().channel.close()
-
-def _sized_body(channel: ByteChannel, length: str, limit: int) -> _Buffer:
-    size = _content_length(length, limit, _BUDGET_RULE)
-    body = channel.read_after(b"", size)
-    if len(body) < size:
-        raise TransportError(f"half an answer: expected {size} bytes, got {len(body)}")
-    return body
 
 def _read_to_end(channel: ByteChannel, limit: int, rule: str) -> Iterator[bytes]:
     total = 0
@@ -7429,20 +7298,15 @@ class SyncClient(HttpSender):
     def __init__(self, app: HttpApp) -> None:
         self.app, self.prefix = app, app.options.prefix
 
-    def send(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
-        reply = self.open(method, path, headers, body, deadline, limit)
-        return reply._replace(body=reply.body.read(limit)) if isinstance(reply.body, HttpBody) else reply
-
     def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
         def read_body(most: int) -> bytes:
             _content_length(str(len(body)), most)
             return body
-
         response = self.app(HttpRequest(method, path, {k.lower(): v for k, v in headers}, "sync", read_body))
         answered, given = {k.lower(): v for k, v in response.headers}, response.body
-        whole = isinstance(given, bytes)
-        shown = _decoded_body(answered, lambda: cast("bytes", given), limit) if whole else HttpBody(cast("Iterator[bytes]", given))
-        return HttpReply(response.status, answered, shown)
+        if not isinstance(given, bytes):
+            return HttpReply(response.status, answered, HttpBody(given))
+        return HttpReply(response.status, answered, _decoded_body(_coding_of(answered), lambda _: given, limit))
 
 def _over_budget(exc: ResponseTooLargeError) -> RpcError:
     return RpcError("ResponseTooLargeError", str(exc), "", error_code=Code.RESOURCE_EXHAUSTED)
@@ -7450,13 +7314,9 @@ def _over_budget(exc: ResponseTooLargeError) -> RpcError:
 
 class HttpClient(ClientChannel):
     """The HTTP implementation of a `ClientChannel`; safe for use by several threads.
-    The arguments are those of `http_connect`; *max_response_bytes* ``None`` stands for the largest that the wire knows.
-    """
-
-    def __init__(
-        self, sender: HttpSender, prefix: str = "", headers: Headers | None = None, compression_level: int | None = 1,
-        max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES,
-    ) -> None:  # fmt: skip
+    The arguments are those of `http_connect`; *max_response_bytes* ``None`` stands for the largest that the wire knows."""
+    def __init__(self, sender: HttpSender, prefix: str = "", headers: Headers | None = None, compression_level: int | None = 1,
+                 max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES) -> None:
         least, most = MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
         if max_response_bytes is not None and not least <= max_response_bytes <= most:
             raise ValueError(f"accepted_max_response_bytes: expected {least} to {most}, got {max_response_bytes}")
@@ -7484,8 +7344,7 @@ class HttpClient(ClientChannel):
         """Post Arrow, return an answer in Arrow; with several *turns* of a producer it may come piece by piece. Of *body* so
         many bytes do not compress.
         Raises `AuthenticationError` for a 401, `TransportError` when no answer comes or one that is not Arrow, `RpcError` when
-        the body or the answer is larger than the server or the budget allows.
-        """
+        the body or the answer is larger than the server or the budget allows."""
         server, headers = self.capabilities(deadline), [*self._fixed, *self._own_headers()]
         if self._level is not None and len(body) >= _COMPRESS_BODY_FROM_BYTES:
             encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
@@ -7523,10 +7382,6 @@ class HttpClient(ClientChannel):
                 raise DeadlineExceededError(f"HTTP {reply.status}: {text}")
             raise TransportError(f"expected Arrow, got HTTP {reply.status} {kind or 'without a type'}: {text}")
         return reply
-
-
-
-
 
     @staticmethod
     def _unauthorized(reply: HttpReply) -> AuthenticationError:
@@ -7587,7 +7442,7 @@ class _HttpClientStream(ClientStream):
         self._reader: IpcReader | None = None  # of the answer that is being read
         self._rest: HttpBody | None = None  # its body, if that is still coming
         self._metadata: Any = None  # of a tick that came while an answer to earlier ones was being read
-        self._turns, self._handed_at = 1, time.monotonic()
+        self._handed_at = time.monotonic()
 
     def take(self, source: BufferSource) -> None:
         """Read an answer's output stream whole."""
@@ -7655,10 +7510,8 @@ class _HttpClientStream(ClientStream):
         return self._advance(given, 1)
 
     def next(self) -> AnnotatedBatch | None:
-        if not self._waiting and self._rest is None:
-            quick = time.monotonic() - self._handed_at < SLOW_READER_SECONDS
-            self._turns = (self._options.prefetch or MAX_TURNS) if quick else 1
-        answer = self._advance(_PLAIN_TICK, self._turns)
+        quick = time.monotonic() - self._handed_at < SLOW_READER_SECONDS
+        answer = self._advance(_PLAIN_TICK, (self._options.prefetch or MAX_TURNS) if quick else 1)
         self._handed_at = time.monotonic()
         return answer
 
