@@ -704,8 +704,6 @@ def batch_kind(num_rows: int, metadata: _Metadata | None) -> BatchKind:
 
 class ByteSource:
     """Bytes in their order: what an `IpcReader` reads from."""
-    _buffer, _at = b"", 0  # what is there already, and where the part of it begins that was not read
-
     def read(self, size: int) -> bytes:
         """Return the next *size* bytes, fewer only where the source ends."""
         raise io.UnsupportedOperation("read")
@@ -718,56 +716,27 @@ class ByteSource:
         """As `read_after`, if *head* comes next and is there already or with the next bytes that come; else read nothing."""
         return None
 
-    def read_head(self) -> bytes:
-        """Read a message's prefix and head if they are there already, and look like it; else read nothing."""
-        data, at = self._buffer, self._at
-        if len(data) >= at + 8:
-            mark, size = _PREFIX.unpack_from(data, at)
-            if mark == -1 and 0 < size <= len(data) - at - 8:
-                self._at = end = at + 8 + size
-                return data[at:end]
-        return b""
-
-    def take(self, expected: bytes) -> bool:
-        """Read *expected* if it comes next and is there already; else read nothing."""
-        found = self._buffer.startswith(expected, self._at)
-        self._at += len(expected) if found else 0
-        return found
-
-_PREFIX = struct.Struct("<ii")
-
-
 class BufferSource(ByteSource):
     """A source over bytes in memory, which `read_after` does not copy when they are many and *head* was the last thing read."""
     def __init__(self, data: _Buffer) -> None:
-        self._whole: Any = None  # unless they are few
-        if isinstance(data, bytes) and len(data) <= SMALL_BODY_BYTES:
-            self._buffer, self._size = data, len(data)
-        else:
-            self._whole = data if isinstance(data, pa.Buffer) else pa.py_buffer(data)
-            self._view = memoryview(self._whole)
-            self._size = len(self._view)
+        self._whole: Any = data if isinstance(data, bytes) and len(data) <= SMALL_BODY_BYTES else pa.py_buffer(data)
+        self._view = memoryview(self._whole)
+        self.position = 0  # how many bytes were read so far
 
     def read(self, size: int) -> bytes:
-        start, self._at = self._at, min(self._at + size, self._size)
-        return bytes(self._view[start : self._at]) if self._whole is not None else self._buffer[start : self._at]
+        start, self.position = self.position, min(self.position + size, len(self._view))
+        return bytes(self._view[start : self.position])
 
     def read_after(self, head: bytes, size: int) -> _Buffer:
-        if self._whole is None:
+        if isinstance(self._whole, bytes):
             return head + self.read(size)
-        start = self._at - len(head)
-        self._at = min(self._at + size, self._size)
-        return self._whole.slice(start, self._at - start)
-
-    @property
-    def position(self) -> int:
-        """How many bytes were read so far."""
-        return self._at
+        start, self.position = self.position - len(head), min(self.position + size, len(self._view))
+        return self._whole.slice(start, self.position - start)
 
     @property
     def left(self) -> int:
         """How many bytes are still to be read."""
-        return self._size - self._at
+        return len(self._view) - self.position
 
 class IpcLimits(NamedTuple):
     """What an `IpcReader` accepts of one message."""
@@ -872,13 +841,6 @@ def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
         if count:
             regions.append((start, 16 * count, name))
         return struct.unpack_from(f"<{2 * count}q", data, start)
-    def with_regions(head: MessageHead) -> tuple[MessageHead, list[_Region]]:
-        decisive, spans = bytearray(len(data)), [(start, start + size) for start, size, _ in regions]
-        for start, size in seen:
-            decisive[start : start + size] = b"\1" * size
-        apart = all(end <= start for (_, end), (start, _) in zip(sorted(spans), sorted(spans)[1:]))
-        once = len({name for _, _, name in regions}) == len(regions)
-        return head, regions if apart and once and not any(1 in decisive[a:b] for a, b in spans) else []
     message = _Table(data, struct.unpack_from("<I", data, 0)[0], seen)
     if message.scalar(0, "<h") not in (3, 4):  # V4 and V5 of MetadataVersion: those that pyarrow reads
         raise ValueError(f"metadata version {message.scalar(0, '<h') + 1}")
@@ -886,16 +848,22 @@ def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
     batch, metadata = message.table(2), _head_metadata(message, regions)
     if batch is None or kind not in (_SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE) or body_length < 0:
         raise ValueError(f"message type {kind}, body of {body_length} bytes")
-    if kind == _SCHEMA_MESSAGE:
-        return with_regions(MessageHead(kind, body_length, metadata))
-    dictionary_id, is_delta = 0, False
-    if kind == _DICTIONARY_MESSAGE:
-        dictionary_id, is_delta, batch = batch.scalar(0, "<q"), bool(batch.scalar(2, "<B")), batch.table(1)
-        if batch is None:
-            raise ValueError("a dictionary without a batch")
-    rows, nodes, buffers = number(batch, 0, "rows"), numbers(batch, 1, "nodes"), numbers(batch, 2, "buffers")
-    compressed = batch.target(3) is not None
-    return with_regions(MessageHead(kind, body_length, metadata, rows, nodes, buffers, compressed, dictionary_id, is_delta))
+    head = MessageHead(kind, body_length, metadata)
+    if kind != _SCHEMA_MESSAGE:
+        dictionary_id, is_delta = 0, False
+        if kind == _DICTIONARY_MESSAGE:
+            dictionary_id, is_delta, batch = batch.scalar(0, "<q"), bool(batch.scalar(2, "<B")), batch.table(1)
+            if batch is None:
+                raise ValueError("a dictionary without a batch")
+        rows, nodes, buffers = number(batch, 0, "rows"), numbers(batch, 1, "nodes"), numbers(batch, 2, "buffers")
+        compressed = batch.target(3) is not None
+        head = MessageHead(kind, body_length, metadata, rows, nodes, buffers, compressed, dictionary_id, is_delta)
+    decisive, spans = bytearray(len(data)), sorted((start, start + size) for start, size, _ in regions)
+    for start, size in seen:
+        decisive[start : start + size] = b"\1" * size
+    apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    once = len({name for _, _, name in regions}) == len(regions)
+    return head, regions if apart and once and not any(1 in decisive[a:b] for a, b in spans) else []
 
 def _head_metadata(message: _Table, regions: list[_Region]) -> dict[bytes, bytes] | None:
     start, count = message.vector(4)
@@ -915,24 +883,35 @@ def _head_metadata(message: _Table, regions: list[_Region]) -> dict[bytes, bytes
     return metadata
 
 
-class HeadLayout:
-    """Where the numbers and metadata values of a head stand; all its other bytes are fixed. Heads of one schema whose metadata
-    values have the same lengths differ nowhere else, so one `struct` call reads or writes them. Learned from heads that
-    `_parse_head` has accepted; what has other fixed bytes is not of this layout."""
-    __slots__ = ("_fixed", "_fixed_of", "_head", "_keys", "_numbers", "_parts", "_slots", "_struct")
-    def __init__(self, data: bytes, head: MessageHead, regions: list[_Region]) -> None:
-        codes, fixed, count, at = ["<"], [], 0, 0
-        self._slots: dict[Any, slice] = {}
-        for start, size, name in [*sorted(regions, key=operator.itemgetter(0)), (len(data), 0, None)]:
-            width = 1 if isinstance(name, bytes) else size // 8
-            codes.append(f"{start - at}s{size}s" if isinstance(name, bytes) else f"{start - at}s{width}q")
+class _Layout:
+    """Bytes that differ from one another only in some places: one `struct` call reads or writes them all. *holes* are these
+    places: (start, `struct` code, name)."""
+    __slots__ = ("_fixed", "_fixed_of", "_parts", "_slots", "_struct")
+    def __init__(self, example: bytes, holes: Iterable[tuple[int, str, Any]]) -> None:
+        codes, fixed, at, count = ["<"], [], 0, 0
+        self._slots: dict[Any, slice] = {}  # by name: its part, or parts, among those that the struct reads
+        for start, code, name in [*sorted(holes, key=operator.itemgetter(0)), (len(example), "", None)]:
+            width = 1 if code.endswith("s") else int(code[:-1] or 1)
+            codes += (f"{start - at}s", code)
             fixed.append(count)
             self._slots[name] = slice(count + 1, count + 1 + width)
-            count, at = count + 1 + width, start + size
+            count, at = count + 1 + width, start + struct.calcsize("<" + code)
         self._struct = struct.Struct("".join(codes))
-        self._parts = list(self._struct.unpack(data))
+        self._parts = list(self._struct.unpack(example))
         self._fixed_of = operator.itemgetter(*fixed)
         self._fixed = self._fixed_of(self._parts)
+
+def _holes(regions: Iterable[_Region], first: int = 0) -> list[tuple[int, str, Any]]:
+    """The regions of a head that begins at *first*, as holes of a layout."""
+    return [(first + at, f"{size}s" if isinstance(name, bytes) else f"{size // 8}q", name) for at, size, name in regions]
+
+
+class HeadLayout(_Layout):
+    """Where the numbers and metadata values of a head stand. Heads of one schema whose metadata values have the same lengths
+    differ nowhere else. Learned from heads that `_parse_head` has accepted; what has other fixed bytes is not of this layout."""
+    __slots__ = ("_head", "_keys", "_numbers")
+    def __init__(self, data: bytes, head: MessageHead, regions: list[_Region]) -> None:
+        super().__init__(data, _holes(regions))
         self._keys = [(key, self._slots[key].start) for key in head.metadata or () if key in self._slots]
         self._numbers = [self._slots.get(name) for name in ("body_length", "rows", "nodes", "buffers")]
         self._head = head
@@ -982,8 +961,6 @@ def parse_message_head(data: bytes) -> MessageHead:
         _layouts[len(data)] = [*layouts, HeadLayout(data, head, regions)]
     return head
 
-_own_head = functools.lru_cache(maxsize=32)(parse_message_head)  # of heads that pyarrow writes here, batch after batch
-
 def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
     """Call into pyarrow with foreign bytes: the one place where its exceptions become ours."""
     try:
@@ -1006,19 +983,18 @@ def _children(kind: pa.DataType) -> list[pa.Field]:
 def _count_dictionaries(kind: pa.DataType) -> int:
     if isinstance(kind, pa.BaseExtensionType):
         return _count_dictionaries(kind.storage_type)
-    return int(pa.types.is_dictionary(kind)) + sum(_count_dictionaries(kind.field(i).type) for i in range(kind.num_fields))
+    return int(pa.types.is_dictionary(kind)) + sum(_count_dictionaries(f.type) for f in _children(kind))
 
 class SchemaFacts:
     """A schema with what reading and writing its batches needs to know; safe for use by several threads."""
-    __slots__ = ("_shapes", "dictionaries", "dictionary_count", "has_dictionary", "message", "plan", "required", "schema", "seen")
+    __slots__ = ("_shapes", "dictionaries", "dictionary_count", "message", "plan", "required", "schema", "seen")
     def __init__(self, schema: pa.Schema, message: bytes) -> None:
         self.schema, self.message = schema, message  # the encapsulated schema message
         self.dictionary_count = sum(map(_count_dictionaries, schema.types))
-        self.has_dictionary = self.dictionary_count > 0
         self.required = tuple([i for i, f in enumerate(schema) if not f.nullable])  # columns that take no nulls
         self.plan: Any = False  # how its short batches travel without pyarrow: `plain_plan` fills it in
         self._shapes: dict[Any, tuple[list[HeadLayout], HeadLayout]] = {}
-        self.seen: tuple[BatchMessage, ...] = ()  # short dictionary messages, as read
+        self.seen: tuple[BatchMessage, ...] = ()  # short dictionary messages, as read: see `PlainPlan.read_stream`
         self.dictionaries: dict[tuple[HeadLayout, tuple[str, ...]], bytes] = {}  # messages of short ones, as written
 
     def layouts(self, example: Any, metadata: _Metadata | None, has_body: bool) -> tuple[list[HeadLayout], HeadLayout]:
@@ -1089,10 +1065,6 @@ class IpcReader:
 
     def _read_head(self, first: bool = False) -> bytes | None:
         """Read prefix and head of the next message; ``None`` at the end marker."""
-        if raw := self._source.read_head():
-            if len(raw) - 8 > MAX_METADATA_BYTES:
-                raise IPCError(f"message head: expected 1 to {MAX_METADATA_BYTES} bytes, got {len(raw) - 8}")
-            return raw
         prefix = self._source.read(8)
         if len(prefix) < 8 or prefix[:4] != _CONTINUATION:
             if first and not prefix:
@@ -1118,12 +1090,7 @@ class IpcReader:
     def next_message(self) -> BatchMessage | None:
         """Read the next batch's message without decoding it; ``None`` at the end marker. Raises `IPCError` for half a message
         or a head that cannot be true, `RequestTooLargeError` above a limit."""
-        for dictionary in self.facts.seen:
-            if self._source.take(cast("bytes", dictionary.data)):
-                self._keep_dictionary(dictionary)
-        while True:
-            if self.ended:
-                return None
+        while not self.ended:
             raw, head = self._last
             message = _guard("the message body", self._source.read_known, raw, head.body_length) if raw else None
             known = message is not None
@@ -1137,9 +1104,7 @@ class IpcReader:
                 if limit is not None and size > limit:
                     self._unread = size
                     raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {size}")
-                call, message = self._source.read_after, raw
-                if size:
-                    message = call(raw, size) if size <= SMALL_BODY_BYTES else _guard("the message body", call, raw, size)
+                message = _guard("the message body", self._source.read_after, raw, size) if size else raw
             if len(message) < len(raw) + head.body_length:
                 got = len(message) - len(raw)
                 raise IPCError(f"half a message: expected a body of {head.body_length} bytes, got {got}")
@@ -1155,6 +1120,7 @@ class IpcReader:
             self._keep_dictionary(BatchMessage(head, message))
             if len(message) <= 1024 and not head.compressed and len(self.facts.seen) < 16:
                 self.facts.seen = (*self.facts.seen, BatchMessage(head, bytes(message)))
+        return None
 
     def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
         """Refuse rows that no body pays for, buffers outside it, and compressed buffers that grow past the limit."""
@@ -1175,7 +1141,8 @@ class IpcReader:
                     raise IPCError(f"compressed buffer at {offset}: a decoded length of {size} bytes")
             decoded += length if size == -1 else size
         limit, max_rows = self._limits.max_bytes, self._limits.max_rows
-        if head.compressed and decoded > (limit if limit is not None else max(FREE_DECODED_BYTES, 1024 * head.body_length)):
+        limit = max(FREE_DECODED_BYTES, 1024 * head.body_length) if limit is None else limit
+        if head.compressed and decoded > limit:
             raise RequestTooLargeError(f"compressed buffers: expected at most {limit} decoded bytes, got {decoded}")
         longest = max(head.rows, *head.nodes[::2], 0)  # a child may be longer than its parent: one list of a trillion nulls
         if head.rows < 0 or (longest > FREE_ROWS and longest > 8 * decoded):
@@ -1196,7 +1163,7 @@ class IpcReader:
         """Decode a message of this stream, the last one read if the schema has dictionaries; `IPCError` if it is not valid."""
         if not message.head.rows and not len(self.schema):
             return _TICK
-        if self.facts.has_dictionary:
+        if self.facts.dictionary_count:
             batch = _guard("the batch", self._decode_with_dictionaries, message.data)
         else:
             batch = _guard("the batch", ipc.read_record_batch, pa.py_buffer(message.data), self.schema)
@@ -1263,18 +1230,18 @@ class IpcWriter:
 
     def _messages(self, batch: Any, metadata: dict[bytes, bytes] | None) -> list[_Buffer]:
         if not isinstance(batch, pa.RecordBatch):
-            if self._writer is None or not self._facts.has_dictionary:
+            if self._writer is None or not self._facts.dictionary_count:
                 return cast("list[_Buffer]", batch.messages(metadata))
             batch = batch.to_record_batch()
         if batch is _TICK and metadata is None:
             return [_tick_message()]
-        if self._facts.has_dictionary or batch.get_total_buffer_size() > SMALL_BODY_BYTES:
+        if self._facts.dictionary_count or batch.get_total_buffer_size() > SMALL_BODY_BYTES:
             return self._by_pyarrow(batch, metadata)
         raw = batch.serialize().to_pybytes()
         if metadata is None:
             return [raw]
         size = 8 + struct.unpack_from("<i", raw, 4)[0]
-        head, body = _own_head(raw[8:size]), raw[size:]
+        head, body = parse_message_head(raw[8:size]), raw[size:]
         _, layout = self._facts.layouts(batch, metadata, bool(body))
         return [layout.message(head.rows, head.nodes, head.buffers, body, metadata)]
 
@@ -1351,9 +1318,10 @@ def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values:
 # 5. PLAIN ROWS ........................................ uses 1-4
 # ============================================================================
 # Short columns of everyday types between Python values and message bytes, without pyarrow, whose calls cost more than a
-# small message is worth. Law: this section only saves time. It writes the bytes that pyarrow would write, from a layout
-# learned of pyarrow's own; what it does not know, or what looks odd, it leaves to the ordinary way (_NotPlain). A reader
-# who skips it loses nothing but speed.
+# small message is worth; and whole streams of one such row, the requests and results of a method, by one layout of all their
+# bytes (StreamLayout). Law: this section only saves time. It writes the bytes that pyarrow would write, from a layout
+# learned of pyarrow's own; what it does not know, or what looks odd, it leaves to the ordinary way (_NotPlain, or None of a
+# StreamLayout). A reader who skips it loses nothing but speed.
 
 _PLAIN_BYTES = 1 << 20  # above this pyarrow is the faster one, also for numbers
 _NUMBERS = {
@@ -1468,8 +1436,12 @@ def _write_node(values: Sequence[Any], body: _Body, kind: type | None = None) ->
     body.add(_bitmap([v is not None for v in values]) if nulls else b"")
     return nulls > 0
 
-def _number_column(place: _Place, code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
-    one, size = struct.Struct(f"<{code}{8 - struct.calcsize(code)}x"), struct.calcsize(code)
+def _accepted(code: str) -> set[type]:
+    return {float, int} if code == "d" else {int}
+
+def _number_column(place: _Place, code: str) -> tuple[_Write, _Read]:
+    size, accepted = struct.calcsize(code), _accepted(code)
+    one = struct.Struct(f"<{code}{8 - size}x")
     def write(values: Sequence[Any], body: _Body) -> None:
         if len(values) == 1 and body.checked and values[0] is not None:
             at = body.size
@@ -1595,13 +1567,10 @@ def _enum_column(place: _Place) -> tuple[_Write, _Read]:
 _ENUM_TYPE = pa.dictionary(pa.int16(), pa.utf8())
 _UTF8_COLUMN = _text_column(_Place(0, 0), str)
 
-def _accepted(kind: pa.DataType) -> frozenset[type]:
-    return frozenset({float, int} if kind == pa.float64() else {int})
-
 def _plain_column(kind: pa.DataType, places: _Places) -> tuple[_Write, _Read]:
     """Writer and reader of a column; raises `_NotPlain` for a type that is not plain."""
     if kind in _NUMBERS:
-        return _number_column(places.take(2), _NUMBERS[kind], _accepted(kind))
+        return _number_column(places.take(2), _NUMBERS[kind])
     if kind == _ENUM_TYPE:
         return _enum_column(places.take(2))
     if pa.types.is_boolean(kind):
@@ -1630,10 +1599,9 @@ class PlainPlan:
         self.names = frozenset(facts.schema.names)
         codes = [_NUMBERS.get(t, "") for t in facts.schema.types]
         self._row = struct.Struct("<" + "".join(f"{c}{8 - struct.calcsize(c)}x" for c in codes)) if all(codes) else None
-        simple = (pa.types.is_boolean, pa.types.is_string, pa.types.is_binary)
-        # Whether one row of it has as many values in each column, however long they are, so that heads differ in buffers alone.
-        self.even = all(c or any(is_a(t) for is_a in simple) for c, t in zip(codes, facts.schema.types))
-        self._accepted = [_accepted(t) for t in facts.schema.types]
+        # Whether rows have no parts of their own: however long their values are, heads of one row differ in buffers alone.
+        self.even = self._places.nodes == 2 * len(codes) and not facts.dictionary_count
+        self._accepted = [_accepted(c) for c in codes]
         self._row_head = b""  # of a message of one row of numbers without nulls and without metadata: it is always the same
 
     def write_row(self, values: Sequence[Any]) -> PlainBatch:
@@ -1642,7 +1610,7 @@ class PlainPlan:
 
     def write(self, columns: Sequence[Sequence[Any]], checked: bool = False) -> PlainBatch:
         """Encode columns of equal length, of which codecs have *checked* the values or not; raises `_NotPlain`."""
-        if self._row_head and (batch := self._numbers(columns, checked)) is not None:
+        if self._row_head and (batch := self._row_of_numbers(columns, checked)) is not None:
             return batch
         body, length = _Body(checked), len(columns[0])
         try:
@@ -1661,7 +1629,7 @@ class PlainPlan:
             self._row_head = bytes(message[: -batch.nbytes])
         return batch
 
-    def _numbers(self, columns: Sequence[Sequence[Any]], checked: bool) -> PlainBatch | None:
+    def _row_of_numbers(self, columns: Sequence[Sequence[Any]], checked: bool) -> PlainBatch | None:
         """Encode one row of numbers without nulls, with the head that such a row always has; ``None`` for other columns."""
         try:
             row = [value for (value,) in columns]
@@ -1678,10 +1646,10 @@ class PlainPlan:
         if head.compressed or len(message.data) > _PLAIN_BYTES or not 0 < head.rows <= _PLAIN_BYTES:
             raise _NotPlain
         try:
-            found = reader.dictionaries() if self.facts.has_dictionary else []
+            found = reader.dictionaries()
             if [m.head.dictionary_id for m in found] != list(range(self.facts.dictionary_count)):  # as pyarrow numbers them
                 raise _NotPlain
-            return self._read(head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), map(_read_dictionary, found)))
+            return self.decode(head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), map(_read_dictionary, found)))
         except StopIteration:
             raise _NotPlain from None
 
@@ -1694,7 +1662,7 @@ class PlainPlan:
             if data.startswith(cast("bytes", known.data), at):
                 found.append(known)
                 at += len(known.data)
-        start = at + 8 + (_PREFIX.unpack_from(data, at)[1] if len(data) >= at + 8 else 0)
+        start = at + 8 + (struct.unpack_from("<i", data, at + 4)[0] if len(data) >= at + 8 else 0)
         if not data.startswith(facts.message) or not data.startswith(_CONTINUATION, at) or not at + 8 < start < len(data):
             raise _NotPlain
         try:
@@ -1707,13 +1675,10 @@ class PlainPlan:
                 or not data.startswith(END_OF_STREAM, end) or not are_inside(head.buffers, head.body_length):
             raise _NotPlain
         parts = _Parts(head.nodes, head.buffers, data[start:end], map(_read_dictionary, found))
-        return [column[0] for column in self._read(1, parts)]
+        return [column[0] for column in self.decode(1, parts)]
 
-    def read_row(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes) -> list[Any]:
-        """Decode one row of a schema without dictionaries; *buffers* are known to lie inside *body*. Raises `_NotPlain`."""
-        return [column[0] for column in self._read(1, _Parts(nodes, buffers, body, iter(())))]
-
-    def _read(self, length: int, parts: _Parts) -> list[list[Any]]:
+    def decode(self, length: int, parts: _Parts) -> list[list[Any]]:
+        """Decode rows whose buffers are known to lie inside the body; raises `_NotPlain`."""
         if len(parts.nodes) != self._places.nodes or len(parts.buffers) != self._places.buffers:
             raise _NotPlain
         try:
@@ -1774,49 +1739,36 @@ class PlainBatch:
         return out
 
 
-class StreamLayout:
-    """Whole streams of one row that differ in its values and in a few metadata values alone, as the calls of one method do: one
-    `struct` call reads or writes all of it, or all but the body where that has no fixed length. Learned from a stream that went
-    the ordinary way, so what was decided there on the fixed bytes holds for every stream of this layout."""
-    __slots__ = ("_buffers", "_buffers_at", "_fixed", "_keys_at", "_length_at", "_nodes", "_parts", "_plan", "_struct", "keys")
-    def __init__(self, facts: SchemaFacts, message: BatchMessage, holes: list[tuple[int, str, Any]], numbers: bool) -> None:
-        head, body_at = message.head, len(message.data) - message.head.body_length
-        example = facts.message + bytes(message.data[:None if numbers else body_at]) + (END_OF_STREAM if numbers else b"")
-        codes, at = ["<"], 0
-        for start, code, _ in sorted(holes):
-            codes += (f"{start - at}s", code)
-            at = start + struct.calcsize("<" + code)
-        self._struct = struct.Struct("".join([*codes, f"{len(example) - at}s"]))
-        self._parts = list(self._struct.unpack(example))  # fixed, hole, fixed, hole, … fixed
-        self._fixed, self._plan = tuple(self._parts[::2]), None if numbers else cast("PlainPlan", plain_plan(facts.schema))
-        names = [name for _, _, name in sorted(holes)]
-        self._keys_at = [i for i, name in enumerate(names) if isinstance(name, bytes)]
-        self.keys = tuple(names[i] for i in self._keys_at)
-        self._nodes, self._buffers = head.nodes, struct.Struct(f"<{len(head.buffers)}q")
-        self._length_at, self._buffers_at = (0, 0) if numbers else (names.index("body_length"), names.index("buffers"))
+class StreamLayout(_Layout):
+    """Whole streams of one row, or of no columns, that differ in its values and in a few metadata values alone, as the calls of
+    one method do: the layout has all of the stream, or all but the body where that has no fixed length. Learned from a stream
+    that went the ordinary way, so what was decided there on the fixed bytes holds for every stream of this layout."""
+    __slots__ = ("_nodes", "_plan", "keys", "rows")
+    def __init__(self, example: bytes, holes: Iterable[tuple[int, str, Any]], head: MessageHead, plan: PlainPlan | None) -> None:
+        super().__init__(example, holes)
+        self.keys = tuple(name for name in self._slots if isinstance(name, bytes))  # of the metadata values that may differ
+        self.rows, self._nodes, self._plan = head.rows, head.nodes, plan  # no plan: the body is part of the layout
 
     @classmethod
     def learn(cls, facts: SchemaFacts, message: BatchMessage, keys: Sequence[bytes] = ()) -> StreamLayout | None:
         """Learn from the one batch of a stream; the metadata values of *keys* may differ. ``None`` for columns whose values have
         parts of their own, and where what may differ also decides how a head is read."""
-        head, plan, types_ = message.head, plain_plan(facts.schema), facts.schema.types
-        if not (len(types_) == 0 or (plan is not None and plan.even and head.rows == 1)) or head.compressed:
+        head, plan, types_, data = message.head, plain_plan(facts.schema), facts.schema.types, bytes(message.data)
+        if head.compressed or len(data) > SMALL_BODY_BYTES or (types_ and not (plan and plan.even and head.rows == 1)):
             return None
+        first, body_at, example = len(facts.message), len(data) - head.body_length, facts.message + data
         numbers = all(t in _NUMBERS for t in types_) and not any(head.nodes[1::2])
-        first, body_at = len(facts.message), len(message.data) - head.body_length
-        regions = {name: (start, size) for start, size, name in _parse_head(bytes(message.data[8:body_at]))[1]}
         wanted = {*[key for key in keys if (head.metadata or {}).get(key)], *(() if numbers else ("body_length", "buffers"))}
-        if not regions.keys() >= wanted or len(message.data) > SMALL_BODY_BYTES:
+        holes = _holes([region for region in _parse_head(data[8:body_at])[1] if region[2] in wanted], first + 8)
+        if len(holes) < len(wanted):
             return None
-        holes = [(first + 8 + start, "q" if name == "body_length" else f"{size}s", name)
-                 for name, (start, size) in regions.items() if name in wanted]
-        if numbers:
-            holes += [(first + body_at + offset, _NUMBERS[t], offset) for offset, t in zip(head.buffers[2::4], types_)]
-        ends = [start + struct.calcsize("<" + code) for start, code, _ in sorted(holes)]
-        in_order = list(head.buffers[2::4]) == sorted(head.buffers[2::4])
-        if not in_order or any(end > start for end, (start, *_) in zip(ends, sorted(holes)[1:])):
+        if not numbers:
+            return cls(example[: first + body_at], holes, head, plan)
+        starts = [first + body_at + offset for offset in head.buffers[2::4]]
+        if any(b - a < 8 for a, b in itertools.pairwise(starts)):  # columns in another order, or that share their bytes
             return None
-        return cls(facts, message, holes, numbers)
+        holes += [(at, _NUMBERS[t], at) for at, t in zip(starts, types_)]
+        return cls(example + END_OF_STREAM, holes, head, None)
 
     def read(self, data: bytes, at: int) -> tuple[Sequence[Any], int] | None:
         """Return the values of `keys`, then of the row, and where the stream ends; ``None`` when what stands in *data* from *at*
@@ -1825,31 +1777,31 @@ class StreamLayout:
         if len(data) < end:
             return None
         parts = self._struct.unpack_from(data, at)
-        if parts[::2] != self._fixed:
+        if self._fixed_of(parts) != self._fixed:
             return None
-        holes = parts[1::2]
         if self._plan is None:
-            return holes, end
-        body, buffers = data[end : end + holes[self._length_at]], self._buffers.unpack(holes[self._buffers_at])
-        end += len(body)
-        if len(body) != holes[self._length_at] or not are_inside(buffers, len(body)) or not data.startswith(END_OF_STREAM, end):
+            return parts[1::2], end
+        size, buffers = parts[self._slots["body_length"].start], parts[self._slots["buffers"]]
+        body, end = data[end : end + size], end + size
+        if len(body) != size or not are_inside(buffers, size) or not data.startswith(END_OF_STREAM, end):
             return None
         try:
-            return [*[holes[i] for i in self._keys_at], *self._plan.read_row(self._nodes, buffers, body)], end + 8
+            row = self._plan.decode(1, _Parts(self._nodes, buffers, body, iter(())))
         except _NotPlain:
             return None
+        return [*[parts[self._slots[key].start] for key in self.keys], *[column[0] for column in row]], end + 8
 
     def write(self, values: Mapping[bytes, bytes], batch: Any) -> bytes | None:
         """Return the stream of a `PlainBatch` or tick with these values of `keys`; ``None`` for a batch of another layout."""
         if batch is not _TICK and (not isinstance(batch, PlainBatch) or tuple(batch.nodes) != self._nodes):
             return None
         parts = self._parts.copy()
-        for i, key in zip(self._keys_at, self.keys):
-            parts[2 * i + 1] = values[key]
+        for key in self.keys:
+            parts[self._slots[key].start] = values[key]
         if self._plan is None:
             parts[2 * len(self.keys) + 1 :: 2] = () if batch is _TICK else batch.row()
             return self._struct.pack(*parts)
-        parts[2 * self._length_at + 1], parts[2 * self._buffers_at + 1] = len(batch.data), self._buffers.pack(*batch.offsets)
+        parts[self._slots["body_length"].start], parts[self._slots["buffers"]] = len(batch.data), batch.offsets
         return b"".join((self._struct.pack(*parts), batch.data, END_OF_STREAM))
 
 
@@ -2966,7 +2918,7 @@ class Request:
         return self._reader.facts.message
 
     def layout(self) -> StreamLayout | None:
-        """Learn how requests look that differ from this one in request id, time limit and numbers alone."""
+        """Learn how requests look that differ from this one in request id, time limit and the values of their row alone."""
         if not self.metadata.keys() <= _EVERYDAY_KEYS or PROTOCOL_KEY not in self.metadata:
             return None  # a trace, say, is another one in each request; and only over HTTP a request need not name its protocol
         return StreamLayout.learn(self._reader.facts, self._message, (REQUEST_ID_KEY, TIMEOUT_KEY))
@@ -3000,9 +2952,9 @@ class Request:
 
 
 class KnownRequest(Request):
-    """A request of a layout that was learned from one before it: it has its schema and its one row."""
+    """A request of a layout that was learned from one before it: it has its schema and as many rows."""
     def __init__(self, bound: BoundMethod, layout: StreamLayout, found: Sequence[Any]) -> None:
-        self.schema, self.rows = bound.info.params_schema, 1
+        self.schema, self.rows = bound.info.params_schema, layout.rows
         self.metadata = dict(zip(layout.keys, found))
         self._values = found[len(layout.keys) :]
 
