@@ -4202,12 +4202,9 @@ class StderrMode(enum.Enum):
 
 
 class SubprocessTransport(Transport):
-    """Starts a worker, without a shell, and talks to it over its stdin and stdout.
-
-    *stderr_logger* is for ``StderrMode.PIPE``; default ``vgi_rpc.worker``. Raises `TransportError` when the program cannot
-    be started, `TypeError` when *cmd* is one string.
-    """
-
+    """Starts a worker, without a shell, and talks to it over its stdin and stdout. *stderr_logger* is for ``StderrMode.PIPE``;
+    default ``vgi_rpc.worker``. Raises `TransportError` when the program cannot be started, `TypeError` when *cmd* is one
+    string."""
     idle_since = 0.0  # of `time.monotonic`, for a `WorkerPool`
 
     def __init__(self, cmd: Sequence[str], *, stderr: StderrMode = StderrMode.INHERIT,
@@ -4351,10 +4348,8 @@ class ReplyItem(NamedTuple):
         return AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
 
 def next_reply_item(reader: IpcReader, options: CallOptions) -> ReplyItem | None:
-    """Read on to the next data or token batch, passing logs to ``on_log``; ``None`` at the end marker.
-
-    Raises the `RpcError` that the answer is, with the reader behind its batch; `IPCError` when the bytes are no answer.
-    """
+    """Read on to the next data or token batch, passing logs to ``on_log``; ``None`` at the end marker. Raises the `RpcError`
+    that the answer is, with the reader behind its batch; `IPCError` when the bytes are no answer."""
     while (message := reader.next_message()) is not None:
         metadata = message.head.metadata or {}
         kind = batch_kind(message.head.rows, message.head.metadata)
@@ -4420,11 +4415,8 @@ def _tick(metadata: pa.KeyValueMetadata | Mapping[bytes, bytes] | None) -> Annot
 
 
 class StreamSession:
-    """A running stream, on the client: iterate over a producer, `exchange` with an exchange.
-
-    Also a context manager, which closes the stream. Not for use by several threads at once.
-    """
-
+    """A running stream, on the client: iterate over a producer, `exchange` with an exchange. Also a context manager, which
+    closes the stream. Not for use by several threads at once."""
     def __init__(self, stream: ClientStream, info: RpcMethodInfo) -> None:
         self._stream, self._info = stream, info
         self.header: Any = None  # ``None`` when the method declares none
@@ -4447,15 +4439,12 @@ class StreamSession:
         return self._stream.next() if given is None else self._stream.turn(given)
 
     def __iter__(self) -> Iterator[AnnotatedBatch]:
-        """Yield each batch of a producer until it finishes.
-
-        While batches come quickly, some are asked for ahead: a producer then runs further than was read, by at most
-        `MAX_PREFETCH` turns on a byte stream and `MAX_TURNS` over HTTP. ``with_options(proxy, prefetch=1)`` switches
-        that off, for a producer with side effects. `tick` and `exchange` never ask ahead; a `tick` after an iteration
-        first gets the batches that this one had asked for, and its metadata reaches the state on the turn behind them.
-
-        Raises `RpcError` when a turn failed, or another call ended the stream; the connection serves the next call.
-        """
+        """Yield each batch of a producer until it finishes. While batches come quickly, some are asked for ahead: a producer
+        then runs further than was read, by at most `MAX_PREFETCH` turns on a byte stream and `MAX_TURNS` over HTTP.
+        ``with_options(proxy, prefetch=1)`` switches that off, for a producer with side effects. `tick` and `exchange` never ask
+        ahead; a `tick` after an iteration first gets the batches that this one had asked for, and its metadata reaches the
+        state on the turn behind them. Raises `RpcError` when a turn failed, or another call ended the stream; the connection
+        serves the next call."""
         while (not self._stream.done or self._stream.cut_off) and (answer := self._turn(None)) is not None:
             yield answer
 
@@ -4529,11 +4518,9 @@ class ByteClient(ClientChannel):
         self._between = False  # whether a stream is expected next: what comes else is text that something printed
 
     def exclusive(self, deadline: float | None) -> ByteClient:
-        """Take the connection for a ``with`` block; in it, whatever is not an answer breaks the connection for good.
-
-        Raises `DeadlineExceededError` when other threads held it for too long (it stays usable), `RpcError` when this
-        thread holds it: ``on_log`` calls back.
-        """
+        """Take the connection for a ``with`` block; in it, whatever is not an answer breaks the connection for good. Raises
+        `DeadlineExceededError` when other threads held it for too long (it stays usable), `RpcError` when this thread holds it:
+        ``on_log`` calls back."""
         me = threading.get_ident()
         if self._caller == me:
             raise RpcError("ProtocolError", "a call is running on this connection: on_log cannot make another one on it", "")
@@ -4601,10 +4588,8 @@ class ByteClient(ClientChannel):
         return seen.decode("utf-8", "replace").strip() if printed else ""
 
     def open_reply(self, request_id: str, options: CallOptions) -> tuple[IpcReader, ReplyItem | None]:
-        """Open the next answer and read its first item, past the answer that a refused stream's input may have earned.
-
-        Raises the `RpcError` that the answer is, which was then read to its end.
-        """
+        """Open the next answer and read its first item, past the answer that a refused stream's input may have earned. Raises
+        the `RpcError` that the answer is, which was then read to its end."""
         while True:
             reader = IpcReader(self.transport.channel, validation=options.ipc_validation)
             self._between = False
@@ -4773,10 +4758,7 @@ class _ByteClientStream(ClientStream):
 
 class RpcConnection(Generic[_P]):
     """A connection as a context manager that gives the typed proxy of *protocol*; the options are those of `CallOptions`.
-
-    *transport*, which may also be another `ClientChannel`, is closed on leaving, and when *protocol* has mistakes.
-    """
-
+    *transport*, which may also be another `ClientChannel`, is closed on leaving, and when *protocol* has mistakes."""
     def __init__(self, protocol: type[_P], transport: Transport | ClientChannel, on_log: ClientLog | None = None, *,
                  timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL) -> None:
         self.channel = transport if isinstance(transport, ClientChannel) else ByteClient(transport)
@@ -4804,12 +4786,10 @@ class RpcProxy:
         return f"<proxy of {self._protocol.__qualname__} over {type(self._channel).__name__}>"
 
     def with_options(self, **options: Any) -> Any:
-        """Return a proxy on the same connection with other options; those that are not given stay as they are.
-
-        They are *timeout* (seconds per call or turn, ``None`` for none), *on_log*, *ipc_validation*, and *prefetch*: 1 has
-        iteration ask for one batch at a time (see `StreamSession.__iter__`), more for so many at most. Raises `TypeError`
-        for an option that is none of these.
-        """
+        """Return a proxy on the same connection with other options; those that are not given stay as they are. They are
+        *timeout* (seconds per call or turn, ``None`` for none), *on_log*, *ipc_validation*, and *prefetch*: 1 has iteration ask
+        for one batch at a time (see `StreamSession.__iter__`), more for so many at most. Raises `TypeError` for an option that
+        is none of these."""
         known = ("timeout", "on_log", "ipc_validation", "prefetch")
         if not options.keys() <= set(known):
             raise TypeError(f"with_options: expected {', '.join(known)}, got {', '.join(sorted(options))}")
@@ -4887,16 +4867,12 @@ def _is_quiet(worker: SubprocessTransport) -> bool:
 
 
 class WorkerPool:
-    """Keeps workers between connections, so that the next one of the same command does not wait for a start.
-
-    A worker serves one connection at a time and is checked before each: one that died, hung up, printed to the channel or
-    was left in the middle of a call is ended instead. Safe for use by several threads; a context manager, which closes it.
-
-    At most *max_idle* workers wait (0 keeps none), whatever their commands, each for *idle_timeout* seconds; the longest idle
-    one goes first, and one that dies is reaped within a second. *stderr* and *stderr_logger* are as in `connect`. *shm_size* is
-    accepted for code written for other implementations, and without effect: shared memory is not offered to workers.
-    """
-
+    """Keeps workers between connections, so that the next one of the same command does not wait for a start. A worker serves
+    one connection at a time and is checked before each: one that died, hung up, printed to the channel or was left in the
+    middle of a call is ended instead. Safe for use by several threads; a context manager, which closes it. At most *max_idle*
+    workers wait (0 keeps none), whatever their commands, each for *idle_timeout* seconds; the longest idle one goes first, and
+    one that dies is reaped within a second. *stderr* and *stderr_logger* are as in `connect`. *shm_size* is accepted for code
+    written for other implementations, and without effect: shared memory is not offered to workers."""
     def __init__(self, max_idle: int = 4, idle_timeout: float = 60.0, stderr: StderrMode = StderrMode.INHERIT,
                  stderr_logger: logging.Logger | None = None, shm_size: int | None = None) -> None:
         if max_idle < 0 or not 0 < idle_timeout <= threading.TIMEOUT_MAX:
@@ -4928,10 +4904,8 @@ class WorkerPool:
     @contextlib.contextmanager
     def connect(self, protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None, timeout: float | None = None,
                 ipc_validation: IpcValidation = IpcValidation.FULL) -> Iterator[_P]:
-        """Give a proxy to a worker of that command; on leaving, an open stream is ended and the worker goes back.
-
-        Raises `TransportError` on entering when the program cannot be started or the pool is closed, from a call when it died.
-        """
+        """Give a proxy to a worker of that command; on leaving, an open stream is ended and the worker goes back. Raises
+        `TransportError` on entering when the program cannot be started or the pool is closed, from a call when it died."""
         worker, fit = self._borrow(cmd), False
         client = ByteClient(worker)
         try:
@@ -5173,12 +5147,10 @@ class _ByteServing:
 @contextlib.contextmanager
 def _stop_signals(server: ServerCore, grace: float = DRAIN_GRACE_SECONDS,
                   wake: Callable[[], object] = lambda: None, wake_fd: int = -1) -> Iterator[None]:
-    """Have SIGTERM and SIGINT end what is inside: an idle server at once, else after the running calls or *grace* seconds.
-
-    The first signal drains the server and calls *wake*; a second one does not wait. A signal that comes just before the main
-    thread blocks is handled when something can be read at the other end of *wake_fd*. Only the main thread gets signals: in
-    another thread nothing changes.
-    """
+    """Have SIGTERM and SIGINT end what is inside: an idle server at once, else after the running calls or *grace* seconds. The
+    first signal drains the server and calls *wake*; a second one does not wait. A signal that comes just before the main thread
+    blocks is handled when something can be read at the other end of *wake_fd*. Only the main thread gets signals: in another
+    thread nothing changes."""
     import signal
     waiting = threading.main_thread()
     if threading.current_thread() is not waiting:
@@ -5210,10 +5182,8 @@ def _stop_signals(server: ServerCore, grace: float = DRAIN_GRACE_SECONDS,
             signal.signal(number, handler or signal.SIG_DFL)
 
 def serve_stdio(server: RpcServer) -> None:
-    """Serve the parent process on stdin and stdout until it closes them; SIGTERM and SIGINT let the running call finish.
-
-    While serving, descriptor 1 is standard error: whatever prints to stdout cannot break the channel.
-    """
+    """Serve the parent process on stdin and stdout until it closes them; SIGTERM and SIGINT let the running call finish. While
+    serving, descriptor 1 is standard error: whatever prints to stdout cannot break the channel."""
     write_fd = os.dup(1)
     channel = FdChannel(os.dup(0), write_fd)  # not inherited by children of the methods
     transport = Transport(channel, TransportKind.PIPE, drain_grace_seconds=DRAIN_GRACE_SECONDS)
@@ -5235,11 +5205,8 @@ def _flush_stdout() -> None:
 
 class Listener:
     """Accepts connections on a bound socket, which it owns, and has each served to its end, until stopped or idle too long.
-
-    *threaded*: a thread for each connection, else one after the other. At most *max_connections* at a time, further ones
-    wait. `run` returns after *idle_timeout* seconds without a connection; ``None`` for never.
-    """
-
+    *threaded*: a thread for each connection, else one after the other. At most *max_connections* at a time, further ones wait.
+    `run` returns after *idle_timeout* seconds without a connection; ``None`` for never."""
     def __init__(self, listening: socket.socket, handle: Callable[[socket.socket, Any], None], *, threaded: bool = False,
                  max_connections: int | None = None, idle_timeout: float | None = None) -> None:
         self._socket, self._handle, self._threaded = listening, handle, threaded
@@ -5273,10 +5240,8 @@ class Listener:
                 self._accept()
 
     def run_while(self, work: Callable[[], object]) -> None:
-        """Do *work* in another thread and accept until it is done: who connects meanwhile gets a refusal, not silence.
-
-        Only where connections have threads of their own; else *work* is done here.
-        """
+        """Do *work* in another thread and accept until it is done: who connects meanwhile gets a refusal, not silence. Only
+        where connections have threads of their own; else *work* is done here."""
         if not self._threaded:
             work()
             return
@@ -5347,10 +5312,8 @@ class Listener:
 
 def run_listener(server: ServerCore, listener: Listener, grace: float = DRAIN_GRACE_SECONDS,
                  on_bound: Callable[..., object] | None = None, *address: Any) -> None:
-    """Run *listener* until SIGTERM, SIGINT or its end; then let running calls finish for *grace* seconds, and close.
-
-    *on_bound* is called with the address once signals are handled: who is told of it may stop us.
-    """
+    """Run *listener* until SIGTERM, SIGINT or its end; then let running calls finish for *grace* seconds, and close. *on_bound*
+    is called with the address once signals are handled: who is told of it may stop us."""
     try:
         with _stop_signals(server, grace, listener.stop, listener.wake_fd):
             if on_bound is not None:
@@ -5363,12 +5326,10 @@ def run_listener(server: ServerCore, listener: Listener, grace: float = DRAIN_GR
 
 def serve_unix(server: RpcServer, path: str, *, threaded: bool = False, max_connections: int | None = None,
                idle_timeout: float | None = None, on_bound: Callable[[str], None] | None = None) -> None:
-    """Serve on a Unix socket until SIGTERM, SIGINT or *idle_timeout* seconds (``None`` for never) without a connection.
-
-    *path* is readable by its owner alone; a dead socket there is replaced, and ours removed at the end. *on_bound* is called
-    with it once connections are accepted. For *threaded* and *max_connections* see `Listener`. Raises `OSError` when the path
-    is in use by a live server, or cannot be made.
-    """
+    """Serve on a Unix socket until SIGTERM, SIGINT or *idle_timeout* seconds (``None`` for never) without a connection. *path*
+    is readable by its owner alone; a dead socket there is replaced, and ours removed at the end. *on_bound* is called with it
+    once connections are accepted. For *threaded* and *max_connections* see `Listener`. Raises `OSError` when the path is in use
+    by a live server, or cannot be made."""
     def handle(connected: socket.socket, address: Any) -> None:
         server.serve(Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}", max_connections=max_connections,
                                idle_timeout=idle_timeout, drain_grace_seconds=DRAIN_GRACE_SECONDS))
@@ -5425,12 +5386,10 @@ def _address_text(address: Any) -> str:
 def serve_tcp(server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, threaded: bool = False,
               max_connections: int | None = None, idle_timeout: float | None = None,
               on_bound: Callable[[str, int], None] | None = None, tls_context: ssl.SSLContext | None = None) -> None:
-    """Serve on TCP; what is not said here is as in `serve_unix`. Only *tls_context* can authenticate clients.
-
-    By default only this machine reaches *host*; *port* 0 takes a free one. *on_bound* is called with host and port.
-    *tls_context* is a server-side context of the standard library's ``ssl``; ``None`` for plain TCP. Raises `OSError` when
-    the address is in use, or cannot be bound.
-    """
+    """Serve on TCP; what is not said here is as in `serve_unix`. Only *tls_context* can authenticate clients. By default only
+    this machine reaches *host*; *port* 0 takes a free one. *on_bound* is called with host and port. *tls_context* is a
+    server-side context of the standard library's ``ssl``; ``None`` for plain TCP. Raises `OSError` when the address is in use,
+    or cannot be bound."""
     def handle(connected: socket.socket, address: Any) -> None:
         where = _address_text(address)
         try:
