@@ -1534,6 +1534,13 @@ class StreamLayoutTests(TestCase):
         server = self.server_that_knows(*named)
         self.assertLessEqual(sum(map(len, server._known.values())), 16)
 
+    def test_hooks_count_the_rows_of_what_is_known(self) -> None:
+        server, recorder = make_server(), Recorder()
+        server.add_hook(recorder)
+        ask_core(server, 3 * request_bytes("nothing") + 3 * request_bytes("add", {"a": 1.0, "b": 2.0}))
+        counted = [(r.request_rows, r.statistics.input_rows) for r in recorder.records]
+        self.assertEqual(counted, 3 * [(0, 0)] + 3 * [(1, 1)])
+
     def test_a_method_sees_its_caller_and_its_deadline_when_known(self) -> None:
         with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
             hurried = vgi_rpc.with_options(proxy, timeout=0.05)

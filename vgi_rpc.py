@@ -1642,16 +1642,7 @@ class PlainPlan:
 
     def read(self, reader: IpcReader, message: BatchMessage) -> list[list[Any]]:
         """Decode a message of this schema to a list of values per column, as fully checked as pyarrow's; raises `_NotPlain`."""
-        head = message.head
-        if head.compressed or len(message.data) > _PLAIN_BYTES or not 0 < head.rows <= _PLAIN_BYTES:
-            raise _NotPlain
-        try:
-            found = reader.dictionaries()
-            if [m.head.dictionary_id for m in found] != list(range(self.facts.dictionary_count)):  # as pyarrow numbers them
-                raise _NotPlain
-            return self.decode(head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), map(_read_dictionary, found)))
-        except StopIteration:
-            raise _NotPlain from None
+        return self._read(message.head, message.body(), reader.dictionaries())
 
     def read_stream(self, data: bytes) -> list[Any]:
         """Decode a whole stream of one row as `stream_bytes` writes it, its dictionaries such as were read before; raises
@@ -1670,12 +1661,17 @@ class PlainPlan:
         except IPCError:
             raise _NotPlain from None
         end = start + head.body_length
-        ids = [one.head.dictionary_id for one in found]
-        if head.kind != _BATCH_MESSAGE or head.rows != 1 or head.compressed or ids != list(range(facts.dictionary_count)) \
-                or not data.startswith(END_OF_STREAM, end) or not are_inside(head.buffers, head.body_length):
+        if head.kind != _BATCH_MESSAGE or head.rows != 1 or not data.startswith(END_OF_STREAM, end) \
+                or not are_inside(head.buffers, head.body_length):
             raise _NotPlain
-        parts = _Parts(head.nodes, head.buffers, data[start:end], map(_read_dictionary, found))
-        return [column[0] for column in self.decode(1, parts)]
+        return [column[0] for column in self._read(head, data[start:end], found)]
+
+    def _read(self, head: MessageHead, body: bytes | memoryview, dictionaries: Sequence[BatchMessage]) -> list[list[Any]]:
+        if head.compressed or len(body) > _PLAIN_BYTES or not 0 < head.rows <= _PLAIN_BYTES:
+            raise _NotPlain
+        if [m.head.dictionary_id for m in dictionaries] != list(range(self.facts.dictionary_count)):  # as pyarrow numbers them
+            raise _NotPlain
+        return self.decode(head.rows, _Parts(head.nodes, head.buffers, bytes(body), map(_read_dictionary, dictionaries)))
 
     def decode(self, length: int, parts: _Parts) -> list[list[Any]]:
         """Decode rows whose buffers are known to lie inside the body; raises `_NotPlain`."""
@@ -2904,6 +2900,7 @@ class Request:
     """One request as it came: metadata read, schema known, values not decoded yet."""
     def __init__(self, reader: IpcReader) -> None:
         self._reader, self.schema, message = reader, reader.schema, reader.next_message()
+        self.schema_message = reader.facts.message  # which told its schema
         if message is None:
             raise IPCError("request: expected one batch, got a schema and no batch")
         self._message, self.rows = message, message.head.rows
@@ -2911,11 +2908,6 @@ class Request:
         if reader.next_message() is not None:
             got = 2 + sum(1 for _ in iter(reader.next_message, None))
             raise ProtocolError(f"request: expected exactly one batch, got {got}")
-
-    @property
-    def schema_message(self) -> bytes:
-        """The message that told its schema."""
-        return self._reader.facts.message
 
     def layout(self) -> StreamLayout | None:
         """Learn how requests look that differ from this one in request id, time limit and the values of their row alone."""
@@ -3495,21 +3487,11 @@ class Call:
         self._messages: list[Message] = []
         self._error: BaseException | None = None
         timeout = request.timeout if request is not None else None
-        self._deadline = None if timeout is None else self.started + timeout
+        # When the client stops waiting, in seconds of ``time.monotonic()``; over HTTP it is another one for each turn.
+        self.deadline = None if timeout is None else self.started + timeout
         self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
 
     # Most calls have no hook that wants the record and no method that asks for the context: both are made when asked for.
-
-    @property
-    def deadline(self) -> float | None:
-        """When the client stops waiting, in seconds of ``time.monotonic()``; over HTTP it is another one for each turn."""
-        return self._deadline
-
-    @deadline.setter
-    def deadline(self, deadline: float | None) -> None:
-        self._deadline = deadline
-        if "context" in self.__dict__:
-            self.context.deadline = deadline
 
     @functools.cached_property
     def context(self) -> CallContext:
@@ -3627,7 +3609,9 @@ class Call:
             if not producer and not conforms:
                 batch = conform_batch(given.batch, stream.input_schema, f"{self.bound.info.name}() input", cast_values=True)
                 given = given if batch is given.batch else AnnotatedBatch(batch, given.custom_metadata)
-            self._run(stream.state.process, given, out, self.context)
+            context = self.context
+            context.deadline = self.deadline
+            self._run(stream.state.process, given, out, context)
             out.validate()
         except BaseException as exc:  # as in begin
             return self._failed(schema, exc, out.messages)
@@ -4764,7 +4748,7 @@ class RpcConnection(Generic[_P]):
         self.channel = transport if isinstance(transport, ClientChannel) else ByteClient(transport)
         version = getattr(protocol, "protocol_version", "") or ""
         try:
-            self._proxy = make_proxy(protocol, self.channel, CallOptions(on_log, timeout, ipc_validation, version))
+            self._proxy = RpcProxy(protocol, self.channel, CallOptions(on_log, timeout, ipc_validation, version))
         except BaseException:
             self.channel.close()
             raise
@@ -4799,8 +4783,6 @@ class RpcProxy:
         close = _suggest(name, rpc_methods(self._protocol))
         raise AttributeError(f"{self._protocol.__qualname__} has no method {name!r}{close}")
 
-make_proxy = RpcProxy
-
 def _proxy_method(info: RpcMethodInfo, channel: ClientChannel, options: CallOptions) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         batch = request_batch(info, bind_arguments(info, args, kwargs))
@@ -4827,7 +4809,7 @@ def _reflection(target: Any, ipc_validation: IpcValidation = IpcValidation.FULL)
     channel = ByteClient(channel) if isinstance(channel, Transport) else channel
     if not isinstance(channel, ClientChannel):
         raise TypeError(f"expected a proxy, a transport or a channel, got {_got(target)}")
-    return make_proxy(Reflection, channel, CallOptions(timeout=options.timeout, ipc_validation=ipc_validation))
+    return RpcProxy(Reflection, channel, CallOptions(timeout=options.timeout, ipc_validation=ipc_validation))
 
 def list_protocols(target: Any) -> list[ProtocolSummary]:
     """Return what the server behind a proxy or transport hosts, the application's first; `RpcError` if it does not tell."""
@@ -5037,11 +5019,11 @@ class _ByteServing:
         """Serve one request; ``False`` when the connection is at its end."""
         try:
             self._channel.deadline = None
-            if (known := self._server.recall(*self._channel.received())) is not None:
-                return self._serve_known(*known)
-            reader = self._reader()
+            known = self._server.recall(*self._channel.received())
+            reader = self._reader() if known is None else None  # which waits: nothing is running yet
             with self._server:
-                return self._serve_stream(reader)
+                self._serve_call(known, reader)
+            return True
         except IPCError as exc:
             logger.debug("connection closed: %s", exc)
             with contextlib.suppress(TransportError):
@@ -5049,19 +5031,6 @@ class _ByteServing:
         except (EOFError, TransportError):
             pass
         return False
-
-    def _serve_known(self, bound: BoundMethod, request: Request, end: int) -> bool:
-        self._channel.skip_to(end)
-        self._orphan_expected = False
-        request_id = request.request_id or new_request_id()
-        with self._server:
-            try:
-                self._server.start(self._caller.kind)
-                self._serve_request(bound, request, request_id)
-            except (_Refusal, StatusError) as exc:
-                self._answer(exc, request_id)
-                self._orphan_expected = True
-        return True
 
     def _reader(self) -> IpcReader:
         return IpcReader(self._channel, self._server.limits, self._server.ipc_validation)
@@ -5072,25 +5041,32 @@ class _ByteServing:
     def _answer(self, exc: BaseException, request_id: str = "") -> None:
         self._write(EMPTY_SCHEMA, [self._server.error_item(exc, EMPTY_SCHEMA, request_id or new_request_id())])
 
-    def _serve_stream(self, reader: IpcReader) -> bool:
+    def _serve_call(self, known: tuple[BoundMethod, Request, int] | None, reader: IpcReader | None) -> None:
+        """Serve a request that was recognised, or else that which *reader* gives."""
         orphan_expected, self._orphan_expected = self._orphan_expected, False
         request_id, request = "", None
         try:
-            request = Request(reader)
-            if orphan_expected and not {METHOD_KEY, REQUEST_VERSION_KEY} & request.metadata.keys():
-                return True
+            if known is not None:
+                bound, request, end = known
+                self._channel.skip_to(end)
+            else:
+                request = Request(cast("IpcReader", reader))
+                if orphan_expected and not {METHOD_KEY, REQUEST_VERSION_KEY} & request.metadata.keys():
+                    return
             request_id = request.request_id
             if request.metadata.get(METHOD_KEY) == TRANSPORT_OPTIONS_METHOD.encode():
                 self._answer_options(request)
-                return True
+                return
             self._server.start(self._caller.kind)
-            self._serve_request(self._server.resolve(request), request, request_id or new_request_id())
+            if known is None:
+                bound = self._server.resolve(request)
+            self._serve_request(bound, request, request_id or new_request_id())
         except (_Refusal, StatusError) as exc:
-            reader.skip()  # raises when the bytes make no sense: then the connection is closed
+            if reader is not None:
+                reader.skip()  # raises when the bytes make no sense: then the connection is closed
             if request is not None or not orphan_expected:
                 self._answer(exc, request_id)
                 self._orphan_expected = True
-        return True
 
     def _answer_options(self, request: Request) -> None:
         """`__transport_options__` (WIRE section 9): shared memory is not offered."""
@@ -8121,7 +8097,7 @@ def _options(args: Any, version: str = "") -> CallOptions:
 def _describe_live(channel: ClientChannel, args: Any) -> tuple[ServiceDescription, MethodDescription | None]:
     """What the server says of its service, and of ``method`` or ``Protocol.method`` if one is asked for."""
     protocol, _, name = (args.method or "").rpartition(".")
-    service = introspect(make_proxy(Reflection, channel, _options(args)), protocol=protocol or None)
+    service = introspect(RpcProxy(Reflection, channel, _options(args)), protocol=protocol or None)
     if name and name not in (known := sorted(service.methods)):
         raise _CliError(f"{service.protocol_name} has no method {name!r}{_suggest(name, known)}", f"it has {', '.join(known)}")
     return service, service.methods.get(name)
@@ -8570,7 +8546,7 @@ def _describe_python(service: ServiceDescription) -> str:
 
 def _ping(args: Any) -> None:
     with contextlib.closing(_channel_to(args)) as channel:
-        proxy, stamps = make_proxy(Reflection, channel, _options(args)), []
+        proxy, stamps = RpcProxy(Reflection, channel, _options(args)), []
         for _ in range(max(1, args.number) + 1):
             proxy.list_protocols()  # the first one connects
             stamps.append(time.perf_counter() * 1000)
