@@ -916,10 +916,6 @@ class HeadLayout(_Layout):
         self._numbers = [self._slots.get(name) for name in ("body_length", "rows", "nodes", "buffers")]
         self._head = head
 
-    @classmethod
-    def learn(cls, data: bytes) -> HeadLayout:
-        return cls(data, *_parse_head(data))
-
     def read(self, data: bytes) -> MessageHead | None:
         """Read a head of the same length; ``None`` when it is not of this layout."""
         parts = self._struct.unpack(data)
@@ -1008,7 +1004,8 @@ class SchemaFacts:
             with ipc.new_stream(file, self.schema) as writer:
                 writer.write_batch(batch, custom_metadata=metadata)
             _, *messages = ipc.MessageReader.open_stream(file.getvalue())
-            *dictionaries, layout = [HeadLayout.learn(m.metadata.to_pybytes()) for m in messages]
+            heads = [m.metadata.to_pybytes() for m in messages]
+            *dictionaries, layout = [HeadLayout(head, *_parse_head(head)) for head in heads]
             if len(self._shapes) >= 64:
                 self._shapes.clear()
             known = self._shapes[shape] = dictionaries, layout
@@ -1354,7 +1351,6 @@ class _Body:
 
 _PADDING = tuple(bytes(-n % 8) for n in range(8))
 
-
 class _Parts:
     """What a `_Body` becomes on the other side."""
     __slots__ = ("body", "buffers", "dictionaries", "nodes")
@@ -1602,15 +1598,12 @@ class PlainPlan:
         # Whether rows have no parts of their own: however long their values are, heads of one row differ in buffers alone.
         self.even = self._places.nodes == 2 * len(codes) and not facts.dictionary_count
         self._accepted = [_accepted(c) for c in codes]
-        self._row_head = b""  # of a message of one row of numbers without nulls and without metadata: it is always the same
-
-    def write_row(self, values: Sequence[Any]) -> PlainBatch:
-        """Encode one row of values that codecs have checked; raises `_NotPlain`."""
-        return self.write([[v] for v in values], checked=True)
+        # Of a message of one row of numbers without nulls and without metadata, which are always the same: buffers and head.
+        self._numbers_like: tuple[Sequence[int], bytes] | None = None
 
     def write(self, columns: Sequence[Sequence[Any]], checked: bool = False) -> PlainBatch:
         """Encode columns of equal length, of which codecs have *checked* the values or not; raises `_NotPlain`."""
-        if self._row_head and (batch := self._row_of_numbers(columns, checked)) is not None:
+        if self._numbers_like is not None and (batch := self._row_of_numbers(columns, checked)) is not None:
             return batch
         body, length = _Body(checked), len(columns[0])
         try:
@@ -1625,8 +1618,7 @@ class PlainPlan:
         batch = PlainBatch(self.facts, columns, body.nodes, body.dictionaries, body.buffers, b"".join(body.pieces))
         if self._row is not None and length == 1 and not any(body.nodes[1::2]):
             (message,) = batch.messages(None)
-            self._row_buffers = body.buffers
-            self._row_head = bytes(message[: -batch.nbytes])
+            self._numbers_like = body.buffers, bytes(message[: -batch.nbytes])
         return batch
 
     def _row_of_numbers(self, columns: Sequence[Sequence[Any]], checked: bool) -> PlainBatch | None:
@@ -1638,7 +1630,8 @@ class PlainPlan:
             data = cast("struct.Struct", self._row).pack(*row)
         except (struct.error, OverflowError, ValueError, TypeError):
             return None
-        return PlainBatch(self.facts, columns, (1, 0) * len(columns), (), self._row_buffers, data, self._row_head)
+        buffers, head = cast("tuple[Sequence[int], bytes]", self._numbers_like)
+        return PlainBatch(self.facts, columns, _ONE * len(columns), (), buffers, data, head)
 
     def read(self, reader: IpcReader, message: BatchMessage) -> list[list[Any]]:
         """Decode a message of this schema to a list of values per column, as fully checked as pyarrow's; raises `_NotPlain`."""
@@ -1703,7 +1696,7 @@ class PlainBatch:
     """A short batch, encoded here: stands in for a record batch until somebody wants to look at one."""
     __slots__ = ("_columns", "_dictionaries", "_facts", "_head", "data", "nbytes", "nodes", "num_rows", "offsets", "schema")
     def __init__(self, facts: SchemaFacts, columns: Sequence[Sequence[Any]], nodes: Sequence[int],
-                 dictionaries: Sequence[tuple[str, ...]], offsets: list[int], data: bytes, head: bytes = b"") -> None:
+                 dictionaries: Sequence[tuple[str, ...]], offsets: Sequence[int], data: bytes, head: bytes = b"") -> None:
         self._facts, self._columns, self.nodes, self._dictionaries = facts, columns, nodes, dictionaries
         self.offsets, self.data, self._head = offsets, data, head
         self.schema, self.num_rows, self.nbytes = facts.schema, len(columns[0]), len(data)  # nbytes: of its buffers
@@ -2125,7 +2118,7 @@ class RowCodec:
         if plan is not None:
             encoded = [v if type(v) in c.plain else _of_field(n, c.encode, v) for n, c, v in zip(self.names, self.codecs, values)]
             try:
-                return plan.write_row(encoded)
+                return plan.write([[v] for v in encoded], checked=True)
             except _NotPlain:
                 pass
         arrays = [_of_field(n, c.to_array, [v]) for n, c, v in zip(self.names, self.codecs, values)]
@@ -2958,10 +2951,8 @@ class KnownRequest(Request):
 
 def clean_request_id(text: str | None) -> str:
     """Return *text* if it may be echoed and logged (1 to 128 visible ASCII characters), else an empty string."""
-    text = text or ""
-    if text.isalnum() and text.isascii() and len(text) <= MAX_REQUEST_ID_CHARS:
-        return text
-    return text if len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable() and " " not in text else ""
+    fits = text and len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable() and " " not in text
+    return text if text and fits else ""
 
 _EVERYDAY_KEYS = {METHOD_KEY, REQUEST_VERSION_KEY, REQUEST_ID_KEY, PROTOCOL_KEY, PROTOCOL_VERSION_KEY, TIMEOUT_KEY}
 
@@ -4161,17 +4152,12 @@ class PipeTransport(Transport):
 def _channel_pair() -> tuple[FdChannel, FdChannel]:
     """Two channels, each of which reads what the other writes. The second one writes, as a worker to its stdout, to a socket:
     Linux copies through one with less ado than through a pipe. A worker's stdin stays a pipe; a shell looks for that."""
-    near = FdChannel(*os.pipe())
-    try:
-        reads, writes = socket.socketpair()
-    except OSError:
-        near.close()
-        raise
-    with contextlib.suppress(OSError):
-        writes.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES // 2)  # which Linux doubles
-    far = FdChannel(reads.detach(), writes.detach())
-    near.read_fd, far.read_fd = far.read_fd, near.read_fd
-    return near, far
+    reads, writes = socket.socketpair()
+    with reads, writes:  # unless they are detached
+        with contextlib.suppress(OSError):
+            writes.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES // 2)  # which Linux doubles
+        far_end, near_end = os.pipe()
+        return FdChannel(reads.detach(), near_end), FdChannel(far_end, writes.detach())
 
 def make_pipe_pair() -> tuple[Transport, Transport]:
     """Return two connected transports over a pair of pipes; the caller closes both."""
