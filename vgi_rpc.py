@@ -717,26 +717,23 @@ class ByteSource:
         return None
 
 class BufferSource(ByteSource):
-    """A source over bytes in memory, which `read_after` does not copy when they are many and *head* was the last thing read."""
+    """A source over bytes in memory; *head* of `read_after` was the last thing read, and what is large is not copied there."""
     def __init__(self, data: _Buffer) -> None:
         self._whole: Any = data if isinstance(data, bytes) and len(data) <= SMALL_BODY_BYTES else pa.py_buffer(data)
-        self._view = memoryview(self._whole)
         self.position = 0  # how many bytes were read so far
 
     def read(self, size: int) -> bytes:
-        start, self.position = self.position, min(self.position + size, len(self._view))
-        return bytes(self._view[start : self.position])
+        start, self.position = self.position, min(self.position + size, len(self._whole))
+        return bytes(self._whole[start : self.position])
 
     def read_after(self, head: bytes, size: int) -> _Buffer:
-        if isinstance(self._whole, bytes):
-            return head + self.read(size)
-        start, self.position = self.position - len(head), min(self.position + size, len(self._view))
-        return self._whole.slice(start, self.position - start)
+        start, self.position = self.position - len(head), min(self.position + size, len(self._whole))
+        return cast("_Buffer", self._whole[start : self.position])
 
     @property
     def left(self) -> int:
         """How many bytes are still to be read."""
-        return len(self._view) - self.position
+        return len(self._whole) - self.position
 
 class IpcLimits(NamedTuple):
     """What an `IpcReader` accepts of one message."""
@@ -883,11 +880,12 @@ def _head_metadata(message: _Table, regions: list[_Region]) -> dict[bytes, bytes
     return metadata
 
 
+_Hole = tuple[int, str, Any]  # (start, `struct` code, name) of a place in bytes that are otherwise always the same
+
 class _Layout:
-    """Bytes that differ from one another only in some places: one `struct` call reads or writes them all. *holes* are these
-    places: (start, `struct` code, name)."""
+    """Bytes that differ from one another only in *holes*: one `struct` call reads or writes them all."""
     __slots__ = ("_fixed", "_fixed_of", "_parts", "_slots", "_struct")
-    def __init__(self, example: bytes, holes: Iterable[tuple[int, str, Any]]) -> None:
+    def __init__(self, example: bytes, holes: Iterable[_Hole]) -> None:
         codes, fixed, at, count = ["<"], [], 0, 0
         self._slots: dict[Any, slice] = {}  # by name: its part, or parts, among those that the struct reads
         for start, code, name in [*sorted(holes, key=operator.itemgetter(0)), (len(example), "", None)]:
@@ -901,14 +899,14 @@ class _Layout:
         self._fixed_of = operator.itemgetter(*fixed)
         self._fixed = self._fixed_of(self._parts)
 
-def _holes(regions: Iterable[_Region], first: int = 0) -> list[tuple[int, str, Any]]:
+def _holes(regions: Iterable[_Region], first: int = 0) -> list[_Hole]:
     """The regions of a head that begins at *first*, as holes of a layout."""
     return [(first + at, f"{size}s" if isinstance(name, bytes) else f"{size // 8}q", name) for at, size, name in regions]
 
 
 class HeadLayout(_Layout):
     """Where the numbers and metadata values of a head stand. Heads of one schema whose metadata values have the same lengths
-    differ nowhere else. Learned from heads that `_parse_head` has accepted; what has other fixed bytes is not of this layout."""
+    differ nowhere else. Learned from heads that `_parse_head` has accepted; others are not of this layout."""
     __slots__ = ("_head", "_keys", "_numbers")
     def __init__(self, data: bytes, head: MessageHead, regions: list[_Region]) -> None:
         super().__init__(data, _holes(regions))
@@ -928,7 +926,8 @@ class HeadLayout(_Layout):
         return MessageHead(known.kind, parts[body.start] if body else 0, metadata, parts[rows.start] if rows else 0,
                            parts[nodes] if nodes else (), parts[buffers] if buffers else (), *known[6:])
 
-    def message(self, rows: int, nodes: Sequence[int], buffers: Sequence[int], body: bytes, metadata: _Metadata | None) -> bytes:
+    def message(self, rows: int, nodes: Sequence[int], buffers: Sequence[int], body: bytes,
+                metadata: _Metadata | None) -> bytes:
         """Return the whole message of a batch of this layout."""
         parts = self._parts.copy()
         for slot, numbers in zip(self._numbers, ((len(body),), (rows,), nodes, buffers)):
@@ -1121,10 +1120,10 @@ class IpcReader:
 
     def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
         """Refuse rows that no body pays for, buffers outside it, and compressed buffers that grow past the limit."""
-        plain = not head.compressed and 0 <= head.rows <= FREE_ROWS >= max(head.nodes, default=0) and self._limits.max_rows is None
-        if plain and are_inside(head.buffers, head.body_length):
+        limit, max_rows, decoded = self._limits.max_bytes, self._limits.max_rows, 0
+        plain = not head.compressed and 0 <= head.rows <= FREE_ROWS >= max(head.nodes, default=0)
+        if plain and max_rows is None and are_inside(head.buffers, head.body_length):
             return  # nearly all; what is wrong with the others is found out below
-        decoded = 0
         for offset, length in zip(head.buffers[::2], head.buffers[1::2]):
             if offset < 0 or length < 0 or offset + length > head.body_length:
                 raise IPCError(f"buffer at {offset}, {length} bytes: outside the body of {head.body_length} bytes")
@@ -1137,7 +1136,6 @@ class IpcReader:
                 if size < -1:
                     raise IPCError(f"compressed buffer at {offset}: a decoded length of {size} bytes")
             decoded += length if size == -1 else size
-        limit, max_rows = self._limits.max_bytes, self._limits.max_rows
         limit = max(FREE_DECODED_BYTES, 1024 * head.body_length) if limit is None else limit
         if head.compressed and decoded > limit:
             raise RequestTooLargeError(f"compressed buffers: expected at most {limit} decoded bytes, got {decoded}")
@@ -1354,9 +1352,10 @@ _PADDING = tuple(bytes(-n % 8) for n in range(8))
 class _Parts:
     """What a `_Body` becomes on the other side."""
     __slots__ = ("body", "buffers", "dictionaries", "nodes")
-    def __init__(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes, dictionaries: Iterator[Sequence[str]]) -> None:
+    def __init__(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes,
+                 dictionaries: Iterable[Sequence[str]] = ()) -> None:
         self.nodes, self.buffers, self.body = nodes, buffers, body  # it is known that the buffers lie inside the body
-        self.dictionaries = dictionaries
+        self.dictionaries = iter(dictionaries)
 
 
 class _Place:
@@ -1366,7 +1365,7 @@ class _Place:
         self.node, self.first = node, first  # indices of its node, and of its bitmap's buffer
 
     def start(self, parts: _Parts, length: int) -> int:
-        """Return where in ``parts.buffers`` the buffer behind the bitmap stands; raises `_NotPlain` unless there are *length* values."""
+        """Return the index of the buffer behind the bitmap's; raises `_NotPlain` unless there are *length* values."""
         if parts.nodes[self.node] != length:
             raise _NotPlain
         return self.first + 2
@@ -1521,7 +1520,8 @@ def _list_column(place: _Place, item: tuple[_Write, _Read]) -> tuple[_Write, _Re
         return place.with_nulls([flat[a:b] for a, b in itertools.pairwise(offsets)], parts)
     return write, read
 
-def _struct_column(place: _Place, names: Sequence[str], columns: Sequence[tuple[_Write, _Read]], row: type) -> tuple[_Write, _Read]:
+def _struct_column(place: _Place, names: Sequence[str], columns: Sequence[tuple[_Write, _Read]],
+                   row: type) -> tuple[_Write, _Read]:
     """A struct of dicts, or (for the entries of a map, *row* being tuple) of pairs."""
     members_of = [operator.itemgetter(key) for key in (names if row is dict else range(len(names)))]
     def write(values: Sequence[Any], body: _Body) -> None:
@@ -1689,7 +1689,7 @@ def _read_dictionary(message: BatchMessage) -> Sequence[str]:
     head = message.head
     if head.compressed or head.is_delta or len(message.data) > _PLAIN_BYTES or head.rows > _PLAIN_BYTES:
         raise _NotPlain
-    return _UTF8_COLUMN[1](head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), iter(())))
+    return _UTF8_COLUMN[1](head.rows, _Parts(head.nodes, head.buffers, bytes(message.body())))
 
 
 class PlainBatch:
@@ -1733,15 +1733,15 @@ class StreamLayout(_Layout):
     one method do: the layout has all of the stream, or all but the body where that has no fixed length. Learned from a stream
     that went the ordinary way, so what was decided there on the fixed bytes holds for every stream of this layout."""
     __slots__ = ("_nodes", "_plan", "keys", "rows")
-    def __init__(self, example: bytes, holes: Iterable[tuple[int, str, Any]], head: MessageHead, plan: PlainPlan | None) -> None:
+    def __init__(self, example: bytes, holes: Iterable[_Hole], head: MessageHead, plan: PlainPlan | None) -> None:
         super().__init__(example, holes)
         self.keys = tuple(name for name in self._slots if isinstance(name, bytes))  # of the metadata values that may differ
         self.rows, self._nodes, self._plan = head.rows, head.nodes, plan  # no plan: the body is part of the layout
 
     @classmethod
     def learn(cls, facts: SchemaFacts, message: BatchMessage, keys: Sequence[bytes] = ()) -> StreamLayout | None:
-        """Learn from the one batch of a stream; the metadata values of *keys* may differ. ``None`` for columns whose values have
-        parts of their own, and where what may differ also decides how a head is read."""
+        """Learn from the one batch of a stream; the metadata values of *keys* may differ. ``None`` for columns whose values
+        have parts of their own, and where what may differ also decides how a head is read."""
         head, plan, types_, data = message.head, plain_plan(facts.schema), facts.schema.types, bytes(message.data)
         if head.compressed or len(data) > SMALL_BODY_BYTES or (types_ and not (plan and plan.even and head.rows == 1)):
             return None
@@ -1760,8 +1760,8 @@ class StreamLayout(_Layout):
         return cls(example + END_OF_STREAM, holes, head, None)
 
     def read(self, data: bytes, at: int) -> tuple[Sequence[Any], int] | None:
-        """Return the values of `keys`, then of the row, and where the stream ends; ``None`` when what stands in *data* from *at*
-        on is not of this layout, or not there to its end."""
+        """Return the values of `keys`, then of the row, and where the stream ends; ``None`` when what stands in *data* from
+        *at* on is not of this layout, or not there to its end."""
         end = at + self._struct.size
         if len(data) < end:
             return None
@@ -1775,7 +1775,7 @@ class StreamLayout(_Layout):
         if len(body) != size or not are_inside(buffers, size) or not data.startswith(END_OF_STREAM, end):
             return None
         try:
-            row = self._plan.decode(1, _Parts(self._nodes, buffers, body, iter(())))
+            row = self._plan.decode(1, _Parts(self._nodes, buffers, body))
         except _NotPlain:
             return None
         return [*[parts[self._slots[key].start] for key in self.keys], *[column[0] for column in row]], end + 8
@@ -3022,8 +3022,8 @@ def read_result(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage) -
     return value
 
 def recall_result(info: RpcMethodInfo, data: bytes, at: int) -> tuple[Sequence[Any], int] | None:
-    """Read a result that stands in *data* from *at* on; return its row and where it ends. ``None`` when it does not look like the
-    first one that the method returned, or is not there to its end: then it goes the ordinary way."""
+    """Read a result that stands in *data* from *at* on; return its row and where it ends. ``None`` when it does not look like
+    the first one that the method returned, or is not there to its end: then it goes the ordinary way."""
     layout = info.layouts.get("result")
     return None if layout is None else layout.read(data, at)
 
@@ -3453,7 +3453,7 @@ class Caller(NamedTuple):
 class Turn(NamedTuple):
     """What one turn sends."""
     schema: pa.Schema  # of the batches
-    items: list[tuple[pa.RecordBatch, Any]]  # logs first, then data, then an error; each with its metadata
+    items: list[tuple[pa.RecordBatch, Any]]  # logs, then data (also a `PlainBatch`), then an error; each with its metadata
     finished: bool  # whether nothing follows
     error: BaseException | None = None  # what was raised; its error batch is already the last of the items
     status: int = 200  # HTTP status of the answer
@@ -3489,9 +3489,10 @@ class Call:
         """What the method may ask."""
         info, hosted, caller = self.bound.info, self.bound.hosted, self.caller
         return CallContext(
-            caller.auth, self._messages.append, self._transport_metadata, server_id=self.server.server_id, method_name=info.name,
-            protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=self.request_id,
-            deadline=self.deadline, response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone, _limits=caller.limits)
+            caller.auth, self._messages.append, self._transport_metadata, server_id=self.server.server_id,
+            method_name=info.name, protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation,
+            request_id=self.request_id, deadline=self.deadline, response_limit_bytes=caller.response_limit_bytes,
+            _gone=caller.gone, _limits=caller.limits)
 
     @functools.cached_property
     def record(self) -> CallRecord:
@@ -3504,9 +3505,9 @@ class Call:
 
     @functools.cached_property
     def _transport_metadata(self) -> dict[str, Any]:
-        sent = self._request.metadata if self._request is not None else {}
+        sent, where = self._request.metadata if self._request is not None else {}, self.caller.remote_addr
         traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
-        return {**self.caller.metadata, **traces, **({"remote_addr": self.caller.remote_addr} if self.caller.remote_addr else {})}
+        return {**self.caller.metadata, **traces, **({"remote_addr": where} if where else {})}
 
     @functools.cached_property
     def stream_id(self) -> str:
@@ -3590,7 +3591,7 @@ class Call:
         return value
 
     def turn(self, given: AnnotatedBatch, *, conforms: bool = False) -> Turn:
-        """Serve one turn of the stream on *given* (a tick for a producer), which may be known to conform to the input schema."""
+        """Serve one turn of the stream on *given* (a tick for a producer), of which it may be known that it *conforms*."""
         stream = cast("Stream[Any, Any]", self.stream)
         schema, producer = stream.output_schema, stream.is_producer
         out = OutputCollector(schema, producer_mode=producer)
@@ -3990,7 +3991,7 @@ class ByteChannel(ByteSource):
         return self._buffer[self._at :]
 
     def received(self) -> tuple[bytes, int]:
-        """Wait until there is something to read, or the end; return what has been received and from where on it was not read."""
+        """Wait until there is something to read, or the end; return what was received, and where its unread part begins."""
         if self._at == len(self._buffer):
             self._fill()
         return self._buffer, self._at
@@ -5173,6 +5174,8 @@ class Listener:
                  max_connections: int | None = None, idle_timeout: float | None = None) -> None:
         self._socket, self._handle, self._threaded = listening, handle, threaded
         self._max, self._idle = max_connections, idle_timeout
+        self.limits = {"max_connections": max_connections, "idle_timeout": idle_timeout,
+                       "drain_grace_seconds": DRAIN_GRACE_SECONDS}  # for its transports, which tell
         self._wake_read, self._wake_write = socket.socketpair()
         self.wake_fd = self._wake_write.fileno()  # a byte written there has `run` look again
         for ours in (listening, self._wake_read, self._wake_write):
@@ -5293,8 +5296,7 @@ def serve_unix(server: RpcServer, path: str, *, threaded: bool = False, max_conn
     once connections are accepted. For *threaded* and *max_connections* see `Listener`. Raises `OSError` when the path is in use
     by a live server, or cannot be made."""
     def handle(connected: socket.socket, address: Any) -> None:
-        server.serve(Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}", max_connections=max_connections,
-                               idle_timeout=idle_timeout, drain_grace_seconds=DRAIN_GRACE_SECONDS))
+        server.serve(Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}", **listener.limits))
 
     with socket.socket(socket.AF_UNIX) as listening:
         _remove_dead_socket(path)
@@ -5361,10 +5363,9 @@ def serve_tcp(server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, thre
             return
         listener._connections[connected] = ready
         with ready:
-            server.serve(Transport(SocketChannel(ready), TransportKind.TCP, where, max_connections=max_connections, **limits))
+            server.serve(Transport(SocketChannel(ready), TransportKind.TCP, where, **listener.limits, **tls_limit))
 
-    limits = {"idle_timeout": idle_timeout, "drain_grace_seconds": DRAIN_GRACE_SECONDS}
-    limits |= {"tls_handshake_timeout": TLS_HANDSHAKE_SECONDS} if tls_context is not None else {}
+    tls_limit = {"tls_handshake_timeout": TLS_HANDSHAKE_SECONDS} if tls_context is not None else {}
     listening = listen_tcp(host, port)
     listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
     run_listener(server, listener, DRAIN_GRACE_SECONDS, on_bound, host, listening.getsockname()[1])
