@@ -2148,7 +2148,7 @@ class DataclassCodec:
         self.cls = cls
         hints = _hints(cls)
         own = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()  # a state without fields need not be decorated
-        missed = [n for n in vars(cls).get("__annotations__", ()) if n not in {f.name for f in own}]
+        missed = [n for n in inspect.get_annotations(cls) if n not in {f.name for f in own}]
         lost = [n for n in missed if hints.get(n) is not ClassVar and typing.get_origin(hints.get(n)) is not ClassVar]
         if lost and "__dataclass_fields__" not in vars(cls):
             raise TypeError(f"{cls.__qualname__} has fields ({', '.join(missed)}) but is not decorated with @dataclass")
