@@ -1319,6 +1319,13 @@ class BatchTests(TestCase):
     def test_raw_columns_are_readable_when_they_are_right(self) -> None:
         self.assertEqual(read_all(raw_text((0, 40), b"a" * 40))[0][0].column(0).to_pylist(), ["a" * 40])
 
+    def test_a_claim_of_decoded_bytes_is_refused_without_a_limit_of_ours(self) -> None:
+        size, claimed = struct.pack("<q", 32_000_000), struct.pack("<q", 1 << 40)
+        bomb = _compressed_bomb()
+        self.assertEqual(bomb.count(size), 1)
+        with self.assertRaisesRegex(vgi_rpc.RequestTooLargeError, f"at most {1 << 30} decoded bytes, got {1 << 40}"):
+            vgi_rpc.IpcReader(vgi_rpc.BufferSource(bomb.replace(size, claimed))).next_message()
+
     def test_a_claim_of_rows_costs_nothing(self) -> None:
         with self.raises(vgi_rpc.IPCError, "1000000000000 rows"):
             read_all(claiming_rows(10**12))
