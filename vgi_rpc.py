@@ -2929,7 +2929,7 @@ class Request:
 
     def has_schema(self, row: RowCodec) -> bool:
         """Whether the request has exactly the schema of *row*."""
-        return (row.plan is not None and self._reader.facts is row.plan.facts) or self.schema.equals(row.schema)
+        return bool(self.schema.equals(row.schema))
 
     def values(self, row: RowCodec) -> Sequence[Any]:
         """Decode its one row, validated as the reader was told; raises `_Mismatch`, `IPCError`."""
@@ -4862,7 +4862,6 @@ class WorkerPool:
             return PoolMetrics(**{**self._counts, "idle": len(self._idle)})
 
     idle_count = property(lambda self: self.metrics.idle, doc="Workers that wait.")
-
     active_count = property(lambda self: self.metrics.active, doc="Workers that serve a connection.")
 
     def _count(self, **changes: int) -> None:
