@@ -1339,6 +1339,13 @@ class BatchTests(TestCase):
     def test_raw_columns_are_readable_when_they_are_right(self) -> None:
         self.assertEqual(read_all(raw_text((0, 40), b"a" * 40))[0][0].column(0).to_pylist(), ["a" * 40])
 
+    def test_a_claim_of_decoded_bytes_is_refused_without_a_limit_of_ours(self) -> None:
+        size, claimed = struct.pack("<q", 32_000_000), struct.pack("<q", 1 << 40)
+        bomb = _compressed_bomb()
+        self.assertEqual(bomb.count(size), 1)
+        with self.assertRaisesRegex(vgi_rpc.RequestTooLargeError, f"at most {1 << 30} decoded bytes, got {1 << 40}"):
+            vgi_rpc.IpcReader(vgi_rpc.BufferSource(bomb.replace(size, claimed))).next_message()
+
     def test_a_claim_of_rows_costs_nothing(self) -> None:
         with self.raises(vgi_rpc.IPCError, "1000000000000 rows"):
             read_all(claiming_rows(10**12))
@@ -1604,6 +1611,13 @@ class StreamLayoutTests(TestCase):
         self.assertEqual([read[0][0].num_rows for read in answers], [1] * 7)
         self.assertEqual(server._known, known)
 
+    def test_hooks_count_the_rows_of_what_is_known(self) -> None:
+        server, recorder = make_server(), Recorder()
+        server.add_hook(recorder)
+        ask_core(server, 3 * request_bytes("nothing") + 3 * request_bytes("add", {"a": 1.0, "b": 2.0}))
+        counted = [(r.request_rows, r.statistics.input_rows) for r in recorder.records]
+        self.assertEqual(counted, 3 * [(0, 0)] + 3 * [(1, 1)])
+
     def test_a_method_sees_its_caller_and_its_deadline_when_known(self) -> None:
         with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
             hurried = vgi_rpc.with_options(proxy, timeout=0.05)
@@ -1821,6 +1835,18 @@ class TypeTests(TestCase):
 
 class OutputCollectorTests(TestCase):
     """The collector of one turn on its own."""
+
+    def test_an_integer_that_no_float_holds_is_refused_each_time(self) -> None:
+        schema = pa.schema([("value", pa.float64())])
+        for values in ([1.5], [2], [2.5], [2**53 + 1], [2.5], [1.0, 2**53 + 1]):
+            out = vgi_rpc.OutputCollector(schema)
+            with self.subTest(values=values):
+                if 2**53 + 1 in values:
+                    with self.assertRaisesRegex(TypeError, "column 'value'.*9007199254740993"):
+                        out.emit_pydict({"value": values})
+                    continue
+                out.emit_pydict({"value": values})
+                self.assertEqual(out.data_batch.batch.to_pydict(), {"value": values})  # type: ignore[union-attr]
 
     def test_one_batch_a_turn(self) -> None:
         out = OutputCollector(INTEGERS)

@@ -705,8 +705,6 @@ def batch_kind(num_rows: int, metadata: _Metadata | None) -> BatchKind:
 
 class ByteSource:
     """Bytes in their order: what an `IpcReader` reads from."""
-    _buffer, _at = b"", 0  # what is there already, and where the part of it begins that was not read
-
     def read(self, size: int) -> bytes:
         """Return the next *size* bytes, fewer only where the source ends."""
         raise io.UnsupportedOperation("read")
@@ -719,56 +717,24 @@ class ByteSource:
         """As `read_after`, if *head* comes next and is there already or with the next bytes that come; else read nothing."""
         return None
 
-    def read_head(self) -> bytes:
-        """Read a message's prefix and head if they are there already, and look like it; else read nothing."""
-        data, at = self._buffer, self._at
-        if len(data) >= at + 8:
-            mark, size = _PREFIX.unpack_from(data, at)
-            if mark == -1 and 0 < size <= len(data) - at - 8:
-                self._at = end = at + 8 + size
-                return data[at:end]
-        return b""
-
-    def take(self, expected: bytes) -> bool:
-        """Read *expected* if it comes next and is there already; else read nothing."""
-        found = self._buffer.startswith(expected, self._at)
-        self._at += len(expected) if found else 0
-        return found
-
-_PREFIX = struct.Struct("<ii")
-
-
 class BufferSource(ByteSource):
-    """A source over bytes in memory, which `read_after` does not copy when they are many and *head* was the last thing read."""
+    """A source over bytes in memory; *head* of `read_after` was the last thing read, and what is large is not copied there."""
     def __init__(self, data: _Buffer) -> None:
-        self._whole: Any = None  # unless they are few
-        if isinstance(data, bytes) and len(data) <= SMALL_BODY_BYTES:
-            self._buffer, self._size = data, len(data)
-        else:
-            self._whole = data if isinstance(data, pa.Buffer) else pa.py_buffer(data)
-            self._view = memoryview(self._whole)
-            self._size = len(self._view)
+        self._whole: Any = data if isinstance(data, bytes) and len(data) <= SMALL_BODY_BYTES else pa.py_buffer(data)
+        self.position = 0  # how many bytes were read so far
 
     def read(self, size: int) -> bytes:
-        start, self._at = self._at, min(self._at + size, self._size)
-        return bytes(self._view[start : self._at]) if self._whole is not None else self._buffer[start : self._at]
+        start, self.position = self.position, min(self.position + size, len(self._whole))
+        return bytes(self._whole[start : self.position])
 
     def read_after(self, head: bytes, size: int) -> _Buffer:
-        if self._whole is None:
-            return head + self.read(size)
-        start = self._at - len(head)
-        self._at = min(self._at + size, self._size)
-        return self._whole.slice(start, self._at - start)
-
-    @property
-    def position(self) -> int:
-        """How many bytes were read so far."""
-        return self._at
+        start, self.position = self.position - len(head), min(self.position + size, len(self._whole))
+        return cast("_Buffer", self._whole[start : self.position])
 
     @property
     def left(self) -> int:
         """How many bytes are still to be read."""
-        return self._size - self._at
+        return len(self._whole) - self.position
 
 class IpcLimits(NamedTuple):
     """What an `IpcReader` accepts of one message."""
@@ -873,13 +839,6 @@ def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
         if count:
             regions.append((start, 16 * count, name))
         return struct.unpack_from(f"<{2 * count}q", data, start)
-    def with_regions(head: MessageHead) -> tuple[MessageHead, list[_Region]]:
-        decisive, spans = bytearray(len(data)), [(start, start + size) for start, size, _ in regions]
-        for start, size in seen:
-            decisive[start : start + size] = b"\1" * size
-        apart = all(end <= start for (_, end), (start, _) in zip(sorted(spans), sorted(spans)[1:]))
-        once = len({name for _, _, name in regions}) == len(regions)
-        return head, regions if apart and once and not any(1 in decisive[a:b] for a, b in spans) else []
     message = _Table(data, struct.unpack_from("<I", data, 0)[0], seen)
     if message.scalar(0, "<h") not in (3, 4):  # V4 and V5 of MetadataVersion: those that pyarrow reads
         raise ValueError(f"metadata version {message.scalar(0, '<h') + 1}")
@@ -887,16 +846,22 @@ def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
     batch, metadata = message.table(2), _head_metadata(message, regions)
     if batch is None or kind not in (_SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE) or body_length < 0:
         raise ValueError(f"message type {kind}, body of {body_length} bytes")
-    if kind == _SCHEMA_MESSAGE:
-        return with_regions(MessageHead(kind, body_length, metadata))
-    dictionary_id, is_delta = 0, False
-    if kind == _DICTIONARY_MESSAGE:
-        dictionary_id, is_delta, batch = batch.scalar(0, "<q"), bool(batch.scalar(2, "<B")), batch.table(1)
-        if batch is None:
-            raise ValueError("a dictionary without a batch")
-    rows, nodes, buffers = number(batch, 0, "rows"), numbers(batch, 1, "nodes"), numbers(batch, 2, "buffers")
-    compressed = batch.target(3) is not None
-    return with_regions(MessageHead(kind, body_length, metadata, rows, nodes, buffers, compressed, dictionary_id, is_delta))
+    head = MessageHead(kind, body_length, metadata)
+    if kind != _SCHEMA_MESSAGE:
+        dictionary_id, is_delta = 0, False
+        if kind == _DICTIONARY_MESSAGE:
+            dictionary_id, is_delta, batch = batch.scalar(0, "<q"), bool(batch.scalar(2, "<B")), batch.table(1)
+            if batch is None:
+                raise ValueError("a dictionary without a batch")
+        rows, nodes, buffers = number(batch, 0, "rows"), numbers(batch, 1, "nodes"), numbers(batch, 2, "buffers")
+        compressed = batch.target(3) is not None
+        head = MessageHead(kind, body_length, metadata, rows, nodes, buffers, compressed, dictionary_id, is_delta)
+    decisive, spans = bytearray(len(data)), sorted((start, start + size) for start, size, _ in regions)
+    for start, size in seen:
+        decisive[start : start + size] = b"\1" * size
+    apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    once = len({name for _, _, name in regions}) == len(regions)
+    return head, regions if apart and once and not any(1 in decisive[a:b] for a, b in spans) else []
 
 def _head_metadata(message: _Table, regions: list[_Region]) -> dict[bytes, bytes] | None:
     start, count = message.vector(4)
@@ -916,31 +881,39 @@ def _head_metadata(message: _Table, regions: list[_Region]) -> dict[bytes, bytes
     return metadata
 
 
-class HeadLayout:
-    """Where the numbers and metadata values of a head stand; all its other bytes are fixed. Heads of one schema whose metadata
-    values have the same lengths differ nowhere else, so one `struct` call reads or writes them. Learned from heads that
-    `_parse_head` has accepted; what has other fixed bytes is not of this layout."""
-    __slots__ = ("_fixed", "_fixed_of", "_head", "_keys", "_numbers", "_parts", "_slots", "_struct")
-    def __init__(self, data: bytes, head: MessageHead, regions: list[_Region]) -> None:
-        codes, fixed, count, at = ["<"], [], 0, 0
-        self._slots: dict[Any, slice] = {}
-        for start, size, name in [*sorted(regions, key=operator.itemgetter(0)), (len(data), 0, None)]:
-            width = 1 if isinstance(name, bytes) else size // 8
-            codes.append(f"{start - at}s{size}s" if isinstance(name, bytes) else f"{start - at}s{width}q")
+_Hole = tuple[int, str, Any]  # (start, `struct` code, name) of a place in bytes that are otherwise always the same
+
+class _Layout:
+    """Bytes that differ from one another only in *holes*: one `struct` call reads or writes them all."""
+    __slots__ = ("_fixed", "_fixed_of", "_parts", "_slots", "_struct")
+    def __init__(self, example: bytes, holes: Iterable[_Hole]) -> None:
+        codes, fixed, at, count = ["<"], [], 0, 0
+        self._slots: dict[Any, slice] = {}  # by name: its part, or parts, among those that the struct reads
+        for start, code, name in [*sorted(holes, key=operator.itemgetter(0)), (len(example), "", None)]:
+            width = 1 if code.endswith("s") else int(code[:-1] or 1)
+            codes += (f"{start - at}s", code)
             fixed.append(count)
             self._slots[name] = slice(count + 1, count + 1 + width)
-            count, at = count + 1 + width, start + size
+            count, at = count + 1 + width, start + struct.calcsize("<" + code)
         self._struct = struct.Struct("".join(codes))
-        self._parts = list(self._struct.unpack(data))
+        self._parts = list(self._struct.unpack(example))
         self._fixed_of = operator.itemgetter(*fixed)
         self._fixed = self._fixed_of(self._parts)
+
+def _holes(regions: Iterable[_Region], first: int = 0) -> list[_Hole]:
+    """The regions of a head that begins at *first*, as holes of a layout."""
+    return [(first + at, f"{size}s" if isinstance(name, bytes) else f"{size // 8}q", name) for at, size, name in regions]
+
+
+class HeadLayout(_Layout):
+    """Where the numbers and metadata values of a head stand. Heads of one schema whose metadata values have the same lengths
+    differ nowhere else. Learned from heads that `_parse_head` has accepted; others are not of this layout."""
+    __slots__ = ("_head", "_keys", "_numbers")
+    def __init__(self, data: bytes, head: MessageHead, regions: list[_Region]) -> None:
+        super().__init__(data, _holes(regions))
         self._keys = [(key, self._slots[key].start) for key in head.metadata or () if key in self._slots]
         self._numbers = [self._slots.get(name) for name in ("body_length", "rows", "nodes", "buffers")]
         self._head = head
-
-    @classmethod
-    def learn(cls, data: bytes) -> HeadLayout:
-        return cls(data, *_parse_head(data))
 
     def read(self, data: bytes) -> MessageHead | None:
         """Read a head of the same length; ``None`` when it is not of this layout."""
@@ -954,7 +927,8 @@ class HeadLayout:
         return MessageHead(known.kind, parts[body.start] if body else 0, metadata, parts[rows.start] if rows else 0,
                            parts[nodes] if nodes else (), parts[buffers] if buffers else (), *known[6:])
 
-    def message(self, rows: int, nodes: Sequence[int], buffers: Sequence[int], body: bytes, metadata: _Metadata | None) -> bytes:
+    def message(self, rows: int, nodes: Sequence[int], buffers: Sequence[int], body: bytes,
+                metadata: _Metadata | None) -> bytes:
         """Return the whole message of a batch of this layout."""
         parts = self._parts.copy()
         for slot, numbers in zip(self._numbers, ((len(body),), (rows,), nodes, buffers)):
@@ -983,8 +957,6 @@ def parse_message_head(data: bytes) -> MessageHead:
         _layouts[len(data)] = [*layouts, HeadLayout(data, head, regions)]
     return head
 
-_own_head = functools.lru_cache(maxsize=32)(parse_message_head)  # of heads that pyarrow writes here, batch after batch
-
 def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
     """Call into pyarrow with foreign bytes: the one place where its exceptions become ours."""
     try:
@@ -1007,21 +979,19 @@ def _children(kind: pa.DataType) -> list[pa.Field]:
 def _count_dictionaries(kind: pa.DataType) -> int:
     if isinstance(kind, pa.BaseExtensionType):
         return _count_dictionaries(kind.storage_type)
-    return int(pa.types.is_dictionary(kind)) + sum(_count_dictionaries(kind.field(i).type) for i in range(kind.num_fields))
+    return int(pa.types.is_dictionary(kind)) + sum(_count_dictionaries(f.type) for f in _children(kind))
 
 class SchemaFacts:
     """A schema with what reading and writing its batches needs to know; safe for use by several threads."""
-    __slots__ = ("_shapes", "bare", "dictionaries", "dictionary_count", "has_dictionary", "message", "plan", "required", "schema",
-                 "seen")
+    __slots__ = ("_shapes", "bare", "dictionaries", "dictionary_count", "message", "plan", "required", "schema", "seen")
     def __init__(self, schema: pa.Schema, message: bytes) -> None:
         self.schema, self.message = schema, message  # the encapsulated schema message
         self.dictionary_count = sum(map(_count_dictionaries, schema.types))
-        self.has_dictionary = self.dictionary_count > 0
         self.required = tuple([i for i, f in enumerate(schema) if not f.nullable])  # columns that take no nulls
         self.plan: Any = False  # how its short batches travel without pyarrow: `plain_plan` fills it in
         self._shapes: dict[Any, tuple[list[HeadLayout], HeadLayout]] = {}
         self.bare: tuple[list[HeadLayout], HeadLayout] | None = None  # see `_bare_layouts`
-        self.seen: tuple[BatchMessage, ...] = ()  # short dictionary messages, as read
+        self.seen: tuple[BatchMessage, ...] = ()  # short dictionary messages, as read: see `PlainPlan.read_stream`
         self.dictionaries: dict[tuple[HeadLayout, tuple[str, ...]], bytes] = {}  # messages of short ones, as written
 
     def layouts(self, example: Any, metadata: _Metadata | None, has_body: bool) -> tuple[list[HeadLayout], HeadLayout]:
@@ -1043,7 +1013,7 @@ class SchemaFacts:
         with ipc.new_stream(file, self.schema) as writer:
             writer.write_batch(example, custom_metadata=metadata)
         _, *messages = ipc.MessageReader.open_stream(file.getvalue())
-        *dictionaries, layout = [HeadLayout.learn(m.metadata.to_pybytes()) for m in messages]
+        *dictionaries, layout = [HeadLayout(head, *_parse_head(head)) for head in (m.metadata.to_pybytes() for m in messages)]
         return dictionaries, layout
 
 def _decode_schema(message: bytes) -> SchemaFacts:
@@ -1097,10 +1067,6 @@ class IpcReader:
 
     def _read_head(self, first: bool = False) -> bytes | None:
         """Read prefix and head of the next message; ``None`` at the end marker."""
-        if raw := self._source.read_head():
-            if len(raw) - 8 > MAX_METADATA_BYTES:
-                raise IPCError(f"message head: expected 1 to {MAX_METADATA_BYTES} bytes, got {len(raw) - 8}")
-            return raw
         prefix = self._source.read(8)
         if len(prefix) < 8 or prefix[:4] != _CONTINUATION:
             if first and not prefix:
@@ -1126,13 +1092,7 @@ class IpcReader:
     def next_message(self) -> BatchMessage | None:
         """Read the next batch's message without decoding it; ``None`` at the end marker. Raises `IPCError` for half a message
         or a head that cannot be true, `RequestTooLargeError` above a limit."""
-        for dictionary in () if self.ended else self.facts.seen:
-            if self._source.take(cast("bytes", dictionary.data)):
-                self._check_bounds(dictionary.head, dictionary.body())  # a reader with other limits may have kept it
-                self._keep_dictionary(dictionary)
-        while True:
-            if self.ended:
-                return None
+        while not self.ended:
             raw, head = self._last
             message = _guard("the message body", self._source.read_known, raw, head.body_length) if raw else None
             known = message is not None
@@ -1146,9 +1106,7 @@ class IpcReader:
                 if limit is not None and size > limit:
                     self._unread = size
                     raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {size}")
-                call, message = self._source.read_after, raw
-                if size:
-                    message = call(raw, size) if size <= SMALL_BODY_BYTES else _guard("the message body", call, raw, size)
+                message = _guard("the message body", self._source.read_after, raw, size) if size else raw
             if len(message) < len(raw) + head.body_length:
                 got = len(message) - len(raw)
                 raise IPCError(f"half a message: expected a body of {head.body_length} bytes, got {got}")
@@ -1164,13 +1122,14 @@ class IpcReader:
             self._keep_dictionary(BatchMessage(head, message))
             if len(message) <= SMALL_DICTIONARY_BYTES and not head.compressed and len(self.facts.seen) < 16:
                 self.facts.seen = (*self.facts.seen, BatchMessage(head, bytes(message)))
+        return None
 
     def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
         """Refuse rows that no body pays for, buffers outside it, and compressed buffers that grow past the limit."""
-        plain = not head.compressed and 0 <= head.rows <= FREE_ROWS >= max(head.nodes, default=0) and self._limits.max_rows is None
-        if plain and are_inside(head.buffers, head.body_length):
+        limit, max_rows, decoded = self._limits.max_bytes, self._limits.max_rows, 0
+        plain = not head.compressed and 0 <= head.rows <= FREE_ROWS >= max(head.nodes, default=0)
+        if plain and max_rows is None and are_inside(head.buffers, head.body_length):
             return  # nearly all; what is wrong with the others is found out below
-        decoded = 0
         for offset, length in zip(head.buffers[::2], head.buffers[1::2]):
             if offset < 0 or length < 0 or offset + length > head.body_length:
                 raise IPCError(f"buffer at {offset}, {length} bytes: outside the body of {head.body_length} bytes")
@@ -1183,8 +1142,8 @@ class IpcReader:
                 if size < -1:
                     raise IPCError(f"compressed buffer at {offset}: a decoded length of {size} bytes")
             decoded += length if size == -1 else size
-        limit, max_rows = self._limits.max_bytes, self._limits.max_rows
-        if head.compressed and decoded > (limit if limit is not None else max(FREE_DECODED_BYTES, 1024 * head.body_length)):
+        limit = max(FREE_DECODED_BYTES, 1024 * head.body_length) if limit is None else limit
+        if head.compressed and decoded > limit:
             raise RequestTooLargeError(f"compressed buffers: expected at most {limit} decoded bytes, got {decoded}")
         longest = max(head.rows, *head.nodes[::2], 0)  # a child may be longer than its parent: one list of a trillion nulls
         if head.rows < 0 or (longest > FREE_ROWS and longest > 8 * decoded):
@@ -1205,7 +1164,7 @@ class IpcReader:
         """Decode a message of this stream, the last one read if the schema has dictionaries; `IPCError` if it is not valid."""
         if not message.head.rows and not len(self.schema):
             return _TICK
-        if self.facts.has_dictionary:
+        if self.facts.dictionary_count:
             batch = _guard("the batch", self._decode_with_dictionaries, message.data)
         else:
             batch = _guard("the batch", ipc.read_record_batch, pa.py_buffer(message.data), self.schema)
@@ -1272,18 +1231,18 @@ class IpcWriter:
 
     def _messages(self, batch: Any, metadata: dict[bytes, bytes] | None) -> list[_Buffer]:
         if not isinstance(batch, pa.RecordBatch):
-            if self._writer is None or not self._facts.has_dictionary:
+            if self._writer is None or not self._facts.dictionary_count:
                 return cast("list[_Buffer]", batch.messages(metadata))
             batch = batch.to_record_batch()
         if batch is _TICK and metadata is None:
             return [_tick_message()]
-        if self._facts.has_dictionary or batch.get_total_buffer_size() > SMALL_BODY_BYTES:
+        if self._facts.dictionary_count or batch.get_total_buffer_size() > SMALL_BODY_BYTES:
             return self._by_pyarrow(batch, metadata)
         raw = batch.serialize().to_pybytes()
         if metadata is None:
             return [raw]
         size = 8 + struct.unpack_from("<i", raw, 4)[0]
-        head, body = _own_head(raw[8:size]), raw[size:]
+        head, body = parse_message_head(raw[8:size]), raw[size:]
         _, layout = self._facts.layouts(batch, metadata, bool(body))
         return [layout.message(head.rows, head.nodes, head.buffers, body, metadata)]
 
@@ -1360,9 +1319,10 @@ def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values:
 # 5. PLAIN ROWS ........................................ uses 1-4
 # ============================================================================
 # Short columns of everyday types between Python values and message bytes, without pyarrow, whose calls cost more than a
-# small message is worth. Law: this section only saves time. It writes the bytes that pyarrow would write, from a layout
-# learned of pyarrow's own; what it does not know, or what looks odd, it leaves to the ordinary way (_NotPlain). A reader
-# who skips it loses nothing but speed.
+# small message is worth; and whole streams of one such row, the requests and results of a method, by one layout of all their
+# bytes (StreamLayout). Law: this section only saves time. It writes the bytes that pyarrow would write, from a layout
+# learned of pyarrow's own; what it does not know, or what looks odd, it leaves to the ordinary way (_NotPlain, or None of a
+# StreamLayout). A reader who skips it loses nothing but speed.
 
 _PLAIN_BYTES = 1 << 20  # above this pyarrow is the faster one, also for numbers
 _NUMBERS = {
@@ -1395,13 +1355,13 @@ class _Body:
 
 _PADDING = tuple(bytes(-n % 8) for n in range(8))
 
-
 class _Parts:
     """What a `_Body` becomes on the other side."""
     __slots__ = ("body", "buffers", "dictionaries", "nodes")
-    def __init__(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes, dictionaries: Iterator[Sequence[str]]) -> None:
+    def __init__(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes,
+                 dictionaries: Iterable[Sequence[str]] = ()) -> None:
         self.nodes, self.buffers, self.body = nodes, buffers, body  # it is known that the buffers lie inside the body
-        self.dictionaries = dictionaries
+        self.dictionaries = iter(dictionaries)
 
 
 class _Place:
@@ -1411,7 +1371,7 @@ class _Place:
         self.node, self.first = node, first  # indices of its node, and of its bitmap's buffer
 
     def start(self, parts: _Parts, length: int) -> int:
-        """Return where in ``parts.buffers`` the buffer behind the bitmap stands; raises `_NotPlain` unless there are *length* values."""
+        """Return the index of the buffer behind the bitmap's; raises `_NotPlain` unless there are *length* values."""
         if parts.nodes[self.node] != length:
             raise _NotPlain
         return self.first + 2
@@ -1477,8 +1437,12 @@ def _write_node(values: Sequence[Any], body: _Body, kind: type | None = None) ->
     body.add(_bitmap([v is not None for v in values]) if nulls else b"")
     return nulls > 0
 
-def _number_column(place: _Place, code: str, accepted: frozenset[type]) -> tuple[_Write, _Read]:
-    one, size = struct.Struct(f"<{code}{8 - struct.calcsize(code)}x"), struct.calcsize(code)
+def _accepted(code: str) -> set[type]:
+    return {float if code == "d" else int}  # an int may be one that no float64 holds
+
+def _number_column(place: _Place, code: str) -> tuple[_Write, _Read]:
+    size, accepted = struct.calcsize(code), _accepted(code)
+    one = struct.Struct(f"<{code}{8 - size}x")
     def write(values: Sequence[Any], body: _Body) -> None:
         if len(values) == 1 and body.checked and values[0] is not None:
             at = body.size
@@ -1562,7 +1526,8 @@ def _list_column(place: _Place, item: tuple[_Write, _Read]) -> tuple[_Write, _Re
         return place.with_nulls([flat[a:b] for a, b in itertools.pairwise(offsets)], parts)
     return write, read
 
-def _struct_column(place: _Place, names: Sequence[str], columns: Sequence[tuple[_Write, _Read]], row: type) -> tuple[_Write, _Read]:
+def _struct_column(place: _Place, names: Sequence[str], columns: Sequence[tuple[_Write, _Read]],
+                   row: type) -> tuple[_Write, _Read]:
     """A struct of dicts, or (for the entries of a map, *row* being tuple) of pairs."""
     members_of = [operator.itemgetter(key) for key in (names if row is dict else range(len(names)))]
     def write(values: Sequence[Any], body: _Body) -> None:
@@ -1604,13 +1569,10 @@ def _enum_column(place: _Place) -> tuple[_Write, _Read]:
 _ENUM_TYPE = pa.dictionary(pa.int16(), pa.utf8())
 _UTF8_COLUMN = _text_column(_Place(0, 0), str)
 
-def _accepted(kind: pa.DataType) -> frozenset[type]:
-    return frozenset({float, int} if kind == pa.float64() else {int})
-
 def _plain_column(kind: pa.DataType, places: _Places) -> tuple[_Write, _Read]:
     """Writer and reader of a column; raises `_NotPlain` for a type that is not plain."""
     if kind in _NUMBERS:
-        return _number_column(places.take(2), _NUMBERS[kind], _accepted(kind))
+        return _number_column(places.take(2), _NUMBERS[kind])
     if kind == _ENUM_TYPE:
         return _enum_column(places.take(2))
     if pa.types.is_boolean(kind):
@@ -1639,19 +1601,15 @@ class PlainPlan:
         self.names = frozenset(facts.schema.names)
         codes = [_NUMBERS.get(t, "") for t in facts.schema.types]
         self._row = struct.Struct("<" + "".join(f"{c}{8 - struct.calcsize(c)}x" for c in codes)) if all(codes) else None
-        simple = (pa.types.is_boolean, pa.types.is_string, pa.types.is_binary)
-        # Whether one row of it has as many values in each column, however long they are, so that heads differ in buffers alone.
-        self.even = all(c or any(is_a(t) for is_a in simple) for c, t in zip(codes, facts.schema.types))
-        self._accepted = [_accepted(t) for t in facts.schema.types]
-        self._row_head = b""  # of a message of one row of numbers without nulls and without metadata: it is always the same
-
-    def write_row(self, values: Sequence[Any]) -> PlainBatch:
-        """Encode one row of values that codecs have checked; raises `_NotPlain`."""
-        return self.write([[v] for v in values], checked=True)
+        # Whether rows have no parts of their own: however long their values are, heads of one row differ in buffers alone.
+        self.even = self._places.nodes == 2 * len(codes) and not facts.dictionary_count
+        self._accepted = [_accepted(c) for c in codes]
+        # Of a message of one row of numbers without nulls and without metadata, which are always the same: buffers and head.
+        self._numbers_like: tuple[Sequence[int], bytes] | None = None
 
     def write(self, columns: Sequence[Sequence[Any]], checked: bool = False) -> PlainBatch:
         """Encode columns of equal length, of which codecs have *checked* the values or not; raises `_NotPlain`."""
-        if self._row_head and (batch := self._numbers(columns, checked)) is not None:
+        if self._numbers_like is not None and (batch := self._row_of_numbers(columns, checked)) is not None:
             return batch
         body, length = _Body(checked), len(columns[0])
         try:
@@ -1666,11 +1624,10 @@ class PlainPlan:
         batch = PlainBatch(self.facts, columns, body.nodes, body.dictionaries, body.buffers, b"".join(body.pieces))
         if self._row is not None and length == 1 and not any(body.nodes[1::2]):
             (message,) = batch.messages(None)
-            self._row_buffers = body.buffers
-            self._row_head = bytes(message[: -batch.nbytes])
+            self._numbers_like = body.buffers, bytes(message[: -batch.nbytes])
         return batch
 
-    def _numbers(self, columns: Sequence[Sequence[Any]], checked: bool) -> PlainBatch | None:
+    def _row_of_numbers(self, columns: Sequence[Sequence[Any]], checked: bool) -> PlainBatch | None:
         """Encode one row of numbers without nulls, with the head that such a row always has; ``None`` for other columns."""
         try:
             row = [value for (value,) in columns]
@@ -1679,20 +1636,12 @@ class PlainPlan:
             data = cast("struct.Struct", self._row).pack(*row)
         except (struct.error, OverflowError, ValueError, TypeError):
             return None
-        return PlainBatch(self.facts, columns, (1, 0) * len(columns), (), self._row_buffers, data, self._row_head)
+        buffers, head = cast("tuple[Sequence[int], bytes]", self._numbers_like)
+        return PlainBatch(self.facts, columns, _ONE * len(columns), (), buffers, data, head)
 
     def read(self, reader: IpcReader, message: BatchMessage) -> list[list[Any]]:
         """Decode a message of this schema to a list of values per column, as fully checked as pyarrow's; raises `_NotPlain`."""
-        head = message.head
-        if head.compressed or len(message.data) > _PLAIN_BYTES or not 0 < head.rows <= _PLAIN_BYTES:
-            raise _NotPlain
-        try:
-            found = reader.dictionaries() if self.facts.has_dictionary else []
-            if [m.head.dictionary_id for m in found] != list(range(self.facts.dictionary_count)):  # as pyarrow numbers them
-                raise _NotPlain
-            return self._read(head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), map(_read_dictionary, found)))
-        except StopIteration:
-            raise _NotPlain from None
+        return self._read(message.head, message.body(), reader.dictionaries())
 
     def read_stream(self, data: bytes) -> list[Any]:
         """Decode a whole stream of one row as `stream_bytes` writes it, its dictionaries such as were read before; raises
@@ -1703,7 +1652,7 @@ class PlainPlan:
             if data.startswith(cast("bytes", known.data), at):
                 found.append(known)
                 at += len(known.data)
-        start = at + 8 + (_PREFIX.unpack_from(data, at)[1] if len(data) >= at + 8 else 0)
+        start = at + 8 + (struct.unpack_from("<i", data, at + 4)[0] if len(data) >= at + 8 else 0)
         if not data.startswith(facts.message) or not data.startswith(_CONTINUATION, at) or not at + 8 < start < len(data):
             raise _NotPlain
         try:
@@ -1711,18 +1660,20 @@ class PlainPlan:
         except IPCError:
             raise _NotPlain from None
         end = start + head.body_length
-        ids = [one.head.dictionary_id for one in found]
-        if head.kind != _BATCH_MESSAGE or head.rows != 1 or head.compressed or ids != list(range(facts.dictionary_count)) \
-                or not data.startswith(END_OF_STREAM, end) or not are_inside(head.buffers, head.body_length):
+        if head.kind != _BATCH_MESSAGE or head.rows != 1 or not data.startswith(END_OF_STREAM, end) \
+                or not are_inside(head.buffers, head.body_length):
             raise _NotPlain
-        parts = _Parts(head.nodes, head.buffers, data[start:end], map(_read_dictionary, found))
-        return [column[0] for column in self._read(1, parts)]
+        return [column[0] for column in self._read(head, data[start:end], found)]
 
-    def read_row(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes) -> list[Any]:
-        """Decode one row of a schema without dictionaries; *buffers* are known to lie inside *body*. Raises `_NotPlain`."""
-        return [column[0] for column in self._read(1, _Parts(nodes, buffers, body, iter(())))]
+    def _read(self, head: MessageHead, body: bytes | memoryview, dictionaries: Sequence[BatchMessage]) -> list[list[Any]]:
+        if head.compressed or len(body) > _PLAIN_BYTES or not 0 < head.rows <= _PLAIN_BYTES:
+            raise _NotPlain
+        if [m.head.dictionary_id for m in dictionaries] != list(range(self.facts.dictionary_count)):  # as pyarrow numbers them
+            raise _NotPlain
+        return self.decode(head.rows, _Parts(head.nodes, head.buffers, bytes(body), map(_read_dictionary, dictionaries)))
 
-    def _read(self, length: int, parts: _Parts) -> list[list[Any]]:
+    def decode(self, length: int, parts: _Parts) -> list[list[Any]]:
+        """Decode rows whose buffers are known to lie inside the body; raises `_NotPlain`."""
         if len(parts.nodes) != self._places.nodes or len(parts.buffers) != self._places.buffers:
             raise _NotPlain
         try:
@@ -1762,14 +1713,14 @@ def _read_dictionary(message: BatchMessage) -> Sequence[str]:
     head = message.head
     if head.compressed or head.is_delta or len(message.data) > _PLAIN_BYTES or head.rows > _PLAIN_BYTES:
         raise _NotPlain
-    return _UTF8_COLUMN[1](head.rows, _Parts(head.nodes, head.buffers, bytes(message.body()), iter(())))
+    return _UTF8_COLUMN[1](head.rows, _Parts(head.nodes, head.buffers, bytes(message.body())))
 
 
 class PlainBatch:
     """A short batch, encoded here: stands in for a record batch until somebody wants to look at one."""
     __slots__ = ("_columns", "_dictionaries", "_facts", "_head", "data", "nbytes", "nodes", "num_rows", "offsets", "schema")
     def __init__(self, facts: SchemaFacts, columns: Sequence[Sequence[Any]], nodes: Sequence[int],
-                 dictionaries: Sequence[tuple[str, ...]], offsets: list[int], data: bytes, head: bytes = b"") -> None:
+                 dictionaries: Sequence[tuple[str, ...]], offsets: Sequence[int], data: bytes, head: bytes = b"") -> None:
         self._facts, self._columns, self.nodes, self._dictionaries = facts, columns, nodes, dictionaries
         self.offsets, self.data, self._head = offsets, data, head
         self.schema, self.num_rows, self.nbytes = facts.schema, len(columns[0]), len(data)  # nbytes: of its buffers
@@ -1806,26 +1757,15 @@ class PlainBatch:
 
 _LEARNED_BYTES = 8_192  # of a stream's fixed part: peers may have a server learn thousands of layouts
 
-class StreamLayout:
-    """Whole streams of one row that differ in its values and in a few metadata values alone, as the calls of one method do: one
-    `struct` call reads or writes all of it, or all but the body where that has no fixed length. Learned from a stream that went
-    the ordinary way, so what was decided there on the fixed bytes holds for every stream of this layout."""
-    __slots__ = ("_buffers", "_buffers_at", "_fixed", "_keys_at", "_length_at", "_nodes", "_parts", "_plan", "_struct", "keys")
-    def __init__(self, facts: SchemaFacts, message: BatchMessage, holes: list[tuple[int, str, Any]], numbers: bool) -> None:
-        head, body_at = message.head, len(message.data) - message.head.body_length
-        example = facts.message + bytes(message.data[:None if numbers else body_at]) + (END_OF_STREAM if numbers else b"")
-        codes, at = ["<"], 0
-        for start, code, _ in sorted(holes):
-            codes += (f"{start - at}s", code)
-            at = start + struct.calcsize("<" + code)
-        self._struct = struct.Struct("".join([*codes, f"{len(example) - at}s"]))
-        self._parts = list(self._struct.unpack(example))  # fixed, hole, fixed, hole, … fixed
-        self._fixed, self._plan = tuple(self._parts[::2]), None if numbers else cast("PlainPlan", plain_plan(facts.schema))
-        names = [name for _, _, name in sorted(holes)]
-        self._keys_at = [i for i, name in enumerate(names) if isinstance(name, bytes)]
-        self.keys = tuple(names[i] for i in self._keys_at)
-        self._nodes, self._buffers = head.nodes, struct.Struct(f"<{len(head.buffers)}q")
-        self._length_at, self._buffers_at = (0, 0) if numbers else (names.index("body_length"), names.index("buffers"))
+class StreamLayout(_Layout):
+    """Whole streams of one row, or of no columns, that differ in its values and in a few metadata values alone, as the calls of
+    one method do: the layout has all of the stream, or all but the body where that has no fixed length. Learned from a stream
+    that went the ordinary way, so what was decided there on the fixed bytes holds for every stream of this layout."""
+    __slots__ = ("_nodes", "_plan", "keys", "rows")
+    def __init__(self, example: bytes, holes: Iterable[_Hole], head: MessageHead, plan: PlainPlan | None) -> None:
+        super().__init__(example, holes)
+        self.keys = tuple(name for name in self._slots if isinstance(name, bytes))  # of the metadata values that may differ
+        self.rows, self._nodes, self._plan = head.rows, head.nodes, plan  # no plan: the body is part of the layout
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -1834,61 +1774,60 @@ class StreamLayout:
 
     @classmethod
     def learn(cls, facts: SchemaFacts, message: BatchMessage, keys: Sequence[bytes] = ()) -> StreamLayout | None:
-        """Learn from the one batch of a stream; the metadata values of *keys* may differ. ``None`` for columns whose values have
-        parts of their own, and where what may differ also decides how a head is read."""
+        """Learn from the one batch of a stream; the metadata values of *keys* may differ. ``None`` for columns whose values
+        have parts of their own, and where what may differ also decides how a head is read."""
         head, plan, types_ = message.head, plain_plan(facts.schema), facts.schema.types
-        if not (len(types_) == 0 or (plan is not None and plan.even and head.rows == 1)) or head.compressed:
+        if head.compressed or len(message.data) > SMALL_BODY_BYTES or (types_ and not (plan and plan.even and head.rows == 1)):
             return None
+        data = bytes(message.data)
+        first, body_at, example = len(facts.message), len(data) - head.body_length, facts.message + data
         numbers = all(t in _NUMBERS for t in types_) and not any(head.nodes[1::2])
-        first, body_at = len(facts.message), len(message.data) - head.body_length
-        if first + (len(message.data) if numbers else body_at) > _LEARNED_BYTES:
+        if first + (len(data) if numbers else body_at) > _LEARNED_BYTES:
             return None
-        regions = {name: (start, size) for start, size, name in _parse_head(bytes(message.data[8:body_at]))[1]}
         wanted = {*[key for key in keys if (head.metadata or {}).get(key)], *(() if numbers else ("body_length", "buffers"))}
-        if not regions.keys() >= wanted:
+        holes = _holes([region for region in _parse_head(data[8:body_at])[1] if region[2] in wanted], first + 8)
+        if len(holes) < len(wanted):
             return None
-        holes = [(first + 8 + start, "q" if name == "body_length" else f"{size}s", name)
-                 for name, (start, size) in regions.items() if name in wanted]
-        if numbers:
-            holes += [(first + body_at + offset, _NUMBERS[t], offset) for offset, t in zip(head.buffers[2::4], types_)]
-        ends = [start + struct.calcsize("<" + code) for start, code, _ in sorted(holes)]
-        in_order = list(head.buffers[2::4]) == sorted(head.buffers[2::4])
-        if not in_order or any(end > start for end, (start, *_) in zip(ends, sorted(holes)[1:])):
+        if not numbers:
+            return cls(example[: first + body_at], holes, head, plan)
+        starts = [first + body_at + offset for offset in head.buffers[2::4]]
+        if any(b - a < 8 for a, b in itertools.pairwise([*starts, len(example)])):  # in another order, or sharing their bytes
             return None
-        return cls(facts, message, holes, numbers)
+        holes += [(at, _NUMBERS[t], at) for at, t in zip(starts, types_)]
+        return cls(example + END_OF_STREAM, holes, head, None)
 
     def read(self, data: bytes, at: int) -> tuple[Sequence[Any], int] | None:
-        """Return the values of `keys`, then of the row, and where the stream ends; ``None`` when what stands in *data* from *at*
-        on is not of this layout, or not there to its end."""
+        """Return the values of `keys`, then of the row, and where the stream ends; ``None`` when what stands in *data* from
+        *at* on is not of this layout, or not there to its end."""
         end = at + self._struct.size
         if len(data) < end:
             return None
         parts = self._struct.unpack_from(data, at)
-        if parts[::2] != self._fixed:
+        if self._fixed_of(parts) != self._fixed:
             return None
-        holes = parts[1::2]
         if self._plan is None:
-            return holes, end
-        body, buffers = data[end : end + holes[self._length_at]], self._buffers.unpack(holes[self._buffers_at])
-        end += len(body)
-        if len(body) != holes[self._length_at] or not are_inside(buffers, len(body)) or not data.startswith(END_OF_STREAM, end):
+            return parts[1::2], end
+        size, buffers = parts[self._slots["body_length"].start], parts[self._slots["buffers"]]
+        body, end = data[end : end + size], end + size
+        if len(body) != size or not are_inside(buffers, size) or not data.startswith(END_OF_STREAM, end):
             return None
         try:
-            return [*[holes[i] for i in self._keys_at], *self._plan.read_row(self._nodes, buffers, body)], end + 8
+            row = self._plan.decode(1, _Parts(self._nodes, buffers, body))
         except _NotPlain:
             return None
+        return [*[parts[self._slots[key].start] for key in self.keys], *[column[0] for column in row]], end + 8
 
     def write(self, values: Mapping[bytes, bytes], batch: Any) -> bytes | None:
         """Return the stream of a `PlainBatch` or tick with these values of `keys`; ``None`` for a batch of another layout."""
         if batch is not _TICK and (not isinstance(batch, PlainBatch) or tuple(batch.nodes) != self._nodes):
             return None
         parts = self._parts.copy()
-        for i, key in zip(self._keys_at, self.keys):
-            parts[2 * i + 1] = values[key]
+        for key in self.keys:
+            parts[self._slots[key].start] = values[key]
         if self._plan is None:
             parts[2 * len(self.keys) + 1 :: 2] = () if batch is _TICK else batch.row()
             return self._struct.pack(*parts)
-        parts[2 * self._length_at + 1], parts[2 * self._buffers_at + 1] = len(batch.data), self._buffers.pack(*batch.offsets)
+        parts[self._slots["body_length"].start], parts[self._slots["buffers"]] = len(batch.data), batch.offsets
         return b"".join((self._struct.pack(*parts), batch.data, END_OF_STREAM))
 
 
@@ -2205,7 +2144,7 @@ class RowCodec:
         if plan is not None:
             encoded = [v if type(v) in c.plain else _of_field(n, c.encode, v) for n, c, v in zip(self.names, self.codecs, values)]
             try:
-                return plan.write_row(encoded)
+                return plan.write([[v] for v in encoded], checked=True)
             except _NotPlain:
                 pass
         arrays = [_of_field(n, c.to_array, [v]) for n, c, v in zip(self.names, self.codecs, values)]
@@ -2980,6 +2919,7 @@ class Request:
     """One request as it came: metadata read, schema known, values not decoded yet."""
     def __init__(self, reader: IpcReader) -> None:
         self._reader, self.schema, message = reader, reader.schema, reader.next_message()
+        self.schema_message = reader.facts.message  # which told its schema
         if message is None:
             raise IPCError("request: expected one batch, got a schema and no batch")
         self._message, self.rows = message, message.head.rows
@@ -2988,13 +2928,8 @@ class Request:
             got = 2 + sum(1 for _ in iter(reader.next_message, None))
             raise ProtocolError(f"request: expected exactly one batch, got {got}")
 
-    @property
-    def schema_message(self) -> bytes:
-        """The message that told its schema."""
-        return self._reader.facts.message
-
     def layout(self) -> StreamLayout | None:
-        """Learn how requests look that differ from this one in request id, time limit and numbers alone."""
+        """Learn how requests look that differ from this one in request id, time limit and the values of their row alone."""
         if not self.metadata.keys() <= _EVERYDAY_KEYS or PROTOCOL_KEY not in self.metadata:
             return None  # a trace, say, is another one in each request; and only over HTTP a request need not name its protocol
         return StreamLayout.learn(self._reader.facts, self._message, (REQUEST_ID_KEY, TIMEOUT_KEY))
@@ -3020,7 +2955,7 @@ class Request:
 
     def has_schema(self, row: RowCodec) -> bool:
         """Whether the request has exactly the schema of *row*."""
-        return (row.plan is not None and self._reader.facts is row.plan.facts) or self.schema.equals(row.schema)
+        return bool(self.schema.equals(row.schema))
 
     def values(self, row: RowCodec) -> Sequence[Any]:
         """Decode its one row, validated as the reader was told; raises `_Mismatch`, `IPCError`."""
@@ -3028,9 +2963,9 @@ class Request:
 
 
 class KnownRequest(Request):
-    """A request of a layout that was learned from one before it: it has its schema and its one row."""
+    """A request of a layout that was learned from one before it: it has its schema and as many rows."""
     def __init__(self, bound: BoundMethod, layout: StreamLayout, found: Sequence[Any]) -> None:
-        self.schema, self.rows = bound.info.params_schema, 1
+        self.schema, self.rows = bound.info.params_schema, layout.rows
         self.metadata = dict(zip(layout.keys, found))
         self._values = found[len(layout.keys) :]
 
@@ -3042,10 +2977,8 @@ class KnownRequest(Request):
 
 def clean_request_id(text: str | None) -> str:
     """Return *text* if it may be echoed and logged (1 to 128 visible ASCII characters), else an empty string."""
-    text = text or ""
-    if text.isalnum() and text.isascii() and len(text) <= MAX_REQUEST_ID_CHARS:
-        return text
-    return text if len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable() and " " not in text else ""
+    fits = text and len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable() and " " not in text
+    return text if text and fits else ""
 
 _EVERYDAY_KEYS = {METHOD_KEY, REQUEST_VERSION_KEY, REQUEST_ID_KEY, PROTOCOL_KEY, PROTOCOL_VERSION_KEY, TIMEOUT_KEY}
 
@@ -3115,8 +3048,8 @@ def read_result(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage) -
     return value
 
 def recall_result(info: RpcMethodInfo, data: bytes, at: int) -> tuple[Sequence[Any], int] | None:
-    """Read a result that stands in *data* from *at* on; return its row and where it ends. ``None`` when it does not look like the
-    first one that the method returned, or is not there to its end: then it goes the ordinary way."""
+    """Read a result that stands in *data* from *at* on; return its row and where it ends. ``None`` when it does not look like
+    the first one that the method returned, or is not there to its end: then it goes the ordinary way."""
     layout = info.layouts.get("result")
     return None if layout is None else layout.read(data, at)
 
@@ -3546,7 +3479,7 @@ class Caller(NamedTuple):
 class Turn(NamedTuple):
     """What one turn sends."""
     schema: pa.Schema  # of the batches
-    items: list[tuple[pa.RecordBatch, Any]]  # logs first, then data, then an error; each with its metadata
+    items: list[tuple[pa.RecordBatch, Any]]  # logs, then data (also a `PlainBatch`), then an error; each with its metadata
     finished: bool  # whether nothing follows
     error: BaseException | None = None  # what was raised; its error batch is already the last of the items
     status: int = 200  # HTTP status of the answer
@@ -3571,30 +3504,21 @@ class Call:
         self._messages: list[Message] = []
         self._error: BaseException | None = None
         timeout = request.timeout if request is not None else None
-        self._deadline = None if timeout is None else self.started + timeout
+        # When the client stops waiting, in seconds of ``time.monotonic()``; over HTTP it is another one for each turn.
+        self.deadline = None if timeout is None else self.started + timeout
         self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
 
     # Most calls have no hook that wants the record and no method that asks for the context: both are made when asked for.
-
-    @property
-    def deadline(self) -> float | None:
-        """When the client stops waiting, in seconds of ``time.monotonic()``; over HTTP it is another one for each turn."""
-        return self._deadline
-
-    @deadline.setter
-    def deadline(self, deadline: float | None) -> None:
-        self._deadline = deadline
-        if "context" in self.__dict__:
-            self.context.deadline = deadline
 
     @functools.cached_property
     def context(self) -> CallContext:
         """What the method may ask."""
         info, hosted, caller = self.bound.info, self.bound.hosted, self.caller
         return CallContext(
-            caller.auth, self._messages.append, self._transport_metadata, server_id=self.server.server_id, method_name=info.name,
-            protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation, request_id=self.request_id,
-            deadline=self.deadline, response_limit_bytes=caller.response_limit_bytes, _gone=caller.gone, _limits=caller.limits)
+            caller.auth, self._messages.append, self._transport_metadata, server_id=self.server.server_id,
+            method_name=info.name, protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation,
+            request_id=self.request_id, deadline=self.deadline, response_limit_bytes=caller.response_limit_bytes,
+            _gone=caller.gone, _limits=caller.limits)
 
     @functools.cached_property
     def record(self) -> CallRecord:
@@ -3607,9 +3531,9 @@ class Call:
 
     @functools.cached_property
     def _transport_metadata(self) -> dict[str, Any]:
-        sent = self._request.metadata if self._request is not None else {}
+        sent, where = self._request.metadata if self._request is not None else {}, self.caller.remote_addr
         traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
-        return {**self.caller.metadata, **traces, **({"remote_addr": self.caller.remote_addr} if self.caller.remote_addr else {})}
+        return {**self.caller.metadata, **traces, **({"remote_addr": where} if where else {})}
 
     @functools.cached_property
     def stream_id(self) -> str:
@@ -3693,7 +3617,7 @@ class Call:
         return value
 
     def turn(self, given: AnnotatedBatch, *, conforms: bool = False) -> Turn:
-        """Serve one turn of the stream on *given* (a tick for a producer), which may be known to conform to the input schema."""
+        """Serve one turn of the stream on *given* (a tick for a producer), of which it may be known that it *conforms*."""
         stream = cast("Stream[Any, Any]", self.stream)
         schema, producer = stream.output_schema, stream.is_producer
         out = OutputCollector(schema, producer_mode=producer)
@@ -3703,7 +3627,9 @@ class Call:
             if not producer and not conforms:
                 batch = conform_batch(given.batch, stream.input_schema, f"{self.bound.info.name}() input", cast_values=True)
                 given = given if batch is given.batch else AnnotatedBatch(batch, given.custom_metadata)
-            self._run(stream.state.process, given, out, self.context)
+            context = self.context
+            context.deadline = self.deadline
+            self._run(stream.state.process, given, out, context)
             out.validate()
         except BaseException as exc:  # as in begin
             return self._failed(schema, exc, out.messages)
@@ -4093,7 +4019,7 @@ class ByteChannel(ByteSource):
         return self._buffer[self._at :]
 
     def received(self) -> tuple[bytes, int]:
-        """Wait until there is something to read, or the end; return what has been received and from where on it was not read."""
+        """Wait until there is something to read, or the end; return what was received, and where its unread part begins."""
         if self._at == len(self._buffer):
             self._fill()
         return self._buffer, self._at
@@ -4255,17 +4181,12 @@ class PipeTransport(Transport):
 def _channel_pair() -> tuple[FdChannel, FdChannel]:
     """Two channels, each of which reads what the other writes. The second one writes, as a worker to its stdout, to a socket:
     Linux copies through one with less ado than through a pipe. A worker's stdin stays a pipe; a shell looks for that."""
-    near = FdChannel(*os.pipe())
-    try:
-        reads, writes = socket.socketpair()
-    except OSError:
-        near.close()
-        raise
-    with contextlib.suppress(OSError):
-        writes.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES // 2)  # which Linux doubles
-    far = FdChannel(reads.detach(), writes.detach())
-    near.read_fd, far.read_fd = far.read_fd, near.read_fd
-    return near, far
+    reads, writes = socket.socketpair()
+    with reads, writes:  # unless they are detached
+        with contextlib.suppress(OSError):
+            writes.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES // 2)  # which Linux doubles
+        far_end, near_end = os.pipe()
+        return FdChannel(reads.detach(), near_end), FdChannel(far_end, writes.detach())
 
 def make_pipe_pair() -> tuple[Transport, Transport]:
     """Return two connected transports over a pair of pipes; the caller closes both."""
@@ -4280,12 +4201,9 @@ class StderrMode(enum.Enum):
 
 
 class SubprocessTransport(Transport):
-    """Starts a worker, without a shell, and talks to it over its stdin and stdout.
-
-    *stderr_logger* is for ``StderrMode.PIPE``; default ``vgi_rpc.worker``. Raises `TransportError` when the program cannot
-    be started, `TypeError` when *cmd* is one string.
-    """
-
+    """Starts a worker, without a shell, and talks to it over its stdin and stdout. *stderr_logger* is for ``StderrMode.PIPE``;
+    default ``vgi_rpc.worker``. Raises `TransportError` when the program cannot be started, `TypeError` when *cmd* is one
+    string."""
     idle_since = 0.0  # of `time.monotonic`, for a `WorkerPool`
 
     def __init__(self, cmd: Sequence[str], *, stderr: StderrMode = StderrMode.INHERIT,
@@ -4429,10 +4347,8 @@ class ReplyItem(NamedTuple):
         return AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
 
 def next_reply_item(reader: IpcReader, options: CallOptions) -> ReplyItem | None:
-    """Read on to the next data or token batch, passing logs to ``on_log``; ``None`` at the end marker.
-
-    Raises the `RpcError` that the answer is, with the reader behind its batch; `IPCError` when the bytes are no answer.
-    """
+    """Read on to the next data or token batch, passing logs to ``on_log``; ``None`` at the end marker. Raises the `RpcError`
+    that the answer is, with the reader behind its batch; `IPCError` when the bytes are no answer."""
     while (message := reader.next_message()) is not None:
         metadata = message.head.metadata or {}
         kind = batch_kind(message.head.rows, message.head.metadata)
@@ -4498,11 +4414,8 @@ def _tick(metadata: pa.KeyValueMetadata | Mapping[bytes, bytes] | None) -> Annot
 
 
 class StreamSession:
-    """A running stream, on the client: iterate over a producer, `exchange` with an exchange.
-
-    Also a context manager, which closes the stream. Not for use by several threads at once.
-    """
-
+    """A running stream, on the client: iterate over a producer, `exchange` with an exchange. Also a context manager, which
+    closes the stream. Not for use by several threads at once."""
     def __init__(self, stream: ClientStream, info: RpcMethodInfo) -> None:
         self._stream, self._info = stream, info
         self.header: Any = None  # ``None`` when the method declares none
@@ -4525,15 +4438,12 @@ class StreamSession:
         return self._stream.next() if given is None else self._stream.turn(given)
 
     def __iter__(self) -> Iterator[AnnotatedBatch]:
-        """Yield each batch of a producer until it finishes.
-
-        While batches come quickly, some are asked for ahead: a producer then runs further than was read, by at most
-        `MAX_PREFETCH` turns on a byte stream and `MAX_TURNS` over HTTP. ``with_options(proxy, prefetch=1)`` switches
-        that off, for a producer with side effects. `tick` and `exchange` never ask ahead; a `tick` after an iteration
-        first gets the batches that this one had asked for, and its metadata reaches the state on the turn behind them.
-
-        Raises `RpcError` when a turn failed, or another call ended the stream; the connection serves the next call.
-        """
+        """Yield each batch of a producer until it finishes. While batches come quickly, some are asked for ahead: a producer
+        then runs further than was read, by at most `MAX_PREFETCH` turns on a byte stream and `MAX_TURNS` over HTTP.
+        ``with_options(proxy, prefetch=1)`` switches that off, for a producer with side effects. `tick` and `exchange` never ask
+        ahead; a `tick` after an iteration first gets the batches that this one had asked for, and its metadata reaches the
+        state on the turn behind them. Raises `RpcError` when a turn failed, or another call ended the stream; the connection
+        serves the next call."""
         while (not self._stream.done or self._stream.cut_off) and (answer := self._turn(None)) is not None:
             yield answer
 
@@ -4607,11 +4517,9 @@ class ByteClient(ClientChannel):
         self._between = False  # whether a stream is expected next: what comes else is text that something printed
 
     def exclusive(self, deadline: float | None) -> ByteClient:
-        """Take the connection for a ``with`` block; in it, whatever is not an answer breaks the connection for good.
-
-        Raises `DeadlineExceededError` when other threads held it for too long (it stays usable), `RpcError` when this
-        thread holds it: ``on_log`` calls back.
-        """
+        """Take the connection for a ``with`` block; in it, whatever is not an answer breaks the connection for good. Raises
+        `DeadlineExceededError` when other threads held it for too long (it stays usable), `RpcError` when this thread holds it:
+        ``on_log`` calls back."""
         me = threading.get_ident()
         if self._caller == me:
             raise RpcError("ProtocolError", "a call is running on this connection: on_log cannot make another one on it", "")
@@ -4684,10 +4592,8 @@ class ByteClient(ClientChannel):
         return seen.decode("utf-8", "replace").strip() if printed else ""
 
     def open_reply(self, request_id: str, options: CallOptions) -> tuple[IpcReader, ReplyItem | None]:
-        """Open the next answer and read its first item, past the answer that a refused stream's input may have earned.
-
-        Raises the `RpcError` that the answer is, which was then read to its end.
-        """
+        """Open the next answer and read its first item, past the answer that a refused stream's input may have earned. Raises
+        the `RpcError` that the answer is, which was then read to its end."""
         while True:
             reader = IpcReader(self.transport.channel, validation=options.ipc_validation)
             self._between = False
@@ -4856,16 +4762,13 @@ class _ByteClientStream(ClientStream):
 
 class RpcConnection(Generic[_P]):
     """A connection as a context manager that gives the typed proxy of *protocol*; the options are those of `CallOptions`.
-
-    *transport*, which may also be another `ClientChannel`, is closed on leaving, and when *protocol* has mistakes.
-    """
-
+    *transport*, which may also be another `ClientChannel`, is closed on leaving, and when *protocol* has mistakes."""
     def __init__(self, protocol: type[_P], transport: Transport | ClientChannel, on_log: ClientLog | None = None, *,
                  timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL) -> None:
         self.channel = transport if isinstance(transport, ClientChannel) else ByteClient(transport)
         version = getattr(protocol, "protocol_version", "") or ""
         try:
-            self._proxy = make_proxy(protocol, self.channel, CallOptions(on_log, timeout, ipc_validation, version))
+            self._proxy = RpcProxy(protocol, self.channel, CallOptions(on_log, timeout, ipc_validation, version))
         except BaseException:
             self.channel.close()
             raise
@@ -4887,12 +4790,10 @@ class RpcProxy:
         return f"<proxy of {self._protocol.__qualname__} over {type(self._channel).__name__}>"
 
     def with_options(self, **options: Any) -> Any:
-        """Return a proxy on the same connection with other options; those that are not given stay as they are.
-
-        They are *timeout* (seconds per call or turn, ``None`` for none), *on_log*, *ipc_validation*, and *prefetch*: 1 has
-        iteration ask for one batch at a time (see `StreamSession.__iter__`), more for so many at most. Raises `TypeError`
-        for an option that is none of these.
-        """
+        """Return a proxy on the same connection with other options; those that are not given stay as they are. They are
+        *timeout* (seconds per call or turn, ``None`` for none), *on_log*, *ipc_validation*, and *prefetch*: 1 has iteration ask
+        for one batch at a time (see `StreamSession.__iter__`), more for so many at most. Raises `TypeError` for an option that
+        is none of these."""
         known = ("timeout", "on_log", "ipc_validation", "prefetch")
         if not options.keys() <= set(known):
             raise TypeError(f"with_options: expected {', '.join(known)}, got {', '.join(sorted(options))}")
@@ -4901,8 +4802,6 @@ class RpcProxy:
     def __getattr__(self, name: str) -> Any:
         close = _suggest(name, rpc_methods(self._protocol))
         raise AttributeError(f"{self._protocol.__qualname__} has no method {name!r}{close}")
-
-make_proxy = RpcProxy
 
 def _proxy_method(info: RpcMethodInfo, channel: ClientChannel, options: CallOptions) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -4930,7 +4829,7 @@ def _reflection(target: Any, ipc_validation: IpcValidation = IpcValidation.FULL)
     channel = ByteClient(channel) if isinstance(channel, Transport) else channel
     if not isinstance(channel, ClientChannel):
         raise TypeError(f"expected a proxy, a transport or a channel, got {_got(target)}")
-    return make_proxy(Reflection, channel, CallOptions(timeout=options.timeout, ipc_validation=ipc_validation))
+    return RpcProxy(Reflection, channel, CallOptions(timeout=options.timeout, ipc_validation=ipc_validation))
 
 def list_protocols(target: Any) -> list[ProtocolSummary]:
     """Return what the server behind a proxy or transport hosts, the application's first; `RpcError` if it does not tell."""
@@ -4970,16 +4869,12 @@ def _is_quiet(worker: SubprocessTransport) -> bool:
 
 
 class WorkerPool:
-    """Keeps workers between connections, so that the next one of the same command does not wait for a start.
-
-    A worker serves one connection at a time and is checked before each: one that died, hung up, printed to the channel or
-    was left in the middle of a call is ended instead. Safe for use by several threads; a context manager, which closes it.
-
-    At most *max_idle* workers wait (0 keeps none), whatever their commands, each for *idle_timeout* seconds; the longest idle
-    one goes first, and one that dies is reaped within a second. *stderr* and *stderr_logger* are as in `connect`. *shm_size* is
-    accepted for code written for other implementations, and without effect: shared memory is not offered to workers.
-    """
-
+    """Keeps workers between connections, so that the next one of the same command does not wait for a start. A worker serves
+    one connection at a time and is checked before each: one that died, hung up, printed to the channel or was left in the
+    middle of a call is ended instead. Safe for use by several threads; a context manager, which closes it. At most *max_idle*
+    workers wait (0 keeps none), whatever their commands, each for *idle_timeout* seconds; the longest idle one goes first, and
+    one that dies is reaped within a second. *stderr* and *stderr_logger* are as in `connect`. *shm_size* is accepted for code
+    written for other implementations, and without effect: shared memory is not offered to workers."""
     def __init__(self, max_idle: int = 4, idle_timeout: float = 60.0, stderr: StderrMode = StderrMode.INHERIT,
                  stderr_logger: logging.Logger | None = None, shm_size: int | None = None) -> None:
         if max_idle < 0 or not 0 < idle_timeout <= threading.TIMEOUT_MAX:
@@ -5000,7 +4895,6 @@ class WorkerPool:
             return PoolMetrics(**{**self._counts, "idle": len(self._idle)})
 
     idle_count = property(lambda self: self.metrics.idle, doc="Workers that wait.")
-
     active_count = property(lambda self: self.metrics.active, doc="Workers that serve a connection.")
 
     def _count(self, **changes: int) -> None:
@@ -5011,10 +4905,8 @@ class WorkerPool:
     @contextlib.contextmanager
     def connect(self, protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None, timeout: float | None = None,
                 ipc_validation: IpcValidation = IpcValidation.FULL) -> Iterator[_P]:
-        """Give a proxy to a worker of that command; on leaving, an open stream is ended and the worker goes back.
-
-        Raises `TransportError` on entering when the program cannot be started or the pool is closed, from a call when it died.
-        """
+        """Give a proxy to a worker of that command; on leaving, an open stream is ended and the worker goes back. Raises
+        `TransportError` on entering when the program cannot be started or the pool is closed, from a call when it died."""
         worker, fit = self._borrow(cmd), False
         client = ByteClient(worker)
         try:
@@ -5146,11 +5038,11 @@ class _ByteServing:
         """Serve one request; ``False`` when the connection is at its end."""
         try:
             self._channel.deadline = None
-            if (known := self._server.recall(*self._channel.received())) is not None:
-                return self._serve_known(*known)
-            reader = self._reader()
+            known = self._server.recall(*self._channel.received())
+            reader = self._reader() if known is None else None  # which waits: nothing is running yet
             with self._server:
-                return self._serve_stream(reader)
+                self._serve_call(known, reader)
+            return True
         except IPCError as exc:
             logger.debug("connection closed: %s", exc)
             with contextlib.suppress(TransportError):
@@ -5158,19 +5050,6 @@ class _ByteServing:
         except (EOFError, TransportError):
             pass
         return False
-
-    def _serve_known(self, bound: BoundMethod, request: Request, end: int) -> bool:
-        self._channel.skip_to(end)
-        self._orphan_expected = False
-        request_id = request.request_id or new_request_id()
-        with self._server:
-            try:
-                self._server.start(self._caller.kind)
-                self._serve_request(bound, request, request_id)
-            except (_Refusal, StatusError) as exc:
-                self._answer(exc, request_id)
-                self._orphan_expected = True
-        return True
 
     def _reader(self) -> IpcReader:
         return IpcReader(self._channel, self._server.limits, self._server.ipc_validation)
@@ -5181,25 +5060,32 @@ class _ByteServing:
     def _answer(self, exc: BaseException, request_id: str = "") -> None:
         self._write(EMPTY_SCHEMA, [self._server.error_item(exc, EMPTY_SCHEMA, request_id or new_request_id())])
 
-    def _serve_stream(self, reader: IpcReader) -> bool:
+    def _serve_call(self, known: tuple[BoundMethod, Request, int] | None, reader: IpcReader | None) -> None:
+        """Serve a request that was recognised, or else that which *reader* gives."""
         orphan_expected, self._orphan_expected = self._orphan_expected, False
         request_id, request = "", None
         try:
-            request = Request(reader)
-            if orphan_expected and not {METHOD_KEY, REQUEST_VERSION_KEY} & request.metadata.keys():
-                return True
+            if known is not None:
+                bound, request, end = known
+                self._channel.skip_to(end)
+            else:
+                request = Request(cast("IpcReader", reader))
+                if orphan_expected and not {METHOD_KEY, REQUEST_VERSION_KEY} & request.metadata.keys():
+                    return
             request_id = request.request_id
             if request.metadata.get(METHOD_KEY) == TRANSPORT_OPTIONS_METHOD.encode():
                 self._answer_options(request)
-                return True
+                return
             self._server.start(self._caller.kind)
-            self._serve_request(self._server.resolve(request), request, request_id or new_request_id())
+            if known is None:
+                bound = self._server.resolve(request)
+            self._serve_request(bound, request, request_id or new_request_id())
         except (_Refusal, StatusError) as exc:
-            reader.skip()  # raises when the bytes make no sense: then the connection is closed
+            if reader is not None:
+                reader.skip()  # raises when the bytes make no sense: then the connection is closed
             if request is not None or not orphan_expected:
                 self._answer(exc, request_id)
                 self._orphan_expected = True
-        return True
 
     def _answer_options(self, request: Request) -> None:
         """`__transport_options__` (WIRE section 9): shared memory is not offered."""
@@ -5256,12 +5142,10 @@ class _ByteServing:
 @contextlib.contextmanager
 def _stop_signals(server: ServerCore, grace: float = DRAIN_GRACE_SECONDS,
                   wake: Callable[[], object] = lambda: None, wake_fd: int = -1) -> Iterator[None]:
-    """Have SIGTERM and SIGINT end what is inside: an idle server at once, else after the running calls or *grace* seconds.
-
-    The first signal drains the server and calls *wake*; a second one does not wait. A signal that comes just before the main
-    thread blocks is handled when something can be read at the other end of *wake_fd*. Only the main thread gets signals: in
-    another thread nothing changes.
-    """
+    """Have SIGTERM and SIGINT end what is inside: an idle server at once, else after the running calls or *grace* seconds. The
+    first signal drains the server and calls *wake*; a second one does not wait. A signal that comes just before the main thread
+    blocks is handled when something can be read at the other end of *wake_fd*. Only the main thread gets signals: in another
+    thread nothing changes."""
     import signal
     waiting = threading.main_thread()
     if threading.current_thread() is not waiting:
@@ -5293,10 +5177,8 @@ def _stop_signals(server: ServerCore, grace: float = DRAIN_GRACE_SECONDS,
             signal.signal(number, handler or signal.SIG_DFL)
 
 def serve_stdio(server: RpcServer) -> None:
-    """Serve the parent process on stdin and stdout until it closes them; SIGTERM and SIGINT let the running call finish.
-
-    While serving, descriptor 1 is standard error: whatever prints to stdout cannot break the channel.
-    """
+    """Serve the parent process on stdin and stdout until it closes them; SIGTERM and SIGINT let the running call finish. While
+    serving, descriptor 1 is standard error: whatever prints to stdout cannot break the channel."""
     write_fd = os.dup(1)
     channel = FdChannel(os.dup(0), write_fd)  # not inherited by children of the methods
     transport = Transport(channel, TransportKind.PIPE, drain_grace_seconds=DRAIN_GRACE_SECONDS)
@@ -5318,15 +5200,14 @@ def _flush_stdout() -> None:
 
 class Listener:
     """Accepts connections on a bound socket, which it owns, and has each served to its end, until stopped or idle too long.
-
-    *threaded*: a thread for each connection, else one after the other. At most *max_connections* at a time, further ones
-    wait. `run` returns after *idle_timeout* seconds without a connection; ``None`` for never.
-    """
-
+    *threaded*: a thread for each connection, else one after the other. At most *max_connections* at a time, further ones wait.
+    `run` returns after *idle_timeout* seconds without a connection; ``None`` for never."""
     def __init__(self, listening: socket.socket, handle: Callable[[socket.socket, Any], None], *, threaded: bool = False,
                  max_connections: int | None = None, idle_timeout: float | None = None) -> None:
         self._socket, self._handle, self._threaded = listening, handle, threaded
         self._max, self._idle = max_connections, idle_timeout
+        self.limits = {"max_connections": max_connections, "idle_timeout": idle_timeout,
+                       "drain_grace_seconds": DRAIN_GRACE_SECONDS}  # for its transports, which tell
         self._wake_read, self._wake_write = socket.socketpair()
         self.wake_fd = self._wake_write.fileno()  # a byte written there has `run` look again
         for ours in (listening, self._wake_read, self._wake_write):
@@ -5356,10 +5237,8 @@ class Listener:
                 self._accept()
 
     def run_while(self, work: Callable[[], object]) -> None:
-        """Do *work* in another thread and accept until it is done: who connects meanwhile gets a refusal, not silence.
-
-        Only where connections have threads of their own; else *work* is done here.
-        """
+        """Do *work* in another thread and accept until it is done: who connects meanwhile gets a refusal, not silence. Only
+        where connections have threads of their own; else *work* is done here."""
         if not self._threaded:
             work()
             return
@@ -5430,10 +5309,8 @@ class Listener:
 
 def run_listener(server: ServerCore, listener: Listener, grace: float = DRAIN_GRACE_SECONDS,
                  on_bound: Callable[..., object] | None = None, *address: Any) -> None:
-    """Run *listener* until SIGTERM, SIGINT or its end; then let running calls finish for *grace* seconds, and close.
-
-    *on_bound* is called with the address once signals are handled: who is told of it may stop us.
-    """
+    """Run *listener* until SIGTERM, SIGINT or its end; then let running calls finish for *grace* seconds, and close. *on_bound*
+    is called with the address once signals are handled: who is told of it may stop us."""
     try:
         with _stop_signals(server, grace, listener.stop, listener.wake_fd):
             if on_bound is not None:
@@ -5446,15 +5323,12 @@ def run_listener(server: ServerCore, listener: Listener, grace: float = DRAIN_GR
 
 def serve_unix(server: RpcServer, path: str, *, threaded: bool = False, max_connections: int | None = None,
                idle_timeout: float | None = None, on_bound: Callable[[str], None] | None = None) -> None:
-    """Serve on a Unix socket until SIGTERM, SIGINT or *idle_timeout* seconds (``None`` for never) without a connection.
-
-    *path* is readable by its owner alone; a dead socket there is replaced, and ours removed at the end. *on_bound* is called
-    with it once connections are accepted. For *threaded* and *max_connections* see `Listener`. Raises `OSError` when the path
-    is in use by a live server, or cannot be made.
-    """
+    """Serve on a Unix socket until SIGTERM, SIGINT or *idle_timeout* seconds (``None`` for never) without a connection. *path*
+    is readable by its owner alone; a dead socket there is replaced, and ours removed at the end. *on_bound* is called with it
+    once connections are accepted. For *threaded* and *max_connections* see `Listener`. Raises `OSError` when the path is in use
+    by a live server, or cannot be made."""
     def handle(connected: socket.socket, address: Any) -> None:
-        server.serve(Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}", max_connections=max_connections,
-                               idle_timeout=idle_timeout, drain_grace_seconds=DRAIN_GRACE_SECONDS))
+        server.serve(Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}", **listener.limits))
 
     with socket.socket(socket.AF_UNIX) as listening:
         _remove_dead_socket(path)
@@ -5508,12 +5382,10 @@ def _address_text(address: Any) -> str:
 def serve_tcp(server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, threaded: bool = False,
               max_connections: int | None = None, idle_timeout: float | None = None,
               on_bound: Callable[[str, int], None] | None = None, tls_context: ssl.SSLContext | None = None) -> None:
-    """Serve on TCP; what is not said here is as in `serve_unix`. Only *tls_context* can authenticate clients.
-
-    By default only this machine reaches *host*; *port* 0 takes a free one. *on_bound* is called with host and port.
-    *tls_context* is a server-side context of the standard library's ``ssl``; ``None`` for plain TCP. Raises `OSError` when
-    the address is in use, or cannot be bound.
-    """
+    """Serve on TCP; what is not said here is as in `serve_unix`. Only *tls_context* can authenticate clients. By default only
+    this machine reaches *host*; *port* 0 takes a free one. *on_bound* is called with host and port. *tls_context* is a
+    server-side context of the standard library's ``ssl``; ``None`` for plain TCP. Raises `OSError` when the address is in use,
+    or cannot be bound."""
     def handle(connected: socket.socket, address: Any) -> None:
         where = _address_text(address)
         try:
@@ -5523,10 +5395,9 @@ def serve_tcp(server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, thre
             return
         listener._connections[connected] = ready
         with ready:
-            server.serve(Transport(SocketChannel(ready), TransportKind.TCP, where, max_connections=max_connections, **limits))
+            server.serve(Transport(SocketChannel(ready), TransportKind.TCP, where, **listener.limits, **tls_limit))
 
-    limits = {"idle_timeout": idle_timeout, "drain_grace_seconds": DRAIN_GRACE_SECONDS}
-    limits |= {"tls_handshake_timeout": TLS_HANDSHAKE_SECONDS} if tls_context is not None else {}
+    tls_limit = {"tls_handshake_timeout": TLS_HANDSHAKE_SECONDS} if tls_context is not None else {}
     listening = listen_tcp(host, port)
     listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
     run_listener(server, listener, DRAIN_GRACE_SECONDS, on_bound, host, listening.getsockname()[1])
@@ -8106,7 +7977,7 @@ def _options(args: Any, version: str = "") -> CallOptions:
 def _describe_live(channel: ClientChannel, args: Any) -> tuple[ServiceDescription, MethodDescription | None]:
     """What the server says of its service, and of ``method`` or ``Protocol.method`` if one is asked for."""
     protocol, _, name = (args.method or "").rpartition(".")
-    service = introspect(make_proxy(Reflection, channel, _options(args)), protocol=protocol or None)
+    service = introspect(RpcProxy(Reflection, channel, _options(args)), protocol=protocol or None)
     if name and name not in (known := sorted(service.methods)):
         raise _CliError(f"{service.protocol_name} has no method {name!r}{_suggest(name, known)}", f"it has {', '.join(known)}")
     return service, service.methods.get(name)
@@ -8555,7 +8426,7 @@ def _describe_python(service: ServiceDescription) -> str:
 
 def _ping(args: Any) -> None:
     with contextlib.closing(_channel_to(args)) as channel:
-        proxy, stamps = make_proxy(Reflection, channel, _options(args)), []
+        proxy, stamps = RpcProxy(Reflection, channel, _options(args)), []
         for _ in range(max(1, args.number) + 1):
             proxy.list_protocols()  # the first one connects
             stamps.append(time.perf_counter() * 1000)
