@@ -6273,8 +6273,13 @@ class HeadReader:
 
     def _changed(self, varying: re.Match[bytes]) -> HttpHead:
         start, fixed, repeated, memory = self._known
-        changed = {name: value.decode() for name, value in zip(_VARYING_NAMES, varying.groups()) if value is not None}
-        return HttpHead(start, {**fixed, **changed}, repeated, memory)
+        request_id, date, length = varying.groups()
+        headers = {**fixed, "content-length": length.decode()}
+        if request_id is not None:
+            headers["x-request-id"] = request_id.decode()
+        if date is not None:
+            headers["date"] = date.decode()
+        return HttpHead(start, headers, repeated, memory)
 
     def _parsed(self, raw: bytes) -> HttpHead:
         head, varying = parse_http_head(raw), _VARYING.search(raw)
@@ -7130,12 +7135,12 @@ class HttpConnections(HttpSender):
 
     def _read_reply(self, heads: HeadReader, method: str, head: HttpHead, limit: int) -> HttpReply:
         (version, status, _), headers, channel = head.start, head.headers, heads.channel
+        if "sized" in head.memory and method != "HEAD":
+            return HttpReply(200, headers, _read_sized(channel, _content_length(headers["content-length"], limit, _BUDGET_RULE)))
         def read(limit: int) -> _Buffer:
             if "content-length" in headers:
                 return _read_sized(channel, _content_length(headers["content-length"], limit, _BUDGET_RULE))
             return _gathered((read_chunked if "transfer-encoding" in headers else _read_to_end)(channel, limit, _BUDGET_RULE))
-        if "sized" in head.memory and method != "HEAD":
-            return HttpReply(200, headers, read(limit))
         if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[2-5][0-9][0-9]", status):
             raise ProtocolError(f"expected a status line, got {' '.join(head.start)[:80]!r}")
         if "content-length" in head.repeated or ("content-length" in headers and "transfer-encoding" in headers):
@@ -7147,7 +7152,8 @@ class HttpConnections(HttpSender):
         if status == "200" and headers.get("content-type") == ARROW_CONTENT_TYPE and not coding and not bodiless:
             if framing is not None:
                 return HttpReply(200, headers, HttpBody(self._pieces(heads, head, limit), channel))
-            head.memory["sized"] = True  # all of the above holds for the next one that looks the same
+            if "content-length" in headers:
+                head.memory["sized"] = True  # all of the above holds for the next one that looks the same
         return HttpReply(int(status), headers, b"" if bodiless else _decoded_body(coding, read, limit))
 
     def close(self) -> None:
