@@ -5432,7 +5432,9 @@ class HttpResponse:
     """A response: the shells add nothing but framing, ``Date`` and ``Connection``."""
     status: int
     headers: list[tuple[str, str]] = field(default_factory=list)
-    body: bytes | Iterator[Any] = b""  # a generator's pieces are sent as they come; it is closed when the client leaves
+    # Several pieces, where joining them would cost more than sending; a generator's are sent as they come, and it is closed
+    # when the client leaves.
+    body: bytes | list[_Buffer] | Iterator[Any] = b""
     close: bool = False  # the connection must not be used again
 
 Authenticate = Callable[[HttpRequest], AuthContext]
@@ -5543,17 +5545,20 @@ def compress_body(body: bytes, encoding: str, level: int) -> bytes:
     encoder = zlib.compressobj(level, wbits=31)
     return encoder.compress(body) + encoder.flush()
 
-def compress_if_worth(body: bytes, encoding: str, level: int, packed_bytes: int = 0) -> bytes | None:
+def _total(pieces: Iterable[_Buffer]) -> int:
+    return sum(map(len, pieces))
+
+def compress_if_worth(pieces: Sequence[_Buffer], encoding: str, level: int, packed_bytes: int = 0) -> bytes | None:
     """Encode a body, if that makes it a good deal smaller; ``None`` if it is short (without those of its bytes that are packed
-    already) or, by a sample, does not compress."""
-    middle = len(body) // 2
-    if len(body) - packed_bytes < _COMPRESS_BODY_FROM_BYTES:
+    already) or, by a sample of its largest piece, does not compress."""
+    if _total(pieces) - packed_bytes < _COMPRESS_BODY_FROM_BYTES:
         return None
-    for tried in (body[middle : middle + _SAMPLE_BYTES], body):
-        packed = compress_body(tried, encoding, level)
-        if len(packed) > _WORTH * len(tried):
-            return None
-    return packed
+    largest = memoryview(max(pieces, key=len))
+    sample = bytes(largest[len(largest) // 2 :][:_SAMPLE_BYTES])
+    if len(compress_body(sample, encoding, level)) > _WORTH * len(sample):
+        return None
+    packed = compress_body(b"".join(pieces), encoding, level)
+    return packed if len(packed) <= _WORTH * _total(pieces) else None
 
 def decompress_body(body: _Buffer, encoding: str, limit: int) -> bytes:
     """Decode a body to at most *limit* bytes; raises `IPCError` or `RequestTooLargeError`."""
@@ -5662,9 +5667,6 @@ class _LiveState(NamedTuple):
         copied.__dict__.update(self.state.__dict__)
         return copied
 
-def _total(pieces: Iterable[_Buffer]) -> int:
-    return sum(map(len, pieces))
-
 class _Joined(Iterator[bytes]):
     """A body that is made as it is sent, for those who take bytes alone."""
     def __init__(self, body: Any) -> None:
@@ -5721,7 +5723,7 @@ class HttpApp:
         with self.server:
             response = self.respond(request)
         if not isinstance(response.body, bytes):
-            response.body = _Joined(response.body)
+            response.body = b"".join(response.body) if isinstance(response.body, list) else _Joined(response.body)
         return response
 
     def respond(self, request: HttpRequest) -> HttpResponse:
@@ -5932,7 +5934,7 @@ class HttpApp:
         whole = True
         try:
             response = answer()
-            whole = isinstance(response.body, bytes)
+            whole = isinstance(response.body, (bytes, list))
             return response
         finally:
             if whole:
@@ -6113,20 +6115,26 @@ class HttpApp:
 
     def _respond(self, call: Call, head: _CallHead, turn: Turn, lead: bytes = b"") -> HttpResponse:
         """Put *lead* and a turn's bytes into a response: budget first, then coding."""
-        limit, body = call.caller.response_limit_bytes, lead + stream_bytes(turn.schema, turn.items)
-        if limit is not None and len(body) > limit:
-            turn = _answer_too_large(call, len(body), limit)
-            body = stream_bytes(turn.schema, turn.items)
+        limit, pieces = call.caller.response_limit_bytes, list[_Buffer]([lead])
+        write_stream(pieces.extend, turn.schema, turn.items)
+        size = _total(pieces)
+        if limit is not None and size > limit:
+            turn = _answer_too_large(call, size, limit)
+            pieces = [stream_bytes(turn.schema, turn.items)]
         headers = [("Content-Type", ARROW_CONTENT_TYPE), *([(RPC_ERROR_HEADER, "true")] if turn.error is not None else [])]
         encoding, header, identity = head.answer_coding
         if encoding and (level := self.options.compression_level) is not None:
             token = (turn.items[-1][1] or {}).get(STATE_KEY, b"") if identity and turn.items else b""
-            packed = compress_if_worth(body, encoding, level, len(token)) if identity else compress_body(body, encoding, level)
+            if identity:
+                packed = compress_if_worth(pieces, encoding, level, len(token))
+            else:
+                packed = compress_body(b"".join(pieces), encoding, level)
             if packed is not None:
-                body = packed
+                pieces = [packed]
                 headers.append((header, encoding))
-        call.note(http_status=turn.status, response_bytes=len(body))
-        return HttpResponse(turn.status, headers, body)
+        size = _total(pieces)
+        call.note(http_status=turn.status, response_bytes=size)
+        return HttpResponse(turn.status, headers, pieces if size > SMALL_BODY_BYTES else b"".join(pieces))
 
 @functools.lru_cache(maxsize=1024)
 def _encoded(*texts: str) -> tuple[bytes, ...]:
@@ -6160,7 +6168,7 @@ def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[b
     def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         app.scheme = environ.get("wsgi.url_scheme", "http")
         response = app(_request_from_environ(environ))
-        body = response.body
+        body: Any = response.body
         if isinstance(body, bytes):
             response.headers.append(("Content-Length", str(len(body))))
             body = iter([body] if environ["REQUEST_METHOD"] != "HEAD" else [])
@@ -6396,7 +6404,7 @@ class _HttpConnection:
             response = self._app.respond(request)
         self._channel.deadline = time.monotonic() + options.request_deadline
         keep = keep and not (self._unread or self._only_health or response.close or self._app.server.draining)
-        if not takes_chunks and not isinstance(response.body, bytes):
+        if not takes_chunks and not isinstance(response.body, (bytes, list)):
             response.body = b"".join(_Joined(response.body))
         self._send(response, request.method, keep)
         return keep
@@ -6448,14 +6456,15 @@ class _HttpConnection:
         return body
 
     def _send(self, response: HttpResponse, method: str, keep: bool) -> None:
-        body, lines = response.body, [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Status')}"]
+        body = [response.body] if isinstance(response.body, bytes) else response.body
+        lines = [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Status')}"]
         lines += [] if keep else ["Connection: close"]
         lines += [f"{name}: {value}" for name, value in response.headers]
         lines.append(f"Date: {_http_date(int(time.time()))}")
-        lines.append(f"Content-Length: {len(body)}" if isinstance(body, bytes) else "Transfer-Encoding: chunked")
+        lines.append(f"Content-Length: {_total(body)}" if isinstance(body, list) else "Transfer-Encoding: chunked")
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
-        if method == "HEAD" or isinstance(body, bytes):
-            self._channel.write([head] if method == "HEAD" else [head, cast("bytes", body)])
+        if method == "HEAD" or isinstance(body, list):
+            self._channel.write([head] if method == "HEAD" else [head, *cast("list[_Buffer]", body)])
         else:
             with contextlib.closing(cast("Any", body)):
                 for piece in filter(None, body):
@@ -7182,7 +7191,7 @@ class SyncClient(HttpSender):
         response = self.app(HttpRequest(method, path, {k.lower(): v for k, v in headers}, "sync", read_body))
         answered, given = {k.lower(): v for k, v in response.headers}, response.body
         if not isinstance(given, bytes):
-            return HttpReply(response.status, answered, HttpBody(given))
+            return HttpReply(response.status, answered, HttpBody(cast("Any", given)))
         return HttpReply(response.status, answered, _decoded_body(_coding_of(answered), lambda _: given, limit))
 
 def _over_budget(exc: ResponseTooLargeError) -> RpcError:
@@ -7225,7 +7234,7 @@ class HttpClient(ClientChannel):
         server, headers = self.capabilities(deadline), [*self._fixed, *self._own_headers()]
         if self._level is not None and len(body) >= _COMPRESS_BODY_FROM_BYTES:
             encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
-            packed = compress_if_worth(body, encoding, self._level, packed_bytes) if encoding else None
+            packed = compress_if_worth([body], encoding, self._level, packed_bytes) if encoding else None
             if packed is not None:
                 body = packed
                 headers.append(("Content-Encoding", encoding))
