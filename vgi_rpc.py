@@ -6173,7 +6173,7 @@ def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[b
             response.headers.append(("Content-Length", str(len(body))))
             body = iter([body] if environ["REQUEST_METHOD"] != "HEAD" else [])
         start_response(f"{response.status} {_REASONS.get(response.status, 'Status')}", response.headers)
-        return body
+        return cast("Iterable[bytes]", body)
     wsgi.app = app  # type: ignore[attr-defined]
     return wsgi
 
