@@ -3913,6 +3913,10 @@ class ByteChannel(ByteSource):
         self.ended = False  # whether the peer has closed its side
         self._watch: Any = None  # for `peer_gone`, made when it is first asked
 
+    # Seconds that a reader of a large body rests after a short read, once there were many: one that is as fast as its writer
+    # is waked for every few pages of it, and on a virtual machine that takes ten times as long as to copy them.
+    _pause = 0.0
+
     # What a kind of channel provides.
     fileno: Callable[[], int]  # the descriptor that is read from, -1 once closed
     close: Callable[[], None]  # both directions; may be called twice
@@ -3967,12 +3971,16 @@ class ByteChannel(ByteSource):
         self._at += len(rest)
         filled = len(head) + len(rest)
         view[:filled] = head + rest
+        short = 0
         while filled < len(view):
             got = self._receive_into(view[filled : filled + _MAX_IO_BYTES])
             if not got:
                 self.ended = True
                 return whole.slice(0, filled)
             filled += got
+            short += got < SMALL_BODY_BYTES
+            if short > 16 and got < SMALL_BODY_BYTES and self._pause:
+                time.sleep(self._pause)
         return whole
 
     def read_known(self, head: bytes, size: int) -> _Buffer | None:
@@ -4048,6 +4056,8 @@ def _lost(exc: BaseException) -> TransportError:
 
 class FdChannel(ByteChannel):
     """A channel over two file descriptors, which it owns."""
+    _pause = 2e-4
+
     def __init__(self, read_fd: int, write_fd: int) -> None:
         super().__init__()
         self.read_fd, self.write_fd = read_fd, write_fd  # -1 once closed: the number may then be somebody else's
