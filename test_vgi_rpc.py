@@ -1618,6 +1618,19 @@ class StreamLayoutTests(TestCase):
         counted = [(r.request_rows, r.statistics.input_rows) for r in recorder.records]
         self.assertEqual(counted, 3 * [(0, 0)] + 3 * [(1, 1)])
 
+    def test_the_wire_is_logged_also_for_what_is_known(self) -> None:
+        with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
+            proxy.add(a=1.0)
+            for _ in range(2):
+                with self.assertLogs("vgi_rpc.wire", "DEBUG") as caught:
+                    self.assertEqual(proxy.add(a=1234.5, b=1.0), 1235.5)
+                said = [(record.name, record.getMessage()) for record in caught.records]
+                read = [text for name, text in said if name == "vgi_rpc.wire.read"]
+                self.assertEqual(sum("batch of 1 rows" in text for text in read), 2, said)  # the request and the result
+                self.assertTrue(any("vgi_rpc.method" in text for text in read))
+                self.assertEqual(sum("messages of" in text for name, text in said if name == "vgi_rpc.wire.write"), 2, said)
+                self.assertNotIn("1234", repr(said))
+
     def test_a_method_sees_its_caller_and_its_deadline_when_known(self) -> None:
         with vgi_rpc.serve_pipe(Service, ServiceImpl()) as proxy:
             hurried = vgi_rpc.with_options(proxy, timeout=0.05)
@@ -3004,6 +3017,25 @@ class TransportContract:
 
     # -- unary
 
+    def test_what_is_no_batch_is_not_sent(self) -> None:
+        with self.proxy.running() as session:
+            for wrong in (values(1.0).batch, AnnotatedBatch("text"), None):  # type: ignore[arg-type]
+                with self.assertRaises(TypeError):
+                    session.exchange(wrong)
+            self.assertEqual(session.exchange(values(2.0)).batch.to_pydict()["sum"], [2.0])
+        with self.assertRaisesRegex(RpcError, "closed"):
+            session.exchange(values(1.0))
+        self.assertIn("proxy of Service", repr(self.proxy))
+
+    def test_a_client_log_that_fails_ends_no_call(self) -> None:
+        def fails(message: vgi_rpc.Message) -> None:
+            raise RuntimeError("a broken log")
+
+        noisy = vgi_rpc.with_options(self.proxy, on_log=fails)
+        with self.assertLogs("vgi_rpc", "ERROR") as caught:
+            self.assertEqual([noisy.logs(count=2), noisy.logs(count=1)], [2, 1])
+        self.assertEqual(len(caught.records), 3)
+
     def test_every_type(self) -> None:
         for name, case in TYPES.items():
             echo = getattr(self.proxy, f"echo_{name}")
@@ -3383,6 +3415,20 @@ class HttpContract(TransportContract):
 
     kind = "http"
 
+    def test_a_session_goes_back_to_a_token(self) -> None:
+        with self.proxy.count(limit=9) as session:
+            _, token = session.next_with_token()
+            first, _ = session.next_with_token()
+            second, _ = session.next_with_token()
+            self.assertNotEqual(first.batch.to_pydict(), second.batch.to_pydict())
+            session.seek_to_token(token)
+            again, after = session.next_with_token()
+            self.assertEqual(again.batch.to_pydict(), first.batch.to_pydict())
+            self.assertNotEqual(after, token)
+            with self.assertRaisesRegex(RpcError, "token"):
+                session.seek_to_token(b"no token")
+        self.assertEqual(session.next_with_token()[0], None)
+
     def test_a_stream_goes_on_from_its_token(self) -> None:
         session = self.proxy.running("saved")
         session.exchange(values(1.0, 2.0))
@@ -3711,6 +3757,47 @@ class TlsTests(TestCase):
         url = f"https://127.0.0.1:{port}"
         connect = functools.partial(vgi_rpc.http_connect, Service, timeout=WATCHDOG_SECONDS / 4)
         self.exercise(connect(url, tls_context=self.client_context), connect(url), connect(url.replace("https", "http")))
+
+    def test_http_through_a_proxy(self) -> None:
+        """A tunnel to the server, by CONNECT; a proxy that refuses is named."""
+        _, port, _ = in_thread(vgi_rpc.serve_http, make_server(), token_key=KEY, tls_context=self.server_context)
+        asked: list[bytes] = []
+
+        def forward(source: socket.socket, target: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(65_536):
+                    target.sendall(data)
+            for one in (source, target):
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+
+        def proxy(listening: socket.socket, answer: bytes) -> None:
+            with listening.accept()[0] as near:
+                asked.append(near.recv(65_536))
+                near.sendall(answer + b"\r\n\r\n")
+                with socket.create_connection(("127.0.0.1", port)) as far:
+                    back = threading.Thread(target=forward, args=(far, near), daemon=True)
+                    back.start()
+                    forward(near, far)
+                    back.join(WATCHDOG_SECONDS)
+
+        for answer, refused in ((b"HTTP/1.1 200 Connection established", False), (b"HTTP/1.1 403 Forbidden", True)):
+            with self.subTest(answer), socket.create_server(("127.0.0.1", 0)) as listening:
+                thread = threading.Thread(target=proxy, args=(listening, answer), daemon=True)
+                thread.start()
+                where = f"http://user:pass@127.0.0.1:{listening.getsockname()[1]}"
+                environment = {"https_proxy": where, "no_proxy": "", "NO_PROXY": ""}
+                connected = vgi_rpc.http_connect(
+                    Service, f"https://127.0.0.1:{port}", tls_context=self.client_context, timeout=WATCHDOG_SECONDS / 4
+                )
+                with mock.patch.dict(os.environ, environment), contextlib.ExitStack() as stack:
+                    if refused:
+                        stack.enter_context(self.assertRaisesRegex(TransportError, "through proxy 127.0.0.1:.*403 Forbidden"))
+                    self.assertEqual(stack.enter_context(connected).add(1.0), 3.0)
+                thread.join(WATCHDOG_SECONDS)
+                self.assertFalse(thread.is_alive())
+                self.assertIn(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\n" % port, asked[-1])
+                self.assertIn(b"Proxy-Authorization: Basic dXNlcjpwYXNz\r\n", asked[-1])
 
     def test_client_certificates(self) -> None:
         """A server that asks for one serves those that its authority vouches for, and nobody else."""

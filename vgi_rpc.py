@@ -1800,7 +1800,7 @@ class StreamLayout(_Layout):
         """Return the values of `keys`, then of the row, and where the stream ends; ``None`` when what stands in *data* from
         *at* on is not of this layout, or not there to its end."""
         end = at + self._struct.size
-        if len(data) < end:
+        if len(data) < end or _wire_read.isEnabledFor(logging.DEBUG):  # the ordinary way logs what it reads
             return None
         parts = self._struct.unpack_from(data, at)
         if self._fixed_of(parts) != self._fixed:
@@ -1819,6 +1819,8 @@ class StreamLayout(_Layout):
 
     def write(self, values: Mapping[bytes, bytes], batch: Any) -> bytes | None:
         """Return the stream of a `PlainBatch` or tick with these values of `keys`; ``None`` for a batch of another layout."""
+        if _wire_write.isEnabledFor(logging.DEBUG):
+            return None
         if batch is not _TICK and (not isinstance(batch, PlainBatch) or tuple(batch.nodes) != self._nodes):
             return None
         parts = self._parts.copy()
