@@ -1399,6 +1399,27 @@ def as_pyarrow_shows(value: Any) -> Any:
 class PlainRowTests(TestCase):
     """Small rows may take a short cut around pyarrow: it must not show in a byte's meaning, nor in what is refused."""
 
+    def test_buffers_outside_the_body_and_strange_dictionaries_are_left_to_pyarrow(self) -> None:
+        point = Point(3, Color.RED, "a note")
+        data, plan = point.serialize_to_bytes(), vgi_rpc.dataclass_codec(Point).row.plan
+        reader = vgi_rpc.IpcReader(vgi_rpc.BufferSource(data))
+        message = reader.next_message()
+        self.assertEqual(plan.read(reader, message), [[v] for v in plan.read_stream(data)])
+        head = message.data[8 : len(message.data) - message.head.body_length]
+        at = data.index(head) + next(start for start, _, name in vgi_rpc._parse_head(bytes(head))[1] if name == "buffers")
+        for i in range(len(message.head.buffers)):
+            for wrong in (-8, 4, message.head.body_length + 8, 2**62):
+                broken = data[: at + 8 * i] + struct.pack("<q", wrong) + data[at + 8 * i + 8 :]
+                offset, size = struct.unpack_from("<2q", broken, at + 16 * (i // 2))
+                if offset >= 0 and size >= 0 and not offset % 8 and offset + size <= message.head.body_length:
+                    continue
+                with self.subTest(buffer=i // 2, wrong=wrong), self.assertRaises(vgi_rpc._NotPlain):
+                    plan.read_stream(broken)
+        (known,) = reader.dictionaries()
+        reader._dictionaries = {7: [known._replace(head=known.head._replace(dictionary_id=7))]}
+        with self.assertRaises(vgi_rpc._NotPlain):
+            plan.read(reader, message)
+
     def test_pyarrow_reads_what_was_meant(self) -> None:
         client = RecordingClient(vgi_rpc.make_wsgi_app(make_server(), token_key=KEY))
         with vgi_rpc.http_connect(Service, client=client, compression_level=None) as proxy:
@@ -1848,6 +1869,15 @@ class TypeTests(TestCase):
 
 class OutputCollectorTests(TestCase):
     """The collector of one turn on its own."""
+
+    def test_ready_made_messages_keep_their_place(self) -> None:
+        out = vgi_rpc.OutputCollector(pa.schema([("value", pa.int64())]))
+        ready = vgi_rpc.Message.warn("ready-made", place="2")
+        out.client_log(Level.INFO, "first")
+        out.emit_client_log_message(ready)
+        out.client_log(Level.INFO, "third")
+        self.assertEqual([message.message for message in out.messages], ["first", "ready-made", "third"])
+        self.assertIs(out.messages[1], ready)
 
     def test_an_integer_that_no_float_holds_is_refused_each_time(self) -> None:
         schema = pa.schema([("value", pa.float64())])
@@ -2574,13 +2604,17 @@ class HttpTokenTests(TestCase):
 
     def test_a_state_that_is_still_here_ages_too(self) -> None:
         app = vgi_rpc.make_wsgi_app(make_server(), token_key=KEY)
-        stream, sealer = RawStream(WsgiClient(app)), app.app.sealer
-        sealer.clock = lambda: time.time() + 3_000
-        self.assertEqual(stream.exchange().status, 200)
-        sealer.clock = lambda: time.time() + 4_000
-        self.assertIn("expired", self.refused(stream.exchange()))
-        sealer.clock = lambda: time.time() - 4_000
-        self.assertIn("future", self.refused(stream.exchange()))
+        sealer, client = app.app.sealer, WsgiClient(app)
+        for seconds, text in ((3_000, ""), (4_000, "expired"), (-4_000, "future")):
+            with self.subTest(seconds=seconds):
+                sealer.clock = time.time
+                stream = RawStream(client)  # another one each time: a state is taken once
+                self.assertTrue(app.app._live)
+                sealer.clock = lambda ahead=seconds: time.time() + ahead
+                if text:
+                    self.assertIn(text, self.refused(stream.exchange()))
+                else:
+                    self.assertEqual(stream.exchange().status, 200)
 
     def test_another_server_needs_the_same_key(self) -> None:
         stream = RawStream(wsgi_client(token_key=KEY))
@@ -3622,6 +3656,38 @@ class StreamingDocTests(TestCase):
 
 class ByteServingTests(TestCase):
     """Listeners and the serve loop, beside the contract."""
+
+    def test_a_null_where_none_is_allowed_is_refused_in_the_streams_own_schema_too(self) -> None:
+        strict = pa.schema([pa.field("value", pa.int64(), nullable=False), pa.field("more", pa.utf8())])
+
+        @dataclass
+        class Strict(ExchangeState):
+            def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+                out.emit_pydict({"value": [input.batch.num_rows]})
+
+        class Strictly:
+            def strictly(self) -> Stream[StreamState]:
+                return Stream(INTEGERS, Strict(), input_schema=strict)
+
+        good, null = (
+            pa.RecordBatch.from_arrays([pa.array(values, pa.int64()), pa.array([None, "x"])], schema=strict)
+            for values in ([1, 2], [None, 2])
+        )
+        empty = pa.RecordBatch.from_arrays([], schema=pa.schema([]))
+        request = ipc_bytes(empty.schema, (empty, request_metadata("strictly", "Strictly")))
+        for sent, rows in (([good, good], [1, 1]), ([good, null], [1, 0])):
+            (answers,) = ask_core(RpcServer(Strictly, Strictly()), request + ipc_bytes(strict, *sent))
+            self.assertEqual([batch.num_rows for batch, _ in answers], rows)
+            if null in sent:
+                self.assertIn("column 'value': expected int64 without nulls", error_of(answers[1:])["text"])
+
+    def test_one_request_at_a_time(self) -> None:
+        server, channel = make_server(), MemoryChannel(GOOD + request_bytes("add", {"a": 5.0, "b": 2.0}))
+        for expected in ([3.0], [7.0]):
+            channel.written.clear()
+            server.serve_one(vgi_rpc.Transport(channel, vgi_rpc.TransportKind.PIPE))
+            [[(answer, _)]] = read_streams(b"".join(channel.written))
+            self.assertEqual(answer.to_pydict(), {"result": expected})
 
     def test_connections_one_after_the_other(self) -> None:
         _, port, _ = in_thread(vgi_rpc.serve_tcp, make_server())

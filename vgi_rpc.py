@@ -1181,7 +1181,7 @@ class IpcReader:
         """Return the dictionary messages in force, in the order of their ids."""
         return [m for _, messages in sorted(self._dictionaries.items()) for m in messages]
 
-    def skip(self) -> None:
+    def read_to_end(self) -> None:
         """Read on to the end marker without decoding, which leaves a connection usable after a refusal; raises `IPCError`."""
         while self._unread or not self.ended:
             left, self._unread = self._unread, 0
@@ -2566,10 +2566,8 @@ class ExchangeState(StreamState):
         raise TypeError(f"{type(self).__name__} defines no exchange()")
 
 if typing.TYPE_CHECKING:
-    import typing_extensions
-
-    _S = typing_extensions.TypeVar("_S", bound=StreamState)
-    _H = typing_extensions.TypeVar("_H", default=None)
+    _S = TypeVar("_S", bound=StreamState)
+    _H = TypeVar("_H", default=None)  # Python's own takes it from 3.13 on, mypy for every version
 else:
     _S, _H = TypeVar("_S"), TypeVar("_H")
 
@@ -2952,8 +2950,7 @@ class Request:
     @property
     def timeout(self) -> float | None:
         """Seconds until the client stops waiting, ``None`` for no limit."""
-        value = self.metadata.get(TIMEOUT_KEY, b"")
-        return int(value) / 1000 if value.isdigit() and len(value) < 16 else None
+        return read_timeout(self.metadata)
 
     def has_schema(self, row: RowCodec) -> bool:
         """Whether the request has exactly the schema of *row*."""
@@ -2976,6 +2973,11 @@ class KnownRequest(Request):
 
     def values(self, row: RowCodec) -> Sequence[Any]:
         return row.decode(self._values)
+
+def read_timeout(metadata: _Metadata) -> float | None:
+    """Return the time limit of a request or turn in seconds, ``None`` for no limit."""
+    value = metadata.get(TIMEOUT_KEY, b"")
+    return int(value) / 1000 if value.isdigit() and len(value) < 16 else None
 
 def clean_request_id(text: str | None) -> str:
     """Return *text* if it may be echoed and logged (1 to 128 visible ASCII characters), else an empty string."""
@@ -4615,7 +4617,7 @@ class ByteClient(ClientChannel):
             except RpcError as exc:
                 if not _was_answer(exc):
                     raise
-                reader.skip()
+                reader.read_to_end()
                 if not stray or exc.request_id in ("", request_id):
                     raise
                 self._between = True
@@ -4636,7 +4638,7 @@ class ByteClient(ClientChannel):
                 self._between = False
             else:
                 reader, item = self.open_reply(request_id, options)
-                reader.skip()
+                reader.read_to_end()
                 if item is None:
                     raise IPCError(f"{info.name}(): expected a result, got an end of stream")
         if known is not None:
@@ -4679,7 +4681,7 @@ class _ByteClientStream(ClientStream):
         if (item := self._next()) is None:
             raise IPCError(f"{name}(): expected a header, got an end of stream")
         self.header, self._reader = item.annotated().batch, None
-        item.reader.skip()
+        item.reader.read_to_end()
 
     def _input(self, schema: pa.Schema) -> IpcWriter:
         if self._writer is None:
@@ -4700,7 +4702,7 @@ class _ByteClientStream(ClientStream):
         except RpcError as exc:
             if _was_answer(exc):
                 if self._reader is not None:
-                    self._reader.skip()
+                    self._reader.read_to_end()
                 if not self.done:
                     self._end_input()
                 # A begun call reads our input to its end; a server that refused the call may take it for a request.
@@ -5094,7 +5096,7 @@ class _ByteServing:
             self._serve_request(bound, request, request_id or new_request_id())
         except (_Refusal, StatusError) as exc:
             if reader is not None:
-                reader.skip()  # raises when the bytes make no sense: then the connection is closed
+                reader.read_to_end()  # raises when the bytes make no sense: then the connection is closed
             if request is not None or not orphan_expected:
                 self._answer(exc, request_id)
                 self._orphan_expected = True
@@ -5149,7 +5151,7 @@ class _ByteServing:
                     turn = call.turn(given, conforms=alike and not any(message.head.nodes[1::2]))
             finished = turn.finished
             writer.write_all(turn.items, close=finished)
-        reader.skip()
+        reader.read_to_end()
 
 @contextlib.contextmanager
 def _stop_signals(server: ServerCore, grace: float = DRAIN_GRACE_SECONDS,
@@ -5931,9 +5933,8 @@ class HttpApp:
         opened, state = self._open_tokens(bound, caller.auth, metadata)
         own_id = clean_request_id(metadata.get(REQUEST_ID_KEY, b"").decode("latin-1"))
         call = self._go_on(bound, caller, opened, own_id or request_id)
-        timeout = metadata.get(TIMEOUT_KEY, b"")
-        if timeout.isdigit() and len(timeout) < 16:
-            call.deadline = time.monotonic() + int(timeout) / 1000
+        if (timeout := read_timeout(metadata)) is not None:
+            call.deadline = time.monotonic() + timeout
         call.note(request_bytes=len(body))
         shown = {k: v for k, v in metadata.items() if k not in _OUR_KEYS}
         given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
@@ -7303,7 +7304,7 @@ class HttpClient(ClientChannel):
         if info.header is not None:
             reader = _open_answer(source, options)
             stream.header = answer_call(_answer_item(reader, info, options, "a header").annotated).batch
-            answer_call(reader.skip)
+            answer_call(reader.read_to_end)
         stream.take(source)
         return stream
 
