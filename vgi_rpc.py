@@ -5,8 +5,8 @@
 # SPDX-License-Identifier: MIT
 """vgi_rpc: one Python file that makes an Arrow service.
 
-Copy this file into a project, ``pip install pyarrow``, write a Protocol class and an implementation. The same service is
-then reached through typed proxies over an in-process pipe, a subprocess, a Unix socket, TCP or HTTP::
+Write a Protocol class and an implementation. The same service is then reached through typed proxies over an
+in-process pipe, a subprocess, a Unix socket, TCP or HTTP::
 
     from typing import Protocol
     import vgi_rpc
@@ -21,13 +21,15 @@ then reached through typed proxies over an in-process pipe, a subprocess, a Unix
     with vgi_rpc.serve_pipe(Calculator, CalculatorImpl()) as proxy:
         assert proxy.add(a=2.0, b=3.0) == 5.0
 
-``python vgi_rpc.py serve module:CalculatorImpl`` serves it over HTTP; ``python vgi_rpc.py --help`` lists the other commands.
+A method returns a value (unary) or a `Stream` whose state is a dataclass. On byte streams the state stays in
+the server's memory; over HTTP, which is stateless, it travels in a token: signed (HMAC-SHA256), not encrypted.
 
-A method returns a value (unary) or a `Stream` whose state is a dataclass. On byte streams the state stays in memory; over
-HTTP, which is stateless, it travels in a token signed with HMAC-SHA256 (signed, not encrypted: a client can read it).
+To vendor it, copy this file into a project or a package, under any name, and ``pip install pyarrow``. Nothing
+is registered outside of the file but the loggers ``vgi_rpc`` and ``vgi_rpc.*``. ``python vgi_rpc.py serve
+module:CalculatorImpl`` (or ``python -m package.vgi_rpc …``) serves a class over HTTP; ``--help`` tells more.
 
-Settings read from the environment: ``VGI_RPC_TOKEN_KEY`` (the key of the tokens, at least 16 bytes; several, separated by
-commas, rotate: the first signs, all verify) and, for the command line, the ``VGI_RPC_*`` twins that ``serve --help`` names.
+``VGI_RPC_TOKEN_KEY`` in the environment is the key of the tokens, at least 16 bytes; of several, separated by
+commas, the first one signs and all verify. The command line also reads the twins that ``serve --help`` names.
 
 The file is read from top to bottom: a section uses only sections with a smaller number.
 ``grep -n '^# [0-9]*\\. [A-Z]' vgi_rpc.py`` prints the contents.
@@ -35,102 +37,193 @@ The file is read from top to bottom: a section uses only sections with a smaller
 
 from __future__ import annotations
 
-import base64, binascii, contextlib, contextvars, copy, dataclasses, enum, errno, functools, hashlib, hmac
-import inspect, io, itertools, json, logging, operator, os, re, socket, struct, sys, threading, time, traceback
-import types, typing, zlib
-from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+import base64
+import binascii
+import contextlib
+import contextvars
+import copy
+import copyreg
+import dataclasses
+import datetime
+import decimal
+import enum
+import errno
+import functools
+import hashlib
+import hmac
+import inspect
+import io
+import itertools
+import json
+import logging
+import operator
+import os
+import re
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+import types
+import typing
+import uuid
+import weakref
+import zlib
+from collections import deque, namedtuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, Union, cast
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, Union
+from typing import cast
 
 import pyarrow as pa
 from pyarrow import ipc
 
-if typing.TYPE_CHECKING:
+if typing.TYPE_CHECKING:  # what only some uses need is imported by the functions that need it
+    import http.client
+    import http.server
     import ssl
+    import urllib.request
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
+# fmt: off
 __all__ = [
-    "RpcError", "TransportError", "DeadlineExceededError", "AuthenticationError", "StatusError", "IPCError",  # errors
-    "VersionError", "ProtocolVersionError", "ProtocolError", "ProtocolNotSpecifiedError", "ProtocolNotSupportedError",
-    "MethodNotImplementedError", "TokenError", "RequestTooLargeError", "ResponseTooLargeError", "ServerDrainingError",
-    "ParameterError", "Code", "BadRequest", "ErrorInfo", "FieldViolation", "Help", "HelpLink", "LocalizedMessage",
-    "PreconditionFailure", "PreconditionViolation", "QuotaFailure", "QuotaViolation", "ResourceInfo", "RetryInfo",
-    "AnnotatedBatch", "ArrowSerializableDataclass", "ArrowType", "Transient", "IpcValidation",  # data
-    "rpc_methods", "describe_rpc", "RpcMethodInfo", "MethodType", "idempotent", "no_side_effects", "deprecated",  # services
-    "RpcServer", "CallContext", "AuthContext", "current_auth", "CallStatistics", "ClientLog", "Level", "Message",
-    "TransportKind", "ServeStartHook", "CallRecord", "DispatchHook", "configure_access_log",
-    "Stream", "StreamState", "ProducerState", "ExchangeState", "OutputCollector", "StreamSession", "resume",  # streams
-    "serve_pipe", "run_server", "serve_stdio", "serve_unix", "serve_tcp", "serve_http", "make_wsgi_app",  # serving
-    "make_sync_client", "HttpOptions", "HttpServeOptions", "HttpRequest", "AuthFailure", "AuthReason", "bearer_authenticate",
+    # Errors, as a client sees them, a server raises them, and their typed details
+    "RpcError", "TransportError", "DeadlineExceededError", "AuthenticationError", "StatusError", "Code",
+    "IPCError", "ParameterError", "VersionError", "ProtocolVersionError", "ProtocolError",
+    "ProtocolNotSpecifiedError", "ProtocolNotSupportedError", "MethodNotImplementedError", "TokenError",
+    "RequestTooLargeError", "ResponseTooLargeError", "ServerDrainingError", "AuthFailure", "AuthReason",
+    "BadRequest", "ErrorInfo", "FieldViolation", "Help", "HelpLink", "LocalizedMessage", "PreconditionFailure",
+    "PreconditionViolation", "QuotaFailure", "QuotaViolation", "ResourceInfo", "RetryInfo",
+    # Values and batches
+    "ArrowSerializableDataclass", "ArrowType", "Transient", "AnnotatedBatch", "IpcValidation",
+    # Services and what their methods use
+    "RpcServer", "CallContext", "AuthContext", "current_auth", "CallStatistics", "ClientLog", "Level",
+    "Message", "TransportKind", "ServeStartHook", "CallRecord", "DispatchHook", "configure_access_log",
+    "idempotent", "no_side_effects", "deprecated", "rpc_methods", "describe_rpc", "RpcMethodInfo", "MethodType",
+    # Streams
+    "Stream", "StreamState", "ProducerState", "ExchangeState", "OutputCollector", "StreamSession", "resume",
+    # Serving
+    "serve_pipe", "run_server", "serve_stdio", "serve_unix", "serve_tcp", "serve_http", "make_wsgi_app",
+    "make_sync_client", "HttpOptions", "HttpServeOptions", "HttpRequest", "bearer_authenticate",
     "bearer_authenticate_static", "chain_authenticate",
-    "connect", "unix_connect", "tcp_connect", "http_connect", "with_options", "StderrMode", "RpcConnection",  # connecting
-    "make_pipe_pair", "PipeTransport", "SubprocessTransport", "WorkerPool", "PoolMetrics", "http_capabilities",
-    "HttpServerCapabilities",
-    "introspect", "http_introspect", "list_protocols", "describe_protocol", "ServiceDescription", "MethodDescription", "Limit",
+    # Connecting
+    "connect", "unix_connect", "tcp_connect", "http_connect", "with_options", "RpcConnection", "StderrMode",
+    "make_pipe_pair", "PipeTransport", "SubprocessTransport", "WorkerPool", "PoolMetrics",
+    # Asking a server what it is
+    "introspect", "http_introspect", "list_protocols", "describe_protocol", "ServiceDescription",
+    "MethodDescription", "http_capabilities", "HttpServerCapabilities",
 ]
+# fmt: on
 
-_T = TypeVar("_T")
-_P = TypeVar("_P")
+T = TypeVar("T")
+P = TypeVar("P")  # what a service looks like to its callers
+ProtocolClass: TypeAlias = Callable[..., P]  # a class; checkers take no Protocol as type[P]
 logger = logging.getLogger("vgi_rpc")
-_wire_read, _wire_write = (logging.getLogger(f"vgi_rpc.wire.{way}") for way in ("read", "write"))  # shapes, never values
+wire_read = logging.getLogger("vgi_rpc.wire.read")  # shapes of what comes and goes at DEBUG, never values
+wire_write = logging.getLogger("vgi_rpc.wire.write")
 
 
 # ============================================================================
 # 1. CONSTANTS ......................................... uses nothing
 # ============================================================================
-# Every key on the wire, every header name and every default limit, each once.
-# Peers of other languages depend on the spelling: none of it changes without a new wire version.
+# Every key on the wire, header name and default limit, once. Peers of other languages depend on the spelling.
 
 REQUEST_VERSION = b"1"
 DESCRIBE_VERSION = "5"  # of the reflection answer, as the family numbers it
 
 # Custom metadata of request batches.
-METHOD_KEY, REQUEST_VERSION_KEY, REQUEST_ID_KEY = b"vgi_rpc.method", b"vgi_rpc.request_version", b"vgi_rpc.request_id"
-PROTOCOL_KEY, PROTOCOL_VERSION_KEY = b"vgi_rpc.protocol", b"vgi_rpc.protocol_version"
-TIMEOUT_KEY = b"vgi_rpc.timeout_ms"  # ours: what is left of the caller's deadline, in ms; other servers ignore it
-TRACE_KEYS = (b"traceparent", b"tracestate")
-CANCEL_KEY, SHM_KEY = b"vgi_rpc.cancel", b"vgi_rpc.transport.shm"
+METHOD_KEY = b"vgi_rpc.method"
+PROTOCOL_KEY = b"vgi_rpc.protocol"
+PROTOCOL_VERSION_KEY = b"vgi_rpc.protocol_version"
+REQUEST_VERSION_KEY = b"vgi_rpc.request_version"
+REQUEST_ID_KEY = b"vgi_rpc.request_id"
+TIMEOUT_KEY = b"vgi_rpc.timeout_ms"  # ours: what is left of the caller's deadline, ms; others ignore it
+TRACE_KEYS = (b"traceparent", b"tracestate")  # W3C trace context, handed through
+CANCEL_KEY = b"vgi_rpc.cancel"
+SHM_KEY = b"vgi_rpc.transport.shm"
 
 # Custom metadata of answers.
-LOG_LEVEL_KEY, LOG_MESSAGE_KEY, LOG_EXTRA_KEY = b"vgi_rpc.log_level", b"vgi_rpc.log_message", b"vgi_rpc.log_extra"
-SERVER_ID_KEY, ERROR_CODE_KEY, ERROR_KIND_KEY = b"vgi_rpc.server_id", b"vgi_rpc.error_code", b"vgi_rpc.error_kind"
-ERROR_DETAILS_KEY, LOCATION_KEY, SHM_OFFSET_KEY = b"vgi_rpc.error_details", b"vgi_rpc.location", b"vgi_rpc.shm_offset"
-STATE_KEY, CALL_STATE_KEY = b"vgi_rpc.stream_state#b64", b"vgi_rpc.call_state#b64"
-DOC_KEY, DEFAULTS_KEY, PARAM_DOCS_KEY = b"vgi_rpc.doc", b"vgi_rpc.defaults", b"vgi_rpc.param_docs"  # ours: of schemas
-LIMITS_KEY = b"vgi_rpc.limits"  # ours: of the schema of the first method's parameters
+LOG_LEVEL_KEY = b"vgi_rpc.log_level"
+LOG_MESSAGE_KEY = b"vgi_rpc.log_message"
+LOG_EXTRA_KEY = b"vgi_rpc.log_extra"
+SERVER_ID_KEY = b"vgi_rpc.server_id"
+ERROR_CODE_KEY = b"vgi_rpc.error_code"
+ERROR_KIND_KEY = b"vgi_rpc.error_kind"
+ERROR_DETAILS_KEY = b"vgi_rpc.error_details"
+LOCATION_KEY = b"vgi_rpc.location"
+SHM_OFFSET_KEY = b"vgi_rpc.shm_offset"
+STATE_KEY = b"vgi_rpc.stream_state#b64"  # the cursor: the advancing state
+CALL_STATE_KEY = b"vgi_rpc.call_state#b64"  # the call token: the fixed half
+
+# Metadata of the schemas that our reflection answers with. Other peers pass over it.
+DOC_KEY = b"vgi_rpc.doc"  # of a method's parameters, or of the class of one field
+SIGNATURE_KEY = b"vgi_rpc.signature"  # of a method's parameters
+PARAM_DOCS_KEY = b"vgi_rpc.param_docs"
+TYPE_KEY = b"vgi_rpc.type"  # of a field: its type as a person writes it
+STRUCT_KEY = b"vgi_rpc.struct"  # of a binary field: the schema of the dataclass inside, serialised
+ENUM_KEY = b"vgi_rpc.enum"  # of a field: the names of the enum's members, one a line
+DEFAULT_KEY = b"vgi_rpc.default"  # of a field: its default, an IPC stream of one value
 
 RESERVED_PROTOCOL_PREFIX = "vgi_rpc."
 REFLECTION_PROTOCOL = "vgi_rpc.Reflection.v1"
 TRANSPORT_OPTIONS_METHOD = "__transport_options__"
 PROTOCOL_NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,254}")
 
-# HTTP.
+# HTTP headers.
 ARROW_CONTENT_TYPE = "application/vnd.apache.arrow.stream"
-REQUEST_ID_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER = "X-Request-ID", "X-VGI-RPC-Error", "VGI-Auth-Reason"
-ACCEPT_ENCODING_HEADER, CONTENT_ENCODING_HEADER = "X-VGI-Accept-Encoding", "X-VGI-Content-Encoding"
+REQUEST_ID_HEADER = "X-Request-ID"
+RPC_ERROR_HEADER = "X-VGI-RPC-Error"
+AUTH_REASON_HEADER = "VGI-Auth-Reason"
+ACCEPT_ENCODING_HEADER = "X-VGI-Accept-Encoding"
+CONTENT_ENCODING_HEADER = "X-VGI-Content-Encoding"
 ACCEPT_MAX_RESPONSE_BYTES_HEADER = "VGI-Accept-Max-Response-Bytes"
 ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER = "VGI-Accept-Max-Response-Bytes-Support"
-SUPPORTED_ENCODINGS_HEADER, EXTERNALIZATION_HEADER = "VGI-Supported-Encodings", "VGI-Externalization-Enabled"
-MAX_REQUEST_BYTES_HEADER, MAX_RESPONSE_BYTES_HEADER = "VGI-Max-Request-Bytes", "VGI-Max-Response-Bytes"
-# Ours: how many turns of a producer the client takes in one answer, on the same tick. Other servers ignore it and answer one.
-MAX_TURNS_HEADER = "VGI-Max-Turns"
+SUPPORTED_ENCODINGS_HEADER = "VGI-Supported-Encodings"
+EXTERNALIZATION_HEADER = "VGI-Externalization-Enabled"
+MAX_REQUEST_BYTES_HEADER = "VGI-Max-Request-Bytes"
+MAX_RESPONSE_BYTES_HEADER = "VGI-Max-Response-Bytes"
+MAX_TURNS_HEADER = "VGI-Max-Turns"  # ours: turns of a producer that the client takes in one answer; else one
+CONNECT_TIMEOUT_HEADER = "Connect-Timeout-Ms"  # of the Connect protocol, whose JSON the JSON door speaks
+CONNECT_VERSION_HEADER = "Connect-Protocol-Version"
 
-# Limits. Each is a default that the matching option overrides.
+# Limits of what a peer may send. Each is a default where an option has the same name.
 MIN_RESPONSE_BUDGET = 65_536  # the family's floor for VGI-Accept-Max-Response-Bytes
 MAX_RESPONSE_BUDGET = 2**53 - 1  # the largest integer that JSON peers keep exact
 CLIENT_MAX_RESPONSE_BYTES = 268_435_456  # what our HTTP client asks for and reads at most: 256 MiB
 SERVER_MAX_REQUEST_BYTES = 268_435_456  # what an HTTP server reads of one body, encoded and decoded
+JSON_MAX_REQUEST_BYTES = 1 << 20  # of a JSON body: what the parser and the conversion do in about a second
 MAX_METADATA_BYTES = 67_108_864  # one message's head; tokens live there, so it is large
+MAX_HEAD_ENTRIES = 512  # metadata pairs and the like of one message head: each costs more than its bytes
 MAX_COLUMNS = 4_096
+MAX_BUFFERS = 65_536  # of one batch, and its columns with what is nested in them; columns of views have many
 MAX_NESTING = 64  # levels of list, map and struct in a foreign schema
+MAX_DICTIONARY_MESSAGES = 1_024  # of a dictionary since it was replaced: a delta costs all that is there
+MAX_BODY_BYTES = 1 << 40  # of one message where there is no other limit: a larger body is no body
+MAX_DRAINED_BYTES = 1 << 30  # of a body that was refused and is read over, so that its connection can go on
 FREE_ROWS = 1 << 24  # more rows than this must be paid for with at least one bit of body each
-FREE_DECODED_BYTES = 1 << 30  # of compressed buffers, or 1,024 times theirs; only where max_request_bytes is not set
-MAX_ERROR_MESSAGE_CHARS, MAX_TRACEBACK_CHARS, MAX_TRACEBACK_FRAMES = 16_000, 16_000, 5
-MAX_ERROR_DETAILS_BYTES = 4_096  # above it the details are left out whole (the family's rule)
-MAX_ERROR_KIND_CHARS, MAX_REQUEST_ID_CHARS, MAX_HEADERS = 255, 128, 100
+FREE_DECODED_BYTES = 1 << 30  # of compressed buffers, or 1,024 times theirs; unless max_request_bytes is set
+MAX_REQUEST_ID_CHARS = 128
+MAX_HEADERS = 100
 MAX_HEAD_BYTES = 131_072  # request line or status line with all headers; holds a bearer token of 100 KB
+MAX_CONNECTIONS = 512  # of one listener at a time; each has a thread
+MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
+
+# Limits of what we send.
+MAX_ERROR_MESSAGE_CHARS = 16_000
+MAX_TRACEBACK_CHARS = 16_000
+MAX_TRACEBACK_FRAMES = 5
+MAX_ERROR_DETAILS_BYTES = 4_096  # above it the details are left out whole (the family's rule)
+MAX_ERROR_KIND_CHARS = 255
+MAX_PREFETCH = 16  # ticks that a client sends ahead on a byte stream: far less than any pipe holds
+MAX_TURNS = 1_024  # turns of a producer in one HTTP answer, within the bytes and the time that follow
+MAX_TURNS_BYTES = 1 << 20
+MAX_TURNS_SECONDS = 0.05  # a slow producer is answered turn by turn, and a server that drains is done soon
+
+# Seconds.
 TOKEN_TTL_SECONDS = 3_600.0
 TOKEN_CLOCK_SKEW_SECONDS = 60.0  # how far ahead of us another server's clock may run
 READ_TIMEOUT_SECONDS = 30.0  # HTTP: between two bytes of one request
@@ -139,341 +232,400 @@ DRAIN_GRACE_SECONDS = 30.0
 TLS_HANDSHAKE_SECONDS = 5.0
 REAP_SECONDS = 1.0  # how long a worker that died while idle in a pool may stay a zombie
 WORKER_EXIT_SECONDS = 5.0  # how long a worker may take to leave after its stdin closed
-MAX_PREFETCH = 16  # ticks that a client sends ahead on a byte stream: together far less than any pipe's buffer
-SLOW_TURN_SECONDS = 0.01  # a producer that takes longer is not asked ahead on a byte stream
-SLOW_READER_SECONDS = 1.0  # a reader that takes longer for a batch gets one an answer: no answer waits half read
-MAX_TURNS = 1_024  # turns of a producer in one HTTP answer
-MAX_TURNS_SECONDS = 5.0  # after so long an answer of several turns ends, so that a server drains and a proxy passes it on
-SMALL_DICTIONARY_BYTES = 1_024  # of a message that is kept, as read or as written, for the next batch with the same values
-SMALL_BODY_BYTES = 65_536  # below: one bytes object; above: read in place, written without copying
 
+SMALL_BODY_BYTES = 65_536  # below: one bytes object; above: read in place, written without copying
 EMPTY_SCHEMA = pa.schema([])
 
 
 # ============================================================================
 # 2. ERRORS ............................................ uses 1
 # ============================================================================
-# Every exception of this file, its code, kind and HTTP status. An exception of another library never reaches a user.
+# Every exception of this file, its code, kind and HTTP status; those of other libraries reach no user.
 #
-#   RpcError                         what a client sees: the other side's error, or
-#   ├── TransportError               no answer                                                   UNAVAILABLE
-#   ├── DeadlineExceededError        no answer in time                                           DEADLINE_EXCEEDED
-#   └── AuthenticationError          HTTP 401                                                    UNAUTHENTICATED
+#   RpcError                         what a client sees: the other side's error, or (LocalError) one noticed here
+#   ├── TransportError               no answer                                                UNAVAILABLE
+#   ├── DeadlineExceededError        no answer in time                                        DEADLINE_EXCEEDED
+#   └── AuthenticationError          HTTP 401                                                 UNAUTHENTICATED
 #   StatusError                      raised by a method: its own code, kind and details
-#   _Refusal                         a request that is not served                           400  INVALID_ARGUMENT
+#   Refusal                          a request that is not served                        400  INVALID_ARGUMENT
 #   ├── IPCError                     bytes that are not the Arrow they should be
 #   ├── ParameterError (TypeError)   a parameter or result that is not as declared
-#   ├── VersionError                 wire version; ProtocolVersionError the application's        FAILED_PRECONDITION
+#   ├── VersionError                 wire version; ProtocolVersionError the application's     FAILED_PRECONDITION
 #   └── ProtocolError                a rule of the wire is broken
-#       ├── ProtocolNotSpecified-, ProtocolNotSupported-, MethodNotImplementedError        404  UNIMPLEMENTED
+#       ├── ProtocolNotSpecified-, ProtocolNotSupported-, MethodNotImplementedError     404  UNIMPLEMENTED
 #       ├── TokenError               a state token that is not for this call, or too old
-#       ├── RequestTooLargeError     413, ResponseTooLargeError 200                              RESOURCE_EXHAUSTED
-#       └── ServerDrainingError      the server is about to stop                            503  UNAVAILABLE
-#   AuthFailure (ValueError)         raised by an `authenticate` callback, with a reason    401
+#       ├── RequestTooLargeError     413, ResponseTooLargeError 200                           RESOURCE_EXHAUSTED
+#       └── ServerDrainingError      the server is about to stop                         503  UNAVAILABLE
+#   AuthFailure (ValueError)         raised by an `authenticate` callback, with a reason 401  UNAUTHENTICATED
 
 
 class Code(str, enum.Enum):
-    """gRPC's sixteen error codes; the value is the name on the wire."""
-    CANCELLED, UNKNOWN, INVALID_ARGUMENT, NOT_FOUND = "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "NOT_FOUND"
-    DEADLINE_EXCEEDED, ALREADY_EXISTS, PERMISSION_DENIED = "DEADLINE_EXCEEDED", "ALREADY_EXISTS", "PERMISSION_DENIED"
-    RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ABORTED = "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED"
-    OUT_OF_RANGE, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE"
-    DATA_LOSS, UNAUTHENTICATED = "DATA_LOSS", "UNAUTHENTICATED"
+    """gRPC's sixteen error codes: the value is the name on the wire; beside it, Connect's HTTP status."""
+
+    CANCELLED = "CANCELLED", 499
+    UNKNOWN = "UNKNOWN", 500
+    INVALID_ARGUMENT = "INVALID_ARGUMENT", 400
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED", 504
+    NOT_FOUND = "NOT_FOUND", 404
+    ALREADY_EXISTS = "ALREADY_EXISTS", 409
+    PERMISSION_DENIED = "PERMISSION_DENIED", 403
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED", 429
+    FAILED_PRECONDITION = "FAILED_PRECONDITION", 400
+    ABORTED = "ABORTED", 409
+    OUT_OF_RANGE = "OUT_OF_RANGE", 400
+    UNIMPLEMENTED = "UNIMPLEMENTED", 501
+    INTERNAL = "INTERNAL", 500
+    UNAVAILABLE = "UNAVAILABLE", 503
+    DATA_LOSS = "DATA_LOSS", 500
+    UNAUTHENTICATED = "UNAUTHENTICATED", 401
+
+    http_status: int
     __str__ = str.__str__
 
-    @classmethod
-    def parse(cls, text: object) -> Code:
-        """Return the code of that name; anything else is ``UNKNOWN``, as peers may be newer than we are."""
-        return next((code for code in cls if code.value == text), cls.UNKNOWN)
+    def __new__(cls, value: str, http_status: int = 0) -> Code:
+        code = str.__new__(cls, value)
+        code._value_ = value
+        code.http_status = http_status
+        return code
 
-_DETAIL_TYPES: dict[str, type[_Detail]] = {}
 
-class _Detail:
-    """A typed error detail: a dataclass of the family's catalogue, where its name is the ``@type``."""
-    TYPE: ClassVar[str] = ""
-    _ITEMS: ClassVar[dict[str, type]] = {}  # the dataclasses inside its sequences
+class AuthReason(str, enum.Enum):
+    """Why a server answered 401: the closed set of the family."""
 
-    def __init_subclass__(cls) -> None:
-        if not cls.TYPE:  # an application's subclass stays what it derives from
-            cls.TYPE = RESERVED_PROTOCOL_PREFIX + cls.__name__
-            _DETAIL_TYPES[cls.TYPE] = cls
+    MISSING_CREDENTIAL = "missing_credential"
+    INVALID_CREDENTIAL = "invalid_credential"
+    EXPIRED_CREDENTIAL = "expired_credential"
+    INSUFFICIENT_SCOPE = "insufficient_scope"
+    PROXY_REQUIRED = "proxy_required"
+    UNAUTHORIZED = "unauthorized"
+    __str__ = str.__str__
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON object, ``@type`` included."""
-        return {"@type": self.TYPE, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
-    @classmethod
-    def from_json(cls: type[_T], obj: Mapping[str, Any]) -> _T:
-        """Read the JSON object, ignoring unknown members; raises `ValueError` when one is absent that has no default."""
-        try:
-            known = cls._ITEMS.items()  # type: ignore[attr-defined]
-            items = {name: tuple(_from_members(kind, i) for i in obj.get(name, ())) for name, kind in known}
-            return cast("_T", _from_members(cls, {**obj, **items}))
-        except (TypeError, AttributeError) as exc:
-            raise ValueError(f"not a {cls.TYPE}: {exc}") from None  # type: ignore[attr-defined]
+# The typed details of an error: the family's catalogue. A detail with a sequence holds the type
+# in front of it. Named tuples, since a dataclass costs every import ten times as much.
 
-def _from_members(cls: Any, obj: Mapping[str, Any]) -> Any:
-    names = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{k: v for k, v in obj.items() if k in names})
+FieldViolation = namedtuple("FieldViolation", "field description", defaults=("",))
+FieldViolation.__doc__ = "One field of a bad request, by its path."
+BadRequest = NamedTuple("BadRequest", [("field_violations", Sequence[FieldViolation])])
+BadRequest.__doc__ = "Which fields of the request were wrong."
+PreconditionViolation = namedtuple("PreconditionViolation", "type subject description", defaults=("", ""))
+PreconditionViolation.__doc__ = "One precondition that did not hold."
+PreconditionFailure = NamedTuple("PreconditionFailure", [("violations", Sequence[PreconditionViolation])])
+PreconditionFailure.__doc__ = "Which preconditions did not hold."
+QuotaViolation = namedtuple("QuotaViolation", "subject description", defaults=("",))
+QuotaViolation.__doc__ = "One quota that was used up."
+QuotaFailure = NamedTuple("QuotaFailure", [("violations", Sequence[QuotaViolation])])
+QuotaFailure.__doc__ = "Which quotas were used up."
+HelpLink = NamedTuple("HelpLink", [("description", str), ("url", str)])
+HelpLink.__doc__ = "One link of a `Help`."
+Help = NamedTuple("Help", [("links", Sequence[HelpLink])])
+Help.__doc__ = "Where to read on."
+ErrorInfo = NamedTuple("ErrorInfo", [("metadata", Mapping[str, str])])
+ErrorInfo.__doc__ = "Free key-value facts about the error."
+RetryInfo = NamedTuple("RetryInfo", [("retry_delay_seconds", float)])
+RetryInfo.__doc__ = "When a retry may be worth it, in seconds from now."
+ResourceInfo = namedtuple(
+    "ResourceInfo", "resource_type resource_name owner description", defaults=("", "", "", "")
+)
+ResourceInfo.__doc__ = "Which resource the error is about."
+LocalizedMessage = NamedTuple("LocalizedMessage", [("locale", str), ("message", str)])
+LocalizedMessage.__doc__ = "The error for an end user, in the language that *locale* names (BCP 47)."
 
-@dataclass(frozen=True)
-class ErrorInfo(_Detail):
-    """Free key-value facts about the error."""
-    metadata: Mapping[str, str] = field(default_factory=dict)
+_DETAIL_ITEMS: dict[Any, Any] = {BadRequest: FieldViolation, PreconditionFailure: PreconditionViolation}
+_DETAIL_ITEMS.update({QuotaFailure: QuotaViolation, Help: HelpLink})
+_DETAIL_KINDS: list[Any] = [ErrorInfo, RetryInfo, ResourceInfo, LocalizedMessage, *_DETAIL_ITEMS]
+_DETAILS = {f"vgi_rpc.{kind.__name__}": kind for kind in _DETAIL_KINDS}
 
-@dataclass(frozen=True)
-class RetryInfo(_Detail):
-    """When a retry may be worth it, in seconds from now."""
-    retry_delay_seconds: float
 
-@dataclass(frozen=True)
-class FieldViolation:
-    """One field of a bad request, by its path."""
-    field: str
-    description: str = ""
-
-@dataclass(frozen=True)
-class BadRequest(_Detail):
-    """Which fields of the request were wrong."""
-    _ITEMS = {"field_violations": FieldViolation}
-    field_violations: Sequence[FieldViolation] = ()
-
-@dataclass(frozen=True)
-class PreconditionViolation:
-    """One precondition that did not hold."""
-    type: str
-    subject: str = ""
-    description: str = ""
-
-@dataclass(frozen=True)
-class PreconditionFailure(_Detail):
-    """Which preconditions did not hold."""
-    _ITEMS = {"violations": PreconditionViolation}
-    violations: Sequence[PreconditionViolation] = ()
-
-@dataclass(frozen=True)
-class QuotaViolation:
-    """One quota that was used up."""
-    subject: str
-    description: str = ""
-
-@dataclass(frozen=True)
-class QuotaFailure(_Detail):
-    """Which quotas were used up."""
-    _ITEMS = {"violations": QuotaViolation}
-    violations: Sequence[QuotaViolation] = ()
-
-@dataclass(frozen=True)
-class ResourceInfo(_Detail):
-    """Which resource the error is about."""
-    resource_type: str = ""
-    resource_name: str = ""
-    owner: str = ""
-    description: str = ""
-
-@dataclass(frozen=True)
-class HelpLink:
-    """One link of a `Help`."""
-    description: str
-    url: str
-
-@dataclass(frozen=True)
-class Help(_Detail):
-    """Where to read on."""
-    _ITEMS = {"links": HelpLink}
-    links: Sequence[HelpLink] = ()
-
-@dataclass(frozen=True)
-class LocalizedMessage(_Detail):
-    """The error for an end user, in the language that *locale* names (BCP 47)."""
-    locale: str
-    message: str
-
-def _details_to_json(details: Iterable[object]) -> list[dict[str, Any]]:
-    """Return details as JSON objects, each type once; raise `ValueError` for what the catalogue does not allow."""
-    objects: list[dict[str, Any]] = []
+def _details_to_json(details: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return details as JSON objects; raise `ValueError` for what the catalogue does not allow."""
+    objects: dict[str, dict[str, Any]] = {}
     for detail in details:
-        obj = detail.to_json() if isinstance(detail, _Detail) else detail
-        kind = obj.get("@type") if isinstance(obj, Mapping) else None
-        if not isinstance(kind, str) or not kind:
-            raise ValueError(f"error detail: expected a detail of the catalogue or a mapping with '@type', got {detail!r}")
-        if kind.startswith(RESERVED_PROTOCOL_PREFIX) and kind not in _DETAIL_TYPES:
-            raise ValueError(f"error detail type {kind!r} is reserved; an application's types stand under its own name")
-        if any(kind == o["@type"] for o in objects):
-            raise ValueError(f"error detail {kind!r} given twice; each type may stand once")
-        objects.append(dict(cast("Mapping[str, Any]", obj)))
-    return objects
+        obj: Any = detail
+        kind = type(detail)
+        if kind in _DETAIL_KINDS:
+            obj = {"@type": f"vgi_rpc.{kind.__name__}", **detail._asdict()}
+            for name in kind._fields if kind in _DETAIL_ITEMS else ():
+                obj[name] = [item._asdict() for item in obj[name]]
+        name = obj.get("@type") if isinstance(obj, Mapping) else None
+        if not name or not isinstance(name, str):
+            raise ValueError(f"error detail: expected one of ours or a mapping with '@type', got {detail!r}")
+        if name.startswith(RESERVED_PROTOCOL_PREFIX) and name not in _DETAILS:
+            raise ValueError(f"error detail type {name!r} is reserved; name yours after your application")
+        if name in objects:
+            raise ValueError(f"error detail {name!r} given twice; each type may stand once")
+        objects[name] = dict(obj)
+    return list(objects.values())
 
-class StatusError(Exception):
-    """Raised by a method that wants the client to see a code, a kind to branch on (an open set) and typed details. The details
-    are those of the catalogue, or mappings with an ``@type`` of the application's own; each type once. A code or a detail that
-    is not one is a `ValueError`."""
-    def __init__(self, message: str, *, code: Code | str, kind: str | None = None,
-                 details: Iterable[_Detail | Mapping[str, Any]] = ()) -> None:
+
+def _detail_of(kind: Any, obj: Any) -> Any:
+    """Read a detail or an item of one, less what is not known here; `TypeError` when a member is missing."""
+    members = {name: obj[name] for name in kind._fields if name in obj}
+    for name in members if kind in _DETAIL_ITEMS else ():
+        members[name] = tuple(_detail_of(_DETAIL_ITEMS[kind], item) for item in members[name])
+    return kind(**members)
+
+
+class _Error(Exception):
+    """It survives pickle and copy, whatever its constructor takes; keywords of the class are attributes."""
+
+    def __init_subclass__(cls, **attributes: Any) -> None:
+        for name, value in attributes.items():
+            setattr(cls, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr(copyreg, "__newobj__"), (type(self), *self.args), self.__dict__
+
+
+class StatusError(_Error):
+    """Raised by a method that wants the client to see a code, a kind to branch on, and typed details.
+
+    Details are of the catalogue, or mappings with an ``@type`` of your application; each type may stand once.
+    Raises ``ValueError`` for others, and for a code that there is not.
+    """
+
+    def __init__(
+        self, message: str, *, code: Code | str, kind: str | None = None, details: Iterable[Any] = ()
+    ) -> None:
         super().__init__(message)
-        self.error_code, self.error_kind, self.error_details = Code(code), kind or "", _details_to_json(details)
+        self.error_code = Code(code)
+        self.error_kind = kind or ""
+        self.error_details = _details_to_json(details)
 
-def _detail_reader(kind: type[_T]) -> Callable[[RpcError], _T | None]:
-    def read(self: RpcError) -> _T | None:
-        return next((d for d in self.details() if isinstance(d, kind)), None)
-    read.__name__ = re.sub(r"\B[A-Z]", r"_\g<0>", kind.__name__).lower()
-    read.__qualname__, read.__doc__ = f"RpcError.{read.__name__}", f"Return the `{kind.__name__}` detail, if there is one."
-    read.__annotations__["return"] = f"{kind.__name__} | None"
+
+def _reader(kind: type[T]) -> Callable[[RpcError], T | None]:
+    def read(self: RpcError) -> T | None:
+        """Return the detail of this kind, if there is one."""
+        return next((detail for detail in self.details() if isinstance(detail, kind)), None)
+
     return read
 
 
-class RpcError(Exception):
-    """What a client sees when a call fails."""
-    def __init__(self, error_type: str, error_message: str, remote_traceback: str, *, request_id: str = "",
-                 error_code: str = "", error_kind: str = "", error_details: list[dict[str, Any]] | None = None) -> None:
-        super().__init__(f"{error_type}: {error_message}")
-        self.error_type = error_type  # name of the exception's class on the other side
-        self.error_message = error_message  # its text
-        self.remote_traceback = remote_traceback  # the other side's, empty when the operator switched it off
-        self.request_id = request_id  # id of the call, as the server logs it
-        self.error_code = str(error_code)  # name of a `Code`
-        self.error_kind = error_kind  # what to branch on, empty when the error has none
-        self.error_details = error_details if error_details is not None else []  # JSON objects with an @type each
+@dataclass(eq=False, repr=False)
+class RpcError(_Error):
+    """What a client sees when a call fails. Where Python has notes, the remote traceback is one."""
 
-    def __reduce__(self) -> tuple[Any, ...]:  # the constructors of the subclasses differ; the attributes do not
-        return type(self).__new__, (type(self), *self.args), self.__dict__
+    error_type: str  # name of the exception's class on the other side
+    error_message: str  # its text
+    remote_traceback: str  # the other side's, empty when the operator switched it off
+    request_id: str = ""  # id of the call, as the server logs it
+    error_code: str = ""  # name of a `Code`
+    error_kind: str = ""  # what to branch on, empty when the error has none
+    error_details: list[dict[str, Any]] = field(default_factory=list)  # JSON objects with an @type each
+
+    def __post_init__(self) -> None:
+        prefix = f"{self.error_type}: "
+        super().__init__(prefix + self.error_message.removeprefix(prefix))
+        if self.remote_traceback and hasattr(self, "add_note"):  # since Python 3.11
+            note = sendable(self.remote_traceback, MAX_TRACEBACK_CHARS).rstrip()
+            self.add_note(f"On the other side:\n{note}")
 
     @property
     def code(self) -> Code:
-        """The code, ``UNKNOWN`` when absent or not known here."""
-        return Code.parse(self.error_code)
+        """The code, ``UNKNOWN`` when absent or not known here, as peers may be newer than we are."""
+        return Code.__members__.get(self.error_code, Code.UNKNOWN)
 
     def details(self) -> list[Any]:
-        """Return the details of the catalogue as their dataclasses; others stay JSON objects."""
-        typed: list[Any] = []
-        for obj in self.error_details:
-            known = _DETAIL_TYPES.get(str(obj.get("@type")))
-            try:
-                typed.append(known.from_json(obj) if known else obj)
-            except ValueError:
-                typed.append(obj)
+        """Return the details of the catalogue as their types; others stay JSON objects."""
+        typed: list[Any] = list(self.error_details)
+        for at, obj in enumerate(typed):
+            with contextlib.suppress(KeyError, TypeError):  # not of the catalogue, or not what it says
+                typed[at] = _detail_of(_DETAILS[obj["@type"]], obj)
         return typed
 
-    error_info, retry_info, help = _detail_reader(ErrorInfo), _detail_reader(RetryInfo), _detail_reader(Help)
-    bad_request, quota_failure = _detail_reader(BadRequest), _detail_reader(QuotaFailure)
-    precondition_failure, resource_info = _detail_reader(PreconditionFailure), _detail_reader(ResourceInfo)
-    localized_message = _detail_reader(LocalizedMessage)
+    error_info = _reader(ErrorInfo)
+    retry_info = _reader(RetryInfo)
+    bad_request = _reader(BadRequest)
+    precondition_failure = _reader(PreconditionFailure)
+    quota_failure = _reader(QuotaFailure)
+    resource_info = _reader(ResourceInfo)
+    help = _reader(Help)
+    localized_message = _reader(LocalizedMessage)
 
     def is_retryable(self) -> bool:
         """Whether the same call may succeed later; clients never retry by themselves."""
-        return self.code is Code.UNAVAILABLE or (self.code is Code.RESOURCE_EXHAUSTED and self.retry_info() is not None)
+        spent = self.code is Code.RESOURCE_EXHAUSTED and self.retry_info() is not None
+        return spent or self.code is Code.UNAVAILABLE
 
-class _LocalError(RpcError):
-    """An `RpcError` made on the client's side: no remote traceback, the class name is the type."""
-    error_code_default: ClassVar[Code] = Code.UNAVAILABLE
 
-    def __init__(self, message: str, *, request_id: str = "", error_kind: str = "") -> None:
-        code = self.error_code_default.value
-        super().__init__(type(self).__name__, message, "", request_id=request_id, error_code=code, error_kind=error_kind)
+class LocalError(RpcError):
+    """An `RpcError` whose type is its class: noticed on this side, unless `was_answer` tells otherwise."""
 
-class TransportError(_LocalError):
+    error_code: str = Code.UNAVAILABLE
+
+    def __init__(self, message: str, *, remote_traceback: str = "", request_id: str = "") -> None:
+        kind = type(self)
+        text = message.removeprefix(f"{kind.__name__}: ")
+        super().__init__(kind.__name__, text, remote_traceback, request_id, str(kind.error_code))
+
+    def __str__(self) -> str:  # Python and whoever reports an error put the name of the class in front
+        return self.error_message
+
+
+class TransportError(LocalError):
     """No answer came: the peer could not be reached, went away, or does not speak Arrow IPC."""
 
-class DeadlineExceededError(_LocalError):
+
+class DeadlineExceededError(LocalError, error_code=Code.DEADLINE_EXCEEDED):
     """The call's time ran out, here or on the server."""
-    error_code_default = Code.DEADLINE_EXCEEDED
 
-class AuthenticationError(_LocalError):
-    """The server answered 401; `reason` says why: from the body, else from ``VGI-Auth-Reason``, else ``UNAUTHORIZED``."""
-    error_code_default = Code.UNAUTHENTICATED
 
-    def __init__(self, message: str, *, reason: AuthReason | None = None) -> None:
+class AuthenticationError(LocalError, error_code=Code.UNAUTHENTICATED):
+    """The server answered 401; `reason` says why, as far as the server said it."""
+
+    def __init__(self, message: str, *, reason: AuthReason = AuthReason.UNAUTHORIZED) -> None:
         super().__init__(message)
-        self.reason = reason or AuthReason.UNAUTHORIZED
+        self.reason = reason
 
-class _Refusal(Exception):
+
+def was_answer(exc: RpcError) -> bool:
+    """Whether the other side sent this error; otherwise it was made here, and no answer came."""
+    return bool(exc.request_id) or not isinstance(exc, LocalError)
+
+
+class AuthFailure(_Error, ValueError, error_code=Code.UNAUTHENTICATED):
+    """Raised by an ``authenticate`` callback to say why a credential was refused."""
+
+    def __init__(self, reason: AuthReason, detail: str = "") -> None:
+        super().__init__(detail or str(reason))
+        self.reason = AuthReason(reason)
+        self.detail = detail
+
+
+class Refusal(_Error):
     """A request that is refused before a method runs; the attributes say how."""
-    error_code: Any = Code.INVALID_ARGUMENT
-    error_kind: Any = ""
-    http_status = 400
 
-class IPCError(_Refusal):
-    """Bytes that are not the Arrow IPC they should be; the text says what was expected, what came and where."""
+    error_code: Code = Code.INVALID_ARGUMENT
+    error_kind: str = ""
+    error_details: Sequence[Mapping[str, Any]] = ()
+    http_status: int = 400
 
-class VersionError(_Refusal):
+
+class IPCError(Refusal):
+    """Bytes that are not the Arrow IPC they should be: what was expected, what came, and where."""
+
+
+class ParameterError(Refusal, TypeError):
+    """A parameter, field or result of the wrong type; on the wire it is a ``TypeError``."""
+
+
+class VersionError(Refusal, error_code=Code.FAILED_PRECONDITION):
     """The request's wire version is absent or not ours."""
-    error_code = Code.FAILED_PRECONDITION
 
-class ProtocolVersionError(VersionError):
+
+class ProtocolVersionError(VersionError, error_kind="protocol_version_mismatch"):
     """Client and server speak incompatible versions of the application's protocol."""
-    error_kind = "protocol_version_mismatch"
 
-    def __init__(self, message: str = "", *, protocol: str = "", client_version: str = "", server_version: str = "") -> None:
+    def __init__(self, message: str = "", *, protocol: str = "") -> None:
         super().__init__(message)
-        self.protocol, self.client_version, self.server_version = protocol, client_version, server_version
-        self.error_details = [PreconditionFailure((PreconditionViolation("protocol_version", protocol, message),)).to_json()]
+        violation = PreconditionViolation("protocol_version", protocol, message)
+        self.error_details = _details_to_json([PreconditionFailure([violation])])
 
-class ProtocolError(_Refusal):
+
+class ProtocolError(Refusal):
     """A request that breaks a rule of the wire."""
 
-class ProtocolNotSpecifiedError(ProtocolError):
+
+class ProtocolNotSpecifiedError(ProtocolError, error_kind="protocol_not_specified"):
     """The request names no protocol."""
-    error_kind = "protocol_not_specified"
 
-class ProtocolNotSupportedError(ProtocolError):
+
+class _NotHere(ProtocolError, error_code=Code.UNIMPLEMENTED, http_status=404):
+    """What was asked for is not hosted."""
+
+
+class ProtocolNotSupportedError(_NotHere, error_kind="protocol_not_supported"):
     """The server does not host that protocol."""
-    error_kind, error_code, http_status = "protocol_not_supported", Code.UNIMPLEMENTED, 404
 
-class MethodNotImplementedError(ProtocolError):
+
+class MethodNotImplementedError(_NotHere, error_kind="method_not_implemented"):
     """The protocol has no such method."""
-    error_kind, error_code, http_status = "method_not_implemented", Code.UNIMPLEMENTED, 404
+
 
 class TokenError(ProtocolError):
     """A state token that this server did not sign, not for this call, or that is too old."""
 
-class RequestTooLargeError(ProtocolError):
+
+class RequestTooLargeError(ProtocolError, error_code=Code.RESOURCE_EXHAUSTED, http_status=413):
     """A request above the server's limit."""
-    error_code, http_status = Code.RESOURCE_EXHAUSTED, 413
 
-class ResponseTooLargeError(ProtocolError):
-    """An answer above the smallest of the client's and the server's limits."""
-    error_code, http_status = Code.RESOURCE_EXHAUSTED, 200
 
-class ServerDrainingError(ProtocolError):
+class ResponseTooLargeError(ProtocolError, error_code=Code.RESOURCE_EXHAUSTED, http_status=200):
+    """An answer above the smallest of the client's and the server's limits; 200, since the method ran."""
+
+
+class ServerDrainingError(ProtocolError, error_code=Code.UNAVAILABLE, error_kind="server_draining"):
     """The server is stopping and takes no new calls; another may."""
-    error_kind, error_code, http_status = "server_draining", Code.UNAVAILABLE, 503
-    error_details = (RetryInfo(1.0).to_json(),)
 
-class ParameterError(_Refusal, TypeError):
-    """A parameter, field or result of the wrong type; on the wire it is a ``TypeError``."""
-    error_type = "TypeError"
+    error_details = _details_to_json([RetryInfo(1.0)])
+    http_status = 503
 
-class AuthReason(str, enum.Enum):
-    """Why a server answered 401: the closed set of the family."""
-    MISSING_CREDENTIAL, INVALID_CREDENTIAL = "missing_credential", "invalid_credential"
-    EXPIRED_CREDENTIAL, INSUFFICIENT_SCOPE = "expired_credential", "insufficient_scope"
-    PROXY_REQUIRED, UNAUTHORIZED = "proxy_required", "unauthorized"
-    __str__ = str.__str__
 
-class AuthFailure(ValueError):
-    """Raised by an ``authenticate`` callback to say why a credential was refused."""
-    def __init__(self, reason: AuthReason, detail: str = "") -> None:
-        super().__init__(detail or str(reason))
-        self.reason, self.detail = AuthReason(reason), detail
-
-def _sendable(text: str, limit: int, mark: str) -> str:
-    """*text*, at most *limit* characters and then *mark*, and valid UTF-8 also where it holds lone surrogates."""
-    text = text[:limit] + mark if len(text) > limit else text
+def sendable(text: str, limit: int, mark: str = "…") -> str:
+    """*text*, at most *limit* characters and then *mark*, and valid UTF-8 whatever it holds."""
+    if len(text) > limit:
+        text = text[:limit] + mark
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
-def _text_of(value: object) -> str:
+
+def text_of(value: object) -> str:
     """``str(value)``, bounded and valid UTF-8, also when its ``__str__`` is broken."""
     try:
         text = str(value)
     except BaseException as exc:  # it may be an exception that a method raised, and must not end the server
         text = f"<{type(value).__name__}: its __str__ raised {type(exc).__name__}>"
-    return _sendable(text, MAX_ERROR_MESSAGE_CHARS, "… <truncated>")
+    return sendable(text, MAX_ERROR_MESSAGE_CHARS, "… <truncated>")
 
-def _suggest(name: str, known: Iterable[str]) -> str:
+
+def suggest(name: str, candidates: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for a near miss, else nothing."""
     import difflib
-    near = difflib.get_close_matches(name[:255], list(known), n=1)
+
+    near = difflib.get_close_matches(name[:255], list(candidates), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def error_facts(exc: BaseException) -> dict[str, Any]:
+    """What is told of any exception: type, text and code; kind and details where any may travel."""
+    facts: dict[str, Any] = {"exception_type": type(exc).__name__, "exception_message": text_of(exc)}
+    if isinstance(exc, ParameterError):
+        facts["exception_type"] = "TypeError"
+    found: dict[str, Any] = {}
+    for name in ("error_code", "error_kind", "error_details"):
+        with contextlib.suppress(BaseException):  # whatever an application's exception does when looked at
+            found[name] = getattr(exc, name, None)
+    facts["error_code"] = Code.__members__.get(text_of(found.get("error_code")), Code.UNKNOWN).value
+    kind = found.get("error_kind")
+    if isinstance(kind, str) and kind:
+        facts["error_kind"] = sendable(kind, MAX_ERROR_KIND_CHARS)
+    with contextlib.suppress(Exception):
+        details = _details_to_json(found.get("error_details") or ())
+        if details and len(json.dumps(details, allow_nan=False)) <= MAX_ERROR_DETAILS_BYTES:
+            facts["error_details"] = details
+    return facts
+
+
+def http_status_of(exc: BaseException) -> int:
+    """The HTTP status of an error that is answered in JSON, by Connect's table."""
+    if isinstance(exc, Refusal) and not isinstance(exc, ResponseTooLargeError):
+        return exc.http_status
+    return Code(error_facts(exc)["error_code"]).http_status
+
+
+def error_as_json(exc: BaseException, *, request_id: str = "", trace: str = "") -> dict[str, Any]:
+    """Return the one JSON object that an error has: Connect's code, message and details, and what we add.
+
+    A detail has Connect's ``value`` (base64 of its JSON, for want of protobuf), and itself as ``debug``.
+    """
+    facts = error_facts(exc)
+    details = []
+    for detail in facts.get("error_details", ()):
+        value = base64.b64encode(json.dumps(detail).encode()).decode().rstrip("=")
+        details.append({"type": detail["@type"], "value": value, "debug": detail})
+    code = facts["error_code"].lower().replace("cancelled", "canceled")
+    more = {"kind": facts.get("error_kind"), "details": details, "request_id": request_id, "traceback": trace}
+    said = {"code": code, "message": facts["exception_message"], "type": facts["exception_type"]}
+    return {**said, **{name: value for name, value in more.items() if value}}
 
 
 # ============================================================================
@@ -482,1896 +634,1693 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 # A log line or an error as it travels: level, text, extra. An error is a message of level EXCEPTION.
 # The metadata of a message is the only form in which an exception leaves a process.
 
+
 class Level(enum.Enum):
     """Severity of a `Message`, most severe first; the value is the name on the wire."""
-    EXCEPTION, ERROR, WARN, INFO, DEBUG, TRACE = "EXCEPTION", "ERROR", "WARN", "INFO", "DEBUG", "TRACE"
 
-def _message_maker(level: Level) -> classmethod[Message, typing.Concatenate[str, ...], Message]:
-    def make(cls: type[Message], message: str, **kwargs: object) -> Message:
-        return cls(level, message, **kwargs)
-    make.__name__, make.__qualname__ = level.name.lower(), f"Message.{level.name.lower()}"
-    make.__doc__ = f"Make a message of level ``{level.name}``."
-    return classmethod(make)
+    EXCEPTION = "EXCEPTION"
+    ERROR = "ERROR"
+    WARN = "WARN"
+    INFO = "INFO"
+    DEBUG = "DEBUG"
+    TRACE = "TRACE"
 
 
-@dataclass(init=False, slots=True)
+def _maker(level: Level) -> Callable[..., Message]:
+    def make(message: str, **kwargs: object) -> Message:
+        """Make a message of this level; keywords are its `extra`. For the client, EXCEPTION is an error."""
+        return Message(level, message, **kwargs)
+
+    return make
+
+
+@dataclass(init=False)
 class Message:
     """One log line from a server, or one error."""
-    MAX_TRACEBACK_CHARS = MAX_TRACEBACK_CHARS
-    MAX_TRACEBACK_FRAMES = MAX_TRACEBACK_FRAMES
+
     level: Level
     message: str
-    extra: dict[str, Any] | None  # JSON-compatible facts
+    extra: dict[str, Any] | None  # facts that JSON can say
 
     def __init__(self, level: Level, message: str, **kwargs: object) -> None:
         if not isinstance(level, Level):
             raise TypeError(f"message level: expected a Level, got {level!r:.100}")
-        self.level, self.message = level, message if isinstance(message, str) else _text_of(message)
+        self.level = level
+        self.message = message if isinstance(message, str) else text_of(message)
         self.extra = kwargs or None
 
-    exception, error, warn, info, debug, trace = map(_message_maker, Level)
+    exception = staticmethod(_maker(Level.EXCEPTION))
+    error = staticmethod(_maker(Level.ERROR))
+    warn = staticmethod(_maker(Level.WARN))
+    info = staticmethod(_maker(Level.INFO))
+    debug = staticmethod(_maker(Level.DEBUG))
+    trace = staticmethod(_maker(Level.TRACE))
 
     @classmethod
     def from_exception(cls, exc: BaseException, *, include_traceback: bool = True) -> Message:
-        """Describe an exception, whatever its own methods do: type, text, code, kind, details, traceback and last frames."""
-        name, text = _error_type_of(exc), _text_of(exc)
-        extra: dict[str, Any] = {"exception_type": name, "exception_message": text, "error_code": _error_code_of(exc).value}
-        kind, details = _attribute(exc, "error_kind"), _error_details_of(exc)
-        if isinstance(kind, str) and kind:
-            extra["error_kind"] = _sendable(kind, MAX_ERROR_KIND_CHARS, "…")
-        if details:
-            extra["error_details"] = details
-        if include_traceback:
-            extra.update(_traceback_facts(exc))
-        return cls(Level.EXCEPTION, f"{name}: {text}", **extra)
+        """Describe an exception, whatever its own methods do, with its code, kind, details and traceback."""
+        facts = error_facts(exc)
+        shown = f"{facts['exception_type']}: {facts['exception_message']}"
+        if not include_traceback:
+            return cls(Level.EXCEPTION, shown, **facts)
+        try:
+            text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
+            frames = list(traceback.extract_tb(exc.__traceback__))[-MAX_TRACEBACK_FRAMES:]
+        except BaseException:  # a broken __str__ in the chain; the error itself is still worth sending
+            text = f"{type(exc).__name__}: <its traceback could not be formatted>\n"
+            frames = []
+        facts["traceback"] = sendable(text, MAX_TRACEBACK_CHARS, "\n… <traceback truncated>")
+        facts["frames"] = [
+            {"file": f.filename, "line": f.lineno, "function": f.name, "code": f.line or ""} for f in frames
+        ]
+        for name, other in (("cause", exc.__cause__), ("context", exc.__context__)):
+            if other is not None:
+                facts[name] = f"{type(other).__name__}: {text_of(other)}"
+        return cls(Level.EXCEPTION, shown, **facts)
 
-    def add_to_metadata(self, metadata: dict[str, str] | None = None) -> dict[str, str]:
-        """Return *metadata* (a copy) with the keys of this message added."""
-        out = {**(metadata or {}), LOG_LEVEL_KEY.decode(): self.level.value, LOG_MESSAGE_KEY.decode(): self.message}
-        if self.extra:
-            try:
-                text = json.dumps(self.extra, default=_text_of)
-            except (TypeError, ValueError, RecursionError):  # keys that are no text, or a list that holds itself
-                text = json.dumps({str(key): _text_of(value) for key, value in self.extra.items()})
-            out[LOG_EXTRA_KEY.decode()] = text
-        return out
 
-def _attribute(exc: BaseException, name: str) -> Any:
-    """An attribute of an exception that a method raised, ``None`` also when reading it fails."""
-    try:
-        return getattr(exc, name, None)
-    except BaseException:
-        return None
-
-def _error_type_of(exc: BaseException) -> str:
-    return exc.error_type if isinstance(exc, ParameterError) else type(exc).__name__
-
-def _error_code_of(exc: BaseException) -> Code:
-    code = _attribute(exc, "error_code")
-    return Code.parse(code) if isinstance(code, str) else Code.UNKNOWN
-
-def _error_details_of(exc: BaseException) -> list[dict[str, Any]]:
-    """The exception's details as JSON objects; an empty list when there are none, too many or unusable ones."""
-    try:
-        details = _details_to_json(_attribute(exc, "error_details") or ())
-        return details if len(json.dumps(details)) <= MAX_ERROR_DETAILS_BYTES else []
-    except Exception:  # whatever an application's object does when it is looked at
-        return []
-
-def _traceback_facts(exc: BaseException) -> dict[str, Any]:
-    """``traceback``, ``frames`` (the last five), ``cause`` and ``context`` of an exception."""
-    try:
-        text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
-        summary = traceback.extract_tb(exc.__traceback__)[-MAX_TRACEBACK_FRAMES:]
-    except BaseException:  # a broken __str__ in the chain; the error itself is still worth sending
-        text, summary = f"{type(exc).__name__}: <its traceback could not be formatted>\n", traceback.StackSummary()
-    frames = [{"file": f.filename, "line": f.lineno, "function": f.name, "code": f.line or ""} for f in summary]
-    facts: dict[str, Any] = {"traceback": _sendable(text, MAX_TRACEBACK_CHARS, "\n… <traceback truncated>"), "frames": frames}
-    for name, other in (("cause", exc.__cause__), ("context", exc.__context__)):
-        if other is not None:
-            facts[name] = f"{type(other).__name__}: {_text_of(other)}"
-    return facts
-
-def _message_metadata(message: Message, server_id: str, request_id: str) -> dict[bytes, bytes]:
-    """A message as metadata of a zero-row batch; for an error its code, kind and details also stand on their own."""
-    metadata = {k.encode(): v.encode("utf-8", "backslashreplace") for k, v in message.add_to_metadata().items()}
+def message_metadata(message: Message, server_id: str, request_id: str) -> dict[bytes, bytes]:
+    """A message as metadata of a zero-row batch; an error's code, kind and details stand there twice."""
+    extra = message.extra or {}
     facts: dict[bytes, Any] = {SERVER_ID_KEY: server_id, REQUEST_ID_KEY: request_id}
+    if extra:
+        try:
+            facts[LOG_EXTRA_KEY] = json.dumps(extra, default=text_of)
+        except (TypeError, ValueError, RecursionError):  # keys that are no text, or a list that holds itself
+            facts[LOG_EXTRA_KEY] = json.dumps({key: text_of(value) for key, value in extra.items()})
     if message.level is Level.EXCEPTION:
-        extra = message.extra or {}
-        details = extra.get("error_details")
-        facts |= {ERROR_CODE_KEY: extra.get("error_code") or Code.UNKNOWN, ERROR_KIND_KEY: extra.get("error_kind")}
-        facts[ERROR_DETAILS_KEY] = json.dumps(details) if details else None
-    return metadata | {key: str(fact).encode("utf-8", "backslashreplace") for key, fact in facts.items() if fact}
+        facts[ERROR_CODE_KEY] = extra.get("error_code") or Code.UNKNOWN
+        facts[ERROR_KIND_KEY] = extra.get("error_kind")
+        if details := extra.get("error_details"):
+            facts[ERROR_DETAILS_KEY] = json.dumps(details, default=text_of)
+    facts = {key: fact for key, fact in facts.items() if fact}
+    facts.update({LOG_LEVEL_KEY: message.level.value, LOG_MESSAGE_KEY: message.message})
+    return {key: str(fact).encode("utf-8", "backslashreplace") for key, fact in facts.items()}
 
-def _json_object(data: bytes | None) -> dict[str, Any]:
-    """Parse *data* as a JSON object; anything else is an empty one (it comes from a peer and is only information)."""
-    try:
-        value = json.loads(data) if data else {}
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
-def _metadata_text(metadata: Mapping[bytes, bytes], key: bytes, default: object = "") -> str:
-    value = metadata.get(key)
-    return value.decode("utf-8", "replace") if value is not None else str(default or "")
+def json_object(data: bytes | str | None) -> dict[str, Any]:
+    """Parse *data* as a JSON object; anything else is an empty one: it comes from a peer and only informs."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(data or b"")
+        if isinstance(value, dict):
+            return value
+    return {}
 
-def _message_from_metadata(metadata: Mapping[bytes, bytes]) -> Message:
-    """The reverse of `_message_metadata`, for logs; an unknown level reads as INFO."""
-    level = Level.__members__.get(_metadata_text(metadata, LOG_LEVEL_KEY), Level.INFO)
-    message = Message(level, _metadata_text(metadata, LOG_MESSAGE_KEY))
-    message.extra = _json_object(metadata.get(LOG_EXTRA_KEY)) or None
+
+def metadata_text(metadata: Mapping[bytes, bytes], key: bytes, default: object = "") -> str:
+    """The text of one key; *default*, or nothing, where it is absent."""
+    if key in metadata:
+        return metadata[key].decode("utf-8", "replace")
+    return str(default or "")
+
+
+def message_from_metadata(metadata: Mapping[bytes, bytes]) -> Message:
+    """The reverse of `message_metadata`, for logs; an unknown level reads as INFO."""
+    level = Level.__members__.get(metadata_text(metadata, LOG_LEVEL_KEY), Level.INFO)
+    message = Message(level, metadata_text(metadata, LOG_MESSAGE_KEY))
+    message.extra = json_object(metadata.get(LOG_EXTRA_KEY)) or None
     return message
 
-def _error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
-    """The `RpcError` of an error batch; code, kind and details from their own keys first, else from ``log_extra``."""
-    extra, text = _json_object(metadata.get(LOG_EXTRA_KEY)), _metadata_text(metadata, LOG_MESSAGE_KEY)
-    try:
+
+def error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
+    """The `RpcError` of an error batch: its own keys decide, and ``log_extra`` where one is absent."""
+    extra = json_object(metadata.get(LOG_EXTRA_KEY))
+    text = metadata_text(metadata, LOG_MESSAGE_KEY)
+    details = extra.get("error_details")
+    with contextlib.suppress(KeyError, ValueError, RecursionError):
         details = json.loads(metadata[ERROR_DETAILS_KEY])
-    except (KeyError, ValueError, RecursionError):
-        details = extra.get("error_details")
     kind = str(extra.get("exception_type") or text.partition(":")[0] or "Exception")
-    code = _metadata_text(metadata, ERROR_CODE_KEY, extra.get("error_code"))
-    timed_out = code == Code.DEADLINE_EXCEEDED and kind == "DeadlineExceededError"
-    error = RpcError.__new__(DeadlineExceededError if timed_out else RpcError)
-    RpcError.__init__(
-        error, kind, str(extra.get("exception_message") or text), str(extra.get("traceback") or ""), error_code=code,
-        request_id=_metadata_text(metadata, REQUEST_ID_KEY),
-        error_kind=_metadata_text(metadata, ERROR_KIND_KEY, extra.get("error_kind")),
-        error_details=[d for d in details if isinstance(d, dict)] if isinstance(details, list) else [],
-    )
+    text = str(extra.get("exception_message") or text)
+    error = RpcError(kind, text, str(extra.get("traceback") or ""))
+    error.request_id = metadata_text(metadata, REQUEST_ID_KEY)
+    error.error_code = metadata_text(metadata, ERROR_CODE_KEY, extra.get("error_code"))
+    if (error.error_code, kind) == (Code.DEADLINE_EXCEEDED, DeadlineExceededError.__name__):
+        trace = error.remote_traceback
+        error = DeadlineExceededError(text, remote_traceback=trace, request_id=error.request_id)
+    error.error_kind = metadata_text(metadata, ERROR_KIND_KEY, extra.get("error_kind"))
+    if isinstance(details, list):
+        error.error_details = [detail for detail in details if isinstance(detail, dict)]
     return error
 
 
 # ============================================================================
 # 4. BATCHES ........................................... uses 1-3
 # ============================================================================
-# Arrow IPC streams in and out, message by message: framing, bounds, validation, casting, telling batches apart.
-# Law: nothing foreign reaches pyarrow's decoder before its head was read and its size, rows and buffers were found
-# plausible; whatever pyarrow then raises leaves this section as IPCError.
+# Arrow IPC streams in and out, message by message.
+# Law: nothing foreign reaches pyarrow's decoder before its head was read and its sizes were found plausible, and what
+# pyarrow raises leaves as one of our errors. What a head names many times is counted each time.
 
-_Buffer: typing.TypeAlias = bytes | memoryview | pa.Buffer
-_Metadata = Mapping[bytes, bytes]
-_CONTINUATION = b"\xff\xff\xff\xff"
+Buffer: TypeAlias = bytes | memoryview | pa.Buffer
+Metadata: TypeAlias = Mapping[bytes, bytes]
+Item: TypeAlias = tuple[pa.RecordBatch, Metadata | None] | bytes  # bytes: a batch message, ready to be sent
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-_SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE = 1, 2, 3  # MessageHeader of Arrow's format/Message.fbs
-_ARROW_FAILURES = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError)
+SCHEMA_MESSAGE = 1  # this and the next: MessageHeader of Arrow's format/Message.fbs
+DICTIONARY_MESSAGE = 2
+_PYTHON_FAILURES = (OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError)
+ARROW_FAILURES = (pa.ArrowException, *_PYTHON_FAILURES)  # what pyarrow raises on bad bytes or values
+
 
 class IpcValidation(enum.Enum):
     """How much of an incoming batch is checked before a method sees it."""
+
     NONE = "none"
     STANDARD = "standard"  # lengths and offsets: O(columns)
     FULL = "full"  # every value: offsets in order, valid UTF-8, dictionary indices in range
 
+
 @dataclass(frozen=True)
 class AnnotatedBatch:
-    """A record batch with the custom metadata of its message."""
-    batch: pa.RecordBatch  # rows x columns; immutable, safe to share between threads
-    custom_metadata: pa.KeyValueMetadata | None = None  # None when the message carried none
+    """A record batch (immutable, safe between threads) with the custom metadata of its message, if it had some."""
+
+    batch: pa.RecordBatch
+    custom_metadata: pa.KeyValueMetadata | None = None
 
     @classmethod
-    def from_pydict(cls, data: dict[str, Any], schema: pa.Schema | None = None) -> AnnotatedBatch:
-        """Build from ``{column: values}``, types inferred without *schema*; `TypeError` names the column that does not fit."""
-        return cls(_batch_from_pydict(data, schema, "from_pydict"))
+    def from_pydict(cls, data: Mapping[str, Any], schema: pa.Schema | None = None) -> AnnotatedBatch:
+        """Build from ``{column: values}``; types are inferred without *schema*. `TypeError` says what does not fit."""
+        return cls(batch_from_pydict(data, schema, "from_pydict"))
 
     def release(self) -> None:
-        """Give back what the batch stands on; nothing to do here, as batches own their memory."""
+        """Give back what the batch stands on: nothing, as batches own their memory."""
 
-def _batch_from_pydict(data: Mapping[str, Any], schema: pa.Schema | None, where: str) -> pa.RecordBatch:
-    """Columns by name to a batch; errors name *where*, the column, what was expected and what came."""
-    if schema is not None and set(data) != set(schema.names):
-        raise ParameterError(f"{where}: expected columns {schema.names}, got {list(data)}")
-    try:
-        if schema is None:
-            return pa.RecordBatch.from_pydict(dict(data))
-        return pa.RecordBatch.from_arrays([_column_from(data[f.name], f, where) for f in schema], schema=schema)
-    except ParameterError:
-        raise
-    except _ARROW_FAILURES as exc:
-        raise ParameterError(f"{where}: {_text_of(exc)}") from None
 
-def _column_from(values: Any, column: pa.Field, where: str) -> pa.Array:
-    try:
-        array = values if isinstance(values, pa.Array) else pa.array(values, column.type)
-    except _ARROW_FAILURES as exc:
-        expected = _type_text(column.type)
-        raise ParameterError(f"{where}: column {column.name!r}: expected {expected}, got {_text_of(exc)}") from None
-    return _without_nulls(array, column, where)
-
-def _without_nulls(array: pa.Array, column: pa.Field, where: str) -> pa.Array:
-    if not column.nullable and array.null_count:
-        expected = _type_text(column.type)
-        raise ParameterError(f"{where}: column {column.name!r}: expected {expected} without nulls, got a null")
-    return array
-
-@functools.lru_cache(maxsize=256)
-def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
-    """Return the batch of 0 rows x the schema's columns that carries logs, errors, ticks and tokens."""
-    return pa.RecordBatch.from_arrays([pa.nulls(0, f.type) for f in schema], schema=schema)
-
-_TICK = pa.RecordBatch.from_arrays([], schema=EMPTY_SCHEMA)
-
-class BatchKind(enum.Enum):
-    """What a batch of a stream is (WIRE section 4): the only place that decides it is `batch_kind`."""
-    DATA, LOG, ERROR, LOCATION, SHM, TOKEN = "data", "log", "error", "location", "shm", "token"
-
-def batch_kind(num_rows: int, metadata: _Metadata | None) -> BatchKind:
-    """Tell data from logs, errors, pointers and tokens; a zero-row batch without our keys is data."""
-    if not metadata or num_rows:
-        return BatchKind.DATA
+def batch_kind(num_rows: int, metadata: Metadata | None) -> str:
+    """Return data, log, error, location, shm or token; whether a token is data too, an exchange's reader knows."""
+    if num_rows or not metadata:
+        return "data"
     if LOG_LEVEL_KEY in metadata and LOG_MESSAGE_KEY in metadata:
-        return BatchKind.ERROR if metadata[LOG_LEVEL_KEY] == b"EXCEPTION" else BatchKind.LOG
-    keys = ((LOCATION_KEY, BatchKind.LOCATION), (SHM_OFFSET_KEY, BatchKind.SHM), (STATE_KEY, BatchKind.TOKEN))
-    return next((kind for key, kind in keys if key in metadata), BatchKind.DATA)
+        return "error" if metadata[LOG_LEVEL_KEY] == b"EXCEPTION" else "log"
+    kinds = {LOCATION_KEY: "location", SHM_OFFSET_KEY: "shm", STATE_KEY: "token"}
+    return next((kind for key, kind in kinds.items() if key in metadata), "data")
+
 
 class ByteSource:
     """Bytes in their order: what an `IpcReader` reads from."""
+
     def read(self, size: int) -> bytes:
         """Return the next *size* bytes, fewer only where the source ends."""
-        raise io.UnsupportedOperation("read")
+        raise NotImplementedError
 
-    def read_after(self, head: bytes, size: int) -> _Buffer:
-        """Return *head* and the next *size* bytes in one piece of memory; shorter only where the source ends."""
+    def read_after(self, head: bytes, size: int) -> Buffer:
+        """Return *head*, the last thing read, and the next *size* bytes in one piece; shorter only at the end."""
         return head + self.read(size)
 
-    def read_known(self, head: bytes, size: int) -> _Buffer | None:
-        """As `read_after`, if *head* comes next and is there already or with the next bytes that come; else read nothing."""
-        return None
 
 class BufferSource(ByteSource):
-    """A source over bytes in memory; *head* of `read_after` was the last thing read, and what is large is not copied there."""
-    def __init__(self, data: _Buffer) -> None:
-        self._whole: Any = data if isinstance(data, bytes) and len(data) <= SMALL_BODY_BYTES else pa.py_buffer(data)
-        self.position = 0  # how many bytes were read so far
+    """A source over bytes in memory, of which `read_after` copies none."""
+
+    def __init__(self, data: Buffer) -> None:
+        self._data = memoryview(data).cast("B")
+        self.position = 0  # how many bytes were read
 
     def read(self, size: int) -> bytes:
-        start, self.position = self.position, min(self.position + size, len(self._whole))
-        return bytes(self._whole[start : self.position])
+        return bytes(self.read_after(b"", size))
 
-    def read_after(self, head: bytes, size: int) -> _Buffer:
-        start, self.position = self.position - len(head), min(self.position + size, len(self._whole))
-        return cast("_Buffer", self._whole[start : self.position])
+    def read_after(self, head: bytes, size: int) -> memoryview:
+        start = self.position - len(head)
+        self.position = min(self.position + size, len(self._data))
+        return self._data[start : self.position]
 
     @property
     def left(self) -> int:
         """How many bytes are still to be read."""
-        return len(self._whole) - self.position
+        return len(self._data) - self.position
+
 
 class IpcLimits(NamedTuple):
-    """What an `IpcReader` accepts of one message."""
-    max_bytes: int | None = None  # decoded bytes of one message, None for what memory holds
-    max_rows: int | None = None  # rows of one batch, None for what its bytes pay for (see FREE_ROWS)
+    """What an `IpcReader` accepts of one message, and of all dictionaries of a stream together."""
 
-_ANY_SIZE = IpcLimits()
+    max_bytes: int | None = None  # head and decoded body; None for what memory holds (see FREE_DECODED_BYTES)
+    max_rows: int | None = None  # rows of one batch; None for what its bytes pay for (see FREE_ROWS)
 
-class MessageHead(NamedTuple):
-    """The head of one IPC message, as far as bounds, metadata and dictionaries need it (format/Message.fbs)."""
-    kind: int
-    body_length: int  # bytes
-    metadata: dict[bytes, bytes] | None = None
-    rows: int = 0
-    nodes: Sequence[int] = ()  # (length, null count) of each column and its children, flat
-    buffers: Sequence[int] = ()  # (offset, length) in the body, bytes, flat
-    compressed: bool = False
-    dictionary_id: int = 0
-    is_delta: bool = False
 
-def are_inside(buffers: Sequence[int], body_length: int) -> bool:
-    """Whether each (offset, length) lies in a body of that many bytes, at a multiple of 8."""
-    offsets = buffers[::2]
-    return (min(buffers, default=0) >= 0 and not functools.reduce(operator.or_, offsets, 0) & 7
-            and max(map(operator.add, offsets, buffers[1::2]), default=0) <= body_length)
+class _Foreign:
+    """A context that makes what pyarrow or `FlatHead` raises about foreign bytes an error of ours."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        if isinstance(exc, (struct.error, StopIteration, *ARROW_FAILURES)):
+            raise IPCError(f"{self._what}: {text_of(exc)}") from None
+
+
+_U16 = struct.Struct("<H").unpack_from
+_I32 = struct.Struct("<i").unpack_from
+_U32 = struct.Struct("<I").unpack_from
+_I64 = struct.Struct("<q").unpack_from
+
+
+class FlatHead:
+    """The head of a message, a flatbuffer by Arrow's format/Message.fbs and Schema.fbs. A field is where it stands.
+
+    Absent fields stand in eight zero bytes that are put behind, which makes them 0 or empty. Tables and texts may be
+    shared: a kilobyte can describe millions of fields. So each look at a vector is counted, and the head's own bytes
+    must pay for all. What leads astray raises, or pyarrow refuses it, which verifies a flatbuffer before it decodes.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data + bytes(8)
+        self.absent = len(data)
+        self._left = 65_536 + 4 * len(data)  # some writers share equal texts
+
+    def table(self, field: int, count: int) -> list[int]:
+        """Return the first *count* fields of the table to which *field* refers; 0 refers to the whole message."""
+        at = field + _U32(self.data, field)[0]
+        vtable = at - _I32(self.data, at)[0]
+        present = min(count, _U16(self.data, vtable)[0] // 2 - 2)
+        offsets = struct.unpack_from(f"<{present}H", self.data, vtable + 4)
+        fields = [at + offset if offset else self.absent for offset in offsets]
+        return fields + [self.absent] * (count - present)
+
+    def vector(self, field: int, width: int, most: int) -> range:
+        """Return where the elements of *width* bytes stand in the vector to which *field* refers."""
+        at = field + _U32(self.data, field)[0] + 4
+        count = _U32(self.data, at - 4)[0]
+        end = at + width * count
+        self._left -= 16 + width * count
+        if count > most or end > len(self.data) or self._left < 0:
+            text = f"expected at most {most} entries, all paid for by {self.absent} bytes, got {count}"
+            raise IPCError(f"message head: {text}")
+        return range(at, end, width)
+
+    def text(self, field: int) -> bytes:
+        """Return the bytes of a text."""
+        places = self.vector(field, 1, self.absent)
+        return self.data[places.start : places.stop]
+
+    def longs(self, field: int, width: int) -> Sequence[int]:
+        """Return a vector of structs of *width* int64, flat."""
+        places = self.vector(field, 8 * width, MAX_BUFFERS)
+        return struct.unpack_from(f"<{width * len(places)}q", self.data, places.start)
+
+    def pairs(self, field: int) -> dict[bytes, bytes]:
+        """Return a vector of key-value tables."""
+        pairs = [self.table(pair, 2) for pair in self.vector(field, 4, MAX_HEAD_ENTRIES)]
+        return {self.text(key): self.text(value) for key, value in pairs}
+
+    def message(self) -> tuple[int, int, int, dict[bytes, bytes]]:
+        """Return of the whole message its type, the field of its content, the bytes of its body, and metadata."""
+        with _Foreign("not an Arrow IPC message"):
+            version, kind, content, length, pairs = self.table(0, 5)
+            size = _I64(self.data, length)[0]
+            if _U16(self.data, version)[0] not in (3, 4) or not 1 <= self.data[kind] <= 3 or size < 0:
+                raise ValueError(f"not of metadata version 4 or 5, or of type {self.data[kind]}")
+            return self.data[kind], content, size, self.pairs(pairs)
+
+    def dictionaries(self, schema: int) -> int:
+        """Return how many fields of a schema, at any depth, are dictionaries; refuse what would cost too much."""
+        endianness, columns, metadata = self.table(schema, 3)
+        if _U16(self.data, endianness)[0]:
+            raise IPCError("schema: expected little-endian numbers, got big-endian ones")
+        self.pairs(metadata)
+        dictionaries = 0
+        found = [(1, column) for column in self.vector(columns, 4, MAX_COLUMNS)]
+        for level, column in found:  # which grows
+            name, _, kind, parameters, dictionary, children, metadata = self.table(column, 7)
+            self.text(name).decode()  # fails here, not at some later look at the schema
+            if self.data[kind] in (10, 14):  # a timestamp has the text of its zone, a union a list of codes
+                self.text(self.table(parameters, 2)[1]).decode()
+            self.pairs(metadata)
+            dictionaries += dictionary != self.absent
+            found += [(level + 1, child) for child in self.vector(children, 4, MAX_COLUMNS)]
+            if level > MAX_NESTING:
+                raise IPCError(f"schema: expected at most {MAX_NESTING} levels of nesting")
+        return dictionaries
+
+
+class WireSchema:
+    """A schema with what its streams need; safe between threads. Cheaper to keep than to make."""
+
+    def __init__(self, schema: pa.Schema | bytes) -> None:
+        # With its encapsulated message each of its streams begins.
+        self.message: bytes = schema if isinstance(schema, bytes) else schema.serialize().to_pybytes()
+        head = FlatHead(self.message[8:])
+        kind, content, body_length, _ = head.message()
+        if kind != SCHEMA_MESSAGE or body_length:
+            raise IPCError(f"expected a schema message first, got message type {kind}")
+        with _Foreign("the schema"):
+            self.dictionaries = head.dictionaries(content)
+            self.schema: pa.Schema = schema
+            if isinstance(schema, bytes):
+                self.schema = ipc.read_schema(pa.py_buffer(schema))
+        self.required = [i for i, column in enumerate(self.schema) if not column.nullable]
+
+    @functools.cached_property
+    def empty(self) -> pa.RecordBatch:
+        """The batch of 0 rows that carries logs, errors, ticks and tokens."""
+        columns = [pa.nulls(0, kind) for kind in self.schema.types]
+        return pa.RecordBatch.from_arrays(columns, schema=self.schema)
+
+
+EMPTY = WireSchema(EMPTY_SCHEMA)
+TICK: pa.RecordBatch = EMPTY.empty
+_read_schema = functools.lru_cache(maxsize=64)(WireSchema)  # by message; strangers fill it
+
 
 class BatchMessage(NamedTuple):
-    """A record batch's message: its head and all of its bytes, prefix included."""
-    head: MessageHead
-    data: _Buffer
+    """A batch that was not decoded yet."""
 
-    def body(self) -> memoryview:
-        """Return the bytes of the body."""
-        return memoryview(self.data)[len(self.data) - self.head.body_length :]
+    rows: int
+    metadata: dict[bytes, bytes]
+    data: Buffer  # prefix, head and body
 
-
-class _Table:
-    """One table of a flatbuffer: bounds-checked reads of its fields by number (flatbuffers' "internals"). *seen* collects
-    (start, size) of what was read to find the way: bytes that decide where others stand."""
-    __slots__ = ("data", "position", "seen", "slots")
-    def __init__(self, data: bytes, position: int, seen: list[tuple[int, int]]) -> None:
-        (back,) = struct.unpack_from("<i", data, _inside(data, position))
-        vtable = _inside(data, position - back)
-        (size,) = struct.unpack_from("<H", data, vtable)
-        self.data, self.position, self.seen = data, position, seen
-        seen += ((position, 4), (vtable, max(size, 4)))
-        # A writer leaves absent fields off the end: no table that is read here has more than five.
-        self.slots = (*struct.unpack_from(f"<{max(size - 4, 0) // 2}H", data, vtable + 4), 0, 0, 0, 0, 0)
-
-    def scalar(self, slot: int, code: str) -> int:
-        """Read a number; an absent field is 0."""
-        at = self.position + self.slots[slot]
-        self.seen.append((at, struct.calcsize(code)))
-        return int(struct.unpack_from(code, self.data, at)[0]) if self.slots[slot] else 0
-
-    def target(self, slot: int) -> int | None:
-        """Follow an offset field to where it points."""
-        offset = self.slots[slot]
-        return _inside(self.data, self.position + offset + self.scalar(slot, "<I")) if offset else None
-
-    def table(self, slot: int) -> _Table | None:
-        at = self.target(slot)
-        return None if at is None else _Table(self.data, at, self.seen)
-
-    def vector(self, slot: int) -> tuple[int, int]:
-        """Return (position of the first element, count) of a vector field."""
-        at = self.target(slot)
-        if at is None:
-            return 0, 0
-        self.seen.append((at, 4))
-        return at + 4, int(struct.unpack_from("<I", self.data, at)[0])
-
-    def text(self, slot: int) -> bytes:
-        start, size = self.vector(slot)
-        if start + size > len(self.data):
-            raise IndexError(size)
-        return self.data[start : start + size]
-
-def _inside(data: bytes, position: int) -> int:
-    if not 0 <= position < len(data):  # struct would count a negative offset from the end
-        raise IndexError(position)
-    return position
-
-_Region = tuple[int, int, Any]  # (start, size, what stands there) in a head: the name of a number, or a metadata key
-
-def _parse_head(data: bytes) -> tuple[MessageHead, list[_Region]]:
-    """Read a head field by field; also return where it may differ from other heads of the same layout. There are no such
-    places, and so no layout, when what may differ also decides how a head is read: a layout would then read other numbers than
-    pyarrow does, and what it does not see it does not check."""
-    regions: list[_Region] = []
-    seen: list[tuple[int, int]] = [(0, 4)]
-    def number(table: _Table, slot: int, name: str) -> int:
-        if not table.slots[slot]:
-            return 0
-        at = table.position + table.slots[slot]
-        regions.append((at, 8, name))
-        return int(struct.unpack_from("<q", data, at)[0])
-    def numbers(table: _Table, slot: int, name: str) -> Sequence[int]:
-        start, count = table.vector(slot)
-        if count > len(data):
-            raise IndexError(count)
-        if count:
-            regions.append((start, 16 * count, name))
-        return struct.unpack_from(f"<{2 * count}q", data, start)
-    message = _Table(data, struct.unpack_from("<I", data, 0)[0], seen)
-    if message.scalar(0, "<h") not in (3, 4):  # V4 and V5 of MetadataVersion: those that pyarrow reads
-        raise ValueError(f"metadata version {message.scalar(0, '<h') + 1}")
-    kind, body_length = message.scalar(1, "<B"), number(message, 3, "body_length")
-    batch, metadata = message.table(2), _head_metadata(message, regions)
-    if batch is None or kind not in (_SCHEMA_MESSAGE, _DICTIONARY_MESSAGE, _BATCH_MESSAGE) or body_length < 0:
-        raise ValueError(f"message type {kind}, body of {body_length} bytes")
-    head = MessageHead(kind, body_length, metadata)
-    if kind != _SCHEMA_MESSAGE:
-        dictionary_id, is_delta = 0, False
-        if kind == _DICTIONARY_MESSAGE:
-            dictionary_id, is_delta, batch = batch.scalar(0, "<q"), bool(batch.scalar(2, "<B")), batch.table(1)
-            if batch is None:
-                raise ValueError("a dictionary without a batch")
-        rows, nodes, buffers = number(batch, 0, "rows"), numbers(batch, 1, "nodes"), numbers(batch, 2, "buffers")
-        compressed = batch.target(3) is not None
-        head = MessageHead(kind, body_length, metadata, rows, nodes, buffers, compressed, dictionary_id, is_delta)
-    decisive, spans = bytearray(len(data)), sorted((start, start + size) for start, size, _ in regions)
-    for start, size in seen:
-        decisive[start : start + size] = b"\1" * size
-    apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-    once = len({name for _, _, name in regions}) == len(regions)
-    return head, regions if apart and once and not any(1 in decisive[a:b] for a, b in spans) else []
-
-def _head_metadata(message: _Table, regions: list[_Region]) -> dict[bytes, bytes] | None:
-    start, count = message.vector(4)
-    if not count:
-        return None
-    if count * 4 > len(message.data):
-        raise IndexError(count)
-    metadata: dict[bytes, bytes] = {}
-    message.seen.append((start, 4 * count))
-    for i, offset in enumerate(struct.unpack_from(f"<{count}I", message.data, start)):
-        pair = _Table(message.data, start + 4 * i + offset, message.seen)
-        key, value = pair.text(0), pair.text(1)
-        message.seen.append((pair.vector(0)[0], len(key)))
-        if value or key in metadata:  # a key that comes twice leaves two regions of one name
-            regions.append((pair.vector(1)[0], len(value), key))
-        metadata[key] = value
-    return metadata
-
-
-_Hole = tuple[int, str, Any]  # (start, `struct` code, name) of a place in bytes that are otherwise always the same
-
-class _Layout:
-    """Bytes that differ from one another only in *holes*: one `struct` call reads or writes them all."""
-    __slots__ = ("_fixed", "_fixed_of", "_parts", "_slots", "_struct")
-    def __init__(self, example: bytes, holes: Iterable[_Hole]) -> None:
-        codes, fixed, at, count = ["<"], [], 0, 0
-        self._slots: dict[Any, slice] = {}  # by name: its part, or parts, among those that the struct reads
-        for start, code, name in [*sorted(holes, key=operator.itemgetter(0)), (len(example), "", None)]:
-            width = 1 if code.endswith("s") else int(code[:-1] or 1)
-            codes += (f"{start - at}s", code)
-            fixed.append(count)
-            self._slots[name] = slice(count + 1, count + 1 + width)
-            count, at = count + 1 + width, start + struct.calcsize("<" + code)
-        self._struct = struct.Struct("".join(codes))
-        self._parts = list(self._struct.unpack(example))
-        self._fixed_of = operator.itemgetter(*fixed)
-        self._fixed = self._fixed_of(self._parts)
-
-def _holes(regions: Iterable[_Region], first: int = 0) -> list[_Hole]:
-    """The regions of a head that begins at *first*, as holes of a layout."""
-    return [(first + at, f"{size}s" if isinstance(name, bytes) else f"{size // 8}q", name) for at, size, name in regions]
-
-
-class HeadLayout(_Layout):
-    """Where the numbers and metadata values of a head stand. Heads of one schema whose metadata values have the same lengths
-    differ nowhere else. Learned from heads that `_parse_head` has accepted; others are not of this layout."""
-    __slots__ = ("_head", "_keys", "_numbers")
-    def __init__(self, data: bytes, head: MessageHead, regions: list[_Region]) -> None:
-        super().__init__(data, _holes(regions))
-        self._keys = [(key, self._slots[key].start) for key in head.metadata or () if key in self._slots]
-        self._numbers = [self._slots.get(name) for name in ("body_length", "rows", "nodes", "buffers")]
-        self._head = head
-
-    def read(self, data: bytes) -> MessageHead | None:
-        """Read a head of the same length; ``None`` when it is not of this layout."""
-        parts = self._struct.unpack(data)
-        if self._fixed_of(parts) != self._fixed:
-            return None
-        known, (body, rows, nodes, buffers) = self._head, self._numbers
-        metadata = known.metadata and known.metadata.copy()
-        for key, index in self._keys if metadata else ():
-            metadata[key] = parts[index]  # type: ignore[index]
-        return MessageHead(known.kind, parts[body.start] if body else 0, metadata, parts[rows.start] if rows else 0,
-                           parts[nodes] if nodes else (), parts[buffers] if buffers else (), *known[6:])
-
-    def message(self, rows: int, nodes: Sequence[int], buffers: Sequence[int], body: bytes,
-                metadata: _Metadata | None) -> bytes:
-        """Return the whole message of a batch of this layout."""
-        parts = self._parts.copy()
-        for slot, numbers in zip(self._numbers, ((len(body),), (rows,), nodes, buffers)):
-            if slot:
-                parts[slot] = numbers
-        for key, index in self._keys if metadata else ():
-            parts[index] = metadata[key]  # type: ignore[index]
-        return b"".join((_CONTINUATION, struct.pack("<i", self._struct.size), self._struct.pack(*parts), body))
-
-_layouts: dict[int, list[HeadLayout]] = {}  # by length of the head
-
-def parse_message_head(data: bytes) -> MessageHead:
-    """Read the flatbuffer head of one IPC message; raises `IPCError` when it is not one."""
-    layouts = _layouts.get(len(data), [])
-    for layout in layouts:
-        known = layout.read(data)
-        if known is not None and known.body_length >= 0:
-            return known
-    try:
-        head, regions = _parse_head(data)
-    except (struct.error, IndexError, ValueError, OverflowError, MemoryError) as exc:
-        raise IPCError(f"not an Arrow IPC message: its head of {len(data)} bytes does not parse ({_text_of(exc)})") from None
-    if regions and len(data) <= 16_384 and len(layouts) < 8:
-        if len(_layouts) * len(data) >= 1 << 21:
-            _layouts.clear()
-        _layouts[len(data)] = [*layouts, HeadLayout(data, head, regions)]
-    return head
-
-def _guard(what: str, call: Callable[..., _T], *args: Any) -> _T:
-    """Call into pyarrow with foreign bytes: the one place where its exceptions become ours."""
-    try:
-        return call(*args)
-    except IPCError:
-        raise
-    except _ARROW_FAILURES as exc:
-        raise IPCError(f"{what}: {_text_of(exc)}") from None
-
-def _nesting(fields: Iterable[pa.Field]) -> int:
-    """Levels of types below *fields*; a name that is not UTF-8 is a `UnicodeDecodeError` here, not at some later look."""
-    return max((1 + _nesting(_children(f.type)) for f in fields if f.name is not None), default=0)
-
-def _children(kind: pa.DataType) -> list[pa.Field]:
-    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-    if pa.types.is_dictionary(kind):
-        return [pa.field("", kind.value_type)]
-    return [kind.field(i) for i in range(kind.num_fields)]
-
-def _count_dictionaries(kind: pa.DataType) -> int:
-    if isinstance(kind, pa.BaseExtensionType):
-        return _count_dictionaries(kind.storage_type)
-    return int(pa.types.is_dictionary(kind)) + sum(_count_dictionaries(f.type) for f in _children(kind))
-
-class SchemaFacts:
-    """A schema with what reading and writing its batches needs to know; safe for use by several threads."""
-    __slots__ = ("_shapes", "bare", "dictionaries", "dictionary_count", "message", "plan", "required", "schema", "seen")
-    def __init__(self, schema: pa.Schema, message: bytes) -> None:
-        self.schema, self.message = schema, message  # the encapsulated schema message
-        self.dictionary_count = sum(map(_count_dictionaries, schema.types))
-        self.required = tuple([i for i, f in enumerate(schema) if not f.nullable])  # columns that take no nulls
-        self.plan: Any = False  # how its short batches travel without pyarrow: `plain_plan` fills it in
-        self._shapes: dict[Any, tuple[list[HeadLayout], HeadLayout]] = {}
-        self.bare: tuple[list[HeadLayout], HeadLayout] | None = None  # see `_bare_layouts`
-        self.seen: tuple[BatchMessage, ...] = ()  # short dictionary messages, as read: see `PlainPlan.read_stream`
-        self.dictionaries: dict[tuple[HeadLayout, tuple[str, ...]], bytes] = {}  # messages of short ones, as written
-
-    def layouts(self, example: Any, metadata: _Metadata | None, has_body: bool) -> tuple[list[HeadLayout], HeadLayout]:
-        """Return the layouts of dictionary messages and of the batch's message, as pyarrow writes *example*. Learned once for
-        the same lengths of metadata; heads leave out numbers that are 0, so *has_body* matters too."""
-        shape = (example.num_rows > 0, has_body, tuple([(k, len(v)) for k, v in metadata.items()]) if metadata else None)
-        known = self._shapes.get(shape)
-        if known is None:
-            known = self.learn(example if isinstance(example, pa.RecordBatch) else example.to_record_batch(), metadata)
-            if len(self._shapes) >= 64:
-                self._shapes.clear()
-            if sum(map(len, (metadata or {}).values())) <= SMALL_BODY_BYTES:
-                self._shapes[shape] = known
-        return known
-
-    def learn(self, example: pa.RecordBatch, metadata: _Metadata | None) -> tuple[list[HeadLayout], HeadLayout]:
-        """As `layouts`, but nothing is kept."""
-        file = io.BytesIO()
-        with ipc.new_stream(file, self.schema) as writer:
-            writer.write_batch(example, custom_metadata=metadata)
-        _, *messages = ipc.MessageReader.open_stream(file.getvalue())
-        *dictionaries, layout = [HeadLayout(head, *_parse_head(head)) for head in (m.metadata.to_pybytes() for m in messages)]
-        return dictionaries, layout
-
-def _decode_schema(message: bytes) -> SchemaFacts:
-    head = parse_message_head(message[8:])
-    if head.kind != _SCHEMA_MESSAGE or head.body_length:
-        raise IPCError(f"expected a schema message first, got message type {head.kind}")
-    schema = _guard("the schema message", ipc.read_schema, pa.py_buffer(message))
-    if len(schema) > MAX_COLUMNS:
-        raise IPCError(f"schema: expected at most {MAX_COLUMNS} columns, got {len(schema)}")
-    if _guard("the schema", _nesting, schema) > MAX_NESTING:
-        raise IPCError(f"schema: expected at most {MAX_NESTING} levels of nesting")
-    return SchemaFacts(schema, message)
-
-_cached_schema = functools.lru_cache(maxsize=256)(_decode_schema)
-
-def _schema_facts(message: bytes) -> SchemaFacts:
-    """Decode an encapsulated schema message; the same bytes are decoded once, unless they are too large to be kept."""
-    return _cached_schema(message) if len(message) <= SMALL_BODY_BYTES else _decode_schema(message)
-
-_facts_by_id: dict[int, tuple[pa.Schema, SchemaFacts]] = {}  # the schema is kept, so that its id stays its own
-
-def schema_facts(schema: pa.Schema) -> SchemaFacts:
-    """Return the facts of a schema; the same object is looked at once (bounded cache, safe between threads)."""
-    known = _facts_by_id.get(id(schema))
-    if known is None:
-        if len(_facts_by_id) >= 512:
-            _facts_by_id.clear()
-        known = _facts_by_id[id(schema)] = schema, _schema_facts(schema.serialize().to_pybytes())
-    return known[1]
-
-_VALIDATE = {v: operator.methodcaller("validate", full=v is IpcValidation.FULL) for v in IpcValidation}
 
 class IpcReader:
-    """Reads one Arrow IPC stream from *source*, to its end marker and not a byte further; the schema at once. Not safe for use
-    by several threads. The source stays open and belongs to the caller. Raises `EOFError` where the source ends before the
-    first byte, and `IPCError` for what is not an Arrow IPC stream."""
-    def __init__(self, source: ByteSource, limits: IpcLimits = _ANY_SIZE,
-                 validation: IpcValidation = IpcValidation.FULL) -> None:
-        self._source, self._limits, self._validation = source, limits, validation
-        self._dictionaries: dict[int, list[BatchMessage]] = {}
-        self._last: tuple[bytes, MessageHead] = (b"", MessageHead(0, 0))  # turns of a stream often have the very same head
+    """Reads one Arrow IPC stream from *source*, to its end marker and not a byte further; the schema at once.
+
+    Where some schemas are *expected*, dictionaries of another one are not decoded. Not for use by several threads. What
+    the source raises passes through. All methods, this one too, raise `IPCError` for what is no such stream,
+    `RequestTooLargeError` above *limits*; here `EOFError`: not a byte came.
+    """
+
+    def __init__(
+        self,
+        source: ByteSource,
+        limits: IpcLimits = IpcLimits(),
+        validation: IpcValidation = IpcValidation.FULL,
+        *,
+        expected: Sequence[WireSchema] | Mapping[bytes, WireSchema] = (),
+    ) -> None:
+        self._source = source
+        self._limits = limits
+        self._validation = validation
+        self._unread: int | None = None  # bytes of a body that were not read yet; None: nobody knows
         self.ended = False  # whether the end marker was read
-        self._unread = 0  # bytes of a refused message's body
+        self.dictionaries: dict[int, list[tuple[int, Buffer]]] = {}  # by id: what messages take, and they
+        self._dictionary_bytes = 0
+        self._known = (b"", 0, 0)  # a head without metadata, the bytes of its body, its rows
+        if not isinstance(expected, Mapping):
+            expected = {wire.message: wire for wire in expected}
+        self._expected = expected
         raw = self._read_head(first=True)
-        if raw is None:
+        if not raw:
             raise IPCError("expected a schema message, got an end of stream")
-        self.facts = _schema_facts(raw)
-        self.schema = self.facts.schema  # of every batch
-        if _wire_read.isEnabledFor(logging.DEBUG):
-            _wire_read.debug("schema %s", _schema_text(self.schema))
+        read_schema = _read_schema if len(raw) <= SMALL_BODY_BYTES else WireSchema
+        self.wire = expected.get(raw) or read_schema(raw)
+        self.schema = self.wire.schema  # of every batch
+        self._unread = 0
 
-    def _read_head(self, first: bool = False) -> bytes | None:
-        """Read prefix and head of the next message; ``None`` at the end marker."""
+    def _read_head(self, first: bool = False) -> bytes:
+        """Return prefix and head of the next message; nothing at the end marker."""
+        self._unread = None
         prefix = self._source.read(8)
-        if len(prefix) < 8 or prefix[:4] != _CONTINUATION:
-            if first and not prefix:
-                raise EOFError("no more streams")
-            shown = f"{prefix!r}" if prefix else "the end of the bytes"
-            raise IPCError(f"not an Arrow IPC stream: expected a message (FF FF FF FF and a length), got {shown}")
-        (size,) = struct.unpack("<i", prefix[4:])
-        if size == 0:
-            self.ended = True
-            return None
-        if not 0 < size <= MAX_METADATA_BYTES:
-            raise IPCError(f"message head: expected 1 to {MAX_METADATA_BYTES} bytes, got {size}")
-        head = self._source.read(size)
-        if len(head) < size:
-            raise IPCError(f"half a message: expected a head of {size} bytes, got {len(head)}")
-        return prefix + head
+        if first and not prefix:
+            raise EOFError("no more streams")
+        size = int.from_bytes(prefix[4:], "little")
+        if len(prefix) < 8 or prefix[:4] != END_OF_STREAM[:4] or size > MAX_METADATA_BYTES:
+            expected = "expected FF FF FF FF and the length of a message head"
+            raise IPCError(f"not an Arrow IPC stream: {expected}, got {prefix!r}")
+        if size:
+            self._check_size("message head", size)
+            return bytes(prefix + _whole(self._source.read(size), size))
+        self.ended = True
+        self._unread = 0
+        return b""
 
-    def next(self) -> tuple[pa.RecordBatch, dict[bytes, bytes] | None] | None:
-        """Read the next batch and its metadata; ``None`` at the end marker. Raises as `next_message` and `decode`."""
+    def _check_size(self, what: str, size: int, free: int = MAX_BODY_BYTES) -> None:
+        """Refuse what is above the limit, or above *free* bytes where there is none."""
+        limit = self._limits.max_bytes or free
+        if size > limit:
+            raise RequestTooLargeError(f"{what}: expected at most {limit} bytes, got {size}")
+
+    def next(self) -> tuple[pa.RecordBatch, dict[bytes, bytes]] | None:
+        """Read the next batch and its metadata; ``None`` at the end marker."""
         message = self.next_message()
-        return None if message is None else (self.decode(message), message.head.metadata)
+        return message and (self.decode(message), message.metadata)
 
     def next_message(self) -> BatchMessage | None:
-        """Read the next batch's message without decoding it; ``None`` at the end marker. Raises `IPCError` for half a message
-        or a head that cannot be true, `RequestTooLargeError` above a limit."""
-        while not self.ended:
-            raw, head = self._last
-            message = _guard("the message body", self._source.read_known, raw, head.body_length) if raw else None
-            known = message is not None
-            if message is None:
-                if (read := self._read_head()) is None:
-                    return None
-                raw, head = read, parse_message_head(read[8:])
-                if head.kind == _SCHEMA_MESSAGE:
+        """Read the next batch's message without decoding it; ``None`` at the end marker."""
+        while raw := not self.ended and self._read_head():
+            known, body_length, rows = self._known
+            if raw != known:
+                head = FlatHead(raw[8:])
+                kind, content, body_length, metadata = head.message()
+                self._unread = body_length
+                if kind == SCHEMA_MESSAGE:
                     raise IPCError("expected a batch, got a second schema message")
-                size, limit = head.body_length, self._limits.max_bytes
-                if limit is not None and size > limit:
-                    self._unread = size
-                    raise RequestTooLargeError(f"message body: expected at most {limit} bytes, got {size}")
-                message = _guard("the message body", self._source.read_after, raw, size) if size else raw
-            if len(message) < len(raw) + head.body_length:
-                got = len(message) - len(raw)
-                raise IPCError(f"half a message: expected a body of {head.body_length} bytes, got {got}")
-            if not known:
-                self._check_bounds(head, memoryview(message)[len(raw) :])
-            if head.kind == _BATCH_MESSAGE:
-                if _wire_read.isEnabledFor(logging.DEBUG):
-                    size, keys = head.body_length, sorted(head.metadata or ())
-                    _wire_read.debug("batch of %d rows, %d bytes, metadata %s", head.rows, size, keys)
-                if not known and not head.compressed:  # else the bounds stand in the body
-                    self._last = raw, head
-                return BatchMessage(head, message)
-            self._keep_dictionary(BatchMessage(head, message))
-            if len(message) <= SMALL_DICTIONARY_BYTES and not head.compressed and len(self.facts.seen) < 16:
-                self.facts.seen = (*self.facts.seen, BatchMessage(head, bytes(message)))
+            size = len(raw) + body_length
+            self._check_size("message", size)  # before anything is allocated
+            self._unread = None
+            try:
+                data = _whole(self._source.read_after(raw, body_length), size) if body_length else raw
+            except MemoryError:
+                raise IPCError(f"message: no memory for {size} bytes") from None
+            self._unread = 0
+            if raw == known:
+                return BatchMessage(rows, {}, data)
+            with _Foreign("the message"):
+                if kind == DICTIONARY_MESSAGE:
+                    self._keep_dictionary(head, content, metadata, data, len(raw))
+                    continue
+                rows, _ = self._measure(head, content, metadata, memoryview(data)[len(raw) :])
+                # The turns of a stream often differ in their bodies alone.
+                if not metadata and head.table(content, 4)[3] == head.absent:
+                    self._known = (raw, body_length, rows)
+            wire_read.debug("%d rows, %d bytes, metadata %s: %s", rows, size, list(metadata), self.schema)
+            return BatchMessage(rows, metadata, data)
         return None
 
-    def _check_bounds(self, head: MessageHead, body: memoryview) -> None:
-        """Refuse rows that no body pays for, buffers outside it, and compressed buffers that grow past the limit."""
-        limit, max_rows, decoded = self._limits.max_bytes, self._limits.max_rows, 0
-        plain = not head.compressed and 0 <= head.rows <= FREE_ROWS >= max(head.nodes, default=0)
-        if plain and max_rows is None and are_inside(head.buffers, head.body_length):
-            return  # nearly all; what is wrong with the others is found out below
-        for offset, length in zip(head.buffers[::2], head.buffers[1::2]):
-            if offset < 0 or length < 0 or offset + length > head.body_length:
-                raise IPCError(f"buffer at {offset}, {length} bytes: outside the body of {head.body_length} bytes")
-            if length and offset % 8:
-                raise IPCError(f"buffer at {offset}: expected a multiple of 8")
-            size = -1
-            if head.compressed and length >= 8:
-                # BodyCompression: each buffer starts with its decoded length, -1 when it stands uncompressed.
-                (size,) = struct.unpack_from("<q", body, offset)
+    def _measure(self, head: FlatHead, batch: int, metadata: Metadata, body: memoryview) -> tuple[int, int]:
+        """Return how many rows and decoded bytes a batch has; refuse those that nothing pays for."""
+        rows_at, nodes, buffers_at, compression, views_at = head.table(batch, 5)
+        rows = _I64(head.data, rows_at)[0]
+        buffers = head.longs(buffers_at, 2)  # (offset, length)
+        if views_at != head.absent:
+            views = head.longs(views_at, 1)
+            # How many buffers each column of views has. Older releases of pyarrow allocate whatever is said here.
+            if min(views, default=0) < 0 or 2 * sum(views) > len(buffers):
+                raise IPCError("counts of variadic buffers")
+        decoded = len(body)
+        # The second was a metadata key before the format had a field for it, and pyarrow still obeys it.
+        if compression != head.absent or b"ARROW:experimental_compression" in metadata:
+            decoded = 0
+            for offset, length in zip(buffers[::2], buffers[1::2]):
+                # BodyCompression: each buffer begins with its decoded length, -1 when it stands as it is.
+                size = _I64(body, offset)[0] if length else 0
                 if size < -1:
                     raise IPCError(f"compressed buffer at {offset}: a decoded length of {size} bytes")
-            decoded += length if size == -1 else size
-        limit = max(FREE_DECODED_BYTES, 1024 * head.body_length) if limit is None else limit
-        if head.compressed and decoded > limit:
-            raise RequestTooLargeError(f"compressed buffers: expected at most {limit} decoded bytes, got {decoded}")
-        longest = max(head.rows, *head.nodes[::2], 0)  # a child may be longer than its parent: one list of a trillion nulls
-        if head.rows < 0 or (longest > FREE_ROWS and longest > 8 * decoded):
-            raise IPCError(f"{head.rows if head.rows < 0 else longest} rows in a body of {decoded} bytes: more rows than bits")
-        if max_rows is not None and head.rows > max_rows:
-            raise RequestTooLargeError(f"expected at most {max_rows} rows in a batch, got {head.rows}")
+                decoded += length if size == -1 else size
+            free = max(FREE_DECODED_BYTES, 1024 * len(body))
+            self._check_size("compressed buffers, decoded", decoded, free)
+        longest = max(rows, *head.longs(nodes, 2)[::2], 0)  # a list of one row may have a trillion null items
+        if rows < 0 or (longest > FREE_ROWS and longest > 8 * decoded):
+            raise IPCError(f"{min(rows, 0) or longest} rows in {decoded} bytes: more rows than bits")
+        most = self._limits.max_rows
+        if most is not None and rows > most:
+            raise RequestTooLargeError(f"expected at most {most} rows in a batch, got {rows}")
+        return rows, decoded
 
-    def _keep_dictionary(self, message: BatchMessage) -> None:
-        head = message.head
-        before = self._dictionaries.pop(head.dictionary_id, [])  # its new place is the last: it may build on those before
-        kept = self._dictionaries[head.dictionary_id] = before if head.is_delta else []
-        kept.append(message)
-        limit = self._limits.max_bytes
-        if limit is not None and sum(len(m.data) for all_of_one in self._dictionaries.values() for m in all_of_one) > limit:
-            raise RequestTooLargeError(f"dictionary: expected at most {limit} bytes")
+    def _keep_dictionary(self, head: FlatHead, at: int, metadata: Metadata, data: Buffer, start: int) -> None:
+        """Keep a dictionary message for the batches that come, in place of those that it replaces."""
+        number_at, batch, is_delta = head.table(at, 3)
+        number = _I64(head.data, number_at)[0]
+        size = start + self._measure(head, batch, metadata, memoryview(data)[start:])[1]
+        kept = self.dictionaries.setdefault(number, [])
+        if not head.data[is_delta]:
+            self._dictionary_bytes -= sum(before for before, _ in kept)
+            kept.clear()
+        kept.append((size, data))
+        self._dictionary_bytes += size
+        self._check_size("dictionaries", self._dictionary_bytes, FREE_DECODED_BYTES)
+        if len(self.dictionaries) > self.wire.dictionaries:
+            raise IPCError(f"dictionary {number}: the schema has {self.wire.dictionaries} dictionaries")
+        if len(kept) > MAX_DICTIONARY_MESSAGES:
+            raise RequestTooLargeError(f"dictionary {number}: more than {MAX_DICTIONARY_MESSAGES} messages")
 
     def decode(self, message: BatchMessage) -> pa.RecordBatch:
-        """Decode a message of this stream, the last one read if the schema has dictionaries; `IPCError` if it is not valid."""
-        if not message.head.rows and not len(self.schema):
-            return _TICK
-        if self.facts.dictionary_count:
-            batch = _guard("the batch", self._decode_with_dictionaries, message.data)
-        else:
-            batch = _guard("the batch", ipc.read_record_batch, pa.py_buffer(message.data), self.schema)
-        if self._validation is not IpcValidation.NONE:
-            _guard("the batch", _VALIDATE[self._validation], batch)
+        """Decode a message of this stream: the last one read, if the schema has dictionaries."""
+        if not message.rows:
+            return self.wire.empty  # there is nothing to decode, and most of them are logs, ticks and tokens
+        with _Foreign("the batch"):
+            if not self.wire.dictionaries:
+                batch = ipc.read_record_batch(pa.py_buffer(message.data), self.schema)
+            elif not self._expected or self.schema in [wire.schema for wire in self._expected.values()]:
+                # pyarrow keeps dictionaries only in a stream of its own.
+                kept = [data for messages in self.dictionaries.values() for _, data in messages]
+                batch = ipc.open_stream(b"".join([self.wire.message, *kept, message.data])).read_next_batch()
+            else:
+                raise IPCError(f"the batch: dictionaries that are not expected, {schema_text(self.schema)}")
+            if self._validation is not IpcValidation.NONE:
+                batch.validate(full=self._validation is IpcValidation.FULL)
         return batch
 
-    def _decode_with_dictionaries(self, message: _Buffer) -> pa.RecordBatch:
-        # pyarrow takes dictionaries only from a whole stream: give it schema, dictionaries and this one batch.
-        known = [m.data for messages in self._dictionaries.values() for m in messages]
-        return ipc.open_stream(b"".join([self.facts.message, *known, message, END_OF_STREAM])).read_next_batch()
-
-    def dictionaries(self) -> list[BatchMessage]:
-        """Return the dictionary messages in force, in the order of their ids."""
-        return [m for _, messages in sorted(self._dictionaries.items()) for m in messages]
-
     def read_to_end(self) -> None:
-        """Read on to the end marker without decoding, which leaves a connection usable after a refusal; raises `IPCError`."""
-        while self._unread or not self.ended:
-            left, self._unread = self._unread, 0
-            raw = None if left else self._read_head()
-            left = parse_message_head(raw[8:]).body_length if raw else left
-            while left:
-                got = len(self._source.read(min(left, 1 << 20)))
-                if not got:
-                    raise IPCError(f"half a message: {left} bytes short")
-                left -= got
+        """Read over what is left after a refusal; where that raises `IPCError`, the connection must be closed."""
+        while not self.ended:
+            if self._unread is None or self._unread > MAX_DRAINED_BYTES:
+                raise IPCError(f"of a message that was refused {self._unread or 'unknown'} bytes are left")
+            while self._unread:
+                piece = self._source.read(min(self._unread, 1 << 20))
+                self._unread -= len(piece or _whole(piece, self._unread))
+            raw = self._read_head()
+            if raw:
+                self._unread = FlatHead(raw[8:]).message()[2]
 
-@functools.cache  # at first use: pyarrow's memory pool takes 4 MiB at once
-def _tick_message() -> bytes:
-    return cast("bytes", _TICK.serialize().to_pybytes())
 
-class _Pieces(list["_Buffer"]):
+def _whole(data: Buffer, size: int) -> Any:
+    if len(data) < size:
+        raise IPCError(f"half a message: expected {size} bytes, got {len(data)}")
+    return data
+
+
+_OPTIONS = ipc.IpcWriteOptions()
+
+
+class _Pieces(list[Any]):
     """The file that collects what pyarrow's stream writer writes, without copying bodies."""
-    closed, write = False, list.append
+
+    closed = False
+    write = list.append
 
 
 class IpcWriter:
-    """Writes one Arrow IPC stream of *schema*: each call hands whole messages, a list of buffers, to *write* at once. Not safe
-    for use by several threads. The sink stays open and belongs to the caller."""
-    def __init__(self, write: Callable[[list[_Buffer]], object], schema: pa.Schema) -> None:
-        self.schema = schema
-        self._facts = schema_facts(schema)
-        self._write, self._begun = write, False
+    """Writes one Arrow IPC stream: each call hands whole messages, a list of buffers, to *write* at once.
+
+    Not for use by several threads. The sink stays open and belongs to the caller; what it raises passes through.
+    """
+
+    def __init__(self, write: Callable[[list[Buffer]], object], wire: WireSchema) -> None:
+        self.wire = wire
+        self._write = write
+        self._begun = False
         self._file = _Pieces()
-        self._writer: ipc.RecordBatchStreamWriter | None = None  # pyarrow's, once there was a batch for it
+        self._writer: Any = None  # pyarrow's: kept, as it knows which dictionaries it has sent
 
-    def write(self, batch: pa.RecordBatch, metadata: Any = None) -> None:
-        """Write one batch (schema first, if this is the first); *metadata* becomes the message's own."""
-        self.write_all([(batch, metadata)])
-
-    def write_all(self, items: Iterable[tuple[Any, Any]], *, close: bool = False) -> None:
-        """Write several batches, and the end marker if *close*, in one call of the sink; a `PlainBatch` counts as a batch."""
-        out: list[_Buffer] = [] if self._begun else [self._facts.message]
-        self._begun = True
-        for batch, metadata in items:
-            out += self._messages(batch, dict(metadata) if metadata else None)
+    def write_all(self, items: Iterable[Item] = (), *, close: bool = False) -> None:
+        """Write batches (behind the schema, if they are the first), and the end marker if *close*."""
+        pieces: list[Buffer] = [] if self._begun else [self.wire.message]
+        for item in items:
+            if isinstance(item, bytes):
+                pieces.append(item)
+                self._writer = None  # which does not know of the dictionaries that the item may bring
+            else:
+                pieces += self._messages(item[0], item[1] or {})
         if close:
-            out.append(END_OF_STREAM)
-        if out:
-            if _wire_write.isEnabledFor(logging.DEBUG):
-                _wire_write.debug("%d messages of %s, %d bytes", len(out), _schema_text(self.schema), sum(map(len, out)))
-            self._write(out)
+            pieces.append(END_OF_STREAM)
+        self._begun = True
+        if pieces:
+            self._write(pieces)
 
-    def _messages(self, batch: Any, metadata: dict[bytes, bytes] | None) -> list[_Buffer]:
-        if not isinstance(batch, pa.RecordBatch):
-            if self._writer is None or not self._facts.dictionary_count:
-                return cast("list[_Buffer]", batch.messages(metadata))
-            batch = batch.to_record_batch()
-        if batch is _TICK and metadata is None:
-            return [_tick_message()]
-        if self._facts.dictionary_count or batch.get_total_buffer_size() > SMALL_BODY_BYTES:
-            return self._by_pyarrow(batch, metadata)
-        raw = batch.serialize().to_pybytes()
-        if metadata is None:
-            return [raw]
-        size = 8 + struct.unpack_from("<i", raw, 4)[0]
-        head, body = parse_message_head(raw[8:size]), raw[size:]
-        _, layout = self._facts.layouts(batch, metadata, bool(body))
-        return [layout.message(head.rows, head.nodes, head.buffers, body, metadata)]
-
-    def _by_pyarrow(self, batch: pa.RecordBatch, metadata: dict[bytes, bytes] | None) -> list[_Buffer]:
+    def _messages(self, batch: pa.RecordBatch, metadata: Mapping[Any, Any]) -> list[Buffer]:
+        """Return the messages of one batch."""
+        most = MAX_METADATA_BYTES // 2
+        if len(metadata) > MAX_HEAD_ENTRIES or sum(map(len, metadata.values())) > most:
+            raise ParameterError(f"metadata: expected at most {MAX_HEAD_ENTRIES} entries and {most} bytes")
         schema_left = 0
-        if self._writer is None:  # kept: it is dear to make, and knows which dictionaries it has sent
-            self._writer, schema_left = ipc.new_stream(self._file, self.schema), len(self._facts.message)
+        self._file.clear()
         try:
-            self._writer.write_batch(batch, custom_metadata=metadata)
-        finally:
-            pieces = self._file.copy()
-            self._file.clear()
-        while schema_left > 0:  # written already
-            schema_left -= len(pieces.pop(0))
-        return pieces
+            # Small ones without metadata and dictionaries need no writer, which takes three times as long.
+            is_small = batch.get_total_buffer_size() <= SMALL_BODY_BYTES and batch.schema.equals(
+                self.wire.schema
+            )
+            if is_small and not (metadata or self.wire.dictionaries):
+                return [batch.serialize().to_pybytes()]
+            if self._writer is None:
+                self._writer = ipc.RecordBatchStreamWriter(self._file, self.wire.schema, options=_OPTIONS)
+                schema_left = len(self.wire.message)  # it writes that again with its first batch
+            self._writer.write_batch(batch, custom_metadata=metadata or None)
+        except ARROW_FAILURES as exc:
+            raise IPCError(f"a batch cannot be written: {text_of(exc)}") from None
+        while schema_left > 0:
+            schema_left -= len(self._file.pop(0))
+        if wire_write.isEnabledFor(logging.DEBUG):
+            facts = (batch.num_rows, total_size(self._file), list(metadata), self.wire.schema)
+            wire_write.debug("%d rows, %d bytes, metadata %s: %s", *facts)
+        return self._file.copy()
 
-    def close(self) -> None:
-        """Write the end marker (after the schema, if nothing was written)."""
-        self.write_all((), close=True)
 
-def write_stream(write: Callable[[list[_Buffer]], object], schema: pa.Schema, items: Sequence[tuple[Any, Any]]) -> None:
-    """Write one whole IPC stream in one call of the sink: schema, the batches with their metadata, end marker."""
-    if len(items) == 1 and not isinstance(items[0][0], pa.RecordBatch) and not _wire_write.isEnabledFor(logging.DEBUG):
-        batch, metadata = items[0]  # a `PlainBatch` needs no writer
-        write([schema_facts(schema).message, *batch.messages(metadata), END_OF_STREAM])
-    else:
-        IpcWriter(write, schema).write_all(items, close=True)
+def stream_pieces(wire: WireSchema, items: Iterable[Item]) -> list[Buffer]:
+    """Return one whole IPC stream in pieces; those of large bodies are not copied."""
+    pieces: list[Buffer] = []
+    IpcWriter(pieces.extend, wire).write_all(items, close=True)
+    return pieces
 
-def stream_bytes(schema: pa.Schema, items: Sequence[tuple[Any, Any]]) -> bytes:
-    """Return one whole IPC stream, as `write_stream` writes it."""
-    pieces: list[_Buffer] = []
-    write_stream(pieces.extend, schema, items)
-    return b"".join(pieces)
+
+def stream_bytes(wire: WireSchema, items: Iterable[Item]) -> bytes:
+    """Return one whole IPC stream."""
+    return b"".join(stream_pieces(wire, items))
+
+
+def total_size(pieces: Iterable[Buffer]) -> int:
+    """Return how many bytes *pieces* have together."""
+    return sum(map(len, pieces))
+
 
 _TYPE_SPELLING = {"double": "float64", "halffloat": "float16", "float": "float32", "string": "utf8"}
 
-def _type_text(kind: pa.DataType) -> str:
-    """An Arrow type as pyarrow's constructors spell it: ``float64``, where its own text says ``double``."""
-    return re.sub(r"\b(double|halffloat|float|string)\b", lambda m: _TYPE_SPELLING[m[1]], str(kind))
 
-def _schema_text(schema: pa.Schema) -> str:
-    """A schema on one line: ``(a: float64 not null, b: utf8)``."""
-    return "(" + ", ".join(f"{f.name}: {_type_text(f.type)}{'' if f.nullable else ' not null'}" for f in schema) + ")"
+def type_text(kind: pa.DataType) -> str:
+    """Return an Arrow type as pyarrow's constructors spell it: ``float64``, where its own text says ``double``."""
+    return re.sub(r"\b(double|halffloat|float|string)\b", lambda match: _TYPE_SPELLING[match[1]], str(kind))
 
-def conform_batch(batch: Any, schema: pa.Schema, where: str, *, cast_values: bool) -> pa.RecordBatch:
-    """Return *batch* under *schema*: same names in the same order, no null where none is allowed. With *cast_values* types may
-    differ where every value survives a safe cast (exchange input), else they may not (output). `ParameterError` begins with
-    *where* and says what was expected and what came."""
+
+def schema_text(schema: pa.Schema) -> str:
+    """Return a schema on one line: ``(a: float64 not null, b: utf8)``."""
+    columns = [f"{c.name}: {type_text(c.type)}{' not null' * (not c.nullable)}" for c in schema]
+    return f"({', '.join(columns)})"
+
+
+def conform_batch(batch: Any, wire: WireSchema, where: str, *, cast_values: bool) -> pa.RecordBatch:
+    """Return *batch* under a schema: same names in the same order, no null where none is allowed.
+
+    With *cast_values* types may differ where a cast is safe. `ParameterError` says what was expected and what came.
+    """
     if not isinstance(batch, pa.RecordBatch):
         raise ParameterError(f"{where}: expected a pyarrow.RecordBatch, got {type(batch).__name__}")
-    if not (batch.schema is schema or batch.schema.equals(schema)):
+    schema = wire.schema
+    if not batch.schema.equals(schema):
         if batch.schema.names != schema.names:
-            raise ParameterError(f"{where}: expected columns {_schema_text(schema)}, got {_schema_text(batch.schema)}")
-        arrays = [_conform_column(a, f, where, cast_values) for a, f in zip(batch.columns, schema)]
-        batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
-    for i in schema_facts(schema).required:
-        if batch.column(i).null_count:
-            _without_nulls(batch.column(i), schema.field(i), where)
+            got = schema_text(batch.schema)
+            raise ParameterError(f"{where}: expected columns {schema_text(schema)}, got {got}")
+        columns = [_conform(*pair, where, cast_values) for pair in zip(batch.columns, schema)]
+        batch = pa.RecordBatch.from_arrays(columns, schema=schema)
+    for i in wire.required:
+        _conform(batch.column(i), schema.field(i), where, False)
     return batch
 
-def _conform_column(column: pa.Array, wanted: pa.Field, where: str, cast_values: bool) -> pa.Array:
-    if column.type.equals(wanted.type):
-        return column
-    problem = f"{where}: column {wanted.name!r}: expected {_type_text(wanted.type)}, got {_type_text(column.type)}"
-    if not cast_values:
-        raise ParameterError(problem)
+
+def _conform(values: Any, column: pa.Field, where: str, cast_values: bool) -> pa.Array:
+    """Return *values*, an array or what makes one, as the array of a column."""
+    fitted = None
+    problem = ""
     try:
-        return column.cast(wanted.type, safe=True)
-    except _ARROW_FAILURES as exc:
-        raise ParameterError(f"{problem} ({_text_of(exc)})") from None
+        if not isinstance(values, pa.Array):
+            fitted = pa.array(values, column.type)
+        elif values.type.equals(column.type):
+            fitted = values
+        elif cast_values and not _is_shared(values):
+            fitted = values.cast(column.type, safe=True)
+    except ARROW_FAILURES as exc:
+        problem = f" ({text_of(exc)})"
+    if fitted is not None and (column.nullable or not fitted.null_count):
+        return fitted
+    expected = f"{type_text(column.type)}{' without nulls' * (fitted is not None)}"
+    got = type_text(values.type) if isinstance(values, pa.Array) else type(values).__name__
+    got = "a null" if fitted is not None else got
+    raise ParameterError(f"{where}: column {column.name!r}: expected {expected}, got {got}{problem}")
+
+
+def _is_shared(values: pa.Array) -> bool:
+    """Tell whether values may be named a million times, each of which a cast would write out."""
+    if str(values.type) in ("string_view", "binary_view"):  # of their 16 bytes the first 4 are the length
+        return sum(memoryview(values.buffers()[1]).cast("i")[::4]) > FREE_DECODED_BYTES
+    return re.search(r"(string|binary|list)_view|run_end_encoded", str(values.type)) is not None
+
+
+def batch_from_pydict(data: Mapping[str, Any], schema: pa.Schema | None, where: str) -> pa.RecordBatch:
+    """Make a batch of columns by name; without *schema* types are inferred. `ParameterError` as `conform_batch`."""
+    try:
+        if schema is None:
+            return pa.RecordBatch.from_pydict(dict(data))
+        if set(data) != set(schema.names):
+            raise ParameterError(f"{where}: expected columns {schema.names}, got {list(data)}")
+        columns = [_conform(data[column.name], column, where, False) for column in schema]
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
+    except ParameterError:
+        raise
+    except ARROW_FAILURES as exc:
+        raise ParameterError(f"{where}: {text_of(exc)}") from None
 
 
 # ============================================================================
-# 5. PLAIN ROWS ........................................ uses 1-4
+# 5. ROW TEMPLATES ..................................... uses 1-4
 # ============================================================================
-# Short columns of everyday types between Python values and message bytes, without pyarrow, whose calls cost more than a
-# small message is worth; and whole streams of one such row, the requests and results of a method, by one layout of all their
-# bytes (StreamLayout). Law: this section only saves time. It writes the bytes that pyarrow would write, from a layout
-# learned of pyarrow's own; what it does not know, or what looks odd, it leaves to the ordinary way (_NotPlain, or None of a
-# StreamLayout). A reader who skips it loses nothing but speed.
+# Streams of one row without pyarrow, whose calls cost more than a small message is worth: a template is made of a stream
+# that section 4 wrote for an example row. Law: `read` accepts only what `write` would have written. All else goes the
+# ordinary way, with the same result.
 
-_PLAIN_BYTES = 1 << 20  # above this pyarrow is the faster one, also for numbers
-_NUMBERS = {
-    pa.int8(): "b", pa.int16(): "h", pa.int32(): "i", pa.int64(): "q", pa.float64(): "d",
-    pa.uint8(): "B", pa.uint16(): "H", pa.uint32(): "I", pa.uint64(): "Q",
-}  # fmt: skip
-
-class _NotPlain(Exception):
-    """Not for this section: the ordinary way decides, and words the error if there is one."""
+_INTEGERS = (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
+# By type: the exact Python type of encoded values, and what `struct` calls the numbers in its buffer.
+_FLAT: dict[pa.DataType, tuple[type, str]] = {kind: (int, code) for kind, code in zip(_INTEGERS, "bhiqBHIQ")}
+_FLAT |= {pa.float64(): (float, "d"), pa.float32(): (float, "f"), pa.bool_(): (bool, "")}
+_FLAT |= {pa.utf8(): (str, ""), pa.binary(): (bytes, ""), pa.dictionary(pa.int16(), pa.utf8()): (str, "h")}
 
 
-class _Body:
-    """Nodes and buffers of one message, in the order of Arrow's pre-order walk over the columns."""
-    __slots__ = ("buffers", "checked", "dictionaries", "nodes", "pieces", "size")
-    def __init__(self, checked: bool = True) -> None:
-        self.checked = checked  # whether codecs have looked at the values already
-        self.nodes: list[int] = []  # (length, null count), flat
-        self.buffers: list[int] = []  # (offset, length), flat
-        self.pieces: list[bytes] = []  # the buffers, each padded to 8 bytes …
-        self.size = 0  # … and their length together
-        self.dictionaries: list[tuple[str, ...]] = []  # distinct values of each dictionary column
+class NotPlain(ValueError):
+    """A type or value for which the ordinary way is the right one; it words the error, if there is one."""
 
-    def add(self, *buffers: bytes) -> None:
-        """Add buffers."""
-        for data in buffers:
-            size = len(data)
-            self.buffers += (self.size, size)
-            self.pieces += (data, _PADDING[size & 7])
-            self.size += size + 7 & -8
 
-_PADDING = tuple(bytes(-n % 8) for n in range(8))
+# What values that are not plain raise here, and bytes that nothing here would have written.
+_NOT_PLAIN = (ValueError, TypeError, LookupError, OverflowError, StopIteration, struct.error)
+
 
 class _Parts:
-    """What a `_Body` becomes on the other side."""
-    __slots__ = ("body", "buffers", "dictionaries", "nodes")
-    def __init__(self, nodes: Sequence[int], buffers: Sequence[int], body: bytes,
-                 dictionaries: Iterable[Sequence[str]] = ()) -> None:
-        self.nodes, self.buffers, self.body = nodes, buffers, body  # it is known that the buffers lie inside the body
-        self.dictionaries = iter(dictionaries)
+    """What a row becomes, in the order of Arrow's walk over its columns; reversed where it is read."""
+
+    def __init__(self, nodes: Iterable[int] = (), buffers: Iterable[bytes] = ()) -> None:
+        self.nodes = [*nodes]  # (length, null count), flat
+        self.buffers = [*buffers]
+        self.names: list[Any] = []  # of each enum: what goes ahead in a dictionary message, or was read of it
+        self.proven = True  # what was read would be written so
+
+    def body(self) -> tuple[list[int], list[bytes]]:
+        """Return (offset, length) of each buffer in the body of a message, flat, and the pieces of that body."""
+        places: list[int] = []
+        at = 0
+        for data in self.buffers:
+            places += (at, len(data))
+            at += len(data) + 7 & -8
+        return places, [data.ljust(len(data) + 7 & -8, b"\0") for data in self.buffers]
 
 
-class _Place:
-    """Where one column's node and buffers stand among those of its schema, which is the same in all batches."""
-    __slots__ = ("first", "node")
-    def __init__(self, node: int, first: int) -> None:
-        self.node, self.first = node, first  # indices of its node, and of its bitmap's buffer
-
-    def start(self, parts: _Parts, length: int) -> int:
-        """Return the index of the buffer behind the bitmap's; raises `_NotPlain` unless there are *length* values."""
-        if parts.nodes[self.node] != length:
-            raise _NotPlain
-        return self.first + 2
-
-    def one(self, parts: _Parts, length: int) -> tuple[int, int] | None:
-        """Return both offsets of a column of one value that is not null, ``None`` for another column."""
-        node, at = self.node, self.first + 2
-        if length == 1 and parts.nodes[node] == 1 and not parts.nodes[node + 1] and parts.buffers[at + 1] >= 8:
-            return _TWO_OFFSETS.unpack_from(parts.body, parts.buffers[at])
-        return None
-
-    def with_nulls(self, values: list[Any], parts: _Parts) -> list[Any]:
-        """Return *values* with ``None`` where the bitmap says so."""
-        if not (nulls := parts.nodes[self.node + 1]):
-            return values
-        at, length = parts.buffers[self.first], len(values)
-        bits = parts.body[at : at + parts.buffers[self.first + 1]]
-        present = int.from_bytes(bits, "little") & ((1 << length) - 1)
-        if nulls < 0 or len(bits) * 8 < length or bin(present).count("1") != length - nulls:
-            raise _NotPlain
-        return [v if bits[i >> 3] >> (i & 7) & 1 else None for i, v in enumerate(values)]
-
-class _Places:
-    """Hands out places in Arrow's pre-order walk over the columns."""
-    def __init__(self) -> None:
-        self.nodes = self.buffers = 0  # numbers that were handed out: two of each node and of each buffer
-
-    def take(self, buffers: int) -> _Place:
-        """Return the place of the next column, which has so many buffers of its own."""
-        place = _Place(self.nodes, self.buffers)
-        self.nodes, self.buffers = self.nodes + 2, self.buffers + 2 * buffers
-        return place
-
-def _numbers(parts: _Parts, at: int, count: int, code: str, size: int) -> tuple[Any, ...]:
-    """Read *count* numbers of *size* bytes at the beginning of a buffer; *at* is its place in ``parts.buffers``."""
-    if parts.buffers[at + 1] < count * size:
-        raise _NotPlain
-    return struct.unpack_from(f"<{count}{code}", parts.body, parts.buffers[at])
-
-def _offsets(parts: _Parts, at: int, length: int, limit: int) -> tuple[int, ...]:
-    """Read length + 1 offsets, each at least as large as the one before, the last at most *limit*."""
-    found = _numbers(parts, at, length + 1, "i", 4)
-    if found[0] < 0 or found[-1] > limit or any(map(operator.gt, found, found[1:])):
-        raise _NotPlain
-    return found
-
-_ONE, _TWO_OFFSETS = (1, 0), struct.Struct("<ii")
-_Write = Callable[[Sequence[Any], _Body], None]
-_Read = Callable[[int, _Parts], list[Any]]
-# Each writer and reader looks first for the one value of a row, which is what most messages hold.
-
-def _bitmap(bits: Iterable[Any]) -> bytes:
+def _pack_bits(bits: Sequence[bool]) -> bytes:
     """Pack truth values, the first into the lowest bit."""
-    text = "".join("1" if b else "0" for b in bits)[::-1]
-    return int(text or "0", 2).to_bytes((len(text) + 7) // 8, "little")
+    digits = "".join("01"[bit] for bit in reversed(bits))
+    return int(digits or "0", 2).to_bytes((len(bits) + 7) // 8, "little")
 
-def _write_node(values: Sequence[Any], body: _Body, kind: type | None = None) -> bool:
-    """Add node and validity of a column; return whether it has nulls. Raises `_NotPlain` for values not of type *kind*."""
-    if kind and not body.checked and not set(map(type, values)) <= {kind, type(None)}:
-        raise _NotPlain
-    nulls = values.count(None) if None in values else 0
-    body.nodes += (len(values), nulls)
-    body.add(_bitmap([v is not None for v in values]) if nulls else b"")
-    return nulls > 0
 
-def _accepted(code: str) -> set[type]:
-    return {float if code == "d" else int}  # an int may be one that no float64 holds
+def _unpack_bits(data: bytes, count: int) -> list[bool]:
+    return [data[i >> 3] >> (i & 7) & 1 == 1 for i in range(count)]
 
-def _number_column(place: _Place, code: str) -> tuple[_Write, _Read]:
-    size, accepted = struct.calcsize(code), _accepted(code)
-    one = struct.Struct(f"<{code}{8 - size}x")
-    def write(values: Sequence[Any], body: _Body) -> None:
-        if len(values) == 1 and body.checked and values[0] is not None:
-            at = body.size
-            body.nodes += _ONE
-            body.buffers += (at, 0, at, size)
-            body.pieces.append(one.pack(values[0]))
-            body.size = at + 8
-            return
-        form = f"<{len(values)}{code}"
-        try:  # a look for nulls takes twice as long as this
-            data = struct.pack(form, *values)
-            body.nodes += (len(values), 0)
-            body.add(b"")
-        except struct.error:
-            _write_node(values, body)
-            values = [0 if v is None else v for v in values]
-            data = struct.pack(form, *values)
-        if not body.checked and not set(map(type, values)) <= accepted:
-            raise _NotPlain
-        body.add(data)
-    def read(length: int, parts: _Parts) -> list[Any]:
-        found = list(_numbers(parts, place.start(parts, length), length, code, size))
-        return place.with_nulls(found, parts) if parts.nodes[place.node + 1] else found
-    return write, read
 
-def _bool_column(place: _Place) -> tuple[_Write, _Read]:
-    def write(values: Sequence[Any], body: _Body) -> None:
-        _write_node(values, body, bool)
-        body.add(_bitmap(values))
-    def read(length: int, parts: _Parts) -> list[Any]:
-        bits = _numbers(parts, place.start(parts, length), (length + 7) // 8, "B", 1)
-        return place.with_nulls([bool(bits[i >> 3] >> (i & 7) & 1) for i in range(length)], parts)
-    return write, read
+class _Column:
+    """Writes and reads columns of one type. Values are what codecs encode to, of exactly one Python type, or None."""
 
-def _text_column(place: _Place, kind: type) -> tuple[_Write, _Read]:
-    def write(values: Sequence[Any], body: _Body) -> None:
-        if len(values) == 1 and body.checked and values[0] is not None:
-            piece, at = values[0].encode() if kind is str else values[0], body.size
-            size = len(piece)
-            body.nodes += _ONE
-            body.buffers += (at, 0, at, 8, at + 8, size)
-            body.pieces += (_TWO_OFFSETS.pack(0, size), piece, _PADDING[size & 7])
-            body.size = at + 8 + (size + 7 & -8)
-            return
-        _write_node(values, body, kind)
-        pieces = [v.encode() if v else b"" for v in values] if kind is str else [v or b"" for v in values]
-        offsets = [0, *itertools.accumulate(map(len, pieces))]
-        if offsets[-1] > _PLAIN_BYTES:
-            raise _NotPlain
-        body.add(struct.pack(f"<{len(offsets)}i", *offsets), b"".join(pieces))
-    def read(length: int, parts: _Parts) -> list[Any]:
-        start, size, body = parts.buffers[place.first + 4], parts.buffers[place.first + 5], parts.body
-        if (found := place.one(parts, length)) is not None and 0 <= found[0] <= found[1] <= size:
-            piece = body[start + found[0] : start + found[1]]
-            return [piece.decode() if kind is str else piece]
-        offsets = _offsets(parts, place.start(parts, length), length, size)
-        pieces: list[Any] = [body[start + a : start + b] for a, b in itertools.pairwise(offsets)]
-        return place.with_nulls([p.decode() for p in pieces] if kind is str else pieces, parts)
-    return write, read
+    def __init__(self, column: pa.Field, of_structs: type = dict) -> None:
+        kind = column.type
+        self.nullable = column.nullable
+        self.children: dict[Any, _Column] = {}  # of a struct by name, of the pairs in a map by number
+        self.item: _Column | None = None  # of a list or map
+        self.kind, self.code = _FLAT.get(kind, (list, ""))
+        self.is_enum = (self.kind, self.code) == (str, "h")
+        # Bits behind the last one, a NaN of another form: whether they would be written is seen by writing them.
+        self.is_doubtful = self.kind is bool or self.code == "f"
+        # What pyarrow writes where a value is null. In a null struct an enum has an index without a name: not plain.
+        self.filler: Any = NotPlain if self.is_enum else self.kind()
+        if pa.types.is_map(kind):
+            pairs = pa.struct([kind.key_field, kind.item_field])
+            self.item = _Column(pa.field("", pairs, nullable=False), tuple)
+        elif pa.types.is_list(kind):
+            self.item = _Column(kind.value_field)
+        elif pa.types.is_struct(kind) and kind.num_fields:
+            self.kind = of_structs
+            self.children = {i if of_structs is tuple else f.name: _Column(f) for i, f in enumerate(kind)}
+            self.filler = {name: child.filler for name, child in self.children.items()}
+        if kind not in _FLAT and not self.item and len(self.children) < max(kind.num_fields, 1):
+            raise NotPlain(f"{type_text(kind)} is not plain, or has two fields of one name")
 
-def _list_column(place: _Place, item: tuple[_Write, _Read]) -> tuple[_Write, _Read]:
-    write_item, read_item = item
-    def write(values: Sequence[Any], body: _Body) -> None:
-        if len(values) == 1 and body.checked and type(values[0]) is list:
-            flat, at = values[0], body.size
-            body.nodes += _ONE
-            body.buffers += (at, 0, at, 8)
-            body.pieces.append(_TWO_OFFSETS.pack(0, len(flat)))
-            body.size = at + 8
+    def write(self, values: Sequence[Any], parts: _Parts) -> None:
+        """Append nodes, buffers and names; raises one of the failures above for values that are not plain."""
+        nulls = 0
+        bitmap = b""
+        kinds = set(map(type, values))
+        kinds.discard(self.kind)
+        if kinds:
+            if not self.nullable or kinds != {type(None)}:
+                raise NotPlain
+            nulls = values.count(None)
+            bitmap = _pack_bits([value is not None for value in values])
+            values = [self.filler if value is None else value for value in values]
+        parts.nodes += (len(values), nulls)
+        parts.buffers.append(bitmap)
+        if self.children:
+            if set(map(len, values)) - {len(self.children)}:
+                raise NotPlain
+            for name, child in self.children.items():
+                child.write([value[name] for value in values], parts)
+        elif self.kind is bool:
+            parts.buffers.append(_pack_bits(values))
+        elif self.code:
+            if self.is_enum:
+                names = list(dict.fromkeys(value for value in values if value is not NotPlain))
+                if not names:
+                    raise NotPlain  # an empty dictionary has another form
+                parts.names.append(_Parts())
+                _NAMES.write(names, parts.names[-1])
+                places = {name: place for place, name in enumerate(names)}
+                values = [places.get(value, 0) for value in values]
+            parts.buffers.append(struct.pack(f"<{len(values)}{self.code}", *values))
         else:
-            _write_node(values, body, list)
-            offsets = [0, *itertools.accumulate(len(v or ()) for v in values)]
-            flat = list(itertools.chain.from_iterable(v or () for v in values))
-            body.add(struct.pack(f"<{len(offsets)}i", *offsets))
-        write_item(flat, body)
-    def read(length: int, parts: _Parts) -> list[Any]:
-        if (found := place.one(parts, length)) is not None and 0 == found[0] <= found[1] <= _PLAIN_BYTES:
-            return [read_item(found[1], parts)]
-        offsets = _offsets(parts, place.start(parts, length), length, _PLAIN_BYTES)
-        flat = read_item(offsets[-1], parts)
-        return place.with_nulls([flat[a:b] for a, b in itertools.pairwise(offsets)], parts)
-    return write, read
+            if self.kind is str:
+                values = [value.encode() for value in values]
+            offsets = itertools.accumulate(map(len, values), initial=0)
+            parts.buffers.append(struct.pack(f"<{len(values) + 1}i", *offsets))
+            if self.item is None:
+                parts.buffers.append(b"".join(values))
+            else:
+                items = values[0] if len(values) == 1 else list(itertools.chain.from_iterable(values))
+                self.item.write(items, parts)
 
-def _struct_column(place: _Place, names: Sequence[str], columns: Sequence[tuple[_Write, _Read]],
-                   row: type) -> tuple[_Write, _Read]:
-    """A struct of dicts, or (for the entries of a map, *row* being tuple) of pairs."""
-    members_of = [operator.itemgetter(key) for key in (names if row is dict else range(len(names)))]
-    def write(values: Sequence[Any], body: _Body) -> None:
-        nulls = _write_node(values, body, row)
-        for member, (write_one, _) in zip(members_of, columns):
-            write_one([None if v is None else member(v) for v in values] if nulls else list(map(member, values)), body)
-    def read(length: int, parts: _Parts) -> list[Any]:
-        place.start(parts, length)
-        members = [read_one(length, parts) for _, read_one in columns]
-        rows: list[Any] = list(zip(*members)) if members else [()] * length
-        return place.with_nulls([dict(zip(names, r)) for r in rows] if row is dict else rows, parts)
-    return write, read
+    def read(self, count: int, parts: _Parts) -> list[Any]:
+        """Take *count* values off the end of *parts*; a failure where something else would be written."""
+        if parts.nodes.pop() != count:
+            raise NotPlain
+        nulls = parts.nodes.pop()
+        bitmap = parts.buffers.pop()
+        if nulls or bitmap or self.is_doubtful:
+            parts.proven = False
+        values: Any
+        if self.children:
+            values = zip(*[child.read(count, parts) for child in self.children.values()])
+            if self.kind is dict:
+                values = [dict(zip(self.children, row)) for row in values]
+        elif self.kind is bool:
+            values = _unpack_bits(parts.buffers.pop(), count)
+        elif self.code:
+            values = struct.unpack(f"<{count}{self.code}", parts.buffers.pop())
+            if self.is_enum:
+                names = parts.names.pop()
+                values = [names[place] for place in values]
+                if list(dict.fromkeys(values)) != names:
+                    raise NotPlain
+        else:
+            offsets = struct.unpack(f"<{count + 1}i", parts.buffers.pop())
+            items = parts.buffers.pop() if self.item is None else self.item.read(offsets[-1], parts)
+            if offsets[0] or offsets[-1] != len(items) or list(offsets) != sorted(offsets):
+                raise NotPlain
+            values = [items[start:end] for start, end in itertools.pairwise(offsets)]
+            if self.kind is str:
+                values = [value.decode() for value in values]
+        if bitmap:
+            values = [value if bit else None for value, bit in zip(values, _unpack_bits(bitmap, count))]
+        return list(values)
 
-def _enum_column(place: _Place) -> tuple[_Write, _Read]:
-    """``dictionary<int16, utf8>``: the distinct values go into a dictionary message of their own."""
-    def write(values: Sequence[Any], body: _Body) -> None:
-        if len(values) == 1 and body.checked and values[0] is not None:
-            body.dictionaries.append((values[0],))
-            body.nodes += _ONE
-            body.buffers += (body.size, 0, body.size, 2)
-            body.pieces.append(bytes(8))
-            body.size += 8
-            return
-        _write_node(values, body, str)
-        distinct = tuple(dict.fromkeys(v for v in values if v is not None))
-        if not distinct:
-            raise _NotPlain
-        index = {v: i for i, v in enumerate(distinct)}
-        body.dictionaries.append(distinct)
-        body.add(struct.pack(f"<{len(values)}h", *[index.get(v, 0) for v in values]))
-    def read(length: int, parts: _Parts) -> list[Any]:
-        found, known = _numbers(parts, place.start(parts, length), length, "h", 2), next(parts.dictionaries)
-        indices = place.with_nulls(list(found), parts)
-        if any(i is not None and not 0 <= i < len(known) for i in indices):
-            raise _NotPlain
-        return [None if i is None else known[i] for i in indices]
-    return write, read
-
-_ENUM_TYPE = pa.dictionary(pa.int16(), pa.utf8())
-_UTF8_COLUMN = _text_column(_Place(0, 0), str)
-
-def _plain_column(kind: pa.DataType, places: _Places) -> tuple[_Write, _Read]:
-    """Writer and reader of a column; raises `_NotPlain` for a type that is not plain."""
-    if kind in _NUMBERS:
-        return _number_column(places.take(2), _NUMBERS[kind])
-    if kind == _ENUM_TYPE:
-        return _enum_column(places.take(2))
-    if pa.types.is_boolean(kind):
-        return _bool_column(places.take(2))
-    if pa.types.is_string(kind) or pa.types.is_binary(kind):
-        return _text_column(places.take(3), str if pa.types.is_string(kind) else bytes)
-    if pa.types.is_map(kind):
-        place, entries = places.take(2), places.take(1)
-        columns = [_plain_column(kind.key_type, places), _plain_column(kind.item_type, places)]
-        return _list_column(place, _struct_column(entries, ("key", "value"), columns, tuple))
-    if pa.types.is_list(kind):
-        return _list_column(places.take(2), _plain_column(kind.value_type, places))
-    if pa.types.is_struct(kind):
-        place, members = places.take(1), list(kind)
-        return _struct_column(place, [m.name for m in members], [_plain_column(m.type, places) for m in members], dict)
-    raise _NotPlain
-
-
-class PlainPlan:
-    """How short batches of one schema are written and read here; shared between threads."""
-    def __init__(self, facts: SchemaFacts) -> None:
-        self.facts = facts
-        self._places = _Places()
-        self._columns = [_plain_column(t, self._places) for t in facts.schema.types]
-        self._nullable = [f.nullable for f in facts.schema]
-        self.names = frozenset(facts.schema.names)
-        codes = [_NUMBERS.get(t, "") for t in facts.schema.types]
-        self._row = struct.Struct("<" + "".join(f"{c}{8 - struct.calcsize(c)}x" for c in codes)) if all(codes) else None
-        # Whether rows have no parts of their own: however long their values are, heads of one row differ in buffers alone.
-        self.even = self._places.nodes == 2 * len(codes) and not facts.dictionary_count
-        self._accepted = [_accepted(c) for c in codes]
-        # Of a message of one row of numbers without nulls and without metadata, which are always the same: buffers and head.
-        self._numbers_like: tuple[Sequence[int], bytes] | None = None
-
-    def write(self, columns: Sequence[Sequence[Any]], checked: bool = False) -> PlainBatch:
-        """Encode columns of equal length, of which codecs have *checked* the values or not; raises `_NotPlain`."""
-        if self._numbers_like is not None and (batch := self._row_of_numbers(columns, checked)) is not None:
-            return batch
-        body, length = _Body(checked), len(columns[0])
-        try:
-            for values, (write, _), nullable in zip(columns, self._columns, self._nullable):
-                if len(values) != length or (not nullable and None in values):
-                    raise _NotPlain
-                write(values, body)
-        except (struct.error, OverflowError, TypeError, ValueError, LookupError, AttributeError):
-            raise _NotPlain from None
-        if not length or not 0 < body.size <= _PLAIN_BYTES:
-            raise _NotPlain
-        batch = PlainBatch(self.facts, columns, body.nodes, body.dictionaries, body.buffers, b"".join(body.pieces))
-        if self._row is not None and length == 1 and not any(body.nodes[1::2]):
-            (message,) = batch.messages(None)
-            self._numbers_like = body.buffers, bytes(message[: -batch.nbytes])
-        return batch
-
-    def _row_of_numbers(self, columns: Sequence[Sequence[Any]], checked: bool) -> PlainBatch | None:
-        """Encode one row of numbers without nulls, with the head that such a row always has; ``None`` for other columns."""
-        try:
-            row = [value for (value,) in columns]
-            if not checked and not all(map(operator.contains, self._accepted, map(type, row))):
-                return None
-            data = cast("struct.Struct", self._row).pack(*row)
-        except (struct.error, OverflowError, ValueError, TypeError):
+    def example(self, size: int) -> Any:
+        """Return an example: for size 1 an everyday one, for 3 a longer one with nulls in it, for 0 the emptiest."""
+        if not size and self.nullable:
             return None
-        buffers, head = cast("tuple[Sequence[int], bytes]", self._numbers_like)
-        return PlainBatch(self.facts, columns, _ONE * len(columns), (), buffers, data, head)
-
-    def read(self, reader: IpcReader, message: BatchMessage) -> list[list[Any]]:
-        """Decode a message of this schema to a list of values per column, as fully checked as pyarrow's; raises `_NotPlain`."""
-        return self._read(message.head, message.body(), reader.dictionaries())
-
-    def read_stream(self, data: bytes) -> list[Any]:
-        """Decode a whole stream of one row as `stream_bytes` writes it, its dictionaries such as were read before; raises
-        `_NotPlain`."""
-        facts, at = self.facts, len(self.facts.message)
-        found = []
-        for known in facts.seen:
-            if data.startswith(cast("bytes", known.data), at):
-                found.append(known)
-                at += len(known.data)
-        start = at + 8 + (struct.unpack_from("<i", data, at + 4)[0] if len(data) >= at + 8 else 0)
-        if not data.startswith(facts.message) or not data.startswith(_CONTINUATION, at) or not at + 8 < start < len(data):
-            raise _NotPlain
-        try:
-            head = parse_message_head(data[at + 8 : start])
-        except IPCError:
-            raise _NotPlain from None
-        end = start + head.body_length
-        if head.kind != _BATCH_MESSAGE or head.rows != 1 or not data.startswith(END_OF_STREAM, end) \
-                or not are_inside(head.buffers, head.body_length):
-            raise _NotPlain
-        return [column[0] for column in self._read(head, data[start:end], found)]
-
-    def _read(self, head: MessageHead, body: bytes | memoryview, dictionaries: Sequence[BatchMessage]) -> list[list[Any]]:
-        if head.compressed or len(body) > _PLAIN_BYTES or not 0 < head.rows <= _PLAIN_BYTES:
-            raise _NotPlain
-        if [m.head.dictionary_id for m in dictionaries] != list(range(self.facts.dictionary_count)):  # as pyarrow numbers them
-            raise _NotPlain
-        return self.decode(head.rows, _Parts(head.nodes, head.buffers, bytes(body), map(_read_dictionary, dictionaries)))
-
-    def decode(self, length: int, parts: _Parts) -> list[list[Any]]:
-        """Decode rows whose buffers are known to lie inside the body; raises `_NotPlain`."""
-        if len(parts.nodes) != self._places.nodes or len(parts.buffers) != self._places.buffers:
-            raise _NotPlain
-        try:
-            return [read(length, parts) for _, read in self._columns]
-        except (struct.error, UnicodeDecodeError, LookupError, OverflowError, ValueError):
-            raise _NotPlain from None
-
-def plain_plan(schema: pa.Schema) -> PlainPlan | None:
-    """Return the plan of a schema, ``None`` when it has a type that is not plain or no columns at all."""
-    facts = schema_facts(schema)
-    if facts.plan is False:
-        try:
-            facts.plan = PlainPlan(facts) if len(schema) else None
-        except _NotPlain:
-            facts.plan = None
-    return cast("PlainPlan | None", facts.plan)
-
-def _filler(kind: pa.DataType) -> Any:
-    """A value without nulls, which puts an entry into every dictionary of *kind*."""
-    if pa.types.is_struct(kind):
-        return {f.name: _filler(f.type) for f in kind}
-    if pa.types.is_map(kind):
-        return [(_filler(kind.key_type), _filler(kind.item_type))]
-    if kind.num_fields:
-        return [_filler(kind.value_type)]
-    leaf = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.Array.from_buffers(leaf, 1, [None, *[pa.py_buffer(bytes(64))] * (leaf.num_buffers - 1)])[0].as_py()
-
-def _bare_layouts(facts: SchemaFacts) -> tuple[list[HeadLayout], HeadLayout]:
-    """Return the layouts of a `PlainBatch` without metadata; learned of any row, not of one whose columns its owner may change."""
-    if facts.bare is None:
-        arrays = [pa.array([_filler(t)], t) for t in facts.schema.types]
-        facts.bare = facts.learn(pa.RecordBatch.from_arrays(arrays, schema=facts.schema), None)
-    return facts.bare
-
-def _read_dictionary(message: BatchMessage) -> Sequence[str]:
-    head = message.head
-    if head.compressed or head.is_delta or len(message.data) > _PLAIN_BYTES or head.rows > _PLAIN_BYTES:
-        raise _NotPlain
-    return _UTF8_COLUMN[1](head.rows, _Parts(head.nodes, head.buffers, bytes(message.body())))
+        if self.children:
+            values = {name: child.example(size) for name, child in self.children.items()}
+            return tuple(values.values()) if self.kind is tuple else values
+        if self.item is not None:
+            return [self.item.example(n) for n in range(size, -(size > 1), -1)]
+        return self.kind(size) if size else self.kind()
 
 
-class PlainBatch:
-    """A short batch, encoded here: stands in for a record batch until somebody wants to look at one."""
-    __slots__ = ("_columns", "_dictionaries", "_facts", "_head", "data", "nbytes", "nodes", "num_rows", "offsets", "schema")
-    def __init__(self, facts: SchemaFacts, columns: Sequence[Sequence[Any]], nodes: Sequence[int],
-                 dictionaries: Sequence[tuple[str, ...]], offsets: Sequence[int], data: bytes, head: bytes = b"") -> None:
-        self._facts, self._columns, self.nodes, self._dictionaries = facts, columns, nodes, dictionaries
-        self.offsets, self.data, self._head = offsets, data, head
-        self.schema, self.num_rows, self.nbytes = facts.schema, len(columns[0]), len(data)  # nbytes: of its buffers
-
-    def to_record_batch(self) -> pa.RecordBatch:
-        """Read back the record batch that this stands in for."""
-        stream = b"".join([self._facts.message, *self.messages(None), END_OF_STREAM])
-        return cast("Any", IpcReader(BufferSource(stream), validation=IpcValidation.NONE).next())[0]
-
-    def row(self) -> list[Any]:
-        """Return the values of its first row, encoded as codecs do."""
-        return [column[0] for column in self._columns]
-
-    def messages(self, metadata: _Metadata | None) -> list[_Buffer]:
-        """Return the messages that carry it: dictionaries first."""
-        if self._head and not metadata:
-            return [self._head + self.data]
-        of_dictionaries, layout = self._facts.layouts(self, metadata, True) if metadata else _bare_layouts(self._facts)
-        out: list[_Buffer] = []
-        for one, names in zip(of_dictionaries, self._dictionaries):
-            known = self._facts.dictionaries
-            if (message := known.get((one, names))) is None:
-                body = _Body()
-                _UTF8_COLUMN[0](names, body)
-                message = one.message(len(names), body.nodes, body.buffers, b"".join(body.pieces), None)
-                if len(known) >= 64:
-                    known.clear()
-                if len(message) <= SMALL_DICTIONARY_BYTES:
-                    known[one, names] = message
-            out.append(message)
-        out.append(layout.message(self.num_rows, self.nodes, self.offsets, self.data, metadata))
-        return out
+_NAMES = _Column(pa.field("", pa.utf8(), nullable=False))
 
 
-_LEARNED_BYTES = 8_192  # of a stream's fixed part: peers may have a server learn thousands of layouts
+class _Layout:
+    """Bytes that differ from *example* only in holes, (start, `struct` code): one call reads or writes them all."""
 
-class StreamLayout(_Layout):
-    """Whole streams of one row, or of no columns, that differ in its values and in a few metadata values alone, as the calls of
-    one method do: the layout has all of the stream, or all but the body where that has no fixed length. Learned from a stream
-    that went the ordinary way, so what was decided there on the fixed bytes holds for every stream of this layout."""
-    __slots__ = ("_nodes", "_plan", "keys", "rows")
-    def __init__(self, example: bytes, holes: Iterable[_Hole], head: MessageHead, plan: PlainPlan | None) -> None:
-        super().__init__(example, holes)
-        self.keys = tuple(name for name in self._slots if isinstance(name, bytes))  # of the metadata values that may differ
-        self.rows, self._nodes, self._plan = head.rows, head.nodes, plan  # no plan: the body is part of the layout
+    def __init__(self, example: bytes, holes: Sequence[tuple[int, str]]) -> None:
+        self.size = at = len(example)
+        codes = ""
+        for start, code in sorted(holes, reverse=True):
+            end = start + struct.calcsize("<" + code)
+            codes = f"{code}{at - end}s{codes}"
+            at = start
+        self._struct = struct.Struct(f"<{at}s{codes}")
+        self._parts = self._struct.unpack(example)
+        self._places = [2 * sorted(holes).index(hole) + 1 for hole in holes]
 
-    @property
-    def shape(self) -> tuple[object, ...]:
-        """What tells it from other layouts."""
-        return self._struct.format, self._fixed
+    def fill(self, values: Iterable[Any]) -> bytes:
+        """Return the bytes with these values in the holes."""
+        parts = list(self._parts)
+        for place, value in zip(self._places, values):
+            parts[place] = value
+        return self._struct.pack(*parts)
 
-    @classmethod
-    def learn(cls, facts: SchemaFacts, message: BatchMessage, keys: Sequence[bytes] = ()) -> StreamLayout | None:
-        """Learn from the one batch of a stream; the metadata values of *keys* may differ. ``None`` for columns whose values
-        have parts of their own, and where what may differ also decides how a head is read."""
-        head, plan, types_ = message.head, plain_plan(facts.schema), facts.schema.types
-        if head.compressed or len(message.data) > SMALL_BODY_BYTES or (types_ and not (plan and plan.even and head.rows == 1)):
-            return None
-        data = bytes(message.data)
-        first, body_at, example = len(facts.message), len(data) - head.body_length, facts.message + data
-        numbers = all(t in _NUMBERS for t in types_) and not any(head.nodes[1::2])
-        if first + (len(data) if numbers else body_at) > _LEARNED_BYTES:
-            return None
-        wanted = {*[key for key in keys if (head.metadata or {}).get(key)], *(() if numbers else ("body_length", "buffers"))}
-        holes = _holes([region for region in _parse_head(data[8:body_at])[1] if region[2] in wanted], first + 8)
-        if len(holes) < len(wanted):
-            return None
-        if not numbers:
-            return cls(example[: first + body_at], holes, head, plan)
-        starts = [first + body_at + offset for offset in head.buffers[2::4]]
-        if any(b - a < 8 for a, b in itertools.pairwise([*starts, len(example)])):  # in another order, or sharing their bytes
-            return None
-        holes += [(at, _NUMBERS[t], at) for at, t in zip(starts, types_)]
-        return cls(example + END_OF_STREAM, holes, head, None)
-
-    def read(self, data: bytes, at: int) -> tuple[Sequence[Any], int] | None:
-        """Return the values of `keys`, then of the row, and where the stream ends; ``None`` when what stands in *data* from
-        *at* on is not of this layout, or not there to its end."""
-        end = at + self._struct.size
-        if len(data) < end or _wire_read.isEnabledFor(logging.DEBUG):  # the ordinary way logs what it reads
-            return None
+    def match(self, data: bytes, at: int) -> list[Any] | None:
+        """Return what stands in the holes; ``None`` when the other bytes are not these."""
         parts = self._struct.unpack_from(data, at)
-        if self._fixed_of(parts) != self._fixed:
-            return None
-        if self._plan is None:
-            return parts[1::2], end
-        size, buffers = parts[self._slots["body_length"].start], parts[self._slots["buffers"]]
-        body, end = data[end : end + size], end + size
-        if len(body) != size or not are_inside(buffers, size) or not data.startswith(END_OF_STREAM, end):
-            return None
-        try:
-            row = self._plan.decode(1, _Parts(self._nodes, buffers, body))
-        except _NotPlain:
-            return None
-        return [*[parts[self._slots[key].start] for key in self.keys], *[column[0] for column in row]], end + 8
+        return [parts[place] for place in self._places] if parts[::2] == self._parts[::2] else None
 
-    def write(self, values: Mapping[bytes, bytes], batch: Any) -> bytes | None:
-        """Return the stream of a `PlainBatch` or tick with these values of `keys`; ``None`` for a batch of another layout."""
-        if _wire_write.isEnabledFor(logging.DEBUG):
+
+class _Message:
+    """The message of a dictionary or batch, of which the metadata of *varying* keys differs."""
+
+    def __init__(self, message: bytes, varying: Mapping[bytes, int]) -> None:
+        self.head_end = 8 + int.from_bytes(message[4:8], "little")
+        head = FlatHead(message[8 : self.head_end])
+        _, kind, content, length, pairs = head.table(0, 5)
+        if head.data[kind] == DICTIONARY_MESSAGE:
+            content = head.table(content, 2)[1]
+        rows, *vectors = head.table(content, 3)
+        places = [head.vector(field, 16, MAX_BUFFERS) for field in vectors]
+        holes = [(length, "q"), (rows, "q"), *[(place.start, f"{16 * len(place)}s") for place in places]]
+        fields = [head.table(pair, 2) for pair in head.vector(pairs, 4, MAX_HEAD_ENTRIES)]
+        values = {head.text(key): head.vector(value, 1, head.absent).start for key, value in fields}
+        self.varying = [(8 + values[key], f"{size}s") for key, size in varying.items()]
+        if places[0]:  # else there are no columns, and nothing but metadata to differ
+            holes = [(8 + at, code) for at, code in holes]
+            self._layout = _Layout(message[: self.head_end], holes + self.varying)
+
+    def write(self, parts: _Parts, values: Sequence[bytes] = ()) -> bytes:
+        """Return the message of *parts*."""
+        places, body = parts.body()
+        size = sum(map(len, body))
+        if size > SMALL_BODY_BYTES:
+            raise NotPlain  # the ordinary way does not copy it
+        packed = [struct.pack(f"<{len(numbers)}q", *numbers) for numbers in (parts.nodes, places)]
+        return b"".join([self._layout.fill([size, parts.nodes[0], *packed, *values]), *body])
+
+    def read(self, data: bytes, at: int) -> tuple[int, _Parts, list[bytes], int]:
+        """Read a message: rows, what they are read from, metadata values, where it ends."""
+        found = self._layout.match(data, at)
+        if found is None or not 0 <= found[0] <= SMALL_BODY_BYTES:
+            raise NotPlain
+        nodes, places = [struct.unpack(f"<{len(packed) // 8}q", packed) for packed in found[2:4]]
+        end = at + self._layout.size + found[0]
+        body = data[at + self._layout.size : end]
+        buffers = [body[offset : offset + size] for offset, size in zip(places[::2], places[1::2])]
+        parts = _Parts(nodes, buffers)
+        expected, pieces = parts.body()
+        if places != (*expected,) or b"".join(pieces) != body or found[1] != nodes[0]:
+            raise NotPlain
+        parts.nodes.reverse()
+        parts.buffers.reverse()
+        return found[1], parts, found[4:], end
+
+
+class RowTemplate:
+    """Streams of one row whose metadata differs in *varying* alone: key -> length of its value in bytes.
+
+    Rows hold encoded values, as codecs make them; without columns there is no row. Safe between threads. `ValueError`:
+    a column that is not plain, or section 4 writes other bytes than this would.
+    """
+
+    def __init__(self, schema: pa.Schema, metadata: Metadata, varying: Mapping[bytes, int]) -> None:
+        wire = WireSchema(schema)
+        self.schema_message = wire.message
+        self._columns = [_Column(column) for column in schema]
+        self._lengths = list(varying.values())
+        values = [b"x" * length for length in self._lengths]
+        examples = []
+        for size in (1, 3, 0):
+            row = [column.example(size) for column in self._columns]
+            arrays = [pa.array([value], column.type) for value, column in zip(row, schema)]
+            batch = pa.RecordBatch.from_arrays(arrays, schema=schema) if row else wire.empty
+            examples.append((row, stream_bytes(wire, [(batch, {**metadata, **dict(zip(varying, values))})])))
+        example = examples[0][1]
+        reader = IpcReader(BufferSource(example))
+        batch = cast("BatchMessage", reader.next_message())
+        self._dictionaries = [_Message(bytes(data), {}) for [(_, data)] in reader.dictionaries.values()]
+        self._batch = _Message(bytes(batch.data), varying)
+        self._kinds = [column.kind for column in self._columns]
+        self._fixed: _Layout | None = None  # all of the stream, where nothing but numbers differs
+        # A float32 may be a NaN of another form. Each number has eight bytes of the body.
+        if all(column.kind in (int, float) and column.code != "f" for column in self._columns):
+            numbers = [(self._batch.head_end + 8 * i, column.code) for i, column in enumerate(self._columns)]
+            start = len(example) - len(END_OF_STREAM) - len(batch.data)
+            self._fixed = _Layout(example, [(start + at, code) for at, code in self._batch.varying + numbers])
+        for row, stream in examples:
+            with contextlib.suppress(NotPlain):  # nulls may be refused, but nothing may be written wrongly
+                if self.write(row, values) != stream or self.read(stream) != (row, values, len(stream)):
+                    raise ValueError(f"a row of {schema_text(schema)} is not written as expected")
+
+    def write(self, row: Sequence[Any], values: Sequence[bytes] = ()) -> bytes:
+        """Return the whole stream; *values* are those of `varying`. `NotPlain` for what the ordinary way must write."""
+        if len(row) != len(self._columns) or list(map(len, values)) != self._lengths:
+            raise NotPlain
+        try:
+            if self._fixed is not None and list(map(type, row)) == self._kinds:
+                return self._fixed.fill([*values, *row])
+            parts = _Parts()
+            for column, value in zip(self._columns, row):
+                column.write([value], parts)
+            dictionaries = map(_Message.write, self._dictionaries, parts.names)
+            return b"".join(
+                [self.schema_message, *dictionaries, self._batch.write(parts, values), END_OF_STREAM]
+            )
+        except _NOT_PLAIN as exc:
+            raise NotPlain(str(exc)) from None
+
+    def message(self, row: Sequence[Any]) -> bytes:
+        """Return the message of the batch (behind those of its dictionaries), an item of a longer stream."""
+        return self.write(row)[len(self.schema_message) : -len(END_OF_STREAM)]
+
+    def read(self, data: bytes, at: int = 0) -> tuple[list[Any], list[bytes], int] | None:
+        """Read a stream at *at*: its row, the values of `varying`, where it ends. ``None``: not written by `write`."""
+        try:
+            if self._fixed:
+                found = self._fixed.match(data, at)
+                if found is not None:
+                    count = len(self._lengths)
+                    return found[count:], found[:count], at + self._fixed.size
+            if not self._columns or not data.startswith(self.schema_message, at):
+                return None
+            end = at + len(self.schema_message)
+            names: list[list[str]] = []
+            for message in self._dictionaries:
+                count, of_names, _, end = message.read(data, end)
+                names.insert(0, _NAMES.read(count, of_names))
+                if not of_names.proven:
+                    return None
+            _, parts, values, end = self._batch.read(data, end)
+            parts.names = names
+            row = [column.read(1, parts)[0] for column in self._columns]
+            end += len(END_OF_STREAM)
+            proven = parts.proven and data.startswith(END_OF_STREAM, end - len(END_OF_STREAM))
+            return (row, values, end) if proven or self.write(row, values) == data[at:end] else None
+        except _NOT_PLAIN:
             return None
-        if batch is not _TICK and (not isinstance(batch, PlainBatch) or tuple(batch.nodes) != self._nodes):
-            return None
-        parts = self._parts.copy()
-        for key in self.keys:
-            parts[self._slots[key].start] = values[key]
-        if self._plan is None:
-            parts[2 * len(self.keys) + 1 :: 2] = () if batch is _TICK else batch.row()
-            return self._struct.pack(*parts)
-        parts[self._slots["body_length"].start], parts[self._slots["buffers"]] = len(batch.data), batch.offsets
-        return b"".join((self._struct.pack(*parts), batch.data, END_OF_STREAM))
+
+
+def row_template(
+    schema: pa.Schema, metadata: Metadata | None = None, varying: Mapping[bytes, int] | None = None
+) -> RowTemplate | None:
+    """Return the template of these streams; ``None`` when the schema is not plain."""
+    with contextlib.suppress(ValueError):
+        return RowTemplate(schema, metadata or {}, varying or {})
+    return None
 
 
 # ============================================================================
 # 6. TYPES ............................................. uses 1-5
 # ============================================================================
-# Annotation -> codec: the Arrow type, whether it is nullable, how a Python value becomes one and comes back (WIRE section 2).
-# Law: a codec is built once per annotation and cached; a value that does not fit raises _Mismatch, to which each
-# container on the way out adds its part of the path, so that the text reads `Order.lines[0].price: expected ..., got ...`.
+# Annotation -> codec: the Arrow type, how a Python value is encoded for it, and how it comes back.
+# Law: what arrives is what was sent, or it is refused before it is sent. pyarrow converts with loss where types
+# differ, so what it gives back is compared, unless the Python type is exactly that of the Arrow type. What does not
+# fit is a Mismatch, and each container on the way out adds its part of the path: `Order.lines[0].price: expected …`.
+
 
 @dataclass(frozen=True)
 class ArrowType:
-    """Says which Arrow type a field or parameter has: ``Annotated[int, ArrowType(pa.int32())]``."""
+    """Says which Arrow type a field, parameter or result has: ``Annotated[int, ArrowType(pa.int32())]``."""
+
     arrow_type: pa.DataType  # exactly this type goes on the wire
-    nullable: bool | None = None  # overrides what the annotation says; None leaves it
+    nullable: bool | None = None  # overrides what the annotation says, also an Optional; None leaves it
+
 
 @dataclass(frozen=True)
 class Transient:
-    """Marks a dataclass field that is not serialised: ``Annotated[T, Transient()]``; on reading it takes its default."""
+    """Marks a field that does not travel: ``Annotated[T, Transient()]``; it is read as its default."""
 
-class _Mismatch(Exception):
-    """A value that does not fit its codec; containers prepend to *path* on the way out."""
-    def __init__(self, expected: str, got: str) -> None:
-        super().__init__(expected, got)
-        self.expected, self.got, self.path = expected, got, ""
 
-    def under(self, step: str) -> _Mismatch:
+class Mismatch(ParameterError):
+    """``Mismatch(expected, got)``: a value does not fit its codec. Containers put their step in front of `path`."""
+
+    path = ""
+
+    def under(self, step: str) -> Mismatch:
+        """Put *step* (``.name``, ``[3]``, ``['key']``) in front of the path; return this exception."""
         self.path = step + self.path
         return self
 
-    def error(self, where: str) -> ParameterError:
-        return ParameterError(f"{where}{self.path}: expected {self.expected}, got {self.got}")
+    def __str__(self) -> str:
+        return f"{self.path}: expected {self.args[0]}, got {self.args[1]}"
 
-def _got(value: object) -> str:
+
+def got(value: object) -> str:
+    """Return what errors call a value: the name of its type."""
     return "None" if value is None else type(value).__name__
 
-def _expect(value: object, accepted: type | tuple[type, ...], expected: str) -> None:
+
+def _expect(value: Any, accepted: Any, expected: str) -> Any:
     if not isinstance(value, accepted):
-        raise _Mismatch(expected, _got(value))
+        raise Mismatch(expected, got(value))
+    return value
 
-def _of_field(name: str, convert: Callable[[Any], Any], value: Any) -> Any:
+
+def with_field(name: str, convert: Callable[[Any], T], value: Any) -> T:
+    """Return ``convert(value)``; what it raises becomes a `Mismatch` whose path begins with ``.name``."""
     try:
         return convert(value)
-    except _Mismatch as exc:
+    except Mismatch as exc:
         raise exc.under(f".{name}") from None
-    except (_Refusal, StatusError):
+    except (Refusal, StatusError):  # a __post_init__ raised it on purpose
         raise
-    except Exception as exc:  # a date beyond Python's calendar, a __post_init__ that does not like its values
-        raise _Mismatch("a valid value", f"{type(exc).__name__}: {_text_of(exc)}").under(f".{name}") from exc
+    except Exception as exc:  # a property, a __repr__ or a __post_init__ of the value may raise anything
+        raise Mismatch("a valid value", f"{type(exc).__name__}: {text_of(exc)}").under(f".{name}") from exc
 
-def _located(where: str, prefix: str, convert: Callable[[Any], _T], value: Any) -> _T:
-    """Return ``convert(value)``; a mismatch becomes a `ParameterError` that says *where*, its path without *prefix*."""
+
+def located(where: str, prefix: str, convert: Callable[[Any], T], value: Any) -> T:
+    """Return ``convert(value)``; what it raises is a `ParameterError` at *where* and the path less *prefix*."""
     try:
-        return convert(value)
-    except _Mismatch as exc:
-        exc.path = exc.path.removeprefix(prefix)
-        raise exc.error(where) from None
+        return with_field("", convert, value)
+    except Mismatch as exc:
+        exc.path = exc.path[1:].removeprefix(prefix)
+        raise ParameterError(f"{where}{exc}") from exc.__cause__
+
 
 class Codec(NamedTuple):
-    """How values of one annotation travel; encoding and decoding raise `_Mismatch`."""
+    """How the values of one annotation travel; made by `codec_for`. What does not fit is a `Mismatch`.
+
+    Encoded values are what ``pa.array`` takes and ``to_pylist`` gives back, in exact types: a dict for a struct,
+    pairs for a map, an enum's name.
+    """
+
+    kind: Any  # a type of `_SCALARS`, list, dict, Mapping: a struct, object: any, None: write and read do it all
     arrow_type: pa.DataType
-    nullable: bool  # whether None is a value
-    encode: Callable[[Any], Any]  # Python value to what pa.array takes for arrow_type
-    decode: Callable[[Any], Any]  # what to_pylist gives to the Python value
-    plain: frozenset[type] = frozenset()  # types that encode leaves as they are: a list of them is passed on whole
-    decodes_plain: bool = False  # decode changes nothing, and refuses None at most
-    fixed_nullability: bool = False  # ArrowType(..., nullable=...) beats an Optional around it
+    expected: str  # what errors say was wanted
+    write: Callable[[Any], Any] = lambda value: value  # goes before the conversion to Arrow
+    read: Callable[[Any], Any] = lambda value: value  # goes behind the conversion from Arrow
+    parts: Mapping[str, Codec] = {}  # of a list: item; of a dict: key, value; of a struct: its members
+    plain: frozenset[type] = frozenset()  # exact types that stay as they are both ways, alone and in lists
+    zoned: bool | None = None  # of datetimes and times, where microseconds are held: whether they have a zone
+    nullable: bool = False  # None is a value
+    dataclass: DataclassCodec | None = None  # the codec of its fields, where it is a dataclass
 
-    @property
-    def expected(self) -> str:
-        return _type_text(self.arrow_type)
-
-    def to_array(self, values: list[Any]) -> pa.Array:
-        """Encode *values* into a column of len(values) rows; raises `_Mismatch` with the path to the first that fails."""
-        encoded = list(map(self.encode, values))
+    def encode(self, value: Any, way: str = "encode") -> Any:
+        """Encode, "decode", or "check" what is encoded: whether pyarrow takes each part, which `encode` leaves open."""
+        if value is None and self.nullable:
+            return None
+        if way == "encode":
+            value = self.write(value)
+        elif self.parts:
+            _expect(value, dict if self.kind is Mapping else list, self.expected)
+        if type(value) in self.plain and way != "check":
+            return value
+        if self.kind is list:
+            value = self.parts["item"]._each(value, range(len(value)), way)
+        elif self.kind is dict:
+            pairs = list(value.items() if way == "encode" else value)
+            keys = [key for key, _ in pairs]
+            values = self.parts["value"]._each([value for _, value in pairs], keys, way)
+            value = list(zip(self.parts["key"]._each(keys, keys, way), values))
+        elif self.kind is Mapping:
+            value = _by_name(self.parts, value, way)
+        elif self.kind is not None and (way != "decode" or type(value) is not self.kind):
+            value = self._held(value)
+        if way != "decode":
+            return value
         try:
-            return _array(encoded, self.arrow_type)
-        except _ARROW_FAILURES as exc:
-            found = filter(None, (_failure(value, self.arrow_type) for value in encoded))
-            raise next(found, _Mismatch(self.expected, _text_of(exc))) from None
+            return self.read(value)
+        except (IPCError, RequestTooLargeError) as exc:
+            raise Mismatch("an Arrow IPC stream", text_of(exc)) from None
 
-    def from_array(self, column: pa.Array) -> Any:
-        """Decode a column of one row; one of another type is accepted when its value fits all the same."""
-        value = self.decode(column.to_pylist()[0])
-        if column.type != self.arrow_type and not (value is None and self.nullable):
-            self.to_array([value])
-        return value
-
-def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
-    if len(values) == 1 and type(values[0]) is bytes and pa.types.is_binary(kind) and SMALL_BODY_BYTES < len(values[0]) < 1 << 31:
-        offsets = pa.py_buffer(struct.pack("<ii", 0, len(values[0])))
-        return pa.Array.from_buffers(kind, 1, [None, offsets, pa.py_buffer(values[0])])  # not copied
-    array_ = pa.array(values, type=kind)
-    if kind.num_fields and _count_dictionaries(kind):
+    def _each(self, values: Any, steps: Sequence[Any], way: str) -> list[Any]:
+        """Convert the members of a container; a mismatch says at which of *steps*."""
+        kinds = list(map(type, values))
+        # To count one type takes half as long as to collect them all.
+        alike = kinds and kinds[0] in self.plain and kinds.count(kinds[0]) == len(kinds)
+        if (alike or self.plain.issuperset(kinds)) and way != "check":
+            return values if type(values) is list else list(values)
+        out: list[Any] = []
         try:
-            array_.validate(full=True)
-        except pa.ArrowInvalid:
-            # Under a null struct pyarrow writes dictionary index 0, also where the dictionary is empty; readers refuse that.
-            array_ = pa.array([*values, _filler(kind)], type=kind).slice(0, len(values))
-    return array_
+            for value in values:
+                out.append(self.encode(value, way))
+        except Mismatch as exc:
+            raise exc.under(f"[{steps[len(out)]!r:.40}]") from None
+        return out
 
-def _failure(value: Any, kind: pa.DataType) -> _Mismatch | None:
-    """Find the innermost part of an encoded value that pyarrow does not take for its type; ``None`` when it takes all."""
-    members: list[tuple[str, Any, pa.DataType]] = []
-    if isinstance(value, list) and pa.types.is_list(kind):
-        members = [(f"[{i}]", v, kind.value_type) for i, v in enumerate(value)]
-    elif isinstance(value, list) and pa.types.is_map(kind):
-        members = [m for k, v in value for m in (("<key>", k, kind.key_type), (f"[{k!r:.40}]", v, kind.item_type))]
-    elif isinstance(value, dict) and pa.types.is_struct(kind):
-        members = [(f".{f.name}", value.get(f.name), f.type) for f in kind]
-    for step, member, member_kind in members:
-        if found := _failure(member, member_kind):
-            return found.under(step)
-    try:
-        pa.array([value], type=kind)
-    except _ARROW_FAILURES as exc:
-        shown = repr(value) if isinstance(value, (int, float)) else _got(value)
-        return _Mismatch(_type_text(kind), f"{shown} ({_text_of(exc)})")
-    return None
+    def _held(self, value: Any) -> Any:
+        """Return what Arrow holds of a value, in an exact type, if that is equal."""
+        if type(value) is int and float in self.plain and abs(value) <= 1 << 53:
+            return float(value)  # pyarrow takes longer, here and below
+        if type(value) is self.kind and self.zoned is (getattr(value, "tzinfo", None) is not None):
+            return value
+        held: Any = None
+        reason = ""
+        try:
+            held = pa.array([value], self.arrow_type)[0].as_py()
+            equal = held == value or (held != held and value != value)  # NaN is equal to nothing
+        except ARROW_FAILURES as exc:
+            equal = False
+            reason = f"{text_of(exc):.200}"
+        if isinstance(held, float) and isinstance(value, float):
+            equal = equal or abs(held) != float("inf")  # whoever declares a narrow float wants it rounded
+        if equal and held is not None and (isinstance(held, bool) or not isinstance(value, bool)):
+            return value if type(value) is type(held) is datetime.datetime else held  # not in another zone
+        shown = got(value) if isinstance(value, (str, bytes, type(None))) else f"{got(value)} {value!s:.60}"
+        zone = " without a zone (Annotated[datetime, ArrowType(pa.timestamp('us', tz='UTC'))] has one)"
+        if getattr(value, "tzinfo", None) is None or getattr(self.arrow_type, "tz", None):
+            zone = ""
+        raise Mismatch(f"{self.expected}{zone}", f"{shown} ({reason or f'it would arrive as {held!s:.60}'})")
 
-def _hints(owner: Any) -> dict[str, Any]:
-    """The resolved annotations of a class or function; an unresolvable name is reported with its owner."""
+    def to_array(self, encoded: Any) -> pa.Array:
+        """Return the column of one encoded value."""
+        kind = self.arrow_type
+        if type(encoded) is bytes and SMALL_BODY_BYTES < len(encoded) < 1 << 31 and pa.types.is_binary(kind):
+            offsets = pa.py_buffer(struct.pack("<ii", 0, len(encoded)))
+            return pa.Array.from_buffers(kind, 1, [None, offsets, pa.py_buffer(encoded)])  # not copied
+        try:
+            array = pa.array([encoded], kind)
+            array.validate(full=kind.num_fields > 0)
+        except ARROW_FAILURES:
+            self.encode(encoded, "check")
+            # Under a null struct pyarrow writes index 0, also into an empty dictionary; readers refuse that.
+            array = pa.array([encoded, _filled(kind)], kind).slice(0, 1)
+        return array
+
+
+def _by_name(parts: Mapping[str, Codec], values: Mapping[str, Any], way: str) -> dict[str, Any]:
+    """Convert what there is of the members of a struct or a row."""
+    out = {}
+    for name, value in values.items():
+        part = parts.get(name)
+        if part is not None:
+            if type(value) not in part.plain or way == "check":
+                value = with_field(name, functools.partial(part.encode, way=way), value)
+            out[name] = value
+    return out
+
+
+def _filled(kind: pa.DataType) -> Any:
+    """Return an encoded value that puts an entry into every dictionary of texts in *kind*."""
+    if pa.types.is_map(kind):
+        return [(_filled(kind.key_type), _filled(kind.item_type))]
+    if pa.types.is_struct(kind):
+        return {member.name: _filled(member.type) for member in kind}
+    if pa.types.is_nested(kind):
+        return [_filled(kind.value_type)] * getattr(kind, "list_size", 1)
+    return 0 if pa.types.is_integer(kind) else ""
+
+
+_DAY = datetime.datetime(2000, 1, 1)
+_EXAMPLES = (True, 0, 0.0, "", b"", decimal.Decimal(), _DAY, _DAY.date(), _DAY.time(), _DAY - _DAY)
+_SCALARS = {type(example): example for example in _EXAMPLES}  # the Python types that travel as they are
+_NARROW = re.compile(r"\b(half)?float\b|decimal|time|\[[mn]?s|fixed")  # Arrow types that hold less than these
+
+
+def hints_of(owner: Any) -> dict[str, Any]:
+    """Return the resolved annotations of a class or function; `TypeError` names it and what is not there."""
+    for base in getattr(owner, "__mro__", ()):
+        own = vars(base).get("__annotations__", {})
+        # Python 3.10 does not resolve the word alone.
+        own.update({name: ClassVar for name, hint in own.items() if hint in ("ClassVar", "typing.ClassVar")})
     try:
         return typing.get_type_hints(owner, include_extras=True)
     except Exception as exc:
-        name = getattr(owner, "__qualname__", owner)
-        hint = " (define the types that annotations name at module level)" if isinstance(exc, NameError) else ""
-        raise TypeError(f"{name}: its annotations do not resolve: {_text_of(exc)}{hint}") from exc
+        text = f"{getattr(owner, '__qualname__', owner)}: its annotations do not resolve: {text_of(exc)}"
+        raise TypeError(f"{text} (define the types that annotations name at module level)") from exc
 
-def _annotation_text(annotation: object) -> str:
-    return annotation.__qualname__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
 
-def _split_optional(annotation: Any) -> tuple[Any, bool]:
-    """``T | None`` -> (T, True); anything else -> (annotation, False)."""
-    rest = [m for m in typing.get_args(annotation) if m is not type(None)]
-    optional = typing.get_origin(annotation) in (Union, types.UnionType) and len(rest) == 1
-    return (rest[0] if optional else annotation), optional
+def unwrapped(annotation: Any) -> tuple[Any, pa.DataType | None, bool | None]:
+    """Return an annotation without Optional, Annotated, Final and aliases; its Arrow type; whether None fits."""
+    origin = typing.get_origin(annotation)
+    rest = [member for member in typing.get_args(annotation) if member is not type(None)]
+    inner = getattr(annotation, "__supertype__", getattr(annotation, "__value__", None))
+    if origin is Annotated:
+        inner = annotation.__origin__
+    elif len(rest) == 1 and origin in (Union, types.UnionType, typing.Final):
+        inner = rest[0]
+    if inner is None:
+        return annotation, None, None
+    bare, exact, nullable = unwrapped(inner)
+    if origin is Annotated:  # the outermost goes first; other metadata is passed over, hashable or not
+        own = next((it for it in annotation.__metadata__ if isinstance(it, ArrowType)), ArrowType(exact))
+        return bare, own.arrow_type, nullable if own.nullable is None else own.nullable
+    # What an ArrowType says of None goes before an Optional around it.
+    return bare, exact, nullable or (nullable is None and origin in (Union, types.UnionType))
 
-def _unboxed(value: Any) -> Any:
-    """A Python value out of a numpy or pyarrow scalar; anything else as it is."""
-    if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "item"):
-        return value.item()
-    return value.as_py() if isinstance(value, pa.Scalar) else value
 
-_SCALARS: dict[Any, tuple[pa.DataType, tuple[type, ...]]] = {  # annotation: Arrow type, what is accepted
-    bool: (pa.bool_(), (bool,)), int: (pa.int64(), (int,)), float: (pa.float64(), (float, int)), str: (pa.utf8(), (str,)),
-    bytes: (pa.binary(), (bytes, bytearray, memoryview)),
+def annotation_text(annotation: Any) -> str:
+    """Return an annotation as a person writes it: ``list[int]``, ``date | None``, ``Decimal(20, 4)``."""
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    words = list(map(annotation_text, arguments))
+    if origin is Literal:
+        words = list(map(repr, arguments))
+    elif origin in (Union, types.UnionType):
+        return " | ".join(sorted(words, key="None".__eq__))  # None comes last, the others stay in their order
+    elif origin is Annotated:
+        bare, exact, nullable = unwrapped(annotation)
+        # Of an Arrow type is said what a caller has to know, and no more.
+        if exact is None:
+            return words[0]
+        text = re.sub(r"decimal\d+", "Decimal", type_text(exact))
+        text = re.sub(r"timestamp\[\w+, tz=", "datetime[", text)
+        known = bare in (int, float) and exact == pa.scalar(bare()).type
+        if known or (text == type_text(exact) and bare not in (object, Any, int, float)):
+            text = annotation_text(bare)
+        return text + " | None" * bool(nullable)
+    elif annotation in (None, type(None)):
+        return "None"
+    name = getattr(origin or annotation, "__name__", None) or re.sub(r"(\w+\.)+(?=\w)", "", str(annotation))
+    return f"{name}[{', '.join(words)}]" if words else str(name)
+
+
+def codec_for(annotation: Any, exact: pa.DataType | None = None, *, whole: bool = False) -> Codec:
+    """Return the codec of a resolved annotation; `TypeError` says what would work where there is none.
+
+    *exact*: the Arrow type that is named around it. *whole*, for parameters and results: a dataclass travels as the
+    bytes of an IPC stream of its own; inside other values it is a struct.
+    """
+    bare, named, nullable = unwrapped(annotation)
+    exact = named if exact is None else exact
+    kind = typing.get_origin(bare) or bare
+    arguments = typing.get_args(bare)
+    loose = kind in (object, Any) or (kind in (list, dict) and not arguments)
+    if exact is not None and (loose or (kind is dict and pa.types.is_struct(exact))):
+        codec = Codec(object, exact, type_text(exact))
+        if pa.types.is_map(exact):
+            codec = codec._replace(write=lambda it: list(_expect(it, Mapping, "dict").items()), read=dict)
+    elif kind in (list, set, frozenset, dict) and arguments:
+        codec = _container_codec(bare, kind, exact)
+    elif kind in _SCALARS and (exact is not None or kind is not decimal.Decimal):
+        codec = _scalar_codec(bare, kind, exact)
+    elif kind is Literal or isinstance(kind, type):
+        codec = _class_codec(bare, kind, exact, whole)
+        nullable = nullable or None in arguments
+    else:
+        raise _no_mapping(bare)
+    if nullable:
+        codec = codec._replace(nullable=True, plain=codec.plain and codec.plain | {type(None)})
+    return codec
+
+
+def _scalar_codec(annotation: Any, kind: Any, exact: pa.DataType | None) -> Codec:
+    example: Any = _SCALARS[kind]
+    exact = pa.scalar(example).type if exact is None else exact
+    expected = type_text(exact)
+    if pa.types.is_fixed_size_binary(exact):
+        example = bytes(exact.byte_width)
+    if kind is datetime.datetime and getattr(exact, "tz", None):
+        example = example.astimezone(datetime.timezone.utc)
+    codec = Codec(kind, exact, expected)
+    try:
+        held = codec._held(example)
+    except Mismatch:
+        raise TypeError(f"{annotation_text(annotation)} does not go into {expected}") from None
+    if type(held) is not kind:  # a number of another kind, which has to be equal after the way back, too
+        return codec._replace(read=functools.partial(codec_for(kind).encode, way="decode"))
+    if re.match(r"time(stamp|64)\[us", str(exact)):
+        return codec._replace(zoned=getattr(exact, "tz", None) is not None)
+    return codec if _NARROW.search(str(exact)) else codec._replace(plain=frozenset({kind}))
+
+
+def _container_codec(annotation: Any, kind: Any, exact: pa.DataType | None) -> Codec:
+    """list (which takes a tuple too), set, frozenset, and dict over a map."""
+    inner: list[Any] = [None, None]
+    if exact is not None:
+        if not hasattr(exact, "key_type" if kind is dict else "value_type"):
+            raise TypeError(f"{annotation_text(annotation)} does not go into {type_text(exact)}")
+        inner = [exact.key_type, exact.item_type] if kind is dict else [exact.value_type]
+    members = list(map(codec_for, typing.get_args(annotation), inner))
+    expected = f"{kind.__name__} of {' to '.join(member.expected for member in members)}"
+    accepted = {list: (list, tuple), dict: Mapping}.get(kind, (set, frozenset))
+    write = functools.partial(_expect, accepted=accepted, expected=expected)
+    if kind is not dict:
+        exact = exact or pa.list_(pa.field("item", members[0].arrow_type))
+        return Codec(list, exact, expected, write, kind, {"item": members[0]})
+    if members[0].nullable:
+        raise TypeError(f"{expected}: in Arrow a key is never None; use dict[K, V]")
+    exact = exact or pa.map_(members[0].arrow_type, members[1].arrow_type)
+    return Codec(dict, exact, expected, write, dict, dict(zip(("key", "value"), members)))
+
+
+def _inner_reader(data: Buffer, checks: IpcValidation = IpcValidation.FULL, known: Any = ()) -> IpcReader:
+    """Return a reader of bytes inside a value: compressed, they must not evade limits on what is around."""
+    return IpcReader(BufferSource(data), IpcLimits(max(1 << 24, 16 * len(data))), checks, expected=known)
+
+
+def _batch_from_bytes(data: bytes) -> pa.RecordBatch:
+    reader = _inner_reader(data or stream_bytes(EMPTY, ()))  # no bytes are an empty batch
+    item = reader.next()
+    return item[0] if item else reader.wire.empty
+
+
+_IN_BYTES: dict[Any, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
+    pa.RecordBatch: (lambda it: stream_bytes(WireSchema(it.schema), [(it, None)]), _batch_from_bytes),
+    pa.Schema: (lambda it: bytes(it.serialize()), lambda data: _inner_reader(data or EMPTY.message).schema),
+    uuid.UUID: (operator.attrgetter("bytes"), lambda data: uuid.UUID(bytes=data)),
 }
 
-def _scalar_codec(kind: Callable[[Any], Any]) -> Codec:
-    arrow_type, accepted = _SCALARS[kind]
-    expected = _type_text(arrow_type)
+
+def _class_codec(annotation: Any, cls: Any, exact: pa.DataType | None, whole: bool) -> Codec:
+    """Literal, Enum, dataclass, and what travels as bytes: record batch, schema, UUID, dataclass as parameter."""
+    expected = annotation_text(annotation)
+    holds: Any = bytes
+    ways: Any = (
+        operator.attrgetter("_name_"),
+        None,
+    )  # not .name, which a member of an Enum may have replaced
+    known: DataclassCodec | None = None
+    members: Mapping[Any, Any] = {}
+    if cls is Literal:
+        members = {member: member for member in typing.get_args(annotation) if member is not None}
+        kinds = set(map(type, typing.get_args(annotation))) - {type(None)}
+        if kinds not in ({str}, {int}):
+            raise TypeError(f"{expected}: Literal takes texts or ints, all of one kind; or use an Enum")
+        holds = kinds.pop()
+        expected = " or ".join(map(repr, members))
+    elif issubclass(cls, enum.Enum):
+        if issubclass(cls, enum.Flag):
+            raise TypeError(f"{expected}: a Flag is not an Enum of single members; use int")
+        members = cls.__members__
+        holds = str
+        exact = pa.dictionary(pa.int16(), pa.utf8()) if exact is None else exact
+        expected = f"{expected} ({', '.join(list(members)[:8])}{', …' * (len(members) > 8)})"
+    elif issubclass(cls, ArrowSerializableDataclass) or dataclasses.is_dataclass(cls):
+        # Box[int] cannot be hashed where it holds Annotated[int, {...}].
+        known = dataclass_codec(cls) if annotation is cls else DataclassCodec(annotation)
+        if exact == known.arrow_type or (exact is None and not whole):
+            codec = Codec(Mapping, known.arrow_type, expected, known.to_dict, known.build, known.row.parts)
+            return codec._replace(dataclass=known)
+        ways = (known.to_bytes, known.from_bytes)
+    elif cls in _IN_BYTES:
+        ways = _IN_BYTES[cls]
+        exact = pa.binary(16) if cls is uuid.UUID and exact is None else exact
+    else:
+        raise _no_mapping(annotation)
+    base = _scalar_codec(annotation, holds, exact)
+
     def encode(value: Any) -> Any:
-        if type(value) is kind:
-            return value
-        unboxed = _unboxed(value)
-        if not isinstance(unboxed, accepted) or (isinstance(unboxed, bool) and kind is not bool):
-            raise _Mismatch(expected, _got(value))
-        try:
-            return kind(unboxed)
-        except OverflowError:
-            raise _Mismatch(expected, f"{unboxed!r:.40} (out of range)") from None
-    plain = frozenset(accepted) if kind is float else frozenset({accepted[0]})
-    return Codec(arrow_type, False, encode, _not_none(expected, _same), plain, decodes_plain=True)
+        return decode(base.encode(value)) if cls is Literal else ways[0](_expect(value, cls, expected))
 
-def _same(value: Any) -> Any:
-    return value
+    def decode(value: Any) -> Any:
+        _expect(value, holds, expected)
+        if not members:
+            return ways[1](value)
+        if value not in members:
+            raise Mismatch(expected, f"{value!r:.60}{suggest(str(value), map(str, members))}")
+        return members[value]
 
-def _not_none(expected: str, convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return *convert* with a refusal of ``None`` in front."""
-    def checked(value: Any) -> Any:
-        if value is None:
-            raise _Mismatch(expected, "None")
-        return convert(value)
-    return checked
+    return Codec(None, base.arrow_type, expected, encode, decode, dataclass=known)
 
-def _each(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
-    """Apply *function* to every element; a mismatch says at which index."""
-    out: list[Any] = []
-    try:
-        for value in values:
-            out.append(function(value))
-    except _Mismatch as exc:
-        raise exc.under(f"[{len(out)}]") from None
-    return out
 
-def _list_codec(item: Codec, container: type) -> Codec:
-    arrow_type = pa.list_(pa.field("item", item.arrow_type))
-    accepted = (list, tuple) if container is list else (set, frozenset)
-    expected = f"{container.__name__} of {item.expected}"
-    def encode(values: Any) -> Any:
-        _expect(values, accepted, expected)
-        kinds = list(map(type, values))
-        # To count one type takes half as long as to collect them all.
-        alike = kinds and kinds[0] in item.plain and kinds.count(kinds[0]) == len(kinds)
-        if not alike and not set(kinds) <= item.plain:
-            return _each(item.encode, values)
-        return values if type(values) is list else list(values)
-    def decode(values: Any) -> Any:
-        plain = item.decodes_plain and (item.nullable or None not in values)
-        members = values if plain else _each(item.decode, values)
-        return members if container is list else container(members)
-    return Codec(arrow_type, False, encode, _not_none(_type_text(arrow_type), decode))
+_INSTEAD = {  # what would work, by the names of types that have no mapping
+    "list Sequence Collection deque": "list[T], for example list[int]",
+    "set frozenset Set": "set[T]",
+    "dict Mapping defaultdict OrderedDict": "dict[K, V], for example dict[str, float]",
+    "tuple": "list[T], or a dataclass",
+    "Iterable Iterator Generator AsyncIterator AsyncGenerator": "list[T], or a method that returns a Stream",
+    "Table DataFrame RecordBatchReader": "pa.RecordBatch, or a stream of batches",
+    "ndarray": "list[float], or pa.RecordBatch",
+    "bytearray memoryview": "bytes",
+    "Path": "str",
+    "complex": "a dataclass of two floats",
+    "Decimal": "Annotated[Decimal, ArrowType(pa.decimal128(20, 4))], which names its digits",
+    "object Any": "Annotated[object, ArrowType(...)]",
+    "Union UnionType": "one type, T | None, or a dataclass with optional fields",
+    "TypeVar": "a class that says what it stands for, as Box[int] does for the T of Box[T]",
+}
 
-def _dict_codec(key: Codec, value: Codec) -> Codec:
-    arrow_type = pa.map_(key.arrow_type, value.arrow_type)
-    expected = f"dict of {key.expected} to {value.expected}"
-    def pairs(items: Any, of_key: Callable[[Any], Any], of_value: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
-        for k, v in items:
-            try:
-                yield of_key(k), of_value(v)
-            except _Mismatch as exc:
-                raise exc.under(f"[{k!r:.40}]") from None
-    def encode(mapping: Any) -> Any:
-        _expect(mapping, Mapping, expected)
-        if set(map(type, mapping)) <= key.plain and set(map(type, mapping.values())) <= value.plain:
-            return list(mapping.items())
-        return list(pairs(mapping.items(), key.encode, value.encode))
-    def decode(entries: Any) -> Any:
-        if key.decodes_plain and value.decodes_plain and not any(None in pair for pair in entries):
-            return dict(entries)
-        return dict(pairs(entries, key.decode, value.decode))
-    return Codec(arrow_type, False, encode, _not_none(_type_text(arrow_type), decode))
 
-def _enum_codec(kind: type[enum.Enum]) -> Codec:
-    members = kind.__members__
-    expected = f"{kind.__name__} ({', '.join(list(members)[:8])}{', …' if len(members) > 8 else ''})"
-    def encode(value: Any) -> Any:
-        _expect(value, kind, expected)
-        return value.name
-    def decode(name: Any) -> Any:
-        try:
-            return members[name]
-        except (KeyError, TypeError):
-            raise _Mismatch(expected, f"{name!r:.60}") from None
-    return Codec(_ENUM_TYPE, False, encode, decode)
-
-def _optional_codec(inner: Codec) -> Codec:
-    if inner.fixed_nullability:
-        return inner
-    def or_none(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return lambda value: None if value is None else convert(value)
-    plain = inner.plain | {type(None)} if inner.plain else inner.plain
-    return inner._replace(nullable=True, encode=or_none(inner.encode), decode=or_none(inner.decode), plain=plain)
-
-def _annotated_codec(annotation: Any, whole: bool) -> Codec:
-    """``Annotated[T, ArrowType(t)]``: T's own conversions, where it has any, over exactly the type t."""
-    inner = annotation.__origin__
-    exact = next((m for m in annotation.__metadata__ if isinstance(m, ArrowType)), None)
-    if exact is None:
-        return codec_for(inner, whole=whole)
-    try:
-        base = codec_for(inner)
-    except TypeError:  # datetime and the like: pyarrow itself knows how to convert them
-        base = Codec(exact.arrow_type, _split_optional(inner)[1], _same, _same, decodes_plain=True)
-    if exact.nullable is False or not (exact.nullable or base.nullable):
-        encode, decode = (_not_none(_type_text(exact.arrow_type), convert) for convert in (base.encode, base.decode))
-        base = base._replace(nullable=False, encode=encode, decode=decode, plain=base.plain - {type(None)})
-    elif not base.nullable:
-        base = _optional_codec(base)
-    return base._replace(arrow_type=exact.arrow_type, fixed_nullability=exact.nullable is not None)
-
-def _batch_to_bytes(batch: Any) -> bytes:
-    _expect(batch, pa.RecordBatch, "pyarrow.RecordBatch")
-    return stream_bytes(batch.schema, [(batch, None)])
-
-def _batch_from_bytes(data: Any) -> pa.RecordBatch:
-    if not data:
-        return empty_batch(EMPTY_SCHEMA)
-    reader = IpcReader(BufferSource(data), _inner_limits(data))
-    item = reader.next()
-    return item[0] if item else empty_batch(reader.schema)
-
-def _inner_limits(data: _Buffer) -> IpcLimits:
-    """What a stream inside a value may grow to when it is decompressed: it must not evade the limits on what is around it."""
-    return IpcLimits(max(1 << 24, 16 * len(data)))
-
-def _schema_to_bytes(schema: Any) -> bytes:
-    _expect(schema, pa.Schema, "pyarrow.Schema")
-    return cast("bytes", schema.serialize().to_pybytes())
-
-def _schema_from_bytes(data: Any) -> pa.Schema:
-    return _schema_facts(bytes(data)).schema if data else EMPTY_SCHEMA
-
-def _binary_codec(encode: Callable[[Any], bytes], decode: Callable[[Any], Any]) -> Codec:
-    """A value that travels as bytes: what is wrong inside them is said as a mismatch of the value."""
-    def read(data: Any) -> Any:
-        _expect(data, bytes, "binary")
-        try:
-            return decode(data)
-        except (IPCError, EOFError, RequestTooLargeError) as exc:
-            raise _Mismatch("an Arrow IPC stream", _text_of(exc)) from None
-    return Codec(pa.binary(), False, encode, _not_none("binary", read))
+def _no_mapping(annotation: Any) -> TypeError:
+    """Say what would work in place of an annotation: by its name, by what it nearly is, or all there is."""
+    cls = typing.get_origin(annotation) or annotation
+    names = {getattr(cls, "__name__", str(cls)), type(annotation).__name__}
+    bases = [base.__name__ for base in getattr(cls, "__mro__", ()) if base in _SCALARS]
+    instead = "str, bytes, int, float, bool, date, time, datetime, timedelta, UUID, Literal, Enum, list, dict"
+    instead = f"{instead}, set, a dataclass, or Annotated[T, ArrowType(...)]"
+    if bases:
+        instead = f"{bases[0]}, or NewType({cls.__name__!r}, {bases[0]})"
+    elif getattr(cls, "__annotations__", None):
+        instead = f"@dataclass before class {cls.__name__}"
+    instead = next((text for words, text in _INSTEAD.items() if names & set(words.split())), instead)
+    return TypeError(f"no Arrow type for {annotation_text(annotation)}; use {instead}")
 
 
 class RowCodec:
-    """Named codecs side by side: one row of `schema` to values and back, as parameters, results and dataclasses travel."""
+    """Codecs of one row of `schema`, as parameters, results and dataclasses travel; paths begin with ``.name``."""
+
     def __init__(self, fields: Iterable[tuple[str, Codec]]) -> None:
-        pairs = list(fields)
-        self.names = tuple(name for name, _ in pairs)
-        self.name_set = frozenset(self.names)
-        self.codecs = tuple(codec for _, codec in pairs)
-        self.schema = pa.schema([pa.field(n, c.arrow_type, nullable=c.nullable) for n, c in pairs])
-        self.decodes_plain = all(c.decodes_plain for c in self.codecs)
+        self.parts = dict(fields)
+        self.names = tuple(self.parts)
+        self.codecs = tuple(self.parts.values())
+        members = [pa.field(name, part.arrow_type, part.nullable) for name, part in self.parts.items()]
+        self.schema = pa.schema(members)
 
     @functools.cached_property
-    def plan(self) -> PlainPlan | None:
-        """How the row travels without pyarrow, ``None`` when it cannot; made at first use."""
-        return plain_plan(self.schema)
+    def wire(self) -> WireSchema:
+        """What the streams of the schema need to be read and written; made at first use."""
+        return WireSchema(self.schema)
 
-    def to_batch(self, values: Sequence[Any]) -> pa.RecordBatch | PlainBatch:
-        """Encode one row; raises `_Mismatch` whose path begins with ``.name``."""
-        plan = self.plan
-        if plan is not None:
-            encoded = [v if type(v) in c.plain else _of_field(n, c.encode, v) for n, c, v in zip(self.names, self.codecs, values)]
-            try:
-                return plan.write([[v] for v in encoded], checked=True)
-            except _NotPlain:
-                pass
-        arrays = [_of_field(n, c.to_array, [v]) for n, c, v in zip(self.names, self.codecs, values)]
+    def encode(self, values: Iterable[Any], way: str = "encode") -> list[Any]:
+        """Return one encoded value for each name, which row templates and `to_batch` take."""
+        return list(_by_name(self.parts, dict(zip(self.parts, values)), way).values())
+
+    def decode(self, encoded: Iterable[Any]) -> list[Any]:
+        """Return the Python values of one encoded row."""
+        return self.encode(encoded, "decode")
+
+    def to_batch(self, encoded: Iterable[Any]) -> pa.RecordBatch:
+        """Return the batch of one encoded row; integers out of range and lone surrogates are found here."""
+        rows = zip(self.names, self.codecs, encoded)
+        arrays = [with_field(name, part.to_array, value) for name, part, value in rows]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
-    def decode(self, values: Sequence[Any]) -> list[Any]:
-        """Decode one row as `PlainPlan.read` or ``to_pylist`` gave it; raises as `from_batch`."""
-        return [v if c.decodes_plain and v is not None else _of_field(n, c.decode, v)
-                for n, c, v in zip(self.names, self.codecs, values)]
-
     def from_batch(self, batch: pa.RecordBatch) -> list[Any]:
-        """Decode the one row of a batch of this schema; raises `_Mismatch` whose path begins with ``.name``."""
-        return [_of_field(n, c.from_array, column) for n, c, column in zip(self.names, self.codecs, batch.columns)]
+        """Return the Python values of a batch of one row, column by column."""
+        columns = zip(self.names, batch.columns)
+        values = self.decode([with_field(name, pa.Array.to_pylist, column)[0] for name, column in columns])
+        if batch.schema.types == self.schema.types:
+            return values
+        return self.from_batch(self.to_batch(self.encode(values)))  # what could have been sent from Python
 
-    def from_message(self, reader: IpcReader, message: BatchMessage) -> list[Any]:
-        """Decode the one row of a message of this schema; raises as `from_batch`, or `IPCError`."""
-        plan = self.plan
-        if plan is not None and reader.facts is plan.facts:
-            with contextlib.suppress(_NotPlain):
-                return self.decode([column[0] for column in plan.read(reader, message)])
-        return self.from_batch(reader.decode(message))
+
+def _field_annotations(annotation: Any) -> dict[str, Any]:
+    """Return the resolved annotations of a dataclass and its bases, with types in place of type variables."""
+    cls = typing.get_origin(annotation) or annotation
+    found: dict[str, Any] = {}
+    for base in reversed(vars(cls).get("__orig_bases__", cls.__bases__)):
+        found.update(_field_annotations(base))
+    own = inspect.get_annotations(cls)
+    if own:
+        found.update({name: hint for name, hint in hints_of(cls).items() if name in own})
+    variables = dict(zip(getattr(cls, "__parameters__", ()), typing.get_args(annotation)))
+    for name, hint in found.items():
+        parameters = getattr(hint, "__parameters__", ())
+        if isinstance(hint, TypeVar):
+            found[name] = variables.get(hint, hint)
+        elif parameters and typing.get_origin(hint) is not None:
+            found[name] = hint[tuple(variables.get(one, one) for one in parameters)]
+    return found
 
 
 class DataclassCodec:
-    """A dataclass as a row and as a struct; built by `dataclass_codec`."""
-    def __init__(self, cls: type) -> None:
-        self.cls = cls
-        hints = _hints(cls)
-        own = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()  # a state without fields need not be decorated
-        missed = [n for n in inspect.get_annotations(cls) if n not in {f.name for f in own}]
-        lost = [n for n in missed if hints.get(n) is not ClassVar and typing.get_origin(hints.get(n)) is not ClassVar]
-        if lost and "__dataclass_fields__" not in vars(cls):
-            raise TypeError(f"{cls.__qualname__} has fields ({', '.join(missed)}) but is not decorated with @dataclass")
-        self.fields, codecs = [], []  # the serialised ones
-        for f in own:
-            where = f"{cls.__qualname__}.{f.name}"
-            if any(isinstance(m, Transient) or m is Transient for m in getattr(hints[f.name], "__metadata__", ())):
-                if f.init and not _has_default(f):
-                    raise TypeError(f"{where}: a Transient field needs a default to be read back to")
-                continue
-            self.fields.append(f)
-            try:
-                codecs.append((f.name, codec_for(hints[f.name])))
-            except TypeError as exc:
-                raise TypeError(f"{where}: {exc}") from None
-        self.row = RowCodec(codecs)  # in the order of the fields
-        self.names = frozenset(self.row.names)
-        self._all_init = all(f.init for f in self.fields)
+    """A dataclass, or ``Box[int]``, as a row and as a struct in other rows; no bytes, and no row, mean all defaults.
 
-    def values(self, instance: Any) -> Sequence[Any]:
-        _expect(instance, self.cls, self.cls.__name__)
-        return [getattr(instance, n) for n in self.row.names]
+    `TypeError` where a field has no Arrow type, and where the fields that travel do not build an instance.
+    """
+
+    _building: ClassVar[list[tuple[int, Any]]] = []  # in which threads which classes' codecs are being made
+
+    def __init__(self, annotation: Any) -> None:
+        self.cls = typing.get_origin(annotation) or annotation
+        self.name = annotation_text(annotation)
+        hints = _field_annotations(annotation)
+        own = getattr(self.cls, "__dataclass_fields__", {}) and dataclasses.fields(self.cls)
+        fields = [f for f in own if Transient() not in getattr(hints[f.name], "__metadata__", ())]
+        lost = [n for n in inspect.get_annotations(self.cls) if "typing.ClassVar" not in str(hints[n])]
+        owner = next(base for base in self.cls.__mro__ if "__init__" in vars(base))
+        for cls, parts in ((self.cls, lost), (owner, ["an __init__ of its own"] * (owner is not object))):
+            if parts and "__dataclass_fields__" not in vars(cls):
+                text = f"{cls.__qualname__} has {', '.join(parts)}"
+                raise TypeError(f"{text}, but is not decorated with @dataclass")
+        try:
+            inspect.signature(self.cls).bind(**{f.name: None for f in fields if f.init})
+        except TypeError as exc:
+            needed = "what does not travel (Transient, InitVar) needs a default to be read back to"
+            raise TypeError(f"{self.name}: {needed}: {exc}") from None
+        mark = (threading.get_ident(), annotation)
+        if mark in self._building:
+            raise TypeError(f"{self.name} contains itself; an Arrow struct has a fixed depth")
+        self._building.append(mark)
+        codecs = []
+        try:
+            for f in fields:
+                codecs.append((f.name, codec_for(hints[f.name])))
+        except TypeError as exc:
+            raise TypeError(f"{self.cls.__qualname__}.{f.name}: {exc}") from None
+        finally:
+            self._building.remove(mark)
+        self.row = RowCodec(codecs)
+        self.names = self.row.names
+        self.annotations = {name: hints[name] for name in self.names}
+        self.arrow_type = pa.struct(list(self.row.schema))
+        self._all_names = {f.name for f in own}
+        self._required = [f.name for f in fields if f.init and f.default is f.default_factory]  # both MISSING
+        self._late = [f.name for f in fields if not f.init]  # set behind the constructor
+
+    @functools.cached_property
+    def template(self) -> RowTemplate | None:
+        """The row without pyarrow, where its types are plain; made at first use."""
+        return row_template(self.row.schema)
 
     def to_dict(self, instance: Any) -> dict[str, Any]:
-        """Encode for a struct column."""
-        row = self.row
-        return {n: _of_field(n, c.encode, v) for n, c, v in zip(row.names, row.codecs, self.values(instance))}
+        """Return the values of the fields that travel; refuses an instance that holds more than they tell."""
+        if type(instance) is not self.cls or not self._all_names:
+            # A subclass with the same fields is taken, and read as this class.
+            held: Any = getattr(_expect(instance, self.cls, self.name), "__dict__", ())
+            if dataclasses.is_dataclass(instance):
+                held = [f.name for f in dataclasses.fields(instance)]
+            more = sorted(set(held) - self._all_names)
+            if more:
+                raise Mismatch(self.name, f"{got(instance)}, which has more fields ({', '.join(more)})")
+        return {name: getattr(instance, name) for name in self.names}
 
     def to_bytes(self, instance: Any) -> bytes:
-        """Encode as a whole IPC stream of one row."""
-        return stream_bytes(self.row.schema, [(self.row.to_batch(self.values(instance)), None)])
+        """Encode as an IPC stream of 1 row x len(names) columns."""
+        row = self.row.encode(self.to_dict(instance).values())
+        if self.template is not None:
+            with contextlib.suppress(ValueError):  # a value that is not plain, or does not fit
+                return self.template.write(row)
+        return stream_bytes(self.row.wire, [(self.row.to_batch(row), None)])
 
-    def from_dict(self, entries: Any) -> Any:
-        """Decode a struct: by name, unknown members ignored, absent ones take their default."""
-        return self._build(lambda codec: codec.decode, entries)
+    def from_bytes(self, data: Buffer, validation: IpcValidation = IpcValidation.FULL) -> Any:
+        """Decode an IPC stream of one row, or of none; raises `IPCError` when it is no such stream."""
+        data = bytes(data)
+        found = self.template and self.template.read(data)
+        if found:
+            return self.build(dict(zip(self.names, self.row.decode(found[0]))))
+        # Another schema is fine, too: of a newer or an older version of the class.
+        known = [self.row.wire] * data.startswith(self.row.wire.message)
+        item = data and _inner_reader(data, validation, known).next()
+        return self.from_batch(item[0]) if item else self.build({})
 
     def from_batch(self, batch: pa.RecordBatch) -> Any:
-        """Decode the first row of a batch: by name, unknown columns ignored, absent ones take their default."""
+        """Decode a batch of one row, or of none."""
         if batch.num_rows > 1:
-            raise _Mismatch(f"{self.cls.__name__} (one row)", f"{batch.num_rows} rows")
-        columns = dict(zip(batch.schema.names, batch.columns)) if batch.num_rows else {}
-        return self._build(lambda codec: codec.from_array, columns)
+            raise Mismatch(f"{self.name} (one row)", f"{batch.num_rows} rows")
+        there = [part for part in self.row.parts.items() if part[0] in batch.schema.names]
+        row = self.row
+        if len(there) < len(self.names) or not batch.num_rows:
+            row = RowCodec(there * batch.num_rows)
+        return self.build(dict(zip(row.names, row.from_batch(batch.select(row.names)))))
 
-    def from_bytes(self, data: _Buffer, validation: IpcValidation = IpcValidation.FULL) -> Any:
-        """Decode an IPC stream of one row; no bytes, or no batch, is a row of defaults."""
-        plan = self.row.plan
-        if plan is not None and isinstance(data, bytes) and len(data) <= _PLAIN_BYTES:
-            try:
-                return self._from_row(plan.read_stream(data))
-            except _NotPlain:
-                pass
-        reader = IpcReader(BufferSource(data), _inner_limits(data), validation) if len(data) else None
-        message = reader.next_message() if reader else None
-        if reader is None or message is None:
-            return self.from_batch(_TICK)
-        if plan is not None and reader.facts is plan.facts and message.head.rows == 1:
-            with contextlib.suppress(_NotPlain):
-                return self._from_row([column[0] for column in plan.read(reader, message)])
-        return self.from_batch(reader.decode(message))
-
-    def _from_row(self, values: Sequence[Any]) -> Any:
-        if self._all_init:
-            return self.cls(**dict(zip(self.row.names, self.row.decode(values))))
-        return self._build(lambda codec: codec.decode, dict(zip(self.row.names, values)))
-
-    def _build(self, reader: Callable[[Codec], Callable[[Any], Any]], present: Mapping[str, Any]) -> Any:
-        values: dict[str, Any] = {}
-        late: dict[str, Any] = {}
-        for f, codec in zip(self.fields, self.row.codecs):
-            if f.name in present:
-                (values if f.init else late)[f.name] = _of_field(f.name, reader(codec), present[f.name])
-            elif f.init and not _has_default(f):
-                raise _Mismatch(codec.expected, "no such field, and it has no default").under(f".{f.name}")
+    def build(self, values: dict[str, Any]) -> Any:
+        """Make an instance of the decoded values that there are."""
+        for name in self._required:
+            if name not in values:
+                raise Mismatch("a value", "no such field, and it has no default").under(f".{name}")
+        late = {name: values.pop(name) for name in self._late if name in values}
         instance = self.cls(**values)
         for name, value in late.items():
-            object.__setattr__(instance, name, value)
+            object.__setattr__(instance, name, value)  # also where the class is frozen
         return instance
 
-def _has_default(f: dataclasses.Field[Any]) -> bool:
-    return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
 
-_building: set[type] = set()
-_codec_lock = threading.RLock()
+dataclass_codec: Callable[[Any], DataclassCodec] = functools.cache(DataclassCodec)
 
-def _make_dataclass_codec(cls: Any) -> DataclassCodec:
-    """Return the codec of a class, built once; `TypeError`: a field has no Arrow mapping, or the class contains itself."""
-    with _codec_lock:
-        if cls in _building:
-            raise TypeError(f"{cls.__qualname__} contains itself; an Arrow struct has a fixed depth")
-        _building.add(cls)
-        try:
-            return DataclassCodec(cls)
-        finally:
-            _building.discard(cls)
-
-dataclass_codec: Callable[[Any], DataclassCodec] = functools.cache(_make_dataclass_codec)
-
-_INSTEAD = {  # what would work, by the name of the type that has no mapping
-    "list": "list[T], for example list[int]", "dict": "dict[K, V], for example dict[str, float]", "set": "set[T]",
-    "frozenset": "frozenset[T]", "tuple": "list[T], or a dataclass", "Table": "pa.RecordBatch, or a stream of batches",
-    "UUID": "Annotated[bytes, ArrowType(pa.binary(16))]", "date": "Annotated[date, ArrowType(pa.date32())]",
-    "datetime": "Annotated[datetime, ArrowType(pa.timestamp('us'))]", "time": "Annotated[time, ArrowType(pa.time64('us'))]",
-    "timedelta": "Annotated[timedelta, ArrowType(pa.duration('us'))]",
-    "Decimal": "Annotated[Decimal, ArrowType(pa.decimal128(20, 4))]",
-}
-_MAPPED = "str, bytes, int, float, bool, list, dict, set, Enum, a dataclass, or Annotated[T, ArrowType(...)]"
-
-@functools.cache
-def codec_for(annotation: Any, *, whole: bool = False) -> Codec:
-    """Return the codec of an annotation; without a mapping a `TypeError` says what would work. *whole* is for parameters and
-    results, where a dataclass travels as bytes, and not as a struct."""
-    if hasattr(annotation, "__supertype__"):  # NewType
-        return codec_for(annotation.__supertype__, whole=whole)
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        return _annotated_codec(annotation, whole)
-    inner, optional = _split_optional(annotation)
-    if optional:
-        return _optional_codec(codec_for(inner, whole=whole))
-    if annotation in _SCALARS:
-        return _scalar_codec(annotation)
-    if origin in (list, set, frozenset) and len(arguments) == 1:
-        return _list_codec(codec_for(arguments[0]), origin)
-    if origin is dict and len(arguments) == 2:
-        return _dict_codec(codec_for(arguments[0]), codec_for(arguments[1]))
-    if isinstance(annotation, type) and origin is None:
-        if issubclass(annotation, enum.Enum):
-            return _enum_codec(annotation)
-        if issubclass(annotation, pa.RecordBatch):
-            return _binary_codec(_batch_to_bytes, _batch_from_bytes)
-        if issubclass(annotation, pa.Schema):
-            return _binary_codec(_schema_to_bytes, _schema_from_bytes)
-        if issubclass(annotation, ArrowSerializableDataclass) or dataclasses.is_dataclass(annotation):
-            known = dataclass_codec(cast("Any", annotation))
-            if whole:
-                return _binary_codec(known.to_bytes, known.from_bytes)
-            decode = _not_none(annotation.__name__, known.from_dict)
-            return Codec(pa.struct(list(known.row.schema)), False, known.to_dict, decode)
-    instead = _INSTEAD.get(getattr(origin or annotation, "__name__", ""), _MAPPED)
-    raise TypeError(f"no Arrow type for {_annotation_text(annotation)}; use {instead}")
 
 class _SchemaDescriptor:
     """``ARROW_SCHEMA`` of a dataclass: made at first use, as annotations may name classes defined later."""
+
     def __get__(self, instance: object, owner: type) -> pa.Schema:
         return dataclass_codec(owner).row.schema
 
 
 class ArrowSerializableDataclass:
-    """Base of dataclasses that travel: parameters, results, headers and stream states. A subclass is decorated with
-    ``@dataclass`` (frozen or not). Fields have the types of the README's table; a field ``Annotated[T, Transient()]`` is not
-    serialised. Reading goes by field name: unknown columns are ignored, absent ones take the field's default. An absent field
-    without one, and a value not of its field's type, are a `TypeError` with the path."""
+    """Base of dataclasses that travel: parameters, results, headers and stream states.
+
+    A subclass is decorated with ``@dataclass`` (frozen or not); README's table has the types of fields. Reading goes
+    by field name: unknown columns are ignored, absent ones take the field's default. An absent field without one, and
+    a value that is not of its field's type, are a `TypeError` with the path.
+    """
+
     ARROW_SCHEMA: ClassVar[Any] = _SchemaDescriptor()  # one column per field
 
     def serialize_to_bytes(self) -> bytes:
         """Return an Arrow IPC stream of 1 row x len(fields) columns."""
-        return _located(type(self).__name__, "", dataclass_codec(type(self)).to_bytes, self)
+        return located(type(self).__name__, "", dataclass_codec(type(self)).to_bytes, self)
 
     def serialize(self, dest: typing.BinaryIO) -> None:
         """Write `serialize_to_bytes` to *dest*, which stays open."""
         dest.write(self.serialize_to_bytes())
 
     @classmethod
-    def deserialize_from_bytes(cls: type[_T], data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL) -> _T:
+    def deserialize_from_bytes(
+        cls: type[T], data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL
+    ) -> T:
         """Read what `serialize_to_bytes` wrote; `IPCError` when it is no Arrow IPC stream."""
         read = functools.partial(dataclass_codec(cls).from_bytes, validation=ipc_validation)
-        return cast("_T", _located(cls.__name__, "", read, data))
+        return cast("T", located(cls.__name__, "", read, data))
 
     @classmethod
-    def deserialize_from_batch(cls: type[_T], batch: pa.RecordBatch, custom_metadata: pa.KeyValueMetadata | None = None, *,
-                               ipc_validation: IpcValidation = IpcValidation.FULL) -> _T:
-        """Read the one row of *batch* (1 x any columns), without a look at the metadata; raises as `deserialize_from_bytes`."""
-        return cast("_T", _located(cls.__name__, "", dataclass_codec(cls).from_batch, batch))
+    def deserialize_from_batch(
+        cls: type[T], batch: pa.RecordBatch, custom_metadata: Any = None, *, ipc_validation: Any = None
+    ) -> T:
+        """Read the one row of *batch* (1 x any columns), without a look at the metadata; raises as above."""
+        return cast("T", located(cls.__name__, "", dataclass_codec(cls).from_batch, batch))
 
 
 # ============================================================================
 # 7. STREAM STATE ...................................... uses 1-6
 # ============================================================================
-# What a method's author holds in hand: the context of a call, the collector of one turn, the state that lives on
-# between turns. Law: nothing here knows a transport; facts of one call travel in CallContext, never in globals.
+# What the author of a method holds in hand: the context of a call, the collector of one turn, the state that
+# lives on between turns. Law: nothing here knows a transport; what is known of a call is in its CallContext.
+
 
 class TransportKind(str, enum.Enum):
     """How a call came in."""
-    PIPE, UNIX, TCP, HTTP = "pipe", "unix", "tcp", "http"
+
+    PIPE = "pipe"
+    UNIX = "unix"
+    TCP = "tcp"
+    HTTP = "http"
+
     __str__ = str.__str__
+
 
 class ServeStartHook(Protocol):
     """An implementation with this method hears, once per kind of transport, that serving begins."""
+
     def on_serve_start(self, kind: TransportKind) -> None:
-        """Called before the first request; an exception refuses that request and the next one asks again."""
+        """Prepare for the first request; an exception refuses it, and the next request asks again."""
 
 
 @dataclass(frozen=True)
 class AuthContext:
     """Who is calling."""
+
     domain: str | None  # the scheme or issuer that vouches, None for nobody
     authenticated: bool  # whether anybody vouches
     principal: str | None = None  # name of the caller within the domain
@@ -2380,28 +2329,33 @@ class AuthContext:
     @classmethod
     def anonymous(cls) -> AuthContext:
         """Return the caller of whom nothing is known."""
-        return _ANONYMOUS
+        return ANONYMOUS
 
     def require_authenticated(self) -> None:
         """Raise `StatusError` (UNAUTHENTICATED) unless somebody vouches for the caller."""
         if not self.authenticated:
             raise StatusError("authentication required", code=Code.UNAUTHENTICATED)
 
-_ANONYMOUS = AuthContext(None, False)
-ClientLog = Callable[[Message], None]
-_current_auth: contextvars.ContextVar[AuthContext] = contextvars.ContextVar("vgi_rpc_auth", default=_ANONYMOUS)
+
+ANONYMOUS = AuthContext(None, False)
+ClientLog = Callable[[Message], None]  # takes the log lines that methods send to their callers
+current_auth_var = contextvars.ContextVar("vgi_rpc_auth", default=ANONYMOUS)
+
 
 def current_auth() -> AuthContext:
     """Return who calls the method that runs now; anonymous outside of one."""
-    return _current_auth.get()
+    return current_auth_var.get()
 
 
-@dataclass(eq=False, repr=False, slots=True)
+@dataclass(eq=False, repr=False)
 class CallContext:
-    """What a method may ask about its call, by a parameter ``ctx: CallContext``; used by the thread that runs the method."""
+    """What a method may ask about its call, by a parameter ``ctx: CallContext``. For the method's thread."""
+
     auth: AuthContext  # who calls
     emit_client_log: ClientLog  # sends a Message to the client's on_log
-    transport_metadata: Mapping[str, Any] = None  # type: ignore[assignment]  # remote_addr, traceparent, tracestate
+    transport_metadata: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # remote_addr, traceparent, tracestate
     _: dataclasses.KW_ONLY
     server_id: str = ""  # 12 hex characters, one per server
     method_name: str = ""
@@ -2409,13 +2363,9 @@ class CallContext:
     kind: TransportKind | None = None  # transport of the call
     implementation: Any = None  # the object that serves the protocol
     request_id: str = ""  # in the client's errors and in the access log
-    deadline: float | None = None  # when the client stops waiting, seconds of time.monotonic(); None for never
-    response_limit_bytes: int | None = None  # what client and server accept as one answer over HTTP; None for any size
-    _gone: Callable[[], bool] | None = None
-    _limits: Mapping[str, Any] = None  # type: ignore[assignment]  # as `describe` tells them
-
-    def __post_init__(self) -> None:
-        self.transport_metadata = self.transport_metadata or {}
+    deadline: float | None = None  # when the client stops waiting, by time.monotonic(); None for never
+    response_limit_bytes: int | None = None  # what both sides accept as one answer over HTTP; None: any size
+    gone: Callable[[], bool] | None = None  # tells whether the client has left; None where nobody can know
 
     def client_log(self, level: Level, message: str, **extra: str) -> None:
         """Send a log line to the client; it arrives before the answer of this turn."""
@@ -2425,18 +2375,19 @@ class CallContext:
     def cancelled(self) -> bool:
         """Whether nobody waits for the answer any more: the deadline has passed or the client has gone."""
         late = self.deadline is not None and time.monotonic() >= self.deadline
-        return late or (self._gone is not None and self._gone())
+        return late or (self.gone is not None and self.gone())
 
     @property
     def logger(self) -> logging.LoggerAdapter[logging.Logger]:
-        """A logger ``vgi_rpc.method`` on the server's side, with request id and method in ``extra``."""
-        facts = {"request_id": self.request_id, "protocol": self.protocol_name, "method": self.method_name}
-        return logging.LoggerAdapter(logging.getLogger("vgi_rpc.method"), facts)
+        """The server's logger ``vgi_rpc.method``, with request id, protocol and method in ``extra``."""
+        extra = {"request_id": self.request_id, "protocol": self.protocol_name, "method": self.method_name}
+        return logging.LoggerAdapter(logging.getLogger("vgi_rpc.method"), extra)
 
 
 @dataclass
 class CallStatistics:
-    """Batches, rows and bytes received and sent in one call; bytes are those of the batches' buffers, not of the wire."""
+    """Batches, rows and bytes of one call. Bytes are those of the batches' buffers, not of the wire."""
+
     input_batches: int = 0
     output_batches: int = 0
     input_rows: int = 0
@@ -2444,69 +2395,79 @@ class CallStatistics:
     input_bytes: int = 0
     output_bytes: int = 0
 
-    def record_input(self, batch: pa.RecordBatch) -> None:
-        """Count a received batch."""
-        self.input_batches += 1
-        if batch is not _TICK:
-            self.input_rows += batch.num_rows
-            self.input_bytes += batch.nbytes
-
-    def record_output(self, batch: pa.RecordBatch) -> None:
-        """Count a sent batch."""
-        self.output_batches += 1
-        self.output_rows += batch.num_rows
-        self.output_bytes += batch.nbytes
+    def record(self, way: str, batch: pa.RecordBatch) -> None:
+        """Count a batch; *way* is ``input`` or ``output``."""
+        for unit, count in (("batches", 1), ("rows", batch.num_rows), ("bytes", batch.nbytes)):
+            setattr(self, f"{way}_{unit}", getattr(self, f"{way}_{unit}") + count)
 
 
 class OutputCollector:
-    """Collects what one turn of a stream sends: any number of logs and exactly one data batch. For one thread. *producer_mode*
-    tells whether the stream may `finish` (a producer) or is ended by the client (an exchange)."""
-    def __init__(self, output_schema: pa.Schema, *, producer_mode: bool = True) -> None:
-        self.output_schema, self._producer_mode = output_schema, producer_mode
+    """Collects what one turn of a stream sends: log lines and exactly one data batch. For one thread.
+
+    A producer may `finish`; an exchange, with ``producer_mode=False``, is ended by the client.
+    """
+
+    def __init__(self, output_schema: pa.Schema | WireSchema, *, producer_mode: bool = True) -> None:
+        if isinstance(output_schema, pa.Schema):
+            output_schema = WireSchema(output_schema)
+        self.output_schema = output_schema.schema
+        self.item: Item | None = None  # what the turn sends after its log lines
         self.finished = False  # whether `finish` was called in this turn
-        self.messages: list[Message] = []
-        self._data: pa.RecordBatch | PlainBatch | None = None
-        self._metadata: dict[bytes, bytes] | None = None
+        self.messages: list[Message] = []  # the log lines, in order
+        self.emit_client_log_message = self.messages.append  # takes what is a `Message` already
+        self._wire = output_schema
+        self._producer_mode = producer_mode
+        self.template: RowTemplate | None = None  # the server's: it writes a batch of one row without pyarrow
 
     @property
     def data_batch(self) -> AnnotatedBatch | None:
         """The data batch of this turn, once it was emitted."""
-        if self._data is None:
+        if self.item is None:
             return None
-        batch = self._data if isinstance(self._data, pa.RecordBatch) else self._data.to_record_batch()
-        return AnnotatedBatch(batch, pa.KeyValueMetadata(self._metadata) if self._metadata else None)
+        if isinstance(self.item, bytes):  # of a template
+            stream = self._wire.message + self.item + END_OF_STREAM
+            return AnnotatedBatch(ipc.open_stream(stream).read_next_batch())
+        return AnnotatedBatch(self.item[0], self.item[1] and pa.KeyValueMetadata(self.item[1]))
 
-    def emit(self, batch: pa.RecordBatch, metadata: Mapping[str, str] | None = None) -> None:
-        """Send *batch* (any rows x the columns of the output schema) with its own metadata. Raises `RuntimeError` for a second
-        batch in this turn or one after `finish`, `TypeError` for another schema."""
+    def emit(self, batch: pa.RecordBatch | pa.Table, metadata: Mapping[str, str] | None = None) -> None:
+        """Send *batch*, any rows x the columns of the output schema; a table is sent as one batch.
+
+        Arrow data is not copied: a batch over a buffer that is written to later changes until it is sent.
+        Raises `RuntimeError` when a batch was sent in this turn already or the stream is finished, `TypeError`
+        for another schema and for a null where none is allowed.
+        """
         if self.finished:
             raise RuntimeError("emit after finish(): a finished stream sends nothing more")
-        if self._data is not None:
+        if self.item is not None:
             raise RuntimeError("emit called twice in one turn: a turn sends exactly one data batch")
-        plain = isinstance(batch, PlainBatch)  # made by emit_pydict, of our schema
-        self._data = batch if plain else conform_batch(batch, self.output_schema, "emit", cast_values=False)
-        self._metadata = {_as_bytes(k): _as_bytes(v) for k, v in dict(metadata).items()} if metadata else None
+        if isinstance(batch, pa.Table):
+            batch = batch_of_table(batch, "emit")
+        batch = conform_batch(batch, self._wire, "emit", cast_values=False)
+        self.item = (batch, dict(pa.KeyValueMetadata(dict(metadata))) if metadata else None)
 
     def emit_arrays(self, arrays: Sequence[pa.Array], metadata: Mapping[str, str] | None = None) -> None:
         """Send columns, in the order of the output schema; raises as `emit`."""
-        schema = self.output_schema
-        if len(arrays) != len(schema):
-            raise ParameterError(f"emit_arrays: expected {len(schema)} columns, got {len(arrays)}")
-        self.emit(_batch_from_pydict(dict(zip(schema.names, arrays)), schema, "emit_arrays"), metadata)
+        columns = dict(zip([*self.output_schema.names, "one too many"], arrays))
+        self.emit(batch_from_pydict(columns, self.output_schema, "emit_arrays"), metadata)
 
     def emit_pydict(self, data: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-        """Send ``{column: values}``; raises as `emit`."""
-        plan, schema = plain_plan(self.output_schema), self.output_schema
-        batch: Any = None
-        if plan is not None and data.keys() == plan.names:
-            try:
-                batch = plan.write([data[name] for name in schema.names])
-            except _NotPlain:
-                pass
-        self.emit(_batch_from_pydict(data, schema, "emit_pydict") if batch is None else batch, metadata)
+        """Send ``{column: values}``; raises as `emit`. The values are copied."""
+        names = self.output_schema.names
+        # The short way: lists of one value each, which a template takes. Anything else is pyarrow's to judge.
+        if self.template and not (self.item or self.finished or metadata):
+            columns: list[Any] = [data.get(name) for name in names]
+            if len(data) == len(names) and all(type(column) is list for column in columns):
+                with contextlib.suppress(ValueError):
+                    self.item = self.template.message([value for [value] in columns])
+                    return
+        own = dict(data)
+        for name, column in data.items():  # pyarrow would wrap numpy's and pandas', which may change later
+            if hasattr(column, "__array__") and not isinstance(column, (pa.Array, pa.ChunkedArray)):
+                own[name] = copy.copy(column)
+        self.emit(batch_from_pydict(own, self.output_schema, "emit_pydict"), metadata)
 
     def finish(self) -> None:
-        """End a producer's stream after this turn, whose batch is still sent; raises `RuntimeError` in an exchange."""
+        """End a producer's stream behind this turn's batch, if it has one; `RuntimeError` in an exchange."""
         if not self._producer_mode:
             raise RuntimeError("finish() in an exchange: the client ends an exchange, by closing it")
         self.finished = True
@@ -2515,111 +2476,125 @@ class OutputCollector:
         """Send a log line to the client's ``on_log``, before this turn's data."""
         self.messages.append(Message(level, message, **extra))
 
-    def emit_client_log_message(self, msg: Message) -> None:
-        """Send a ready-made log line."""
-        self.messages.append(msg)
-
     def validate(self) -> None:
         """Raise `RuntimeError` when the turn broke the rule of one data batch."""
-        if self._data is None and not self.finished:
-            rule = "emit one data batch or call finish()" if self._producer_mode else "emit exactly one data batch"
-            raise RuntimeError(f"nothing emitted: each turn must {rule}")
+        if self.item is None and not self.finished:
+            may_finish = " or call finish()" * self._producer_mode
+            raise RuntimeError(f"nothing emitted: each turn must emit exactly one data batch{may_finish}")
 
-def _as_bytes(value: object) -> bytes:
-    return value if isinstance(value, bytes) else str(value).encode("utf-8", "backslashreplace")
+
+def batch_of_table(table: pa.Table, where: str) -> pa.RecordBatch:
+    """Return all rows of *table* as one batch; `ParameterError` when one batch cannot hold them."""
+    batches = table.combine_chunks().to_batches() or [WireSchema(table.schema).empty]
+    if len(batches) != 1:  # a column of text or bytes counts its bytes with 32 bits, if it is no large one
+        raise ParameterError(f"{where}: a table of {table.nbytes} bytes is too large for one batch; slice it")
+    return batches[0]
 
 
 class StreamState(ArrowSerializableDataclass):
-    """What a stream remembers between turns: a dataclass whose fields are serialised over HTTP and stay put elsewhere."""
-    # Dataclass of the part that never changes (Stream(call_state=...)): sent once, sealed on its own.
+    """What a stream remembers between turns: a dataclass, kept in a token over HTTP, in memory elsewhere."""
+
+    # The dataclass of the part that never changes (Stream(call_state=...)): sent once, in a token of its own.
     CALL_STATE_TYPE: ClassVar[type[ArrowSerializableDataclass] | None] = None
 
     def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
-        """Serve one turn: read *input* (a tick of 0 x 0 for producers), emit one batch or finish."""
-        raise TypeError(f"{type(self).__name__} defines no process(); derive from ProducerState or ExchangeState or write one")
+        """Serve one turn: read *input* (0 rows x 0 columns for a producer), then emit one batch or finish."""
+        raise TypeError(f"{type(self).__name__} has no process(), and is no ProducerState or ExchangeState")
 
     def on_cancel(self, ctx: CallContext) -> None:
-        """Called once when the client cancels; a failure is swallowed."""
+        """Clean up: called once when the client cancels. A failure is swallowed."""
 
     def rehydrate(self, implementation: Any) -> None:
-        """Called on a state that was read back from a token: the place to find connections and caches again."""
+        """Find connections and caches again: called on a state that was read back from a token."""
 
     def bind_call_state(self, call_state: Any) -> None:
-        """Called with the stream's call state before the first turn and after each reading back."""
+        """Keep the stream's call state: called before the first turn and after each reading back."""
+
 
 class ProducerState(StreamState):
     """State of a stream that the server pushes: override `produce`."""
+
     def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
         self.produce(out, ctx)
 
     def produce(self, out: OutputCollector, ctx: CallContext) -> None:
-        """Emit one batch, or call ``out.finish()``."""
+        """Emit one batch, or call ``out.finish()``, or both."""
         raise TypeError(f"{type(self).__name__} defines no produce()")
 
+
 class ExchangeState(StreamState):
-    """State of a stream in which each input batch is answered by one: override `exchange`."""
+    """State of a stream in which each input batch is answered by one batch: override `exchange`."""
+
     def process(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
         self.exchange(input, out, ctx)
 
     def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
-        """Answer *input* with exactly one batch."""
+        """Answer *input*, which has the stream's input schema, with exactly one batch."""
         raise TypeError(f"{type(self).__name__} defines no exchange()")
 
+
+_NO_INPUT = pa.schema([])  # tells an input schema that was not given from one that is empty on purpose
+_S = TypeVar("_S", bound=StreamState)
 if typing.TYPE_CHECKING:
-    _S = TypeVar("_S", bound=StreamState)
-    _H = TypeVar("_H", default=None)  # Python's own takes it from 3.13 on, mypy for every version
+    _H = TypeVar("_H", default=None)  # Python takes a default from 3.13 on, type checkers always
+    _ClientSide: TypeAlias = "StreamSession"
 else:
-    _S, _H = TypeVar("_S"), TypeVar("_H")
+    _H = TypeVar("_H")
+    _ClientSide = object
 
 
 @dataclass
-class Stream(Generic[_S, _H]):
-    """What a streaming method returns: ``Stream[State]`` or ``Stream[State, Header]``; a client gets a `StreamSession`."""
-    output_schema: pa.Schema  # of every batch sent; decided at call time
+class Stream(Generic[_S, _H], _ClientSide):
+    """What a streaming method returns: ``Stream[State]`` or ``Stream[State, Header]``.
+
+    A client gets a `StreamSession` in its place, so type checkers, which read the method's annotation, see its
+    methods here as well. On the server's side there are none.
+    """
+
+    output_schema: pa.Schema  # of every batch that is sent
     state: _S  # whose process() serves each turn
-    input_schema: pa.Schema = EMPTY_SCHEMA  # of the client's batches; empty for a producer
+    input_schema: pa.Schema = _NO_INPUT  # of the client's batches; a producer has none
     header: _H | None = None  # sent once, before the data, when the method declares one
     call_state: Any = None  # the part of the state that never changes, see StreamState
+
+    def __post_init__(self) -> None:
+        if isinstance(self.state, ExchangeState) and self.input_schema is _NO_INPUT:
+            name = type(self.state).__name__
+            raise TypeError(f"Stream: input_schema is missing, which the exchange of {name} needs")
 
     @property
     def is_producer(self) -> bool:
         """Whether turns run on ticks: nothing comes in, and the state is not an exchange's."""
-        return (self.input_schema is EMPTY_SCHEMA or not len(self.input_schema)) and not isinstance(self.state, ExchangeState)
+        return not len(self.input_schema) and not isinstance(self.state, ExchangeState)
 
-    if typing.TYPE_CHECKING:  # to a client's type checker a Stream is the StreamSession that the proxy returns
-        def __iter__(self) -> Iterator[AnnotatedBatch]: ...
-        def __enter__(self) -> Stream[_S, _H]: ...
-        def __exit__(self, *exc: object) -> None: ...
-        def exchange(self, input: AnnotatedBatch) -> AnnotatedBatch: ...
-        def tick(self, custom_metadata: pa.KeyValueMetadata | None = None) -> AnnotatedBatch: ...
-        def typed_header(self, header_type: type[_T]) -> _T: ...
-        def close(self) -> None: ...
-        def cancel(self) -> None: ...
-    else:
-        def __class_getitem__(cls, parameters):
-            return super().__class_getitem__(parameters if isinstance(parameters, tuple) else (parameters, type(None)))
+    if not typing.TYPE_CHECKING:
 
-        def _client_side(self, *_, **__):
-            """See the method of this name in `StreamSession`; a server's `Stream` has none and raises `TypeError`."""
-            raise TypeError("a Stream is what a method returns; iterate or exchange on the session that a proxy returns")
-
-        __iter__ = __enter__ = __exit__ = exchange = tick = typed_header = close = cancel = _client_side
+        def __class_getitem__(cls, parts):
+            return super().__class_getitem__(parts if isinstance(parts, tuple) else (parts, None))
 
 
 # ============================================================================
 # 8. METHODS ........................................... uses 1-7
 # ============================================================================
-# A Protocol class read once: every method with its schemas and codecs, and an implementation checked against it.
-# Law: whatever is wrong with a service is said when it is built, all of it in one error.
+# A Protocol class read once: every method with its schemas and codecs, and an implementation checked against
+# it. Law: whatever is wrong with a service is said when its server is made, all of it in one error.
+
+
+REQUEST_ID_BYTES = 16  # hex characters of the ids that we make
+TIMEOUT_DIGITS = 15  # of a time limit in milliseconds, with leading zeros: row templates want one length
+
 
 class MethodType(enum.Enum):
     """Whether a method returns a value or a stream."""
-    UNARY, STREAM = "unary", "stream"
+
+    UNARY = "unary"
+    STREAM = "stream"
 
 
 @dataclass(frozen=True)
 class RpcMethodInfo:
-    """One method of a Protocol."""
+    """One method of a Protocol; made by `rpc_methods`."""
+
     name: str
     params_schema: pa.Schema  # 1 row x len(parameters) columns
     result_schema: pa.Schema  # 1 row x 1 column "result"; empty for "-> None" and for streams
@@ -2633,444 +2608,580 @@ class RpcMethodInfo:
     header_type: type | None = None  # dataclass of the stream's header
     is_exchange: bool | None = None  # None where the annotation does not tell
     protocol_name: str = ""  # the protocol's routing name
+    protocol_version: str = ""  # MAJOR.MINOR.PATCH, empty when the protocol declares none
     params: RowCodec = field(default_factory=lambda: RowCodec(()), repr=False)
     result: RowCodec = field(default_factory=lambda: RowCodec(()), repr=False)
     header: DataclassCodec | None = field(default=None, repr=False)
     idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
     deprecation: str | None = None  # why the method should not be used any more
-    layouts: dict[Any, StreamLayout | None] = field(default_factory=dict, repr=False, compare=False)  # of its requests and results
 
     @property
     def kind(self) -> str:
-        """One word for people: ``unary``, ``producer``, ``exchange`` or ``stream`` (where the annotation does not tell)."""
+        """One word for people: ``unary``, ``producer``, ``exchange``; ``stream`` where nothing tells."""
         if self.method_type is MethodType.UNARY:
             return "unary"
         return {True: "exchange", False: "producer", None: "stream"}[self.is_exchange]
 
     def signature(self) -> str:
         """Return the Python signature without ``self``, as a person would write it."""
-        defaults = {name: f" = {value!r}" for name, value in self.param_defaults.items()}
-        parts = [f"{name}: {_annotation_text(hint)}{defaults.get(name, '')}" for name, hint in self.param_types.items()]
-        result = "None" if self.result_type in (None, type(None)) else _annotation_text(self.result_type)
-        return f"{self.name}({', '.join(parts)}) -> {result.replace('vgi_rpc.', '').replace(', NoneType]', ']')}"
+        parts = [f"{name}: {annotation_text(kind)}" for name, kind in self.param_types.items()]
+        for at, name in enumerate(self.param_types):
+            if name in self.param_defaults:
+                parts[at] += f" = {default_text(self.param_defaults[name])}"
+        return f"{self.name}({', '.join(parts)}) -> {_result_text(self.result_type)}"
+
+    @functools.cached_property
+    def request_metadata(self) -> dict[bytes, bytes]:
+        """What the metadata of each request to this method begins with."""
+        told = {METHOD_KEY: self.name.encode(), REQUEST_VERSION_KEY: REQUEST_VERSION}
+        told[PROTOCOL_KEY] = self.protocol_name.encode()
+        if self.protocol_version:
+            told[PROTOCOL_VERSION_KEY] = self.protocol_version.encode()
+        return told
+
+    @functools.cached_property
+    def request_templates(self) -> list[RowTemplate | None]:
+        """What writes and reads requests without pyarrow: those without a time limit, and those with one."""
+        untimed = {REQUEST_ID_KEY: REQUEST_ID_BYTES}
+        both = (untimed, {**untimed, TIMEOUT_KEY: TIMEOUT_DIGITS})
+        return [row_template(self.params.schema, self.request_metadata, varying) for varying in both]
+
+    @functools.cached_property
+    def result_template(self) -> RowTemplate | None:
+        """What writes and reads results without pyarrow."""
+        return row_template(self.result.schema)
+
+
+def default_text(value: object) -> str:
+    """Return a default as a person would write it: ``Unit.C``, ``datetime(2024, 1, 31, 0, 0)``."""
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__name__}.{value.name}"
+    if type(value) is list:
+        return f"[{', '.join(map(default_text, value))}]"
+    return re.sub(r"\bdatetime\.(?=[a-z]+\()|[\w.]+\.<locals>\.", "", repr(value))
+
+
+def _result_text(annotation: Any) -> str:
+    return annotation_text(annotation).replace(", None]", "]")  # a Stream that declares no header
+
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-def idempotent(function: _Function) -> _Function:
-    """Mark a Protocol's method: calling it twice has the effect of calling it once. Shown by reflection."""
-    function.__vgi_idempotency__ = "idempotent"  # type: ignore[attr-defined]
-    return function
 
-def no_side_effects(function: _Function) -> _Function:
-    """Mark a Protocol's method: it changes nothing. Shown by reflection."""
-    function.__vgi_idempotency__ = "no_side_effects"  # type: ignore[attr-defined]
-    return function
-
-def deprecated(message: str) -> Callable[[_Function], _Function]:
-    """Mark a Protocol's method as one not to use any more; *message* says what to use instead. Shown by reflection."""
+def _marking(name: str, value: str) -> Callable[[_Function], _Function]:
     def mark(function: _Function) -> _Function:
-        function.__vgi_deprecated__ = message  # type: ignore[attr-defined]
+        """Mark a Protocol's method, which reflection shows."""
+        setattr(function, name, value)
         return function
+
     return mark
 
-def protocol_name_of(protocol: type) -> str:
-    """Return the class's own ``protocol_name``, else its name; raises `ValueError` unless it suits WIRE section 1."""
-    name = vars(protocol).get("protocol_name", protocol.__name__)
-    if not isinstance(name, str) or not PROTOCOL_NAME_PATTERN.fullmatch(name):
-        raise ValueError(f"protocol name {name!r}: expected letters, digits, '_' and '.', not beginning with a digit")
-    return name
 
-def _parse_version(text: str) -> tuple[int, int] | None:
+idempotent = _marking("__vgi_idempotency__", "idempotent")  # calling it twice is as calling it once
+no_side_effects = _marking("__vgi_idempotency__", "no_side_effects")  # it changes nothing
+
+
+def deprecated(message: str) -> Callable[[_Function], _Function]:
+    """Mark a Protocol's method as one not to use any more; *message* says what to use instead."""
+    return _marking("__vgi_deprecated__", message)
+
+
+def parse_version(text: str) -> tuple[int, int] | None:
     """``MAJOR.MINOR.PATCH`` -> (major, minor); ``None`` for anything else."""
     match = re.fullmatch(r"(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})", text)
-    return (int(match[1]), int(match[2])) if match else None
+    return match and (int(match[1]), int(match[2]))
 
-def _public_functions(cls: type) -> dict[str, Any]:
-    """Public methods of a class by name; those of object, Protocol and Generic are nobody's service."""
-    bases = [b for b in reversed(cls.__mro__) if b.__module__ not in ("builtins", "typing", "typing_extensions", "abc")]
-    found = {n: f for base in bases for n, f in vars(base).items() if not n.startswith("_") and inspect.isfunction(f)}
-    return {n: f for n, f in found.items() if n != "on_serve_start"}
+
+def _identity(protocol: Any) -> tuple[str, str]:
+    """Return a class's routing name and version, as ``protocol_name`` and ``protocol_version`` say or by default."""
+    name = vars(protocol).get(
+        "protocol_name", protocol.__name__
+    )  # its own: one that is inherited names another
+    if not isinstance(name, str) or not PROTOCOL_NAME_PATTERN.fullmatch(name):
+        raise ValueError(f"protocol name {name!r}: expected letters, digits, '_' and '.', no digit first")
+    version = getattr(protocol, "protocol_version", "") or ""
+    if version and not (isinstance(version, str) and parse_version(version)):
+        raise ValueError(f"{name}.protocol_version: expected MAJOR.MINOR.PATCH, got {version!r}")
+    return name, version
+
+
+@contextlib.contextmanager
+def _noting(mistakes: list[str], where: str) -> Iterator[None]:
+    """Keep what a `TypeError` says, so that one error tells all that is wrong with a service."""
+    try:
+        yield
+    except TypeError as exc:
+        mistakes.append(f"{where} {exc}")
+
+
+def _opened(function: Any) -> tuple[Any, inspect.Signature]:
+    """Return what is inside of a bound method, lru_cache and the like, and its signature; `TypeError` if unfit."""
+    plain = inspect.unwrap(getattr(function, "__func__", function), stop=inspect.isfunction)
+    if inspect.iscoroutinefunction(plain) or inspect.isasyncgenfunction(plain):
+        raise TypeError(f"{plain.__name__} is 'async def', but runs in a thread: use 'def' and asyncio.run()")
+    if inspect.isgeneratorfunction(plain):
+        raise TypeError(f"{plain.__name__} is a generator function: return a Stream, whose state emits")
+    try:
+        return plain, inspect.signature(function)
+    except ValueError as exc:  # a function of C, or a method without parameters
+        raise TypeError(f"{exc}; a method takes 'self', or is marked with @staticmethod") from None
+
 
 def _is_context(name: str, annotation: Any) -> bool:
-    return _split_optional(annotation)[0] is CallContext or (name == "ctx" and annotation is inspect.Parameter.empty)
+    """Whether a parameter takes the `CallContext`; *annotation* is ``None`` where there is none."""
+    return (name == "ctx" and annotation is None) or unwrapped(annotation)[0] is CallContext
 
-def _doc_arguments(doc: str | None) -> dict[str, str]:
-    """The ``Args:`` block of a Google docstring, by parameter."""
-    block = re.search(r"^ *Args:\n((?:(?: +\S.*)?(?:\n|$))+)", inspect.cleandoc(doc or ""), re.M)
-    entries = re.split(r"^ {2,8}(\w+)(?: *\([^)]*\))?:", block[1] if block else "", flags=re.M)[1:]
-    return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2])}
 
-def _stream_parts(annotation: Any) -> tuple[Any, type | None] | None:
-    """``Stream[S, H]`` -> (S, H or None); ``None`` when the annotation is not a stream."""
+def _stream_parts(annotation: Any) -> tuple[list[Any], Any, bool | None]:
+    """``Stream[S | T, H]`` -> ([S, T], H, whether they are exchanges); no states where it is no stream."""
+    if annotation is Stream:
+        return [StreamState], type(None), None
     if typing.get_origin(annotation) is not Stream:
-        return (StreamState, None) if annotation is Stream else None
+        return [], type(None), None
     state, header = typing.get_args(annotation)
-    return state, (None if header in (None, type(None)) else header)
+    states = [state]
+    if typing.get_origin(state) in (Union, types.UnionType):
+        states = list(typing.get_args(state))
+    for base in (ExchangeState, ProducerState):
+        if all(isinstance(cls, type) and issubclass(cls, base) for cls in states):
+            return states, header, base is ExchangeState
+    return states, header, None
 
-def _is_exchange(state: Any) -> bool | None:
-    if not isinstance(state, type):
+
+def _read_method(protocol: type, name: str, mistakes: list[str]) -> RpcMethodInfo | None:
+    """Return a method of a Protocol, or add all that is wrong with it to *mistakes*."""
+    where = f"{protocol.__qualname__}.{name}()"
+    before = len(mistakes)
+    kept = inspect.getattr_static(protocol, name)
+    with _noting(mistakes, f"{where}:"):
+        if isinstance(kept, functools.partial) or not hasattr(kept, "__get__"):
+            raise TypeError(f"expected a function, got {got(kept)}")
+        plain, signature = _opened(kept.__get__(object(), protocol))  # as an instance gives it
+        hints = hints_of(plain)
+    if len(mistakes) > before:
         return None
-    return True if issubclass(state, ExchangeState) else False if issubclass(state, ProducerState) else None
-
-def _method_info(protocol: str, name: str, function: Any) -> RpcMethodInfo:
-    hints = _hints(function)
-    types_, defaults, codecs = {}, {}, []
-    for parameter in list(inspect.signature(function).parameters.values())[1:]:
-        annotation = hints.get(parameter.name, parameter.empty)
-        if _is_context(parameter.name, annotation):
+    codecs = {}
+    defaults = {}
+    for param, parameter in signature.parameters.items():
+        if _is_context(param, hints.get(param)):
             continue
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise TypeError(f"{name}() parameter {parameter}: expected a named parameter, got {parameter.kind.description}")
-        if annotation is parameter.empty:
-            raise TypeError(f"{name}() parameter {parameter.name!r} has no annotation; the Arrow type comes from it")
-        try:
-            codecs.append((parameter.name, codec_for(annotation, whole=True)))
-        except TypeError as exc:
-            raise TypeError(f"{name}() parameter {parameter.name!r}: {exc}") from None
-        types_[parameter.name] = annotation
-        if parameter.default is not parameter.empty:
-            defaults[parameter.name] = parameter.default
-    if "return" not in hints:
-        raise TypeError(f"{name}() has no return annotation; write '-> None' if it returns nothing")
-    try:
-        result_facts = _result_facts(hints["return"])
-    except TypeError as exc:
-        raise TypeError(f"{name}() result: {exc}") from None
-    doc, params = inspect.getdoc(function), RowCodec(codecs)
-    return RpcMethodInfo(
-        name=name, protocol_name=protocol, doc=doc, params_schema=params.schema, params=params, param_defaults=defaults,
-        param_types=types_, param_docs=_doc_arguments(doc), result_type=hints["return"], **result_facts,
-        idempotency=getattr(function, "__vgi_idempotency__", "unknown"),
-        deprecation=getattr(function, "__vgi_deprecated__", None))
+        with _noting(mistakes, f"{where} parameter {param!r}:"):
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise TypeError(f"expected a named parameter, got {parameter.kind.description}")
+            if param not in hints:
+                raise TypeError("no annotation, from which its Arrow type would come")
+            codecs[param] = codec_for(hints[param], whole=True)
+            if parameter.default is not parameter.empty:
+                defaults[param] = parameter.default
+                located("its default", "", codecs[param].encode, parameter.default)
+    result = RowCodec(())
+    header = None
+    returned = hints.get("return")
+    states, header_type, is_exchange = _stream_parts(returned)
+    with _noting(mistakes, f"{where} result:"):
+        if returned is None:
+            raise TypeError("no return annotation; write '-> None' if it returns nothing")
+        if states and header_type is not type(None):
+            header = codec_for(header_type, whole=True).dataclass
+            if header is None:
+                raise TypeError(f"the header of a Stream is a dataclass, got {annotation_text(header_type)}")
+        elif not states and returned is not type(None):
+            result = RowCodec([("result", codec_for(returned, whole=True))])
+    if len(mistakes) > before:
+        return None
+    doc = inspect.getdoc(plain)
+    # The "Args:" of a Google docstring.
+    block = re.search(r"^ *Args:\n((?:(?: +\S.*)?(?:\n|$))+)", doc or "", re.M)
+    docs = re.split(r"^ {2,8}(\w+)(?: *\([^)]*\))?:", block[1], flags=re.M)[1:] if block else []
+    param_docs = {param: " ".join(text.split()) for param, text in zip(docs[::2], docs[1::2])}
+    params = RowCodec(codecs.items())
+    kinds = {param: hints[param] for param in codecs}
+    facts = {"params": params, "params_schema": params.schema, "param_types": kinds, "param_docs": param_docs}
+    facts |= {"result": result, "result_schema": result.schema, "has_return": bool(result.names)}
+    facts |= {"header": header, "header_type": header and header.cls, "is_exchange": is_exchange, "doc": doc}
+    facts |= zip(("protocol_name", "protocol_version"), _identity(protocol))
+    marks = {**vars(plain), **vars(kept)}  # a staticmethod may be marked itself, or what is inside it
+    facts |= {"idempotency": marks.get("__vgi_idempotency__", "unknown")}
+    facts |= {"deprecation": marks.get("__vgi_deprecated__"), "param_defaults": defaults}
+    kind = MethodType.STREAM if states else MethodType.UNARY
+    return RpcMethodInfo(name, result_type=returned, method_type=kind, **facts)
 
-def _result_facts(annotation: Any) -> dict[str, Any]:
-    """The fields of `RpcMethodInfo` that the return annotation decides."""
-    stream = _stream_parts(annotation)
-    if stream:
-        state, header = stream
-        return {"method_type": MethodType.STREAM, "has_return": False, "result_schema": EMPTY_SCHEMA, "header_type": header,
-                "header": dataclass_codec(header) if header else None, "is_exchange": _is_exchange(state)}
-    has_return = annotation not in (None, type(None))
-    result = RowCodec([("result", codec_for(annotation, whole=True))] if has_return else ())
-    return {"method_type": MethodType.UNARY, "has_return": has_return, "result": result, "result_schema": result.schema}
 
 @functools.lru_cache(maxsize=256)
-def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
-    """Return the methods of a Protocol class, or of a plain class that serves as its own, by name. Raises one `TypeError` that
-    names every annotation that is missing or has no Arrow type."""
-    make = functools.partial(_method_info, protocol_name_of(protocol))
-    what, where = f"{protocol.__qualname__} cannot be served", f"{protocol.__qualname__}."
-    return types.MappingProxyType(_make_all(what, where, make, _public_functions(protocol)))
+def read_protocol(protocol: type) -> tuple[Mapping[str, RpcMethodInfo], list[str]]:
+    """Return the methods of a class that are right, by name, and what is wrong with the others."""
+    if not isinstance(protocol, type):
+        raise TypeError(f"expected a Protocol class, got {got(protocol)}")
+    foreign = ("builtins", "typing", "typing_extensions", "abc")
+    bases = [base for base in reversed(protocol.__mro__) if base.__module__ not in foreign]
+    methods = {}
+    mistakes: list[str] = []
+    for name in dict.fromkeys(name for base in bases for name in vars(base)):
+        value = getattr(protocol, name, None)
+        # Nested classes and annotations that are kept as attributes can be called, too.
+        is_type = isinstance(value, type) or typing.get_origin(value) or hasattr(value, "__supertype__")
+        if callable(value) and not is_type and not name.startswith("_") and name != "on_serve_start":
+            info = _read_method(protocol, name, mistakes)
+            if info is not None:
+                methods[name] = info
+    return types.MappingProxyType(methods), mistakes
 
-def _make_all(what: str, where: str, make: Callable[[str, Any], _T], items: Mapping[str, Any]) -> dict[str, _T]:
-    """Return ``{name: make(name, item)}``; the `TypeError` of each that fails becomes part of one, *where* in front of it."""
-    made, problems = {}, []
-    for name, item in items.items():
-        try:
-            made[name] = make(name, item)
-        except TypeError as exc:
-            problems.append(f"{where}{exc}")
-    if problems:
-        raise TypeError(f"{what}: " + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
-    return made
+
+def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
+    """Return the methods of a Protocol class, or of a plain class that serves as its own, by name.
+
+    Raises one `TypeError` for all that is wrong with them, `ValueError` for a malformed name or version.
+    """
+    methods, mistakes = read_protocol(protocol)
+    if mistakes:
+        raise TypeError("\n  - ".join([f"{protocol.__qualname__} cannot be served:", *mistakes]))
+    return methods
+
 
 def describe_rpc(protocol: type, *, methods: Mapping[str, RpcMethodInfo] | None = None) -> str:
     """Return a text for people: the protocol's methods with their signatures, schemas and docstrings."""
-    infos = methods if methods is not None else rpc_methods(protocol)
-    lines = [f"{protocol_name_of(protocol)}: {len(infos)} methods"]
-    for info in infos.values():
-        lines += ["", f"  {info.signature()}    [{info.kind}]", f"    parameters: {_schema_text(info.params_schema)}"]
-        if info.has_return:
-            lines.append(f"    result: {_schema_text(info.result_schema)}")
-        if info.header is not None:
-            lines.append(f"    header: {_schema_text(info.header.row.schema)}")
-        lines += [f"    {line}".rstrip() for line in (info.doc or "").splitlines()]
+    methods = methods or rpc_methods(protocol)
+    lines = [f"{_identity(protocol)[0]}: {len(methods)} methods"]
+    for info in methods.values():
+        rows = {"parameters": info.params, "result": info.result, "header": info.header and info.header.row}
+        shown = [f"{title}: {schema_text(row.schema)}" for title, row in rows.items() if row and row.names]
+        lines += ["", f"  {info.signature()}    [{info.kind}]"]
+        lines += [f"    {line}".rstrip() for line in [*shown, *(info.doc or "").splitlines()]]
     return "\n".join(lines)
+
+
+class HostedService:
+    """One protocol on a server: made by `bind_implementation`."""
+
+    def __init__(self, protocol: type, implementation: Any) -> None:
+        self.name, self.version = _identity(protocol)  # routing name; MAJOR.MINOR.PATCH, empty for none
+        self.protocol = protocol
+        self.implementation = implementation
+        self.methods: dict[str, BoundMethod] = {}  # by name
+        self.hash = ""  # the family's protocol hash (hex SHA-256), filled in by the server
+
 
 class BoundMethod(NamedTuple):
     """A method of a hosted protocol with the function that serves it."""
+
     info: RpcMethodInfo
-    hosted: HostedService
+    service: HostedService
     function: Callable[..., Any]
     context_parameter: str | None  # which parameter gets the CallContext
     state_types: tuple[type, ...]  # the concrete state classes that the implementation's annotation names
+    is_exchange: bool | None  # as the Protocol says, else as the state classes do; None where neither tells
 
-@dataclass
-class HostedService:
-    """One protocol on a server."""
-    name: str  # routing name
-    protocol: type
-    version: str  # MAJOR.MINOR.PATCH, empty when the protocol declares none
-    implementation: Any
-    methods: dict[str, BoundMethod]
-    hash: str = ""  # the family's protocol hash (hex SHA-256), filled in by the server
 
 def bind_implementation(protocol: type, implementation: Any) -> HostedService:
-    """Check *implementation* against *protocol* and bind its methods. Raises one `TypeError` for all that is missing or does
-    not agree, `ValueError` for a malformed name or version."""
-    name = protocol_name_of(protocol)
-    version = getattr(protocol, "protocol_version", "") or ""
-    if version and _parse_version(version) is None:
-        raise ValueError(f"{name}.protocol_version: expected MAJOR.MINOR.PATCH, got {version!r}")
-    if isinstance(implementation, type):
-        wanted = implementation.__qualname__
-        raise TypeError(f"expected an instance of {wanted}, got the class; write {wanted}()")
-    service = HostedService(name, protocol, version, implementation, {})
-    what = f"{type(implementation).__qualname__} does not implement {name}"
-    service.methods |= _make_all(what, "", lambda _, info: _bind_method(info, service), rpc_methods(protocol))
+    """Check *implementation* against *protocol* and bind its methods; raises as `rpc_methods`, for both together."""
+    if not isinstance(protocol, type) or isinstance(implementation, (type, types.CoroutineType, type(None))):
+        given = (protocol, implementation)
+        shown = [f"the class {x.__qualname__}" if isinstance(x, type) else f"a {got(x)}" for x in given]
+        raise TypeError(
+            f"expected a Protocol class and an instance that serves it, got {' and '.join(shown)}"
+        )
+    service = HostedService(protocol, implementation)
+    infos, of_protocol = read_protocol(protocol)
+    mistakes = list(of_protocol)
+    for info in infos.values():
+        _bind_method(info, service, mistakes)
+    if not infos and not mistakes:
+        mistakes.append("there are no methods (a name with a leading '_' is not served)")
+    if mistakes:
+        what = f"{type(implementation).__qualname__} does not implement {service.name}:"
+        raise TypeError("\n  - ".join([what, *mistakes]))
     return service
 
-def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
-    function = getattr(service.implementation, info.name, None)
-    if not callable(function):
-        raise TypeError(f"{info.name}() is missing" if function is None else f"{info.name} is not callable")
-    parameters = inspect.signature(function).parameters
-    try:
-        hints = _hints(getattr(function, "__func__", function))
-    except TypeError:
-        hints = {}  # an implementation may annotate for its own eyes; the Protocol's annotations decide
-    context = next((n for n in parameters if _is_context(n, hints.get(n, parameters[n].annotation)) or n == "ctx"), None)
-    problems = []
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        problems = [f"takes no parameter {n!r}{_suggest(n, parameters)}" for n in info.param_types if n not in parameters]
-    for name, p in parameters.items():
-        expected = name in info.param_types or name == context or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        if not expected and p.default is p.empty:
-            problems.append(f"requires {name!r}, which the protocol does not have")
-    state_types = _state_types(info, hints.get("return"), problems)
-    if problems:
-        raise TypeError("; ".join(f"{info.name}() {p}" for p in problems))
-    return BoundMethod(info, service, function, context, state_types)
 
-def _state_types(info: RpcMethodInfo, returned: Any, problems: list[str]) -> tuple[type, ...]:
-    """The concrete state classes that the implementation's annotation names; their fields are checked here."""
-    stream = _stream_parts(returned) if returned is not None else _stream_parts(info.result_type)
-    if returned is not None and (stream is not None) != (info.method_type is MethodType.STREAM):
-        problems.append(f"returns {_annotation_text(returned)}, the protocol says {_annotation_text(info.result_type)}")
-    if stream is None or info.method_type is MethodType.UNARY:
-        return ()
-    state, found = stream[0], []
-    for cls in typing.get_args(state) if typing.get_origin(state) in (Union, types.UnionType) else (state,):
-        if not (isinstance(cls, type) and issubclass(cls, StreamState)):
-            problems.append(f"returns a Stream of {_annotation_text(cls)}, expected a StreamState")
-        elif cls not in (StreamState, ProducerState, ExchangeState):
-            try:
-                dataclass_codec(cls)
-                if cls.CALL_STATE_TYPE is not None:
-                    dataclass_codec(cls.CALL_STATE_TYPE)
-                found.append(cls)
-            except TypeError as exc:
-                problems.append(f"has a state that cannot be serialised: {exc}")
-    return tuple(found)
+def _bind_method(info: RpcMethodInfo, service: HostedService, mistakes: list[str]) -> None:
+    """Bind the function that serves a method, or add to *mistakes* how the two disagree."""
+    where = f"{info.name}():"
+    function: Any = getattr(service.implementation, info.name, None)
+    before = len(mistakes)
+    with _noting(mistakes, where):
+        if not callable(function):
+            raise TypeError(f"expected a method, got {got(function)}")
+        plain, signature = _opened(function)
+    if len(mistakes) > before:
+        return
+    is_stream = info.method_type is MethodType.STREAM
+    hints: dict[str, Any] = {}
+    # An implementation may annotate for its own eyes, but its states are found by its annotations alone.
+    with _noting(mistakes if is_stream else [], where):
+        hints = hints_of(plain)
+    called = dict.fromkeys(info.param_types)
+    context = None
+    for name in signature.parameters.keys() - called.keys():
+        if name == "ctx" or _is_context(name, hints.get(name)):
+            context = name
+            called[name] = None
+    with _noting(mistakes, f"{where} called with {list(called)}:"):
+        signature.bind(**called)
+    returned = hints.get("return", info.result_type)
+    states, _, is_exchange = _stream_parts(returned)
+    if bool(states) != is_stream:
+        wanted = _result_text(info.result_type)
+        mistakes.append(f"{where} returns {_result_text(returned)}, the protocol says {wanted}")
+    for cls in states:  # it is written to a token, read back, and run
+        with _noting(mistakes, f"{where} returns a Stream of {annotation_text(cls)}:"):
+            if not isinstance(cls, type) or not issubclass(cls, StreamState):
+                raise TypeError("expected a StreamState")
+            if issubclass(cls, {True: ProducerState, False: ExchangeState, None: ()}[info.is_exchange]):
+                raise TypeError(f"the protocol says {info.kind}")
+            for part in (cls, cls.CALL_STATE_TYPE or cls):
+                dataclass_codec(part)
+            for hook in ("process", "produce", "exchange", "on_cancel", "rehydrate", "bind_call_state"):
+                _opened(getattr(cls, hook, cls.process))
+    if info.is_exchange is not None:
+        is_exchange = info.is_exchange
+    concrete = tuple(cls for cls in states if cls not in (StreamState, ProducerState, ExchangeState))
+    bound = BoundMethod(info, service, function, context, concrete, is_exchange)
+    service.methods[info.name] = bound
 
 
 # ============================================================================
-# 9. REQUESTS AND REPLIES .............................. uses 1-8
+# 9. REQUESTS AND RESULTS .............................. uses 1-8
 # ============================================================================
-# A call's arguments to a request stream and back, a result to its batch and back (WIRE sections 1 and 3).
-# Law: a request's schema equals the method's, name for name and type for type, before a single value is decoded.
+# A call's arguments to a request stream and back, a result to its batch and back.
+# Law: a request's schema equals the method's, name for name, type for type, before a single value is decoded.
+
 
 def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return one value per parameter, in order, defaults filled in; raises `TypeError` where the call does not fit."""
+    """Return one value per parameter, in order, with defaults; `TypeError` where the call does not fit."""
     names = info.params.names
-    if not args and kwargs.keys() == info.params.name_set:
-        return [kwargs[name] for name in names]
     if len(args) > len(names):
         raise ParameterError(f"{info.name}() takes {len(names)} arguments {list(names)}, got {len(args)}")
-    for name in kwargs:
-        if name not in names:
-            raise ParameterError(f"{info.name}() has no parameter {name!r}{_suggest(name, names)}; it has {list(names)}")
-        if name in names[: len(args)]:
+    given = dict(zip(names, args))
+    for name, value in kwargs.items():
+        if name in given:
             raise ParameterError(f"{info.name}() got {name!r} twice, by position and by name")
-    given = {**info.param_defaults, **dict(zip(names, args)), **kwargs}
+        if name not in names:
+            near = suggest(name, names)
+            raise ParameterError(f"{info.name}() has no parameter {name!r}{near}; it has {list(names)}")
+        given[name] = value
+    values = {**info.param_defaults, **given}
     try:
-        return [given[name] for name in names]
+        return [values[name] for name in names]
     except KeyError as exc:
-        raise ParameterError(f"{info.name}() is missing argument {exc}; signature: {info.signature()}") from None
+        raise ParameterError(f"{info.name}() is missing argument {exc}; it is {info.signature()}") from None
 
-def request_batch(info: RpcMethodInfo, values: Sequence[Any]) -> pa.RecordBatch | PlainBatch:
-    """Encode the arguments, 1 row x len(parameters) columns; a `TypeError` gives the parameter and the path inside it."""
-    return _located(f"{info.name}() argument ", ".", info.params.to_batch, values) if info.params.names else _TICK
 
-def request_stream(info: RpcMethodInfo, batch: pa.RecordBatch | PlainBatch, version: str, request_id: str,
-                   timeout: float | None) -> list[_Buffer]:
-    """Return the pieces of a whole request (WIRE section 1): *batch* is that of `request_batch`, *timeout* in seconds."""
+def encode_arguments(info: RpcMethodInfo, values: Sequence[Any]) -> list[Any]:
+    """Encode the values of `bind_arguments`; a `TypeError` gives the path to what does not fit."""
+    return located(f"{info.name}() argument ", ".", info.params.encode, values)
+
+
+def decode_arguments(info: RpcMethodInfo, row: Sequence[Any]) -> dict[str, Any]:
+    """Return what the method is called with; raises `ParameterError` for a null and the like."""
+    return dict(zip(info.params.names, located(f"{info.name}() parameter ", ".", info.params.decode, row)))
+
+
+def request_pieces(
+    info: RpcMethodInfo, row: list[Any], request_id: str, timeout: float | None
+) -> list[Buffer]:
+    """Return the bytes of a whole request: *row* as `encode_arguments` gives it, *timeout* in seconds."""
     varying = {REQUEST_ID_KEY: request_id.encode()}
     if timeout is not None:
-        varying[TIMEOUT_KEY] = b"%015d" % max(1, int(timeout * 1000))  # always as long, see StreamLayout
-    shape = version, len(request_id), len(varying)
-    layout = info.layouts.get(shape)
-    if layout is not None and (stream := layout.write(varying, batch)) is not None:
-        return [stream]
-    metadata = {METHOD_KEY: info.name.encode(), REQUEST_VERSION_KEY: REQUEST_VERSION,
-                PROTOCOL_KEY: info.protocol_name.encode(), **varying}
-    if version:
-        metadata[PROTOCOL_VERSION_KEY] = version.encode()
-    pieces: list[_Buffer] = []
-    write_stream(pieces.extend, batch.schema, [(batch, metadata)])
-    if shape not in info.layouts and len(info.layouts) < 8 and sum(map(len, pieces)) <= SMALL_BODY_BYTES:
-        reader = IpcReader(BufferSource(b"".join(pieces)))
-        message = cast("BatchMessage", reader.next_message())
-        info.layouts[shape] = StreamLayout.learn(reader.facts, message, list(varying))
-    return pieces
+        milliseconds = min(max(1, int(timeout * 1000)), 10**TIMEOUT_DIGITS - 1)
+        varying[TIMEOUT_KEY] = b"%0*d" % (TIMEOUT_DIGITS, milliseconds)
+    template = info.request_templates[timeout is not None]
+    if template is not None:
+        try:
+            return [template.write(row, list(varying.values()))]
+        except ValueError:
+            pass  # a large or unusual value: pyarrow writes it, or words the error
+    batch = located(f"{info.name}() argument ", ".", info.params.to_batch, row)
+    return stream_pieces(info.params.wire, [(batch, {**info.request_metadata, **varying})])
 
 
-class Request:
-    """One request as it came: metadata read, schema known, values not decoded yet."""
-    def __init__(self, reader: IpcReader) -> None:
-        self._reader, self.schema, message = reader, reader.schema, reader.next_message()
-        self.schema_message = reader.facts.message  # which told its schema
-        if message is None:
-            raise IPCError("request: expected one batch, got a schema and no batch")
-        self._message, self.rows = message, message.head.rows
-        self.metadata: dict[bytes, bytes] = message.head.metadata or {}
-        if reader.next_message() is not None:
-            got = 2 + sum(1 for _ in iter(reader.next_message, None))
-            raise ProtocolError(f"request: expected exactly one batch, got {got}")
+def new_request_id() -> str:
+    """Return 16 random hex characters."""
+    return os.urandom(REQUEST_ID_BYTES // 2).hex()
 
-    def layout(self) -> StreamLayout | None:
-        """Learn how requests look that differ from this one in request id, time limit and the values of their row alone."""
-        if not self.metadata.keys() <= _EVERYDAY_KEYS or PROTOCOL_KEY not in self.metadata:
-            return None  # a trace, say, is another one in each request; and only over HTTP a request need not name its protocol
-        return StreamLayout.learn(self._reader.facts, self._message, (REQUEST_ID_KEY, TIMEOUT_KEY))
 
-    def text(self, key: bytes, what: str) -> str | None:
-        """Return a metadata value as text, ``None`` when absent; raises `ProtocolError` when it is not UTF-8."""
+def clean_request_id(text: str) -> str:
+    """Return *text* if it may be echoed and logged (at most 128 visible ASCII characters), else no text."""
+    fits = len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable() and " " not in text
+    return text if fits else ""
+
+
+def read_timeout(metadata: Metadata) -> float | None:
+    """Return the time limit of a request or turn in seconds, ``None`` for no limit."""
+    value = metadata.get(TIMEOUT_KEY, b"")
+    return int(value) / 1000 if value.isdigit() and len(value) <= TIMEOUT_DIGITS else None
+
+
+class Request(NamedTuple):
+    """One request as it came: its metadata is read, its schema is known, its values are not decoded yet."""
+
+    wire: WireSchema
+    rows: int
+    metadata: Mapping[bytes, bytes]
+    decode: Callable[[RowCodec], list[Any]]  # by the codec of the method's parameters
+
+    def text(self, key: bytes) -> str | None:
+        """Return a metadata value as text, ``None`` when absent; `ProtocolError` when it is not UTF-8."""
         value = self.metadata.get(key)
         try:
             return None if value is None else value.decode("utf-8")
         except UnicodeDecodeError:
-            raise ProtocolError(f"request: {what} ({key.decode()}) is not UTF-8: {value!r:.60}") from None
+            raise ProtocolError(f"request: {key.decode()} is not UTF-8: {value!r:.60}") from None
 
     @property
     def request_id(self) -> str:
-        """The client's request id if it is printable ASCII of at most 128 characters, else empty."""
+        """The client's request id if it may be echoed, else empty."""
         return clean_request_id(self.metadata.get(REQUEST_ID_KEY, b"").decode("latin-1"))
 
-    @property
-    def timeout(self) -> float | None:
-        """Seconds until the client stops waiting, ``None`` for no limit."""
-        return read_timeout(self.metadata)
+    def arguments(self, info: RpcMethodInfo) -> dict[str, Any]:
+        """Check the request against a method and decode its parameters.
 
-    def has_schema(self, row: RowCodec) -> bool:
-        """Whether the request has exactly the schema of *row*."""
-        return bool(self.schema.equals(row.schema))
+        Raises `ParameterError` for parameters not as declared, `ProtocolError` when there is not exactly one row,
+        `IPCError` when its bytes are damaged.
+        """
+        wanted = info.params_schema
+        given = self.wire.schema
+        if self.wire is not info.params.wire and not given.equals(wanted):
+            extra = [name for name in given.names if name not in wanted.names]
+            missing = [name for name in wanted.names if name not in given.names]
+            reason = "the order of the parameters differs, or one stands twice"
+            if extra:
+                reason = f"no parameter {', '.join(map(repr, extra[:8]))}{suggest(extra[0], wanted.names)}"
+            elif missing:
+                reason = f"missing {', '.join(map(repr, missing))}"
+            elif given.names == wanted.names:
+                got_, expected = next(pair for pair in zip(given, wanted) if not pair[0].equals(pair[1]))
+                texts = [f"{type_text(f.type)}{'' if f.nullable else ' not null'}" for f in (expected, got_)]
+                reason = f"parameter {expected.name!r}: expected {texts[0]}, got {texts[1]}"
+            where = f"{info.name}(): expected {schema_text(wanted)}, got {schema_text(given)[:2000]}"
+            raise ParameterError(f"{where}: {reason}")
+        if not info.params.names:
+            return {}
+        if self.rows != 1:
+            raise ProtocolError(f"{info.name}(): expected exactly 1 row of parameters, got {self.rows} rows")
+        values = located(f"{info.name}() parameter ", ".", self.decode, info.params)
+        return dict(zip(info.params.names, values))
 
-    def values(self, row: RowCodec) -> Sequence[Any]:
-        """Decode its one row, validated as the reader was told; raises `_Mismatch`, `IPCError`."""
-        return row.from_message(self._reader, self._message)
+
+def read_request(reader: IpcReader) -> Request:
+    """Read a request: one batch, of a stream that ends behind it.
+
+    Raises `IPCError` for bytes that are none, `ProtocolError` when the reader stands behind a second batch.
+    """
+    message = reader.next_message()
+    if message is None:
+        raise IPCError("request: expected one batch, got a schema and no batch")
+    batch = None
+    if reader.wire.dictionaries:  # they may be replaced behind the batch, which is then decoded too late
+        batch = reader.decode(message)
+    if reader.next_message() is not None:
+        raise ProtocolError("request: expected exactly one batch, got another one behind it")
+
+    def decode(codec: RowCodec) -> list[Any]:
+        return codec.from_batch(reader.decode(message) if batch is None else batch)
+
+    return Request(reader.wire, message.rows, message.metadata, decode)
 
 
-class KnownRequest(Request):
-    """A request of a layout that was learned from one before it: it has its schema and as many rows."""
-    def __init__(self, bound: BoundMethod, layout: StreamLayout, found: Sequence[Any]) -> None:
-        self.schema, self.rows = bound.info.params_schema, layout.rows
-        self.metadata = dict(zip(layout.keys, found))
-        self._values = found[len(layout.keys) :]
+class RequestTable:
+    """Tells by their bytes which of a server's methods requests are for. Safe for use by several threads.
 
-    def has_schema(self, row: RowCodec) -> bool:
-        return True
+    The requests of our own clients to one method differ in values alone, which the method's templates read. The
+    table holds these templates, and nothing that a peer decides.
+    """
 
-    def values(self, row: RowCodec) -> Sequence[Any]:
-        return row.decode(self._values)
+    def __init__(self) -> None:
+        self._methods: dict[bytes, dict[RowTemplate, BoundMethod]] = {}  # by schema message and template
 
-def read_timeout(metadata: _Metadata) -> float | None:
-    """Return the time limit of a request or turn in seconds, ``None`` for no limit."""
-    value = metadata.get(TIMEOUT_KEY, b"")
-    return int(value) / 1000 if value.isdigit() and len(value) < 16 else None
+    def add(self, bound: BoundMethod) -> None:
+        """Recognise requests to a method from now on; may be called again."""
+        for template in bound.info.request_templates:
+            if template is not None:
+                self._methods.setdefault(template.schema_message, {})[template] = bound
 
-def clean_request_id(text: str | None) -> str:
-    """Return *text* if it may be echoed and logged (1 to 128 visible ASCII characters), else an empty string."""
-    fits = text and len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable() and " " not in text
-    return text if text and fits else ""
+    def read(
+        self, data: bytes, at: int = 0, limit: int | None = None
+    ) -> tuple[BoundMethod, Request, int] | None:
+        """Read the request that begins at *at*; return its method, the request and where it ends.
 
-_EVERYDAY_KEYS = {METHOD_KEY, REQUEST_VERSION_KEY, REQUEST_ID_KEY, PROTOCOL_KEY, PROTOCOL_VERSION_KEY, TIMEOUT_KEY}
+        ``None`` when it is longer than *limit* bytes, not there to its end, or not as our clients write it: then
+        `read_request` decides.
+        """
+        schema_message = data[at : at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")]
+        for template, bound in tuple(self._methods.get(schema_message, {}).items()):
+            found = template.read(data, at)
+            if found is not None and (limit is None or found[2] - at <= limit):
+                row, values, end = found
+                info = bound.info
+                metadata = {**info.request_metadata, **dict(zip((REQUEST_ID_KEY, TIMEOUT_KEY), values))}
+                decode = operator.methodcaller("decode", row)
+                request = Request(info.params.wire, min(1, len(row)), metadata, decode)
+                return bound, request, end
+        return None
 
-_request_ids: list[str] = []  # made many at a time: asking the system for each takes longer than a call's other parts
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_request_ids.clear)
 
-def new_request_id() -> str:
-    """Return 16 random hex characters."""
-    while True:
+def result_item(info: RpcMethodInfo, value: Any, *, plain: bool = True) -> Item:
+    """Encode a unary result: 1 row x 1 column, or 0 x 0 for ``-> None``; *plain* lets a template write it.
+
+    `ParameterError` for a value not as declared.
+    """
+    where = f"{info.name}() result"
+    if value is not None and not info.has_return:
+        raise ParameterError(f"{where}: declared to return None, got {got(value)}")
+    row = located(where, ".result", info.result.encode, [value])
+    if plain and info.result_template is not None:
         try:
-            return _request_ids.pop()
-        except IndexError:
-            text = os.urandom(1024).hex()
-            _request_ids.extend([text[at : at + 16] for at in range(0, len(text), 16)])
+            return info.result_template.message(row)
+        except ValueError:
+            pass  # as in request_pieces
+    return located(where, ".result", info.result.to_batch, row), None
 
-def read_arguments(info: RpcMethodInfo, request: Request) -> dict[str, Any]:
-    """Check a request against the method and decode its parameters. Raises `ParameterError` for one missing, extra, null or not
-    as declared, `ProtocolError` unless there is one row."""
-    if not request.has_schema(info.params):
-        _refuse_schema(info, info.params_schema, request.schema)
-    if not info.params.names:
-        return {}
-    if request.rows != 1:
-        wanted = _schema_text(info.params_schema)
-        raise ProtocolError(f"{info.name}(): expected exactly 1 row of {wanted}, got {request.rows} rows")
-    return dict(zip(info.params.names, _located(f"{info.name}() parameter ", ".", request.values, info.params)))
 
-def _refuse_schema(info: RpcMethodInfo, wanted: pa.Schema, got: pa.Schema) -> None:
-    """Raise for the first way in which a request's schema is not the method's."""
-    where = f"{info.name}(): expected {_schema_text(wanted)}, got {_schema_text(got)[:2000]}"
-    extra, missing = ([n for n in x.names if n not in y.names] for x, y in ((got, wanted), (wanted, got)))
-    if extra:
-        raise ParameterError(f"{where}: no parameter {', '.join(map(repr, extra[:8]))}{_suggest(extra[0], wanted.names)}")
-    if missing:
-        raise ParameterError(f"{where}: missing {', '.join(map(repr, missing))}")
-    if got.names != wanted.names:
-        raise ParameterError(f"{where}: the order of the parameters differs, or one stands twice")
-    for g, w in zip(got, wanted):
-        if not g.type.equals(w.type) or g.nullable != w.nullable:
-            shown, expected = (f"{f.type}{'' if f.nullable else ' not null'}" for f in (g, w))
-            raise ParameterError(f"{where}: parameter {w.name!r}: expected {expected}, got {shown}")
+def read_result(info: RpcMethodInfo, data: bytes, at: int = 0) -> tuple[Any, int] | None:
+    """Read the answer that begins at *at*, if it is a result alone; return the value and where it ends.
 
-def result_batch(info: RpcMethodInfo, value: Any) -> pa.RecordBatch | PlainBatch:
-    """Encode a unary result: 1 row x 1 column, or 0 x 0 for ``-> None``; raises `TypeError` for a value not as declared."""
-    if not info.has_return:
-        if value is not None:
-            raise ParameterError(f"{info.name}() result: declared to return None, got {_got(value)}")
-        return _TICK
-    return _located(f"{info.name}() result", ".result", info.result.to_batch, [value])
+    ``None`` when it is not, not there to its end, or not as declared: then it goes the ordinary way.
+    """
+    found = info.result_template and info.result_template.read(data, at)
+    if not found:
+        return None
+    try:
+        return (info.result.decode(found[0]) or [None])[0], found[2]
+    except Exception:  # the ordinary way raises it, once the answer was read to its end
+        return None
 
-def header_batch(info: RpcMethodInfo, header: Any) -> pa.RecordBatch | PlainBatch:
-    """Encode a stream's header, 1 row x the fields of its dataclass; raises `TypeError` for a value not as declared."""
-    codec = cast("DataclassCodec", info.header)
-    return _located(f"{info.name}() header", "", lambda value: codec.row.to_batch(codec.values(value)), header)
 
-def read_result(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage) -> Any:
-    """Decode a unary result; raises `ParameterError` when it is not what the method declares: client and server disagree."""
+def decode_result(info: RpcMethodInfo, batch: pa.RecordBatch) -> Any:
+    """Decode a unary result; `ParameterError` when it is not as declared: client and server disagree."""
     if not info.has_return:
         return None
-    if message.head.rows != 1 or reader.schema.names != ["result"]:
-        got = f"{message.head.rows} rows of {_schema_text(reader.schema)}"
-        raise ParameterError(f"{info.name}() result: expected 1 row of {_schema_text(info.result_schema)}, got {got}")
-    value = _located(f"{info.name}() result", ".result", functools.partial(info.result.from_message, reader), message)[0]
-    if "result" not in info.layouts and reader.schema.equals(info.result_schema):
-        info.layouts["result"] = StreamLayout.learn(reader.facts, message)
-    return value
+    if batch.num_rows != 1 or batch.schema.names != ["result"]:
+        shown = f"{batch.num_rows} rows of {schema_text(batch.schema)}"
+        wanted = schema_text(info.result_schema)
+        raise ParameterError(f"{info.name}() result: expected 1 row of {wanted}, got {shown}")
+    return located(f"{info.name}() result", ".result", info.result.from_batch, batch)[0]
 
-def recall_result(info: RpcMethodInfo, data: bytes, at: int) -> tuple[Sequence[Any], int] | None:
-    """Read a result that stands in *data* from *at* on; return its row and where it ends. ``None`` when it does not look like
-    the first one that the method returned, or is not there to its end: then it goes the ordinary way."""
-    layout = info.layouts.get("result")
-    return None if layout is None else layout.read(data, at)
 
-def decode_result(info: RpcMethodInfo, row: Sequence[Any]) -> Any:
-    """Decode the row of a result; raises as `read_result`."""
-    return _located(f"{info.name}() result", ".result", info.result.decode, row)[0] if row else None
+def header_batch(info: RpcMethodInfo, header: Any) -> pa.RecordBatch:
+    """Encode a stream's header, 1 row x the fields of its dataclass; `TypeError` if it is not as declared."""
+    codec = cast("DataclassCodec", info.header)
+    where = f"{info.name}() header"
+    row = located(where, "", lambda value: codec.row.encode(codec.to_dict(value).values()), header)
+    return located(where, "", codec.row.to_batch, row)
 
 
 # ============================================================================
-# 10. INTROSPECTION .................................... uses 1-9
+# 10. REFLECTION ....................................... uses 1-9
 # ============================================================================
-# What a server says of itself (WIRE section 7): the reflection protocol, its dataclasses, the protocol hash.
+# What a server says of itself: the reflection protocol, its dataclasses, the protocol hash.
 # Field names, their order and the tokens of the hash are the family's; a change here is a change of the wire.
+# What reflection has no field for (docs, defaults, what is inside of a binary parameter) travels in the
+# metadata of the schemas that describe answers with. Other peers pass over it, and so does Schema.equals.
 
-@dataclass(frozen=True)
+
+@dataclass
 class ProtocolSummary(ArrowSerializableDataclass):
     """One hosted protocol, as `list_protocols` lists it."""
+
     protocol: str
     protocol_version: str
     protocol_hash: str
@@ -3078,17 +3189,21 @@ class ProtocolSummary(ArrowSerializableDataclass):
     deprecation_message: str = ""
     features: list[str] = field(default_factory=list)
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False, repr=False)
 class ProtocolList(ArrowSerializableDataclass):
     """Answer of ``Reflection.list_protocols``."""
+
     server_id: str
     server_version: str
     request_version: str
     protocols: list[ProtocolSummary]
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False, repr=False)
 class MethodSummary(ArrowSerializableDataclass):
-    """One method, as ``Reflection.describe`` describes it; schemas are serialised, empty where there is none."""
+    """One method, as ``Reflection.describe`` tells it; schemas are serialised, empty where there is none."""
+
     name: str
     method_type: str
     has_return: bool
@@ -3101,13 +3216,17 @@ class MethodSummary(ArrowSerializableDataclass):
     deprecated: bool = False
     deprecation_message: str = ""
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False, repr=False)
 class ProtocolDescription(ProtocolSummary):
     """Answer of ``Reflection.describe``: the summary and the methods, sorted by name."""
+
     methods: list[MethodSummary] = field(default_factory=list)
+
 
 class Reflection(Protocol):
     """The protocol that every server hosts beside the application's."""
+
     protocol_name: ClassVar[str] = REFLECTION_PROTOCOL
 
     def list_protocols(self) -> ProtocolList:
@@ -3116,144 +3235,179 @@ class Reflection(Protocol):
     def describe(self, protocol: str) -> ProtocolDescription:
         """Describe one protocol and its methods, sorted by name."""
 
-_LEAF_TOKENS = (  # how the hash spells a type without children
-    (pa.types.is_string, "utf8"), (pa.types.is_large_string, "large_utf8"),
-    (pa.types.is_float16, "float16"), (pa.types.is_float32, "float32"), (pa.types.is_float64, "float64"),
-    (pa.types.is_date32, "date32"), (pa.types.is_date64, "date64"), (pa.types.is_time, "time{0.bit_width}({0.unit})"),
-    (pa.types.is_duration, "duration({0.unit})"), (pa.types.is_decimal, "decimal{0.bit_width}({0.precision},{0.scale})"),
-    (pa.types.is_fixed_size_binary, "fixed_size_binary({0.byte_width})"), (pa.types.is_boolean, "bool"),
-    (pa.types.is_binary, "binary"), (pa.types.is_large_binary, "large_binary"), (pa.types.is_null, "null"),
-    (pa.types.is_integer, "{0}"),
+
+# Where the hash has another name than pyarrow, and all names of types without children.
+_LEAF_NAMES = {"string": "utf8", "large_string": "large_utf8", "halffloat": "float16"}
+_LEAF_NAMES.update({"float": "float32", "double": "float64", "date32[day]": "date32", "date64[ms]": "date64"})
+_LEAF_TOKEN = (
+    r"u?int(8|16|32|64)|float(16|32|64)|bool|null|(large_)?(utf8|binary)|fixed_size_binary\(\d+\)|date(32|64)"
+    r"|decimal\d+\(\d+,-?\d+\)|(time32|time64|duration)\((s|ms|us|ns)\)|timestamp\((s|ms|us|ns)(,tz=.+)?\)"
 )
 
+
 def _type_token(kind: pa.DataType) -> str:
-    """The spelling of a type in the protocol hash; raises `TypeError` for a type that has none."""
+    """The spelling of a type in the protocol hash; `TypeError` for a type that has none."""
+
+    def child(name: str, member: pa.Field) -> str:
+        return f"{name}{'?' * member.nullable}:{_type_token(member.type)}"
+
+    name = str(kind).partition("<")[0]
     if isinstance(kind, pa.BaseExtensionType):
         return f"extension({kind.extension_name})<{_type_token(kind.storage_type)}>"
-    for is_kind, token in _LEAF_TOKENS:
-        if is_kind(kind):
-            return token.format(kind)
-    t = pa.types
-    if t.is_timestamp(kind):
-        return f"timestamp({kind.unit}{',tz=' + kind.tz if kind.tz else ''})"
-    if t.is_dictionary(kind):
-        ordered = ",ordered" if kind.ordered else ""
-        return f"dictionary<index:{_type_token(kind.index_type)},value:{_type_token(kind.value_type)}{ordered}>"
-    if t.is_map(kind):
-        sorted_ = ",keys_sorted" if kind.keys_sorted else ""
-        return f"map<key:{_type_token(kind.key_type)},{_child_token('value', kind.item_field)}{sorted_}>"
-    if t.is_struct(kind):
-        return f"struct<{','.join(_child_token(f.name, f) for f in kind)}>"
-    if t.is_fixed_size_list(kind):
-        return f"fixed_size_list({kind.list_size})<{_child_token('item', kind.value_field)}>"
-    if t.is_list(kind) or t.is_large_list(kind):
-        return f"{'large_' if t.is_large_list(kind) else ''}list<{_child_token('item', kind.value_field)}>"
-    raise TypeError(f"the protocol hash has no token for {kind}")
+    if name == "dictionary":
+        parts = f"index:{_type_token(kind.index_type)},value:{_type_token(kind.value_type)}"
+        return f"dictionary<{parts}{',ordered' * kind.ordered}>"
+    if name == "map":
+        parts = f"key:{_type_token(kind.key_type)},{child('value', kind.item_field)}"
+        return f"map<{parts}{',keys_sorted' * kind.keys_sorted}>"
+    if name == "struct":
+        return f"struct<{','.join(child(member.name, member) for member in kind)}>"
+    if name in ("list", "large_list", "fixed_size_list"):
+        size = f"({kind.list_size})" if name == "fixed_size_list" else ""
+        return f"{name}{size}<{child('item', kind.value_field)}>"
+    text = _LEAF_NAMES.get(str(kind), str(kind)).replace("[", "(").replace("]", ")").replace(", ", ",")
+    if not re.fullmatch(_LEAF_TOKEN, text):
+        raise TypeError(f"the protocol hash has no token for {kind}")
+    return text
 
-def _child_token(name: str, child: pa.Field) -> str:
-    return f"{name}{'?' if child.nullable else ''}:{_type_token(child.type)}"
 
 def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
-    """Return the family's fingerprint of a protocol (WIRE section 7), hex SHA-256; raises `TypeError` for a tokenless type."""
+    """Return the family's fingerprint of a protocol, hex SHA-256; `TypeError` for a type without a token."""
     methods = []
     for info in sorted(infos, key=operator.attrgetter("name")):
-        schemas = {"params": info.params_schema, "result": info.result_schema if info.has_return else None,
-                   "header": info.header and info.header.row.schema}
-        facts = {"name": info.name, "type": info.method_type.value, "has_return": info.has_return}
-        facts |= {"has_header": info.header is not None}
-        methods.append(facts | {
-            key: [{"name": f.name, "nullable": f.nullable, "type": _type_token(f.type)} for f in schema]
-            for key, schema in schemas.items() if schema is not None})
-    text = json.dumps({"protocol": protocol, "methods": methods}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        method: dict[str, Any] = {"name": info.name, "type": info.method_type.value}
+        method.update(has_return=info.has_return, has_header=info.header is not None)
+        schemas = {"params": info.params_schema}
+        if info.has_return:
+            schemas["result"] = info.result_schema
+        if info.header is not None:
+            schemas["header"] = info.header.row.schema
+        for key, schema in schemas.items():
+            method[key] = [
+                {"name": f.name, "nullable": f.nullable, "type": _type_token(f.type)} for f in schema
+            ]
+        methods.append(method)
+    facts = {"protocol": protocol, "methods": methods}
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + text.encode()).hexdigest()
 
-def _serialized(schema: pa.Schema | None) -> bytes:
-    return b"" if schema is None else schema.serialize().to_pybytes()
 
-class Limit(NamedTuple):
-    """One cap of a server."""
-    value: float | None  # None for none
-    unit: str  # bytes, rows, seconds …
+def described_schemas(info: RpcMethodInfo) -> dict[str, pa.Schema]:
+    """``params``, ``result`` and ``header`` with all that is told of them; made once, kept at the method."""
+    if "described" not in vars(info):
+        facts = {DOC_KEY: text_of(info.doc or ""), SIGNATURE_KEY: info.signature()}
+        facts[PARAM_DOCS_KEY] = json.dumps(info.param_docs)
+        fields = _described_fields(info.params, info.param_types)
+        for at, codec in enumerate(info.params.codecs):
+            row = RowCodec([("default", codec)])
+            with contextlib.suppress(KeyError, Mismatch):  # there is none, or one that no caller may send
+                batch = row.to_batch(row.encode([info.param_defaults[fields[at].name]]))
+                told = {**fields[at].metadata, DEFAULT_KEY: stream_bytes(row.wire, [(batch, None)])}
+                fields[at] = fields[at].with_metadata(told)
+        schemas = {"params": pa.schema(fields, metadata=facts)}
+        schemas["result"] = pa.schema(_described_fields(info.result, {"result": info.result_type}))
+        schemas["header"] = EMPTY_SCHEMA
+        if info.header is not None:
+            schemas["header"] = pa.schema(_described_fields(info.header.row, info.header.annotations))
+        vars(info)["described"] = schemas
+    return cast("dict[str, pa.Schema]", vars(info)["described"])
 
-    def __str__(self) -> str:
-        shown = f"{self.value:,}" if isinstance(self.value, int) else f"{self.value or 0:,g}"
-        return "none" if self.value is None else f"{shown} {self.unit}"
 
-_LIMITS: dict[str, tuple[str, float | None]] = {  # all that a server may have: unit, and the value where no option changes it
-    "max_request_bytes": ("bytes", None), "max_json_request_bytes": ("bytes", None), "max_response_bytes": ("bytes", None),
-    "max_decoded_bytes": ("bytes", None), "free_decoded_bytes": ("bytes, or 1,024 times the compressed ones", None),
-    "max_rows": ("rows", None), "free_rows": ("rows, or 8 for each byte of the batch", FREE_ROWS),
-    "max_columns": ("columns", MAX_COLUMNS), "max_nesting": ("levels", MAX_NESTING),
-    "max_metadata_bytes": ("bytes", MAX_METADATA_BYTES), "max_error_message_chars": ("characters", MAX_ERROR_MESSAGE_CHARS),
-    "max_traceback_chars": ("characters", MAX_TRACEBACK_CHARS), "max_error_details_bytes": ("bytes", MAX_ERROR_DETAILS_BYTES),
-    "max_request_id_chars": ("characters", MAX_REQUEST_ID_CHARS), "max_turns": ("turns", None),
-    "max_turns_seconds": ("seconds", None), "token_ttl": ("seconds", None), "token_clock_skew": ("seconds", None),
-    "max_state_bytes": ("bytes", None), "call_state_cache_entries": ("tokens", None), "max_head_bytes": ("bytes", None),
-    "max_headers": ("headers", None), "max_connections": ("connections", None), "tls_handshake_timeout": ("seconds", None),
-    "read_timeout": ("seconds", None), "request_deadline": ("seconds", None), "keep_alive_timeout": ("seconds", None),
-    "idle_timeout": ("seconds", None), "drain_grace_seconds": ("seconds", None),
-}
+def _described_fields(row: RowCodec, annotations: Mapping[str, Any]) -> list[pa.Field]:
+    return [_described_field(member, annotations[member.name]) for member in row.schema]
 
-def limits_of(transport: Mapping[str, Any]) -> dict[str, Limit]:
-    """Return the limits of a server: the fixed ones, and those that *transport* gives by name."""
-    named = ((name, unit, transport.get(name, fixed)) for name, (unit, fixed) in _LIMITS.items() if fixed or name in transport)
-    return {name: Limit(value, unit) for name, unit, value in named}
 
-def _limits_told(description: ProtocolDescription) -> dict[str, Limit]:
-    """The limits that came with a description; what is not as we would tell it is passed over."""
-    schemas = (_schema_from_bytes(m.params_schema_ipc) for m in description.methods[:1])
-    told = next((_json_object((schema.metadata or {}).get(LIMITS_KEY)) for schema in schemas), {})
-    good = (types.NoneType, str), (int, str), (float, str)
-    return {k: Limit(*v) for k, v in told.items() if isinstance(v, list) and tuple(map(type, v)) in good}
+def _described_field(member: pa.Field, annotation: Any) -> pa.Field:
+    """A field with what its annotation tells; fields inside its type likewise."""
+    facts: dict[bytes, Any] = {TYPE_KEY: annotation_text(annotation)}
+    bare = unwrapped(annotation)[0]
+    cls: Any = typing.get_origin(bare) or bare
+    inner = typing.get_args(bare)
+    kind = member.type
+    is_enum = isinstance(cls, type) and issubclass(cls, enum.Enum)
+    is_dataclass = dataclasses.is_dataclass(cls) or ArrowSerializableDataclass in getattr(cls, "__mro__", ())
+    if is_enum or is_dataclass:
+        doc = vars(cls).get("__doc__") or ""
+        if doc != "An enumeration." and not doc.startswith(f"{cls.__name__}("):  # by Python, not by a person
+            facts[DOC_KEY] = text_of(inspect.cleandoc(doc))
+    if is_enum:
+        facts[ENUM_KEY] = "\n".join(cls.__members__)
+    elif is_dataclass:
+        known = cast("DataclassCodec", codec_for(bare).dataclass)
+        fields = _described_fields(known.row, known.annotations)
+        if pa.types.is_struct(kind):
+            kind = pa.struct(fields)
+        else:
+            facts[STRUCT_KEY] = pa.schema(fields).serialize().to_pybytes()
+    elif pa.types.is_map(kind) and inner:
+        parts = map(_described_field, (kind.key_field, kind.item_field), inner)
+        kind = pa.map_(*parts, keys_sorted=kind.keys_sorted)
+    elif (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)) and inner:
+        kind = pa.list_(_described_field(kind.value_field, inner[0]), getattr(kind, "list_size", -1))
+    return member.with_type(kind).with_metadata(facts)
 
-def describe_service(service: HostedService, limits: Mapping[str, Limit]) -> ProtocolDescription:
-    """Return the reflection answer for one hosted protocol; the *limits* travel with its first method."""
-    more = itertools.chain([{LIMITS_KEY: json.dumps(limits).encode()}], itertools.repeat({}))
-    methods = [_method_summary(bound, told) for (_, bound), told in zip(sorted(service.methods.items()), more)]
+
+def told_text(member: pa.Field | pa.Schema, key: bytes) -> str:
+    """What the metadata of a described field or schema says under *key*; empty where it says nothing."""
+    return str((member.metadata or {}).get(key, b""), "utf-8", "replace")
+
+
+def type_of(member: pa.Field) -> str:
+    """The type of a described field as a person writes it, else its Arrow type."""
+    return told_text(member, TYPE_KEY) or type_text(member.type)
+
+
+def struct_schema(member: pa.Field) -> pa.Schema | None:
+    """The schema of the dataclass in a described binary field; ``None`` where none is told."""
+    with contextlib.suppress(EOFError, IPCError):
+        return IpcReader(BufferSource((member.metadata or {}).get(STRUCT_KEY, b""))).schema
+    return None
+
+
+def describe_service(service: HostedService) -> ProtocolDescription:
+    """Return the reflection answer for one hosted protocol."""
+    methods = []
+    for name, bound in sorted(service.methods.items()):
+        info = bound.info
+        kind = ""
+        if info.method_type is MethodType.STREAM:
+            kind = {True: "exchange", False: "producer", None: "unknown"}[bound.is_exchange]
+        schemas = described_schemas(info).values()
+        data: Any = [s.serialize().to_pybytes() if s.names or s.metadata else b"" for s in schemas]
+        has_header = info.header is not None
+        told = MethodSummary(name, info.method_type.value, info.has_return, has_header, kind, *data)
+        told.idempotency = info.idempotency
+        told.deprecated = info.deprecation is not None
+        told.deprecation_message = info.deprecation or ""
+        methods.append(told)
     return ProtocolDescription(service.name, service.version, service.hash, methods=methods)
 
-def _method_summary(bound: BoundMethod, more: Mapping[bytes, bytes]) -> MethodSummary:
-    info, stream = bound.info, ""
-    if info.method_type is MethodType.STREAM:
-        kinds = {_is_exchange(s) for s in bound.state_types} or {info.is_exchange}
-        stream = {True: "exchange", False: "producer", None: "unknown"}[kinds.pop() if len(kinds) == 1 else None]
-    return MethodSummary(
-        info.name, info.method_type.value, info.has_return, info.header is not None, stream,
-        params_schema_ipc=_serialized(info.params_schema.with_metadata({**_told(info), **more})),
-        result_schema_ipc=_serialized(info.result_schema if info.has_return else None),
-        header_schema_ipc=_serialized(info.header.row.schema if info.header else None),
-        idempotency=info.idempotency, deprecated=info.deprecation is not None, deprecation_message=info.deprecation or "",
-    )
 
-def _told(info: RpcMethodInfo) -> dict[bytes, bytes]:
-    """What reflection's own fields have no room for, as metadata of the parameters' schema: other peers pass over it."""
-    defaults = {}
-    for name, value in info.param_defaults.items():
-        with contextlib.suppress(TypeError, ValueError):  # a default that JSON cannot say is not told
-            defaults[name] = json.loads(json.dumps(value.name if isinstance(value, enum.Enum) else value, allow_nan=False))
-    facts = {DOC_KEY: info.doc or "", DEFAULTS_KEY: json.dumps(defaults), PARAM_DOCS_KEY: json.dumps(info.param_docs)}
-    return {key: text.encode("utf-8", "backslashreplace") for key, text in facts.items()}
+class MethodDescription(RpcMethodInfo):
+    """One method of a server, as a client learns of it, and can call it without the Protocol class.
 
-@dataclass(frozen=True)
-class MethodDescription:
-    """One method of a server, as a client learns of it."""
-    name: str
-    method_type: MethodType
-    has_return: bool  # whether a unary method returns something
-    params_schema: pa.Schema  # 1 row x len(parameters) columns
-    result_schema: pa.Schema  # 1 row x 1 column, or empty
-    has_header: bool = False  # whether its stream sends a header
-    header_schema: pa.Schema | None = None
-    is_exchange: bool | None = None  # None where the server does not say
-    idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
-    deprecation: str | None = None  # why not to use it
-    doc: str = ""  # this, defaults and their like are told by our own servers only
-    param_defaults: Mapping[str, Any] = field(default_factory=dict)  # as JSON says them, by parameter
-    param_docs: Mapping[str, str] = field(default_factory=dict)
+    Its values are those of pyarrow: bytes for a dataclass as parameter or result, a dict for one inside of
+    other values, an enum's member by its name. Docs and defaults are told by our own servers only.
+    """
 
-@dataclass(frozen=True)
-class ServiceDescription:
+    @property
+    def has_header(self) -> bool:
+        """Whether its stream sends a header."""
+        return self.header is not None
+
+    @property
+    def header_schema(self) -> pa.Schema | None:
+        """The schema of the header, ``None`` where there is none."""
+        return described_schemas(self)["header"] if self.has_header else None
+
+    def signature(self) -> str:
+        """Return the signature as the server tells it, else with Arrow's types."""
+        return told_text(self.params_schema, SIGNATURE_KEY) or super().signature()
+
+
+class ServiceDescription(NamedTuple):
     """One protocol of a server, as a client learns of it."""
+
     protocol_name: str  # routing name
     request_version: str  # of the wire
     describe_version: str  # of the reflection answer
@@ -3261,701 +3415,275 @@ class ServiceDescription:
     server_id: str  # 12 hex characters
     methods: Mapping[str, MethodDescription]
     protocol_version: str = ""  # MAJOR.MINOR.PATCH, empty when it declares none
-    limits: Mapping[str, Limit] = field(default_factory=dict)  # by name; told by our own servers only
 
-def _service_description(listed: ProtocolList, described: ProtocolDescription) -> ServiceDescription:
-    methods = types.MappingProxyType({m.name: _method_description(m) for m in described.methods})
-    return ServiceDescription(described.protocol, listed.request_version, DESCRIBE_VERSION, described.protocol_hash,
-                              listed.server_id, methods, described.protocol_version, _limits_told(described))
 
-def _method_description(m: MethodSummary) -> MethodDescription:
-    params = _schema_from_bytes(m.params_schema_ipc)
-    told = params.metadata or {}
-    return MethodDescription(
-        m.name, MethodType.STREAM if m.method_type == "stream" else MethodType.UNARY, m.has_return,
-        params.remove_metadata(), _schema_from_bytes(m.result_schema_ipc), m.has_header,
-        _schema_from_bytes(m.header_schema_ipc) if m.has_header else None,
-        {"exchange": True, "producer": False}.get(m.stream_kind), m.idempotency,
-        m.deprecation_message if m.deprecated else None, told.get(DOC_KEY, b"").decode("utf-8", "replace"),
-        _json_object(told.get(DEFAULTS_KEY)), _json_object(told.get(PARAM_DOCS_KEY)))
+def service_description(listed: ProtocolList, answer: ProtocolDescription) -> ServiceDescription:
+    """Return what a client shows of a server's two answers; raises `IPCError` for a broken schema."""
+    methods = {summary.name: _method_description(summary, answer) for summary in answer.methods}
+    ids = (answer.protocol, listed.request_version, DESCRIBE_VERSION, answer.protocol_hash, listed.server_id)
+    return ServiceDescription(*ids, types.MappingProxyType(methods), answer.protocol_version)
+
+
+def _method_description(summary: MethodSummary, service: ProtocolSummary) -> MethodDescription:
+    facts: dict[str, Any] = {}
+    schemas = {}
+    for what in ("params", "result", "header"):
+        data = getattr(summary, f"{what}_schema_ipc")
+        schemas[what] = IpcReader(BufferSource(data)).schema if data else EMPTY_SCHEMA
+        kinds = {m.name: Annotated[object, ArrowType(m.type, m.nullable)] for m in schemas[what]}
+        facts[what] = RowCodec((name, codec_for(kind)) for name, kind in kinds.items())
+    params = schemas["params"]
+    defaults = {}
+    for member, codec in zip(params, facts["params"].codecs):
+        # One that cannot be read is left out: TypeError and LookupError where it is no stream of one value.
+        with contextlib.suppress(IPCError, EOFError, RequestTooLargeError, TypeError, LookupError):
+            source = BufferSource((member.metadata or {})[DEFAULT_KEY])
+            batch, _ = cast("Any", IpcReader(source, IpcLimits(max_rows=1)).next())
+            defaults[member.name] = RowCodec([(member.name, codec)]).from_batch(batch)[0]
+    facts["method_type"] = MethodType.UNARY
+    facts["result_type"] = None
+    if summary.method_type == "stream":
+        facts.update(method_type=MethodType.STREAM, result_type="Stream")
+    elif summary.has_return:
+        facts["result_type"] = type_of(schemas["result"].field(0))
+    header = None
+    if summary.has_header:  # it stays a batch
+        header = types.SimpleNamespace(row=facts["header"], from_batch=lambda batch: batch)
+    if summary.deprecated:
+        facts["deprecation"] = summary.deprecation_message
+    facts.update(name=summary.name, has_return=summary.has_return, header=header)
+    facts.update(protocol_name=service.protocol, protocol_version=service.protocol_version)
+    facts.update(params_schema=params, result_schema=schemas["result"], doc=told_text(params, DOC_KEY))
+    facts.update(param_defaults=defaults, param_docs=json_object(told_text(params, PARAM_DOCS_KEY)))
+    facts["param_types"] = {member.name: type_of(member) for member in params}
+    facts["is_exchange"] = {"exchange": True, "producer": False}.get(summary.stream_kind)
+    method = MethodDescription(**facts, idempotency=summary.idempotency)
+    vars(method)["described"] = schemas
+    return method
 
 
 # ============================================================================
 # 11. TOKENS ........................................... uses 1-10
 # ============================================================================
-# Seals a stream's state so that only this service's own can come back (WIRE section 6). HMAC-SHA256 over half, binding,
-# time and content; signed, not encrypted: a client can read what is inside.
-# Law: nothing of a token is looked at before its seal was found good; every fault of a seal has the same answer.
+# Seals a stream's state so that only this service's own can come back: HMAC-SHA256 over
+# half, binding, time and content. It is signed, not encrypted: a client can read what is inside. Law: nothing
+# of a token is looked at before its seal was found good; every fault of a seal has the same answer.
+#
+#   token = base64(version 2: u8 · packed by zlib: u8 · time in ms: u64 · content · HMAC: 32 bytes)
 
-_TOKEN_REFUSED = "state token refused: not issued by this service for this call; start the stream again"
+TOKEN_REFUSED = "state token refused: not issued by this service for this call; start the stream again"
+TOKEN_OUTDATED = "state token refused: issued by another version of the service; start the stream again"
+_FRAME = struct.Struct("<B?Q")
+_VERSION = 2
 _MAC_BYTES = 32
-_STORED, _ZLIB, _ZSTD = 0, 1, 2
-_SAMPLE_BYTES, _WORTH = 4_096, 0.7
-# What fits into the first flight of a TCP connection (ten segments, RFC 6928) arrives no sooner for being shorter, and packing
-# takes longer than all else that is done with it. A token grows by a third in base64.
-_COMPRESS_BODY_FROM_BYTES, _COMPRESS_STATE_FROM_BYTES = 14_000, 10_000
-_MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
+# What fits into the first flight of a TCP connection (ten segments, RFC 6928) arrives no sooner for being
+# shorter, and packing takes longer than all else that is done with it. A token grows by a third in base64.
+_COMPRESS_FROM_BYTES = 10_000
 
-@functools.cache
-def _zstd_available() -> bool:
-    return bool(pa.Codec.is_available("zstd"))
 
-def zstd_compress(data: _Buffer, level: int = 1) -> bytes:
-    """Compress with pyarrow's own zstd codec."""
-    return cast("bytes", pa.Codec("zstd", compression_level=level).compress(data, asbytes=True))
+def token_keys(given: bytes | str | Sequence[bytes]) -> list[bytes]:
+    """Read the option ``token_key``: the first key signs, all of them verify.
 
-def _zstd_size(data: _Buffer) -> int:
-    """The decoded size that a zstd frame's header gives (RFC 8878 section 3.1.1.1), -1 when it gives none."""
-    head = bytes(memoryview(data)[:18])
-    if len(head) < 6 or head[:4] != b"\x28\xb5\x2f\xfd":
-        return -1
-    single, code = head[4] >> 5 & 1, head[4] >> 6
-    start, width = 5 + (not single) + (0, 1, 2, 4)[head[4] & 3], (single, 2, 4, 8)[code]
-    return int.from_bytes(head[start : start + width], "little") + (256 if code == 1 else 0) if width else -1
-
-def zstd_decompress(data: _Buffer, limit: int) -> bytes:
-    """Decompress at most *limit* bytes, else `RequestTooLargeError` with no more decoded; `IPCError` unless it is whole."""
-    size = _zstd_size(data)
-    if 0 < size <= min(limit, 64 * len(data)):  # one call instead of a stream; a header that lies is left to the stream
-        with contextlib.suppress(*_ARROW_FAILURES):
-            whole = cast("bytes", pa.Codec("zstd").decompress(data, size, asbytes=True))
-            if len(whole) == size:
-                return whole
-    pieces, left, room = [], limit + 1, memoryview(bytearray(min(max(8 * len(data), 1 << 12), 1 << 20)))
-    try:
-        with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
-            # Not read(): pyarrow loses the bytes object that it has made when the data turn out to be bad.
-            while left > 0 and (got := stream.readinto(room[:left])):
-                pieces.append(bytes(room[:got]))
-                left -= got
-    except _ARROW_FAILURES as exc:
-        raise IPCError(f"zstd: {_text_of(exc)}") from None
-    if left <= 0:
-        raise RequestTooLargeError(f"zstd: expected at most {limit} decoded bytes, got more")
-    if not pieces and len(data):
-        raise IPCError("zstd: nothing to decode in it")
-    return b"".join(pieces)
-
-def gzip_decompress(data: _Buffer, limit: int, window: int = 31) -> bytes:
-    """Decompress at most *limit* bytes of gzip (or zlib, with *window* 15); raises as `zstd_decompress`."""
-    decoder = zlib.decompressobj(window)
-    try:
-        out = decoder.decompress(data, limit + 1)
-    except zlib.error as exc:
-        raise IPCError(f"gzip: {exc}") from None
-    if len(out) > limit:
-        raise RequestTooLargeError(f"gzip: expected at most {limit} decoded bytes, got more")
-    if not decoder.eof or decoder.unused_data:
-        raise IPCError("gzip: cut off" if not decoder.eof else "gzip: trailing bytes")
-    return out
+    A line end behind a key, which an editor leaves there, is no part of it. Raises ``TypeError`` for what is
+    neither bytes, nor a sequence of them, nor text, and ``ValueError`` for no key or one under 16 bytes.
+    """
+    keys: list[Any] = [given]
+    if isinstance(given, str):
+        keys = [key.strip().encode() for key in given.split(",") if key.strip()]
+    elif isinstance(given, Iterable) and not isinstance(given, bytes):
+        keys = list(given)
+    for at, key in enumerate(keys):
+        if not isinstance(key, bytes):
+            wanted = "bytes, a sequence of bytes, or text with keys separated by commas"
+            raise TypeError(
+                f"token_key: expected {wanted}, got {type(key).__name__} in {type(given).__name__}"
+            )
+        if re.fullmatch(rb"[ -~]+\r?\n", key):  # not of random bytes, which may end so
+            keys[at] = key.rstrip(b"\r\n")
+    if not keys or min(map(len, keys)) < 16:
+        sizes = ", ".join(str(len(key)) for key in keys) or "no key"
+        raise ValueError(f"token_key: expected at least 16 bytes, got {sizes}")
+    return keys
 
 
 class TokenSealer:
-    """Seals and opens state tokens. Safe for use by several threads. The first of *keys* signs, all verify; none, or one under
-    16 bytes, is a `ValueError`. *ttl* is how old a token may be, in seconds, 0 for any age. *clock* gives seconds since the
-    epoch and can be turned by tests."""
-    def __init__(self, keys: Sequence[bytes], ttl: float = TOKEN_TTL_SECONDS, clock: Callable[[], float] = time.time) -> None:
-        if not keys or any(len(k) < 16 for k in keys):
-            raise ValueError(f"token key: expected at least 16 bytes, got {[len(k) for k in keys] or 'none'}")
-        self._begun, self.ttl, self.clock = [hmac.new(k, digestmod="sha256") for k in keys], ttl, clock
+    """Seals and opens state tokens, good for *ttl* seconds (0: for ever). Several threads may use it."""
 
-    @staticmethod
-    def _mac(begun: hmac.HMAC, half: bytes, binding: Sequence[bytes], sealed: bytes) -> bytes:
-        mac = begun.copy()
-        mac.update(_bound_to(half, *binding))
-        mac.update(sealed)
-        return mac.digest()
+    def __init__(self, keys: Sequence[bytes], ttl: float = TOKEN_TTL_SECONDS, clock: Any = time.time) -> None:
+        self._keys = token_keys(keys)
+        self._ttl = ttl
+        self._clock = clock
+
+    def check_size(self, content: bytes) -> None:
+        """Raise `ResponseTooLargeError` for a content that `open` would refuse: above 256 MiB."""
+        if len(content) > MAX_STATE_BYTES:
+            text = f"stream state: expected at most {MAX_STATE_BYTES} bytes, got {len(content)}"
+            raise ResponseTooLargeError(f"{text}; keep what is large elsewhere, and in the state where it is")
 
     def seal(self, half: bytes, binding: Sequence[bytes], content: bytes) -> bytes:
-        """Return *content* as a token (base64), bound to *half* (which half of the state it is) and *binding*."""
-        method = _STORED
-        if len(content) >= _COMPRESS_STATE_FROM_BYTES:
-            packed = zstd_compress(content) if _zstd_available() else zlib.compress(content, 1)
-            if len(packed) < len(content):
-                method, content = (_ZSTD if _zstd_available() else _ZLIB), packed
-        sealed = struct.pack("<BBQ", 1, method, int(self.clock() * 1000)) + content
-        return binascii.b2a_base64(sealed + self._mac(self._begun[0], half, binding, sealed), newline=False)
+        """Return *content* as a token, bound to *half* (which half of the state it is) and *binding*."""
+        self.check_size(content)
+        packed = content
+        if len(content) >= _COMPRESS_FROM_BYTES:
+            packed = min(content, zlib.compress(content, 1), key=len)
+        sealed = _FRAME.pack(_VERSION, packed is not content, int(self._clock() * 1000)) + packed
+        return binascii.b2a_base64(sealed + self._mac(self._keys[0], half, binding, sealed), newline=False)
 
     def open(self, half: bytes, binding: Sequence[bytes], token: bytes | None, *, aged: bool = True) -> bytes:
-        """Return the content of a token that was sealed for the same *half* and *binding*; `ttl` applies if *aged*.
-        Raises `TokenError`: any fault of the seal in one uniform text; or, the seal being good, too old or from the future."""
-        try:
-            raw = base64.b64decode(token or b"", validate=True)
-        except (binascii.Error, ValueError):
-            raw = b""
-        sealed, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
-        # All keys, always: the time taken does not tell which one fits.
-        good = sum([hmac.compare_digest(self._mac(key, half, binding, sealed), mac) for key in self._begun])
-        # Base64 has spare bits at its end; only the spelling that we would write is ours, and only version 1 is.
-        if not good or len(sealed) < 10 or binascii.b2a_base64(raw, newline=False) != token or sealed[0] != 1:
-            raise TokenError(_TOKEN_REFUSED)
-        method, issued = struct.unpack_from("<BQ", sealed, 1)
-        self.check_age(issued / 1000, aged)
-        packed = sealed[10:]
-        if method == _ZSTD:
-            return zstd_decompress(packed, _MAX_STATE_BYTES)
-        return packed if method == _STORED else gzip_decompress(packed, _MAX_STATE_BYTES, 15)
+        """Return the content of a token that was sealed for the same *half* and *binding*.
 
-    def check_age(self, issued: float, aged: bool = True) -> None:
-        """Raise `TokenError` for a token of that time (of the clock) that is too old, if *aged*, or from the future."""
-        age = self.clock() - issued
+        Raises `TokenError`: for any fault of the seal; else for one from the future or, if *aged*, too old.
+        """
+        try:
+            raw = binascii.a2b_base64(token or b"")
+        except ValueError:
+            raw = b""
+        sealed = raw[:-_MAC_BYTES]
+        # All keys, always: the time taken does not tell which one fits.
+        macs = [self._mac(key, half, binding, sealed) for key in self._keys]
+        good = sum([hmac.compare_digest(mac, raw[-_MAC_BYTES:]) for mac in macs])
+        # Base64 has many spellings for the same bytes; only the one that we would write is ours.
+        if not good or len(sealed) < _FRAME.size or binascii.b2a_base64(raw, newline=False) != token:
+            raise TokenError(TOKEN_REFUSED)
+        version, is_packed, issued = _FRAME.unpack_from(sealed)
+        if version != _VERSION:
+            raise TokenError(TOKEN_OUTDATED)
+        age = self._clock() - issued / 1000
         if age < -TOKEN_CLOCK_SKEW_SECONDS:
             raise TokenError("state token refused: issued in the future; check the servers' clocks")
-        if aged and self.ttl and age > self.ttl:
-            raise TokenError(f"token expired: {age:.0f} s old, at most {self.ttl:g} s are allowed; start the stream again")
+        if aged and self._ttl and age > self._ttl:
+            limit = f"at most {self._ttl:g} s are allowed"
+            raise TokenError(f"token expired: {age:.0f} s old, {limit}; start the stream again")
+        content = sealed[_FRAME.size :]
+        if is_packed:  # within the limit: the seal is good, so that a server with our key packed it
+            content = zlib.decompressobj().decompress(content, MAX_STATE_BYTES)
+        return content
 
-def pack_parts(parts: Sequence[bytes]) -> bytes:
+    @staticmethod
+    def _mac(key: bytes, half: bytes, binding: Sequence[bytes], sealed: bytes) -> bytes:
+        # The parts carry their lengths, so that no two bindings give the same bytes.
+        return hmac.digest(key, b"vgi_rpc.token.v1" + pack_parts((half, *binding)) + sealed, "sha256")
+
+
+def pack_parts(parts: Iterable[bytes]) -> bytes:
     """Join byte strings so that `unpack_parts` gets them back: each is preceded by its length."""
-    return b"".join([piece for part in parts for piece in (_LENGTH(len(part)), part)])
+    return b"".join([len(part).to_bytes(4, "little") + part for part in parts])
 
-_LENGTH = struct.Struct("<I").pack
-
-@functools.lru_cache(maxsize=256)
-def _bound_to(*binding: bytes) -> bytes:
-    """What a seal covers in front of the content; no two bindings give the same bytes."""
-    return b"vgi_rpc.token.v1" + pack_parts(binding)
 
 def unpack_parts(data: bytes, count: int) -> list[bytes]:
-    """Split what `pack_parts` joined and was sealed; `TokenError` for other than *count* parts: another version wrote it."""
-    parts, at = [], 0
+    """Split what `pack_parts` joined and was sealed; `TokenError` unless it is *count* parts."""
+    parts = []
+    at = 0
     while at + 4 <= len(data):
-        (size,) = struct.unpack_from("<I", data, at)
-        parts.append(data[at + 4 : at + 4 + size])
-        at += 4 + size
+        end = at + 4 + int.from_bytes(data[at : at + 4], "little")
+        parts.append(data[at + 4 : end])
+        at = end
     if len(parts) != count or at != len(data):
-        raise TokenError(_TOKEN_REFUSED)
+        raise TokenError(TOKEN_OUTDATED)
     return parts
 
 
 # ============================================================================
-# 12. SERVER CORE ...................................... uses 1-11
+# 12. BYTE CHANNELS .................................... uses 1-11
 # ============================================================================
-# resolve -> begin -> turn -> end, for every transport: no socket, no thread, no file. A byte stream and an HTTP handler are
-# thin shells around a `Call`. The rules of a turn (one data batch, logs before data, finish, the error batch, cancel)
-# stand in Call and nowhere else. Law: a turn never raises the method's exception, it returns it.
-
-
-@dataclass
-class CallRecord:
-    """The facts of one call, or of one HTTP request of a stream: what hooks and the access log see."""
-    protocol: str = ""  # routing name
-    protocol_hash: str = ""  # its fingerprint
-    method: str = ""
-    method_type: str = "unary"  # or "stream"
-    request_id: str = ""
-    kind: TransportKind = TransportKind.PIPE
-    auth: AuthContext = _ANONYMOUS  # who calls
-    remote_addr: str = ""  # peer address, empty for pipes
-    transport_metadata: Mapping[str, Any] = field(default_factory=dict)  # traceparent, tracestate and what else is known
-    stream_id: str = ""  # the same for every request of one stream, empty for unary calls
-    request_schema: pa.Schema | None = None  # of the parameters; None when this is a later request of a stream
-    request_rows: int = 0
-    http: dict[str, int] = field(default_factory=dict)  # over HTTP: http_status, request_bytes, response_bytes
-    cancelled: bool = False  # by the client
-    statistics: CallStatistics = field(default_factory=CallStatistics)
-    duration_ms: float = 0.0  # set at the end
-
-class DispatchHook(Protocol):
-    """Hears of each call, on the thread that serves it, for tracing and metrics; what it raises is logged and ignored."""
-    def on_dispatch_start(self, record: CallRecord) -> Any:
-        """Called before the method; what it returns is handed to `on_dispatch_end`."""
-
-    def on_dispatch_end(self, token: Any, record: CallRecord, error: BaseException | None) -> None:
-        """Called after the last turn, with what the method raised."""
-
-def _tell(hook: DispatchHook, event: str, *facts: Any) -> Any:
-    try:
-        return getattr(hook, event)(*facts)
-    except BaseException:  # SystemExit too: a hook must not end the server
-        logger.exception("%s of %r raised", event, hook)
-        return None
-
-class Caller(NamedTuple):
-    """What a transport knows of the other side of a call."""
-    kind: TransportKind = TransportKind.PIPE
-    auth: AuthContext = _ANONYMOUS  # who calls
-    remote_addr: str = ""  # peer address, empty for pipes
-    metadata: Mapping[str, Any] = types.MappingProxyType({})  # further facts for ctx.transport_metadata
-    gone: Callable[[], bool] | None = None  # whether the client has left; None when the transport cannot know
-    response_limit_bytes: int | None = None  # what the caller accepts as one answer
-    limits: Mapping[str, Limit] = types.MappingProxyType({})  # of server and transport, by name
-
-class Turn(NamedTuple):
-    """What one turn sends."""
-    schema: pa.Schema  # of the batches
-    items: list[tuple[pa.RecordBatch, Any]]  # logs, then data (also a `PlainBatch`), then an error; each with its metadata
-    finished: bool  # whether nothing follows
-    error: BaseException | None = None  # what was raised; its error batch is already the last of the items
-    status: int = 200  # HTTP status of the answer
-
-    @property
-    def data_index(self) -> int | None:
-        """Position of the data batch in `items`, ``None`` when the turn sent none."""
-        if self.error is not None or not self.items:
-            return None
-        batch, metadata = self.items[-1]
-        return len(self.items) - 1 if batch_kind(batch.num_rows, metadata) is BatchKind.DATA else None
-
-
-class Call:
-    """One call being served: `begin`, for a stream `turn` after `turn`, then `end`; used by one thread at a time."""
-    def __init__(self, server: ServerCore, bound: BoundMethod, caller: Caller, request: Request | None,
-                 request_id: str) -> None:
-        self.server, self.bound, self.caller, self.request_id = server, bound, caller, request_id
-        self.started, self._request = time.monotonic(), request
-        self.stream: Stream[Any, Any] | None = None  # once `begin` returned one
-        self.cancelled = False  # by the client
-        self._messages: list[Message] = []
-        self._error: BaseException | None = None
-        timeout = request.timeout if request is not None else None
-        # When the client stops waiting, in seconds of ``time.monotonic()``; over HTTP it is another one for each turn.
-        self.deadline = None if timeout is None else self.started + timeout
-        self._tokens = [_tell(hook, "on_dispatch_start", self.record) for hook in server._hooks]
-
-    # Most calls have no hook that wants the record and no method that asks for the context: both are made when asked for.
-
-    @functools.cached_property
-    def context(self) -> CallContext:
-        """What the method may ask."""
-        info, hosted, caller = self.bound.info, self.bound.hosted, self.caller
-        return CallContext(
-            caller.auth, self._messages.append, self._transport_metadata, server_id=self.server.server_id,
-            method_name=info.name, protocol_name=hosted.name, kind=caller.kind, implementation=hosted.implementation,
-            request_id=self.request_id, deadline=self.deadline, response_limit_bytes=caller.response_limit_bytes,
-            _gone=caller.gone, _limits=caller.limits)
-
-    @functools.cached_property
-    def record(self) -> CallRecord:
-        """What hooks and the access log see."""
-        info, hosted, caller, request = self.bound.info, self.bound.hosted, self.caller, self._request
-        return CallRecord(
-            hosted.name, hosted.hash, info.name, info.method_type.value, self.request_id, caller.kind, caller.auth,
-            caller.remote_addr, self._transport_metadata, self.stream_id,
-            request.schema if request is not None else None, request.rows if request is not None else 0)
-
-    @functools.cached_property
-    def _transport_metadata(self) -> dict[str, Any]:
-        sent, where = self._request.metadata if self._request is not None else {}, self.caller.remote_addr
-        traces = {key.decode(): sent[key].decode("utf-8", "replace") for key in TRACE_KEYS if key in sent}
-        return {**self.caller.metadata, **traces, **({"remote_addr": where} if where else {})}
-
-    @functools.cached_property
-    def stream_id(self) -> str:
-        """What all requests of one stream have in common in the access log."""
-        return os.urandom(16).hex() if self.bound.info.method_type is MethodType.STREAM else ""
-
-    def note(self, stream_id: str = "", **http: int) -> None:
-        """Keep facts for the record: those of HTTP, and the id of a stream that other requests began."""
-        self.stream_id = stream_id or self.stream_id
-        if self._tokens:
-            self.record.stream_id = self.stream_id
-            self.record.http.update(http)
-
-    def _logs(self, schema: pa.Schema, messages: Iterable[Message] = ()) -> list[tuple[pa.RecordBatch, Any]]:
-        """Pending log lines as batches; the list is emptied."""
-        taken = [*self._messages, *messages]
-        if not taken:
-            return []
-        self._messages.clear()
-        empty, request_id = empty_batch(schema), self.request_id
-        return [(empty, _message_metadata(m, self.server.server_id, request_id)) for m in taken]
-
-    def _failed(self, schema: pa.Schema, exc: BaseException, logs: Iterable[Message] = (), *, refused: bool = False) -> Turn:
-        self._error = exc
-        if not refused and not isinstance(exc, StatusError):
-            logger.debug("%s.%s raised", self.bound.hosted.name, self.bound.info.name, exc_info=exc)
-        items = [*self._logs(schema, logs), self.server.error_item(exc, schema, self.request_id)]
-        return Turn(schema, items, True, exc, exc.http_status if refused and isinstance(exc, _Refusal) else 200)
-
-    def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the application's code with this call as the current one; a deadline that has passed is an error."""
-        token = _current_auth.set(self.caller.auth)
-        try:
-            result = function(*args, **kwargs)
-        finally:
-            _current_auth.reset(token)
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            raise DeadlineExceededError(f"{self.bound.info.name}(): the time that the client allowed has passed")
-        return result
-
-    def refuse(self, exc: BaseException) -> Turn:
-        """Answer with an error without running the method."""
-        return self._failed(EMPTY_SCHEMA if self.bound.info.header else self.bound.info.result_schema, exc, refused=True)
-
-    def begin(self, arguments: dict[str, Any]) -> Turn:
-        """Run the method and return a unary method's whole answer, or the header turn of a stream. That is logs and the header
-        row; without a header no items and an empty schema, and the logs go with the first turn."""
-        info, request = self.bound.info, self._request
-        if type(request) is Request:
-            self.server.remember(self.bound, request)
-        if self._tokens and request is not None:
-            self.record.statistics.input_batches += 1
-            self.record.statistics.input_rows += request.rows
-        if self.bound.context_parameter is not None:
-            arguments = {**arguments, self.bound.context_parameter: self.context}
-        try:
-            result = self._run(self.bound.function, **arguments)
-            if info.method_type is MethodType.UNARY:
-                batch = result_batch(info, result)
-                if self._tokens:
-                    self.record.statistics.record_output(batch)
-                return Turn(info.result_schema, [*self._logs(info.result_schema), (batch, None)], True)
-            self.stream = self._checked_stream(result)
-            if self.stream.call_state is not None:
-                self._run(self.stream.state.bind_call_state, self.stream.call_state)
-            if info.header is None:
-                return Turn(EMPTY_SCHEMA, [], False)
-            header = header_batch(info, self.stream.header)
-            return Turn(header.schema, [*self._logs(header.schema), (header, None)], False)
-        except BaseException as exc:  # SystemExit and KeyboardInterrupt raised by a method must not end the server
-            self.stream = None
-            return self._failed(info.result_schema, exc)
-
-    def _checked_stream(self, value: Any) -> Stream[Any, Any]:
-        where = f"{self.bound.info.name}() result: "
-        if not isinstance(value, Stream):
-            raise ParameterError(f"{where}expected a Stream, got {_got(value)}")
-        for name, expected in (("state", StreamState), ("output_schema", pa.Schema), ("input_schema", pa.Schema)):
-            if not isinstance(getattr(value, name), expected):
-                raise ParameterError(f"{where}Stream.{name}: expected a {expected.__name__}, got {_got(getattr(value, name))}")
-        return value
-
-    def turn(self, given: AnnotatedBatch, *, conforms: bool = False) -> Turn:
-        """Serve one turn of the stream on *given* (a tick for a producer), of which it may be known that it *conforms*."""
-        stream = cast("Stream[Any, Any]", self.stream)
-        schema, producer = stream.output_schema, stream.is_producer
-        out = OutputCollector(schema, producer_mode=producer)
-        if self._tokens:
-            self.record.statistics.record_input(given.batch)
-        try:
-            if not producer and not conforms:
-                batch = conform_batch(given.batch, stream.input_schema, f"{self.bound.info.name}() input", cast_values=True)
-                given = given if batch is given.batch else AnnotatedBatch(batch, given.custom_metadata)
-            context = self.context
-            context.deadline = self.deadline
-            self._run(stream.state.process, given, out, context)
-            out.validate()
-        except BaseException as exc:  # as in begin
-            return self._failed(schema, exc, out.messages)
-        items = self._logs(schema, out.messages)
-        if out._data is not None:
-            if self._tokens:
-                self.record.statistics.record_output(out._data)
-            items.append((out._data, out._metadata))
-        return Turn(schema, items, out.finished)
-
-    def cancel(self) -> None:
-        """Tell the state, once, that the client has cancelled; what ``on_cancel`` raises is swallowed."""
-        if self.cancelled or self.stream is None:
-            return
-        self.cancelled = True
-        try:
-            self._run(self.stream.state.on_cancel, self.context)
-        except BaseException as exc:
-            logger.debug("on_cancel of %s raised", self.bound.info.name, exc_info=exc)
-
-    def end(self) -> None:
-        """Report the call to the hooks and the access log."""
-        if self._tokens:
-            self.record.duration_ms, self.record.cancelled = (time.monotonic() - self.started) * 1000, self.cancelled
-        for hook, token in zip(self.server._hooks, self._tokens):
-            _tell(hook, "on_dispatch_end", token, self.record, self._error)
-
-
-class ServerCore:
-    """What an `RpcServer` is before it has a transport: the hosted protocols and the rules of calling them. Fixed at
-    construction and safe for use by several threads. `protocol_name`, `protocol_version` (empty when there is none),
-    `protocol_hash`, `implementation` and `methods` (by name) are those of the primary protocol."""
-    def __init__(self, protocol: type, implementation: Any, *, extra_protocols: Sequence[tuple[type, Any]] = (),
-                 server_id: str | None = None, server_version: str = "", enable_describe: bool = True,
-                 ipc_validation: IpcValidation | None = None, include_tracebacks: bool = True,
-                 max_request_bytes: int | None = None, max_rows: int | None = None) -> None:
-        self.limits = IpcLimits(max_request_bytes, max_rows)
-        self.server_id = server_id if server_id is not None else os.urandom(6).hex()
-        self.server_version, self.describe_enabled = server_version, enable_describe
-        self.ipc_validation, self.include_tracebacks = ipc_validation or IpcValidation.FULL, include_tracebacks
-        self.services: dict[str, HostedService] = {}
-        for cls, target in [(protocol, implementation), *extra_protocols]:
-            service = bind_implementation(cls, target)
-            if service.name.startswith(RESERVED_PROTOCOL_PREFIX):
-                raise ValueError(f"protocol name {service.name!r}: the prefix {RESERVED_PROTOCOL_PREFIX!r} is reserved")
-            if service.name in self.services:
-                raise ValueError(f"protocol name {service.name!r} is given twice; names must be unique on a server")
-            self.services[service.name] = service
-        if enable_describe:
-            self.services[REFLECTION_PROTOCOL] = bind_implementation(Reflection, self)
-        for service in self.services.values():
-            service.hash = protocol_hash(service.name, [m.info for m in service.methods.values()])
-        self.primary = primary = next(iter(self.services.values()))
-        self.protocol_name, self.protocol_version, self.protocol_hash = primary.name, primary.version, primary.hash
-        self.implementation: Any = primary.implementation
-        self.methods: Mapping[str, RpcMethodInfo] = {name: bound.info for name, bound in primary.methods.items()}
-        self._hooks: list[DispatchHook] = []
-        self._started: set[TransportKind] = set()
-        self._known: dict[bytes, list[tuple[StreamLayout, BoundMethod]]] = {}  # by schema message: requests that were served
-        self._lock, self._active, self.draining = threading.RLock(), 0, False
-        self._state = threading.Condition(self._lock)
-
-    def list_protocols(self) -> ProtocolList:
-        """What reflection answers to ``list_protocols``."""
-        hosted = [ProtocolSummary(s.name, s.version, s.hash) for s in self.services.values()]
-        return ProtocolList(self.server_id, self.server_version, REQUEST_VERSION.decode(), hosted)
-
-    def describe(self, protocol: str, ctx: CallContext) -> ProtocolDescription:
-        """What reflection answers to ``describe``."""
-        return describe_service(self.service(protocol), ctx._limits)
-
-    def service(self, name: str) -> HostedService:
-        """Return a hosted protocol; raises `ProtocolNotSupportedError`, which echoes *name* only if it may be a name."""
-        if name not in self.services:
-            text = "the protocol key does not hold a protocol name"
-            if PROTOCOL_NAME_PATTERN.fullmatch(name):
-                text = f"protocol {name!r} is not hosted{_suggest(name, self.services)}"
-            raise ProtocolNotSupportedError(f"{text}; hosted: {list(self.services)}")
-        return self.services[name]
-
-    def method(self, service: HostedService, name: str) -> BoundMethod:
-        """Return a method of a hosted protocol; raises `MethodNotImplementedError`, which lists those there are."""
-        if name not in service.methods:
-            shown, known = name if len(name) <= 255 and name.isprintable() else "…", sorted(service.methods)
-            raise MethodNotImplementedError(f"{service.name} has no method {shown!r}{_suggest(shown, known)}; it has {known}")
-        return service.methods[name]
-
-    def resolve(self, request: Request, path: tuple[str, str] | None = None) -> BoundMethod:
-        """Find the method that a request asks for; *path* is (protocol, method) where a URL names them, too. Raises
-        `VersionError` or `ProtocolError` for a version, protocol or method that is absent, not ours, or not the path's."""
-        self.check_wire_version(request.metadata)
-        protocol, name = request.text(PROTOCOL_KEY, "the protocol"), request.text(METHOD_KEY, "the method name")
-        if path is not None:
-            if protocol not in (None, path[0]):
-                exc = ProtocolNotSupportedError(f"the path says protocol {path[0]!r}, the request says another one")
-                exc.http_status = 400
-                raise exc
-            if name != path[1]:
-                got = f"{name!r:.100}" if name else "none"
-                raise ProtocolError(f"the path says method {path[1]!r}, the request says {got}")
-            protocol = path[0]
-        if not protocol:
-            hosted = list(self.services)
-            raise ProtocolNotSpecifiedError(f"the request has no {PROTOCOL_KEY.decode()!r} key; this server hosts {hosted}")
-        service = self.service(protocol)
-        if not name:
-            raise ProtocolError(f"the request has no {METHOD_KEY.decode()!r} key: it must name its method")
-        bound = self.method(service, name)
-        self._check_protocol_version(service, request)
-        return bound
-
-    def remember(self, bound: BoundMethod, request: Request) -> None:
-        """Recognise requests like this one, which was found good, from now on. Bounded; safe between threads."""
-        known = self._known.get(request.schema_message, [])
-        layout = request.layout() if len(known) < 16 else None
-        # One that is known comes here, too, when it was not there as a whole or is too long to be looked for.
-        if layout is not None and all(layout.shape != other.shape for other, _ in known):
-            if len(self._known) >= 512:
-                self._known.clear()
-            self._known[request.schema_message] = [(layout, bound), *known]
-
-    def recall(self, data: bytes, at: int) -> tuple[BoundMethod, KnownRequest, int] | None:
-        """Read a request that stands in *data* from *at* on; return its method, the request and where it ends. ``None`` when
-        none like it was served, or it is not there to its end: then it goes the ordinary way."""
-        if len(data) - at < 8:
-            return None
-        schema_message = data[at : at + 8 + struct.unpack_from("<i", data, at + 4)[0]]
-        most = self.limits.max_bytes
-        for layout, bound in self._known.get(schema_message, ()):
-            found = layout.read(data, at)
-            if found is not None and (most is None or found[1] - at <= most):
-                return bound, KnownRequest(bound, layout, found[0]), found[1]
-        return None
-
-    def check_wire_version(self, metadata: _Metadata) -> None:
-        """Raise `VersionError` unless the request speaks our wire version."""
-        version = metadata.get(REQUEST_VERSION_KEY)
-        if version != REQUEST_VERSION:
-            got = "none" if version is None else f"{version!r:.60}"
-            raise VersionError(f"wire version: expected {REQUEST_VERSION!r} in {REQUEST_VERSION_KEY.decode()!r}, got {got}")
-
-    @staticmethod
-    def _check_protocol_version(service: HostedService, request: Request) -> None:
-        if not service.version:
-            return
-        raw = request.metadata.get(PROTOCOL_VERSION_KEY, b"").decode("utf-8", "replace")
-        wanted, got = _parse_version(service.version), _parse_version(raw)
-        if wanted is None or got == wanted:
-            return
-        said = raw if got else f"sent {raw[:60]!r}, which is not MAJOR.MINOR.PATCH" if raw else "sent no version"
-        text = f"protocol {service.name}: the server speaks {service.version}, the client {said}; upgrade the "
-        text += "server" if got and got > wanted else "client"
-        raise ProtocolVersionError(text, protocol=service.name, client_version=raw[:60], server_version=service.version)
-
-    def open_call(self, bound: BoundMethod, caller: Caller, request: Request | None, request_id: str) -> Call:
-        """Start serving a call; raises `ServerDrainingError` while draining."""
-        self.refuse_if_draining()
-        return Call(self, bound, caller, request, request_id)
-
-    def error_item(self, exc: BaseException, schema: pa.Schema, request_id: str) -> tuple[pa.RecordBatch, dict[bytes, bytes]]:
-        """Return the error batch of an exception: the one place where an exception becomes bytes."""
-        show = self.include_tracebacks and not (isinstance(exc, _Refusal) and exc.__traceback__ is None)
-        message = Message.from_exception(exc, include_traceback=show)
-        return empty_batch(schema), _message_metadata(message, self.server_id, request_id)
-
-    def start(self, kind: TransportKind) -> None:
-        """Call the implementations' ``on_serve_start`` once per kind of transport. Raises `StatusError` (UNAVAILABLE) when one
-        fails; the next request asks again."""
-        if kind in self._started:
-            return
-        with self._state:
-            for service in self.services.values() if kind not in self._started else ():
-                hook = getattr(service.implementation, "on_serve_start", None)
-                try:
-                    if callable(hook):
-                        hook(kind)
-                except BaseException as exc:
-                    logger.exception("on_serve_start(%s) of %s raised", kind, service.name)
-                    raise StatusError(f"{service.name} could not start: {_text_of(exc)}", code=Code.UNAVAILABLE) from exc
-            self._started.add(kind)
-
-    def __enter__(self) -> ServerCore:
-        """Count the work inside ``with server`` as running, so that `drain` waits for it."""
-        with self._lock:
-            self._active += 1
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            self._active -= 1
-            if self.draining:
-                self._state.notify_all()
-
-    def refuse_if_draining(self) -> None:
-        """Raise `ServerDrainingError` once `drain` was called."""
-        if self.draining:
-            raise ServerDrainingError("the server is stopping and takes no new calls; try again, another server may answer")
-
-    def drain(self, grace: float = DRAIN_GRACE_SECONDS) -> bool:
-        """Refuse new calls and wait up to *grace* seconds for the running ones; return whether all have ended."""
-        self.draining = True
-        with self._state:
-            return self._state.wait_for(lambda: not self._active, timeout=grace)
-
-    def add_hook(self, hook: DispatchHook) -> None:
-        """Have *hook* called at the start and the end of each call, after those added before it."""
-        self._hooks.append(hook)
-
-
-class AccessLog:
-    """A dispatch hook that writes one JSON line per call (WIRE section 11) to a text file: never a payload, value or token.
-    Lines are written whole, by any thread."""
-    def __init__(self, server: ServerCore, stream: typing.TextIO) -> None:
-        self._server, self._stream, self._lock = server, stream, threading.Lock()
-
-    def on_dispatch_start(self, record: CallRecord) -> None:
-        """Nothing is written before the end."""
-
-    def on_dispatch_end(self, token: Any, record: CallRecord, error: BaseException | None) -> None:
-        """Write the line."""
-        text = json.dumps(self._line(record, error), ensure_ascii=False) + "\n"
-        with self._lock:
-            self._stream.write(text)
-            self._stream.flush()
-
-    def _line(self, record: CallRecord, error: BaseException | None) -> dict[str, Any]:
-        now, status = time.time(), "error" if error else "ok"
-        line: dict[str, Any] = {
-            "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z",
-            "level": "INFO", "logger": "vgi_rpc.access", "message": f"{record.protocol}.{record.method} {status}",
-            "server_id": self._server.server_id, "protocol": record.protocol, "protocol_hash": record.protocol_hash,
-            "method": record.method, "method_type": record.method_type,
-            "principal": record.auth.principal or "", "auth_domain": record.auth.domain or "",
-            "authenticated": record.auth.authenticated, "remote_addr": record.remote_addr,
-            "duration_ms": round(record.duration_ms, 3), "status": status,
-            "error_type": _error_type_of(error) if error else "", "request_id": record.request_id, **record.http,
-        }
-        if error is not None:
-            line.update(error_message=_text_of(error)[:1000], error_code=_error_code_of(error).value)
-        if record.stream_id:
-            line["stream_id"] = record.stream_id
-            line.update({"cancelled": True} if record.cancelled else {})
-        if record.request_schema is not None:
-            line["request_fields"] = [{"name": f.name, "type": str(f.type)} for f in record.request_schema]
-            line["request_rows"] = record.request_rows
-        return {**line, **dataclasses.asdict(record.statistics)}
-
-def configure_access_log(path: str, server: ServerCore) -> None:
-    """Append one JSON line per call of *server* to *path* (else `OSError`); ``-`` is standard error. The file stays open."""
-    stream = sys.stderr if path == "-" else open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-    server.add_hook(AccessLog(server, stream))
-
-
-# ============================================================================
-# 13. BYTE TRANSPORTS .................................. uses 1-12
-# ============================================================================
-# Pipes and sockets as byte channels: exact reads, whole writes, deadlines, hang-up. The shells under which everything
-# above runs. Law: a short read or write is continued, a failure leaves as TransportError, a deadline as DeadlineExceededError.
+# Sockets and pipes as channels of bytes, and the worker processes behind some of them. Law: a short read or write is
+# continued; a failure leaves as TransportError, a deadline as DeadlineExceededError; a connection belongs to the
+# process that opened it.
 
 _RECEIVE_BYTES = 65_536
-_PIPE_BYTES = 262_144  # of a pipe's buffer, where we may choose: more than that falls out of the processor's cache
-_MAX_PIECES = 512  # per writev(2); POSIX allows 1024 on every system we know
 _MAX_IO_BYTES = 1 << 30  # per system call: some systems, and TLS, refuse 2 GiB and more
-_MAX_POLL_SECONDS = 1e6  # poll(2) counts milliseconds in an int
-_TOO_LATE = "no answer within the time allowed"
+_open_channels: weakref.WeakSet[ByteChannel] = weakref.WeakSet()
 
-def _ready(fd: int, event: str, seconds: float = 0.0) -> bool:
-    """Whether the poll(2) *event*, a hang-up or a failure comes within *seconds*."""
-    import select
-    poll = select.poll()
-    poll.register(fd, getattr(select, event, 0))
-    return bool(poll.poll(int(min(seconds, _MAX_POLL_SECONDS) * 1000)))
+
+@functools.cache  # at the first connection
+def _watch_forks() -> None:
+    # A forked child's copy keeps a connection open that its owner has closed: a worker, say, would not leave.
+    def close_copies() -> None:
+        for channel in list(_open_channels):
+            channel.close(hang_up=False)
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=close_copies)
+
+
+def _is_ready(file: Any, writing: bool = False, seconds: float = 0.0) -> bool:
+    """Whether *file* can be read (or written) now or within *seconds*; `ValueError` if it is closed."""
+    if not hasattr(select, "poll"):
+        return any(select.select([] if writing else [file], [file] if writing else [], [], seconds))
+    waiting = select.poll()
+    waiting.register(file.fileno(), select.POLLOUT if writing else select.POLLIN)
+    return bool(waiting.poll(min(seconds, 1e6) * 1000))  # it counts milliseconds in an int
 
 
 class ByteChannel(ByteSource):
-    """One connection: bytes in, bytes out. Used by one thread at a time; `close` may come from any."""
-    def __init__(self) -> None:
-        self._buffer, self._at = b"", 0
+    """Bytes in, bytes out over a connected stream socket, plain or TLS, which it owns.
+
+    For one thread at a time; `close` and `peer_gone` are for any. Reading and writing raise `TransportError` when the
+    peer went away, `DeadlineExceededError` at the `deadline`.
+    """
+
+    def __init__(self, connected: Any) -> None:
         self.deadline: float | None = None  # ``time.monotonic()`` seconds at which reads and writes give up
-        self.gap: float | None = None  # seconds that a single wait may take at most
         self.ended = False  # whether the peer has closed its side
-        self._watch: Any = None  # for `peer_gone`, made when it is first asked
+        self.source = connected
+        self._read_into = getattr(connected, "recv_into", None) or connected.readinto
+        self._timeout: float | None = -1.0  # of the socket; not known
+        self._buffer = b""
+        self._at = 0  # how much of the buffer was read
+        self._space = memoryview(bytearray(_RECEIVE_BYTES))
+        _watch_forks()
+        _open_channels.add(self)
 
-    # Seconds that a reader of a large body rests after a short read, once there were many: one that is as fast as its writer
-    # is waked for every few pages of it, and on a virtual machine that takes ten times as long as to copy them.
-    _pause = 0.0
+    def _seconds_left(self) -> float:
+        left = cast("float", self.deadline) - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceededError("no answer within the time allowed")
+        return left
 
-    # What a kind of channel provides.
-    fileno: Callable[[], int]  # the descriptor that is read from, -1 once closed
-    close: Callable[[], None]  # both directions; may be called twice
-    _receive: Callable[[int], bytes]
-    _receive_into: Callable[[memoryview], int]
-    _send: Callable[[Sequence[_Buffer]], int]
+    def _prepare(self, writing: bool) -> None:
+        """See to it that the next system call ends by the deadline."""
+        timeout = self._timeout
+        if self.deadline is None:
+            timeout = None
+        elif timeout is None or not 0.9 * timeout <= self._seconds_left() <= timeout:
+            timeout = 1.05 * self._seconds_left()  # about right, as the clock is looked at each time
+        if timeout != self._timeout:  # setting it takes a system call
+            self.source.settimeout(timeout)
+            self._timeout = timeout
+
+    def _io(self, operation: Callable[[Any], Any], data: memoryview, writing: bool = False) -> Any:
+        try:
+            self._prepare(writing)
+            return operation(data)
+        except (OSError, ValueError) as exc:  # ValueError: it was closed here
+            if isinstance(exc, TimeoutError) and exc.errno is None:  # one with a number is the network's
+                self.deadline = 0.0
+                self._seconds_left()
+            raise TransportError(f"connection lost: {getattr(exc, 'strerror', None) or exc}") from None
+
+    def _send(self, data: memoryview) -> None:
+        """Send all of *data*, at most `_MAX_IO_BYTES`."""
+        self._io(self.source.sendall, data, True)
 
     def peer_gone(self) -> bool:
-        """Whether the other side has hung up; may be asked by any thread."""
-        try:
-            if self._watch is None:
-                import select
-                self._watch = select.poll()
-                self._watch.register(self.fileno(), select.POLLRDHUP)
-            return self.fileno() < 0 or bool(self._watch.poll(0))
-        except RuntimeError:  # another thread asks at this moment, and will know
-            return False
-        except (OSError, ValueError, AttributeError):
-            return True
+        """Whether the other side has hung up, as far as it can be known."""
+        try:  # the method of the plain class, as a TLS socket refuses to peek
+            return _is_ready(self.source) and not socket.socket.recv(self.source, 1, socket.MSG_PEEK)
+        except (OSError, ValueError) as exc:  # ValueError: closed here
+            return not isinstance(exc, BlockingIOError)  # another thread took the byte
 
-    def _time_left(self) -> float | None:
-        """Seconds that a wait may take, ``None`` for any; raises `DeadlineExceededError` at the deadline."""
-        if self.deadline is None:
-            return self.gap
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise DeadlineExceededError(_TOO_LATE)
-        return left if self.gap is None else min(left, self.gap)
+    def close(self, *, hang_up: bool = True) -> None:
+        """Close both directions; may be called twice. Without *hang_up* the peer is not told by us."""
+        with contextlib.suppress(OSError), self.source:
+            if hang_up:  # which wakes a thread that waits in it; closing does not
+                self.source.shutdown(socket.SHUT_RDWR)
 
-    def _fill(self, size: int = _RECEIVE_BYTES) -> bool:
-        """Receive up to *size* more bytes into the buffer; ``False`` at the end."""
-        piece = self._receive(size)
-        self._buffer, self._at = self._buffer[self._at :] + piece, 0
-        self.ended = self.ended or not piece
-        return bool(piece)
+    def _fill(self) -> bool:
+        received = self._io(self._read_into, self._space)
+        self._buffer = self._buffer[self._at :] + self._space[:received]
+        self._at = 0
+        self.ended = self.ended or not received
+        return not self.ended
 
     def read(self, size: int) -> bytes:
         if size > _RECEIVE_BYTES:
@@ -3966,72 +3694,23 @@ class ByteChannel(ByteSource):
         self._at += len(piece)
         return piece
 
-    def read_after(self, head: bytes, size: int) -> _Buffer:
+    def read_after(self, head: bytes, size: int) -> Buffer:
         if size <= _RECEIVE_BYTES:
             return head + self.read(size)
         whole = pa.allocate_buffer(len(head) + size)  # not zeroed, and filled in place
         view = memoryview(whole).cast("B")
-        rest = self._buffer[self._at : self._at + size]
-        self._at += len(rest)
-        filled = len(head) + len(rest)
-        view[:filled] = head + rest
-        short = 0
-        while filled < len(view):
-            got = self._receive_into(view[filled : filled + _MAX_IO_BYTES])
-            if not got:
-                self.ended = True
-                return whole.slice(0, filled)
-            filled += got
-            short += got < SMALL_BODY_BYTES
-            if short > 16 and got < SMALL_BODY_BYTES and self._pause:
-                time.sleep(self._pause)
-        return whole
-
-    def read_known(self, head: bytes, size: int) -> _Buffer | None:
-        if self._at == len(self._buffer):  # without a large body, which is then received in its place
-            self._fill(_RECEIVE_BYTES if size <= _RECEIVE_BYTES else len(head))
-        if not self._buffer.startswith(head, self._at):
-            return None
-        start, self._at = self._at, self._at + len(head)
-        if self._at + size > len(self._buffer):
-            return self.read_after(head, size)
-        self._at += size
-        return self._buffer[start : self._at]
-
-    def read_some(self, size: int) -> bytes:
-        """Read 1 to *size* bytes, as they come; none only where the source ends."""
-        if self._at == len(self._buffer) and not self._fill():
-            return b""
-        piece = self._buffer[self._at : self._at + size]
-        self._at += len(piece)
-        return piece
-
-    def read_into(self, view: memoryview) -> int:
-        """As `read_some`, into the beginning of *view*; return how many came."""
-        if self._at == len(self._buffer):
-            return self._receive_into(view)
-        piece = self.read_some(len(view))
-        view[: len(piece)] = piece
-        return len(piece)
-
-    def read_until(self, marker: bytes, limit: int, size: int = _RECEIVE_BYTES) -> bytes | None:
-        """Read to and with *marker*; ``None`` if the source ends or *limit* bytes pass before it comes. Up to *size* bytes are
-        received at a time."""
-        seen = self._at
-        while True:
-            found = self._buffer.find(marker, max(self._at, seen - len(marker)))
-            if found >= 0:
-                return self.read(found + len(marker) - self._at)
-            seen = len(self._buffer) - self._at
-            if seen >= limit or not self._fill(size):
-                return None
-
-    def peek(self) -> bytes:
-        """Return what has been received and not read."""
-        return self._buffer[self._at :]
+        start = head + self._buffer[self._at : self._at + size]
+        self._at += len(start) - len(head)
+        view[: len(start)] = start
+        filled = len(start)
+        while filled < len(view) and not self.ended:
+            received = self._io(self._read_into, view[filled : filled + _MAX_IO_BYTES])
+            self.ended = not received
+            filled += received
+        return whole.slice(0, filled)
 
     def received(self) -> tuple[bytes, int]:
-        """Wait until there is something to read, or the end; return what was received, and where its unread part begins."""
+        """Wait for something to read, or the end; return what was received, and where its unread part begins."""
         if self._at == len(self._buffer):
             self._fill()
         return self._buffer, self._at
@@ -4040,295 +3719,928 @@ class ByteChannel(ByteSource):
         """Count what `received` returned as read up to *end*."""
         self._at = end
 
-    def write(self, pieces: Sequence[_Buffer]) -> None:
-        """Write all of *pieces*, in order; large ones are not copied."""
-        size = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
-        if size <= SMALL_BODY_BYTES and len(pieces) > 1:
-            pieces = [b"".join(pieces)]
-        sent = self._send(pieces[:_MAX_PIECES]) if 0 < size <= _MAX_IO_BYTES else 0
-        views = [memoryview(p).cast("B") for p in pieces if len(p)] if sent < size else []
-        while views:
-            while views and sent >= len(views[0]):
-                sent -= len(views.pop(0))
-            if views:
-                views[0] = views[0][sent:]
-                sent = self._send(views[:_MAX_PIECES])
+    def is_quiet(self) -> bool:
+        """Whether the peer is there and has sent nothing that was not read."""
+        try:
+            return self._at == len(self._buffer) and not _is_ready(self.source)
+        except ValueError:  # closed here
+            return False
 
-def _lost(exc: BaseException) -> TransportError:
-    return TransportError(f"connection lost: {getattr(exc, 'strerror', None) or _text_of(exc)}")
+    def write(self, pieces: Sequence[Buffer]) -> None:
+        """Write all of *pieces*, in order: small ones in one system call, large ones without copying them."""
+        if total_size(pieces) <= SMALL_BODY_BYTES:
+            pieces = [b"".join(pieces)]
+        for piece in pieces:
+            view = memoryview(piece).cast("B")
+            for start in range(0, len(view), _MAX_IO_BYTES):
+                self._send(view[start : start + _MAX_IO_BYTES])
+
+
+SocketChannel = ByteChannel
 
 
 class FdChannel(ByteChannel):
-    """A channel over two file descriptors, which it owns."""
-    _pause = 2e-4
+    """The same over two files without buffers, such as the ends of pipes."""
 
-    def __init__(self, read_fd: int, write_fd: int) -> None:
-        super().__init__()
-        self.read_fd, self.write_fd = read_fd, write_fd  # -1 once closed: the number may then be somebody else's
-        if sys.platform == "linux":
-            import fcntl
-            with contextlib.suppress(OSError, ValueError):  # not a pipe, or the user's share of pipe memory is used up
-                fcntl.fcntl(write_fd, 1031, _PIPE_BYTES)  # F_SETPIPE_SZ, which Python 3.10 does not name
-        self._blocking = True
-        self._lock = threading.Lock()
+    def __init__(self, reader: Any, writer: Any) -> None:
+        super().__init__(reader)
+        self.writer = writer
 
-    def fileno(self) -> int:
-        return self.read_fd
+    def _prepare(self, writing: bool) -> None:
+        file = self.writer if writing else self.source
+        while self.deadline is not None and not _is_ready(file, writing, self._seconds_left()):
+            pass
 
-    def _io(self, side: str, call: Callable[..., _T], argument: Any) -> _T:
-        while True:
-            try:
-                if self.deadline is not None or not self._blocking:
-                    self._wait(side)
-                return call(getattr(self, side), argument)
-            except BlockingIOError:
-                continue
-            except (OSError, ValueError) as exc:
-                raise _lost(exc) from None
+    def _send(self, data: memoryview) -> None:
+        most = _MAX_IO_BYTES
+        if self.deadline is not None:  # so much a pipe takes at once when it is ready; more may wait
+            most = getattr(select, "PIPE_BUF", 512)
+        while data:
+            data = data[self._io(self.writer.write, data[:most], True) :]
 
-    def _wait(self, side: str) -> None:
-        """Wait until one side is ready, when there is a limit on waiting; a plain blocking call needs no wait."""
-        left = self._time_left()
-        if self._blocking != (left is None):
-            self._blocking = left is None
-            for fd in (self.read_fd, self.write_fd):
-                os.set_blocking(fd, self._blocking)
-        event = "POLLIN" if side == "read_fd" else "POLLOUT"
-        if left is not None and not _ready(getattr(self, side), event, max(0.001, left)):
-            raise DeadlineExceededError(_TOO_LATE)
+    def peer_gone(self) -> bool:
+        if self.source.closed or not hasattr(select, "poll"):
+            return bool(self.source.closed)
+        watched = select.poll()
+        watched.register(self.source.fileno(), 0)  # a hang-up is told unasked
+        return bool(watched.poll(0))
 
-    def _receive(self, size: int) -> bytes:
-        return self._io("read_fd", os.read, size)
-
-    def _receive_into(self, view: memoryview) -> int:
-        return self._io("read_fd", os.readv, [view])
-
-    def _send(self, pieces: Sequence[_Buffer]) -> int:
-        if len(pieces) == 1 or not hasattr(os, "writev"):
-            return self._io("write_fd", os.write, pieces[0][:_MAX_IO_BYTES])
-        return self._io("write_fd", os.writev, pieces)
-
-    def close(self) -> None:
-        with self._lock:
-            fds, self.read_fd, self.write_fd = {self.write_fd, self.read_fd}, -1, -1
-        for fd in fds - {-1}:
-            os.close(fd)
-
-
-class SocketChannel(ByteChannel):
-    """A channel over a connected stream socket, plain or TLS, which it owns."""
-    def __init__(self, connected: socket.socket) -> None:
-        super().__init__()
-        self.socket = connected
-        self._gather = not hasattr(connected, "pending") and hasattr(connected, "sendmsg")  # TLS sockets cannot gather
-        self._timeout: float | None = connected.gettimeout()
-        with contextlib.suppress(OSError):  # the peer has gone already
-            if connected.family != getattr(socket, "AF_UNIX", None) and connected.getpeername()[0] in ("127.0.0.1", "::1"):
-                # Buffers of megabytes are for long ways; within one machine they only fall out of the processor's cache.
-                connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES // 2)  # which Linux doubles
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
-    def _io(self, call: Callable[..., _T], argument: Any) -> _T:
-        try:
-            left = self._time_left()
-            if left is not None or self._timeout is not None:
-                self._timeout = left
-                self.socket.settimeout(left)
-            return call(argument)
-        except (OSError, ValueError) as exc:
-            if isinstance(exc, TimeoutError) and exc.errno is None:  # with an errno it is the network's: a lost connection
-                raise DeadlineExceededError(_TOO_LATE) from None
-            raise _lost(exc) from None
-
-    def _receive(self, size: int) -> bytes:
-        return self._io(self.socket.recv, size)
-
-    def _receive_into(self, view: memoryview) -> int:
-        return self._io(self.socket.recv_into, view)
-
-    def _send(self, pieces: Sequence[_Buffer]) -> int:
-        if self._gather and len(pieces) > 1:
-            return self._io(self.socket.sendmsg, pieces)
-        return self._io(self.socket.send, pieces[0][:_MAX_IO_BYTES])
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError), self.socket:
-            self.socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits in it, which close alone does not
+    def close(self, *, hang_up: bool = True) -> None:
+        self.writer.close()
+        self.source.close()
 
 
 class Transport:
     """A byte channel with a name and an owner: what `RpcConnection` and `RpcServer.serve` take."""
-    peer = "the server"  # how error texts call the other side
-    stray = False  # an input stream was sent that a refusing server may have taken for a request
 
-    def __init__(self, channel: ByteChannel, kind: TransportKind, remote_addr: str = "", **limits: float | None) -> None:
-        self.channel, self.kind, self.remote_addr = channel, kind, remote_addr
-        self.limits = limits  # of the listener that it came by, as `describe` shows them
+    peer = "the server"  # how error texts call the other side
+
+    def __init__(self, channel: ByteChannel, kind: TransportKind, remote_addr: str = "") -> None:
+        self.channel = channel
+        self.kind = kind
+        self.remote_addr = remote_addr
+        self.process_id = os.getpid()  # of the process that opened it
+
+    def check_process(self) -> None:
+        """Raise `TransportError` in another process than the one that opened the connection."""
+        if os.getpid() != self.process_id:
+            raise TransportError("the connection belongs to the process that opened it; connect again here")
 
     def obituary(self) -> str:
         """Say why no more bytes come, as far as is known here."""
         return "the connection was closed by the other side"
 
-    def close(self) -> None:
-        """Close the channel; may be called twice."""
+    def close(self, patience: float = WORKER_EXIT_SECONDS) -> None:
+        """Close the channel; may be called twice. A worker has *patience* seconds to leave."""
         self.channel.close()
 
-    def abort(self) -> None:
-        """Close without waiting for the other side."""
-        self.close()
 
 class PipeTransport(Transport):
-    """Two binary file objects that have a descriptor each and nothing buffered; closing the transport closes both."""
+    """Two binary file objects with nothing buffered, such as those of pipes; it closes both."""
+
     def __init__(self, reader: Any, writer: Any) -> None:
-        self.reader, self.writer = reader, writer
-        fds = reader.fileno(), writer.fileno()
-        super().__init__(FdChannel(*map(os.dup, fds)), TransportKind.PIPE)
+        channel = FdChannel(getattr(reader, "raw", reader), getattr(writer, "raw", writer))
+        super().__init__(channel, TransportKind.PIPE)
 
-    def close(self) -> None:
-        super().close()
-        for f in (self.writer, self.reader):
-            with contextlib.suppress(OSError, ValueError):
-                f.close()
-
-def _channel_pair() -> tuple[FdChannel, FdChannel]:
-    """Two channels, each of which reads what the other writes. The second one writes, as a worker to its stdout, to a socket:
-    Linux copies through one with less ado than through a pipe. A worker's stdin stays a pipe; a shell looks for that."""
-    reads, writes = socket.socketpair()
-    with reads, writes:  # unless they are detached
-        with contextlib.suppress(OSError):
-            writes.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES // 2)  # which Linux doubles
-        far_end, near_end = os.pipe()
-        return FdChannel(reads.detach(), near_end), FdChannel(far_end, writes.detach())
 
 def make_pipe_pair() -> tuple[Transport, Transport]:
-    """Return two connected transports over a pair of pipes; the caller closes both."""
-    near, far = (Transport(channel, TransportKind.PIPE) for channel in _channel_pair())
-    return near, far
+    """Return two connected transports within this process; the caller closes both."""
+    near, far = map(ByteChannel, socket.socketpair())
+    return Transport(near, TransportKind.PIPE), Transport(far, TransportKind.PIPE)
+
 
 class StderrMode(enum.Enum):
     """Where a worker's standard error goes."""
+
     INHERIT = "inherit"  # to ours; the last lines are also kept for error texts
     PIPE = "pipe"  # to a logger
     DEVNULL = "devnull"
 
 
-class SubprocessTransport(Transport):
-    """Starts a worker, without a shell, and talks to it over its stdin and stdout. *stderr_logger* is for ``StderrMode.PIPE``;
-    default ``vgi_rpc.worker``. Raises `TransportError` when the program cannot be started, `TypeError` when *cmd* is one
-    string."""
-    idle_since = 0.0  # of `time.monotonic`, for a `WorkerPool`
-
-    def __init__(self, cmd: Sequence[str], *, stderr: StderrMode = StderrMode.INHERIT,
-                 stderr_logger: logging.Logger | None = None) -> None:
-        import subprocess
-        if isinstance(cmd, (str, bytes)):
-            raise ParameterError(f"cmd: expected a list of program and arguments, got {cmd!r}; shlex.split makes one of it")
-        self.command = list(cmd)
-        self.peer = f"worker {self.command!r}"
-        self._lines: deque[str] = deque(maxlen=20)
-        log = (stderr_logger or logging.getLogger("vgi_rpc.worker")) if stderr is StderrMode.PIPE else None
-        self._pump = threading.Thread(target=self._forward_stderr, args=(log,), daemon=True, name="vgi_rpc stderr")
-        target = subprocess.DEVNULL if stderr is StderrMode.DEVNULL else subprocess.PIPE
-        channel, theirs = _channel_pair()
-        super().__init__(channel, TransportKind.PIPE)
-        with _opening(f"{self.peer} cannot be started", IndexError, TypeError) as opened:
-            opened.callback(channel.close)
-            with contextlib.closing(theirs):
-                self.proc = subprocess.Popen(self.command, stdin=theirs.read_fd, stdout=theirs.write_fd, stderr=target)
-            opened.callback(self.abort)
-            self._pump.start()
-
-    def _forward_stderr(self, log: logging.Logger | None) -> None:
-        source = self.proc.stderr
-        if source is None:
-            return
-        with contextlib.suppress(OSError, ValueError), source:
-            for raw in iter(lambda: source.readline(_RECEIVE_BYTES), b""):
-                line = raw.decode("utf-8", "replace")
-                self._lines.append(line.rstrip())
-                if log is not None:
-                    log.info("%s", line.rstrip())
-                    continue
-                with contextlib.suppress(OSError, ValueError, AttributeError):  # a program may have no stderr
-                    sys.stderr.write(line)
-                    sys.stderr.flush()
-
-    def obituary(self) -> str:
-        import subprocess
-        try:
-            status = self.proc.wait(1.0)
-            self._pump.join(1.0)
-            ending = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
-        except subprocess.TimeoutExpired:
-            ending = "closed its stdout but still runs"
-        said = "".join(f"\n  {line}" for line in list(self._lines)[-5:])
-        return f"{self.peer} {ending}" + (f"; its last lines on stderr:{said}" if said else "")
-
-    def close(self, patience: float = WORKER_EXIT_SECONDS) -> None:
-        """Close the pipes and reap the worker: it has *patience* seconds to leave, then it is terminated, then killed."""
-        import subprocess
-        self.channel.close()
-        for act, wait in ((self.proc.poll, patience), (self.proc.terminate, 1.0), (self.proc.kill, 10.0)):
-            act()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.proc.wait(wait)
-                break
-        if self._pump.ident is not None:
-            self._pump.join(1.0)  # not for ever: a grandchild may hold the worker's stderr open
-
-    def abort(self) -> None:
-        self.close(0.0)
-
 @contextlib.contextmanager
-def _opening(failure: str, *errors: type[Exception]) -> Iterator[contextlib.ExitStack]:
-    """Turn failures, also the further *errors*, into `TransportError`, and close what the stack was given."""
-    failures: tuple[type[Exception], ...] = (OSError, ValueError, OverflowError, *errors)
+def opening(failure: str) -> Iterator[contextlib.ExitStack]:
+    """Turn what can go wrong while connecting into `TransportError`, and close then what the stack was given."""
     with contextlib.ExitStack() as opened:
         try:
             yield opened
-        except failures as exc:
-            raise TransportError(f"{failure}: {_text_of(getattr(exc, 'strerror', None) or exc)}") from None
+        except (OSError, ValueError, OverflowError, RuntimeError, IndexError, TypeError) as exc:
+            raise TransportError(f"{failure}: {text_of(getattr(exc, 'strerror', None) or exc)}") from None
         opened.pop_all()
+
+
+class SubprocessTransport(Transport):
+    """Starts a worker, without a shell, and talks to it over its stdin and stdout.
+
+    *stderr_logger* is for ``StderrMode.PIPE``; default ``vgi_rpc.worker``. Raises `TransportError` when the program
+    cannot be started, `TypeError` when *cmd*, program and arguments, is one string.
+    """
+
+    def __init__(
+        self, cmd: Sequence[str], *, stderr: StderrMode = StderrMode.INHERIT, stderr_logger: Any = None
+    ) -> None:
+        import subprocess
+
+        if isinstance(cmd, (str, bytes)):
+            raise ParameterError(f"cmd: expected a list of texts, got {cmd!r}; shlex.split makes one of it")
+        self.command = list(cmd)
+        self.peer = f"worker {self.command!r}"
+        self._lines: deque[str] = deque(maxlen=5)  # the last ones on its standard error
+        self._log = None
+        if stderr is StderrMode.PIPE:
+            self._log = stderr_logger or logging.getLogger("vgi_rpc.worker")
+        self._pump = threading.Thread(target=self._forward_stderr, daemon=True)
+        errors = subprocess.DEVNULL if stderr is StderrMode.DEVNULL else subprocess.PIPE
+        with opening(f"{self.peer} cannot be started") as opened:
+            ends = []
+            for _ in range(2):  # each end is in safety before the next pipe is made
+                ends += [opened.enter_context(io.FileIO(fd, m)) for fd, m in zip(os.pipe(), ("rb", "wb"))]
+            stdin, to_worker, from_worker, stdout = ends
+            super().__init__(FdChannel(from_worker, to_worker), TransportKind.PIPE)
+            with stdin, stdout:
+                self.proc = subprocess.Popen(self.command, stdin=stdin, stdout=stdout, stderr=errors)
+            opened.callback(self.close, 0.0)
+            if self.proc.stderr is not None:
+                opened.enter_context(self.proc.stderr)  # else the thread closes it
+                self._pump.start()
+
+    def _forward_stderr(self) -> None:
+        source = cast("io.BufferedReader", self.proc.stderr)
+        with contextlib.suppress(OSError, ValueError), source:
+            for line in iter(functools.partial(source.readline, _RECEIVE_BYTES), b""):
+                text = line.decode("utf-8", "replace").rstrip()
+                self._lines.append(text)
+                if self._log is not None:
+                    self._log.info("%s", text)
+                elif sys.stderr is not None:  # a program may have none
+                    print(text, file=sys.stderr, flush=True)
+
+    def _await_end(self, seconds: float) -> int | None:
+        """Wait for the worker's end, and for its last words; return its exit status."""
+        import subprocess
+
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.proc.wait(seconds)
+            if self._pump.ident is not None:
+                self._pump.join(1.0)  # not for ever: a grandchild may hold the worker's stderr open
+        return self.proc.returncode
+
+    def obituary(self) -> str:
+        status = self._await_end(1.0)
+        ending = f"exited with status {status}"
+        if status is None:
+            ending = "closed its stdout but still runs"
+        elif status < 0:
+            ending = f"was killed by signal {-status}"
+        if self._lines:
+            ending += "; its last lines on stderr:"
+        return "\n  ".join([f"{self.peer} {ending}", *self._lines])
+
+    def close(self, patience: float = WORKER_EXIT_SECONDS) -> None:
+        self.channel.close()
+        if os.getpid() == self.process_id:  # else the worker is another process's child
+            for act, seconds in (
+                (self.proc.poll, patience),
+                (self.proc.terminate, 1.0),
+                (self.proc.kill, 10.0),
+            ):
+                act()
+                if self._await_end(seconds) is not None:
+                    break
+
 
 def connect_unix_socket(path: str, timeout: float | None = None) -> Transport:
     """Connect to a Unix socket; *timeout* in seconds. Raises `TransportError`."""
-    with _opening(f"cannot connect to unix:{path}") as opened:
-        connected = opened.enter_context(socket.socket(socket.AF_UNIX))
+    with opening(f"cannot connect to unix:{path}") as opened:
+        connected = opened.enter_context(socket.socket(getattr(socket, "AF_UNIX", -2)))  # -2: no such family
         connected.settimeout(timeout)
         connected.connect(path)
-        connected.settimeout(None)
-    return Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}")
+        return Transport(ByteChannel(connected), TransportKind.UNIX, f"unix:{path}")
 
-def connect_tcp_socket(host: str, port: int, timeout: float | None = None, tls_context: ssl.SSLContext | None = None,
-                       server_hostname: str | None = None) -> socket.socket:
-    """Connect to host and port, with TLS if there is a context; *timeout* in seconds. Raises `TransportError`."""
-    with _opening(f"cannot connect to {host}:{port}") as opened:
+
+def connect_tcp_socket(
+    host: str, port: int, timeout: float | None = None, tls_context: Any = None, server_hostname: str = ""
+) -> Transport:
+    """Connect to host and port; *timeout* in seconds. Raises `TransportError`.
+
+    With an `ssl.SSLContext` over TLS; the certificate must be for *server_hostname*, by default for *host*.
+    """
+    with opening(f"cannot connect to {host}:{port}") as opened:
         connected = opened.enter_context(socket.create_connection((host, port), timeout=timeout))
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls_context is not None:
-            connected = opened.enter_context(tls_context.wrap_socket(connected, server_hostname=server_hostname or host))
-        connected.settimeout(None)
-    return connected
+            secured = tls_context.wrap_socket(connected, server_hostname=server_hostname or host)
+            connected = opened.enter_context(secured)
+        return Transport(ByteChannel(connected), TransportKind.TCP, f"{host}:{port}")
+
+
+# ============================================================================
+# 13. SERVER CORE ...................................... uses 1-12
+# ============================================================================
+# resolve -> begin -> turn -> end, for every transport: a byte stream, an HTTP request and its JSON door are thin shells
+# around a `Call`. The rules of a turn (logs before data, one data batch, its deadline, cancel, the error batch, an
+# answer that is too large) stand in Call and nowhere else. Law: a turn never raises what the method raised, it returns
+# it. Law of a connection: after a refusal whose bytes were well framed it serves the next request.
+
+
+@dataclass
+class CallRecord:
+    """The facts of one call, of one HTTP request of a stream, or of a request that was refused before its call.
+
+    A transport fills in the first ones, which tell of the other side.
+    """
+
+    kind: TransportKind = TransportKind.PIPE
+    auth: AuthContext = ANONYMOUS  # who calls
+    remote_addr: str = ""  # peer address, empty for pipes
+    transport_metadata: dict[str, Any] = field(default_factory=dict)  # traceparent, tracestate, remote_addr …
+    gone: Callable[[], bool] | None = None  # whether the client has left; None when that cannot be known
+    response_limit_bytes: int | None = None  # what the caller accepts as one answer
+    protocol: str = ""  # routing name
+    method: str = ""
+    request_id: str = ""
+    protocol_hash: str = ""
+    method_type: str = "unary"  # or "stream"
+    stream_id: str = ""  # the same for every request of one stream, empty for unary calls
+    request_schema: pa.Schema | None = None  # of the parameters; None for a later request of a stream
+    request_rows: int = 0
+    cancelled: bool = False  # by the client
+    http: dict[str, Any] = field(default_factory=dict)  # http_status, request_bytes, response_bytes, path
+    statistics: CallStatistics = field(default_factory=CallStatistics)
+    duration_ms: float = 0.0  # set at the end
+
+
+class DispatchHook(Protocol):
+    """Hears of each call, on the thread that serves it: for tracing and metrics. What it raises is logged."""
+
+    def on_dispatch_start(self, record: CallRecord) -> Any:
+        """Called before the method; what it returns is handed to `on_dispatch_end`."""
+
+    def on_dispatch_end(self, token: Any, record: CallRecord, error: BaseException | None) -> None:
+        """Called after the last turn, with what the method raised."""
+
+
+def log_quietly(level: int, text: str, *args: object, exc_info: Any = True) -> None:
+    """Log; a handler of the application's that fails must end neither the call nor the server."""
+    with contextlib.suppress(Exception):
+        logger.log(level, text, *args, exc_info=exc_info)
+
+
+def _tell(hook: Any, event: str, *facts: Any) -> Any:
+    try:
+        return getattr(hook, event)(*facts)
+    except BaseException:  # SystemExit too
+        return log_quietly(logging.ERROR, "%s of %r raised", event, hook)
+
+
+class StreamWires(NamedTuple):
+    """The schemas of one stream."""
+
+    output: WireSchema
+    input: WireSchema
+    template: RowTemplate | None  # of output batches of one row
+
+
+@functools.lru_cache(maxsize=256)  # a template takes as long as several turns
+def stream_wires(output: pa.Schema, input: pa.Schema) -> StreamWires:
+    """Return the schemas of a stream, with the row template of what it sends."""
+    input_wire = WireSchema(input) if len(input) else EMPTY
+    return StreamWires(WireSchema(output), input_wire, row_template(output))
+
+
+class Turn(NamedTuple):
+    """What one turn sends."""
+
+    wire: WireSchema  # of the batches
+    items: list[Item]  # logs, then data, then an error
+    finished: bool  # whether nothing follows
+    error: BaseException | None = None  # what was raised; its error batch is the last of the items
+    refused: bool = False  # whether the method was not to blame
+
+    @property
+    def http_status(self) -> int:
+        """Status of an Arrow answer: 200 also for what a method raised."""
+        return self.error.http_status if self.refused and isinstance(self.error, Refusal) else 200
+
+
+PLAIN_TICK = AnnotatedBatch(TICK)
+# Ours in the metadata of an input batch: they concern the call, and do not reach the state.
+_OWN_KEYS = frozenset({STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY})
+
+
+def input_of(batch: pa.RecordBatch, metadata: Metadata | None) -> AnnotatedBatch:
+    """Return a turn's input as the state sees it: without our own metadata."""
+    shown = {key: value for key, value in (metadata or {}).items() if key not in _OWN_KEYS}
+    if shown:
+        return AnnotatedBatch(batch, pa.KeyValueMetadata(shown))
+    return PLAIN_TICK if batch is TICK else AnnotatedBatch(batch)
+
+
+class Call(CallRecord):
+    """One call being served: `begin`, for a stream `turn` after `turn`, then `end`; used by one thread at a time.
+
+    Over HTTP each request of a stream has a call of its own, which begins with `resume`. What the application's code
+    raises stands in the turn that is returned. Making one raises `ServerDrainingError` while the server drains.
+    """
+
+    stream: Stream[Any, Any] | None = None  # once `begin` returned one, or `resume` brought it
+    wires: StreamWires | None = None  # of the stream
+    error: BaseException | None = None  # what ended it
+    deadline: float | None = None  # of the turn that runs, in seconds of ``time.monotonic()``
+    _context: CallContext | None = None  # not made for nothing: most methods do not ask for it
+
+    def __init__(
+        self,
+        server: RpcServer,
+        bound: BoundMethod,
+        caller: CallRecord,
+        request_id: str,
+        metadata: Metadata,  # of the request's batch: trace context, and the seconds that each turn may take
+        request: Request | None = None,  # that began the call; None for a later one of a stream
+        stream_id: str = "",  # what the requests of a stream have in common; made up when it is not known yet
+    ) -> None:
+        if server.draining:
+            raise ServerDrainingError("the server is stopping; try again, another server may answer")
+        self.kind = caller.kind
+        self.auth = caller.auth
+        self.remote_addr = caller.remote_addr
+        self.transport_metadata = caller.transport_metadata
+        self.gone = caller.gone
+        self.response_limit_bytes = caller.response_limit_bytes
+        self.server = server
+        self.bound = bound
+        self.protocol = bound.service.name
+        self.method = bound.info.name
+        self.request_id = request_id
+        self.stream_id = stream_id
+        self.http = {}
+        self._messages: list[Message] = []
+        self._timeout = read_timeout(metadata)
+        self._start_clock(None)
+        if not stream_id and bound.info.method_type is MethodType.STREAM:
+            self.stream_id = os.urandom(16).hex()
+        if self.remote_addr or TRACE_KEYS[0] in metadata:
+            facts = {key.decode(): metadata_text(metadata, key) for key in TRACE_KEYS if key in metadata}
+            if self.remote_addr:
+                facts["remote_addr"] = self.remote_addr
+            self.transport_metadata = {**self.transport_metadata, **facts}
+        self._watched = bool(server.hooks or server.access_log)
+        if self._watched:
+            self._started = time.monotonic()
+            self.protocol_hash = bound.service.hash
+            self.method_type = bound.info.method_type.value
+            self.statistics = CallStatistics()
+            if request is not None:
+                self.request_schema = bound.info.params_schema
+                self.request_rows = self.statistics.input_rows = request.rows
+                self.statistics.input_batches = 1
+            self._tokens = [_tell(hook, "on_dispatch_start", self) for hook in server.hooks]
+
+    @property
+    def stream_wire(self) -> WireSchema:
+        """Schema of what the stream sends; of an error's batch while there is no stream."""
+        if self.wires is not None:
+            return self.wires.output
+        return self.bound.info.result.wire if self.bound.info.method_type is MethodType.UNARY else EMPTY
+
+    @property
+    def context(self) -> CallContext:
+        """What the method may ask."""
+        if self._context is None:
+            facts: dict[str, Any] = {"method_name": self.method, "protocol_name": self.protocol}
+            facts |= {"server_id": self.server.server_id, "implementation": self.bound.service.implementation}
+            for name in ("kind", "request_id", "response_limit_bytes", "gone"):
+                facts[name] = getattr(self, name)
+            self._context = CallContext(self.auth, self._messages.append, self.transport_metadata, **facts)
+        self._context.deadline = self.deadline
+        return self._context
+
+    def _start_clock(self, timeout: float | None) -> None:
+        """Set the deadline of the turn that begins now: each turn has the whole time."""
+        self.deadline = None
+        timeout = self._timeout if timeout is None else timeout
+        if timeout is not None:
+            self.deadline = time.monotonic() + timeout
+
+    def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run the application's code as the caller's; raises what it does, and when it took longer than allowed."""
+        token = current_auth_var.set(self.auth)
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            current_auth_var.reset(token)
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise DeadlineExceededError(f"{self.method}(): the time that was allowed has passed")
+        return result
+
+    def logs(self, wire: WireSchema, messages: Iterable[Message] = ()) -> list[Item]:
+        """Take the log lines of the context, then *messages*, as batches."""
+        taken = [*self._messages, *messages]
+        self._messages.clear()
+        return [(wire.empty, message_metadata(m, self.server.server_id, self.request_id)) for m in taken]
+
+    def failed(self, exc: BaseException, *, refused: bool = False, messages: Iterable[Message] = ()) -> Turn:
+        """Return the turn that ends the call with *exc*, behind the log lines so far and *messages*.
+
+        *refused* tells an error that the method is not to blame for: over HTTP it has a status of its own.
+        """
+        self.error = exc
+        if not refused and not isinstance(exc, StatusError):
+            log_quietly(logging.DEBUG, "%s() raised", self.method, exc_info=exc)
+        wire = self.stream_wire
+        error_item = self.server.error_item(exc, wire, self.request_id)
+        return Turn(wire, [*self.logs(wire, messages), error_item], True, exc, refused)
+
+    def begin(self, arguments: dict[str, Any]) -> Turn:
+        """Run the method: the whole answer of a unary one, or the header turn of a stream.
+
+        A header turn has the header's row, or no items where the method declares no header; the logs so far then
+        go with the first turn. `stream` tells whether the call goes on.
+        """
+        info = self.bound.info
+        if self.bound.context_parameter is not None:
+            arguments[self.bound.context_parameter] = self.context
+        try:
+            result = self.run(self.bound.function, **arguments)
+            if info.method_type is MethodType.STREAM:
+                return self._begin_stream(result)
+            return self._answered(info.result.wire, result_item(info, result), True)
+        except BaseException as exc:  # SystemExit and KeyboardInterrupt of a method must not end the server
+            self.stream = None
+            self.wires = None
+            return self.failed(exc)
+
+    def _answered(
+        self, wire: WireSchema, item: Item | None, over: bool, messages: Iterable[Message] = ()
+    ) -> Turn:
+        items = self.logs(wire, messages)
+        if item is not None:
+            items.append(item)
+            if self._watched:
+                if isinstance(item, bytes):
+                    item = (ipc.read_record_batch(pa.py_buffer(item), wire.schema), None)
+                self.statistics.record("output", item[0])
+        return Turn(wire, items, over)
+
+    def _begin_stream(self, value: Any) -> Turn:
+        where = f"{self.method}() result"
+        if not isinstance(value, Stream):
+            raise ParameterError(f"{where}: expected a Stream, got {got(value)}")
+        for part, kind in (("state", StreamState), ("output_schema", pa.Schema), ("input_schema", pa.Schema)):
+            given = getattr(value, part)
+            if not isinstance(given, kind):
+                raise ParameterError(f"{where}: Stream.{part}: expected a {kind.__name__}, got {got(given)}")
+        turn = Turn(EMPTY, [], False)
+        if self.bound.info.header is not None:
+            wire = self.bound.info.header.row.wire
+            header = header_batch(self.bound.info, value.header)
+            turn = Turn(wire, [*self.logs(wire), (header, None)], False)
+        if value.call_state is not None:
+            self.run(value.state.bind_call_state, value.call_state)
+        self.resume(value, stream_wires(value.output_schema, value.input_schema))
+        return turn
+
+    def resume(self, stream: Stream[Any, Any], wires: StreamWires) -> None:
+        """Go on with a stream, of which `turn` serves the next turn."""
+        self.stream = stream
+        self.wires = wires
+
+    def turn(self, given: AnnotatedBatch, *, timeout: float | None = None) -> Turn:
+        """Serve one turn of the stream on *given*, as `input_of` makes it; *timeout* in seconds came with it."""
+        stream = cast("Stream[Any, Any]", self.stream)
+        wires = cast("StreamWires", self.wires)
+        self._start_clock(timeout)
+        if self._watched:
+            self.statistics.record("input", given.batch)
+        out = OutputCollector(wires.output, producer_mode=stream.is_producer)
+        if (
+            stream.is_producer or self.kind is not TransportKind.HTTP
+        ):  # where a cursor may have to ride on the batch
+            out.template = wires.template
+        try:
+            if not stream.is_producer:
+                batch = conform_batch(given.batch, wires.input, f"{self.method}() input", cast_values=True)
+                if batch is not given.batch:
+                    given = AnnotatedBatch(batch, given.custom_metadata)
+            self.run(stream.state.process, given, out, self.context)
+            out.validate()
+        except BaseException as exc:  # as in begin
+            return self.failed(exc, messages=out.messages)
+        return self._answered(wires.output, out.item, out.finished, out.messages)
+
+    def cancel(self) -> Turn:
+        """Tell the state, once, that the client has cancelled; return the end of the stream with its logs."""
+        if not self.cancelled and self.stream is not None:
+            self.cancelled = True
+            self._start_clock(None)
+            try:
+                self.run(self.stream.state.on_cancel, self.context)
+            except BaseException as exc:  # the client is not interested any more
+                log_quietly(logging.DEBUG, "on_cancel of %s raised", self.method, exc_info=exc)
+        return Turn(self.stream_wire, self.logs(self.stream_wire), True)
+
+    def end(self) -> None:
+        """Report the call to the hooks and the access log."""
+        if self._watched:
+            self.duration_ms = (time.monotonic() - self._started) * 1000
+            for hook, token in zip(self.server.hooks, self._tokens):
+                _tell(hook, "on_dispatch_end", token, self, self.error)
+            self.server.log_answer(self, self.error)
+
+
+def too_large(call: Call, size: int, limit: int) -> Turn:
+    """Return what takes the place of an answer of *size* bytes where at most *limit* are accepted."""
+    text = f"{call.method}(): the answer exceeds max_response_bytes ({size} > {limit})"
+    return call.failed(ResponseTooLargeError(text), refused=True)
+
+
+def configure_access_log(path: str, server: RpcServer) -> None:
+    """Append one line of JSON per answered request of *server* to the file *path*; ``-`` is standard error.
+
+    The file stays open. Raises `OSError` when it cannot be opened.
+    """
+    server.access_log = sys.stderr if path == "-" else open(path, "a")
+
+
+class RpcServer:
+    """Hosts one or more protocols; any number of transports and threads may serve it at the same time.
+
+    `protocol_name`, `protocol_version` (empty when there is none), `protocol_hash`, `implementation` and `methods`
+    (by name) are those of the primary protocol. Raises `TypeError` when an implementation does not fit its protocol
+    (one error names everything), `ValueError` for a protocol's name that is reserved, given twice, or none.
+    """
+
+    def __init__(
+        self,
+        protocol: type,  # or a plain class that serves as its own protocol
+        implementation: Any = None,  # the object that serves it
+        *,
+        extra_protocols: Sequence[tuple[type, Any]] = (),  # further pairs of these two
+        server_id: str | None = None,  # 12 hex characters; made up by default
+        server_version: str = "",  # free text, shown by reflection
+        enable_describe: bool = True,  # whether reflection and the pages answer
+        ipc_validation: IpcValidation | None = None,  # of each incoming batch; None for FULL
+        include_tracebacks: bool = True,  # whether errors carry tracebacks
+        max_request_bytes: int | None = None,  # of a message on byte streams; HTTP has an option of its own
+        max_rows: int | None = None,  # of one batch on byte streams
+    ) -> None:
+        self.limits = IpcLimits(max_request_bytes, max_rows)
+        self.server_id = server_id or os.urandom(6).hex()
+        self.server_version = server_version
+        self.describe_enabled = enable_describe
+        self.ipc_validation = ipc_validation or IpcValidation.FULL
+        self.include_tracebacks = include_tracebacks
+        self.services: dict[str, HostedService] = {}
+        for cls, target in [(protocol, implementation), *extra_protocols]:
+            service = bind_implementation(cls, target)
+            if service.name in self.services or service.name.startswith(RESERVED_PROTOCOL_PREFIX):
+                problem = "is given twice" if service.name in self.services else "is reserved"
+                raise ValueError(f"protocol name {service.name!r} {problem}")
+            self.services[service.name] = service
+        if enable_describe:
+            self.services[REFLECTION_PROTOCOL] = bind_implementation(Reflection, self)
+        for service in self.services.values():
+            service.hash = protocol_hash(service.name, [m.info for m in service.methods.values()])
+        self.primary = next(iter(self.services.values()))
+        self.protocol_name = self.primary.name
+        self.protocol_version = self.primary.version
+        self.protocol_hash = self.primary.hash
+        self.implementation: Any = self.primary.implementation
+        self.methods: Mapping[str, RpcMethodInfo] = {n: m.info for n, m in self.primary.methods.items()}
+        self.hooks: list[DispatchHook] = []
+        self.access_log: typing.TextIO | None = None  # see `configure_access_log`
+        self.request_table = RequestTable()  # of methods that were called, see `resolve`
+        self.draining = False
+        self.running = 0  # requests that are being answered
+        self._started: set[TransportKind] = set()
+        self._lock = threading.RLock()  # guards what changes here
+        self._ended = threading.Condition(self._lock)
+
+    def list_protocols(self) -> ProtocolList:
+        """What reflection answers to ``list_protocols``: the server implements `Reflection` itself."""
+        hosted = [ProtocolSummary(s.name, s.version, s.hash) for s in self.services.values()]
+        return ProtocolList(self.server_id, self.server_version, REQUEST_VERSION.decode(), hosted)
+
+    def describe(self, protocol: str) -> ProtocolDescription:
+        """What reflection answers to ``describe``."""
+        return describe_service(self.service(protocol))
+
+    @functools.cached_property
+    def request_schemas(self) -> Mapping[bytes, WireSchema]:
+        """The schemas that requests may have, by schema message: what an `IpcReader` of requests expects."""
+        wires = [bound.info.params.wire for s in self.services.values() for bound in s.methods.values()]
+        return {wire.message: wire for wire in wires}
+
+    def service(self, name: str) -> HostedService:
+        """Return a hosted protocol; `ProtocolNotSupportedError` echoes *name* only if it may be a name."""
+        if name not in self.services:
+            text = f"protocol {name!r} is not hosted{suggest(name, self.services)}"
+            if not PROTOCOL_NAME_PATTERN.fullmatch(name):
+                text = "the protocol key does not hold a protocol name"
+            raise ProtocolNotSupportedError(f"{text}; hosted: {list(self.services)}")
+        return self.services[name]
+
+    def method(self, service: HostedService, name: str) -> BoundMethod:
+        """Return a method of a hosted protocol; `MethodNotImplementedError` lists those there are."""
+        if name not in service.methods:
+            shown = name if len(name) <= 255 and name.isprintable() else "…"
+            text = f"{service.name} has no method {shown!r}{suggest(shown, service.methods)}"
+            raise MethodNotImplementedError(f"{text}; it has {sorted(service.methods)}")
+        return service.methods[name]
+
+    def resolve(self, request: Request, path: tuple[str, str] | None = None) -> BoundMethod:
+        """Find the method that a request asks for; *path* is (protocol, method) where a URL names them, too.
+
+        Raises `VersionError` when the wire's or the protocol's version is absent or not ours, `ProtocolError` when
+        protocol or method is absent, not here, or not the path's.
+        """
+        version = request.metadata.get(REQUEST_VERSION_KEY, b"none")
+        if version != REQUEST_VERSION:
+            raise VersionError(f"vgi_rpc.request_version: expected {REQUEST_VERSION!r}, got {version!r:.60}")
+        protocol = request.text(PROTOCOL_KEY)
+        name = request.text(METHOD_KEY)
+        if path is not None:
+            if protocol not in (None, path[0]):
+                refusal = ProtocolNotSupportedError(f"the path says {path[0]!r}, the request another one")
+                refusal.http_status = 400
+                raise refusal
+            if name != path[1]:
+                raise ProtocolError(
+                    f"the path says method {path[1]!r}, the request says {name or 'none'!r:.100}"
+                )
+            protocol = path[0]
+        if not protocol:
+            text = f"the request has no 'vgi_rpc.protocol' key; this server hosts {list(self.services)}"
+            raise ProtocolNotSpecifiedError(text)
+        service = self.service(protocol)
+        if not name:
+            raise ProtocolError("the request has no 'vgi_rpc.method' key: it must name its method")
+        bound = self.method(service, name)
+        ours = parse_version(service.version)
+        sent = metadata_text(request.metadata, PROTOCOL_VERSION_KEY)[:60]
+        theirs = parse_version(sent)
+        if ours is not None and theirs != ours:  # a protocol that declares none is not checked
+            older = "server" if theirs is not None and theirs > ours else "client"
+            if theirs is None:
+                sent = f"{sent!r}, which is not MAJOR.MINOR.PATCH" if sent else "no version"
+            text = f"protocol {protocol}: the server speaks {service.version}, the client sent {sent}"
+            raise ProtocolVersionError(f"{text}; upgrade the {older}", protocol=protocol)
+        self.request_table.add(bound)  # not before a method is called: a server starts faster so
+        return bound
+
+    def error_item(self, exc: BaseException, wire: WireSchema, request_id: str) -> Item:
+        """Return the error batch of an exception: the one place where an exception becomes bytes."""
+        was_raised = exc.__traceback__ is not None or not isinstance(exc, Refusal)
+        message = Message.from_exception(exc, include_traceback=self.include_tracebacks and was_raised)
+        return wire.empty, message_metadata(message, self.server_id, request_id)
+
+    def start(self, kind: TransportKind) -> None:
+        """Call the implementations' ``on_serve_start`` once per kind of transport.
+
+        Raises `StatusError` (UNAVAILABLE) when one fails; the next request asks again.
+        """
+        if kind not in self._started:
+            with self._lock:
+                for service in self.services.values():
+                    try:
+                        if kind not in self._started and hasattr(service.implementation, "on_serve_start"):
+                            service.implementation.on_serve_start(kind)
+                    except BaseException as exc:
+                        log_quietly(logging.ERROR, "on_serve_start(%s) of %s raised", kind, service.name)
+                        text = f"{service.name} could not start: {text_of(exc)}"
+                        raise StatusError(text, code=Code.UNAVAILABLE) from exc
+                self._started.add(kind)
+
+    def __enter__(self) -> RpcServer:
+        """Count the work inside ``with server`` as running, so that `drain` waits for it."""
+        with self._lock:
+            self.running += 1
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self.running -= 1
+            if self.draining:
+                self._ended.notify_all()
+
+    def drain(self, grace: float = DRAIN_GRACE_SECONDS) -> bool:
+        """Refuse new calls and wait up to *grace* seconds for the running ones; return whether all have ended."""
+        self.draining = True
+        with self._ended:
+            return self._ended.wait_for(lambda: not self.running, timeout=grace)
+
+    def add_hook(self, hook: DispatchHook) -> None:
+        """Have *hook* called at the start and the end of each call, after those added before it."""
+        self.hooks.append(hook)
+
+    def log_answer(self, record: CallRecord, error: BaseException | None) -> None:
+        """Write the access log's line of an answered request: never a payload, a value or a token."""
+        if self.access_log is None:
+            return
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+        failed = error is not None or record.http.get("http_status", 200) >= 400
+        line: dict[str, Any] = {"timestamp": now[:-6] + "Z", "level": "INFO", "logger": "vgi_rpc.access"}
+        for name in ("protocol", "protocol_hash", "method", "method_type", "remote_addr", "request_id"):
+            line[name] = getattr(record, name)
+        line |= {"server_id": self.server_id, "status": "error" if failed else "ok", "error_type": ""}
+        line |= {"message": f"{record.protocol}.{record.method} {line['status']}"}
+        line |= {"principal": record.auth.principal or "", "auth_domain": record.auth.domain or ""}
+        line |= {"authenticated": record.auth.authenticated, "duration_ms": round(record.duration_ms, 3)}
+        line |= record.http | vars(record.statistics)
+        if error is not None:
+            facts = error_facts(error)
+            line |= {"error_type": facts["exception_type"], "error_code": facts["error_code"]}
+            # The text of these shows what came instead of what was expected: the caller's data.
+            shows = isinstance(error, (ParameterError, IPCError))
+            line["error_message"] = "(not logged: it may show values)" if shows else text_of(error)[:1000]
+        if record.stream_id:
+            line["stream_id"] = record.stream_id
+            if record.cancelled:  # else it is left out
+                line["cancelled"] = True
+        if record.request_schema is not None:
+            line["request_fields"] = [{"name": f.name, "type": str(f.type)} for f in record.request_schema]
+            line["request_rows"] = record.request_rows
+        text = json.dumps(line, default=text_of)  # in ASCII: a lone surrogate is an escape like any other
+        try:
+            with self._lock:
+                print(text, file=self.access_log, flush=True)
+        except Exception:  # full, or closed: the call has been answered all the same
+            log_quietly(logging.ERROR, "the access log cannot be written")
+
+    def serve(self, transport: Transport, *, auth: AuthContext | None = None) -> None:
+        """Serve one client of a byte stream until it leaves, or the server drains; *transport* stays open."""
+        serving = _ByteServing(self, transport, auth or ANONYMOUS)
+        while serving.serve_next():
+            # While draining, a connection in a thread of its own answers with refusals until the listener hangs
+            # up; the main thread, which nobody could wake from its next read, leaves.
+            if self.draining and threading.current_thread() is threading.main_thread():
+                break
+
+    def serve_one(self, transport: Transport) -> None:
+        """Serve one request; otherwise as `serve`."""
+        _ByteServing(self, transport, ANONYMOUS).serve_next()
+
+
+class _ByteServing:
+    """Serves one byte stream, request after request."""
+
+    def __init__(self, server: RpcServer, transport: Transport, auth: AuthContext) -> None:
+        self._server = server
+        self._channel = transport.channel
+        gone = transport.channel.peer_gone
+        self._caller = CallRecord(transport.kind, auth, transport.remote_addr, gone=gone)
+        # After a refusal the client may still send the input stream of the stream it had asked for. It has no
+        # method key, so it cannot be a request, and is passed over.
+        self._orphan_expected = False
+
+    def serve_next(self) -> bool:
+        """Serve one request; ``False`` when the connection is at its end."""
+        server = self._server
+        orphan_expected = self._orphan_expected
+        self._orphan_expected = False
+        request: Any = None
+        reader = None
+        try:
+            data, at = self._channel.received()
+            with server:
+                ready = server.request_table.read(data, at, server.limits.max_bytes)
+                try:
+                    if ready is not None:
+                        bound, request, end = ready
+                        self._channel.skip_to(end)
+                    else:
+                        reader = self._reader(server.request_schemas)
+                        request = read_request(reader)
+                        keys = request.metadata.keys()
+                        if orphan_expected and METHOD_KEY not in keys and REQUEST_VERSION_KEY not in keys:
+                            return True
+                        if request.metadata.get(METHOD_KEY) == TRANSPORT_OPTIONS_METHOD.encode():
+                            self._answer(None, request)
+                            return True
+                    server.start(self._caller.kind)
+                    if reader is not None:
+                        bound = server.resolve(request)
+                    request_id = request.request_id or new_request_id()
+                    call = Call(server, bound, self._caller, request_id, request.metadata, request)
+                except (Refusal, StatusError) as exc:
+                    framed = ready is not None or (reader is not None and _read_over(reader))
+                    if request is not None or not orphan_expected:
+                        self._answer(exc, request)
+                        self._orphan_expected = True
+                    return framed
+                self._serve_call(call, request)
+                return True
+        except (EOFError, TransportError):
+            return False
+
+    def _reader(self, expected: Mapping[bytes, WireSchema] | Sequence[WireSchema]) -> IpcReader:
+        return IpcReader(self._channel, self._server.limits, self._server.ipc_validation, expected=expected)
+
+    def _answer(self, error: BaseException | None, request: Request | None) -> None:
+        """Answer a request that does not become a call: a refusal, or ``__transport_options__``."""
+        record = CallRecord(self._caller.kind, self._caller.auth, self._caller.remote_addr)
+        if request is not None:
+            record.request_id = request.request_id
+            record.protocol = metadata_text(request.metadata, PROTOCOL_KEY)[:255]
+            record.method = metadata_text(request.metadata, METHOD_KEY)[:255]
+        record.request_id = record.request_id or new_request_id()
+        server_id = self._server.server_id.encode()
+        options = {SHM_KEY: b"false", REQUEST_VERSION_KEY: REQUEST_VERSION, SERVER_ID_KEY: server_id}
+        item: Item = (TICK, options)  # shared memory is not offered
+        if error is not None:
+            item = self._server.error_item(error, EMPTY, record.request_id)
+        try:
+            IpcWriter(self._channel.write, EMPTY).write_all([item], close=True)
+        finally:
+            self._server.log_answer(record, error)
+
+    def _serve_call(self, call: Call, request: Request) -> None:
+        try:
+            try:
+                turn = call.begin(request.arguments(call.bound.info))
+            except (Refusal, StatusError) as exc:  # of the arguments: a turn raises nothing
+                turn = call.failed(exc, refused=True)
+            if turn.items:
+                IpcWriter(self._channel.write, turn.wire).write_all(turn.items, close=True)
+            if call.wires is not None:
+                self._serve_turns(call, call.wires)
+            else:
+                self._orphan_expected = bool(call.stream_id)
+        except (EOFError, TransportError) as exc:  # the client went away
+            call.error = call.error or exc
+            raise
+        finally:
+            call.end()
+
+    def _serve_turns(self, call: Call, wires: StreamWires) -> None:
+        """Lockstep: a batch comes, a turn answers, until either side ends."""
+        writer = IpcWriter(self._channel.write, wires.output)
+        reader = None
+        finished = False
+        tick = tick_bytes()  # as our own clients write it
+        while not finished:
+            try:
+                reader = reader or self._reader((wires.input, EMPTY))
+                data, at = self._channel.received()
+                item: Any = (TICK, None)
+                if reader.wire is EMPTY and data.startswith(tick, at):
+                    self._channel.skip_to(at + len(tick))
+                else:
+                    item = reader.next()
+                if item is None:  # the client has closed its side
+                    turn = Turn(wires.output, [], True)
+                elif item[1] and CANCEL_KEY in item[1]:
+                    turn = call.cancel()
+                else:
+                    turn = call.turn(input_of(*item), timeout=read_timeout(item[1] or {}))
+            except Refusal as exc:  # of the input: a turn raises nothing
+                turn = call.failed(exc, refused=True)
+            finished = turn.finished
+            writer.write_all(turn.items, close=finished)
+        if reader is None or not _read_over(reader):
+            raise EOFError("where the next request begins is not known")
+
+
+@functools.cache
+def tick_bytes() -> bytes:
+    return stream_bytes(EMPTY, [(TICK, None)])[len(EMPTY.message) : -len(END_OF_STREAM)]
+
+
+def _read_over(reader: IpcReader) -> bool:
+    """Read to the end of a stream; ``False`` when its bytes make no sense, so that nobody knows where it ends."""
+    try:
+        reader.read_to_end()
+        return True
+    except IPCError as exc:
+        log_quietly(logging.DEBUG, "connection closed: %s", exc, exc_info=False)
+        return False
 
 
 # ============================================================================
 # 14. CLIENT ........................................... uses 1-13
 # ============================================================================
-# One proxy class and one StreamSession over a small interface with two implementations: byte streams here, HTTP in 17.
-# Law: an argument that does not fit fails before a byte is sent; after any error that was an answer the connection
-# serves the next call; after any other error it is closed, and says so.
+# One proxy and one StreamSession over a small interface with two implementations: byte streams here, HTTP in 19.
+# Law: an argument that does not fit fails before a byte is sent. After an answer, an error included, the connection
+# serves the next call; after anything else it is closed, and says so to every thread.
+#
+# A stream, as its client sees it:             A byte stream's connection:
+#   OPEN -- our input is at its end --> ENDING   IDLE, STREAMING -- something is about to be written --> CALLING
+#   ENDING -- both directions are ----> DONE     CALLING -- the answer to a call was read whole -------> IDLE
+#   any --- lost, or another call ----> CUT      CALLING -- the answer to a turn was read whole -------> STREAMING
+#                                                CALLING -- anything else, an interrupt included ------> CLOSED
+StreamPhase = enum.Enum("StreamPhase", "OPEN ENDING DONE CUT")
+ConnectionPhase = enum.Enum("ConnectionPhase", "IDLE CALLING STREAMING CLOSED")
+_SLOW_TURN_SECONDS = 0.01  # of a producer
+_PRINTED = re.compile(rb"[\t\n\r\x1b -\xfe]{1,200}")  # text before an answer, which begins with FF
 
 
 @dataclass(frozen=True)
 class CallOptions:
-    """How one proxy calls. Raises `ValueError` for a timeout or prefetch that is none."""
-    on_log: ClientLog | None = None  # takes the server's log lines; ``None`` drops them
-    timeout: float | None = None  # seconds per call or turn, ``None`` for no limit
+    """How one proxy calls. Raises `ValueError` for a timeout or a prefetch that is none."""
+
+    on_log: ClientLog | None = None  # takes the server's log lines, None drops them
+    timeout: float | None = None  # seconds per call or turn, None for no limit
     ipc_validation: IpcValidation = IpcValidation.FULL  # how much of each answer is checked
-    version: str = ""  # the protocol's, sent with each request
-    prefetch: int | None = None  # turns that iteration asks for at a time; 1 for lockstep, None for what suits the transport
+    prefetch: int | None = None  # turns that iteration asks for at a time; None for what suits the transport
 
     def __post_init__(self) -> None:
         if self.prefetch is not None and self.prefetch < 1:
@@ -4338,176 +4650,238 @@ class CallOptions:
 
     @property
     def deadline(self) -> float | None:
-        """When a call that begins now must have ended."""
+        """When a call or turn that begins now must have ended, in seconds of ``time.monotonic()``."""
         return None if self.timeout is None else time.monotonic() + self.timeout
 
+    def turn_metadata(self, given: Metadata | None) -> dict[bytes, bytes]:
+        """Return the metadata of a turn's input: what was *given*, and how long the turn may take."""
+        metadata = dict(given or {})
+        if self.timeout is not None:
+            metadata[TIMEOUT_KEY] = b"%d" % max(1, int(self.timeout * 1000))
+        return metadata
 
-class ReplyItem(NamedTuple):
-    """A batch of an answer that is not a log or an error."""
-    kind: BatchKind
-    reader: IpcReader
-    message: BatchMessage
 
-    @property
-    def metadata(self) -> dict[bytes, bytes]:
-        """Metadata of its message."""
-        return self.message.head.metadata or {}
+def local_error(text: str) -> RpcError:
+    """Return the error for a wrong use of a proxy or session, for which nothing was sent."""
+    return RpcError("ProtocolError", text, "")
 
-    def annotated(self) -> AnnotatedBatch:
-        """Return it as the user sees it: decoded, without the state tokens."""
-        batch, shown = self.reader.decode(self.message), self.message.head.metadata
-        if shown:
-            shown = {k: v for k, v in shown.items() if k not in (STATE_KEY, CALL_STATE_KEY)}
-        return AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
 
-def next_reply_item(reader: IpcReader, options: CallOptions) -> ReplyItem | None:
-    """Read on to the next data or token batch, passing logs to ``on_log``; ``None`` at the end marker. Raises the `RpcError`
-    that the answer is, with the reader behind its batch; `IPCError` when the bytes are no answer."""
-    while (message := reader.next_message()) is not None:
-        metadata = message.head.metadata or {}
-        kind = batch_kind(message.head.rows, message.head.metadata)
-        if kind is BatchKind.ERROR:
-            raise _error_from_metadata(metadata)
-        if kind in (BatchKind.LOCATION, BatchKind.SHM):
-            where = "external storage" if kind is BatchKind.LOCATION else "shared memory that this client did not offer"
-            raise IPCError(f"the answer points to {where}, which this client does not read")
-        if kind is not BatchKind.LOG:
-            return ReplyItem(kind, reader, message)
-        if options.on_log is not None:
-            try:
-                options.on_log(_message_from_metadata(metadata))
-            except Exception:
-                logger.exception("on_log raised; the call goes on")
-    return None
+def next_reply(reader: IpcReader, options: CallOptions) -> BatchMessage | None:
+    """Read on to an answer's next batch of data or tokens, ``None`` at the end; log lines go to ``on_log``.
 
-def answer_call(call: Callable[..., _T], *args: Any) -> _T:
-    """Read from an answer that is there as a whole: bytes in it that are not Arrow are the transport's failure."""
-    try:
-        return call(*args)
-    except (IPCError, EOFError) as exc:
-        raise TransportError(f"the answer is not what it should be: {_text_of(exc) or 'it is empty'}") from None
+    Raises the `RpcError` that the answer is, with the reader behind its batch; `IPCError` for what is no answer.
+    """
+    while True:
+        message = reader.next_message()
+        if message is None or not message.metadata:
+            return message
+        kind = batch_kind(message.rows, message.metadata)
+        if kind == "data" or kind == "token":
+            return message
+        if kind == "error":
+            raise error_from_metadata(message.metadata)
+        if kind != "log":
+            raise IPCError("the answer points to external storage or shared memory, which is not read here")
+        try:
+            if options.on_log is not None:
+                options.on_log(message_from_metadata(message.metadata))
+        except Exception:
+            logger.exception("on_log raised; the call goes on")
 
-class ClientStream:
-    """One stream as a client holds it; the interface under `StreamSession`."""
-    header: Any = None  # the header row's batch, ``None`` when the method declares none
-    done = False  # whether nothing more can be sent or read
-    cut_off = ""  # why it ended, when that was neither its own end nor asked for
 
-    turn: Callable[[AnnotatedBatch], AnnotatedBatch | None]  # sends a batch for an answer; ``None``: the stream has finished
-    close: Callable[[], None]  # ends the stream; the connection stays usable
-    cancel: Callable[[], None]  # as `close`, and has the state's ``on_cancel`` run
+def only_batch(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage | None) -> pa.RecordBatch:
+    """Decode a result or a header, and read its stream to the end."""
+    if message is None:
+        raise IPCError(f"{info.name}(): expected a result or header, got an end of stream")
+    batch = reader.decode(message)
+    reader.read_to_end()
+    return batch
 
-    def next(self) -> AnnotatedBatch | None:
-        """Return the answer to a tick without metadata, which may have been asked for ahead; else as `turn`."""
-        return self.turn(_PLAIN_TICK)
 
-    def token(self) -> bytes:
-        """Return what `resume` needs."""
-        raise RpcError("ProtocolError", "only streams over HTTP can be resumed: else the state stays with the connection", "")
-
-    def restore(self, token: bytes) -> None:
-        """Take over what `token` saved."""
-        self.token()
-
-class ClientChannel:
-    """How calls reach a server; the interface under a proxy."""
-    unary: Callable[[RpcMethodInfo, pa.RecordBatch, CallOptions], Any]  # calls a method and returns its result
-    stream: Callable[[RpcMethodInfo, pa.RecordBatch, CallOptions], ClientStream]
-    close: Callable[[], None]  # gives back connections
-
-    def resume(self, info: RpcMethodInfo, token: bytes, options: CallOptions) -> ClientStream:
-        """Go on with a stream from a saved token."""
-        raise RpcError("ProtocolError", "only streams over HTTP can be resumed", "")
-
-_PLAIN_TICK = AnnotatedBatch(_TICK)
-
-def _tick(metadata: pa.KeyValueMetadata | Mapping[bytes, bytes] | None) -> AnnotatedBatch:
-    if metadata is not None and not isinstance(metadata, pa.KeyValueMetadata):
-        metadata = pa.KeyValueMetadata(dict(metadata))
-    return AnnotatedBatch(_TICK, metadata)
+def reply_batch(reader: IpcReader, message: BatchMessage) -> AnnotatedBatch:
+    """Decode a batch of an answer, without the state tokens."""
+    shown = {k: value for k, value in message.metadata.items() if k not in (STATE_KEY, CALL_STATE_KEY)}
+    return AnnotatedBatch(reader.decode(message), pa.KeyValueMetadata(shown) if shown else None)
 
 
 class StreamSession:
-    """A running stream, on the client: iterate over a producer, `exchange` with an exchange. Also a context manager, which
-    closes the stream. Not for use by several threads at once."""
-    def __init__(self, stream: ClientStream, info: RpcMethodInfo) -> None:
-        self._stream, self._info = stream, info
-        self.header: Any = None  # ``None`` when the method declares none
-        if stream.header is not None and info.header is not None:
-            try:
-                self.header = info.header.from_batch(stream.header)
-            except _Mismatch as exc:
-                self.close()
-                raise exc.error(f"{info.name}() header") from None
+    """A running stream, on the client; a context manager, which closes it. Not for use by several threads at once.
 
-    def typed_header(self, header_type: type[_T]) -> _T:
-        """Return the header as *header_type*; raises `TypeError` when there is none, or one of another type."""
-        if not isinstance(self.header, header_type):
-            raise ParameterError(f"{self._info.name}() header: expected {header_type.__name__}, got {_got(self.header)}")
-        return self.header
+    A producer is iterated over, or read as a whole: `to_table`, `reader`, and by whatever takes Arrow streams
+    (``pa.table(session)``, ``polars.DataFrame(session)``). An exchange is asked by `exchange` or `exchange_all`.
+    After an error of the server the stream is over, and the connection serves the next call.
+    """
+
+    header_batch: pa.RecordBatch | None = None  # one row; None when the method declares no header
+
+    def __init__(self, info: RpcMethodInfo, options: CallOptions) -> None:
+        self.info = info
+        self.options = options
+        self.phase = StreamPhase.OPEN
+        self._over = "is closed"  # or what else became of it, once it is over
+        self._schema: pa.Schema | None = None  # of the batches that come, once an answer has told it
+        self._input: WireSchema | None = None  # of the first input
+        self._waiting: deque[AnnotatedBatch] = deque()  # batches that came and were not handed out
+        self._in_flight = 0  # inputs whose answers were not read
+
+    def _fetch(self, given: AnnotatedBatch | None) -> None:
+        """Send an input, a tick, or (``None``) a tick that others may follow; what is answered waits."""
+        raise NotImplementedError
+
+    def _end(self, cancels: bool) -> None:
+        raise NotImplementedError
 
     def _turn(self, given: AnnotatedBatch | None) -> AnnotatedBatch | None:
-        if self._stream.done:
-            raise RpcError("ProtocolError", f"the stream of {self._info.name}() {self._stream.cut_off or 'is closed'}", "")
-        return self._stream.next() if given is None else self._stream.turn(given)
+        self._fetch(given)
+        if self._waiting:
+            return self._waiting.popleft()
+        self.phase = StreamPhase.DONE
+        return None
+
+    def _cut(self, reason: str) -> None:
+        self.phase = StreamPhase.CUT
+        self._over = reason
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise local_error(f"the stream of {self.info.name}() {self._over}")
+
+    def _check_kind(self, is_exchange: bool, use: str) -> None:
+        known = self._input is not None or self.info.is_exchange
+        if known is not None and known is not is_exchange:
+            kind = "an exchange: call exchange(batch)" if known else "a producer without input: iterate"
+            raise ParameterError(f"{self.info.name}() is {kind} instead of {use}")
+
+    @functools.cached_property
+    def header(self) -> Any:
+        """The header, ``None`` when the method declares none; `TypeError` if it is not what the method declares."""
+        if self.header_batch is None or self.info.header is None:
+            return None
+        return located(f"{self.info.name}() header", "", self.info.header.from_batch, self.header_batch)
+
+    def typed_header(self, header_type: type[T]) -> T:
+        """Return the header as *header_type*; `TypeError` when there is none, or one of another type."""
+        if isinstance(self.header, header_type):
+            return self.header
+        expected = f"{self.info.name}() header: expected {header_type.__name__}"
+        raise ParameterError(f"{expected}, got {got(self.header)}")
+
+    @property
+    def schema(self) -> pa.Schema:
+        """What each batch looks like. A producer may have to be asked for its first one, which is kept; that of an
+        exchange comes with its first answer (`RpcError` before), over HTTP with the stream."""
+        if self._schema is None:
+            if self.info.is_exchange:
+                raise local_error(f"{self.info.name}(): the schema comes with the first answer")
+            self._fetch(None)
+        return self._schema
 
     def __iter__(self) -> Iterator[AnnotatedBatch]:
-        """Yield each batch of a producer until it finishes. While batches come quickly, some are asked for ahead: a producer
-        then runs further than was read, by at most `MAX_PREFETCH` turns on a byte stream and `MAX_TURNS` over HTTP.
-        ``with_options(proxy, prefetch=1)`` switches that off, for a producer with side effects. `tick` and `exchange` never ask
-        ahead; a `tick` after an iteration first gets the batches that this one had asked for, and its metadata reaches the
-        state on the turn behind them. Raises `RpcError` when a turn failed, or another call ended the stream; the connection
-        serves the next call."""
-        while (not self._stream.done or self._stream.cut_off) and (answer := self._turn(None)) is not None:
+        """Yield each batch of a producer until it finishes; `RpcError` when a turn failed or another call ended it.
+
+        While batches come quickly, some are asked for ahead: the producer then runs further than was read, by at most
+        `MAX_PREFETCH` turns on a byte stream and `MAX_TURNS` over HTTP, unless ``with_options(proxy, prefetch=1)``.
+        `tick` asks for none ahead, but first gets those that were asked for; its metadata is for the turn behind them.
+        """
+        self._check_kind(False, "iterating")
+        while self.phase is not StreamPhase.DONE:
+            answer = self._turn(None)
+            if answer is None:
+                return
             yield answer
 
-    def tick(self, custom_metadata: pa.KeyValueMetadata | Mapping[bytes, bytes] | None = None) -> AnnotatedBatch:
-        """Ask a producer for one batch; its state sees the metadata. Raises `StopIteration` at the end, `RpcError`."""
-        if (answer := self._turn(_tick(custom_metadata))) is None:
+    def tick(self, custom_metadata: Metadata | None = None) -> AnnotatedBatch:
+        """Ask a producer for one batch; its state sees the metadata. `StopIteration` at the end, else as iteration."""
+        self._check_kind(False, "tick()")
+        metadata = pa.KeyValueMetadata(dict(custom_metadata)) if custom_metadata else None
+        answer = self._turn(AnnotatedBatch(TICK, metadata))
+        if answer is None:
             raise StopIteration
         return answer
 
-    def exchange(self, input: AnnotatedBatch) -> AnnotatedBatch:
-        """Send a batch and return the answer. Raises `RpcError`; `TypeError` for what is no batch."""
-        where = f"{self._info.name}() exchange: expected"
-        if not isinstance(input, AnnotatedBatch):
-            raise ParameterError(f"{where} an AnnotatedBatch, got {_got(input)}; wrap it: AnnotatedBatch(batch)")
-        if not isinstance(input.batch, pa.RecordBatch):
-            raise ParameterError(f"{where} a pyarrow.RecordBatch in the AnnotatedBatch, got {_got(input.batch)}")
-        if (answer := self._turn(input)) is None:
-            raise RpcError("ProtocolError", f"{self._info.name}() finished instead of answering", "")
+    def to_table(self) -> pa.Table:
+        """Return the batches that are still to come as one table, without their metadata; raises as iteration."""
+        return self.reader().read_all()
+
+    def reader(self) -> pa.RecordBatchReader:
+        """Return a reader of the batches that are still to come, without metadata, each read when it is needed."""
+        self._check_kind(False, "reading")
+        return pa.RecordBatchReader.from_batches(self.schema, (item.batch for item in self))
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        """Hand the batches to another library (the Arrow PyCapsule interface); as `reader`."""
+        return self.reader().__arrow_c_stream__(requested_schema)
+
+    def exchange(
+        self, input: AnnotatedBatch | pa.RecordBatch | pa.Table | Mapping[str, Any]
+    ) -> AnnotatedBatch:
+        """Send a batch and return its answer, any rows x the columns of `schema`.
+
+        *input* is a batch, with metadata or without, a table, which goes as one batch, or ``{column: values}``. The
+        server casts it where that is safe; so are later inputs to the types of the first one. Raises `RpcError` when
+        the turn failed or the stream is closed, `TypeError` for another input and for a producer.
+        """
+        self._check_kind(True, "exchange()")
+        if self._in_flight or self._waiting:
+            raise local_error("exchange() on a stream that was asked for batches ahead, as by iteration")
+        where = f"{self.info.name}() exchange"
+        batch = input.batch if isinstance(input, AnnotatedBatch) else input
+        if isinstance(batch, pa.Table):
+            batch = batch_of_table(batch, where)
+        elif isinstance(batch, Mapping):
+            # Of types that are inferred, and cast below: pyarrow would cut 2.5 for a column of integers.
+            batch = batch_from_pydict(batch, None, where)
+        if not isinstance(batch, pa.RecordBatch):
+            raise ParameterError(f"{where}: expected a batch, table or {{column: values}}, got {got(batch)}")
+        self._input = self._input or WireSchema(batch.schema)
+        batch = conform_batch(batch, self._input, f"{where}, as in its first input", cast_values=True)
+        answer = self._turn(AnnotatedBatch(batch, getattr(input, "custom_metadata", None)))
+        if answer is None:
+            raise local_error(f"{self.info.name}() finished instead of answering")
         return answer
 
-    def token(self) -> bytes:
-        """Return what `resume` needs to go on behind the last batch handed out; HTTP only. It is signed, and readable."""
-        return self._stream.token()
+    def exchange_all(self, batches: Any) -> pa.RecordBatchReader:
+        """Send each of *batches* (an iterable of what `exchange` takes, a reader, a table, another session) and return
+        a reader of the answers, without metadata. Each turn runs when its answer is read, the first one at once. The
+        stream stays open, unless there is no input and only closing it tells its schema. Raises as `exchange`."""
+        self._check_kind(True, "exchange_all()")
+        given = batches.to_batches() if isinstance(batches, pa.Table) else batches
+        answers = (self.exchange(batch).batch for batch in given)
+        for first in answers:
+            return pa.RecordBatchReader.from_batches(first.schema, itertools.chain([first], answers))
+        if self._schema is None:
+            self.close()
+        return pa.RecordBatchReader.from_batches(self.schema, [])
 
-    def next_with_token(self, custom_metadata: pa.KeyValueMetadata | None = None) -> tuple[AnnotatedBatch | None, bytes | None]:
-        """Ask a producer for one batch; return it with the `token` behind it. ``None`` stands for what there is not."""
-        answer = None if self.closed else self._turn(_tick(custom_metadata))
-        try:
-            return answer, self.token()
-        except RpcError:
-            return answer, None
+    def token(self) -> bytes:
+        """Return what `resume` needs to go on behind the last batch handed out; HTTP only. Signed, but readable."""
+        raise local_error("only streams over HTTP can be resumed: elsewhere the connection keeps the state")
 
     def seek_to_token(self, token: bytes) -> None:
         """Go on where *token* was taken; raises as `resume`."""
-        self._stream.restore(token)
+        self.token()
+
+    def next_with_token(self, custom_metadata: Any = None) -> tuple[AnnotatedBatch | None, bytes | None]:
+        """Ask a producer for one batch; return it with the `token` behind it. ``None`` stands for what there is not."""
+        answer = token = None
+        with contextlib.suppress(StopIteration):
+            answer = None if self.closed else self.tick(custom_metadata)
+        with contextlib.suppress(RpcError):
+            token = self.token()
+        return answer, token
 
     @property
     def closed(self) -> bool:
         """Whether the stream has finished, failed, or was closed or cancelled."""
-        return self._stream.done
+        return self.phase is StreamPhase.DONE or self.phase is StreamPhase.CUT
 
     def close(self) -> None:
         """End the stream; may be called twice. The connection serves the next call."""
-        if not self._stream.done:
-            self._stream.close()
+        self._end(False)
 
     def cancel(self) -> None:
         """End the stream and have the state's ``on_cancel`` run; may be called twice."""
-        if not self._stream.done:
-            self._stream.cancel()
+        self._end(True)
 
     def __enter__(self) -> StreamSession:
         return self
@@ -4515,357 +4889,433 @@ class StreamSession:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-def _was_answer(exc: RpcError) -> bool:
-    """Whether the server sent this error: one made on this side is local and has no request id."""
-    return not isinstance(exc, _LocalError) or bool(exc.request_id)
+
+class ClientChannel:
+    """How calls reach a server: the interface under a proxy. *row* is that of `encode_arguments`."""
+
+    def call(self, info: RpcMethodInfo, row: list[Any], options: CallOptions) -> Any:
+        """Call a method; return its decoded result, or the `StreamSession` that it has started."""
+        raise NotImplementedError
+
+    def resume(self, info: RpcMethodInfo, token: bytes, options: CallOptions) -> StreamSession:
+        """Go on with a stream from a saved token."""
+        raise local_error("only streams over HTTP can be resumed")
+
+    def close(self) -> None:
+        """Give back connections; calls are refused afterwards."""
+        raise NotImplementedError
 
 
 class ByteClient(ClientChannel):
-    """Calls over one byte stream, one at a time; safe for use by several threads, which take turns."""
+    """Calls over one byte stream, closed with it, one at a time; threads take turns. A call ends an open stream.
+
+    Only the thread that holds the connection changes its phase. One that takes it and finds CALLING knows that the
+    thread before it left in the middle of a call, however that happened.
+    """
+
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        self._lock = threading.RLock()  # knows whose it is; `exclusive` does not let a thread take it twice
-        self._caller = 0  # the thread that holds the lock
-        self._open: _ByteClientStream | None = None
-        self._broken = ""  # why the connection is closed
-        self._between = False  # whether a stream is expected next: what comes else is text that something printed
+        self.channel = transport.channel
+        self.phase = ConnectionPhase.IDLE
+        self.stream: _ByteSession | None = None  # the one that is open
+        # An input stream was sent to a server that may have refused the call: it then takes that for a request.
+        self._expects_orphan = False
+        self._closed_because = ""
+        self._lock = threading.RLock()  # since only this kind knows whether it is ours, see `_leave`
+        self._owner = 0  # the thread that holds it
 
-    def exclusive(self, deadline: float | None) -> ByteClient:
-        """Take the connection for a ``with`` block; in it, whatever is not an answer breaks the connection for good. Raises
-        `DeadlineExceededError` when other threads held it for too long (it stays usable), `RpcError` when this thread holds it:
-        ``on_log`` calls back."""
+    def own(self, options: CallOptions, step: Callable[..., T], *arguments: Any) -> T:
+        """Run *step* with the connection to itself, within the time that *options* give it."""
+        self.transport.check_process()
         me = threading.get_ident()
-        if self._caller == me:
-            raise RpcError("ProtocolError", "a call is running on this connection: on_log cannot make another one on it", "")
-        left = -1.0 if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+        if self._owner == me:
+            raise local_error("a call is running on this connection: on_log cannot make another one on it")
+        deadline = options.deadline
+        # Left twice, as an interrupt may come while it is left: no way out may keep the lock.
         try:
-            if not self._lock.acquire(timeout=left):
-                raise DeadlineExceededError(f"{_TOO_LATE}: calls of other threads use the connection")
-            if self._broken:
-                raise TransportError(f"the connection is closed: {self._broken}")
-            self._caller, self.transport.channel.deadline = me, deadline
-            return self
-        except BaseException:  # an interrupt, too, which may come when the lock was taken and nothing after it was done
-            if self._lock._is_owned():  # type: ignore[attr-defined]
-                self._caller = 0
-                self._lock.release()
+            try:
+                if not self._lock.acquire(timeout=options.timeout or -1):
+                    raise DeadlineExceededError("no answer in time: other threads use the connection")
+                self._owner = me
+                if self.phase is ConnectionPhase.CALLING or self.phase is ConnectionPhase.CLOSED:
+                    self._closed_because = self._closed_because or "a call was interrupted"
+                    raise TransportError(f"the connection is closed: {self._closed_because}")
+                self.channel.deadline = deadline
+                return step(*arguments)
+            except BaseException as exc:
+                if self._owner == me and self.phase is ConnectionPhase.CALLING:
+                    raise self._lost(exc) from None  # else nothing was sent, or the answer was read whole
+                raise
+            finally:
+                self._leave(me)
+        except BaseException:
+            self._leave(me)
             raise
 
-    # The connection was taken by `exclusive` already. Not of Python's making: a signal is not handled before the block is entered.
-    __enter__ = bool
-
-    def __exit__(self, kind: Any, exc: BaseException | None, trace: object) -> None:
+    def _leave(self, me: int) -> None:
+        if self._owner == me:
+            self._owner = 0
         try:
-            if exc is None or isinstance(exc, ParameterError) or (isinstance(exc, RpcError) and _was_answer(exc)):
-                return  # before a byte was sent, or after a whole answer
-            lost = self._break(exc)
-            if isinstance(exc, (EOFError, _Refusal, RpcError)):
-                raise lost from None
-            # Else it was interrupted in the middle of an exchange: nobody knows where the bytes stand.
-        finally:
-            self._caller = 0
             self._lock.release()
+        except RuntimeError:  # not ours: it was never taken, or is given back already
+            pass
 
-    def _break(self, exc: BaseException) -> RpcError:
-        stray = self._stray_text(isinstance(exc, TransportError))
+    def _lost(self, exc: BaseException) -> BaseException:
+        """Close the connection, which nobody can use after *exc*; return what the caller is to see."""
+        reason = f"a call was interrupted by {type(exc).__name__}"
         if isinstance(exc, DeadlineExceededError):
-            error: RpcError = exc
-        elif stray:
-            error = TransportError(f"expected Arrow IPC, got text: {stray!r} ({self.transport.peer} prints to the channel)")
-        elif isinstance(exc, (EOFError, TransportError)) or (self.transport.channel.ended and isinstance(exc, _Refusal)):
-            error = TransportError(self.transport.obituary())
-        elif isinstance(exc, _Refusal):
-            error = TransportError(f"not an answer: {_text_of(exc)}")
-        else:
-            error = TransportError(f"a call was interrupted by {type(exc).__name__}")
-        self._broken = self._broken or error.error_message.partition("\n")[0]
-        if self._open is not None and not self._open.done:
-            self._open.done, self._open.cut_off = True, f"was cut off: {self._broken}"
-        self.transport.abort()
-        return error
+            reason = exc.error_message
+        elif isinstance(exc, (EOFError, Refusal, RpcError)):
+            reason = f"not an answer: {text_of(exc)}"
+            if self._closed_because:  # in the middle of the call, by another thread
+                reason = f"the connection is closed: {self._closed_because}"
+            elif isinstance(exc, (EOFError, TransportError)) or self.channel.ended:
+                reason = self.transport.obituary()
+            exc = TransportError(reason)
+        self._closed_because = self._closed_because or reason.partition("\n")[0]
+        self.phase = ConnectionPhase.CLOSED
+        if self.stream is not None:
+            self.stream._cut(f"was cut off: {self._closed_because}")
+        self.transport.close(0.0)
+        return exc
 
-    def _end_open(self, why: str) -> None:
-        """End the stream that was left open, if one was."""
-        if self._open is not None and not self._open.done:
-            self._open.cut_off = why
-            self._open.finish()
-        self._open = None
+    def call(self, info: RpcMethodInfo, row: list[Any], options: CallOptions) -> Any:
+        return self.own(options, self._call, info, row, options)
 
-    def _stray_text(self, lost: bool) -> str:
-        """What a worker printed, as text, when that is what came instead of a stream."""
-        channel = self.transport.channel
-        if not self._between:
-            return ""
-        if lost:  # it may have gone before our request was written, and left its text in the pipe
-            channel.deadline = time.monotonic() + 1.0
-            with contextlib.suppress(RpcError):
-                channel._fill()
-        start = max(0, channel._at - 8)  # eight bytes were taken for the prefix of a message
-        seen = channel._buffer[start : start + 200]
-        printed = all(32 <= b < 127 or b in b"\r\n\t\x1b" for b in seen[:8])
-        return seen.decode("utf-8", "replace").strip() if printed else ""
-
-    def open_reply(self, request_id: str, options: CallOptions) -> tuple[IpcReader, ReplyItem | None]:
-        """Open the next answer and read its first item, past the answer that a refused stream's input may have earned. Raises
-        the `RpcError` that the answer is, which was then read to its end."""
-        while True:
-            reader = IpcReader(self.transport.channel, validation=options.ipc_validation)
-            self._between = False
-            stray, self.transport.stray = self.transport.stray, False
-            try:
-                return reader, next_reply_item(reader, options)
-            except RpcError as exc:
-                if not _was_answer(exc):
-                    raise
-                reader.read_to_end()
-                if not stray or exc.request_id in ("", request_id):
-                    raise
-                self._between = True
-
-    def _send_request(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> str:
-        self._end_open("was ended by another call on its connection; read it to its end first, or connect twice")
-        request_id, self._between = new_request_id(), True
-        request = request_stream(info, batch, options.version, request_id, options.timeout)
-        self.transport.channel.write(request)
-        return request_id
-
-    def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
-        with self.exclusive(options.deadline):
-            request_id, channel = self._send_request(info, batch, options), self.transport.channel
-            known = None if self.transport.stray else recall_result(info, *channel.received())
-            if known is not None:
-                channel.skip_to(known[1])
-                self._between = False
-            else:
-                reader, item = self.open_reply(request_id, options)
-                reader.read_to_end()
-                if item is None:
-                    raise IPCError(f"{info.name}(): expected a result, got an end of stream")
-        if known is not None:
-            return answer_call(decode_result, info, known[0])
-        return answer_call(read_result, info, reader, cast("ReplyItem", item).message)
-
-    def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
-        with self.exclusive(options.deadline):
-            stream = _ByteClientStream(self, self._send_request(info, batch, options), options)
+    def _call(self, info: RpcMethodInfo, row: list[Any], options: CallOptions) -> Any:
+        request_id = new_request_id()
+        request = request_pieces(info, row, request_id, options.timeout)
+        self._end_stream("was ended by another call on its connection; read it first, or connect twice")
+        self.phase = ConnectionPhase.CALLING
+        try:
+            self.channel.write(request)
+        except TransportError:  # a worker that has gone may have left its last words in the pipe
+            self.channel.deadline = time.monotonic() + 1.0
+        if info.method_type is MethodType.STREAM:
+            self.stream = _ByteSession(self, info, options, request_id)
             if info.header is not None:
-                stream.read_header(info.name)
-            self._open = stream
-            return stream
+                header = self.read(None, request_id, options, info.header.row.wire)
+                self.stream.header_batch = only_batch(info, *header)
+            self.phase = ConnectionPhase.STREAMING
+            return self.stream
+        ready = read_result(info, *self.channel.received())
+        if ready is not None:
+            self.channel.skip_to(ready[1])
+            self._expects_orphan = False
+            self.phase = ConnectionPhase.IDLE
+            return ready[0]
+        batch = only_batch(info, *self.read(None, request_id, options, info.result.wire))
+        self.phase = ConnectionPhase.IDLE
+        return decode_result(info, batch)
+
+    def _end_stream(self, why: str) -> None:
+        if self.stream is not None:
+            stream = self.stream
+            stream.finish()
+            stream._cut(why)
+
+    def read(
+        self, reader: IpcReader | None, request_id: str, options: CallOptions, *expected: WireSchema
+    ) -> tuple[IpcReader, BatchMessage | None]:
+        """Read on to the next batch of an answer; without *reader* it is opened, and one to an orphan passed over.
+
+        Raises the `RpcError` that the answer is, which was then read to its end and has ended the stream.
+        """
+        opens = reader is None
+        may_be_orphan = self._expects_orphan
+        self._expects_orphan = False
+        while True:
+            if reader is None:
+                printed = _PRINTED.match(*self.channel.received())
+                if printed:
+                    text = printed[0].decode("utf-8", "replace").strip()
+                    who = f"{self.transport.peer} prints to the channel"
+                    self._closed_because = f"expected Arrow IPC, got text: {text!r} ({who})"
+                    raise EOFError
+                reader = IpcReader(self.channel, validation=options.ipc_validation, expected=expected)
+            try:
+                return reader, next_reply(reader, options)
+            except RpcError as exc:
+                if not was_answer(exc):
+                    raise
+                reader.read_to_end()
+                if not may_be_orphan or exc.request_id in ("", request_id):
+                    if self.stream is not None:
+                        self.stream.finish(read=False)
+                        # A call that was begun reads our input to its end; one that was refused does not.
+                        self._expects_orphan = opens
+                    self.phase = ConnectionPhase.IDLE
+                    raise
+            may_be_orphan = False
+            reader = None
 
     def release(self) -> bool:
         """End an open stream and refuse further calls; return whether the transport may serve another client."""
         fit = False
-        with contextlib.suppress(RpcError), self.exclusive(time.monotonic() + 1.0):
-            self._end_open("was ended with its connection")
-            fit = True
-        self._broken = self._broken or "it was closed here"
+        with contextlib.suppress(RpcError):
+            fit = self.own(CallOptions(timeout=1.0), self._retire)
+        self._closed_because = self._closed_because or "it was closed here"
         return fit
+
+    def _retire(self) -> bool:
+        self._end_stream("was ended with its connection")
+        self._closed_because = "it was closed here"
+        self.phase = ConnectionPhase.CLOSED
+        return not self._expects_orphan
 
     def close(self) -> None:
         self.release()
         self.transport.close()
 
 
-class _ByteClientStream(ClientStream):
-    def __init__(self, client: ByteClient, request_id: str, options: CallOptions) -> None:
-        self._client, self._request_id, self._options = client, request_id, options
+class _ByteSession(StreamSession):
+    """A stream on a `ByteClient`, one IPC stream each way. That of the inputs is opened with the schema of the first
+    one; closing an unused stream opens it on the empty schema."""
+
+    def __init__(self, client: ByteClient, info: RpcMethodInfo, options: CallOptions, request: str) -> None:
+        super().__init__(info, options)
+        self._client = client
+        self._request_id = request
         self._writer: IpcWriter | None = None
         self._reader: IpcReader | None = None
-        self._in_flight = 0  # ticks sent whose answers were not read
-        self._ahead = 1  # how many to have in flight, as things go
-        self._older = 0  # answers still to come that were asked for before the last write of ticks
+        self._ahead = 1  # how many ticks to have in flight, as things go
 
-    def read_header(self, name: str) -> None:
-        """Read the header stream that precedes the data; an error in its place ends the stream."""
-        if (item := self._next()) is None:
-            raise IPCError(f"{name}(): expected a header, got an end of stream")
-        self.header, self._reader = item.annotated().batch, None
-        item.reader.read_to_end()
+    def _write(self, items: Sequence[Item], close: bool = False) -> None:
+        self._client.phase = ConnectionPhase.CALLING
+        self._writer = self._writer or IpcWriter(self._client.channel.write, self._input or EMPTY)
+        self._writer.write_all(items, close=close)
 
-    def _input(self, schema: pa.Schema) -> IpcWriter:
-        if self._writer is None:
-            self._writer = IpcWriter(self._client.transport.channel.write, schema)
-        return self._writer
+    def _read(self) -> BatchMessage | None:
+        self._reader, message = self._client.read(self._reader, self._request_id, self.options)
+        self._schema = self._reader.schema
+        return message
 
-    def _end_input(self) -> None:
-        self.done = True
-        self._input(EMPTY_SCHEMA).close()
-
-    def _next(self) -> ReplyItem | None:
-        """Read to the next item of the answer. The server's error ends the stream, not the connection."""
+    def finish(self, cancels: bool = False, read: bool = True) -> None:
+        """End our side, and then the other one: its end is *read*."""
+        if self.closed:  # another thread's call ended it while this one waited for the connection
+            return
+        if self.phase is StreamPhase.OPEN:
+            self._client.phase = ConnectionPhase.CALLING
+            self.phase = StreamPhase.ENDING
+            empty = (self._input or EMPTY).empty
+            self._write([(empty, {CANCEL_KEY: b"1"})] if cancels else [], close=True)
         try:
-            if self._reader is not None:
-                return next_reply_item(self._reader, self._options)
-            self._reader, item = self._client.open_reply(self._request_id, self._options)
-            return item
-        except RpcError as exc:
-            if _was_answer(exc):
-                if self._reader is not None:
-                    self._reader.read_to_end()
-                if not self.done:
-                    self._end_input()
-                # A begun call reads our input to its end; a server that refused the call may take it for a request.
-                self._client.transport.stray = True
-            raise
-
-    def _check_open(self) -> None:
-        if self.done:  # another thread's call ended it while this one waited for the connection
-            raise RpcError("ProtocolError", f"the stream {self.cut_off or 'is closed'}", "")
-
-    def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
-        with self._client.exclusive(self._options.deadline):
-            self._check_open()
-            batch, writer = given.batch, self._input(given.batch.schema)
-            if self._in_flight and batch is not _TICK:
-                raise RpcError("ProtocolError", "exchange() on a stream whose iteration has asked for batches ahead", "")
-            if batch.schema is not writer.schema and not batch.schema.equals(writer.schema, check_metadata=True):
-                batch = conform_batch(batch, writer.schema, "exchange input", cast_values=True)
-            if given.custom_metadata is not None or not self._in_flight:
-                writer.write(batch, given.custom_metadata)
-                self._in_flight += 1
-            return self._given(self._next())
-
-    def next(self) -> AnnotatedBatch | None:
-        # The server may block on writing while we do not read, and we never do while it does not: all the ticks that can
-        # be unread (MAX_PREFETCH) fit into the smallest buffer between two processes many times over.
-        with self._client.exclusive(self._options.deadline):
-            self._check_open()
-            missing = self._ahead - self._in_flight
-            if missing > 0 and 2 * missing >= self._ahead:
-                self._input(EMPTY_SCHEMA).write_all([(_TICK, None)] * missing)
-                self._older, self._in_flight = self._in_flight, self._in_flight + missing
-            started, self._older = time.monotonic(), self._older - 1
-            item = self._next()
-            # Only an answer that was asked for together with the one before it tells the producer's time from the way's.
-            slow = self._older < -1 and time.monotonic() - started > SLOW_TURN_SECONDS
-            large = item is not None and len(item.message.data) > SMALL_BODY_BYTES
-            most = 2 if large else MAX_PREFETCH
-            self._ahead = 1 if slow else min(2 * self._ahead, most, self._options.prefetch or most)
-            return self._given(item)
-
-    def _given(self, item: ReplyItem | None) -> AnnotatedBatch | None:
-        if item is None:
-            self._end_input()
-            return None
-        self._in_flight -= 1
-        return item.annotated()
-
-    def finish(self) -> None:
-        """End both directions; the caller holds the connection."""
-        self._end_input()
-        try:
-            while self._next() is not None:
+            while read and self._read() is not None:
                 pass
         except RpcError as exc:
-            if not _was_answer(exc):  # nobody waits for the server's error on a stream that is being closed
+            if not was_answer(exc):  # nobody waits for the server's error on a stream that is being closed
                 raise
+        self.phase = StreamPhase.DONE
+        self._client.stream = None
+        self._client.phase = ConnectionPhase.IDLE
 
-    def close(self) -> None:
-        with self._client.exclusive(self._options.deadline):
-            if not self.done:
+    def _end(self, cancels: bool) -> None:
+        if not self.closed:
+            self._client.own(self.options, self.finish, cancels)
+
+    def _fetch(self, given: AnnotatedBatch | None) -> None:
+        self._client.own(self.options, self._ask, given)
+
+    def _ask(self, given: AnnotatedBatch | None) -> None:
+        self._check_open()
+        unread = self._in_flight + len(self._waiting)
+        items: list[Item] = []
+        if given is None:
+            # The server may block on writing while we do not read, but we never do while it does not: all the ticks
+            # that can be unread (MAX_PREFETCH) fit many times over into the smallest buffer between two processes.
+            if 2 * unread <= self._ahead:
+                metadata = self.options.turn_metadata(None)
+                items = [(TICK, metadata) if metadata else tick_bytes()] * (self._ahead - unread)
+        elif not unread or given.custom_metadata is not None:
+            items = [(given.batch, self.options.turn_metadata(given.custom_metadata))]
+        if items:
+            self._write(items)
+            self._in_flight += len(items)
+        self._client.phase = ConnectionPhase.CALLING
+        if not self._waiting:
+            started = time.monotonic()
+            message = self._read()
+            if message is None or self._reader is None:
                 self.finish()
+                return
+            # Large batches fill the buffers between us: to ask for more would not help. A slow producer is not asked
+            # ahead: its work may not be wanted, and close() would wait for it.
+            most = 2 if len(message.data) > SMALL_BODY_BYTES else MAX_PREFETCH
+            is_slow = time.monotonic() - started > _SLOW_TURN_SECONDS
+            self._ahead = 1 if is_slow else min(2 * self._ahead, most, self.options.prefetch or most)
+            self._in_flight -= 1
+            self._waiting.append(reply_batch(self._reader, message))
+        self._client.phase = ConnectionPhase.STREAMING
 
-    def cancel(self) -> None:
-        with self._client.exclusive(self._options.deadline):
-            if not self.done:
-                writer = self._input(EMPTY_SCHEMA)
-                writer.write(empty_batch(writer.schema), {CANCEL_KEY: b"1"})
-                self.finish()
 
+class RpcConnection(Generic[P]):
+    """A connection and the typed proxy of *protocol* in one: each of its methods is an attribute.
 
-class RpcConnection(Generic[_P]):
-    """A connection as a context manager that gives the typed proxy of *protocol*; the options are those of `CallOptions`.
-    *transport*, which may also be another `ClientChannel`, is closed on leaving, and when *protocol* has mistakes."""
-    def __init__(self, protocol: type[_P], transport: Transport | ClientChannel, on_log: ClientLog | None = None, *,
-                 timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL) -> None:
-        self.channel = transport if isinstance(transport, ClientChannel) else ByteClient(transport)
-        version = getattr(protocol, "protocol_version", "") or ""
+    Leaving ``with`` closes it; without ``with``, `close` does. Within ``with``, and on what `with_options` returns, a
+    method of the service that is itself called ``close`` is that method. *transport* is a transport or another
+    `ClientChannel`, or a function that returns one, called on entering or at the first use. It is closed with the
+    connection, and when *protocol* has mistakes: a `TypeError` that names all of them. The other arguments are those
+    of `with_options`.
+    """
+
+    def __init__(
+        self,
+        protocol: ProtocolClass[P],
+        transport: Transport | ClientChannel | Callable[[], Transport | ClientChannel],
+        on_log: ClientLog | None = None,
+        *,
+        timeout: float | None = None,
+        ipc_validation: IpcValidation = IpcValidation.FULL,
+    ) -> None:
+        self._transport = transport
+        self._lock = threading.Lock()  # threads that use it first together dial once
+        self._opened: ClientChannel | None = None
         try:
-            self._proxy = RpcProxy(protocol, self.channel, CallOptions(on_log, timeout, ipc_validation, version))
+            self._protocol = cast("type", protocol)
+            self._options = CallOptions(on_log, timeout, ipc_validation)
+            self._methods = rpc_methods(self._protocol)
         except BaseException:
-            self.channel.close()
+            if not callable(transport):
+                transport.close()
             raise
+        if not callable(transport):
+            self._open()
 
-    def __enter__(self) -> _P:
-        return cast("_P", self._proxy)
+    def _open(self) -> ClientChannel:
+        """Return the channel; the first time, dial."""
+        with self._lock:
+            if self._opened is None:
+                transport = self._transport() if callable(self._transport) else self._transport
+                self._opened = ByteClient(transport) if isinstance(transport, Transport) else transport
+            return self._opened
 
-    def __exit__(self, *exc: object) -> None:
-        self.channel.close()
-
-
-class RpcProxy:
-    """Calls a Protocol's methods on a server; each is an attribute. Made by the ``connect`` functions."""
-    def __init__(self, protocol: type, channel: ClientChannel, options: CallOptions) -> None:
-        self._protocol, self._channel, self._options = protocol, channel, options
-        self.__dict__.update({i.name: _proxy_method(i, channel, options) for i in rpc_methods(protocol).values()})
-
-    def __repr__(self) -> str:
-        return f"<proxy of {self._protocol.__qualname__} over {type(self._channel).__name__}>"
-
-    def with_options(self, **options: Any) -> Any:
-        """Return a proxy on the same connection with other options; those that are not given stay as they are. They are
-        *timeout* (seconds per call or turn, ``None`` for none), *on_log*, *ipc_validation*, and *prefetch*: 1 has iteration ask
-        for one batch at a time (see `StreamSession.__iter__`), more for so many at most. Raises `TypeError` for an option that
-        is none of these."""
-        known = ("timeout", "on_log", "ipc_validation", "prefetch")
-        if not options.keys() <= set(known):
-            raise TypeError(f"with_options: expected {', '.join(known)}, got {', '.join(sorted(options))}")
-        return RpcProxy(self._protocol, self._channel, dataclasses.replace(self._options, **options))
+    @property
+    def _channel(self) -> ClientChannel:
+        return self._opened or self._open()
 
     def __getattr__(self, name: str) -> Any:
-        close = _suggest(name, rpc_methods(self._protocol))
-        raise AttributeError(f"{self._protocol.__qualname__} has no method {name!r}{close}")
+        if name.startswith("_"):
+            raise AttributeError(name)
+        info = self._methods.get(name)
+        if info is None:
+            near = suggest(name, self._methods)
+            raise AttributeError(f"{self._protocol.__qualname__} has no method {name!r}{near}")
+        call = self._channel.call
+        options = self._options
 
-def _proxy_method(info: RpcMethodInfo, channel: ClientChannel, options: CallOptions) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        batch = request_batch(info, bind_arguments(info, args, kwargs))
-        if info.method_type is MethodType.UNARY:
-            return channel.unary(info, batch, options)
-        return StreamSession(channel.stream(info, batch, options), info)
-    call.__name__, call.__doc__ = info.name, info.doc
-    return call
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return call(info, encode_arguments(info, bind_arguments(info, args, kwargs)), options)
 
-def with_options(proxy: _P, **options: Any) -> _P:
-    """Return ``proxy.with_options(...)`` with the proxy's own type, for type checkers; see `RpcProxy.with_options`."""
-    return cast("_P", RpcProxy.with_options(cast("RpcProxy", proxy), **options))
+        declared = getattr(self._protocol, name)
+        signature = inspect.signature(declared)
+        own = [signature.parameters[parameter] for parameter in info.param_types]
+        functools.update_wrapper(method, declared)
+        method.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+        self.__dict__[name] = method  # where Python finds it from now on
+        return method
+
+    def close(self) -> None:
+        """Close it; may be called twice."""
+
+        def closed() -> Transport:
+            raise TransportError("the connection is closed: it was closed here")
+
+        self._transport = closed
+        if self._opened is not None:
+            self._opened.close()
+
+    def __enter__(self) -> P:
+        self._open()
+        if "close" in self._methods:
+            self.__getattr__("close")
+        return cast("P", self)
+
+    def __exit__(self, *exc: object) -> None:
+        RpcConnection.close(self)
+
+    def __repr__(self) -> str:
+        over = type(self._opened or self._transport).__name__
+        return f"<proxy of {self._protocol.__qualname__} over {over}>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(f"{self!r} holds a connection and cannot be copied or pickled; connect again instead")
+
+
+def _connection(target: Any, what: str) -> RpcConnection[Any]:
+    if not isinstance(target, RpcConnection):
+        raise TypeError(f"{what}: expected a proxy, got {got(target)}")
+    return target
+
+
+_SAME: Any = object()  # an option that stays as it is
+
+
+def with_options(
+    proxy: P,
+    *,
+    timeout: float | None = _SAME,
+    on_log: ClientLog | None = _SAME,
+    ipc_validation: IpcValidation = _SAME,
+    prefetch: int | None = _SAME,
+) -> P:
+    """Return a proxy on the same connection with other options; those that are not given stay as they are.
+
+    *timeout* is seconds per call or turn, ``None`` for no limit; *on_log* takes the server's log lines; *prefetch* is
+    how many turns iteration asks for at a time, 1 for lockstep; *ipc_validation* is how much of an answer is checked.
+    """
+    given = {"timeout": timeout, "on_log": on_log, "ipc_validation": ipc_validation, "prefetch": prefetch}
+    old = _connection(proxy, "with_options")
+    new: RpcConnection[P] = RpcConnection(cast("ProtocolClass[P]", old._protocol), old._channel)
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not _SAME}
+    new._options = dataclasses.replace(old._options, **changes)
+    return new.__enter__()
+
 
 def resume(proxy: Any, method: str, token: bytes) -> StreamSession:
-    """Go on with a stream where its `token` was taken, also in another process; HTTP only. Raises `RpcError` if refused."""
-    info = rpc_methods(proxy._protocol).get(method)
-    if info is None or info.method_type is not MethodType.STREAM:
-        raise RpcError("ProtocolError", f"resume: {method!r} is not a stream of {proxy._protocol.__qualname__}", "")
-    return StreamSession(proxy._channel.resume(info, token, proxy._options), info)
+    """Go on with a stream where its `StreamSession.token` was taken, also in another process; HTTP only.
 
-def _reflection(target: Any, ipc_validation: IpcValidation = IpcValidation.FULL) -> Any:
-    """A proxy of the reflection protocol on the connection of a proxy, a transport or a channel."""
-    options, channel = (target._options, target._channel) if isinstance(target, RpcProxy) else (CallOptions(), target)
-    channel = ByteClient(channel) if isinstance(channel, Transport) else channel
-    if not isinstance(channel, ClientChannel):
-        raise TypeError(f"expected a proxy, a transport or a channel, got {_got(target)}")
-    return RpcProxy(Reflection, channel, CallOptions(timeout=options.timeout, ipc_validation=ipc_validation))
+    Raises `RpcError` when *method* is not a stream of the proxy, or *token* not one of its tokens. Whether the server
+    takes it shows at the next turn.
+    """
+    found = _connection(proxy, "resume")
+    info = found._methods.get(method)
+    if info is None or info.method_type is not MethodType.STREAM:
+        raise local_error(f"resume: {method!r} is not a stream of {found._protocol.__qualname__}")
+    return found._channel.resume(info, token, found._options)
+
 
 def list_protocols(target: Any) -> list[ProtocolSummary]:
-    """Return what the server behind a proxy or transport hosts, the application's first; `RpcError` if it does not tell."""
-    return cast("ProtocolList", _reflection(target).list_protocols()).protocols
+    """Return what the server behind a proxy or transport hosts, the application's first; raises `RpcError`."""
+    listed: ProtocolList = _reflection(target).list_protocols()
+    return listed.protocols
+
 
 def describe_protocol(target: Any, name: str) -> ServiceDescription:
-    """Return what the server behind a proxy or transport says of the protocol *name*; raises as `list_protocols`."""
+    """Return what the server behind a proxy or transport says of the protocol *name*; raises `RpcError`."""
     return introspect(target, protocol=name)
 
-def introspect(transport: Any, ipc_validation: IpcValidation = IpcValidation.FULL,
-               protocol: str | None = None) -> ServiceDescription:
-    """Return the description of *protocol*, by default the primary one; raises as `list_protocols`."""
-    proxy = _reflection(transport, ipc_validation)
-    listed = cast("ProtocolList", proxy.list_protocols())
-    named = (p.protocol for p in listed.protocols if not p.protocol.startswith(RESERVED_PROTOCOL_PREFIX))
-    name = next(named, REFLECTION_PROTOCOL) if protocol is None else protocol
-    return _service_description(listed, proxy.describe(protocol=name))
 
-@dataclass(frozen=True)
-class PoolMetrics:
+def introspect(target: Any, *, protocol: str | None = None) -> ServiceDescription:
+    """Return the description of *protocol*, by default the server's primary one; raises `RpcError`."""
+    proxy = _reflection(target)
+    listed: ProtocolList = proxy.list_protocols()
+    names = [summary.protocol for summary in listed.protocols]
+    names.sort(key=lambda name: name.startswith(RESERVED_PROTOCOL_PREFIX))
+    return service_description(listed, proxy.describe(protocol or names[0]))
+
+
+def _reflection(target: Any) -> Any:
+    """A proxy of the reflection protocol on the connection of a proxy, a transport or a channel."""
+    if isinstance(target, (Transport, ClientChannel)):
+        return RpcConnection(Reflection, target)
+    proxy = _connection(target, "introspection")
+    return RpcConnection(Reflection, proxy._channel, timeout=proxy._options.timeout)
+
+
+class PoolMetrics(NamedTuple):
     """What a `WorkerPool` has done so far, and what it holds: counts of workers."""
-    borrows: int = 0  # times that `connect` was entered
+
+    borrows: int = 0  # times that `WorkerPool.connect` was entered
     spawns: int = 0  # workers started for it …
     reuses: int = 0  # … or taken from the idle ones
     returns: int = 0  # workers that came back fit to be used again
@@ -4875,122 +5325,148 @@ class PoolMetrics:
     idle: int = 0
     active: int = 0
 
-def _is_quiet(worker: SubprocessTransport) -> bool:
-    """Whether a worker lives, has not hung up, and has sent nothing that nobody asked for."""
-    channel = worker.channel
-    alive = worker.proc.poll() is None and channel.fileno() >= 0
-    return alive and not channel.peek() and not _ready(channel.fileno(), "POLLIN")
-
 
 class WorkerPool:
-    """Keeps workers between connections, so that the next one of the same command does not wait for a start. A worker serves
-    one connection at a time and is checked before each: one that died, hung up, printed to the channel or was left in the
-    middle of a call is ended instead. Safe for use by several threads; a context manager, which closes it. At most *max_idle*
-    workers wait (0 keeps none), whatever their commands, each for *idle_timeout* seconds; the longest idle one goes first, and
-    one that dies is reaped within a second. *stderr* and *stderr_logger* are as in `connect`. *shm_size* is accepted for code
-    written for other implementations, and without effect: shared memory is not offered to workers."""
-    def __init__(self, max_idle: int = 4, idle_timeout: float = 60.0, stderr: StderrMode = StderrMode.INHERIT,
-                 stderr_logger: logging.Logger | None = None, shm_size: int | None = None) -> None:
-        if max_idle < 0 or not 0 < idle_timeout <= threading.TIMEOUT_MAX:
-            raise ValueError(f"expected max_idle of 0 or more and idle_timeout above 0, got {max_idle!r} and {idle_timeout!r}")
-        if shm_size is not None and (not isinstance(shm_size, int) or shm_size <= 0):
-            raise ValueError(f"shm_size: expected a positive number of bytes or None, got {shm_size!r}")
-        self.max_idle, self.idle_timeout = max_idle, idle_timeout
+    """Keeps workers between connections, so that the next one of the same command does not wait for a start.
+
+    A worker serves one connection at a time and is checked before each: one that died, hung up, printed to the
+    channel or was left in the middle of a call is ended instead. At most *max_idle* workers wait, whatever their
+    commands, for *idle_timeout* seconds; the longest idle one goes first, and one that dies is reaped within a
+    second. Safe for use by several threads. A forked child begins with an empty pool. Also a context manager.
+    """
+
+    def __init__(
+        self,
+        max_idle: int = 4,
+        idle_timeout: float = 60.0,
+        stderr: StderrMode = StderrMode.INHERIT,
+        stderr_logger: logging.Logger | None = None,
+    ) -> None:
+        if max_idle < 0:
+            raise ValueError(f"max_idle: expected 0 or more, got {max_idle!r}")
+        if not 0 < idle_timeout <= threading.TIMEOUT_MAX:
+            raise ValueError(f"idle_timeout: expected seconds above 0, got {idle_timeout!r}")
+        self.max_idle = max_idle
+        self.idle_timeout = idle_timeout
         self._start = functools.partial(SubprocessTransport, stderr=stderr, stderr_logger=stderr_logger)
-        self._changed = threading.Condition()
-        self._idle: list[SubprocessTransport] = []  # the longest idle one first
-        self._evictor: threading.Thread | None = None  # lives only while somebody is idle
-        self._counts, self._closed = dataclasses.asdict(PoolMetrics()), False
+        self._closed = False
+        self._process = 0  # whose the workers are
+
+    def _locked(self) -> threading.Condition:
+        """Return the lock, in a forked child one of its own: another thread may have held its parent's."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._changed = threading.Condition()
+            self._idle: dict[SubprocessTransport, float] = {}  # since when, the longest idle one first
+            self._active: set[SubprocessTransport] = set()
+            self._counts = dict.fromkeys(PoolMetrics._fields, 0)
+            self._evicting = (
+                False  # whether a thread sweeps from time to time, as it does while somebody is idle
+            )
+        return self._changed
 
     @property
     def metrics(self) -> PoolMetrics:
         """The counts as they are now."""
-        with self._changed:
-            return PoolMetrics(**{**self._counts, "idle": len(self._idle)})
+        with self._locked():
+            return PoolMetrics(**{**self._counts, "idle": len(self._idle), "active": len(self._active)})
 
-    idle_count = property(lambda self: self.metrics.idle, doc="Workers that wait.")
-    active_count = property(lambda self: self.metrics.active, doc="Workers that serve a connection.")
-
-    def _count(self, **changes: int) -> None:
-        with self._changed:
-            for name, change in changes.items():
-                self._counts[name] += change
+    idle_count = property(operator.attrgetter("metrics.idle"), doc="How many workers wait.")
+    active_count = property(operator.attrgetter("metrics.active"), doc="How many workers serve a connection.")
 
     @contextlib.contextmanager
-    def connect(self, protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None, timeout: float | None = None,
-                ipc_validation: IpcValidation = IpcValidation.FULL) -> Iterator[_P]:
-        """Give a proxy to a worker of that command; on leaving, an open stream is ended and the worker goes back. Raises
-        `TransportError` on entering when the program cannot be started or the pool is closed, from a call when it died."""
-        worker, fit = self._borrow(cmd), False
+    def connect(
+        self,
+        protocol: ProtocolClass[P],
+        cmd: Sequence[str],
+        *,
+        on_log: ClientLog | None = None,
+        timeout: float | None = None,
+        ipc_validation: IpcValidation = IpcValidation.FULL,
+    ) -> Iterator[P]:
+        """Give a proxy to a worker of that command; on leaving, an open stream is ended, and it goes back.
+
+        Raises `TransportError` on entering, when the program cannot be started or the pool is closed.
+        """
+        worker = self._borrow(cmd)
         client = ByteClient(worker)
         try:
-            yield cast("_P", RpcConnection(protocol, client, on_log, timeout=timeout, ipc_validation=ipc_validation)._proxy)
+            connection = RpcConnection(
+                protocol, client, on_log, timeout=timeout, ipc_validation=ipc_validation
+            )
+            yield connection.__enter__()
         finally:
-            try:
-                fit = client.release() and _is_quiet(worker)
-            finally:
-                self._give_back(worker, fit)
+            self._give_back(worker, client.release())
 
     def _borrow(self, cmd: Sequence[str]) -> SubprocessTransport:
-        self._count(borrows=1)
-        while True:
-            with self._changed:
-                if self._closed:
-                    raise TransportError("the pool is closed")
-                idle = next((w for w in reversed(self._idle) if w.command == list(cmd)), None)
-                if idle is not None:
-                    self._idle.remove(idle)
-            if idle is None or _is_quiet(idle):
-                worker = idle or self._start(cmd)
-                self._count(active=1, spawns=idle is None, reuses=idle is not None)
-                return worker
-            self._count(discards=1)
-            idle.abort()
+        self._sweep()
+        with self._locked():
+            self._counts["borrows"] += 1
+            if self._closed:
+                raise TransportError("the pool is closed")
+            # The one that waited least: others may reach their time.
+            worker = next((idle for idle in reversed(self._idle) if idle.command == list(cmd)), None)
+            if worker is not None:
+                del self._idle[worker]
+        reason = "reuses"
+        if worker is None:
+            worker = self._start(cmd)
+            reason = "spawns"
+        with self._locked():
+            self._counts[reason] += 1
+            self._active.add(worker)
+        return worker
 
     def _give_back(self, worker: SubprocessTransport, fit: bool) -> None:
-        with self._changed:
-            kept, worker.idle_since = fit and not self._closed, time.monotonic()
-            self._idle += [worker] if kept else []
-            surplus = [self._idle.pop(0)] if len(self._idle) > self.max_idle else []
-            self._count(active=-1, returns=kept, discards=not kept, evictions_max=len(surplus))
-            if self._idle and self._evictor is None:
-                self._evictor = threading.Thread(target=self._evict, daemon=True, name="vgi_rpc pool")
-                self._evictor.start()
-        if not kept:
-            worker.abort()
-        for one in surplus:
-            one.close()
+        with self._locked():
+            if worker not in self._active:  # it was borrowed before a fork, and is the parent's
+                return
+            self._active.remove(worker)
+            fit = fit and not self._closed
+            self._counts["returns" if fit else "discards"] += 1
+            if fit:
+                self._idle[worker] = time.monotonic()
+                if not self._evicting:
+                    threading.Thread(target=self._evict, daemon=True, name="vgi_rpc pool").start()
+                    self._evicting = True
+        if not fit:
+            worker.close(0.0)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """End the idle workers that are not fit, waited for too long or are too many; all if the pool is closed."""
+        ended = []
+        with self._locked():
+            for worker, since in list(self._idle.items()):
+                if self._closed or worker.proc.poll() is not None or not worker.channel.is_quiet():
+                    reason = "discards"
+                elif time.monotonic() - since >= self.idle_timeout:
+                    reason = "evictions_idle"
+                elif len(self._idle) > self.max_idle:
+                    reason = "evictions_max"
+                else:
+                    continue
+                self._counts[reason] += 1
+                del self._idle[worker]
+                ended.append(worker)
+        for worker in ended:  # without the lock: it takes time
+            worker.close()
 
     def _evict(self) -> None:
-        """End workers as their time comes, and reap those that died; return once nobody is idle."""
         while True:
+            self._sweep()
             with self._changed:
                 if not self._idle:
-                    self._evictor = None
+                    self._evicting = False
                     return
-                died = [w for w in self._idle if w.proc.poll() is not None]
-                left = self._idle[0].idle_since + self.idle_timeout - time.monotonic()
-                if left > 0 and not died:
-                    self._changed.wait(min(left, REAP_SECONDS))
-                    continue
-                old = (died or self._idle)[0]
-                self._idle.remove(old)
-                self._count(discards=bool(died), evictions_idle=not died)
-            old.close()
+                self._changed.wait(min(self.idle_timeout, REAP_SECONDS))
 
     def close(self) -> None:
         """End the idle workers; those that are in use follow when they come back. May be called twice."""
-        with self._changed:
-            self._closed = True
-            idle, self._idle, evictor = self._idle, [], self._evictor
-            self._count(discards=len(idle))
+        self._closed = True
+        self._sweep()
+        with self._locked():
             self._changed.notify_all()
-        for worker in idle:
-            worker.channel.close()  # all of them leave at the same time
-        for worker in idle:
-            worker.close()
-        if evictor is not None:
-            evictor.join()
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -5000,462 +5476,1139 @@ class WorkerPool:
 
 
 # ============================================================================
-# 15. BYTE SERVING ..................................... uses 1-14
+# 15. LISTENERS ........................................ uses 1-14
 # ============================================================================
-# The loop that serves one byte stream, and the listeners that give each connection such a loop.
-# Law: after any refusal whose bytes were well framed the connection serves the next request; else it is closed.
+# Who gives byte streams to the loop of section 13 (stdin and stdout, Unix sockets, TCP), and what a listening server
+# needs, HTTP as well. Law: nothing that accept, memory or threads refuse ends a listener. A signal ends a server in the
+# process that set the handlers alone, after the running calls or its grace.
+
+_BACKLOG = 512  # connections that the system holds for us until we accept them
+_POLL_SECONDS = 0.1  # how soon an idle listener notices that it should stop; its rest after a refusal, too
+
+_Server: Any = object  # socketserver's, which is not loaded before something listens
 
 
-class RpcServer(ServerCore):
-    """Hosts one or more protocols; any number of transports may serve it at the same time.
+class ListenerMixin(_Server):  # type: ignore[misc]
+    """What a `socketserver.TCPServer` with threads needs to be a server: a cap, idle time, an orderly end.
 
-    Args:
-        protocol: The Protocol class, or a plain class that serves as its own.
-        implementation: The object that serves it.
-        extra_protocols: Further (protocol, implementation) pairs, with unique names.
-        server_id, server_version: 12 hex characters, made up by default; free text, shown by reflection.
-        enable_describe, include_tracebacks: Whether reflection and the pages answer; whether errors carry tracebacks.
-        ipc_validation: How much of each incoming batch is checked; default: every value.
-        max_request_bytes: Largest message on byte streams, before and after decompression; HTTP has an option of its own.
-        max_rows: Most rows in one batch on byte streams.
-
-    Raises `TypeError` when the implementation does not fit the protocol (one error names everything), `ValueError` for a
-    protocol name that is reserved, given twice, or none.
+    *listening* is bound, and owned from here on; *rpc* tells whose running calls are waited for at the end. Without
+    *threaded* connections are served one after the other, and no more than *most* at a time: further ones wait.
+    It ends after *idle* seconds without a connection.
     """
 
-    def serve(self, transport: Transport, *, auth: AuthContext | None = None) -> None:
-        """Serve one client until it leaves, or the server drains; *transport* stays open."""
-        serving = _ByteServing(self, transport, auth or _ANONYMOUS)
-        # While draining, a connection in a thread of its own answers with refusals until the listener hangs up; the main
-        # thread, which nobody could wake from its next read, leaves.
-        while serving.serve_next() and not (self.draining and threading.current_thread() is threading.main_thread()):
-            pass
+    daemon_threads = True
+    block_on_close = False
 
-    def serve_one(self, transport: Transport) -> None:
-        """Serve one request; as `serve`."""
-        _ByteServing(self, transport, _ANONYMOUS).serve_next()
+    def __init__(
+        self, listening: socket.socket, handler: Any, rpc: RpcServer, threaded: bool, most: Any, idle: Any
+    ) -> None:
+        import socketserver
 
+        # Not the constructor of TCPServer, which would make and bind a socket of its own.
+        socketserver.BaseServer.__init__(self, listening.getsockname(), handler)
+        listening.settimeout(_POLL_SECONDS)  # of `handle_request`
+        self.socket = listening
+        self.rpc = rpc
+        self.connections: dict[Any, Any] = {}  # sockets as accepted -> as used: TLS makes it another one
+        self.stopping = False  # whether it ends as soon as no call is running
+        self._process = super().process_request if threaded else self.process_request_thread
+        self._most = most or sys.maxsize
+        self._idle_seconds = threading.TIMEOUT_MAX if idle is None else idle
+        self._idle_since = time.monotonic()
+        self._freed = threading.Event()  # a connection has ended
+        self._complained = False
 
-class _ByteServing:
-    """Serves one byte channel, request after request."""
-    def __init__(self, server: ServerCore, transport: Transport, auth: AuthContext) -> None:
-        self._server, self._channel = server, transport.channel
-        most, rows = server.limits.max_bytes, server.limits.max_rows
-        decoded = {"free_decoded_bytes": FREE_DECODED_BYTES} if most is None else {"max_decoded_bytes": most}
-        limits = limits_of({"max_request_bytes": most, "max_rows": rows, **decoded, **transport.limits})
-        self._caller = Caller(transport.kind, auth, transport.remote_addr, gone=transport.channel.peer_gone, limits=limits)
-        # After a refusal the client may still send the input stream of the stream it had asked for: it has no method
-        # key, cannot be a request, and is passed over.
-        self._orphan_expected = False
+    def run(self, grace: float, on_bound: Any, *where: Any) -> None:
+        """Serve until SIGTERM, SIGINT or the idle time, then close, and hang up on the connections that are left.
 
-    def serve_next(self) -> bool:
-        """Serve one request; ``False`` when the connection is at its end."""
+        After a signal it takes *grace* seconds at most; who connects meanwhile gets a refusal, not silence. *on_bound* is
+        called with *where* once signals are handled: who is told of it may stop us.
+        """
         try:
-            self._channel.deadline = None
-            known = self._server.recall(*self._channel.received())
-            reader = self._reader() if known is None else None  # which waits: nothing is running yet
-            with self._server:
-                self._serve_call(known, reader)
-            return True
-        except IPCError as exc:
-            logger.debug("connection closed: %s", exc)
-            with contextlib.suppress(TransportError):
-                self._answer(exc)
-        except (EOFError, TransportError):
-            pass
-        return False
-
-    def _reader(self) -> IpcReader:
-        return IpcReader(self._channel, self._server.limits, self._server.ipc_validation)
-
-    def _write(self, schema: pa.Schema, items: Sequence[tuple[pa.RecordBatch, Any]]) -> None:
-        write_stream(self._channel.write, schema, items)
-
-    def _answer(self, exc: BaseException, request_id: str = "") -> None:
-        self._write(EMPTY_SCHEMA, [self._server.error_item(exc, EMPTY_SCHEMA, request_id or new_request_id())])
-
-    def _serve_call(self, known: tuple[BoundMethod, Request, int] | None, reader: IpcReader | None) -> None:
-        """Serve a request that was recognised, or else that which *reader* gives."""
-        orphan_expected, self._orphan_expected = self._orphan_expected, False
-        request_id, request = "", None
-        try:
-            if known is not None:
-                bound, request, end = known
-                self._channel.skip_to(end)
-            else:
-                request = Request(cast("IpcReader", reader))
-                if orphan_expected and not {METHOD_KEY, REQUEST_VERSION_KEY} & request.metadata.keys():
-                    return
-            request_id = request.request_id
-            if request.metadata.get(METHOD_KEY) == TRANSPORT_OPTIONS_METHOD.encode():
-                self._answer_options(request)
-                return
-            self._server.start(self._caller.kind)
-            if known is None:
-                bound = self._server.resolve(request)
-            self._serve_request(bound, request, request_id or new_request_id())
-        except (_Refusal, StatusError) as exc:
-            if reader is not None:
-                reader.read_to_end()  # raises when the bytes make no sense: then the connection is closed
-            if request is not None or not orphan_expected:
-                self._answer(exc, request_id)
-                self._orphan_expected = True
-
-    def _answer_options(self, request: Request) -> None:
-        """`__transport_options__` (WIRE section 9): shared memory is not offered."""
-        self._server.check_wire_version(request.metadata)
-        metadata = {SHM_KEY: b"false", REQUEST_VERSION_KEY: REQUEST_VERSION, SERVER_ID_KEY: self._server.server_id.encode()}
-        self._write(EMPTY_SCHEMA, [(_TICK, metadata)])
-
-    def _serve_request(self, bound: BoundMethod, request: Request, request_id: str) -> None:
-        call = self._server.open_call(bound, self._caller, request, request_id)
-        try:
-            try:
-                arguments = read_arguments(bound.info, request)
-            except _Refusal as exc:
-                turn = call.refuse(exc)
-            else:
-                turn = call.begin(arguments)
-            if call.stream is None:
-                self._orphan_expected = bound.info.method_type is MethodType.STREAM
-                bare = turn.error is not None and bound.info.header is not None
-                self._write(EMPTY_SCHEMA if bare else turn.schema, turn.items)
-                return
-            if turn.items:
-                self._write(turn.schema, turn.items)
-            self._serve_turns(call, call.stream)
+            with contextlib.closing(self.socket), _stop_signals(self.rpc, grace, self):
+                if on_bound is not None:
+                    on_bound(*where)
+                while self.rpc.running or not self.stopping:
+                    if not self.connections and time.monotonic() - self._idle_since >= self._idle_seconds:
+                        break
+                    try:
+                        self.handle_request()
+                    except (OSError, MemoryError) as exc:
+                        self._complain(exc)
         finally:
-            call.end()
+            for connected in list(self.connections.values()):
+                with contextlib.suppress(OSError):
+                    connected.shutdown(socket.SHUT_RDWR)
 
-    def _serve_turns(self, call: Call, stream: Stream[Any, Any]) -> None:
-        """Lockstep: a batch comes, a turn answers, until either side ends (WIRE section 5)."""
-        reader, writer = self._reader(), IpcWriter(self._channel.write, stream.output_schema)
-        alike, finished = reader.facts is schema_facts(stream.input_schema), False
-        while not finished:
-            try:
-                message = reader.next_message()
-                batch = None if message is None else reader.decode(message)
-            except _Refusal as exc:
-                turn = call._failed(stream.output_schema, exc, refused=True)
-            else:
-                metadata = message.head.metadata if message is not None else None
-                if message is None or CANCEL_KEY in (metadata or ()):
-                    if message is not None:
-                        call.cancel()
-                    writer.close()
-                    break
-                if batch is _TICK and not metadata:
-                    turn = call.turn(_PLAIN_TICK)
-                else:
-                    given = AnnotatedBatch(batch, pa.KeyValueMetadata(metadata) if metadata else None)
-                    turn = call.turn(given, conforms=alike and not any(message.head.nodes[1::2]))
-            finished = turn.finished
-            writer.write_all(turn.items, close=finished)
-        reader.read_to_end()
+    def get_request(self) -> tuple[socket.socket, Any]:
+        if len(self.connections) >= self._most:
+            self._freed.clear()
+            self._freed.wait(_POLL_SECONDS)
+            raise BlockingIOError
+        try:
+            connected, address = self.socket.accept()
+        except OSError as exc:  # many mean that the client has gone already
+            if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._complain(exc)
+            raise
+        self.connections[connected] = connected
+        return connected, address
+
+    def _complain(self, exc: BaseException) -> None:
+        """Log what the system refuses, once until it gives again; and rest, as it will not give at once."""
+        if not self._complained:
+            log_quietly(logging.ERROR, "no room for new connections: %s", exc, exc_info=False)
+        self._complained = True
+        time.sleep(_POLL_SECONDS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        try:
+            self._process(request, client_address)
+            self._complained = False
+        except (RuntimeError, MemoryError) as exc:  # no thread for it
+            self._complain(exc)
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self.connections.pop(request, None)
+        self._idle_since = time.monotonic()
+        self._freed.set()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what a handler raised, where the base class prints it."""
+        refused = isinstance(sys.exc_info()[1], OSError)  # TLS that failed, say
+        level = logging.INFO if refused else logging.ERROR
+        log_quietly(level, "the handler of a connection from %s raised", address_text(client_address))
+
 
 @contextlib.contextmanager
-def _stop_signals(server: ServerCore, grace: float = DRAIN_GRACE_SECONDS,
-                  wake: Callable[[], object] = lambda: None, wake_fd: int = -1) -> Iterator[None]:
-    """Have SIGTERM and SIGINT end what is inside: an idle server at once, else after the running calls or *grace* seconds. The
-    first signal drains the server and calls *wake*; a second one does not wait. A signal that comes just before the main thread
-    blocks is handled when something can be read at the other end of *wake_fd*. Only the main thread gets signals: in another
-    thread nothing changes."""
-    import signal
-    waiting = threading.main_thread()
-    if threading.current_thread() is not waiting:
+def _stop_signals(server: RpcServer, grace: float, listener: Any, ignored: int = 0) -> Iterator[None]:
+    """Have SIGTERM and SIGINT end what is inside: an idle server at once, else after the running calls.
+
+    The first signal drains the server and stops *listener*. A second one, and the end of *grace* seconds, do not wait.
+    The signal *ignored* does nothing. Only the main thread gets signals: in another thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # A thread that is blocked in a read between two turns of a stream can only be waked by another signal.
-    timer = threading.Timer(grace, lambda: signal.pthread_kill(cast("int", waiting.ident), signal.SIGTERM))
-    timer.daemon, stopping = True, False
+    import _thread
 
-    def stop(number: int, frame: object) -> None:
-        nonlocal stopping
-        again, stopping, server.draining = stopping, True, True
-        if again or not server._active:
-            raise SystemExit(0)
-        timer.start()
-        wake()
+    owner = os.getpid()
+    waiting = False
+    over = False
 
-    old = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    old_fd = signal.set_wakeup_fd(wake_fd, warn_on_full_buffer=False)
+    def end_of_grace() -> None:
+        time.sleep(grace)
+        if not over:
+            os.kill(owner, signal.SIGTERM)
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal waiting
+        if os.getpid() != owner:  # a child that a method has forked: it ends as if nobody handled signals
+            signal.signal(number, previous[number])
+            os.kill(os.getpid(), number)
+        elif number != ignored:
+            server.draining = True
+            if waiting or not server.running:
+                raise SystemExit(0)
+            waiting = True
+            if listener is not None:
+                listener.stopping = True
+            # Not threading.Thread, whose start takes a lock that this very thread may hold at this moment.
+            _thread.start_new_thread(end_of_grace, ())
+
+    previous = {int(n): signal.getsignal(n) or signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGINT)}
     try:
+        for number in previous:
+            signal.signal(number, on_signal)
         yield
     except SystemExit:
-        if not stopping:
+        if not server.draining:
             raise
     finally:
-        timer.cancel()
-        signal.set_wakeup_fd(old_fd)
-        for number, handler in old.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        over = True
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
 
 def serve_stdio(server: RpcServer) -> None:
-    """Serve the parent process on stdin and stdout until it closes them; SIGTERM and SIGINT let the running call finish. While
-    serving, descriptor 1 is standard error: whatever prints to stdout cannot break the channel."""
-    write_fd = os.dup(1)
-    channel = FdChannel(os.dup(0), write_fd)  # not inherited by children of the methods
-    transport = Transport(channel, TransportKind.PIPE, drain_grace_seconds=DRAIN_GRACE_SECONDS)
+    """Serve the parent process on stdin and stdout until it closes them; SIGTERM lets the running call finish.
+
+    While serving, descriptor 1 is standard error: whatever prints to stdout cannot break the channel. SIGINT counts
+    only where stdin is a terminal: else it was meant for the parent, of the same terminal. Raises `OSError` when stdin
+    or stdout is closed.
+    """
     try:
-        with open(os.devnull, "rb") as null:
+        os.fstat(0)  # both first: a copy of the one would take the place of the other
+        os.fstat(1)
+        channel = FdChannel(io.FileIO(os.dup(0), "rb"), io.FileIO(os.dup(1), "wb"))  # no child inherits it
+    except OSError as exc:
+        raise OSError(exc.errno, "serve_stdio: stdin or stdout is closed; connect() opens both") from None
+    ignored = 0 if os.isatty(0) else int(signal.SIGINT)
+    try:
+        with open(os.devnull, "r+b") as null:
             os.dup2(null.fileno(), 0)
-        os.dup2(2, 1)
-        _flush_stdout()  # now, so that what the program printed before it served goes to standard error too
-        with _stop_signals(server):
-            server.serve(transport)
+            os.dup2(null.fileno(), 1)
+        with contextlib.suppress(OSError):  # there is no standard error
+            os.dup2(2, 1)
+        _flush_stdout()  # now, so that what was printed before goes to standard error too
+        with _stop_signals(server, DRAIN_GRACE_SECONDS, None, ignored):
+            server.serve(Transport(channel, TransportKind.PIPE))
     finally:
         _flush_stdout()
-        os.dup2(write_fd, 1)
-        transport.close()
+        with contextlib.suppress(OSError, ValueError):  # closed, in a forked child
+            os.dup2(channel.writer.fileno(), 1)
+        channel.close()
+
 
 def _flush_stdout() -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none at all
         sys.stdout.flush()
 
-class Listener:
-    """Accepts connections on a bound socket, which it owns, and has each served to its end, until stopped or idle too long.
-    *threaded*: a thread for each connection, else one after the other. At most *max_connections* at a time, further ones wait.
-    `run` returns after *idle_timeout* seconds without a connection; ``None`` for never."""
-    def __init__(self, listening: socket.socket, handle: Callable[[socket.socket, Any], None], *, threaded: bool = False,
-                 max_connections: int | None = None, idle_timeout: float | None = None) -> None:
-        self._socket, self._handle, self._threaded = listening, handle, threaded
-        self._max, self._idle = max_connections, idle_timeout
-        self.limits = {"max_connections": max_connections, "idle_timeout": idle_timeout,
-                       "drain_grace_seconds": DRAIN_GRACE_SECONDS}  # for its transports, which tell
-        self._wake_read, self._wake_write = socket.socketpair()
-        self.wake_fd = self._wake_write.fileno()  # a byte written there has `run` look again
-        for ours in (listening, self._wake_read, self._wake_write):
-            ours.setblocking(False)  # a connection may vanish between select and accept
-        self._stopping = False
-        self._free_since = time.monotonic()
-        self._connections: dict[socket.socket, socket.socket] = {}  # as accepted, and as used: TLS makes it another one
 
-    def stop(self) -> None:
-        """Have `run` return; may be called from a signal handler or any thread."""
-        self._stopping = True
-        self._wake()
+def _byte_listener(
+    server: RpcServer, listening: socket.socket, options: Any, tls_context: Any = None
+) -> ListenerMixin:
+    import socketserver
 
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):
-            self._wake_write.send(b"x")
+    class ByteListener(ListenerMixin, socketserver.ThreadingMixIn, socketserver.TCPServer):
+        def finish_request(self, request: Any, client_address: Any) -> None:
+            kind = TransportKind.UNIX
+            where = address_text(client_address)
+            if where:
+                kind = TransportKind.TCP
+                request = set_up_tcp(self, request, tls_context)
+            transport = Transport(ByteChannel(request), kind, where or f"unix:{self.server_address}")
+            with contextlib.closing(transport):
+                server.serve(transport)
 
-    def run(self) -> None:
-        """Accept until stopped; connections that are still served stay open."""
-        while not self._stopping:
-            if self._connections:
-                self._free_since = time.monotonic()
-            left = None if self._idle is None else self._free_since + self._idle - time.monotonic()
-            if left is not None and left <= 0:
-                return
-            if self._wait(left):
-                self._accept()
+    return ByteListener(listening, None, server, *options)
 
-    def run_while(self, work: Callable[[], object]) -> None:
-        """Do *work* in another thread and accept until it is done: who connects meanwhile gets a refusal, not silence. Only
-        where connections have threads of their own; else *work* is done here."""
-        if not self._threaded:
-            work()
-            return
 
-        def finish() -> None:
-            work()
-            self.stop()
+def serve_unix(
+    server: RpcServer,
+    path: str,
+    *,
+    threaded: bool = False,  # a thread for each connection; else one is served to its end, then the next
+    max_connections: int | None = None,  # at a time; further ones wait
+    idle_timeout: float | None = None,  # seconds without a connection after which it ends
+    on_bound: Callable[[str], None] | None = None,  # called with path once connections are accepted
+) -> None:
+    """Serve on a Unix socket, which its owner alone can reach, until SIGTERM or SIGINT.
 
-        self._stopping, self._idle = False, None
-        worker = threading.Thread(target=finish, daemon=True, name="vgi_rpc drain")
-        worker.start()
-        self.run()
-        worker.join()
+    A socket at *path* behind which nobody listens is replaced; ours is removed at the end. Raises `OSError` when *path*
+    is in use by a live server, too long, or cannot be made.
+    """
+    import stat
 
-    def _wait(self, seconds: float | None) -> bool:
-        """Wait for a connection to accept, a wake-up or the end of *seconds*; return whether it is a connection."""
-        import selectors
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._wake_read, selectors.EVENT_READ)
-            if self._max is None or len(self._connections) < self._max:
-                selector.register(self._socket, selectors.EVENT_READ)
-            ready = [key.fileobj for key, _ in selector.select(seconds)]
-        if self._wake_read in ready:
-            self._wake_read.recv(4096)
-        return self._socket in ready and not self._stopping
-
-    def _accept(self) -> None:
+    with socket.socket(getattr(socket, "AF_UNIX", -2)) as listening:  # -2: no such family
+        old = os.umask(0o177)
         try:
-            connected, address = self._socket.accept()
-        except OSError as exc:
-            if exc.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(0.05)  # out of descriptors: let running connections give some back
-            return
-        connected.setblocking(True)
-        self._connections[connected] = connected
-        if not self._threaded:
-            self._serve(connected, address)
-            return
-        try:
-            threading.Thread(target=self._serve, args=(connected, address), daemon=True, name="vgi_rpc connection").start()
-        except RuntimeError as exc:
-            logger.error("connection refused: %s", exc)
-            self._forget(connected)
-
-    def _serve(self, connected: socket.socket, address: Any) -> None:
-        try:
-            self._handle(connected, address)
-        except Exception:
-            logger.exception("a connection's handler raised")
-        finally:
-            self._forget(connected)
-
-    def _forget(self, connected: socket.socket) -> None:
-        connected.close()
-        self._free_since = time.monotonic()
-        del self._connections[connected]
-        if self._max is not None:
-            self._wake()
-
-    def close(self) -> None:
-        """Stop listening and hang up on the connections that are left."""
-        self._socket.close()
-        for connected in list(self._connections.values()):
-            with contextlib.suppress(OSError):
-                connected.shutdown(socket.SHUT_RDWR)
-        self._wake_read.close()
-        self._wake_write.close()
-
-def run_listener(server: ServerCore, listener: Listener, grace: float = DRAIN_GRACE_SECONDS,
-                 on_bound: Callable[..., object] | None = None, *address: Any) -> None:
-    """Run *listener* until SIGTERM, SIGINT or its end; then let running calls finish for *grace* seconds, and close. *on_bound*
-    is called with the address once signals are handled: who is told of it may stop us."""
-    try:
-        with _stop_signals(server, grace, listener.stop, listener.wake_fd):
-            if on_bound is not None:
-                on_bound(*address)
-            listener.run()
-            if server.draining:
-                listener.run_while(lambda: server.drain(grace))
-    finally:
-        listener.close()
-
-def serve_unix(server: RpcServer, path: str, *, threaded: bool = False, max_connections: int | None = None,
-               idle_timeout: float | None = None, on_bound: Callable[[str], None] | None = None) -> None:
-    """Serve on a Unix socket until SIGTERM, SIGINT or *idle_timeout* seconds (``None`` for never) without a connection. *path*
-    is readable by its owner alone; a dead socket there is replaced, and ours removed at the end. *on_bound* is called with it
-    once connections are accepted. For *threaded* and *max_connections* see `Listener`. Raises `OSError` when the path is in use
-    by a live server, or cannot be made."""
-    def handle(connected: socket.socket, address: Any) -> None:
-        server.serve(Transport(SocketChannel(connected), TransportKind.UNIX, f"unix:{path}", **listener.limits))
-
-    with socket.socket(socket.AF_UNIX) as listening:
-        _remove_dead_socket(path)
-        old = os.umask(0o077)
-        try:
+            with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(1.0)
+                is_socket = stat.S_ISSOCK(os.stat(path).st_mode)  # ValueError: a NUL, where bind would stop
+                if is_socket and probe.connect_ex(path) == errno.ECONNREFUSED:  # nobody listens there
+                    os.unlink(path)
             listening.bind(path)
+            listening.listen(_BACKLOG)
+        except (OSError, ValueError) as exc:
+            text = f"cannot listen on the Unix socket {path!r}: {getattr(exc, 'strerror', None) or exc}"
+            raise OSError(getattr(exc, "errno", None) or errno.EINVAL, text) from None
         finally:
             os.umask(old)
         made = os.stat(path).st_ino
-        listening.listen(128)
-        listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
         try:
-            run_listener(server, listener, DRAIN_GRACE_SECONDS, on_bound, path)
+            listener = _byte_listener(server, listening, (threaded, max_connections, idle_timeout))
+            listener.run(DRAIN_GRACE_SECONDS, on_bound, path)
         finally:
             with contextlib.suppress(OSError):
                 if os.stat(path).st_ino == made:
                     os.unlink(path)
 
-def _remove_dead_socket(path: str) -> None:
-    """Remove a socket file behind which nobody listens any more."""
-    import stat
-    try:
-        if stat.S_ISSOCK(os.stat(path).st_mode):
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(1.0)
-                probe.connect(path)
-    except ConnectionRefusedError:
-        os.unlink(path)
-    except OSError:
-        pass
 
 def listen_tcp(host: str, port: int) -> socket.socket:
-    """Bind and listen; *port* 0 takes a free one. Raises `OSError`."""
+    """Bind and listen; *port* 0 takes a free one, and ``::`` takes IPv4 too. Raises `OSError`."""
+    if not 0 <= port <= 65_535 or max(map(len, host.split("."))) > 63:
+        raise OSError(errno.EINVAL, f"expected a host and a port of 0 to 65535, got {host!r:.100} and {port}")
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-    both = family is socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" takes IPv4 too
-    return socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=both)
+    both = family is socket.AF_INET6 and socket.has_dualstack_ipv6()
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
 
-def _start_tls(connected: socket.socket, tls_context: ssl.SSLContext | None) -> socket.socket:
-    """Set up an accepted TCP connection; the TLS handshake runs here, in the connection's own thread, within 5 s."""
-    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if tls_context is None:
-        return connected
-    connected.settimeout(TLS_HANDSHAKE_SECONDS)
-    wrapped = tls_context.wrap_socket(connected, server_side=True)
-    wrapped.settimeout(None)
-    return wrapped
 
-def _address_text(address: Any) -> str:
+def address_text(address: Any) -> str:
+    """A TCP peer as ``host:port``; empty for others, which have no address."""
     return f"{address[0]}:{address[1]}" if isinstance(address, tuple) and len(address) >= 2 else ""
 
-def serve_tcp(server: RpcServer, host: str = "127.0.0.1", port: int = 0, *, threaded: bool = False,
-              max_connections: int | None = None, idle_timeout: float | None = None,
-              on_bound: Callable[[str, int], None] | None = None, tls_context: ssl.SSLContext | None = None) -> None:
-    """Serve on TCP; what is not said here is as in `serve_unix`. Only *tls_context* can authenticate clients. By default only
-    this machine reaches *host*; *port* 0 takes a free one. *on_bound* is called with host and port. *tls_context* is a
-    server-side context of the standard library's ``ssl``; ``None`` for plain TCP. Raises `OSError` when the address is in use,
-    or cannot be bound."""
-    def handle(connected: socket.socket, address: Any) -> None:
-        where = _address_text(address)
-        try:
-            ready = _start_tls(connected, tls_context)
-        except OSError as exc:
-            logger.info("TLS handshake with %s failed: %s", where, exc)
-            return
-        listener._connections[connected] = ready
-        with ready:
-            server.serve(Transport(SocketChannel(ready), TransportKind.TCP, where, **listener.limits, **tls_limit))
 
-    tls_limit = {"tls_handshake_timeout": TLS_HANDSHAKE_SECONDS} if tls_context is not None else {}
+def set_up_tcp(listener: ListenerMixin, connected: socket.socket, tls_context: Any) -> socket.socket:
+    """Set up an accepted connection and return what to use: with TLS another socket, which the caller closes.
+
+    The handshake runs here, in the connection's own thread, so that a slow client stops nobody else. Raises `OSError`
+    when it fails or takes longer than `TLS_HANDSHAKE_SECONDS`.
+    """
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if tls_context is not None:
+        connected.settimeout(TLS_HANDSHAKE_SECONDS)
+        listener.connections[connected] = tls_context.wrap_socket(connected, server_side=True)
+        listener.connections[connected].settimeout(None)
+    return cast("socket.socket", listener.connections[connected])
+
+
+def serve_tcp(
+    server: RpcServer,
+    host: str = "127.0.0.1",  # by default only this machine reaches it
+    port: int = 0,  # 0 takes a free one
+    *,
+    threaded: bool = False,
+    max_connections: int | None = None,
+    idle_timeout: float | None = None,
+    on_bound: Callable[[str, int], None] | None = None,  # called with host and port
+    tls_context: ssl.SSLContext | None = None,  # a server-side one, which alone can tell who calls
+) -> None:
+    """Serve on TCP until SIGTERM or SIGINT; as `serve_unix`. Raises `OSError` if the address cannot be bound."""
     listening = listen_tcp(host, port)
-    listener = Listener(listening, handle, threaded=threaded, max_connections=max_connections, idle_timeout=idle_timeout)
-    run_listener(server, listener, DRAIN_GRACE_SECONDS, on_bound, host, listening.getsockname()[1])
+    bound_port = listening.getsockname()[1]
+    listener = _byte_listener(server, listening, (threaded, max_connections, idle_timeout), tls_context)
+    listener.run(DRAIN_GRACE_SECONDS, on_bound, host, bound_port)
 
 
 # ============================================================================
-# 16. HTTP SERVING ..................................... uses 1-15
+# 16. HTTP MESSAGES .................................... uses 1-12
 # ============================================================================
-# One function from request to response (`HttpApp.__call__`) under both our own server and WSGI: routes, limits, codings,
-# authentication, tokens. Above it a strict HTTP/1.1 reader: what the grammar does not allow is refused and the connection
-# closed, so that no proxy in front can read a message differently than we do.
+# One grammar for both sides (RFC 9110, RFC 9112): heads, lengths, chunks, codings of bodies.
+# Law: what it does not allow is refused and never repaired, so that no proxy in front can read a message
+# differently than we do; and nothing is read or decoded beyond a limit that the caller gives.
+
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_TEXT = r"[^\x00-\x08\x0a-\x1f\x7f]*"
+# No two neighbours match the same character: text that does not match costs no more than text that does.
+_HEAD = re.compile(rf"([^\x00-\x20\x7f]+) ([^\x00-\x20\x7f]+) ({_TEXT})\r\n((?:{_TOKEN}:{_TEXT}\r\n)*)\r\n")
+_FIELD_LINE = re.compile(rf"{_TOKEN}:{_TEXT}\r\n")
+_FIELD = re.compile(r"([^:\r\n]+):[ \t]*((?:[^\r\n]*[^ \t\r\n])?)[ \t]*\r\n")  # in lines that are field lines
+_NO_HEAD = re.compile(rb"\A[^A-Za-z]|(?<!\r)\n")  # what can no longer become a head
+_CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{_TEXT})?\r\n".encode())
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]{0,5})?")
+_ABSOLUTE_TARGET = re.compile(r"(?i:https?)://([^/?#]+)(/[^?#]*)?(?:\?.*)?")
+_ONCE = frozenset(("content-length", "host", "transfer-encoding", "authorization"))  # headers, at most
+_MAX_LINE_BYTES = 8_192  # of a request target, a chunk's size or a trailer
+COMPRESS_BODY_FROM = 14_000  # what a connection's first flight carries (RFC 6928) is no sooner there for less
+
 
 @dataclass
 class HttpRequest:
-    """A request as `HttpApp` and ``authenticate`` callbacks see it."""
-    method: str  # GET, POST …
+    """A request as `HttpApp` and the ``authenticate`` callbacks see it."""
+
+    method: str  # GET, POST and so on
     path: str  # as it came: not decoded, without the query
     headers: Mapping[str, str]  # by lower-case name; the values of a repeated one are joined by ", "
     remote_addr: str = ""
-    read_body: Callable[[int], bytes] = lambda limit: b""  # reads at most so many bytes; RequestTooLargeError beyond
-    repeated: frozenset[str] = frozenset()  # names of the headers that came more than once
+    # Gives the body, of at most so many bytes, or a refusal.
+    read_body: Callable[[int], Buffer] = field(default_factory=lambda: lambda limit: b"")
     gone: Callable[[], bool] | None = None  # whether the client has left; None when that cannot be known
+    repeated: frozenset[str] = frozenset()  # names of the headers that came more than once
     multiprocess: bool = False  # whether the next request may come to another process
-    memory: dict[str, Any] = field(default_factory=dict)  # what was found out of its head, see `HttpHead`
+    mount: str = ""  # where a WSGI server has put the application: for links, `path` does not begin with it
+    request_id: str = ""  # under which it is answered and logged, once that is known
 
     def get_header(self, name: str, default: str | None = None) -> str | None:
         """Return a header's value by its name in any case."""
         return self.headers.get(name.lower(), default)
 
+
 @dataclass
 class HttpResponse:
-    """A response: the shells add nothing but framing, ``Date`` and ``Connection``."""
+    """An answer; who sends it adds the framing, ``Date`` and ``Connection``."""
+
     status: int
-    headers: list[tuple[str, str]] = field(default_factory=list)
-    # Several pieces, where joining them would cost more than sending; a generator's are sent as they come, and it is closed
-    # when the client leaves.
-    body: bytes | list[_Buffer] | Iterator[Any] = b""
-    close: bool = False  # the connection must not be used again
+    headers: list[tuple[str, str]]
+    body: Any = b""  # bytes; a list of buffers; or an iterator of bytes, made as it is sent, to be closed
+
+
+def http_refusal(status: int, text: str, code: Code = Code.INVALID_ARGUMENT) -> ProtocolError:
+    exc = ProtocolError(text)
+    exc.http_status = status
+    exc.error_code = code
+    return exc
+
+
+def body_too_large(limit: int, got: object, rule: str = "max_request_bytes") -> RequestTooLargeError:
+    return RequestTooLargeError(f"body: expected at most {limit} bytes ({rule}), got {got}")
+
+
+class HttpHead(NamedTuple):
+    start: tuple[str, str, str]  # the three parts of the request line or status line
+    headers: dict[str, str]  # these two as in `HttpRequest`
+    repeated: frozenset[str]
+
+
+def parse_http_head(raw: bytes) -> HttpHead:
+    """Parse a head with its empty line by RFC 9112; raises `ProtocolError`, which names the broken rule."""
+    text = raw.decode("latin-1")
+    match = _HEAD.fullmatch(text)
+    if match is None or text.count("\n") > MAX_HEADERS + 2:
+        start, *lines = text.removesuffix("\r\n\r\n").split("\r\n")
+        wrong = next((line for line in lines if not _FIELD_LINE.fullmatch(line + "\r\n")), None)
+        if len(lines) > MAX_HEADERS:
+            raise http_refusal(431, f"expected at most {MAX_HEADERS} headers, got {len(lines)}")
+        if not text.count("\r\n") == text.count("\n") == text.count("\r"):
+            raise ProtocolError("a bare CR or LF in the head")
+        if wrong is not None:
+            raise ProtocolError(f"not a header line (or a folded one): {wrong[:80]!r}")
+        raise ProtocolError(f"expected a start line of three parts, got {start[:80]!r}")
+    fields = _FIELD.findall(text, match.start(4))
+    headers = {name.lower(): value for name, value in fields}
+    repeated = []
+    if len(headers) < len(fields):
+        names = [name.lower() for name, _ in fields]
+        repeated = [name for name in headers if names.count(name) > 1]
+        for repeat in repeated:
+            headers[repeat] = ", ".join(value for name, value in fields if name.lower() == repeat)
+    return HttpHead((match[1], match[2], match[3]), headers, frozenset(repeated))
+
+
+def header_has(headers: Mapping[str, str], name: str, token: str) -> bool:
+    """Whether the list in a header holds *token*, in any case."""
+    return token in [part.strip().lower() for part in headers.get(name, "").split(",")]
+
+
+def is_arrow(headers: Mapping[str, str]) -> bool:
+    return headers.get("content-type", "").lower() == ARROW_CONTENT_TYPE
+
+
+def check_request_head(head: HttpHead) -> tuple[str, str]:
+    """Check what RFC 9112 asks of a request; raises `ProtocolError` with the broken rule's HTTP status.
+
+    Returns path (without the query, not decoded) and host: of a target in absolute form, else of the header.
+    """
+    (method, target, version), headers, repeated = head
+    coding = headers.get("transfer-encoding")
+    length = headers.get("content-length")
+    host = headers.get("host")
+    path = target.partition("?")[0]
+    if version not in ("HTTP/1.1", "HTTP/1.0"):
+        status = 505 if re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version) else 400
+        raise http_refusal(status, f"expected HTTP/1.1, got {version[:40]!r}")
+    if not re.fullmatch("[A-Z]+", method):
+        raise ProtocolError(f"not a method: {method[:40]!r}")
+    if len(target) > _MAX_LINE_BYTES:
+        raise http_refusal(414, f"the request target exceeds {_MAX_LINE_BYTES} bytes")
+    if repeated & _ONCE:
+        raise ProtocolError(f"two {min(repeated & _ONCE)} headers")
+    if host is None and version == "HTTP/1.1":
+        raise ProtocolError("HTTP/1.1 requires a Host header")
+    if path[0] != "/" and (method, target) != ("OPTIONS", "*"):
+        absolute = _ABSOLUTE_TARGET.fullmatch(target)  # as clients of a proxy send it (section 3.2.2)
+        if absolute is None:
+            raise ProtocolError(f"the request target must be a path or an http URL, got {target[:80]!r}")
+        host = absolute[1]
+        path = absolute[2] or "/"
+    if host and not _HOST.fullmatch(host):
+        raise ProtocolError(f"Host: expected host[:port], got {host[:80]!r}")
+    if coding is not None:
+        if length is not None or version == "HTTP/1.0":
+            raise ProtocolError("Transfer-Encoding with a Content-Length, or in HTTP/1.0")
+        if coding.lower() != "chunked":
+            raise http_refusal(501, f"Transfer-Encoding: expected chunked, got {coding[:40]!r}")
+    elif length is not None:
+        if not (length.isascii() and length.isdigit()):
+            raise ProtocolError(f"Content-Length: expected decimal digits, got {length[:40]!r}")
+    elif method == "POST" and is_arrow(headers):
+        # An Arrow request is never empty, so its length was forgotten. Others without a length have no body.
+        raise http_refusal(411, "POST of Arrow requires a Content-Length")
+    return path, host or ""
+
+
+def check_answer_head(head: HttpHead, method: str) -> tuple[int, str]:
+    """Check what RFC 9112 asks of an answer to *method*; raises `ProtocolError`.
+
+    Returns the status and how the body is framed: ``"none"``, ``"sized"``, ``"chunked"`` or ``"to close"``.
+    """
+    (version, status, _), headers, repeated = head
+    coding = headers.get("transfer-encoding")
+    if version not in ("HTTP/1.1", "HTTP/1.0") or not re.fullmatch("[1-5][0-9][0-9]", status):
+        raise ProtocolError(f"expected a status line of HTTP/1.1, got {' '.join(head.start)[:80]!r}")
+    if "content-length" in repeated or ("content-length" in headers and coding is not None):
+        raise ProtocolError("an answer with two lengths")
+    if method == "HEAD" or status in ("204", "304") or status[0] == "1":
+        return int(status), "none"
+    if coding is None:
+        return int(status), "sized" if "content-length" in headers else "to close"
+    if coding.lower() != "chunked":
+        raise ProtocolError(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}")
+    return int(status), "chunked"
+
+
+def content_length(text: str, limit: int, rule: str = "max_request_bytes") -> int:
+    """Parse a Content-Length: ASCII digits only (RFC 9110 section 8.6), within the limit that *rule* sets."""
+    if not (text.isascii() and text.isdigit()):
+        raise ProtocolError(f"Content-Length: expected decimal digits, got {text[:40]!r}")
+    if len(text) > 18 or int(text) > limit:
+        raise body_too_large(limit, text[:40], rule)
+    return int(text)
+
+
+class HttpReader:
+    """Reads messages from *channel*; raises `ProtocolError`, and `TransportError` where one ends in its middle.
+
+    Where *patience* is given, the channel's deadline is for the wait between two messages. What has begun and is
+    not here yet then has *patience* seconds for a head, a line and each MiB of a body, in all *longest*.
+    """
+
+    def __init__(self, channel: ByteChannel, patience: float | None = None, longest: float = 0.0) -> None:
+        self._channel = channel
+        self._patience = patience
+        self._longest = longest
+        self._here = 0  # bytes that have been received already
+        self.ends: float | None = None  # when time is up for the message that has begun; None for a new one
+
+    def allow(self, size: int) -> None:
+        """Set the channel's deadline for the next *size* bytes of a message, which come or go."""
+        if self._patience is not None:
+            now = time.monotonic()
+            self.ends = self.ends or now + self._longest
+            self._channel.deadline = min(self.ends, now + self._patience * (1 + size / (1 << 20)))
+
+    def _until(self, mark: bytes, most: int, wrong: re.Pattern[bytes] | None = None) -> bytes:
+        """Bytes to *mark* and with it; without it at the end, after *most*, and when they match *wrong*."""
+        whole = b""
+        while True:
+            data, at = self._channel.received()
+            before = len(whole)
+            whole += data[at:]
+            end = whole.find(mark, max(0, before - len(mark) + 1)) + len(mark)
+            found = end >= len(mark)  # nearly always at once
+            end = end if found else len(whole)
+            self._channel.skip_to(at + end - before)
+            self._here = len(whole) - end
+            hopeless = not found and wrong and wrong.search(whole, max(0, before - 1))
+            if found or at == len(data) or end > most or hopeless:
+                return whole[:end]
+            self.allow(0)
+
+    def head(self) -> bytes:
+        """One head with its empty line, empty when the connection ends before it."""
+        head = self._until(b"\r\n\r\n", MAX_HEAD_BYTES, _NO_HEAD)
+        if len(head) > MAX_HEAD_BYTES:
+            raise http_refusal(431 if b"\n" in head else 414, f"the head exceeds {MAX_HEAD_BYTES} bytes")
+        if head.endswith(b"\r\n\r\n") or not head:
+            return head
+        if _NO_HEAD.search(head):
+            raise ProtocolError("expected an HTTP message, whose lines end with CR LF")
+        raise TransportError("the connection was closed within a head")
+
+    def exactly(self, size: int) -> Buffer:
+        if self._here < size:
+            self.allow(size)
+        self._here = 0
+        body = self._channel.read_after(b"", size)
+        if len(body) < size:
+            raise TransportError(f"half a body: expected {size} bytes, got {len(body)}")
+        return body
+
+    def to_end(self, limit: int, rule: str) -> bytes:
+        whole = bytearray()
+        while True:
+            data, at = self._channel.received()
+            if at == len(data):
+                return bytes(whole)
+            whole += data[at:]
+            self._channel.skip_to(len(data))
+            if len(whole) > limit:
+                raise body_too_large(limit, "more", rule)
+
+    def chunked(self, limit: int, rule: str = "max_request_bytes") -> bytes:
+        """A chunked body (RFC 9112 section 7.1) of at most *limit* bytes; trailers are only checked."""
+        whole = bytearray()
+        size = 1
+        while size:
+            line = self._until(b"\n", _MAX_LINE_BYTES)
+            match = _CHUNK_LINE.fullmatch(line)
+            if match is None:
+                raise ProtocolError(f"chunk: expected a size in hexadecimal digits, got {line[:40]!r}")
+            size = int(match[1], 16)
+            if len(whole) + size > limit:
+                raise body_too_large(limit, f"at least {len(whole) + size}", rule)
+            whole += self.exactly(size)
+            if size and self._until(b"\n", 2) != b"\r\n":
+                raise ProtocolError("chunk: its data is not followed by CR LF")
+        for _ in range(MAX_HEADERS + 1):
+            line = self._until(b"\n", _MAX_LINE_BYTES)
+            if line == b"\r\n":
+                return bytes(whole)
+            if not _FIELD_LINE.fullmatch(line.decode("latin-1")):
+                raise ProtocolError(f"chunk: not a trailer line: {line[:80]!r}")
+        raise ProtocolError(f"chunk: expected at most {MAX_HEADERS} trailers")
+
+
+@functools.cache
+def supported_encodings() -> tuple[str, ...]:
+    """Return the body codings that this machine can read and write, best first."""
+    return ("zstd", "gzip") if pa.Codec.is_available("zstd") else ("gzip",)
+
+
+def compress_body(pieces: Sequence[Buffer], encoding: str, level: int) -> bytes:
+    """Encode a body; *level* from 1 to 9."""
+    body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    if encoding == "zstd":
+        return cast("bytes", pa.Codec("zstd", compression_level=level).compress(body, asbytes=True))
+    encoder = zlib.compressobj(level, wbits=31)
+    return encoder.compress(body) + encoder.flush()
+
+
+def compress_if_worth(pieces: Sequence[Buffer], encoding: str, level: int) -> bytes | None:
+    """Encode a body if that makes it a good deal smaller; ``None`` when not, or when it is short anyway."""
+    if total_size(pieces) < COMPRESS_BODY_FROM:
+        return None
+    body = memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+    for size in sorted({min(len(body), 1 << 16), len(body)}):  # random bytes show in the first 64 KiB
+        packed = compress_body([body[:size]], encoding, level)
+        if len(packed) > 0.7 * size:
+            return None  # the rest does not pay for the work
+    return packed
+
+
+def decompress_body(body: Buffer, encoding: str, limit: int) -> Buffer:
+    """Decode a body to at most *limit* bytes, else `RequestTooLargeError`; `IPCError` unless it is whole."""
+    whole = bytearray()
+    try:
+        if not encoding:
+            return body
+        if encoding == "gzip":
+            decoder = zlib.decompressobj(31)
+            whole += decoder.decompress(body, limit + 1)
+            if len(whole) <= limit and (not decoder.eof or decoder.unused_data):
+                raise IPCError("gzip: trailing bytes" if decoder.eof else "gzip: cut off")
+        else:
+            room = memoryview(bytearray(max(4_096, min(8 * len(body), limit, 1 << 20))))
+            with pa.CompressedInputStream(pa.BufferReader(body), "zstd") as stream:
+                # Not read(): pyarrow loses the bytes object that it has made when the data turn out to be bad.
+                while len(whole) <= limit and (got := stream.readinto(room)):
+                    whole += room[:got]
+            if not whole and len(body):
+                raise IPCError("zstd: nothing to decode in it")
+    except (zlib.error, *ARROW_FAILURES) as exc:
+        raise IPCError(f"{encoding}: {text_of(exc)}") from None
+    if len(whole) > limit:
+        raise RequestTooLargeError(f"{encoding}: expected at most {limit} decoded bytes, got more")
+    return bytes(whole)
+
+
+def coding_of(headers: Mapping[str, str]) -> str:
+    """Return the coding of a body, by our private header first, empty for none; 415 if it is not ours."""
+    coding = headers.get("x-vgi-content-encoding") or headers.get("content-encoding")
+    if not coding:
+        return ""
+    coding = coding.strip().lower()
+    if coding not in ("identity", *supported_encodings()):
+        expected = " or ".join(supported_encodings())
+        raise http_refusal(415, f"Content-Encoding: expected {expected}, got {coding[:60]!r}")
+    return coding.removeprefix("identity")
+
+
+@functools.lru_cache(maxsize=64)
+def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
+    """Choose the coding of an answer by the client's own order, in which ``q=0`` and ``identity`` first mean none.
+
+    The private header (``None`` when absent) beats the standard one, and a coding named only there is named there in
+    the answer. Returns coding or nothing, the header that names it, and whether ``identity`` is taken as well.
+    """
+    chosen = ""
+    identity = False
+    for offer in (public if private is None else private).lower().split(","):
+        name, _, parameters = offer.replace(" ", "").partition(";")
+        if re.fullmatch(r"q=0(\.0*)?", parameters):
+            continue
+        if name == "identity":
+            identity = True
+        elif not chosen and not identity and name in supported_encodings():
+            chosen = name
+    in_public = re.search(rf"(?:^|[,\s]){chosen}\b", public.lower())
+    return chosen, "Content-Encoding" if in_public else CONTENT_ENCODING_HEADER, identity
+
+
+# ============================================================================
+# 17. JSON AND PAGES ................................... uses 1-16
+# ============================================================================
+# What people and their tools see of a service: values as JSON, errors as JSON, pages of HTML.
+# Law: one conversion leads from JSON to values of an Arrow field, and one back. The JSON door, the command line
+# and the pages use these two, so that a value means the same in all of them. What a page shows is escaped.
+
+JSON_TYPE = "application/json"
+NDJSON_TYPE = "application/x-ndjson"
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?0*[0-9]{1,4})?")
+_NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": -float("inf")}
+
+
+def exact_number(text: str) -> decimal.Decimal:
+    """Read a number that a float holds too, with all its digits; `ValueError` for anything else."""
+    # The exponent is bounded: pyarrow 14 to 26 end the process on Decimal("1e-999999999").
+    if not _NUMBER.fullmatch(text) or abs(float(text)) == float("inf"):
+        raise ValueError(f"{text[:40]!r} is no number here")
+    return decimal.Decimal(text)
+
+
+def parse_json(data: str | Buffer, where: str = "request") -> Any:
+    """Parse strictly by RFC 8259, fractions and exponents to `decimal.Decimal`; `ProtocolError` for anything else."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"a key stands twice among {[key for key, _ in pairs][:20]}")
+        return dict(pairs)
+
+    try:
+        text = data if isinstance(data, str) else str(data, "utf-8")
+        hooks: dict[str, Any] = {"parse_float": exact_number, "parse_constant": exact_number}
+        return json.loads(text, object_pairs_hook=unique, **hooks)
+    except (ValueError, RecursionError) as exc:
+        raise ProtocolError(f"{where}: not JSON: {text_of(exc)}") from None
+
+
+def value_from_json(value: Any, member: pa.Field) -> Any:
+    """Convert a value of `parse_json` to an encoded value of the type of *member*, as ``pa.array`` takes it.
+
+    Bytes come from base64, times and dates from RFC 3339 text, durations from seconds (1.5 or "1.5s"), decimals from
+    numbers or text, enums from names, maps from objects or arrays of pairs, NaN and the infinities from text. A
+    binary field that holds a dataclass, as reflection describes it, takes an object. A member that an object leaves
+    out stays out. Null fits every type here, and the ranges of integers are not looked at. Raises `Mismatch`.
+    """
+    kind = getattr(member.type, "storage_type", member.type)
+    found: list[Any] = []
+    at = ""
+    try:
+        if value is None:
+            return None
+        if pa.types.is_struct(kind) and isinstance(value, dict):
+            members = {part.name: part for part in kind}
+            for name, part in value.items():
+                if name not in members:
+                    raise Mismatch(f"one of {', '.join(members)}", f"{name!r:.60}{suggest(name, members)}")
+                at = f".{name}"
+                found.append((name, value_from_json(part, members[name])))
+                at = ""
+            return dict(found)
+        if pa.types.is_map(kind):
+            if isinstance(value, dict):  # its keys are words as on the command line
+                value = [(json_of_word(key, kind.key_type), part) for key, part in value.items()]
+            for key, part in value:
+                at = f"[{key!r:.40}]"
+                found.append((value_from_json(key, kind.key_field), value_from_json(part, kind.item_field)))
+            return found
+        if pa.types.is_nested(kind) and isinstance(value, list):
+            for i, part in enumerate(value):
+                at = f"[{i}]"
+                found.append(value_from_json(part, kind.value_field))
+            return found
+        if isinstance(value, (dict, list)) and str(kind).endswith("binary"):
+            return _stream_from_json(value, member)
+        accepted, read, _, codec = _leaf(kind)
+        if type(value) in accepted:
+            return codec.encode(read(value))
+    except Mismatch as exc:
+        raise exc.under(at) from None
+    except ARROW_FAILURES:
+        pass  # said below in the words of the type
+    shown = str(value) if isinstance(value, decimal.Decimal) else json_text(value)
+    raise Mismatch(type_text(kind), f"{shown:.60}")
+
+
+def _stream_from_json(value: Any, member: pa.Field) -> bytes:
+    """What a binary parameter holds: a dataclass or a schema from an object, a record batch from an array of rows."""
+
+    def present(kind: pa.DataType, row: Any) -> pa.DataType:
+        # Members that an object leaves out are no columns: whoever reads them by name fills in the defaults.
+        if not isinstance(row, dict):
+            return kind
+        members = [part for part in kind if part.name in row]
+        return pa.struct([part.with_type(present(part.type, row[part.name])) for part in members])
+
+    described = struct_schema(member)
+    if described is not None and isinstance(value, dict):
+        kind = pa.struct(list(described))
+        row = value_from_json(value, pa.field("", kind))
+        batch = pa.RecordBatch.from_struct_array(pa.array([row], present(kind, row)))
+    elif "Schema" in type_of(member):
+        schema = pa.schema([(name, pa.type_for_alias(alias)) for name, alias in value.items()])
+        return cast("bytes", schema.serialize().to_pybytes())
+    else:  # pyarrow guesses the types, also those of a dataclass that the server does not describe
+        batch = pa.RecordBatch.from_pylist(without_decimals([value] if isinstance(value, dict) else value))
+    return stream_bytes(WireSchema(batch.schema), [(batch, None)])
+
+
+def without_decimals(value: Any) -> Any:
+    """Parsed JSON whose types pyarrow is to guess: numbers with a fraction become floats."""
+    return json.loads(json.dumps(value, default=float))
+
+
+def json_of_word(word: str | bytes, kind: pa.DataType = pa.utf8()) -> Any:
+    """What a word, the content of a file or a key is in JSON for *kind*; text where nothing else fits."""
+    is_binary = re.match("(large_|fixed_size_)?binary", str(kind))
+    if isinstance(word, bytes):
+        if is_binary:
+            return base64.b64encode(word).decode()
+        word = word.decode("utf-8", "replace").rstrip("\r\n")
+    if re.match("(large_)?string|dictionary", str(kind)) or (is_binary and word[:1] not in ("{", "[")):
+        return word
+    with contextlib.suppress(ProtocolError):
+        return parse_json(word)
+    return word
+
+
+def _read_duration(value: Any) -> datetime.timedelta:
+    exact = decimal.Context(40, traps=[decimal.Inexact])
+    microseconds = exact.to_integral_exact(exact_number(str(value).removesuffix("s")) * 1_000_000)
+    return datetime.timedelta(microseconds=int(microseconds))
+
+
+def _read_text(cls: Any, text: str) -> Any:
+    """RFC 3339 of *cls*, which knows less of it before Python 3.11; for bytes base64, or a UUID as it is written."""
+    if cls is bytes:
+        is_uuid = len(text) == 36 and text.count("-") == 4  # base64 has no "-"
+        return uuid.UUID(text).bytes if is_uuid else base64.b64decode(text, validate=True)
+    if re.search(r"\.[0-9]{6}0*[1-9]", text):  # below microseconds, which newer Pythons cut off
+        raise ValueError
+    text = re.sub(r"\.([0-9]{1,6})[0-9]*", lambda match: "." + match[1].ljust(6, "0"), text)
+    return cls.fromisoformat(re.sub("[Zz]$", "+00:00", text))
+
+
+_JSON_TEXT = (str,)
+_JSON_NUMBERS = (int, float, decimal.Decimal, str)
+_LEAVES: list[tuple[str, tuple[type, ...], Callable[[Any], Any], Any]] = [
+    # Arrow types without members; how `parse_json` gives their values; what reads these; an example in JSON
+    ("bool", (bool,), bool, True),
+    ("u?int", (int,), int, 1),
+    (".*float|double", _JSON_NUMBERS, lambda v: _NOT_FINITE[v] if isinstance(v, str) else float(v), 1.5),
+    ("(large_)?string", _JSON_TEXT, str, "text"),
+    ("(large_|fixed_size_)?binary", _JSON_TEXT, functools.partial(_read_text, bytes), "AAH/"),
+    ("decimal", _JSON_NUMBERS, lambda v: exact_number(str(v)), "1"),
+    ("date", _JSON_TEXT, functools.partial(_read_text, datetime.date), "2024-01-31"),
+    ("time[36]", _JSON_TEXT, functools.partial(_read_text, datetime.time), "12:30:00"),
+    ("timestamp.*tz", _JSON_TEXT, functools.partial(_read_text, datetime.datetime), "2024-01-31T12:30:00Z"),
+    ("timestamp", _JSON_TEXT, functools.partial(_read_text, datetime.datetime), "2024-01-31T12:30:00"),
+    ("duration", _JSON_NUMBERS, _read_duration, "1.5s"),
+]
+
+
+@functools.lru_cache(maxsize=256)
+def _leaf(kind: pa.DataType) -> tuple[tuple[type, ...], Callable[[Any], Any], Any, Codec]:
+    if pa.types.is_dictionary(kind):
+        return _leaf(kind.value_type)
+    for pattern, accepted, read, example in _LEAVES:
+        if re.match(pattern, str(kind)):
+            return accepted, read, example, codec_for(Annotated[object, ArrowType(kind)])
+    raise ValueError
+
+
+def value_to_json(value: Any, member: pa.Field) -> Any:
+    """Convert what ``to_pylist`` or a codec gives for *member* to JSON; the way back of `value_from_json`."""
+    kind = getattr(member.type, "storage_type", member.type)
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(str(value), value)
+    if isinstance(value, bytes):
+        members = struct_schema(member)
+        if type_of(member).startswith("UUID"):
+            return str(uuid.UUID(bytes=value))
+        if members is None and "RecordBatch" not in type_of(member):
+            return base64.b64encode(value).decode()
+        batches = iter(IpcReader(BufferSource(value)).next, None)
+        rows = [row for batch, _ in batches for row in batch_rows(batch, members)]
+        return rows if members is None else rows[0]
+    if pa.types.is_map(kind):  # an object whose keys are words, or pairs where keys are nested or stand twice
+        pairs = value.items() if isinstance(value, dict) else value
+        keys = [value_to_json(key, kind.key_field) for key, _ in pairs]
+        parts = [value_to_json(part, kind.item_field) for _, part in pairs]
+        words = [key if isinstance(key, str) else json_text(key) for key in keys]
+        nested = pa.types.is_nested(kind.key_type) or len(set(words)) < len(words)
+        return list(map(list, zip(keys, parts))) if nested else dict(zip(words, parts))
+    if isinstance(value, dict):
+        return {part.name: value_to_json(value[part.name], part) for part in kind if part.name in value}
+    if isinstance(value, list):
+        return [value_to_json(part, kind.value_field) for part in value]
+    if isinstance(value, datetime.timedelta):
+        value = decimal.Decimal(value // datetime.timedelta(microseconds=1)).scaleb(-6).normalize()
+        return f"{value:f}s"
+    if isinstance(value, decimal.Decimal):
+        return f"{value:f}"
+    return getattr(value, "isoformat", value.__str__)()
+
+
+def batch_rows(batch: pa.RecordBatch, described: pa.Schema | None = None) -> list[dict[str, Any]]:
+    """The rows of *batch* as JSON has them; *described* has what reflection says of its fields, by name."""
+    told = {member.name: member for member in described or batch.schema}
+    rows: list[dict[str, Any]] = [{} for _ in range(batch.num_rows)]
+    for member, column in zip(batch.schema, batch.columns):
+        try:
+            values = column.to_pylist()
+        except (ValueError, OverflowError):  # nanoseconds, or a year that Python does not have
+            values = column.cast(pa.utf8()).to_pylist()
+        for row, value in zip(rows, values):
+            row[member.name] = value_to_json(value, told.get(member.name, member))
+    return rows
+
+
+def json_text(value: Any) -> str:
+    """*value* as one line of JSON; NaN in somebody's details, which JSON does not have, is null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=text_of)
+    except ValueError:
+        return json_text(json.loads(json.dumps(value, default=text_of), parse_constant=lambda name: None))
+
+
+def json_bytes(value: Any) -> bytes:
+    """*value* as a line of JSON in UTF-8."""
+    return f"{json_text(value)}\n".encode("utf-8", "backslashreplace")
+
+
+def json_response(status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> HttpResponse:
+    """An answer with *value* as its JSON body."""
+    return HttpResponse(status, [("Content-Type", JSON_TYPE), *headers], json_bytes(value))
+
+
+def arguments_from_json(info: RpcMethodInfo, given: Any) -> list[Any]:
+    """Read the arguments of a call from a JSON object: encoded values in order; `ParameterError` says what is wrong."""
+    if not isinstance(given, dict):
+        raise ParameterError(f"{info.name}(): expected an object of parameters, got {json_text(given):.60}")
+    row = []
+    where = f"{info.name}() parameter "
+    values = bind_arguments(info, (), given)  # says which names are unknown or missing, and fills in defaults
+    for member, codec, value in zip(described_schemas(info)["params"], info.params.codecs, values):
+        read: Callable[[Any], Any] = functools.partial(value_from_json, member=member)
+        convert = read if member.name in given else codec.encode
+        row.append(located(f"{where}{member.name}", "", convert, value))
+    if row:  # what is out of range, and texts that Arrow cannot say
+        located(where, ".", info.params.to_batch, row)
+    return row
+
+
+def result_to_json(info: RpcMethodInfo, batch: pa.RecordBatch) -> Any:
+    """The value of a unary result, 1 row x 1 column, as JSON has it; None for ``-> None``."""
+    return batch_rows(batch, described_schemas(info)["result"])[0]["result"] if info.has_return else None
+
+
+def members_of(member: pa.Field) -> list[pa.Field]:
+    """What is nested in a described field: the members of a dataclass or struct, also of those in lists and maps."""
+    kind = member.type
+    if pa.types.is_map(kind) or (pa.types.is_nested(kind) and hasattr(kind, "value_field")):
+        return members_of(kind.item_field if pa.types.is_map(kind) else kind.value_field)
+    return list(kind if pa.types.is_struct(kind) else struct_schema(member) or ())
+
+
+def described_rows(members: Iterable[pa.Field], depth: int = 0) -> Iterator[tuple[int, pa.Field]]:
+    """(depth, field) of fields and of what is nested in them, each before its members."""
+    for member in members:
+        yield depth, member
+        yield from described_rows(members_of(member), depth + 1)
+
+
+def example_of(member: pa.Field) -> Any:
+    """A value in JSON that a described field takes."""
+    kind = getattr(member.type, "storage_type", member.type)
+    names = told_text(member, ENUM_KEY).splitlines()
+    if names:
+        return names[0]
+    if pa.types.is_map(kind):
+        return {"1" if pa.types.is_integer(kind.key_type) else "key": example_of(kind.item_field)}
+    if pa.types.is_nested(kind) and hasattr(kind, "value_field"):
+        return [example_of(kind.value_field)] * getattr(kind, "list_size", 1)
+    if members_of(member):
+        return {part.name: example_of(part) for part in members_of(member)}
+    if pa.types.is_fixed_size_binary(kind):
+        return value_to_json(bytes(kind.byte_width), member)
+    told = {"pa.RecordBatch": [{"x": 1.5}], "RecordBatch": [{"x": 1.5}], "Schema": {"x": "float64"}}
+    return told.get(type_of(member).partition(" ")[0], _leaf(kind)[2])
+
+
+def example_words(members: Iterable[pa.Field], defaults: Mapping[str, Any]) -> dict[str, str]:
+    """How the command line takes each parameter's default, else an example: ``name=value`` or ``name:=json``."""
+    import shlex
+
+    words = {}
+    for member in members:
+        default = member.name in defaults
+        value = value_to_json(defaults[member.name], member) if default else example_of(member)
+        colon = ":" * (value is None or isinstance(value, (dict, list)))
+        text = value if isinstance(value, str) else json_text(value)
+        words[member.name] = shlex.quote(f"{member.name}{colon}={text}")
+    return words
+
+
+def import_name(module: str) -> str:
+    """The name by which others import *module*, also where Python runs it as ``__main__``."""
+    if module != "__main__":
+        return module
+    main: Any = sys.modules["__main__"]
+    if getattr(main, "__spec__", None) is not None:
+        return cast("str", main.__spec__.name)
+    folder, name = os.path.split(os.path.abspath(getattr(main, "__file__", "service.py")))
+    names = [os.path.splitext(name)[0]]
+    while os.path.isfile(os.path.join(folder, "__init__.py")):
+        folder, name = os.path.split(folder)
+        names.insert(0, name)
+    return ".".join(names)
+
+
+# No script, nothing loaded, only this style, which the pages' policy knows by its hash.
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1c2430;--dim:#5a6675;--page:#f6f7f9;--card:#fff;--line:#dde2e8;--link:#0b5cad}
+@media(prefers-color-scheme:dark){:root{--ink:#e4e8ee;--dim:#9aa7b6;--page:#12161c;--card:#1b2129;--line:#313a45;
+--link:#7cb8ff}}body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif;
+overflow-wrap:anywhere}main{max-width:56rem;margin:auto;padding:1rem}a{color:var(--link)}h1{margin:.4rem 0}
+article{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.5rem 1rem;margin:.7rem 0}
+h4{margin:.8rem 0 .2rem}h4,b,small{color:var(--dim)}b,small,table{font-size:.85rem}small{display:block}
+code,pre{font:.87rem/1.5 ui-monospace,monospace;white-space:pre-wrap}pre{background:var(--page);padding:.6rem .8rem;
+margin:.2rem 0}table{border-collapse:collapse;width:100%}td{padding:.2rem .8rem .2rem 0;vertical-align:top;
+border-bottom:1px solid var(--line)}td.n1{padding-left:1rem}td.n2{padding-left:2rem}td.n3{padding-left:3rem}
+"""
+
+
+def _escaped(value: object) -> str:
+    import html
+
+    return html.escape(text_of(value))
+
+
+def root_of(path: str, prefix: str) -> str:
+    """The relative link from the page at *path* to the root below *prefix*, right below any proxy's prefix too."""
+    if path.startswith(f"{prefix}/"):
+        return "../" * (path.count("/", len(prefix)) - 1) or "./"
+    return "../" * (path.count("/") - 1) + f".{prefix}/"
+
+
+def page(title: str, body: str, *, root: str, status: int = 200) -> HttpResponse:
+    """A page; *body* is HTML, *root* the relative link to where the service begins."""
+    digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    headers = [("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store")]
+    headers += [("Content-Security-Policy", policy), ("X-Content-Type-Options", "nosniff")]
+    headers += [("Referrer-Policy", "no-referrer")]
+    places = {"": "Overview", "describe": "All methods", "health": "Health"}
+    links = [f'<a href="{_escaped(root)}{at}">{name}</a>' for at, name in places.items()]
+    text = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{_escaped(title)}</title><style>{_STYLE}</style><main><nav>{" · ".join(links)}</nav>
+<h1>{_escaped(title)}</h1>{body}</main></html>
+"""
+    return HttpResponse(status, headers, text.encode())
+
+
+def error_page(status: int, title: str, text: str, *, root: str) -> HttpResponse:
+    """The page of an error, such as 401 and 404."""
+    return page(title, f"<p>{_escaped(text)}</p>", root=root, status=status)
+
+
+def page_at(
+    server: RpcServer, options: HttpOptions, request: HttpRequest, segments: list[str], scheme: str = "http"
+) -> HttpResponse | None:
+    """The index at the root, a card of each method at ``describe``, else None; who calls has asked who asks."""
+    if segments not in ([], [""], ["describe"]):
+        return None
+    host = request.get_header("host") or ""
+    if not re.fullmatch(r"[A-Za-z0-9.:_\[\]-]+", host):
+        host = "HOST"  # it stands in lines that people copy into a shell
+    if request.get_header("x-forwarded-proto") == "https":
+        scheme = "https"
+    url = f"{scheme}://{host}{request.mount}{options.prefix}"
+    root = root_of(request.path, options.prefix)
+    body = ""
+    for service in server.services.values():
+        body += f"<h2>{_escaped(service.name)} {_escaped(service.version)}</h2>"
+        for _, bound in sorted(service.methods.items()):
+            info = bound.info
+            anchor = _escaped(f"{service.name}.{info.name}")
+            marks = [{True: "exchange", False: "producer"}.get(cast("bool", bound.is_exchange), info.kind)]
+            marks += [info.idempotency] * (info.idempotency != "unknown")
+            marks += [f"deprecated: {info.deprecation}"] * (info.deprecation is not None)
+            text = f"<small>{_escaped((info.doc or '').partition(chr(10))[0])}</small>"
+            if segments == ["describe"]:
+                text = _method_card(bound, url, options)
+            body += f'<article id="{anchor}"><a href="{_escaped(root)}describe#{anchor}"><code>'
+            body += (
+                f"{_escaped(info.signature())}</code></a> <b>{_escaped(', '.join(marks))}</b>{text}</article>"
+            )
+    facts = ["Health: " + ("draining, takes no calls" if server.draining else "ok")]
+    facts.append(f"requests of at most {options.max_request_bytes or SERVER_MAX_REQUEST_BYTES:,} bytes")
+    facts.append(f"vgi_rpc {__version__}, Python {sys.version.split()[0]}, pyarrow {pa.__version__}")
+    facts.append(f"server {server.server_id} {server.server_version}, protocol hash {server.protocol_hash}")
+    body += f"<h2>This server</h2><small>{_escaped('; '.join(facts))}</small>"
+    return page(server.protocol_name, body, root=root)
+
+
+def _method_card(bound: BoundMethod, url: str, options: HttpOptions) -> str:
+    """What a method does, what it takes and gives, how to call it: lines that can be pasted."""
+    import shlex
+
+    info = bound.info
+    schemas = described_schemas(info)
+    card = f"<pre>{_escaped(info.doc)}</pre>" if info.doc else ""
+    for title, key in (("Parameters", "params"), ("Header", "header"), ("Result", "result")):
+        rows = ""
+        for depth, member in described_rows(schemas[key]):
+            kind = type_of(member)
+            doc = told_text(member, DOC_KEY)
+            if depth == 0:
+                doc = info.param_docs.get(member.name, doc)
+                if member.name in info.param_defaults:
+                    kind += f" = {default_text(info.param_defaults[member.name])}"
+            rows += f'<tr><td class="n{min(depth, 3)}"><code>{_escaped(member.name)}</code>'
+            rows += f"<td><code>{_escaped(kind)}</code><td>{_escaped(doc)}"
+        if rows:
+            card += f"<h4>{title}</h4><table>{rows}</table>"
+    asks = options.authenticate is not None
+    needed = [member for member in schemas["params"] if member.name not in info.param_defaults]
+    given = {member.name: example_of(member) for member in needed}
+    words = [f"python {os.path.basename(__file__)} call {url} {info.protocol_name}.{info.name}"]
+    words += [*example_words(needed, {}).values(), *["-i FILE"] * bool(bound.is_exchange)]
+    lines = {"Command line": " ".join(words + ["--bearer-file FILE"] * asks)}
+    if options.json and not bound.is_exchange:
+        bearer = ' -H "Authorization: Bearer $TOKEN"' * asks
+        head = f"curl {url}/{info.protocol_name}/{info.name} -H 'Content-Type: {JSON_TYPE}'{bearer}"
+        lines["curl"] = f"{head} -d {shlex.quote(json_text(given))}"
+    values = decode_arguments(info, arguments_from_json(info, given))
+    call = f"proxy.{info.name}({', '.join(f'{name}={_source(values[name])}' for name in given)})"
+    use = f"print({call})"
+    if bound.is_exchange:
+        use = f'with {call} as session:\n        print(session.exchange({{"column": [1, 2]}}).batch)'
+    elif info.method_type is MethodType.STREAM:
+        use = f"for answer in {call}:\n        print(answer.batch)"
+    own = import_name(__name__)
+    protocol = bound.service.protocol
+    headers = ', headers={"Authorization": "Bearer TOKEN"}' * asks
+    block = f'with {own}.http_connect({protocol.__name__}, "{url}"{headers}) as proxy:\n    {use}'
+    module = sys.modules[protocol.__module__]
+    names = {name for name in re.findall(r"\b[A-Z]\w*", block) if hasattr(module, name)}
+    imports = [f"import {name}\n" for name in ("datetime", "decimal", "uuid", own) if f"{name}." in block]
+    imports += ["import pyarrow as pa\n"] * ("pa." in block)
+    imports.append(f"from {import_name(protocol.__module__)} import {', '.join(sorted(names))}\n\n")
+    lines["Python"] = "".join([*imports, block])
+    return card + "".join(f"<h4>{title}</h4><pre>{_escaped(line)}</pre>" for title, line in lines.items())
+
+
+def _source(value: Any) -> str:
+    if isinstance(value, pa.Schema):
+        return 'pa.schema([("x", "float64")])'
+    if isinstance(value, pa.RecordBatch):
+        return 'pa.RecordBatch.from_pydict({"x": [1.5]})'
+    text = re.sub(r"<([\w.]+): [^>]*>", r"\1", repr(value))  # the members of enums
+    return text.replace("Decimal(", "decimal.Decimal(").replace("UUID(", "uuid.UUID(")
+
+
+# ============================================================================
+# 18. HTTP SERVING ..................................... uses 1-17
+# ============================================================================
+# One function leads from a request to its answer (`HttpApp.respond`): for WSGI, for http.server and for tests
+# without a socket. Laws: it never raises; who may not call learns nothing; a stream's state lives in its two
+# tokens and nowhere else, and every turn runs on a state that was read back.
 
 Authenticate = Callable[[HttpRequest], AuthContext]
 
+
 def bearer_authenticate(*, validate: Callable[[str], AuthContext]) -> Authenticate:
-    """Return a callback that hands the bearer token of ``Authorization`` to *validate*, which returns who it is, or raises
-    ``ValueError``; let it compare secrets with ``hmac.compare_digest``."""
+    """Return a callback that hands the bearer token of ``Authorization`` to *validate*.
+
+    That returns who it is, or raises ``ValueError``; let it compare secrets with ``hmac.compare_digest``.
+    """
+
     def authenticate(request: HttpRequest) -> AuthContext:
         scheme, _, token = (request.get_header("authorization") or "").partition(" ")
         if scheme.lower() != "bearer":
@@ -5463,1503 +6616,1067 @@ def bearer_authenticate(*, validate: Callable[[str], AuthContext]) -> Authentica
         if not re.fullmatch(r"[!-~]{1,16384}", token):
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "malformed bearer token")
         return validate(token)
+
     authenticate.challenge = "Bearer"  # type: ignore[attr-defined]
     return authenticate
 
+
 def bearer_authenticate_static(*, tokens: Mapping[str, AuthContext]) -> Authenticate:
-    """Return a callback that knows a fixed set of bearer tokens; compared in constant time, all of them each time."""
-    known = [(token.encode(), auth) for token, auth in tokens.items()]
+    """Return a callback that knows a fixed set of bearer tokens, all of them compared, in constant time."""
+
     def validate(token: str) -> AuthContext:
-        found = [auth for secret, auth in known if hmac.compare_digest(secret, token.encode())]
-        if not found:
+        given = token.encode()
+        matches = [tokens[known] for known in tokens if hmac.compare_digest(known.encode(), given)]
+        if not matches:
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "unknown bearer token")
-        return found[0]
+        return matches[0]
+
     return bearer_authenticate(validate=validate)
 
+
 def chain_authenticate(*authenticators: Authenticate) -> Authenticate:
-    """Return a callback that asks each in turn until one knows the caller; the last refusal stands. A ``ValueError`` passes
-    the request on to the next; ``PermissionError`` and others end the search."""
+    """Return a callback that asks each in turn until one knows the caller; the last refusal stands.
+
+    A ``ValueError`` passes the request on to the next one; ``PermissionError`` and others end the search.
+    """
     if not authenticators:
         raise ValueError("chain_authenticate: expected at least one authenticator")
+
     def authenticate(request: HttpRequest) -> AuthContext:
-        refusal: ValueError | None = None
-        for one in authenticators:
+        refusal: Any = None
+        for authenticator in authenticators:
             try:
-                return one(request)
+                return authenticator(request)
             except ValueError as exc:
                 # What is wrong with a credential that was sent says more than that another kind was not.
-                missing = isinstance(exc, AuthFailure) and exc.reason is AuthReason.MISSING_CREDENTIAL
-                refusal = exc if refusal is None or not missing else refusal
-        raise cast("ValueError", refusal)
-    authenticate.challenge = next(filter(None, (getattr(one, "challenge", "") for one in authenticators)), "")  # type: ignore
+                if refusal is None or getattr(exc, "reason", None) is not AuthReason.MISSING_CREDENTIAL:
+                    refusal = exc
+        raise refusal
+
+    challenges = [getattr(authenticator, "challenge", "") for authenticator in authenticators]
+    authenticate.challenge = next(filter(None, challenges), "")  # type: ignore[attr-defined]
     return authenticate
 
 
 @dataclass
 class HttpOptions:
-    """What an HTTP server can be told; `make_wsgi_app`, `serve_http` and `make_sync_client` take these as keywords."""
+    """What an HTTP server can be told; the keywords of `make_wsgi_app`, `serve_http` and `make_sync_client`."""
+
     prefix: str = ""  # path under which everything is served, such as /api
-    # Key of the state tokens (16 bytes or more), or several: the first signs. By default VGI_RPC_TOKEN_KEY, else random.
+    # Key of the state tokens, 16 bytes or more; of several the first one signs. Default: VGI_RPC_TOKEN_KEY.
     token_key: bytes | str | Sequence[bytes] | None = None
     token_ttl: float = TOKEN_TTL_SECONDS  # seconds that a state token is good for; 0 for ever
-    authenticate: Authenticate | None = None  # gives the AuthContext; ValueError and PermissionError refuse (401)
-    cors_origins: str | Iterable[str] | None = None  # origins whose pages may call, "*" for all; None for none
-    max_request_bytes: int | None = None  # largest body, encoded and decoded; None for the default of 256 MiB
+    authenticate: Authenticate | None = None  # gives the AuthContext; ValueError, PermissionError: 401
+    cors_origins: str | Iterable[str] | None = None  # origins whose pages may call, "*" for all
+    max_request_bytes: int | None = None  # largest body, encoded and decoded; else 256 MiB, of JSON 1 MiB
     max_response_bytes: int | None = None  # largest answer, decoded; None for any size
-    compression_level: int | None = 1  # zstd and gzip level of answers, 1 to 9; None switches compression off
+    compression_level: int | None = 1  # of answers in zstd and gzip, 1 to 9; None switches compression off
     call_state_cache_entries: int = 4096  # opened call tokens kept in memory; 0 for none
     max_rows: int | None = None  # rows of one batch; None for what its bytes pay for
     pages: bool = True  # serve the pages for people (they need reflection as well)
     json: bool = True  # answer calls in JSON
+    # Names that the Host header may have, "*" for any. None: any. But a server that is bound to a loopback
+    # address takes localhost, 127.0.0.1 and [::1] alone, and always these beside the names given.
+    allowed_hosts: str | Iterable[str] | None = None
 
     def __post_init__(self) -> None:
-        self.prefix = "/" + self.prefix.strip("/") if self.prefix.strip("/") else ""
-        if self.cors_origins is not None:
-            self.cors_origins = [self.cors_origins] if isinstance(self.cors_origins, str) else list(self.cors_origins)
+        self.prefix = f"/{self.prefix.strip('/')}".rstrip("/")
+        for name in ("cors_origins", "allowed_hosts"):
+            names = getattr(self, name) or ()
+            names = names.split(",") if isinstance(names, str) else names
+            setattr(self, name, [entry.strip() for entry in names])
         for name in ("max_request_bytes", "max_response_bytes", "max_rows"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value <= 0):
+            if value is not None and (type(value) is not int or value <= 0):
                 raise ValueError(f"{name}: expected a positive integer or None, got {value!r}")
 
-    def keys(self) -> list[bytes]:
-        """The keys of the tokens as given, here or in the environment; empty when there are none."""
-        given = self.token_key if self.token_key is not None else os.environ.get("VGI_RPC_TOKEN_KEY")
-        if not given:
-            return []
-        if isinstance(given, str):
-            return [k.strip().encode() for k in given.split(",") if k.strip()] or [b""]  # refused: it holds no key
-        return [bytes(given)] if isinstance(given, (bytes, bytearray)) else [bytes(k) for k in given]
 
-def _takes_options(*kinds: type) -> Callable[[_Function], _Function]:
-    """Give a function that takes ``**options`` the signature in which each option of *kinds* is a keyword."""
-    def mark(function: _Function) -> _Function:
-        signature = inspect.signature(function)
-        kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        kept += [p.replace(kind=p.KEYWORD_ONLY) for kind in kinds for p in inspect.signature(kind).parameters.values()]
-        function.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
-        return function
-    return mark
+def options_from(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Make an options dataclass from the arguments of a function that has its fields as keywords."""
+    return kind(**{f.name: values[f.name] for f in dataclasses.fields(cast("Any", kind))})
 
-def _split_options(options: dict[str, Any], *kinds: type) -> list[Any]:
-    """Build one instance of each of *kinds* from keywords; an unknown keyword is a `TypeError` with a suggestion."""
-    known = [f.name for kind in kinds for f in dataclasses.fields(kind)]
-    for name in options:
-        if name not in known:
-            raise TypeError(f"no option {name!r}{_suggest(name, known)}; there are {', '.join(known)}")
-    return [kind(**{f.name: options[f.name] for f in dataclasses.fields(kind) if f.name in options}) for kind in kinds]
 
-def supported_encodings() -> tuple[str, ...]:
-    """Return the body codings that this machine can read and write, best first."""
-    return ("zstd", "gzip") if _zstd_available() else ("gzip",)
+# -- tokens
 
-def compress_body(body: bytes, encoding: str, level: int) -> bytes:
-    """Encode a body; *level* from 1 to 9."""
-    if encoding == "zstd":
-        return zstd_compress(body, level)
-    encoder = zlib.compressobj(level, wbits=31)
-    return encoder.compress(body) + encoder.flush()
 
-def _total(pieces: Iterable[_Buffer]) -> int:
-    return sum(map(len, pieces))
+class FixedHalf(NamedTuple):
+    """The half of a stream's state that never changes, as its call token seals it."""
 
-def compress_if_worth(pieces: Sequence[_Buffer], encoding: str, level: int, packed_bytes: int = 0) -> bytes | None:
-    """Encode a body, if that makes it a good deal smaller; ``None`` if it is short (without those of its bytes that are packed
-    already) or, by a sample of its largest piece, does not compress."""
-    if _total(pieces) - packed_bytes < _COMPRESS_BODY_FROM_BYTES:
-        return None
-    largest = memoryview(max(pieces, key=len))
-    sample = bytes(largest[len(largest) // 2 :][:_SAMPLE_BYTES])
-    if len(compress_body(sample, encoding, level)) > _WORTH * len(sample):
-        return None
-    packed = compress_body(b"".join(pieces), encoding, level)
-    return packed if len(packed) <= _WORTH * _total(pieces) else None
-
-def decompress_body(body: _Buffer, encoding: str, limit: int) -> bytes:
-    """Decode a body to at most *limit* bytes; raises `IPCError` or `RequestTooLargeError`."""
-    return (zstd_decompress if encoding == "zstd" else gzip_decompress)(body, limit)
-
-def _coding_of(headers: Mapping[str, str]) -> str:
-    """The coding that a body's headers name (our private header first); empty for none."""
-    coding = (headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding") or "").strip().lower()
-    return "" if coding == "identity" else coding
-
-def _decoded_body(coding: str, read: Callable[[int], _Buffer], limit: int) -> _Buffer:
-    """Read a body and undo its *coding*, both up to *limit* bytes; a coding that we do not know is a 415."""
-    if not coding:
-        return read(limit)
-    if coding not in supported_encodings():
-        text = f"Content-Encoding: expected one of {', '.join(supported_encodings())}, got {coding[:60]!r}"
-        raise _protocol_error(text, 415)
-    return decompress_body(read(limit), coding, limit)
-
-@functools.lru_cache(maxsize=256)
-def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
-    """Choose the coding of an answer: (coding or empty, header that names it, whether to leave it out is as welcome).
-    The client's order decides; its private header (``None`` when absent) beats the standard one, and a coding named only
-    there is named in the private answer header. ``identity`` first, or ``q=0``, means none; anywhere else it says that an
-    answer may stay as it is where coding it is not worth the time."""
-    chosen, identity = "", False
-    for offer in (public if private is None else private).lower().split(","):
-        name, _, parameters = offer.partition(";")
-        name = name.strip()
-        if re.search(r"q=0(\.0*)?\s*$", parameters):
-            continue
-        identity = identity or name == "identity"
-        if not chosen and not identity and name in supported_encodings():
-            chosen = name
-    in_public = re.search(rf"(?:^|[,\s]){chosen}\b", public.lower()) is not None
-    return chosen, "Content-Encoding" if in_public else CONTENT_ENCODING_HEADER, identity
-
-def _protocol_error(text: str, status: int, code: Code = Code.INVALID_ARGUMENT) -> ProtocolError:
-    """A refusal with another HTTP status than 400."""
-    exc = ProtocolError(text)
-    exc.http_status, exc.error_code = status, code
-    return exc
-
-class _HttpFailure(Exception):
-    """Ends the handling of a request with its argument, a response that is not Arrow."""
-
-def _json_bytes(value: Any) -> bytes:
-    """One line of JSON in UTF-8; NaN and the infinities, which JSON does not have, become null."""
-    dump = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"), default=_text_of)
-    try:
-        text = dump(value, allow_nan=False)
-    except ValueError:
-        text = dump(json.loads(dump(value), parse_constant=lambda name: None))
-    return (text + "\n").encode("utf-8", "backslashreplace")
-
-def json_response(status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> HttpResponse:
-    """Return a response with *value* as a line of JSON."""
-    return HttpResponse(status, [("Content-Type", _JSON), *headers], _json_bytes(value))
-
-def _refusal(status: int, error: str, detail: str, *headers: tuple[str, str]) -> HttpResponse:
-    return json_response(status, {"error": error, "detail": detail}, headers)
-
-def _method_not_allowed(allowed: str) -> HttpResponse:
-    return _refusal(405, "method_not_allowed", f"expected {allowed}", ("Allow", allowed))
-
-def _internal_error(request_id: str) -> HttpResponse:
-    """What went wrong stands in the server's log under the id; its text is not the client's business."""
-    return json_response(500, {"error": "internal_error", "request_id": request_id})
-
-_MAX_LIVE_STATES, _MAX_LIVE_BYTES = 256, 1 << 20  # states that are kept between turns, and their size
-_MAC_TEXT_BYTES = 44  # of a cursor, its end: what tells it from all others, and is hashed sooner than the whole
-_IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
-
-class _CallHead(NamedTuple):
-    """What the head of a POST says of the call."""
-    path: list[str]  # protocol, method and, for a stream, init or exchange
-    json: str  # its media type if it is to be answered in JSON, else empty
-    coding: str  # of its body
-    answer_coding: tuple[str, str, bool]  # see `choose_encoding`
-    turns: int  # that one answer may have
-    caller: Caller  # but for who it is
-
-_OUR_KEYS = frozenset({STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY})  # not the state's business
-
-class _OpenedCall(NamedTuple):
-    """The half of a stream's state that never changes, as it was sealed at init."""
-    binding: tuple[bytes, ...]  # to the method and who calls it
+    binding: tuple[bytes, ...]  # to the method and its caller
     call_id: bytes
-    output_schema: pa.Schema
-    input_schema: pa.Schema
+    wires: StreamWires
     call_state: bytes
     stream_id: str
-    limit: int | None
+    limit: int | None  # bytes of one answer, as the request that began the stream said
 
-class _LiveState(NamedTuple):
-    """A state that need not be read back from its cursor."""
-    cursor: bytes
-    binding: tuple[bytes, ...]
-    issued: float
-    call_id: bytes
-    state: StreamState
 
-    def copy(self) -> StreamState:
-        """Each turn has an object of its own."""
-        copied = object.__new__(type(self.state))
-        copied.__dict__.update(self.state.__dict__)
-        return copied
+class StreamTokens:
+    """Seals the two halves of a stream's state and opens them again; safe for use by several threads.
 
-class _Joined(Iterator[bytes]):
-    """A body that is made as it is sent, for those who take bytes alone."""
-    def __init__(self, body: Any) -> None:
-        self._body, self.close = body, body.close
+    The call token holds a `FixedHalf`; the cursor holds the id of that call, the class of the state and its
+    bytes. The cursor is opened first, and only the call id in it is trusted.
+    """
 
-    def __next__(self) -> bytes:
-        return b"".join(next(self._body))
+    def __init__(self, options: HttpOptions) -> None:
+        key = options.token_key
+        if key is None:
+            key = os.environ.get("VGI_RPC_TOKEN_KEY") or None
+        self.own_key = key is None  # one that no other process has
+        if key is None:
+            text = "no token key: a random one is used; streams survive no restart, and no other process can go on"
+            logger.warning(
+                "%s with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere", text
+            )
+        self.sealer = TokenSealer(token_keys(key or os.urandom(32)), options.token_ttl)
+        # An opened call token never changes. Strangers, whose tokens do not open, fill nothing here.
+        self._open_call = functools.lru_cache(options.call_state_cache_entries)(self._open_call_token)
 
-class _StreamAnswer(NamedTuple):
-    """What the turns of one answer have in common."""
-    call: Call
-    binding: tuple[bytes, ...]
-    call_id: bytes
-    given: AnnotatedBatch  # what each of them is served on
-    header: bytes = b""  # header stream that precedes them
-    call_token: bytes = b""  # when the client does not have it yet
+    @staticmethod
+    def _binding(bound: BoundMethod, auth: AuthContext) -> tuple[bytes, ...]:
+        """What a token is good for. An authenticated caller without a name is not the same as nobody."""
+        names = [bound.service.name, bound.info.name]
+        if auth.authenticated:
+            names += ["authenticated", auth.domain or "", auth.principal or ""]
+        return tuple([name.encode("utf-8", "surrogatepass") for name in names])
+
+    def begin(self, call: Call, stream: Stream[Any, Any]) -> tuple[FixedHalf, bytes]:
+        """Return the fixed half of a stream that has begun, and its call token."""
+        kind = stream.state.CALL_STATE_TYPE
+        call_state = b""
+        if stream.call_state is not None:
+            if kind is None or not isinstance(stream.call_state, kind):
+                wanted = getattr(kind, "__name__", "a CALL_STATE_TYPE, which is not set")
+                where = f"{type(stream.state).__name__}: Stream(call_state=...)"
+                raise ParameterError(f"{where}: expected {wanted}, got {got(stream.call_state)}")
+            call_state = stream.call_state.serialize_to_bytes()
+        wires = cast("StreamWires", call.wires)
+        limit = call.response_limit_bytes
+        binding = self._binding(call.bound, call.auth)
+        half = FixedHalf(binding, os.urandom(16), wires, call_state, call.stream_id, limit)
+        facts = [call_state, call.stream_id.encode(), str(limit or "").encode()]
+        content = pack_parts([wires.output.message, wires.input.message, *facts])
+        return half, self.sealer.seal(b"call", (*binding, half.call_id), content)
+
+    def content(self, half: FixedHalf, call: Call) -> bytes:
+        """Return what the cursor of the present state seals; a refusal names what cannot be written."""
+        state = cast("Stream[Any, Any]", call.stream).state
+        kinds = call.bound.state_types
+        if type(state) not in kinds:
+            names = ", ".join(kind.__name__ for kind in kinds) or "no concrete class"
+            text = f"{names} (the implementation's return annotation), got {type(state).__name__}"
+            text += "; over HTTP the state is read back as the annotated class"
+            raise ParameterError(f"{call.bound.info.name}() state: expected {text}")
+        index = bytes([kinds.index(type(state))])
+        content = pack_parts([half.call_id, index, state.serialize_to_bytes()])
+        self.sealer.check_size(content)  # which sealing does too: but here a further turn may run first
+        return content
+
+    def open(self, bound: BoundMethod, auth: AuthContext, metadata: Metadata) -> tuple[FixedHalf, bytes]:
+        """Open the two tokens in a turn's metadata; return the fixed half and the cursor's content.
+
+        Raises `TokenError` for tokens that are not ours, not for this method and caller, or of two streams.
+        """
+        binding = self._binding(bound, auth)
+        content = self.sealer.open(b"state", binding, metadata.get(STATE_KEY))
+        call_id = unpack_parts(content, 3)[0]
+        return self._open_call(binding, call_id, metadata.get(CALL_STATE_KEY, b"")), content
+
+    def _open_call_token(self, binding: tuple[bytes, ...], call_id: bytes, token: bytes) -> FixedHalf:
+        content = self.sealer.open(b"call", (*binding, call_id), token, aged=False)
+        *messages, call_state, stream_id, limit = unpack_parts(content, 5)
+        schemas = [ipc.read_schema(pa.py_buffer(message)) for message in messages]
+        facts = (call_state, stream_id.decode(), int(limit or 0) or None)
+        return FixedHalf(binding, call_id, stream_wires(*schemas), *facts)
+
+    def revive(self, call: Call, half: FixedHalf, content: bytes) -> None:
+        """Have *call* go on with the state that a cursor's *content* holds.
+
+        Raises `TokenError` when the state fits its class no more, and what the state's own hooks raise.
+        """
+        _, index, fields = unpack_parts(content, 3)
+        call_state: Any = None
+        try:  # without validation: the seal vouches for the bytes
+            kind: Any = call.bound.state_types[index[0]]
+            state = kind.deserialize_from_bytes(fields, IpcValidation.NONE)
+            if half.call_state:
+                call_state = kind.CALL_STATE_TYPE.deserialize_from_bytes(half.call_state, IpcValidation.NONE)
+        except (Refusal, IndexError, AttributeError) as exc:
+            raise TokenError(TOKEN_OUTDATED) from exc
+        call.run(state.rehydrate, call.bound.service.implementation)
+        if call_state is not None:
+            call.run(state.bind_call_state, call_state)
+        output, input_, _ = half.wires
+        call.resume(Stream(output.schema, state, input_.schema, call_state=call_state), half.wires)
+
+
+# -- requests
+
+
+class _Unauthorized(ProtocolError, error_code=Code.UNAUTHENTICATED, http_status=401):
+    def __init__(self, cause: Exception) -> None:
+        self.reason = str(getattr(cause, "reason", AuthReason.UNAUTHORIZED))
+        self.detail = text_of(cause)[:1000]  # for the caller; not logged: it may hold a credential
+        super().__init__(self.reason)
+
+
+_DECIMAL = re.compile("0|[1-9][0-9]{0,15}")
+_JSON_CONTENT = re.compile(r'application/json(?:\s*;\s*charset="?utf-8"?)?', re.I)
+_TRACE_HEADERS = tuple(key.decode() for key in TRACE_KEYS)
+_HOST_PORT = re.compile(r"(.*?)(?::([0-9]*))?", re.S)
+_LOOPBACK = re.compile(r"localhost|127\.[0-9.]+|\[?::1\]?")
+_FORWARDED = frozenset(("forwarded", *(f"x-forwarded-{what}" for what in ("for", "host", "prefix", "proto"))))
 
 
 class HttpApp:
-    """Answers requests for a server; safe for use by several threads. Made by `make_wsgi_app` and `serve_http`."""
+    """Answers the requests of an HTTP server; safe for use by several threads."""
+
     scheme = "http"  # of the URLs that pages show
+    loopback_port = 0  # where a server that is bound to a loopback address listens
 
-    def __init__(self, server: ServerCore, options: HttpOptions | None = None) -> None:
-        self.server, self.options = server, options or HttpOptions()
-        keys = self.options.keys()
-        self._own_key = not keys
-        if self._own_key:
-            logger.warning("no token key: a random one is used, so streams do not survive a restart and other processes cannot "
-                           "go on with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere")
-        self.sealer = TokenSealer(keys or [os.urandom(32)], self.options.token_ttl)
-        given = self.options.max_request_bytes
-        self._limit = most = given or SERVER_MAX_REQUEST_BYTES
-        in_json = {"max_json_request_bytes": given or _JSON_MAX_REQUEST_BYTES} if self.options.json else {}
-        self.limits = limits_of({
-            **vars(self.options), **in_json, "max_request_bytes": most, "max_decoded_bytes": most, "max_turns": MAX_TURNS,
-            "max_turns_seconds": MAX_TURNS_SECONDS, "max_state_bytes": _MAX_STATE_BYTES,
-            "token_clock_skew": TOKEN_CLOCK_SKEW_SECONDS, "token_ttl": self.sealer.ttl or None})
-        self._open_call = functools.lru_cache(self.options.call_state_cache_entries)(self._open_call_token)
-        self._live: OrderedDict[bytes, _LiveState] = OrderedDict()  # by the end of the cursor that holds the same
-        self._lock = threading.Lock()
-        self._pages, self._capabilities = self.options.pages and server.describe_enabled, self._capability_headers()
+    def __init__(self, server: RpcServer, options: HttpOptions | None = None) -> None:
+        if not isinstance(server, RpcServer):
+            hint = "RpcServer(Protocol, implementation) makes one"
+            raise TypeError(f"expected an RpcServer, got {got(server)}: {hint}")
+        self.server = server
+        self.options = options = options or HttpOptions()
+        self.tokens = StreamTokens(options)
+        self.max_request_bytes = options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
+        self.limits = IpcLimits(self.max_request_bytes, options.max_rows)
+        # One look-up leads from a path, prefix and all, to its method. What is not here is a page or refused.
+        self._routes: dict[str, tuple[BoundMethod, str]] = {}
+        for service in server.services.values():
+            for name, bound in service.methods.items():
+                for step in ("", "/init", "/exchange"):
+                    self._routes[f"{options.prefix}/{service.name}/{name}{step}"] = bound, step[1:]
+        self._hosts = frozenset(host.lower() for host in options.allowed_hosts or ())
+        codings = supported_encodings() if options.compression_level is not None else ()
+        told = {  # by every answer; nothing of a feature that is off
+            SUPPORTED_ENCODINGS_HEADER: ", ".join(codings),
+            EXTERNALIZATION_HEADER: "false",
+            ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER: "true",
+            MAX_REQUEST_BYTES_HEADER: options.max_request_bytes,
+            MAX_RESPONSE_BYTES_HEADER: options.max_response_bytes,
+        }
+        self.capabilities = [(name, str(value)) for name, value in told.items() if value is not None]
 
-    def _capability_headers(self) -> list[tuple[str, str]]:
-        """What every response says of this server (WIRE section 6); nothing of a feature that is off."""
-        options = self.options
-        encodings = supported_encodings() if options.compression_level is not None else ()
-        sizes = ((MAX_REQUEST_BYTES_HEADER, options.max_request_bytes), (MAX_RESPONSE_BYTES_HEADER, options.max_response_bytes))
-        return [(SUPPORTED_ENCODINGS_HEADER, ", ".join(encodings)), (EXTERNALIZATION_HEADER, "false"),
-                (ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER, "true"), *((n, str(size)) for n, size in sizes if size is not None)]
-
-    # -- one request
     def __call__(self, request: HttpRequest) -> HttpResponse:
-        """Answer *request*; never raises."""
+        """Answer *request* with a body of bytes, or one that is an iterator of bytes; never raises."""
         with self.server:
             response = self.respond(request)
-        if not isinstance(response.body, bytes):
-            response.body = b"".join(response.body) if isinstance(response.body, list) else _Joined(response.body)
+        response.headers += self.capabilities
+        if isinstance(response.body, list):
+            response.body = b"".join(response.body)
         return response
 
-    def respond(self, request: HttpRequest) -> HttpResponse:
-        """Answer *request*, which the caller has counted as running until its answer is out. A body that is made as it is sent
-        comes as lists of buffers, which are not joined."""
-        request_id = clean_request_id(request.get_header(REQUEST_ID_HEADER)) or new_request_id()
-        try:
-            response = self._route(request, request_id)
-        except _HttpFailure as exc:
-            response = cast("HttpResponse", exc.args[0])
-        except (_Refusal, StatusError) as exc:
-            response = (_json_failure if _json_type(self, request) else _arrow_failure)(self, exc, request_id)
-        except (TransportError, DeadlineExceededError) as exc:  # while the body was read
-            response = dataclasses.replace(_refusal(408, "request_timeout", exc.error_message), close=True)
-        except Exception:
-            logger.exception("request %s failed", request_id)
-            response = _internal_error(request_id)
-        response.headers += [*self._capabilities, *self._cors_headers(request), (REQUEST_ID_HEADER, request_id)]
-        return response
+    def respond(self, request: HttpRequest, fault: Exception | None = None) -> HttpResponse:
+        """Answer *request*, with a refusal if there is a *fault* in it; never raises.
 
-    def _cors_headers(self, request: HttpRequest) -> list[tuple[str, str]]:
-        if not (allowed := self.options.cors_origins) or (origin := request.get_header("origin")) is None:
-            return []
-        if not (everyone := "*" in allowed) and origin not in allowed:
-            return []
-        exposed = ["WWW-Authenticate", REQUEST_ID_HEADER, CONTENT_ENCODING_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER]
-        names = ", ".join([*exposed, *dict(self._capabilities)])
-        headers = [("Access-Control-Expose-Headers", names), ("Access-Control-Allow-Origin", "*" if everyone else origin)]
-        return headers if everyone else [*headers, ("Vary", "Origin")]
-
-    def _preflight(self, request: HttpRequest) -> HttpResponse:
-        headers = [("Allow", "GET, HEAD, POST, OPTIONS"), ("Cache-Control", "public, max-age=300")]
-        if self._cors_headers(request) and request.get_header("access-control-request-method"):
-            asked = request.get_header("access-control-request-headers") or "Content-Type"
-            headers += [("Access-Control-Allow-Methods", "GET, POST, OPTIONS"), ("Access-Control-Max-Age", "7200"),
-                        ("Access-Control-Allow-Headers", re.sub(r"[^A-Za-z0-9_, -]", "", asked))]
-        return HttpResponse(200, [*headers, ("Content-Type", "text/plain")])
-
-    def _route(self, request: HttpRequest, request_id: str) -> HttpResponse:
-        if "call" in request.memory:
-            return self._post(request, request_id, request.memory["call"].path)
-        path, prefix = request.path, self.options.prefix
-        if prefix and not f"{path}/".startswith(f"{prefix}/"):
-            return self._not_found(request)
-        path = path[len(prefix) :] or "/"
-        if request.method == "OPTIONS":
-            return self._preflight(request)
-        if path == "/health":
-            return self._health(request)
-        if "%" in path or "//" in path or not path.isascii():
-            return self._not_found(request)
-        segments = path[1:].split("/")
-        of_call = len(segments) > 1 and segments[0] and segments[2:] in ([], ["init"], ["exchange"])
-        if request.method in ("GET", "HEAD"):
-            service = self.server.services.get(segments[0])
-            if of_call and service is not None and segments[1] in service.methods:
-                return _method_not_allowed("POST")
-            return _page_at(self, request, request_id, segments) or self._not_found(request)
-        if not of_call:
-            return self._not_found(request)
-        return self._post(request, request_id, segments) if request.method == "POST" else _method_not_allowed("POST")
-
-    def _post(self, request: HttpRequest, request_id: str, path: list[str]) -> HttpResponse:
-        auth = self._authenticated(request, request_id)  # asked each time: what it decides may end, or depend on more
-        head: _CallHead = request.memory.get("call") or self._head_of_call(request, path)
-        caller = head.caller if head.caller.auth is auth else head.caller._replace(auth=auth)
-        self.server.refuse_if_draining()
-        self.server.start(TransportKind.HTTP)
-        if request.multiprocess and self._own_key and len(path) == 3:
-            text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
-            raise _protocol_error(text, 500, Code.FAILED_PRECONDITION)
-        body: Any = _decoded_body(head.coding, request.read_body, self._limit)
-        bound, step = self.server.method(self.server.service(path[0]), path[1]), path[2] if len(path) > 2 else ""
-        streams = bound.info.method_type is MethodType.STREAM
-        if (step and not streams) or (streams and not step and not head.json):
-            hint = "not a stream; post without /" + step if step else "a stream; post to its /init"
-            raise ProtocolError(f"{path[1]}() is {hint}")
-        if head.json:
-            return _post_json(self, bound, step, body, caller, head, request_id)
-        return (self._exchange if step == "exchange" else self._begin)(bound, body, caller, head, request_id)
-
-    def _head_of_call(self, request: HttpRequest, path: list[str]) -> _CallHead:
-        """Check the head of a POST."""
-        name, low, high = ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
-        given, limit = request.get_header(name), self.options.max_response_bytes
+        Whoever asks counts the request as running until its answer is out, and adds the `capabilities`.
+        """
+        started = time.monotonic()
+        given = request.headers.get("x-request-id")
         if given is not None:
-            fits = re.fullmatch("[1-9][0-9]{0,15}", given) and low <= int(given) <= high
-            if name.lower() in request.repeated or not fits:
-                raise ProtocolError(f"{name}: expected one decimal from {low} to {high}, got {given[:40]!r}")
-            limit = _smallest(int(given), limit)
-        if path[0].startswith("__"):
-            self.server.service(path[0])  # a feature of other servers: what is wrong is that it is not there
-        content_type, json_type = request.get_header("content-type") or "", _json_type(self, request)
-        if not json_type and content_type.strip().lower() != ARROW_CONTENT_TYPE:
-            raise _protocol_error(f"Content-Type: expected {ARROW_CONTENT_TYPE}, got {content_type[:100]!r}", 415)
-        headers, asked = request.headers, request.get_header(MAX_TURNS_HEADER) or ""
-        metadata = {k.decode(): headers[k.decode()] for k in TRACE_KEYS if k.decode() in headers}
-        caller = Caller(TransportKind.HTTP, _ANONYMOUS, request.remote_addr, metadata, request.gone, limit, self.limits)
-        coding = choose_encoding(headers.get(ACCEPT_ENCODING_HEADER.lower()), headers.get("accept-encoding", "")[:1000])
-        turns = min(int(asked), MAX_TURNS) if re.fullmatch("[1-9][0-9]{0,8}", asked) else 1
-        request.memory["call"] = head = _CallHead(path, json_type, _coding_of(headers), coding, turns, caller)
-        return head
+            request.request_id = clean_request_id(given)
+        try:
+            if fault is not None:
+                raise fault
+            response = self._route(request)
+        except Exception as exc:
+            request.request_id = request.request_id or new_request_id()
+            response = self._refuse(request, exc, started)
+        allowed = cast("list[str]", self.options.cors_origins)
+        origin = request.headers.get("origin")
+        if origin is not None and ("*" in allowed or origin in allowed):
+            exposed = [REQUEST_ID_HEADER, CONTENT_ENCODING_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER]
+            exposed += ["WWW-Authenticate", *(name for name, _ in self.capabilities)]
+            response.headers.append(("Access-Control-Expose-Headers", ", ".join(exposed)))
+            response.headers.append(("Cross-Origin-Resource-Policy", "cross-origin"))
+            shown = "*" if "*" in allowed else origin
+            response.headers += [("Access-Control-Allow-Origin", shown), ("Vary", "Origin")]
+        response.headers.append((REQUEST_ID_HEADER, request.request_id or new_request_id()))
+        return response
 
-    # -- everything that is not a call
-    def _not_found(self, request: HttpRequest) -> HttpResponse:
-        if self._pages and "text/html" in (request.get_header("accept") or ""):
-            there = f"This is an Arrow RPC server at {_text(self.options.prefix)}/"
-            return _page(self, "404 Not Found", [f"<p>{there} and what you asked for is not there: see the links.</p>"], 404)
-        return _refusal(404, "not_found", "expected /{protocol}/{method}[/init|/exchange] or /health")
+    def _is_for_us(self, host: str, headers: Mapping[str, str]) -> bool:
+        """Whether a request with this Host header is meant for this server."""
+        hosts = self._hosts
+        if not host or "*" in hosts or not (hosts or self.loopback_port):
+            return True
+        name, port = cast("re.Match[str]", _HOST_PORT.fullmatch(host.lower())).groups()
+        if name in hosts or host.lower() in hosts or (self.loopback_port and _LOOPBACK.fullmatch(name)):
+            return True
+        # A page of the web whose name leads to this machine (DNS rebinding) can send any header, but its browser
+        # dials our port, and must name it in Host. Who is sent on by a proxy, which says so, has dialled another.
+        dialled = {int(port)} if port else {80, 443}
+        return not hosts and self.loopback_port not in dialled and not _FORWARDED.isdisjoint(headers)
 
-    def _health(self, request: HttpRequest) -> HttpResponse:
-        if request.method not in ("GET", "HEAD"):
-            return _method_not_allowed("GET, HEAD, OPTIONS")
-        facts = {"status": "draining" if self.server.draining else "ok", "server_id": self.server.server_id}
-        return json_response(200, {**facts, "protocol": self.server.protocol_name}, [("Cache-Control", "no-store")])
+    def _route(self, request: HttpRequest) -> HttpResponse:
+        method = request.method
+        path = request.path
+        host = request.headers.get("host", "")
+        if not self._is_for_us(host, request.headers):
+            text = f"Host {host[:255]!r} is not served here; the option allowed_hosts (--allowed-hosts) adds names"
+            raise http_refusal(421, text, Code.PERMISSION_DENIED)
+        found = self._routes.get(path)
+        if found is not None and method == "POST":
+            return _PostedCall(self, request, *found).answer()
+        if method == "OPTIONS":
+            headers = [("Content-Type", "text/plain"), ("Allow", "GET, HEAD, POST, OPTIONS")]
+            if self.options.cors_origins and "access-control-request-method" in request.headers:
+                asked = request.headers.get("access-control-request-headers", "Content-Type")
+                headers.append(("Access-Control-Allow-Headers", re.sub(r"[^A-Za-z0-9_, -]", "", asked)))
+                headers.append(("Access-Control-Allow-Methods", "GET, POST, OPTIONS"))
+                headers.append(("Access-Control-Max-Age", "7200"))
+            return HttpResponse(200, headers)
+        reads = method in ("GET", "HEAD")
+        prefix = self.options.prefix
+        if path == f"{prefix}/health":
+            if not reads:
+                raise http_refusal(405, "expected GET, HEAD or OPTIONS", Code.UNIMPLEMENTED)
+            said = {"status": "draining" if self.server.draining else "ok"}
+            said |= {"server_id": self.server.server_id, "protocol": self.server.protocol_name}
+            return json_response(200, said, [("Cache-Control", "no-store")])
+        self.authenticate(request)  # before anything that tells which names there are
+        if found is not None:
+            raise http_refusal(405, "expected POST", Code.UNIMPLEMENTED)
+        segments = path[len(prefix) + 1 :].split("/")
+        if f"{path}/".startswith(f"{prefix}/") and "%" not in path:
+            if reads and self.options.pages and self.server.describe_enabled:
+                page = page_at(self.server, self.options, request, segments, scheme=self.scheme)
+                if page is not None:
+                    return page
+            of_call = len(segments) > 1 and all(segments) and segments[2:] in ([], ["init"], ["exchange"])
+            if method == "POST" and of_call:
+                self.server.method(self.server.service(segments[0]), segments[1])  # says what there is
+        text = "expected /{protocol}/{method}[/init|/exchange] or /health"
+        raise http_refusal(404, text, Code.UNIMPLEMENTED)
 
-    # -- who calls
-    def _authenticated(self, request: HttpRequest, request_id: str) -> AuthContext:
+    def authenticate(self, request: HttpRequest) -> AuthContext:
+        """Return who sent *request*. It is asked of each: what it decides may end, or depend on more."""
         if self.options.authenticate is None:
-            return _ANONYMOUS
+            return ANONYMOUS
         try:
             auth = self.options.authenticate(request)
-            if not isinstance(auth, AuthContext):
-                raise TypeError(f"authenticate: expected an AuthContext, got {_got(auth)}")
-            return auth
         except (ValueError, PermissionError) as exc:
-            raise _HttpFailure(self._unauthorized(request, exc)) from None
-        except BaseException:
-            logger.exception("authenticate raised; request %s is refused", request_id)
-            raise _HttpFailure(_internal_error(request_id)) from None
+            raise _Unauthorized(exc) from None
+        except BaseException as exc:  # SystemExit too; what it says is not the client's business
+            raise RuntimeError("authenticate raised") from exc
+        if not isinstance(auth, AuthContext):
+            raise TypeError(f"authenticate: expected an AuthContext, got {got(auth)}")
+        return auth
 
-    def _unauthorized(self, request: HttpRequest, exc: Exception) -> HttpResponse:
-        reason = exc.reason if isinstance(exc, AuthFailure) else AuthReason.UNAUTHORIZED
-        detail = _text_of(exc)[:1000]
-        challenge = getattr(self.options.authenticate, "challenge", "") or "Bearer"
-        headers = [(AUTH_REASON_HEADER, reason.value), ("Cache-Control", "no-store"), ("WWW-Authenticate", challenge)]
-        if "text/html" in (request.get_header("accept") or ""):
-            page = f"<!doctype html><title>401</title><h1>401 Unauthorized</h1><p>{_text(f'{reason}: {detail}')}</p>"
-            return HttpResponse(401, [("Content-Type", "text/html; charset=utf-8"), *headers], page.encode())
-        return json_response(401, {"error": "unauthorized", "reason": reason.value, "detail": detail}, headers)
+    def _refuse(self, request: HttpRequest, exc: Exception, started: float) -> HttpResponse:
+        """Answer a request that does not become a call: in Arrow to Arrow, by a page to a browser, else in JSON."""
+        if isinstance(exc, LocalError):  # while the body was read
+            exc = http_refusal(408, exc.error_message, Code.DEADLINE_EXCEEDED)
+        elif not isinstance(exc, (Refusal, StatusError)):
+            log_quietly(logging.ERROR, "request %s failed", request.request_id, exc_info=exc)
+            text = f"the server failed; its log says why, at request id {request.request_id}"
+            exc = StatusError(text, code=Code.INTERNAL)
+        status = getattr(exc, "http_status", 500)  # 500: on_serve_start() raised, or we have failed
+        said = error_as_json(exc, request_id=request.request_id)
+        text = "There is nothing here; see the links above."
+        headers: list[tuple[str, str]] = []
+        if isinstance(exc, _Unauthorized):
+            challenge = getattr(self.options.authenticate, "challenge", "") or "Bearer"
+            headers = [("WWW-Authenticate", challenge), (AUTH_REASON_HEADER, exc.reason)]
+            text = f"{exc.reason}: {exc.detail}"
+            said.update(error="unauthorized", reason=exc.reason, detail=exc.detail, message=exc.detail)
+        elif status == 405:
+            headers = [("Allow", "GET, HEAD, OPTIONS" if request.path.endswith("/health") else "POST")]
+        elif status == 413 and self.options.max_request_bytes is None:
+            headers = [(MAX_REQUEST_BYTES_HEADER, str(self.max_request_bytes))]
+        elif status == 503:
+            headers = [("Retry-After", "1")]
+        if request.method == "POST" and is_arrow(request.headers) and status != 401:
+            body = stream_bytes(EMPTY, [self.server.error_item(exc, EMPTY, request.request_id)])
+            response = HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE)], body)
+        elif status in (401, 404) and "text/html" in request.headers.get("accept", ""):
+            title = _status_line(status)
+            response = error_page(status, title, text, root=root_of(request.path, self.options.prefix))
+        else:
+            response = json_response(status, said, [("Cache-Control", "no-store")])
+        response.headers += headers
+        protocol, _, method = request.path.removeprefix(self.options.prefix)[1:].partition("/")
+        record = CallRecord(TransportKind.HTTP, ANONYMOUS, request.remote_addr, request_id=request.request_id)
+        record.protocol = protocol
+        record.method = method.partition("/")[0]
+        record.duration_ms = (time.monotonic() - started) * 1000
+        record.http = {"http_status": status, "path": request.path[:1000]}
+        self.server.log_answer(record, exc)
+        return response
 
-    # -- calls
-    def _reader(self, source: BufferSource) -> IpcReader:
+
+def _number(headers: Mapping[str, str], name: str, least: int, most: int) -> int | None:
+    given = headers.get(name.lower())
+    if given is None:
+        return None
+    if not _DECIMAL.fullmatch(given) or not least <= int(given) <= most:
+        raise ProtocolError(f"{name}: expected one decimal from {least} to {most}, got {given[:40]!r}")
+    return int(given)
+
+
+class _PostedCall:
+    """One request to a method: a unary call, the start of a stream, its next turns, or a call in JSON."""
+
+    def __init__(self, app: HttpApp, request: HttpRequest, bound: BoundMethod, step: str) -> None:
+        auth = app.authenticate(request)
+        app.server.start(TransportKind.HTTP)
+        self._app = app
+        self._request = request
+        self._headers = headers = request.headers
+        self._bound = bound
+        self._step = step
+        self._pieces: list[Buffer] = []  # of the answer, before it is encoded
+        self._call: Any = None  # once it has begun
+        traces = {}
+        if "traceparent" in headers:
+            traces = {name: headers[name] for name in _TRACE_HEADERS if name in headers}
+        limit = app.options.max_response_bytes
+        if "vgi-accept-max-response-bytes" in headers:
+            bounds = (MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET)
+            budget = _number(headers, ACCEPT_MAX_RESPONSE_BYTES_HEADER, *bounds)
+            limit = min(filter(None, (limit, budget)), default=None)
+        self._caller = CallRecord(TransportKind.HTTP, auth, request.remote_addr, traces, request.gone, limit)
+
+    def answer(self) -> HttpResponse:
+        """Serve it."""
+        name = self._bound.info.name
+        if not is_arrow(self._headers):
+            return self._answer_json()
+        is_stream = self._bound.info.method_type is MethodType.STREAM
+        if is_stream and not self._step:
+            raise ProtocolError(f"{name}() is a stream; post to its /init")
+        if self._step and not is_stream:
+            raise ProtocolError(f"{name}() is not a stream; post without /{self._step}")
+        if is_stream and self._request.multiprocess and self._app.tokens.own_key:
+            text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
+            raise http_refusal(500, text, Code.FAILED_PRECONDITION)
+        body = self._read_body(self._app.max_request_bytes)
         try:
-            return IpcReader(source, IpcLimits(self._limit, self.options.max_rows), self.server.ipc_validation)
-        except EOFError:
-            raise IPCError("request: expected an Arrow IPC stream, got an empty body") from None
-
-    def _read_request(self, bound: BoundMethod, body: bytes) -> Request:
-        """Read the request that begins a call of *bound*."""
-        known = self.server.recall(body, 0) if isinstance(body, bytes) else None
-        if known is not None and known[0] is bound and known[2] == len(body):
-            return known[1]
-        source = BufferSource(body)
-        request = Request(self._reader(source))
-        if source.left:
-            raise IPCError(f"request: {source.left} bytes after the end of the stream")
-        self.server.resolve(request, (bound.hosted.name, bound.info.name))
-        return request
-
-    def _begin(self, bound: BoundMethod, body: bytes, caller: Caller, head: _CallHead, request_id: str) -> HttpResponse:
-        """Serve a unary call, or the start of a stream."""
-        request = self._read_request(bound, body)
-        arguments = read_arguments(bound.info, request)
-        call = self.server.open_call(bound, caller, request, request.request_id or request_id)
-        call.note(request_bytes=len(body))
-        def answer() -> HttpResponse:
-            turn = call.begin(arguments)
-            if call.stream is None:
-                return self._respond(call, head, turn)
-            header = stream_bytes(turn.schema, turn.items) if turn.items else b""
-            return self._respond_turns(*self._first_turn(call, call.stream, header), head)
-        return self._ending(call, answer)
-
-    def _first_turn(self, call: Call, stream: Stream[Any, Any], header: bytes = b"") -> tuple[_StreamAnswer, Turn]:
-        """Seal what does not change of a stream, then run a producer's first turn."""
-        schema = stream.output_schema
-        answer = _StreamAnswer(call, self._binding(call.bound, call.caller.auth), os.urandom(16), _PLAIN_TICK, header)
-        try:
-            answer = answer._replace(call_token=self._seal_call(answer, stream))
-        except Exception as exc:  # before the producer runs: a stream that cannot go on does not start
-            return answer, call._failed(schema, exc)
-        return answer, call.turn(_PLAIN_TICK) if stream.is_producer else Turn(schema, call._logs(schema), False)
-
-    def _exchange(self, bound: BoundMethod, body: bytes, caller: Caller, head: _CallHead, request_id: str) -> HttpResponse:
-        """Serve one turn of a stream, or its end, from the tokens that come with the input."""
-        source = BufferSource(body)
-        reader = self._reader(source)
-        item = reader.next()
-        if item is None or reader.next_message() is not None or source.left:
-            raise ProtocolError(f"exchange: expected one batch and the end of the stream, got {'more' if item else 'none'}")
-        batch, metadata = item[0], item[1] or {}
-        opened, state = self._open_tokens(bound, caller.auth, metadata)
-        own_id = clean_request_id(metadata.get(REQUEST_ID_KEY, b"").decode("latin-1"))
-        call = self._go_on(bound, caller, opened, own_id or request_id)
-        if (timeout := read_timeout(metadata)) is not None:
-            call.deadline = time.monotonic() + timeout
-        call.note(request_bytes=len(body))
-        shown = {k: v for k, v in metadata.items() if k not in _OUR_KEYS}
-        given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
-        turn = functools.partial(self._next_turn, call, opened, state, given, CANCEL_KEY in metadata)
-        return self._ending(call, lambda: self._respond_turns(*turn(), head))
-
-    @staticmethod
-    def _ending(call: Call, answer: Callable[[], HttpResponse]) -> HttpResponse:
-        """Return an answer and end the call, unless the answer's body is still to be made, and ends it."""
-        whole = True
-        try:
-            response = answer()
-            whole = isinstance(response.body, (bytes, list))
-            return response
+            turn = self._go_on(body) if self._step == "exchange" else self._begin(body)
+            return self._response(turn, len(body))
         finally:
-            if whole:
-                call.end()
+            if self._call is not None:
+                self._call.end()
 
-    def _go_on(self, bound: BoundMethod, caller: Caller, opened: _OpenedCall, request_id: str) -> Call:
-        if opened.limit is not None and opened.limit != caller.response_limit_bytes:
-            caller = caller._replace(response_limit_bytes=_smallest(caller.response_limit_bytes, opened.limit))
-        call = self.server.open_call(bound, caller, None, request_id)
-        call.note(opened.stream_id)
+    def _read_body(self, limit: int) -> Buffer:
+        coding = coding_of(self._headers)  # one that is not ours is refused before the body is read
+        body = self._request.read_body(limit)
+        return decompress_body(body, coding, limit) if coding else body
+
+    def _reader(self, source: BufferSource, expected: Any) -> IpcReader:
+        if not source.left:
+            raise IPCError("request: expected an Arrow IPC stream, got an empty body")
+        return IpcReader(source, self._app.limits, self._app.server.ipc_validation, expected=expected)
+
+    def _open_call(self, metadata: Metadata, request: Request | None = None, stream_id: str = "") -> Call:
+        """Begin a call, or go on with the stream *stream_id*; it is answered under the id that it has itself."""
+        asked = self._request
+        request_id = clean_request_id(metadata_text(metadata, REQUEST_ID_KEY))
+        request_id = request_id or asked.request_id or new_request_id()
+        asked.request_id = asked.request_id or request_id
+        call = Call(self._app.server, self._bound, self._caller, request_id, metadata, request, stream_id)
+        self._call = call
         return call
 
-    def _next_turn(self, call: Call, opened: _OpenedCall, state: Callable[[], StreamState], given: AnnotatedBatch,
-                   cancel: bool) -> tuple[_StreamAnswer, Turn]:
-        answer, schema = _StreamAnswer(call, opened.binding, opened.call_id, given), opened.output_schema
-        try:
-            self._revive(call, opened, state)
-        except BaseException as exc:  # rehydrate() and bind_call_state() are the application's: what they raise is an answer
-            return answer, call._failed(schema, exc, refused=isinstance(exc, TokenError))
-        if cancel:
-            call.cancel()
-            return answer, Turn(schema, call._logs(schema), True)
-        return answer, call.turn(given)
-
-    def _respond_turns(self, answer: _StreamAnswer, turn: Turn, head: _CallHead) -> HttpResponse:
-        """Answer with a turn and, if the client takes several of a producer, with those that follow; these end the call."""
-        if head.turns == 1 or turn.finished or not cast("Stream[Any, Any]", answer.call.stream).is_producer:
-            return self._respond(answer.call, head, self._with_cursor(answer, turn), answer.header)
-        body = self._several(answer, turn, head.turns)
-        next(body)  # has taken over: from here on closing it ends the call
-        return HttpResponse(200, [("Content-Type", ARROW_CONTENT_TYPE), ("X-Accel-Buffering", "no")], body)  # for nginx
-
-    def _several(self, answer: _StreamAnswer, turn: Turn, most: int) -> Iterator[list[_Buffer]]:
-        """Yield nothing, then each turn as it is made, and the token at the end: within the budget, *most* and a time."""
-        call, data, sent, state = answer.call, list[_Buffer]([answer.header]), 0, None
-        writer, limit = IpcWriter(lambda pieces: data.extend(pieces), turn.schema), call.caller.response_limit_bytes
-        until, allowed = time.monotonic() + MAX_TURNS_SECONDS, call.deadline and call.deadline - call.started
-        with contextlib.ExitStack() as ending, self.server:
-            ending.callback(call.end)
-            yield []
-            for left in reversed(range(most)):
-                before, size, close = state, 0, False
-                writer.write_all(turn.items, close=turn.finished)
-                try:
-                    state = None if turn.finished else self._remember(answer)
-                    close = not left or self.server.draining or time.monotonic() > until
-                    if (limit is not None and 4 * (sent + _total(data)) > limit) or not before or close:
-                        size = 4096 + len(answer.call_token) + 2 * len(state()) if state else 0
-                except Exception as exc:
-                    turn, state = call._failed(turn.schema, exc), None
-                    writer.write_all(turn.items, close=True)
-                full = limit is not None and sent + _total(data) + size > limit
-                if full and before:  # it will be the first of the next answer, made again
-                    data, state = [], before
-                if state and (full or close):
-                    turn = self._cursor_turn(answer, state)
-                    writer.write_all(turn.items, close=True)
-                if limit is not None and sent + _total(data) > limit:
-                    turn = _answer_too_large(call, _total(data), limit)
-                    data = [stream_bytes(turn.schema, turn.items)]
-                sent += _total(data)
-                call.note(http_status=200, response_bytes=sent)
-                yield data
-                if turn.finished:
-                    return
-                data, call.deadline = [], allowed and time.monotonic() + allowed
-                turn = call.turn(answer.given)
-
-    def _remember(self, answer: _StreamAnswer) -> Callable[[], bytes]:
-        """Return what gives the cursor's content for the state as it is now; where a copy will do, nothing is written yet."""
-        state = cast("Stream[Any, Any]", answer.call.stream).state
-        if {type(v) for v in dataclass_codec(cast("Any", type(state))).values(state)} <= _IMMUTABLE:
-            return functools.partial(self._state_content, answer, copy.copy(state))
-        content = self._state_content(answer, state)
-        return lambda: content
-
-    # -- the two halves of a stream's state
-    @staticmethod
-    def _binding(bound: BoundMethod, auth: AuthContext) -> tuple[bytes, ...]:
-        who = (auth.domain or "", auth.principal or "") if auth.authenticated else ("", "")
-        return _encoded(bound.hosted.name, bound.info.name, *who)
-
-    def _seal_call(self, answer: _StreamAnswer, stream: Stream[Any, Any]) -> bytes:
-        limit, fixed, kind = answer.call.caller.response_limit_bytes, stream.call_state, stream.state.CALL_STATE_TYPE
-        if fixed is not None and (kind is None or not isinstance(fixed, kind)):
-            wanted = "CALL_STATE_TYPE, which is not set" if kind is None else kind.__name__
-            raise ParameterError(f"{type(stream.state).__name__}: Stream(call_state=...): expected {wanted}, got {_got(fixed)}")
-        call_state = fixed.serialize_to_bytes() if fixed is not None else b""
-        schemas = _serialized(stream.output_schema), _serialized(stream.input_schema)
-        rest = call_state, answer.call.stream_id.encode(), b"" if limit is None else str(limit).encode()
-        return self.sealer.seal(b"call", (*answer.binding, answer.call_id), pack_parts((answer.call_id, *schemas, *rest)))
-
-    @staticmethod
-    def _state_content(answer: _StreamAnswer, state: Any) -> bytes:
-        """What a cursor seals; raises what the state's serialisation does."""
-        bound = answer.call.bound
-        if type(state) not in bound.state_types:
-            names = ", ".join(t.__name__ for t in bound.state_types) or "no concrete class"
-            text = f"expected {names} (from the implementation's return annotation), got {type(state).__name__}"
-            raise ParameterError(f"{bound.info.name}() state: {text}; over HTTP the state is read back as the annotated class")
-        return pack_parts((answer.call_id, bytes([bound.state_types.index(type(state))]), state.serialize_to_bytes()))
-
-    def _tokens(self, answer: _StreamAnswer, content: bytes) -> dict[bytes, bytes]:
-        tokens = {STATE_KEY: self.sealer.seal(b"state", answer.binding, content)}
-        return {**tokens, CALL_STATE_KEY: answer.call_token} if answer.call_token else tokens
-
-    def _cursor_turn(self, answer: _StreamAnswer, content: Callable[[], bytes]) -> Turn:
-        """What ends an answer whose stream goes on; an error if its state cannot be sealed."""
-        schema = cast("Stream[Any, Any]", answer.call.stream).output_schema
-        try:
-            return Turn(schema, [(empty_batch(schema), self._tokens(answer, content()))], True)
-        except Exception as exc:
-            return answer.call._failed(schema, exc)
-
-    def _with_cursor(self, answer: _StreamAnswer, turn: Turn) -> Turn:
-        """Add the fresh cursor to a turn that goes on; a state that cannot be sealed turns it into an error."""
-        if turn.finished:
-            return turn
-        stream: Any = answer.call.stream
-        try:
-            tokens = self._tokens(answer, content := self._state_content(answer, stream.state))
-        except Exception as exc:
-            return answer.call._failed(stream.output_schema, exc)
-        # Kept, so that its next turn in this process need not read it back; only a state that is nothing but its serialised
-        # fields, of types that hold every value (float32, say, does not): it cannot differ from what reading back would give.
-        cursor, state, codec = tokens[STATE_KEY], stream.state, dataclass_codec(type(stream.state))
-        alike = codec.row.plan is not None and getattr(state, "__dict__", {}).keys() == codec.names
-        if alike and len(content) <= _MAX_LIVE_BYTES:  # a cursor may be packed
-            live = _LiveState(cursor, answer.binding, self.sealer.clock(), answer.call_id, state)
-            with self._lock:
-                self._live[cursor[-_MAC_TEXT_BYTES:]] = live
-                if len(self._live) > _MAX_LIVE_STATES:
-                    self._live.popitem(last=False)
-        if stream.is_producer or turn.data_index is None:
-            return Turn(turn.schema, [*turn.items, (empty_batch(stream.output_schema), tokens)], False)
-        *logs, (batch, metadata) = turn.items
-        return Turn(turn.schema, [*logs, (batch, {**(metadata or {}), **tokens})], False)
-
-    def _open_tokens(self, bound: BoundMethod, auth: AuthContext,
-                     metadata: _Metadata) -> tuple[_OpenedCall, Callable[[], StreamState]]:
-        """Open the cursor, then the call half whose id it holds; return that and what gives the state."""
-        binding, cursor = self._binding(bound, auth), metadata.get(STATE_KEY, b"")
-        with self._lock:
-            live = self._live.pop(cursor[-_MAC_TEXT_BYTES:], None)  # for one turn only: the next one may change it
-        state: Callable[[], StreamState]
-        if live is not None and live.cursor == cursor and live.binding == binding:  # what we have sealed, to the last byte
-            self.sealer.check_age(live.issued)
-            call_id, state = live.call_id, live.copy
+    def _begin(self, body: Buffer) -> Turn:
+        """Serve a unary call, or the start of a stream; return the last turn."""
+        server = self._app.server
+        info = self._bound.info
+        ready = server.request_table.read(body) if isinstance(body, bytes) else None
+        if ready is not None and ready[0] is self._bound and ready[2] == len(body):
+            request: Request = ready[1]
         else:
-            call_id, index, content = unpack_parts(self.sealer.open(b"state", binding, cursor), 3)
-            if len(index) != 1 or index[0] >= len(bound.state_types):
-                raise TokenError(_TOKEN_REFUSED)  # sealed by a version of the service that had other states
-            read = cast("type[StreamState]", bound.state_types[index[0]]).deserialize_from_bytes
-            state = functools.partial(read, content, IpcValidation.NONE)  # our own bytes: the seal vouches for them
-        return self._open_call(binding, call_id, metadata.get(CALL_STATE_KEY, b"")), state
-
-    def _open_call_token(self, binding: tuple[bytes, ...], call_id: bytes, token: bytes) -> _OpenedCall:
-        content = self.sealer.open(b"call", (*binding, call_id), token, aged=False)
-        _, output, input_, call_state, stream_id, limit = unpack_parts(content, 6)
-        schemas = _schema_from_bytes(output), _schema_from_bytes(input_)
-        return _OpenedCall(binding, call_id, *schemas, call_state, stream_id.decode(), int(limit) if limit else None)
-
-    def _revive(self, call: Call, opened: _OpenedCall, read: Callable[[], StreamState]) -> None:
-        call_state = None
+            source = BufferSource(body)
+            request = read_request(self._reader(source, server.request_schemas))
+            if source.left:
+                raise IPCError(f"request: {source.left} bytes after the end of the stream")
+            server.resolve(request, (info.protocol_name, info.name))
+        call = self._open_call(request.metadata, request)
         try:
-            state = read()
-            if opened.call_state:
-                if state.CALL_STATE_TYPE is None:
-                    raise TokenError(_TOKEN_REFUSED)
-                call_state = state.CALL_STATE_TYPE.deserialize_from_bytes(opened.call_state, IpcValidation.NONE)
-        except _Refusal as exc:  # sealed by a version of the service whose state was another
-            raise TokenError(_TOKEN_REFUSED) from exc
-        if type(state).rehydrate is not StreamState.rehydrate:
-            call._run(state.rehydrate, call.bound.hosted.implementation)
-        if call_state is not None:
-            call._run(state.bind_call_state, call_state)
-        call.stream = Stream(opened.output_schema, state, opened.input_schema, call_state=call_state)
+            turn = call.begin(request.arguments(info))
+        except Refusal as exc:  # of the arguments: begin() raises nothing
+            turn = call.failed(exc, refused=True)
+        if turn.items:  # a stream without a header has none
+            self._pieces = stream_pieces(turn.wire, turn.items)
+        if call.stream is None:
+            return turn
+        wire = call.stream_wire
+        tokens = self._app.tokens
+        try:  # before anything runs: a stream that cannot go on does not start
+            half, call_token = tokens.begin(call, call.stream)
+            sealed = {CALL_STATE_KEY: call_token}
+            if call.stream.is_producer:
+                return self._producer_turns(half, PLAIN_TICK, sealed)
+            sealed[STATE_KEY] = tokens.sealer.seal(b"state", half.binding, tokens.content(half, call))
+            turn = Turn(wire, [*call.logs(wire), (wire.empty, sealed)], False)
+        except Exception as exc:
+            turn = call.failed(exc)
+        self._pieces += stream_pieces(wire, turn.items)
+        return turn
 
-    def _respond(self, call: Call, head: _CallHead, turn: Turn, lead: bytes = b"") -> HttpResponse:
-        """Put *lead* and a turn's bytes into a response: budget first, then coding."""
-        limit, pieces = call.caller.response_limit_bytes, list[_Buffer]([lead])
-        write_stream(pieces.extend, turn.schema, turn.items)
-        size = _total(pieces)
+    def _response(self, turn: Turn, request_bytes: int) -> HttpResponse:
+        """Put the answer's bytes, whose last turn is *turn*, into a response: budget first, then coding."""
+        call = self._call
+        pieces = self._pieces
+        size = total_size(pieces)
+        limit = call.response_limit_bytes
         if limit is not None and size > limit:
-            turn = _answer_too_large(call, size, limit)
-            pieces = [stream_bytes(turn.schema, turn.items)]
-        headers = [("Content-Type", ARROW_CONTENT_TYPE), *([(RPC_ERROR_HEADER, "true")] if turn.error is not None else [])]
-        encoding, header, identity = head.answer_coding
-        if encoding and (level := self.options.compression_level) is not None:
-            token = (turn.items[-1][1] or {}).get(STATE_KEY, b"") if identity and turn.items else b""
-            if identity:
-                packed = compress_if_worth(pieces, encoding, level, len(token))
-            else:
-                packed = compress_body(b"".join(pieces), encoding, level)
+            turn = too_large(call, size, limit)
+            pieces = stream_pieces(turn.wire, turn.items)
+            size = total_size(pieces)
+        headers = [("Content-Type", ARROW_CONTENT_TYPE)]
+        if turn.error is not None:
+            headers.append((RPC_ERROR_HEADER, "true"))
+        public = self._headers.get("accept-encoding", "")[:1000]
+        encoding, header, identity = choose_encoding(self._headers.get("x-vgi-accept-encoding"), public)
+        level = self._app.options.compression_level
+        if encoding and level is not None and not (identity and size < COMPRESS_BODY_FROM):
+            encode = compress_if_worth if identity else compress_body
+            packed = encode(pieces, encoding, level)
             if packed is not None:
-                pieces = [packed]
                 headers.append((header, encoding))
-        size = _total(pieces)
-        call.note(http_status=turn.status, response_bytes=size)
-        return HttpResponse(turn.status, headers, pieces if size > SMALL_BODY_BYTES else b"".join(pieces))
+                pieces = [packed]
+                size = len(packed)
+        call.http.update(http_status=turn.http_status, request_bytes=request_bytes, response_bytes=size)
+        if size <= SMALL_BODY_BYTES:
+            return HttpResponse(turn.http_status, headers, b"".join(pieces))
+        return HttpResponse(turn.http_status, headers, pieces)
 
-@functools.lru_cache(maxsize=1024)
-def _encoded(*texts: str) -> tuple[bytes, ...]:
-    return tuple([text.encode() for text in texts])
+    def _go_on(self, body: Buffer) -> Turn:
+        """Serve the next turn of a stream, or its end, from the tokens that come with the input."""
+        source = BufferSource(body)
+        reader = self._reader(source, ())
+        message = reader.next_message()
+        if message is None:
+            raise ProtocolError("exchange: expected one batch, got none")
+        metadata = message.metadata
+        tokens = self._app.tokens
+        half, content = tokens.open(self._bound, self._caller.auth, metadata)
+        wanted = half.wires.input.schema
+        if reader.wire.dictionaries and not reader.schema.equals(wanted):  # before one of them is decoded
+            text = f"expected {schema_text(wanted)}, got {schema_text(reader.schema)}"
+            raise ParameterError(f"{self._bound.info.name}() input: {text}")
+        given = input_of(reader.decode(message), metadata)
+        if reader.next_message() is not None or source.left:
+            raise ProtocolError("exchange: expected one batch and the end of the stream, got more")
+        limit = min(filter(None, (self._caller.response_limit_bytes, half.limit)), default=None)
+        self._caller.response_limit_bytes = limit
+        call = self._open_call(metadata, stream_id=half.stream_id)
+        try:
+            tokens.revive(call, half, content)
+            if CANCEL_KEY in metadata:
+                turn = call.cancel()
+            elif cast("Stream[Any, Any]", call.stream).is_producer:
+                return self._producer_turns(half, given, {})
+            else:
+                turn = call.turn(given)
+                if turn.error is None:  # the cursor rides on the data batch, also where that has no rows
+                    cursor = tokens.sealer.seal(b"state", half.binding, tokens.content(half, call))
+                    batch, own = cast("tuple[pa.RecordBatch, Metadata | None]", turn.items[-1])
+                    turn.items[-1] = batch, {**(own or {}), STATE_KEY: cursor}
+        except BaseException as exc:  # of the state's own hooks; or it cannot be written
+            turn = call.failed(exc, refused=isinstance(exc, TokenError))
+        self._pieces = stream_pieces(turn.wire, turn.items)
+        return turn
 
-def _arrow_failure(app: HttpApp, exc: BaseException, request_id: str) -> HttpResponse:
-    body = stream_bytes(EMPTY_SCHEMA, [app.server.error_item(exc, EMPTY_SCHEMA, request_id)])
-    status = getattr(exc, "http_status", 200)
-    further = {200: [(RPC_ERROR_HEADER, "true")], 503: [("Retry-After", "1")]}.get(status, [])
-    return HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE), *further], body)
+    def _producer_turns(self, half: FixedHalf, given: AnnotatedBatch, sealed: dict[bytes, bytes]) -> Turn:
+        """Run a turn of a producer, or several if the client takes them; return the last one.
 
-def _answer_too_large(call: Call, size: int, limit: int) -> Turn:
-    text = f"{call.bound.info.name}(): the answer exceeds max_response_bytes ({size} > {limit})"
-    return call._failed(EMPTY_SCHEMA, ResponseTooLargeError(text))
+        They are one stream, which ends with the fresh cursor beside the tokens *sealed*. Each further turn
+        runs on a state that was read back: where an answer ends makes no difference to what comes next.
+        """
+        call: Call = self._call
+        tokens = self._app.tokens
+        wire = half.wires.output
+        writer = IpcWriter(self._pieces.extend, wire)
+        limit = call.response_limit_bytes
+        size = total_size(self._pieces)
+        until = time.monotonic() + MAX_TURNS_SECONDS
+        left = min(_number(self._headers, MAX_TURNS_HEADER, 1, MAX_RESPONSE_BUDGET) or 1, MAX_TURNS)
+        content = b""  # of the cursor after the last turn
+        items: list[Item] = []
+        try:
+            while True:
+                before = content
+                mark = len(self._pieces)
+                turn = call.turn(given)
+                content = b"" if turn.finished else tokens.content(half, call)
+                writer.write_all(turn.items)
+                size += total_size(self._pieces[mark:])
+                # What the batch that ends the answer takes, with the tokens in it.
+                room = 4_096 + 2 * len(content) + len(sealed.get(CALL_STATE_KEY, b""))
+                if before and limit is not None and size + room > limit:
+                    # The turn is not lost: it is run again, from the cursor before it, by the next request.
+                    del self._pieces[mark:]
+                    call.error = None
+                    turn = Turn(wire, [], False)
+                    content = before
+                    break
+                left -= 1
+                full = size > MAX_TURNS_BYTES or (limit is not None and size + 2 * room > limit)
+                if turn.finished or full or not left or time.monotonic() > until or self._app.server.draining:
+                    break
+                tokens.revive(call, half, content)
+            if not turn.finished:
+                items = [
+                    (wire.empty, {**sealed, STATE_KEY: tokens.sealer.seal(b"state", half.binding, content)})
+                ]
+        except BaseException as exc:  # the state cannot be written or sealed, or its own hooks raised
+            turn = call.failed(exc)
+            items = turn.items
+        writer.write_all(items, close=True)
+        return turn
 
-def _smallest(*limits: int | None) -> int | None:
-    return min((limit for limit in limits if limit is not None), default=None)
+    # -- JSON
 
-_REASONS = {
-    100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
-    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required", 413: "Content Too Large",
-    414: "URI Too Long", 415: "Unsupported Media Type", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
-    500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
-}  # fmt: skip
+    def _answer_json(self) -> HttpResponse:
+        info = self._bound.info
+        options = self._app.options
+        empty = self._headers.get("content-length", "0") == "0" and "transfer-encoding" not in self._headers
+        media = self._headers.get("content-type", JSON_TYPE if empty else "")
+        if not options.json or not _JSON_CONTENT.fullmatch(media):
+            hint = f" or {JSON_TYPE} (curl: -H 'Content-Type: {JSON_TYPE}')" if options.json else ""
+            raise http_refusal(415, f"Content-Type: expected {ARROW_CONTENT_TYPE}{hint}, got {media[:100]!r}")
+        if self._step or self._bound.is_exchange:
+            text = f"{info.name}(): JSON has no batches; expected Content-Type: {ARROW_CONTENT_TYPE}"
+            raise http_refusal(415, text, Code.UNIMPLEMENTED)
+        _number(self._headers, CONNECT_VERSION_HEADER, 1, 1)
+        milliseconds = _number(self._headers, CONNECT_TIMEOUT_HEADER, 0, 10**10 - 1)
+        metadata = {} if milliseconds is None else {TIMEOUT_KEY: b"%d" % milliseconds}
+        body = self._read_body(options.max_request_bytes or JSON_MAX_REQUEST_BYTES)
+        given = parse_json(body) if len(body) else {}
+        call = self._open_call(metadata)
+        call.http.update(request_bytes=len(body))
+        try:
+            turn = call.begin(decode_arguments(info, arguments_from_json(info, given)))
+        except Refusal as exc:
+            turn = call.failed(exc, refused=True)
+        if turn.error is None and call.stream is not None:
+            lines = b"".join([json_bytes({"__header__": row}) for row in _rows_of(turn)])
+            turn = call.turn(PLAIN_TICK)  # whose error decides the status
+            if turn.error is None:
+                call.http.update(http_status=200)
+                rows = _json_rows(call, lines, turn)
+                next(rows)  # which says nothing yet: from here on, closing it ends the call
+                return HttpResponse(200, [("Content-Type", NDJSON_TYPE)], rows)
+        elif turn.error is None:
+            result = {"result": result_to_json(info, _batch_of(turn.items[-1], turn.wire))}
+            response = json_response(200, result)
+            limit = call.response_limit_bytes
+            if limit is not None and len(response.body) > limit:
+                turn = too_large(call, len(response.body), limit)
+        if turn.error is not None:
+            response = json_response(http_status_of(turn.error), _said(call, turn.error))
+        call.http.update(http_status=response.status, response_bytes=len(response.body))
+        call.end()
+        return response
 
-@_takes_options(HttpOptions)
-def make_wsgi_app(server: RpcServer, **options: Any) -> Callable[..., Iterable[bytes]]:
-    """Return a WSGI application (PEP 3333) for any WSGI server; the keywords are those of `HttpOptions`. Raises ``TypeError``
-    for an option that does not exist, ``ValueError`` for one that is out of range."""
-    app = HttpApp(server, *_split_options(options, HttpOptions))
-    def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+
+def _json_rows(call: Call, lines: bytes, turn: Turn) -> Iterator[bytes]:
+    """Yield nothing, and then, from *turn* on, the rows of a producer as lines of JSON, made as they are sent.
+
+    *lines* come before them; a turn that fails is a last line ``{"__error__": …}``. The call ends with it.
+    """
+    sent = 0
+    limit = call.response_limit_bytes
+    try:
+        with call.server:  # it counts as running until the rows are out
+            yield b""
+            while True:
+                lines += b"".join(map(json_bytes, _rows_of(turn)))
+                if limit is not None and sent + len(lines) > limit:
+                    turn = too_large(call, sent + len(lines), limit)
+                if turn.error is not None:
+                    lines = json_bytes({"__error__": _said(call, turn.error)})
+                sent += len(lines)
+                if lines:
+                    yield lines
+                if turn.finished:
+                    break
+                lines = b""
+                turn = call.turn(PLAIN_TICK)
+    finally:
+        if not turn.finished:  # the client left
+            call.cancel()
+        call.http.update(response_bytes=sent)
+        call.end()
+
+
+def _batch_of(item: Item, wire: WireSchema) -> pa.RecordBatch:
+    if isinstance(item, bytes):
+        return ipc.read_record_batch(pa.py_buffer(item), wire.schema)
+    return item[0]
+
+
+def _rows_of(turn: Turn) -> list[dict[str, Any]]:
+    return [row for item in turn.items[-1:] for row in batch_rows(_batch_of(item, turn.wire))]
+
+
+def _said(call: Call, error: BaseException) -> dict[str, Any]:
+    """An error in JSON; what a method raised has its traceback, where the server shows it."""
+    trace = ""
+    if call.server.include_tracebacks and not isinstance(error, Refusal):
+        trace = str((Message.from_exception(error).extra or {}).get("traceback", ""))
+    return error_as_json(error, request_id=call.request_id, trace=trace)
+
+
+# -- WSGI
+
+
+@functools.cache
+def _status_line(status: int) -> str:
+    from http import HTTPStatus  # whoever serves HTTP has loaded it
+
+    return f"{status} {HTTPStatus(status).phrase}"
+
+
+def make_wsgi_app(
+    server: RpcServer,
+    *,
+    prefix: str = "",
+    token_key: bytes | str | Sequence[bytes] | None = None,
+    token_ttl: float = TOKEN_TTL_SECONDS,
+    authenticate: Authenticate | None = None,
+    cors_origins: str | Iterable[str] | None = None,
+    max_request_bytes: int | None = None,
+    max_response_bytes: int | None = None,
+    compression_level: int | None = 1,
+    call_state_cache_entries: int = 4096,
+    max_rows: int | None = None,
+    pages: bool = True,
+    json: bool = True,
+    allowed_hosts: str | Iterable[str] | None = None,
+) -> Callable[..., Iterable[bytes]]:
+    """Return a WSGI application (PEP 3333) for any WSGI server; the keywords are the fields of `HttpOptions`.
+
+    Raises ``ValueError`` and ``TypeError`` for an option that is out of range.
+    """
+    app = HttpApp(server, options_from(HttpOptions, locals()))
+
+    def wsgi(environ: dict[str, Any], start_response: Any = None, *more: Any) -> Iterable[bytes]:
+        if more or not callable(start_response):
+            text = "an ASGI server needs an adapter, such as a2wsgi.WSGIMiddleware(app)"
+            raise TypeError(f"this is a WSGI application; {text}")
         app.scheme = environ.get("wsgi.url_scheme", "http")
         response = app(_request_from_environ(environ))
         body: Any = response.body
         if isinstance(body, bytes):
             response.headers.append(("Content-Length", str(len(body))))
             body = iter([body] if environ["REQUEST_METHOD"] != "HEAD" else [])
-        start_response(f"{response.status} {_REASONS.get(response.status, 'Status')}", response.headers)
+        start_response(_status_line(response.status), response.headers)
         return cast("Iterable[bytes]", body)
+
     wsgi.app = app  # type: ignore[attr-defined]
     return wsgi
 
+
 def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
-    given = {k.removeprefix("HTTP_"): v for k, v in environ.items() if k.startswith("HTTP_")}
-    given |= {k: environ[k] for k in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(k)}
-    headers = {k.replace("_", "-").lower(): v for k, v in given.items()}
+    given = {key[5:]: value for key, value in environ.items() if key.startswith("HTTP_")}
+    given.update({key: environ[key] for key in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(key)})
+    headers = {key.replace("_", "-").lower(): value for key, value in given.items()}
+    path = environ.get("PATH_INFO", "")
+    raw = (environ.get("RAW_URI") or environ.get("REQUEST_URI") or "").partition("?")[0]
+    if "%" in raw and not raw.endswith(path):
+        path += "%"  # something in it was encoded, which no name of ours needs: it is answered as not there
+
     def read_body(limit: int) -> bytes:
-        length = environ.get("CONTENT_LENGTH") or ""
-        unknown = not length and environ.get("wsgi.input_terminated")  # chunked, decoded by the server under us
-        size = limit + 1 if unknown else _content_length(length, limit)
+        length = headers.get("content-length")
+        chunked = length is None and environ.get("wsgi.input_terminated")  # the server under us decodes them
+        if length is None and not chunked and (is_arrow(headers) or "transfer-encoding" in headers):
+            raise http_refusal(411, "POST requires a Content-Length")
+        size = limit + 1 if chunked else content_length(length or "0", limit)
         body: bytes = environ["wsgi.input"].read(size)
-        if unknown and len(body) > limit:
-            raise _too_large(limit, "more")
-        if not unknown and len(body) < size:
+        if len(body) > limit:
+            raise body_too_large(limit, "more")
+        if len(body) < size and not chunked:
             raise IPCError(f"request body: expected {size} bytes, got {len(body)}")
         return body
-    raw = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
-    path = raw.partition("?")[0] if raw.startswith("/") else environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-    remote, several = environ.get("REMOTE_ADDR", ""), bool(environ.get("wsgi.multiprocess"))
-    return HttpRequest(environ["REQUEST_METHOD"], path, headers, remote, read_body, multiprocess=several)
 
-def _too_large(limit: int, got: object, rule: str = "max_request_bytes") -> RequestTooLargeError:
-    return RequestTooLargeError(f"body: expected at most {limit} bytes ({rule}), got {got}")
-
-def _content_length(text: str, limit: int, rule: str = "max_request_bytes") -> int:
-    """Parse a Content-Length strictly: ASCII digits only (RFC 9110 section 8.6), and within the limit that *rule* names."""
-    if not text:
-        raise _protocol_error("expected a Content-Length", 411)
-    if not (text.isascii() and text.isdigit()):
-        raise ProtocolError(f"Content-Length: expected decimal digits, got {text[:40]!r}")
-    if len(text) > 18 or int(text) > limit:
-        raise _too_large(limit, text[:40], rule)
-    return int(text)
-
-class HttpHead(NamedTuple):
-    """A parsed message head."""
-    start: tuple[str, str, str]  # the three parts of the request line or status line
-    headers: dict[str, str]  # by lower-case name; the values of a repeated one are joined by ", "
-    repeated: frozenset[str]  # names that came more than once
-    memory: dict[str, Any]  # what was found out of it; `HeadReader` hands it on to heads that differ in `_VARYING` alone
-
-_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
-
-def _header(line: bytes) -> tuple[str, str]:
-    """One header line as (lower-case name, value)."""
-    match = _HEADER_LINE.fullmatch(line)
-    if match is None:
-        raise ProtocolError(f"{'a folded header line' if line[:1] in (b' ', bytes([9])) else 'not a header line'}: {line[:80]!r}")
-    return match[1].decode().lower(), match[2].decode("latin-1").rstrip(" \t")
-
-_short_header = functools.lru_cache(maxsize=512)(_header)
-
-def parse_http_head(raw: bytes) -> HttpHead:
-    """Parse a head that ends with an empty line, strictly by RFC 9112; raises `ProtocolError`, which names the broken rule."""
-    lines = raw[:-4].split(b"\r\n")
-    if len(lines) > MAX_HEADERS + 1:
-        raise _protocol_error(f"expected at most {MAX_HEADERS} headers, got {len(lines) - 1}", 431)
-    if not raw.count(b"\r\n") == raw.count(b"\n") == raw.count(b"\r"):
-        raise ProtocolError("a bare CR or LF in the head")
-    start = lines[0].decode("latin-1").split(" ", 2)
-    if len(start) != 3:
-        raise ProtocolError(f"expected a start line of three parts, got {lines[0][:80]!r}")
-    headers, repeated = dict[str, str](), set[str]()
-    for line in lines[1:]:
-        # The same lines come again and again; what may be a secret is not kept.
-        short = len(line) < 100 and not line.lower().startswith((b"auth", b"proxy-auth", b"cookie", b"x-"))
-        name, value = (_short_header if short else _header)(line)
-        if name in headers:
-            repeated.add(name)
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
-    return HttpHead((start[0], start[1], start[2]), headers, frozenset(repeated), {})
-
-# How the heads of one connection end, ours and many others; what is in front of it stays the same from call to call.
-_VARYING = re.compile(
-    rb"(?<=\r\n)(?:X-Request-ID: ([!-~]{1,128})\r\n)?(?:Date: ([A-Z][ -~]{1,40}[A-Z])\r\n)?Content-Length: ([0-9]{1,18})\r\n\r\n"
-)
-_VARYING_NAMES = ("x-request-id", "date", "content-length")
-_KEPT_HEAD_BYTES = 8_192  # of each connection, at most
+    request = HttpRequest(environ["REQUEST_METHOD"], path, headers, environ.get("REMOTE_ADDR", ""), read_body)
+    request.multiprocess = bool(environ.get("wsgi.multiprocess"))
+    request.mount = environ.get("SCRIPT_NAME", "")
+    return request
 
 
-class HeadReader:
-    """Reads the heads of the messages on *channel*."""
-    def __init__(self, channel: SocketChannel) -> None:
-        self.channel = channel
-        self._lead, self._known = b"\n", HttpHead(("", "", ""), {}, frozenset(), {})  # of the last head; at first of none
-        self._last: tuple[bytes, HttpHead] = b"", self._known
+# -- http.server
 
-    def read(self) -> HttpHead | None:
-        """Read one head; ``None`` when the channel ends before its first byte, `TransportError` when it ends in the middle.
-        Raises `ProtocolError` when a rule of the grammar or a bound (``MAX_HEAD_BYTES``, ``MAX_HEADERS``) is broken."""
-        raw = self.channel.read_until(b"\r\n\r\n", MAX_HEAD_BYTES)
-        if raw is None and not (seen := self.channel.peek()):
-            return None
-        if raw is None and len(seen) >= MAX_HEAD_BYTES:
-            raise _protocol_error(f"the head exceeds {MAX_HEAD_BYTES} bytes", 414 if b"\r\n" not in seen else 431)
-        if raw is None:
-            raise TransportError("the connection was closed in the middle of a head")
-        if raw != self._last[0]:
-            varying = _VARYING.fullmatch(raw, len(self._lead)) if raw.startswith(self._lead) else None
-            head = self._parsed(raw) if varying is None else self._changed(varying)
-            self._last = raw if len(raw) <= _KEPT_HEAD_BYTES else b"", head
-        return self._last[1]
-
-    def _changed(self, varying: re.Match[bytes]) -> HttpHead:
-        start, fixed, repeated, memory = self._known
-        request_id, date, length = varying.groups()
-        headers = {**fixed, "content-length": length.decode()}
-        if request_id is not None:
-            headers["x-request-id"] = request_id.decode()
-        if date is not None:
-            headers["date"] = date.decode()
-        return HttpHead(start, headers, repeated, memory)
-
-    def _parsed(self, raw: bytes) -> HttpHead:
-        head, varying = parse_http_head(raw), _VARYING.search(raw)
-        fixed = {n: v for n, v in head.headers.items() if n not in _VARYING_NAMES}
-        lines = raw.count(b"\n") - 2
-        # No line in front of the varying ones has their names, and there is room for all of these.
-        alone = varying is not None and len(fixed) + sum(v is not None for v in varying.groups()) == lines
-        if varying and alone and lines < MAX_HEADERS - 2 and len(raw) <= _KEPT_HEAD_BYTES:
-            self._lead, self._known = raw[: varying.start()], head._replace(headers=fixed)
-        return head
-
-def read_chunked(channel: ByteChannel, limit: int, rule: str = "max_request_bytes") -> Generator[Any, memoryview | None, None]:
-    """Yield the pieces of a chunked body (RFC 9112 section 7.1); trailers are read and dropped. When it was sent a memoryview,
-    the next piece goes there, and its length is yielded.
-    Raises `ProtocolError` for wrong framing, `RequestTooLargeError` beyond *limit* bytes, which *rule* names."""
-    total, at_once, view = 0, _RECEIVE_BYTES, None
-    while True:
-        line = channel.read_until(b"\r\n", 1024, at_once)
-        match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n", line or b"")
-        if match is None:
-            raise ProtocolError(f"chunk: expected a size in hexadecimal digits, got {(line or channel.peek())[:40]!r}")
-        size = int(match[1], 16)
-        total += size
-        if total > limit:
-            raise _too_large(limit, f"at least {total}", rule)
-        if not size:
-            break
-        at_once = 1024 if size > _RECEIVE_BYTES else _RECEIVE_BYTES  # the next large chunk's data is received in its place
-        while size:
-            piece = channel.read_some(size) if view is None else channel.read_into(view[:size])
-            got = len(piece) if isinstance(piece, bytes) else piece
-            if not got:
-                raise ProtocolError("chunk: it ends before its data")
-            size -= got
-            view = yield piece
-        if channel.read_until(b"\n", 2, at_once) != b"\r\n":
-            raise ProtocolError("chunk: its data is not followed by CR LF")
-    trailers = (channel.read_until(b"\r\n", 8192) for _ in range(MAX_HEADERS))
-    if next((line for line in trailers if line in (b"\r\n", None)), None):
-        return
-    raise ProtocolError("chunk: trailers that do not end")
-
-def _gathered(pieces: Iterable[bytes]) -> bytes:
-    """Join pieces at the cost of their bytes alone: a body in chunks of one byte must not cost an object for each."""
-    whole = io.BytesIO()
-    whole.writelines(pieces)
-    return whole.getvalue()
-
-def _read_sized(channel: ByteChannel, size: int) -> bytes:
-    body = channel.read_after(b"", size)
-    if len(body) < size:
-        raise TransportError(f"half a body: expected {size} bytes, got {len(body)}")
-    return cast("bytes", body)
-
-
-class _HttpConnection:
-    """Serves the requests of one connection: reads strictly, answers, closes when the framing is in doubt."""
-    def __init__(self, owner: HttpServing, channel: SocketChannel, remote_addr: str, only_health: bool) -> None:
-        self._app, self._options, self._channel, self._remote = owner.app, owner.options, channel, remote_addr
-        self._heads, self._only_health = HeadReader(channel), only_health  # beyond the cap: one request, and soon
-        self._wait = _OVER_CAP_WAIT_SECONDS if only_health else self._options.read_timeout
-        self._unread = False  # of the current request, a body that must not be taken for the next one
-
-    def run(self) -> None:
-        """Serve until either side closes."""
-        try:
-            while self._wait_for_request() and self._serve_one():
-                self._wait = self._options.keep_alive_timeout
-            if self._unread:
-                self._linger()
-        except (TransportError, DeadlineExceededError) as exc:
-            logger.info("connection from %s ended early: %s", self._remote, exc.error_message)
-
-    def _wait_for_request(self) -> bool:
-        self._channel.gap, self._channel.deadline = None, time.monotonic() + self._wait
-        try:
-            return bool(self._channel.peek()) or self._channel._fill()
-        except (TransportError, DeadlineExceededError):
-            return False  # between two requests, leaving is nobody's fault
-
-    def _serve_one(self) -> bool:
-        channel, options, started = self._channel, self._options, time.monotonic()
-        channel.gap = options.read_timeout
-        channel.deadline = started + min(self._wait, options.read_timeout)  # for the whole head: a byte a second does not pass
-        head: HttpHead | None = None
-        self._unread = True
-        try:
-            if not channel.peek()[:1].isalpha():
-                raise ProtocolError("expected an HTTP request line")
-            head = self._heads.read()
-            if head is None:
-                return False
-            path, keep = head.memory.get("asked") or self._check(head)
-        except ProtocolError as exc:
-            further = [(REQUEST_ID_HEADER, new_request_id()), *self._app._capabilities]
-            response = _refusal(exc.http_status, "bad_request", str(exc), *further)
-            self._send(response, head.start[0] if head else "GET", keep=False)
-            return False
-        self._unread = "transfer-encoding" in head.headers or head.headers.get("content-length", "0") != "0"
-        read = functools.partial(self._read_body, head.headers, started + options.request_deadline)
-        headers = head.headers.copy()  # the next head may be the same one
-        method, gone = head.start[0], channel.peer_gone
-        request = HttpRequest(method, path, headers, self._remote, read, head.repeated, gone, memory=head.memory)
-        with self._app.server:  # until the answer is out: a server that drains must not exit before
-            return self._answer(request, keep, head.start[2] == "HTTP/1.1")
-
-    def _answer(self, request: HttpRequest, keep: bool, takes_chunks: bool) -> bool:
-        """Answer one request; return whether the connection goes on, which it may if *keep*."""
-        options = self._options
-        if self._only_health and not request.path.endswith("/health"):
-            text = f"this server takes {options.max_connections} at a time"
-            response = _refusal(503, "too_many_connections", text, ("Retry-After", "1"), *self._app._capabilities)
-        else:
-            response = self._app.respond(request)
-        self._channel.deadline = time.monotonic() + options.request_deadline
-        keep = keep and not (self._unread or self._only_health or response.close or self._app.server.draining)
-        if not takes_chunks and not isinstance(response.body, (bytes, list)):
-            response.body = b"".join(_Joined(response.body))
-        self._send(response, request.method, keep)
-        return keep
-
-    def _linger(self) -> None:
-        """Read on for a moment before closing: closing on unread bytes resets the connection, and the answer is lost."""
-        self._channel.deadline = time.monotonic() + _LINGER_SECONDS
-        with contextlib.suppress(OSError, TransportError, DeadlineExceededError):
-            self._channel.socket.shutdown(socket.SHUT_WR)
-            while self._channel._fill():
-                pass
-
-    @staticmethod
-    def _check(head: HttpHead) -> tuple[str, bool]:
-        """Check what RFC 9112 asks of a request's head; return its path, and whether the connection may be kept."""
-        (method, target, version), headers, newest = head.start, head.headers, head.start[2] == "HTTP/1.1"
-        coding, length = headers.get("transfer-encoding", ""), headers.get("content-length", "0")
-        coded, sized = "transfer-encoding" in headers, "content-length" in headers
-        twice = " and ".join(sorted(head.repeated & {"content-length", "host", "transfer-encoding", "authorization"}))
-        for wrong, status, text in (
-            (not re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version), 400, f"expected HTTP/1.1, got {version[:40]!r}"),
-            (version not in ("HTTP/1.1", "HTTP/1.0"), 505, f"expected HTTP/1.1, got {version[:40]!r}"),
-            (not re.fullmatch(r"[A-Z]{1,20}", method), 400, f"not a method: {method[:40]!r}"),
-            (target[0:1] != "/" and (target, method) != ("*", "OPTIONS"), 400, "the request target must be a path"),
-            (len(target) > 8192, 414, "the request target exceeds 8192 bytes"),
-            (re.search(r"[\x00-\x20\x7f]", target), 400, "a control character in the request target"),
-            (twice, 400, f"two {twice} headers"),
-            (newest and "host" not in headers, 400, "HTTP/1.1 requires a Host header"),
-            (coded and sized, 400, "both Transfer-Encoding and Content-Length"),
-            (coded and not newest, 400, "both Transfer-Encoding and HTTP/1.0"),
-            (coded and coding.lower() != "chunked", 501, f"Transfer-Encoding: expected chunked, got {coding[:40]!r}"),
-            (not (length.isascii() and length.isdigit()), 400, f"Content-Length: expected decimal digits, got {length[:40]!r}"),
-            (method == "POST" and not coded and not sized, 411, "POST requires a Content-Length"),
-        ):
-            if wrong:
-                raise _protocol_error(text, status)
-        tokens = [t.strip().lower() for t in headers.get("connection", "").split(",")]
-        head.memory["asked"] = asked = target.partition("?")[0], "close" not in tokens and (newest or "keep-alive" in tokens)
-        return asked
-
-    def _read_body(self, headers: Mapping[str, str], deadline: float, limit: int) -> bytes:
-        channel, chunked = self._channel, "transfer-encoding" in headers
-        channel.deadline = deadline
-        size = 0 if chunked else _content_length(headers.get("content-length", ""), limit)
-        if "expect" in headers and headers["expect"].lower() == "100-continue":
-            channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
-        body = _gathered(read_chunked(channel, limit)) if chunked else _read_sized(channel, size)
-        self._unread = False
-        return body
-
-    def _send(self, response: HttpResponse, method: str, keep: bool) -> None:
-        body = [response.body] if isinstance(response.body, bytes) else response.body
-        lines = [f"HTTP/1.1 {response.status} {_REASONS.get(response.status, 'Status')}"]
-        lines += [] if keep else ["Connection: close"]
-        lines += [f"{name}: {value}" for name, value in response.headers]
-        lines.append(f"Date: {_http_date(int(time.time()))}")
-        lines.append(f"Content-Length: {_total(body)}" if isinstance(body, list) else "Transfer-Encoding: chunked")
-        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
-        if method == "HEAD" or isinstance(body, list):
-            self._channel.write([head] if method == "HEAD" else [head, *cast("list[_Buffer]", body)])
-        else:
-            with contextlib.closing(cast("Any", body)):
-                for piece in filter(None, body):
-                    self._channel.deadline = time.monotonic() + self._options.request_deadline  # making it took its own time
-                    self._channel.write([head, b"%x\r\n" % _total(piece), *piece, b"\r\n"])
-                    head = b""
-                self._channel.write([head, b"0\r\n\r\n"])
-
-@functools.lru_cache(maxsize=2)
-def _http_date(second: int) -> str:
-    t = time.gmtime(second)  # by hand, as strftime speaks the locale's language, and email.utils takes 10 ms to import
-    day, month = "MonTueWedThuFriSatSun"[3 * t.tm_wday :][:3], "JanFebMarAprMayJunJulAugSepOctNovDec"[3 * t.tm_mon - 3 :][:3]
-    return f"{day}, {t.tm_mday:02} {month} {t.tm_year} {t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT"
 
 @dataclass
 class HttpServeOptions:
     """What `serve_http` can be told beside `HttpOptions`; times in seconds."""
+
     tls_context: Any = None  # server-side context of the standard library's ssl; None for plain HTTP
-    max_connections: int = 512  # at most so many at a time; further ones are answered 503, except for health
-    read_timeout: float = READ_TIMEOUT_SECONDS  # for a head, and between two reads of a body
-    request_deadline: float = REQUEST_DEADLINE_SECONDS  # for reading one request, and for sending its answer
+    max_connections: int = MAX_CONNECTIONS  # at a time; as many again are answered 503, but for health
+    read_timeout: float = READ_TIMEOUT_SECONDS  # for a head, and for each MiB of a body or an answer
+    request_deadline: float = REQUEST_DEADLINE_SECONDS  # for one request as a whole, and for its answer
     keep_alive_timeout: float = 75.0  # how long a connection is kept between two requests
-    drain_grace_seconds: float = DRAIN_GRACE_SECONDS  # how long running calls may take after SIGTERM or SIGINT
+    drain_grace_seconds: float = DRAIN_GRACE_SECONDS  # how long calls may run on after SIGTERM or SIGINT
     idle_timeout: float | None = None  # without a connection for so long, it ends; None for never
-    on_bound: Callable[[str, int], None] | None = None  # called with host and port once connections are accepted
+    on_bound: Callable[[str, int], None] | None = None  # called with host and port once it accepts
 
-_OVER_CAP_CONNECTIONS, _OVER_CAP_WAIT_SECONDS = 512, 1.0  # so many beyond the cap may still ask for health, if this soon
+
+_OVER_CAP_SECONDS = 1.0  # a connection beyond the cap may ask for health, if it does so soon
 _LINGER_SECONDS = 1.0
-_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+_CLOSE = "Connection: close\r\n"
+if typing.TYPE_CHECKING:
+    _Handler = http.server.BaseHTTPRequestHandler
+else:
+    _Handler = object
 
 
-class HttpServing:
-    """An HTTP server on a bound socket (`port`): a thread per connection, a cap on them, a clean stop; raises ``OSError``."""
-    def __init__(self, app: HttpApp, host: str, port: int, options: HttpServeOptions | None = None) -> None:
-        self.app, self.host, self.options = app, host, options or HttpServeOptions()
-        app.scheme = "https" if self.options.tls_context is not None else "http"
-        tls = {"tls_handshake_timeout": TLS_HANDSHAKE_SECONDS} if app.scheme == "https" else {}
-        app.limits |= limits_of({**vars(self.options), **tls, "max_head_bytes": MAX_HEAD_BYTES, "max_headers": MAX_HEADERS})
-        listening = listen_tcp(host, port)
-        self.port = listening.getsockname()[1]
-        self.listener = Listener(listening, self._handle, threaded=True, idle_timeout=self.options.idle_timeout)
-        if app.options.authenticate is None and not re.fullmatch(r"localhost|127\..*|::1", host):
-            logger.warning("serving HTTP on %s port %d without authentication: whoever reaches it may call it", host, self.port)
+class HttpConnection(_Handler):
+    """One connection to `serve_http`: reads strictly, answers, and hangs up where the framing is in doubt."""
 
-    def _handle(self, connected: socket.socket, address: Any) -> None:
-        over = len(self.listener._connections) - self.options.max_connections
+    rbufsize = 0  # nothing is read from the file that the base class makes
+
+    app: HttpApp
+    options: HttpServeOptions
+
+    def setup(self) -> None:
+        listener = cast("ListenerMixin", self.server)
+        self.request = set_up_tcp(listener, self.request, self.options.tls_context)
+        super().setup()
+        self._remote = address_text(self.client_address)
+        self._over_cap = len(listener.connections) > self.options.max_connections
+        self._channel = ByteChannel(self.request)
+        self._patience = _OVER_CAP_SECONDS if self._over_cap else self.options.read_timeout
+        self._wait = self._patience  # for the next request
+        self._reader = HttpReader(self._channel, self._patience, self.options.request_deadline)
+        self._unread = False  # whether there is a body that must not be taken for the next request
+        self._common = "".join([f"{name}: {value}\r\n" for name, value in self.app.capabilities])
+
+    def finish(self) -> None:
+        super().finish()
+        self.request.close()
+
+    def handle_one_request(self) -> None:
+        """Serve one request, and decide whether the connection goes on."""
+        self.close_connection = True
         try:
-            if over > _OVER_CAP_CONNECTIONS:
-                connected.settimeout(_OVER_CAP_WAIT_SECONDS)
-                connected.sendall(_BUSY)
-                return
-            ready = _start_tls(connected, self.options.tls_context)
-        except OSError as exc:
-            logger.debug("connection from %s: %s", _address_text(address), exc)
+            self._reader.ends = None
+            self._channel.deadline = time.monotonic() + self._wait
+            self._wait = self.options.keep_alive_timeout
+            self.close_connection = not self._serve()
+        except LocalError as exc:  # the client has left, or does neither send nor read
+            log_quietly(logging.DEBUG, "connection from %s: %s", self._remote, exc, exc_info=False)
+        if self._unread:
+            with contextlib.suppress(OSError, LocalError):
+                # Read on for a moment before hanging up: closing on unread bytes resets the connection.
+                self.request.shutdown(socket.SHUT_WR)
+                self._channel.deadline = time.monotonic() + _LINGER_SECONDS
+                while self._channel.read(SMALL_BODY_BYTES):
+                    pass
+
+    def _serve(self) -> bool:
+        keep = False
+        fault = None
+        try:
+            raw = self._reader.head()
+            if not raw:
+                return False
+            head = parse_http_head(raw)
+            path, host = check_request_head(head)
+            method, _, version = head.start
+            headers = head.headers
+            headers["host"] = host
+            read_body = functools.partial(self._read_body, headers, version)
+            gone = self._channel.peer_gone
+            request = HttpRequest(method, path, headers, self._remote, read_body, gone, head.repeated)
+            # A body that a refusal leaves unread must not be read as the next request: then the connection closes.
+            self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+            keep = version == "HTTP/1.1"
+            if "connection" in headers and header_has(headers, "connection", "close"):
+                keep = False
+            if self._over_cap and not path.endswith("/health"):
+                text = f"this server takes {self.options.max_connections} connections at a time"
+                fault = http_refusal(503, text, Code.UNAVAILABLE)
+        except ProtocolError as exc:  # of the head: where this request ends is not known
+            request = HttpRequest("GET", "", {}, self._remote)
+            version = "HTTP/1.1"
+            self._unread = True
+            fault = exc
+        with self.app.server:  # until the answer is out: a server that drains must not exit before
+            response = self.app.respond(request, fault)
+            keep = keep and not (self._unread or self._over_cap or self.app.server.draining)
+            self._send(response, request.method, version, keep)
+        return keep
+
+    def _read_body(self, headers: Mapping[str, str], version: str, limit: int) -> Buffer:
+        size = content_length(headers.get("content-length", "0"), limit)
+        if version == "HTTP/1.1" and headers.get("expect", "").lower() == "100-continue":
+            self._channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
+        chunked = "transfer-encoding" in headers
+        body: Buffer = self._reader.chunked(limit) if chunked else self._reader.exactly(size)
+        self._unread = False
+        return body
+
+    def _send(self, response: HttpResponse, method: str, version: str, keep: bool) -> None:
+        body: Any = response.body
+        pieces = [body] if isinstance(body, bytes) else body
+        framing = ""  # of rows as they are made, for HTTP/1.0: they end where the connection does
+        if isinstance(pieces, list):
+            framing = f"Content-Length: {total_size(pieces)}\r\n"
+        elif version == "HTTP/1.1":
+            framing = "Transfer-Encoding: chunked\r\n"
+        lines = "".join([f"{name}: {value}\r\n" for name, value in response.headers])
+        head = (
+            f"HTTP/1.1 {_status_line(response.status)}\r\n{'' if keep else _CLOSE}{self._common}{lines}"
+            f"Date: {_http_date(int(time.time()))}\r\n{framing}\r\n"
+        ).encode("latin-1", "replace")
+        if isinstance(pieces, list):
+            self._write([head] if method == "HEAD" else [head, *pieces])
             return
-        with ready:
-            _HttpConnection(self, SocketChannel(ready), _address_text(address), over > 0).run()
+        with contextlib.closing(body):
+            self._write([head])
+            for piece in body:
+                self._write([b"%x\r\n" % len(piece), piece, b"\r\n"] if framing else [piece])
+            self._write([b"0\r\n\r\n"] if framing else [])
 
-    def run(self) -> None:
-        """Serve until SIGTERM, SIGINT or `stop`; then drain and close."""
-        options = self.options
-        run_listener(self.app.server, self.listener, options.drain_grace_seconds, options.on_bound, self.host, self.port)
+    def _write(self, pieces: list[Buffer]) -> None:
+        size = total_size(pieces)
+        left = cast("float", self._channel.deadline) - time.monotonic()
+        # A small answer has what is left of the wait for its request: setting a timeout is a system call.
+        if size > SMALL_BODY_BYTES or left < self._patience:
+            self._reader.ends = None
+            self._reader.allow(size)
+        self._channel.write(pieces)
 
-    def stop(self) -> None:
-        """Have `run` return; from any thread."""
-        self.listener.stop()
 
-@_takes_options(HttpOptions, HttpServeOptions)
-def serve_http(server: RpcServer, *, host: str = "127.0.0.1", port: int = 0, **options: Any) -> None:
-    """Serve over HTTP/1.1 until SIGTERM or SIGINT; the keywords are those of `HttpOptions` and `HttpServeOptions`. Raises
-    ``OSError`` when the address cannot be bound; for options as `make_wsgi_app`."""
-    chosen, serving = _split_options(options, HttpOptions, HttpServeOptions)
-    HttpServing(HttpApp(server, chosen), host, port, serving).run()
+@functools.lru_cache(maxsize=2)
+def _http_date(second: int) -> str:
+    from email.utils import formatdate  # http.server has loaded it
 
-# What people and plain HTTP clients see of an `HttpApp`: calls in JSON on the URLs of the Arrow ones, and pages in HTML.
-_JSON_STATUS = {
-    "CANCELLED": 499, "INVALID_ARGUMENT": 400, "DEADLINE_EXCEEDED": 504, "NOT_FOUND": 404, "ALREADY_EXISTS": 409,
-    "ABORTED": 409, "PERMISSION_DENIED": 403, "RESOURCE_EXHAUSTED": 429, "FAILED_PRECONDITION": 400, "OUT_OF_RANGE": 400,
-    "UNIMPLEMENTED": 404, "UNAVAILABLE": 503, "UNAUTHENTICATED": 401,
-}  # fmt: skip
-_JSON, _NDJSON = "application/json", "application/x-ndjson"
-_JSON_MAX_REQUEST_BYTES = 1 << 24  # parsed JSON takes some thirty times its size; max_request_bytes overrides
-_NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+    return formatdate(second, usegmt=True)
 
-def _json_type(app: HttpApp, request: HttpRequest) -> str:
-    """The media type of a request that is to be answered in JSON, else nothing."""
-    given = (request.get_header("content-type") or "").lower()
-    match = re.fullmatch(r'(application/(?:json|x-ndjson))(?:\s*;\s*charset="?utf-8"?)?', given)
-    return match[1] if app.options.json and match else ""
 
-def _parse_json(body: bytes) -> dict[str, Any]:
-    """Read one JSON object, strictly by RFC 8259; raises `ProtocolError`."""
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError(f"a key stands twice among {[k for k, _ in pairs][:20]}")
-        return dict(pairs)
-    def finite(text: str) -> float:
-        if float(text) - float(text) != 0:
-            raise ValueError(f"{text[:40]} is not a number of JSON")
-        return float(text)
-    try:
-        value = json.loads(str(body, "utf-8"), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
-        if isinstance(value, dict):
-            return value
-        raise ValueError(f"expected an object, got {_got(value)}")
-    except (ValueError, RecursionError) as exc:
-        raise ProtocolError(f"request: not a JSON object: {_text_of(exc)}") from None
+def serve_http(
+    server: RpcServer,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    prefix: str = "",
+    token_key: bytes | str | Sequence[bytes] | None = None,
+    token_ttl: float = TOKEN_TTL_SECONDS,
+    authenticate: Authenticate | None = None,
+    cors_origins: str | Iterable[str] | None = None,
+    max_request_bytes: int | None = None,
+    max_response_bytes: int | None = None,
+    compression_level: int | None = 1,
+    call_state_cache_entries: int = 4096,
+    max_rows: int | None = None,
+    pages: bool = True,
+    json: bool = True,
+    allowed_hosts: str | Iterable[str] | None = None,
+    tls_context: ssl.SSLContext | None = None,
+    max_connections: int = MAX_CONNECTIONS,
+    read_timeout: float = READ_TIMEOUT_SECONDS,
+    request_deadline: float = REQUEST_DEADLINE_SECONDS,
+    keep_alive_timeout: float = 75.0,
+    drain_grace_seconds: float = DRAIN_GRACE_SECONDS,
+    idle_timeout: float | None = None,
+    on_bound: Callable[[str, int], None] | None = None,
+) -> None:
+    """Serve over HTTP/1.1 until SIGTERM or SIGINT; see `HttpOptions` and `HttpServeOptions` for the keywords.
 
-def _json_in(value: Any, kind: pa.DataType, step: str = "") -> Any:
-    """Turn parsed JSON into what ``to_pylist`` gives for *kind*: bytes from base64, times, dates and decimals from text."""
-    import datetime
-    import decimal
-    t = pa.types
-    kind = kind.value_type if t.is_dictionary(kind) else getattr(kind, "storage_type", kind)
-    try:
-        if value is None:
-            return None
-        if t.is_struct(kind) and isinstance(value, dict):
-            members = {f.name: f.type for f in kind}
-            for name in value.keys() - members.keys():
-                raise _Mismatch(f"one of {list(members)}", f"{name!r:.60}{_suggest(name, members)}")
-            return {k: _json_in(v, members[k], f".{k}") for k, v in value.items()}
-        if t.is_map(kind) and isinstance(value, dict):
-            number = t.is_integer(kind.key_type) or t.is_floating(kind.key_type) or t.is_boolean(kind.key_type)
-            number = number and all(re.fullmatch(r"-?[1-9]\d*(\.\d+)?|0|true|false", k) for k in value)
-            value = [[json.loads(k) if number else k, v] for k, v in value.items()]
-        if t.is_map(kind) and isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value):
-            return [(_json_in(k, kind.key_type, "<key>"), _json_in(v, kind.item_type, f"[{k!r:.40}]")) for k, v in value]
-        if (t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind)) and isinstance(value, list):
-            return [_json_in(v, kind.value_type, f"[{i}]") for i, v in enumerate(value)]
-        for matches, accepted, convert in (
-            (t.is_boolean(kind), (bool,), bool),
-            (t.is_integer(kind), (int,), int),
-            (t.is_floating(kind), (int, float), float),
-            (t.is_floating(kind), (str,), _NOT_FINITE.__getitem__),
-            (t.is_string(kind) or t.is_large_string(kind), (str,), str),
-            ("binary" in str(kind), (str,), functools.partial(base64.b64decode, validate=True)),
-            (t.is_decimal(kind), (str, int, float), lambda v: decimal.Decimal(str(v))),
-            (t.is_duration(kind), (int, float), lambda v: datetime.timedelta(seconds=v)),
-            (t.is_time(kind), (str,), datetime.time.fromisoformat),
-            (t.is_temporal(kind), (str,), lambda v: pa.scalar(v).cast(kind).as_py()),
-        ):
-            if matches and type(value) in accepted:
-                return convert(value)
-        raise _Mismatch(_type_text(kind), _got(value))
-    except _Mismatch as exc:
-        raise exc.under(step) from None
-    except _ARROW_FAILURES:
-        raise _Mismatch(_type_text(kind), f"{value!r:.60}").under(step) from None
+    *port* 0 takes a free one. Raises ``OSError`` when the address cannot be bound, ``ValueError`` and
+    ``TypeError`` for an option that is out of range.
+    """
+    given = locals()
+    import http.server  # by those alone who serve with it
 
-def _json_out(value: Any, kind: pa.DataType) -> Any:
-    """The way back from `_json_in`; a map becomes an object, a duration its seconds."""
-    kind = getattr(kind, "storage_type", kind)
-    if value is not None and pa.types.is_map(kind):
-        pairs = [(_json_out(k, kind.key_type), _json_out(v, kind.item_type)) for k, v in value]
-        return {k if isinstance(k, str) else json.dumps(k): v for k, v in pairs}
-    if isinstance(value, dict):
-        return {k: _json_out(v, kind.field(k).type) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_json_out(v, kind.value_type) for v in value]
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return value.total_seconds() if pa.types.is_duration(kind) else getattr(value, "isoformat", value.__str__)()
-
-def _json_rows(batch: pa.RecordBatch | PlainBatch) -> list[dict[str, Any]]:
-    batch, columns = batch.to_record_batch() if isinstance(batch, PlainBatch) else batch, []
-    for column in batch.columns:
-        try:
-            columns.append([_json_out(v, column.type) for v in column.to_pylist()])
-        except ValueError:  # nanoseconds, which Python's own datetime does not have
-            columns.append(column.cast(pa.utf8()).to_pylist())
-    return [dict(zip(batch.schema.names, row)) for row in zip(*columns)] if columns else [{}] * batch.num_rows
-
-def _turn_rows(turn: Turn) -> list[dict[str, Any]]:
-    return [row for batch, _ in turn.items[-1:] for row in _json_rows(batch)]  # logs and errors have no rows
-
-def _json_arguments(info: RpcMethodInfo, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters in JSON as the method takes them; a batch may be a list of rows, a schema an object of types by name."""
-    arguments = dict(zip(info.params.names, bind_arguments(info, (), given)))
-    for name, value in given.items():
-        kind, where = _split_optional(info.param_types[name])[0], f"{info.name}() parameter {name}"
-        try:
-            if kind is pa.RecordBatch and isinstance(value, list):
-                arguments[name] = pa.RecordBatch.from_pylist(value)
-            elif kind is pa.Schema and isinstance(value, dict):
-                arguments[name] = pa.schema([(n, pa.type_for_alias(t)) for n, t in value.items()])
-            else:
-                codec = codec_for(info.param_types[name])
-                arguments[name] = codec.decode(_json_in(value, codec.arrow_type))
-                codec.to_array([arguments[name]])  # ranges, and nulls inside
-        except _Mismatch as exc:
-            raise exc.error(where) from None
-        except (pa.ArrowException, ValueError, AttributeError) as exc:
-            raise ParameterError(f"{where}: {_text_of(exc)}") from None
-    return arguments
-
-def _json_result(info: RpcMethodInfo, batch: pa.RecordBatch | PlainBatch) -> Any:
-    batch = batch.to_record_batch() if isinstance(batch, PlainBatch) else batch
-    value = info.result.codecs[0].from_array(batch.column(0)) if info.has_return else None
-    if isinstance(value, pa.RecordBatch):
-        return _json_rows(value)
-    if isinstance(value, pa.Schema):
-        return {f.name: _type_text(f.type) for f in value}
-    column = codec_for(info.result_type).to_array([value]) if info.has_return else pa.nulls(1)
-    return _json_rows(pa.RecordBatch.from_arrays([column], ["result"]))[0]["result"]
-
-def _json_failure(app: HttpApp, exc: BaseException, request_id: str, key: str = "error") -> HttpResponse:
-    """An error as JSON; its own status where it has one, else that of its code."""
-    error = _error_from_metadata(app.server.error_item(exc, EMPTY_SCHEMA, request_id)[1])
-    facts = {"type": error.error_type, "message": error.error_message, "code": error.error_code, "kind": error.error_kind,
-             "details": error.error_details, "request_id": request_id}
-    facts |= {"traceback": error.remote_traceback} if error.remote_traceback else {}
-    own = getattr(exc, "http_status", 200)
-    status = own if own not in (200, 400) else _JSON_STATUS.get(error.error_code, 500)
-    return json_response(status, {key: facts}, [("Retry-After", "1")] if status == 503 else ())
-
-def _turn_json(app: HttpApp, call: Call, turn: Turn, render: Callable[[], Iterable[Any]], sent: int = 0) -> HttpResponse:
-    """The lines that *render* makes of a turn, or its error, or that of *render*; *sent* bytes went out before."""
-    error, body, limit = turn.error, b"", call.caller.response_limit_bytes
-    try:
-        body = b"".join(map(_json_bytes, render())) if error is None else b""
-    except Exception as exc:
-        error = call._failed(turn.schema, exc).error
-    if limit is not None and sent + len(body) > limit:
-        error = _answer_too_large(call, sent + len(body), limit).error
-    response = HttpResponse(200, [("Content-Type", _JSON)], body)
-    if error is not None:
-        response = _json_failure(app, error, call.request_id, "__error__" if sent else "error")
-    call.record.http.setdefault("http_status", 200 if sent else response.status)
-    call.record.http["response_bytes"] = sent + len(cast("bytes", response.body))
-    return response
-
-def _call_json(app: HttpApp, call: Call, arguments: dict[str, Any]) -> Iterator[HttpResponse]:
-    """Run a call: one answer, or for a producer one for each turn."""
-    over, sent, lead = True, 0, list[Any]()
-    try:
-        with app.server:
-            turn = call.begin(arguments)
-            stream, header = call.stream, _turn_rows(turn) if call.stream is not None else []
-            if stream is None:
-                yield _turn_json(app, call, turn, lambda: [{"result": _json_result(call.bound.info, turn.items[-1][0])}])
-            elif not stream.is_producer:
-                turn = app._with_cursor(*app._first_turn(call, stream))
-                yield _turn_json(app, call, turn, lambda: [{**dict(zip(["header"], header)), "token": _json_token(turn)}])
-            else:
-                lead, over = [{"__header__": row} for row in header], False
-            while not over and not (sent and call.context.cancelled):
-                turn = call.turn(_PLAIN_TICK)
-                answer = _turn_json(app, call, turn, lambda: [*lead, *_turn_rows(turn)], sent)  # noqa: B023 (used at once)
-                lead, over, sent = [], turn.finished or call._error is not None, sent + (len(cast("bytes", answer.body)) or 1)
-                yield answer
-    finally:
-        if not over:
-            call.cancel()
-        call.end()
-
-def _json_token(turn: Turn, call_token: bytes = b"") -> str:
-    """Both halves of a stream's state in one text."""
-    tokens = turn.items[-1][1]
-    return f"{tokens[STATE_KEY].decode()}.{tokens.get(CALL_STATE_KEY, call_token).decode()}"
-
-def _exchange_json(app: HttpApp, bound: BoundMethod, entry: dict[str, Any], caller: Caller, own_id: str) -> HttpResponse:
-    """Serve one turn on ``{"token": …, "rows": […]}``, or end the stream on ``{"token": …, "cancel": true}``."""
-    where = f"{bound.info.name}() input"
-    if entry.keys() - {"token", "rows", "cancel"} or not entry.keys() & {"rows", "cancel"}:
-        raise ParameterError(f"{where}: expected token, and rows or cancel, got {', '.join(entry)[:200] or 'nothing'}")
-    cursor, _, fixed = str(entry.get("token")).encode("utf-8", "replace").partition(b".")
-    tokens = {STATE_KEY: cursor, CALL_STATE_KEY: fixed, **({CANCEL_KEY: b"1"} if entry.get("cancel") else {})}
-    opened, state = app._open_tokens(bound, caller.auth, tokens)
-    schema = opened.input_schema
-    rows = _located(where, "", lambda rows: _json_in(rows, pa.list_(pa.struct(list(schema)))), entry.get("rows")) or []
-    batch = _batch_from_pydict({n: [(row or {}).get(n) for row in rows] for n in schema.names}, schema, where)
-    call = app._go_on(bound, caller, opened, own_id)
-    def answer() -> HttpResponse:
-        turn = app._with_cursor(*app._next_turn(call, opened, state, AnnotatedBatch(batch), CANCEL_KEY in tokens))
-        token = {} if turn.finished else {"token": _json_token(turn, fixed)}
-        return _turn_json(app, call, turn, lambda: [{"rows": _turn_rows(turn), **token}])
-    return app._ending(call, answer)
-
-def _post_json(app: HttpApp, bound: BoundMethod, step: str, body: bytes, caller: Caller, head: _CallHead,
-               own_id: str) -> HttpResponse:
-    """Answer a call in JSON: ``{"result": …}``, the rows of a producer as NDJSON, or the token that begins an exchange."""
-    if app.options.max_request_bytes is None and len(body) > _JSON_MAX_REQUEST_BYTES:
-        raise RequestTooLargeError(f"request body: expected at most {_JSON_MAX_REQUEST_BYTES} bytes of JSON, got {len(body)}")
-    if step == "exchange":
-        in_lines = head.json == _NDJSON  # the token, then a row a line
-        entry, *rows = map(_parse_json, bytes(body).strip().splitlines() or [b""] if in_lines else [body])
-        return _exchange_json(app, bound, {**entry, "rows": rows} if in_lines else entry, caller, own_id)
-    arguments = _json_arguments(bound.info, _parse_json(body))
-    call = app.server.open_call(bound, caller, None, own_id)
-    call.record.request_schema, call.record.request_rows = bound.info.params_schema, 1
-    call.record.http["request_bytes"], answers = len(body), _call_json(app, call, arguments)
-    first = next(answers)
-    if first.status != 200 or call.stream is None or not call.stream.is_producer:
-        return first
-    pieces = ([answer.body] for some in ([first], answers) for answer in some)
-    return HttpResponse(200, [("Content-Type", _NDJSON)], pieces)
-
-_PAGE_STYLE = """
-:root{color-scheme:light dark;--ink:#1c2430;--dim:#5a6675;--page:#f6f7f9;--card:#fff;--line:#dde2e8;--code:#f0f2f5;
---link:#0b5cad}@media(prefers-color-scheme:dark){:root{--ink:#e4e8ee;--dim:#9aa7b6;--page:#12161c;--card:#1b2129;
---line:#313a45;--code:#12171d;--link:#7cb8ff}}body{margin:0;background:var(--page);color:var(--ink);
-font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}a{color:var(--link)}main{max-width:56rem;margin:auto;
-padding:1.5rem 1rem 3rem}h1{font-size:1.7rem;line-height:1.2;margin:.4rem 0}h3,p{margin:.5rem 0}h2{font-size:1.2rem;
-margin:2rem 0 .6rem}h3{font-size:1rem}h4{font-size:.85rem;margin:.9rem 0 .2rem;color:var(--dim)}article{
-background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.5rem 1rem;margin:.7rem 0;
-scroll-margin-top:1rem}code,pre{font:.87rem/1.5 ui-monospace,monospace;white-space:pre-wrap}pre{background:var(--code);
-border-radius:6px;padding:.6rem .8rem;margin:.4rem 0}b{font-size:.72rem;font-weight:600;border:1px solid var(--line);
-border-radius:99px;padding:.1rem .5rem;color:var(--dim)}small,dt{color:var(--dim)}dl{display:grid;
-grid-template-columns:minmax(6rem,max-content) 1fr;gap:.15rem 1rem;margin:.2rem 0 .6rem}dd{margin:0}small{display:block}
-"""
-
-def _text(value: object) -> str:
-    import html
-    return html.escape(_text_of(value))
-
-def _page(app: HttpApp, title: str, body: Iterable[str], status: int = 200) -> HttpResponse:
-    """A page on its own: no script, nothing loaded, only the style that its policy knows by hash."""
-    digest = base64.b64encode(hashlib.sha256(_PAGE_STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    headers = [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy), ("Cache-Control", "no-store")]
-    headers += [("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")]
-    places = (("", "Overview"), ("describe", "All methods"), ("health", "Health"))
-    links = " · ".join(f'<a href="{_text(app.options.prefix)}/{to}">{name}</a>' for to, name in places)
-    text = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{_text(title)}</title><style>{_PAGE_STYLE}</style><main><nav>{links}</nav><h1>{_text(title)}</h1>"
+    options = options_from(HttpServeOptions, given)
+    app = HttpApp(server, options_from(HttpOptions, given))
+    listening = listen_tcp(host, port)
+    bound_port = listening.getsockname()[1]
+    if tls_context is not None:
+        app.scheme = "https"
+    if _LOOPBACK.fullmatch(host):
+        app.loopback_port = bound_port
+    elif authenticate is None:
+        text = "serving HTTP on %s port %d without authentication: whoever reaches it may call it"
+        logger.warning(text, host, bound_port)
+    kinds = (ListenerMixin, http.server.ThreadingHTTPServer)
+    handler = type(
+        "Handler", (HttpConnection, http.server.BaseHTTPRequestHandler), {"app": app, "options": options}
     )
-    return HttpResponse(status, headers, f"{text}{''.join(body)}</main></html>".encode())
-
-def _page_at(app: HttpApp, request: HttpRequest, request_id: str, segments: list[str]) -> HttpResponse | None:
-    """The page at a path, ``None`` when there is none; it asks for the same authentication as calls do."""
-    server = app.server
-    if not app._pages or segments not in ([""], ["describe"]):
-        return None
-    app._authenticated(request, request_id)
-    body, shown = ([], _method_card) if segments == ["describe"] else ([*_call_lines(app, request)], _method_line)
-    for service in server.services.values():
-        body.append(f"<h2>{_text(service.name)} {_text(service.version)}</h2>")
-        for m in describe_service(service, {}).methods:
-            body.append(shown(app, service.methods[m.name].info, m.stream_kind.replace("unknown", "stream") or "unary"))
-    python, wire = sys.version.split()[0], REQUEST_VERSION.decode()
-    software = f"vgi_rpc {__version__}, wire {wire}, Python {python}, pyarrow {pa.__version__}"
-    facts = {"Health": "draining, takes no calls" if server.draining else "ok", "Server": server.server_id,
-             "Version": server.server_version or "not given", "Protocol hash": server.protocol_hash, "Made with": software}
-    body.append(f"<h2>This server</h2><article>{_definitions(facts)}<h4>Limits</h4>{_limit_list(app)}</article>")
-    return _page(app, server.protocol_name, body)
-
-def _definitions(facts: Mapping[str, object]) -> str:
-    return "<dl>" + "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items()) + "</dl>"
-
-def _limit_list(app: HttpApp, names: Iterable[str] = _LIMITS) -> str:
-    return _definitions({k.replace("_", " "): v for k, v in app.limits.items() if k in names})
-
-def _call_lines(app: HttpApp, request: HttpRequest) -> Iterator[str]:
-    """How to call the first method, a unary one where there is one, from each of three places."""
-    import shlex
-    service, file, host = app.server.primary, os.path.basename(__file__), request.get_header("host") or ""
-    infos = [m.info for m in service.methods.values()]
-    infos.sort(key=lambda i: (i.method_type is not MethodType.UNARY, not {*i.param_types.values()} <= {int, float, str, bool}))
-    known = host if re.fullmatch(r"[A-Za-z0-9.:_\[\]-]+", host) else "HOST"
-    url = f"{app.scheme}://{known}{app.options.prefix}"
-    for info in infos[:1]:
-        values = {n: _example(_split_optional(a)[0]) for n, a in info.param_types.items() if n not in info.param_defaults}
-        words = [f"{n}={v}" if type(v) in (str, int, float) else f"{n}:={json.dumps(v)}" for n, v in values.items()]
-        asks = app.options.authenticate is not None
-        bearer, header = (" --bearer-file TOKEN_FILE", ", headers={'Authorization': f'Bearer {token}'}") if asks else ("", "")
-        lines = {"Command line": f"python {file} call {shlex.join([url, info.name, *words])}{bearer}"}
-        call = f"proxy.{info.name}({', '.join(f'{n}={v!r}' for n, v in values.items())})"
-        dial = f"{file.removesuffix('.py')}.http_connect({service.protocol.__name__}, {url!r}{header})"
-        lines["Python"] = f"with {dial} as proxy: print({call})"
-        if app.options.json:
-            bearer = ' -H "Authorization: Bearer $TOKEN"' if asks else ""
-            target = f"{url}/{service.name}/{info.name} -H 'Content-Type: application/json'{bearer}"
-            lines["curl"] = f"curl {target} -d {shlex.quote(json.dumps(values))}"
-        yield "<p>An Arrow RPC server: typed methods and streams of record batches, over HTTP.</p><article>"
-        yield from (f"<h4>{title}</h4><pre>{_text(line)}</pre>" for title, line in lines.items())
-        yield "</article>"
-
-def _example(kind: Any) -> Any:
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return next(iter(kind.__members__), "")
-    return {int: 1, float: 1.5, str: "text", bool: True, bytes: "AA=="}.get(kind, {} if typing.get_origin(kind) is dict else [])
-
-def _method_line(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
-    link = _text(f"{app.options.prefix}/describe#{info.protocol_name}.{info.name}")
-    summary = f"<small>{_text(info.doc.splitlines()[0])}</small>" if info.doc else ""
-    return f'<article><a href="{link}"><code>{_text(info.signature())}</code></a> <b>{kind}</b>{summary}</article>'
-
-def _method_card(app: HttpApp, info: RpcMethodInfo, kind: str) -> str:
-    """All that is known of a method: its schemas, header, documentation and limits."""
-    anchor = _text(f"{info.protocol_name}.{info.name}")
-    marks = [kind, *([info.idempotency.replace("_", " ")] if info.idempotency != "unknown" else [])]
-    marks += [f"deprecated: {info.deprecation}"] if info.deprecation is not None else []
-    badges = "".join(f" <b>{_text(m)}</b>" for m in marks)
-    card = f'<article id="{anchor}"><h3><a href="#{anchor}">{_text(info.name)}</a>{badges}</h3>'
-    card += f"<code>{_text(info.signature())}</code>" + (f"<pre>{_text(info.doc)}</pre>" if info.doc else "")
-    header = info.header and info.header.row.schema
-    for title, schema in (("Parameters", info.params_schema), ("Header", header), ("Result", info.result_schema)):
-        rows = {f.name: f"{_type_text(f.type)}{' or null' if f.nullable else ''}" for f in schema or ()}
-        for name in info.param_defaults if title == "Parameters" else ():
-            rows[name] += f", default {info.param_defaults[name]!r}"
-        streamed = title == "Result" and kind != "unary"
-        rows = rows or {"none" if not streamed else "batches": "" if not streamed else "of a schema that the call decides"}
-        card += f"<h4>{title}</h4>{_definitions(rows)}" if schema is not None else ""
-    names = ["max_request_bytes", "max_response_bytes", "max_rows", *(["token_ttl"] if kind != "unary" else [])]
-    return f"{card}<h4>Limits</h4>{_limit_list(app, names)}</article>"
+    # Twice as many connections, so that health can be asked for when all are taken.
+    most = 2 * max_connections
+    listener: Any = type("HttpListener", kinds, {})(listening, handler, server, True, most, idle_timeout)
+    listener.run(drain_grace_seconds, on_bound, host, bound_port)
 
 
 # ============================================================================
-# 17. HTTP CLIENT ...................................... uses 1-16
+# 19. HTTP CLIENT ...................................... uses 1-18
 # ============================================================================
-# The HTTP channel: kept-alive connections, budgets, codings, redirects, the environment's proxies, as a ClientChannel.
-# Law: what a server sends is bounded before it is kept; a call is sent once, never retried behind the caller's back.
+# The HTTP side of the client: what a server can do, one request and its answer by three senders, and streams by tokens.
+# Law: a call is sent once, never retried behind the caller's back; what a server sends is bounded before it is kept;
+# an answer that came in the server's place (a proxy's, a gateway's) is said to be one.
+
+Headers: TypeAlias = Mapping[str, str] | Callable[[], Mapping[str, str]]
+Pairs: TypeAlias = tuple[tuple[str, str], ...]
+When: TypeAlias = float | None  # of ``time.monotonic()``
+_RULE = "accepted_max_response_bytes"
+_MAX_IDLE = 8  # connections that are kept between calls
+_MAX_INTERIM = 16  # 1xx answers before the one that counts
+_CONNECT_SECONDS = 10.0
+_BASE_URL = re.compile(r"(?ai)(https?)://(\[[0-9A-F:.]+\]|[^][\s/?#@:]+)(?::([0-9]{1,5}))?((?:/[^\s?#]*)?)")
+# How gRPC maps what a gateway answers in the server's place; of these, only UNAVAILABLE is worth a second try.
+_GATEWAY_CODES = dict.fromkeys((408, 429, 502, 503, 504), Code.UNAVAILABLE)
+_GATEWAY_CODES |= {2: Code.INTERNAL, 3: Code.UNIMPLEMENTED, 400: Code.INTERNAL}  # 2xx, 3xx
+_GATEWAY_CODES |= {403: Code.PERMISSION_DENIED, 404: Code.UNIMPLEMENTED, 413: Code.RESOURCE_EXHAUSTED}
 
 
 @dataclass(frozen=True)
 class HttpServerCapabilities:
-    """What a server says of itself in its headers; sizes in bytes, ``None`` for no limit."""
+    """What a server says of itself, each in the header of that name; sizes in bytes, ``None`` for no limit."""
+
     max_request_bytes: int | None = None
     max_response_bytes: int | None = None
     max_externalized_response_bytes: int | None = None  # of an answer by way of external storage
     externalization_enabled: bool = False  # it may answer with pointers to external storage
     upload_url_support: bool = False  # it hands out upload URLs
     max_upload_bytes: int | None = None
-    supported_encodings: tuple[str, ...] = ()  # body codings it reads and writes
+    supported_encodings: tuple[str, ...] = ()  # body codings that it reads and writes
     accept_max_response_bytes_support: bool = False  # it honours a client's budget
 
     @classmethod
     def from_headers(cls, headers: Mapping[str, str]) -> HttpServerCapabilities:
         """Read them from headers by lower-case name; what cannot be read counts as absent."""
-        sizes = (MAX_REQUEST_BYTES_HEADER, MAX_RESPONSE_BYTES_HEADER, "VGI-Max-Externalized-Response-Bytes", "VGI-Max-Upload-Bytes")
-        texts = [headers.get(name.lower(), "") for name in sizes]
-        request, response, external, upload = (int(t) if re.fullmatch("[0-9]{1,18}", t) else None for t in texts)
-        switches = (EXTERNALIZATION_HEADER, "VGI-Upload-URL-Support", ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER)
-        externalizes, uploads, budget = (headers.get(name.lower()) == "true" for name in switches)
-        encodings = tuple(e.strip() for e in headers.get(SUPPORTED_ENCODINGS_HEADER.lower(), "").split(",") if e.strip())
-        return cls(request, response, external, externalizes, uploads, upload, encodings, budget)
+        found: dict[str, Any] = {}
+        for known in dataclasses.fields(cls):
+            text = headers.get(f"vgi-{known.name.replace('_', '-')}", "")
+            if isinstance(known.default, bool):
+                found[known.name] = text == "true"
+            elif isinstance(known.default, tuple):
+                found[known.name] = tuple(re.findall(r"[^\s,]+", text))
+            elif re.fullmatch("[0-9]{1,18}", text):
+                found[known.name] = int(text)
+        return cls(**found)
+
 
 class HttpReply(NamedTuple):
-    """An HTTP answer: status, headers by lower-case name, body (decoded)."""
+    """An HTTP answer: headers by lower-case name, the body decoded."""
+
     status: int
-    headers: dict[str, str]
-    body: Any  # bytes, memoryview or Buffer; of `HttpSender.open` also an `HttpBody`, to be read as it comes
+    headers: Mapping[str, str]
+    body: Buffer
 
 
-class HttpBody(ByteChannel):
-    """A body that is read as its *pieces* come, over *channel* if there is one; read it to its end, or close it."""
-    def __init__(self, pieces: Iterator[bytes], channel: ByteChannel | None = None) -> None:
-        super().__init__()
-        self.pieces, self.channel = pieces, channel
-        self.close = getattr(pieces, "close", lambda: None)  # a generator's; it closes the channel
+def _reply(status: int, headers: Iterable[tuple[str, str]], body: Buffer, limit: int) -> HttpReply:
+    lowered = {name.lower(): value for name, value in headers}
+    return HttpReply(status, lowered, decompress_body(body, coding_of(lowered), limit))
 
-    def _receive(self, size: int) -> bytes:
-        return next(self.pieces, b"")
-
-    def _receive_into(self, view: memoryview) -> int:
-        if self.channel is not None and 0 < len(self._buffer) == self._at:  # read_chunked takes a view once it has begun
-            with contextlib.suppress(StopIteration):
-                return cast("int", cast("Any", self.pieces).send(view))
-            return 0
-        piece = self.read_some(len(view))
-        view[: len(piece)] = piece
-        return len(piece)
-
-_BUDGET_RULE = "accepted_max_response_bytes"
-_HeaderList = Sequence[tuple[str, str]]
-Headers = Mapping[str, str] | Callable[[], Mapping[str, str]]
 
 class HttpSender:
-    """Sends one HTTP request and returns its answer: over sockets (`HttpConnections`), or into an app (`SyncClient`)."""
-    def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
-        """Send a request. A chunked body may be left to be read as it comes. This, and reading it, raises `TransportError` when
-        no answer comes, `ResponseTooLargeError` when it exceeds *limit*."""
-        raise io.UnsupportedOperation("open")
+    """Sends one HTTP request and returns its answer; safe for use by several threads."""
 
-    def send(self, *request: Any) -> HttpReply:
-        """As `open`, but the body is whole."""
-        reply = self.open(*request)
-        return reply._replace(body=_gathered(reply.body.pieces)) if isinstance(reply.body, HttpBody) else reply
+    prefix = ""  # path that belongs to the server itself
+
+    def send(self, verb: str, path: str, headers: Pairs, body: bytes, deadline: When, most: int) -> HttpReply:
+        """Send a request and return the answer, of at most *most* bytes, else `RequestTooLargeError`. `TransportError`
+        when none comes, or one that is not HTTP; `DeadlineExceededError` when it is not there at *deadline*."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Give back connections."""
@@ -6967,696 +7684,738 @@ class HttpSender:
 
 class HttpTarget(NamedTuple):
     """Where an HTTP client connects."""
-    tls: bool
+
+    scheme: str
     host: str
     port: int
     prefix: str  # path in front of every request, without a slash at its end
-    proxy: tuple[str, int, str] | None = None  # host, port, Proxy-Authorization or empty; None for a direct connection
 
     @classmethod
     def parse(cls, url: str) -> HttpTarget:
-        """Read a base URL, and the environment's proxy for it as urllib reads it; raises ``ValueError``."""
-        from urllib.parse import urlsplit
-        shown, default = re.sub("//[^/]*@", "//…@", url), {"http": 80, "https": 443}
-        try:
-            parts = urlsplit(url)
-            port = parts.port or default.get(parts.scheme)
-        except ValueError as exc:
-            raise ValueError(f"base URL {shown!r}: {exc}") from None
-        if port is None or not parts.hostname or parts.scheme not in default or parts.query or parts.fragment or "@" in parts.netloc:
+        """Read a base URL; raises ``ValueError``."""
+        match = _BASE_URL.fullmatch(url)
+        if match is None or int(match[3] or 0) > 65_535:
+            shown = re.sub("//[^/]*@", "//…@", url)
             raise ValueError(f"base URL: expected http(s)://host[:port][/prefix], got {shown!r}")
-        if not re.fullmatch(r"[!-~]*", url):
-            raise ValueError("base URL: a space or control character in it")
-        proxy = _environment_proxy(parts.scheme, parts.netloc, parts.hostname)
-        return cls(parts.scheme == "https", parts.hostname, port, parts.path.rstrip("/"), proxy)
-
-    @property
-    def address(self) -> str:
-        """Host and port, as CONNECT wants them."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        scheme = match[1].lower()
+        port = int(match[3] or {"http": 80, "https": 443}[scheme])
+        return cls(scheme, match[2].strip("[]"), port, match[4].rstrip("/"))
 
     @property
     def authority(self) -> str:
         """Host and port as the Host header has them: without the scheme's own port."""
-        return self.address.removesuffix(":443" if self.tls else ":80")
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}".removesuffix({"http": ":80", "https": ":443"}[self.scheme])
 
-def _environment_proxy(scheme: str, netloc: str, host: str) -> tuple[str, int, str] | None:
-    """The proxy that urllib would use; urllib itself is only loaded where there may be one."""
-    if sys.platform not in ("darwin", "win32") and not any(k.lower().endswith("_proxy") for k in os.environ):
-        return None
-    from urllib.parse import unquote, urlsplit
-    from urllib.request import getproxies, proxy_bypass
-    url = getproxies().get(scheme)
-    if not url or proxy_bypass(netloc) or proxy_bypass(host):
-        return None
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    if not parts.hostname:
-        return None
-    pair = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
-    credentials = "Basic " + base64.b64encode(pair.encode()).decode() if parts.username is not None else ""
-    return parts.hostname, parts.port or 80, credentials
 
-class _NotSent(Exception):
-    """The connection was closed before the whole request was handed over, and not a byte came back."""
+@functools.lru_cache(maxsize=64)  # a client sends the same few heads again and again
+def _head(authority: str, verb: str, path: str, headers: Pairs) -> bytes:
+    lines = [f"{verb} {path} HTTP/1.1", f"Host: {authority}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    if any(mark in line for line in lines for mark in "\r\n\0"):
+        raise ValueError("a header contains a line break")
+    return "".join([f"{line}\r\n" for line in lines]).encode("latin-1")
 
 
 class HttpConnections(HttpSender):
-    """Kept-alive connections to one server; safe for use by several threads, each call on a connection of its own.
-    For https *tls_context* defaults to ``ssl.create_default_context()``; *connect_timeout* is in seconds."""
-    _MAX_IDLE, _MAX_INTERIM = 8, 16  # connections that are kept, and 1xx answers before the one that counts
+    """Kept-alive connections to one server, each call on one of its own. A forked child's copies are closed, see section 12."""
 
-    def __init__(self, target: HttpTarget, tls_context: ssl.SSLContext | None = None, connect_timeout: float = 10.0) -> None:
-        self._target, self._timeout = target, connect_timeout
-        if target.tls and tls_context is None:
+    def __init__(self, target: HttpTarget, tls_context: ssl.SSLContext | None = None) -> None:
+        self._target = target
+        self._tls: ssl.SSLContext | None = None
+        if target.scheme == "https":
             import ssl
-            tls_context = ssl.create_default_context()
-        self._tls = tls_context if target.tls else None
-        self._idle: deque[HeadReader] = deque()
-        self._leads: dict[tuple[str, str], tuple[_HeaderList, bytes]] = {}  # by method and path: how the last head began
+
+            self._tls = tls_context or ssl.create_default_context()
+        self._idle: list[ByteChannel] = []
         self._closed = False
 
-    def _dial(self, deadline: float | None) -> SocketChannel:
-        target = self._target
-        timeout = self._timeout if deadline is None else max(0.001, min(self._timeout, deadline - time.monotonic()))
-        if target.proxy is None:
-            return SocketChannel(connect_tcp_socket(target.host, target.port, timeout, self._tls))
-        host, port, credentials = target.proxy
-        connected = connect_tcp_socket(host, port, timeout)
+    def _connection(self, deadline: When) -> ByteChannel:
+        """Take a kept connection; one that was closed, or on which something came unasked, is closed here too."""
+        while self._idle:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                channel = self._idle.pop()
+                if channel.is_quiet():
+                    return channel
+                channel.close()
+        timeout = _CONNECT_SECONDS
+        if deadline is not None:
+            timeout = min(timeout, max(0.001, deadline - time.monotonic()))
         try:
-            return self._tunnel(connected, timeout, credentials) if self._tls else SocketChannel(connected)
-        except (OSError, ProtocolError, _LocalError) as exc:
-            connected.close()
-            raise TransportError(f"no way to {target.address} through proxy {host}:{port}: {_text_of(exc)}") from None
+            return connect_tcp_socket(self._target.host, self._target.port, timeout, self._tls).channel
+        except TransportError as exc:
+            if not re.search("WRONG_VERSION_NUMBER|HTTP_REQUEST", exc.error_message):  # as OpenSSL calls it
+                raise
+            hint = f"{self._target.authority} does not speak TLS: connect to http:// instead of https://"
+            raise TransportError(f"{exc.error_message} ({hint})") from None
 
-    def _tunnel(self, connected: socket.socket, timeout: float, credentials: str) -> SocketChannel:
-        channel, where = SocketChannel(connected), self._target.address
-        channel.deadline = time.monotonic() + timeout
-        authorization = f"Proxy-Authorization: {credentials}\r\n" if credentials else ""
-        channel.write([f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n{authorization}\r\n".encode("latin-1")])
-        head = HeadReader(channel).read()
-        if head is None or head.start[1] != "200":
-            raise TransportError(f"it refused: {' '.join(head.start[1:])}" if head else "it gave no answer")
-        wrapped = cast("ssl.SSLContext", self._tls).wrap_socket(connected, server_hostname=self._target.host)
-        wrapped.settimeout(None)
-        return SocketChannel(wrapped)
-
-    def _take(self) -> HeadReader | None:
-        with contextlib.suppress(IndexError):
-            while (kept := self._idle.pop()).channel.peer_gone() or kept.channel.peek():
-                kept.channel.close()
-            return kept
-        return None
-
-    def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
-        message = self._message(method, path, headers, body)
+    def send(self, verb: str, path: str, headers: Pairs, body: bytes, deadline: When, most: int) -> HttpReply:
+        authority = self._target.authority
+        length = b"Content-Length: %d\r\n\r\n" % len(body) if verb == "POST" else b"\r\n"
+        request = [_head(authority, verb, path, headers), length, body]
         if self._closed:
             raise TransportError("the connection is closed: it was closed here")
-        if kept := self._take():
-            # Closed by the server between two calls: the one case in which a request is sent again, as it never got there.
-            with contextlib.suppress(_NotSent):
-                return self._exchange(kept, method, message, deadline, limit)
+        channel = self._connection(deadline)
+        channel.deadline = deadline
         try:
-            return self._exchange(HeadReader(self._dial(deadline)), method, message, deadline, limit)
-        except _NotSent as exc:
-            raise TransportError(f"{self._target.authority} closed the connection without an answer: {exc}") from None
-
-    def _message(self, method: str, path: str, headers: _HeaderList, body: bytes) -> list[bytes]:
-        given, lead = self._leads.get((method, path), (None, b""))
-        if given != headers:
-            lead = self._lead(method, path, headers)
-            if len(self._leads) >= 64:
-                self._leads.clear()
-            self._leads[method, path] = list(headers), lead
-        return [lead + (b"Content-Length: %d\r\n\r\n" % len(body) if body or method == "POST" else b"\r\n"), body]
-
-    def _lead(self, method: str, path: str, headers: _HeaderList) -> bytes:
-        """A request's head up to its length."""
-        target = self._target
-        lines = [f"{method} {path} HTTP/1.1", f"Host: {target.authority}"]
-        if target.proxy is not None and not target.tls:
-            lines[0] = f"{method} http://{target.authority}{path} HTTP/1.1"
-            lines += [f"Proxy-Authorization: {target.proxy[2]}"] if target.proxy[2] else []
-        lines += [f"{name}: {value}" for name, value in headers]
-        if any(c in line for line in lines for c in "\r\n\0"):
-            raise ValueError("a header contains a line break")
-        return ("\r\n".join(lines) + "\r\n").encode("latin-1")
-
-    def _exchange(self, heads: HeadReader, method: str, message: list[bytes], deadline: float | None, limit: int) -> HttpReply:
-        heads.channel.deadline = deadline
-        try:
-            head = self._head_of_answer(heads, message)
-            reply = self._read_reply(heads, method, head, limit)
+            # Who refuses a large body may have answered before hanging up.
+            with contextlib.suppress(TransportError):
+                channel.write(request)
+            data, at = channel.received()
+            if data.startswith(b"\x15\x03", at):  # an alert of TLS
+                raise TransportError(f"{authority} speaks TLS: connect to https://")
+            reader = HttpReader(channel)
+            for _ in range(_MAX_INTERIM):
+                raw = reader.head()
+                if not raw:
+                    raise TransportError(f"{authority} closed the connection without an answer")
+                head = parse_http_head(raw)
+                if head.start[1][:1] != "1":
+                    break
+            else:
+                raise ProtocolError(f"more than {_MAX_INTERIM} interim answers")
+            status, framing = check_answer_head(head, verb)
+            whole: Buffer = b""
+            if framing == "sized":
+                whole = reader.exactly(content_length(head.headers["content-length"], most, _RULE))
+            elif framing == "chunked":
+                whole = reader.chunked(most, _RULE)
+            elif framing == "to close":
+                whole = reader.to_end(most, _RULE)
         except BaseException as exc:
-            raise self._ended(heads.channel, exc) from None
-        if not isinstance(reply.body, HttpBody):
-            self._give_back(heads, head)
-        return reply
-
-    def _ended(self, channel: SocketChannel, exc: BaseException) -> BaseException:
-        """Close a connection whose answer could not be read; return what to raise for it."""
-        channel.close()
-        if isinstance(exc, RequestTooLargeError):
-            return ResponseTooLargeError(f"the answer exceeds what this client accepts: {exc}")
-        if isinstance(exc, ProtocolError):
-            text = "closed the connection within an answer" if channel.ended else "does not speak HTTP as it should"
-            return TransportError(f"{self._target.authority} {text}: {exc}")
-        return exc
-
-    def _give_back(self, heads: HeadReader, head: HttpHead) -> None:
-        keep = head.start[0] == "HTTP/1.1" and "close" not in head.headers.get("connection", "").lower()
-        if keep and not heads.channel.ended and len(self._idle) < self._MAX_IDLE and not self._closed:
-            self._idle.append(heads)
+            channel.close()
+            if isinstance(exc, RequestTooLargeError) or not isinstance(exc, Refusal):
+                raise
+            fault = "closed the connection within an answer" if channel.ended else "speaks no HTTP"
+            raise TransportError(f"{authority} {fault}: {text_of(exc)}") from None
+        is_last = framing == "to close" or head.start[0] != "HTTP/1.1" or len(self._idle) >= _MAX_IDLE
+        if is_last or self._closed or header_has(head.headers, "connection", "close"):
+            channel.close()
         else:
-            heads.channel.close()
-
-    def _pieces(self, heads: HeadReader, head: HttpHead, limit: int) -> Iterator[bytes]:
-        try:
-            yield from read_chunked(heads.channel, limit, _BUDGET_RULE)
-        except BaseException as exc:
-            raise self._ended(heads.channel, exc) from None
-        self._give_back(heads, head)
-
-    def _head_of_answer(self, heads: HeadReader, message: list[bytes]) -> HttpHead:
-        unsent: TransportError | None = None
-        try:
-            heads.channel.write(message)
-        except TransportError as exc:
-            unsent = exc  # a server that refuses a large body early may have answered before it hung up
-        for _ in range(self._MAX_INTERIM):
-            try:
-                head = heads.read()
-                if head is None:
-                    raise TransportError(f"{self._target.authority} closed the connection without an answer")
-            except TransportError as exc:
-                if unsent and not heads.channel.peek():
-                    raise _NotSent(unsent.error_message) from None
-                raise exc
-            if not head.start[1].startswith("1"):
-                return head
-        raise ProtocolError(f"more than {self._MAX_INTERIM} interim answers")
-
-    def _read_reply(self, heads: HeadReader, method: str, head: HttpHead, limit: int) -> HttpReply:
-        (version, status, _), headers, channel = head.start, head.headers, heads.channel
-        if "sized" in head.memory and method != "HEAD":
-            return HttpReply(200, headers, _read_sized(channel, _content_length(headers["content-length"], limit, _BUDGET_RULE)))
-        def read(limit: int) -> _Buffer:
-            if "content-length" in headers:
-                return _read_sized(channel, _content_length(headers["content-length"], limit, _BUDGET_RULE))
-            return _gathered((read_chunked if "transfer-encoding" in headers else _read_to_end)(channel, limit, _BUDGET_RULE))
-        if not re.fullmatch(r"HTTP/1\.[01]", version) or not re.fullmatch(r"[2-5][0-9][0-9]", status):
-            raise ProtocolError(f"expected a status line, got {' '.join(head.start)[:80]!r}")
-        if "content-length" in head.repeated or ("content-length" in headers and "transfer-encoding" in headers):
-            raise ProtocolError("an answer with two lengths")
-        bodiless, framing = method == "HEAD" or status in ("204", "304"), headers.get("transfer-encoding")
-        if framing is not None and framing.lower() != "chunked" and not bodiless:
-            raise ProtocolError(f"Transfer-Encoding: expected chunked, got {framing[:40]!r}")
-        coding = _coding_of(headers)
-        if status == "200" and headers.get("content-type") == ARROW_CONTENT_TYPE and not coding and not bodiless:
-            if framing is not None:
-                return HttpReply(200, headers, HttpBody(self._pieces(heads, head, limit), channel))
-            if "content-length" in headers:
-                head.memory["sized"] = True  # all of the above holds for the next one that looks the same
-        return HttpReply(int(status), headers, b"" if bodiless else _decoded_body(coding, read, limit))
+            self._idle.append(channel)
+        return _reply(status, head.headers.items(), whole, most)
 
     def close(self) -> None:
         self._closed = True
         while self._idle:
-            self._idle.pop().channel.close()
+            self._idle.pop().close()
 
-def _read_to_end(channel: ByteChannel, limit: int, rule: str) -> Iterator[bytes]:
-    total = 0
-    while piece := channel.read(SMALL_BODY_BYTES):
-        total += len(piece)
-        if total > limit:
-            raise _too_large(limit, "more", rule)
-        yield piece
+
+class OpenerSender(HttpSender):
+    """Sends by an opener of ``urllib.request``: proxies, client certificates, handlers of one's own. Each request is one
+    ``opener.open``, which by itself keeps no connection."""
+
+    def __init__(self, opener: urllib.request.OpenerDirector, target: HttpTarget, way: str = "") -> None:
+        self._opener = opener
+        self._root = f"{target.scheme}://{target.authority}"
+        self._way = way  # for error texts
+
+    def send(self, verb: str, path: str, headers: Pairs, body: bytes, deadline: When, most: int) -> HttpReply:
+        from http.client import HTTPException
+        from urllib.error import HTTPError
+        from urllib.request import Request
+
+        request = Request(self._root + path, body if verb == "POST" else None, dict(headers), method=verb)
+        timeout = None if deadline is None else max(0.001, deadline - time.monotonic())
+        whole = bytearray()
+        try:
+            try:
+                response: Any = self._opener.open(request, timeout=timeout)
+            except HTTPError as exc:  # an answer like any other
+                response = exc
+            with response:
+                if response.geturl() != request.full_url:
+                    raise TransportError(
+                        f"redirected from {path} to {response.geturl()}; connect there instead"
+                    )
+                while piece := response.read(SMALL_BODY_BYTES):
+                    whole += piece
+                    if len(whole) > most:
+                        raise body_too_large(most, "more", _RULE)
+                    if deadline is not None and time.monotonic() > deadline:
+                        raise TimeoutError
+                return _reply(response.status, response.headers.items(), bytes(whole), most)
+        except (OSError, ValueError, HTTPException) as exc:
+            reason = getattr(exc, "reason", exc)
+            if isinstance(reason, TimeoutError):
+                raise DeadlineExceededError("no answer within the time allowed") from None
+            raise TransportError(f"no answer from {self._root}{self._way}: {text_of(reason)}") from None
+
+
+def http_sender(target: HttpTarget, tls_context: ssl.SSLContext | None = None) -> HttpSender:
+    """Return what sends to *target*: kept connections, or urllib where the environment names a proxy for it."""
+    # urllib.request is only loaded where there may be a proxy.
+    if sys.platform in ("darwin", "win32") or any(name.lower().endswith("_proxy") for name in os.environ):
+        from urllib import request
+
+        proxy = request.getproxies().get(target.scheme)
+        if proxy and not request.proxy_bypass(target.authority):
+            opener = request.OpenerDirector()  # without what follows redirects
+            opener.add_handler(request.ProxyHandler())
+            opener.add_handler(request.HTTPHandler())
+            opener.add_handler(request.HTTPSHandler(context=tls_context))
+            shown = proxy.rpartition("@")[2].rpartition("/")[2]
+            return OpenerSender(opener, target, f" through the proxy of the environment, {shown}")
+    return HttpConnections(target, tls_context)
 
 
 class SyncClient(HttpSender):
     """Calls an `HttpApp` in the same thread, without a socket: for tests. Made by `make_sync_client`."""
+
     def __init__(self, app: HttpApp) -> None:
-        self.app, self.prefix = app, app.options.prefix
+        self.app = app
+        self.prefix = app.options.prefix
 
-    def open(self, method: str, path: str, headers: _HeaderList, body: bytes, deadline: float | None, limit: int) -> HttpReply:
-        def read_body(most: int) -> bytes:
-            _content_length(str(len(body)), most)
+    def send(self, verb: str, path: str, headers: Pairs, body: bytes, deadline: When, most: int) -> HttpReply:
+        def read_body(limit: int) -> bytes:
+            content_length(str(len(body)), limit)
             return body
-        response = self.app(HttpRequest(method, path, {k.lower(): v for k, v in headers}, "sync", read_body))
-        answered, given = {k.lower(): v for k, v in response.headers}, response.body
-        if not isinstance(given, bytes):
-            return HttpReply(response.status, answered, HttpBody(cast("Any", given)))
-        return HttpReply(response.status, answered, _decoded_body(_coding_of(answered), lambda _: given, limit))
 
-def _over_budget(exc: ResponseTooLargeError) -> RpcError:
-    return RpcError("ResponseTooLargeError", str(exc), "", error_code=Code.RESOURCE_EXHAUSTED)
+        lowered = {name.lower(): value for name, value in headers}
+        response = self.app(HttpRequest(verb, path, lowered, "sync", read_body))
+        whole = response.body if isinstance(response.body, bytes) else b"".join(response.body)
+        return _reply(response.status, response.headers, whole, most)
 
 
 class HttpClient(ClientChannel):
-    """The HTTP implementation of a `ClientChannel`; safe for use by several threads.
-    The arguments are those of `http_connect`; *max_response_bytes* ``None`` stands for the largest that the wire knows."""
-    def __init__(self, sender: HttpSender, prefix: str = "", headers: Headers | None = None, compression_level: int | None = 1,
-                 max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES) -> None:
-        least, most = MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET
-        if max_response_bytes is not None and not least <= max_response_bytes <= most:
-            raise ValueError(f"accepted_max_response_bytes: expected {least} to {most}, got {max_response_bytes}")
-        self._sender, self._prefix, self._level, self._headers = sender, prefix, compression_level, headers
-        self._budget = max_response_bytes or most
+    """Calls over HTTP; safe for use by several threads. The sender is closed with it; the arguments are `http_connect`'s."""
+
+    def __init__(
+        self,
+        sender: HttpSender,
+        prefix: str = "",
+        headers: Headers | None = None,
+        compression_level: int | None = 1,
+        max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES,
+    ) -> None:
+        budget = MAX_RESPONSE_BUDGET if max_response_bytes is None else max_response_bytes
+        if not MIN_RESPONSE_BUDGET <= budget <= MAX_RESPONSE_BUDGET:
+            wanted = f"{MIN_RESPONSE_BUDGET} to {MAX_RESPONSE_BUDGET}"
+            raise ValueError(f"{_RULE}: expected {wanted}, got {budget}")
+        self._sender = sender
+        self._prefix = prefix
+        self._headers = headers
+        self._level = compression_level
+        self._budget = budget
         self._capabilities: HttpServerCapabilities | None = None
-        accept = ", ".join((*supported_encodings(), "identity")) if compression_level is not None else "identity"
-        self._fixed = (("Content-Type", ARROW_CONTENT_TYPE), ("Accept-Encoding", accept),
-                       (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(self._budget)))
+        codings = () if compression_level is None else supported_encodings()
+        self._fixed: Pairs = (
+            ("Content-Type", ARROW_CONTENT_TYPE),
+            ("Accept-Encoding", ", ".join((*codings, "identity"))),
+            (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(budget)),
+        )
 
-    def _own_headers(self) -> list[tuple[str, str]]:
+    def _send(
+        self, verb: str, path: str, headers: Pairs, body: bytes, deadline: When, most: int
+    ) -> HttpReply:
         given = self._headers() if callable(self._headers) else self._headers
-        return list(given.items()) if given else []
-
-    def capabilities(self, deadline: float | None = None) -> HttpServerCapabilities:
-        """Ask ``HEAD /health`` once what the server can do; raises `TransportError`."""
-        if self._capabilities is None:
-            reply = self._sender.send("HEAD", f"{self._prefix}/health", self._own_headers(), b"", deadline, MAX_HEAD_BYTES)
-            if reply.status == 401:
-                raise self._unauthorized(reply)
-            self._capabilities = HttpServerCapabilities.from_headers(reply.headers if reply.status < 300 else {})
-        return self._capabilities
-
-    def post(self, path: str, body: bytes, deadline: float | None, turns: int = 1, packed_bytes: int = 0) -> HttpReply:
-        """Post Arrow, return an answer in Arrow; with several *turns* of a producer it may come piece by piece. Of *body* so
-        many bytes do not compress.
-        Raises `AuthenticationError` for a 401, `TransportError` when no answer comes or one that is not Arrow, `RpcError` when
-        the body or the answer is larger than the server or the budget allows."""
-        server, headers = self.capabilities(deadline), [*self._fixed, *self._own_headers()]
-        if self._level is not None and len(body) >= _COMPRESS_BODY_FROM_BYTES:
-            encoding = next((e for e in supported_encodings() if e in server.supported_encodings), "")
-            packed = compress_if_worth([body], encoding, self._level, packed_bytes) if encoding else None
-            if packed is not None:
-                body = packed
-                headers.append(("Content-Encoding", encoding))
-        path, most = self._prefix + path, server.max_request_bytes
-        if most is not None and len(body) > most:
-            text = f"the server takes requests of at most {most} bytes, this one has {len(body)}"
-            raise RpcError("RequestTooLargeError", text, "", error_code=Code.RESOURCE_EXHAUSTED)
-        send = self._sender.send
-        if turns > 1:
-            headers.append((MAX_TURNS_HEADER, str(turns)))
-            send = getattr(self._sender, "open", send)
-        for _ in range(3):
-            try:
-                reply = send("POST", path, headers, body, deadline, self._budget)
-            except ResponseTooLargeError as exc:
-                raise _over_budget(exc) from None
-            except IPCError as exc:
-                raise TransportError(f"the answer does not decode: {exc}") from None
-            if reply.status not in (307, 308):
-                break
-            where = reply.headers.get("location", "")
-            if not re.fullmatch("/(?!/)[!-~]*", where):  # one to another server would carry the credentials there
-                raise TransportError(f"the server redirects {path} to {where[:200]!r}; connect there instead")
-            path = where
-        kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if reply.status == 401:
-            raise self._unauthorized(reply)
-        if kind != ARROW_CONTENT_TYPE:
-            text = bytes(memoryview(reply.body)[:500]).decode("utf-8", "replace").strip()
-            if reply.status in (408, 504):
-                raise DeadlineExceededError(f"HTTP {reply.status}: {text}")
-            raise TransportError(f"expected Arrow, got HTTP {reply.status} {kind or 'without a type'}: {text}")
+        headers += tuple((given or {}).items())
+        try:
+            reply = self._sender.send(verb, self._prefix + path, headers, body, deadline, most)
+        except RequestTooLargeError as exc:
+            text = f"the answer exceeds what this client accepts: {exc}"
+            raise RpcError("ResponseTooLargeError", text, "", error_code=Code.RESOURCE_EXHAUSTED) from None
+        except Refusal as exc:
+            raise TransportError(f"the answer does not decode: {exc}") from None
+        if reply.status == 401:  # its reason is in the body, else in a header
+            facts = json_object(bytes(memoryview(reply.body)[:65_536]))
+            named = facts.get("reason") or reply.headers.get(AUTH_REASON_HEADER.lower())
+            reason = next((known for known in AuthReason if known.value == named), AuthReason.UNAUTHORIZED)
+            raise AuthenticationError(f"{reason.value}: {facts.get('detail') or 'HTTP 401'}", reason=reason)
         return reply
 
-    @staticmethod
-    def _unauthorized(reply: HttpReply) -> AuthenticationError:
-        facts = _json_object(bytes(memoryview(reply.body)[:65_536]))
-        named = str(facts.get("reason") or reply.headers.get(AUTH_REASON_HEADER.lower()))
-        reason = AuthReason(named) if named in [r.value for r in AuthReason] else AuthReason.UNAUTHORIZED
-        return AuthenticationError(f"{reason}: {facts.get('detail') or 'HTTP 401'}", reason=reason)
+    def capabilities(self, deadline: When = None) -> HttpServerCapabilities:
+        """Ask ``HEAD /health``, once, what the server can do; raises `TransportError`, `AuthenticationError`."""
+        if self._capabilities is None:
+            reply = self._send("HEAD", "/health", (), b"", deadline, MAX_HEAD_BYTES)
+            answered = reply.headers if reply.status < 300 else {}
+            self._capabilities = HttpServerCapabilities.from_headers(answered)
+        return self._capabilities
 
-    # -- calls
-    def unary(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> Any:
-        reply = self.post(f"/{info.protocol_name}/{info.name}", _request_body(info, batch, options), options.deadline)
-        known = recall_result(info, reply.body, 0) if isinstance(reply.body, bytes) else None
-        if known is not None and known[1] == len(reply.body):
-            return decode_result(info, known[0])
-        item = _answer_item(_open_answer(BufferSource(reply.body), options), info, options, "a result")
-        return answer_call(read_result, info, item.reader, item.message)
+    def post(
+        self,
+        path: str,
+        pieces: list[Buffer],
+        deadline: When,
+        read: Callable[[Buffer], T],
+        headers: Pairs = (),
+    ) -> T:
+        """Post Arrow, and return what *read* makes of the answer. Raises `AuthenticationError` for a 401, `TransportError`
+        when no answer comes or one that is not Arrow, `RpcError` when body or answer are larger than server or budget allow."""
+        server = self.capabilities(deadline)
+        body = b"".join(pieces)
+        coding = next((name for name in supported_encodings() if name in server.supported_encodings), "")
+        if self._level is not None and coding:
+            packed = compress_if_worth([body], coding, self._level)
+            if packed is not None:
+                body = packed
+                headers += (("Content-Encoding", coding),)
+        if server.max_request_bytes is not None and len(body) > server.max_request_bytes:
+            text = f"the server takes requests of at most {server.max_request_bytes} bytes, this one has {len(body)}"
+            raise RpcError("RequestTooLargeError", text, "", error_code=Code.RESOURCE_EXHAUSTED)
+        reply = self._send("POST", path, self._fixed + headers, body, deadline, self._budget)
+        kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != ARROW_CONTENT_TYPE or 300 <= reply.status < 400:
+            raise _not_an_answer(reply, self._prefix + path, kind)
+        try:
+            return read(reply.body)
+        except EOFError:
+            raise TransportError("the answer is empty") from None
+        except (IPCError, RequestTooLargeError) as exc:
+            raise TransportError(f"the answer is not what it should be: {text_of(exc)}") from None
 
-    def stream(self, info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> ClientStream:
-        reply = self.post(f"/{info.protocol_name}/{info.name}/init", _request_body(info, batch, options), options.deadline)
-        stream, source = _HttpClientStream(self, info, options), BufferSource(reply.body)
-        if info.header is not None:
-            reader = _open_answer(source, options)
-            stream.header = answer_call(_answer_item(reader, info, options, "a header").annotated).batch
-            answer_call(reader.read_to_end)
-        stream.take(source)
-        return stream
+    def call(self, info: RpcMethodInfo, row: list[Any], options: CallOptions) -> Any:
+        request = request_pieces(info, row, new_request_id(), options.timeout)
+        path = f"/{info.protocol_name}/{info.name}"
+        if info.method_type is MethodType.STREAM:
+            stream = _HttpSession(self, info, options)
+            self.post(f"{path}/init", request, options.deadline, stream.begin)
+            return stream
 
-    def resume(self, info: RpcMethodInfo, token: bytes, options: CallOptions) -> ClientStream:
-        stream = _HttpClientStream(self, info, options)
-        stream.restore(token)
+        def read(body: Buffer) -> Any:
+            ready = read_result(info, body) if isinstance(body, bytes) else None
+            if ready is not None and ready[1] == len(body):
+                return ready[0]
+            reader = IpcReader(
+                BufferSource(body), validation=options.ipc_validation, expected=[info.result.wire]
+            )
+            return decode_result(info, only_batch(info, reader, next_reply(reader, options)))
+
+        return self.post(path, request, options.deadline, read)
+
+    def resume(self, info: RpcMethodInfo, token: bytes, options: CallOptions) -> StreamSession:
+        stream = _HttpSession(self, info, options)
+        stream.seek_to_token(token)
         return stream
 
     def close(self) -> None:
         self._sender.close()
 
-def _open_answer(source: ByteSource, options: CallOptions) -> IpcReader:
-    return answer_call(functools.partial(IpcReader, source, validation=options.ipc_validation))
 
-def _answer_item(reader: IpcReader, info: RpcMethodInfo, options: CallOptions, what: str) -> ReplyItem:
-    item = answer_call(next_reply_item, reader, options)
-    if item is None:
-        raise TransportError(f"{info.name}(): expected {what}, got an end of stream")
-    return item
+def _not_an_answer(reply: HttpReply, path: str, kind: str) -> TransportError:
+    """Return the error for an answer that is somebody else's, or the server's to a URL that is not its own."""
+    where = reply.headers.get("location", "")
+    said = bytes(memoryview(reply.body)[:500]).decode("utf-8", "replace").strip()
+    text = f"expected Arrow, got HTTP {reply.status} {kind or 'without a type'}: {said}"
+    if where and reply.status // 100 == 3:
+        text = f"the server redirects {path} to {where[:200]!r}; connect there instead"
+    elif reply.status == 404:
+        text += f"\n(nothing is served at {path}: is the path of the base URL right?)"
+    error = TransportError(text)
+    code = _GATEWAY_CODES.get(reply.status) or _GATEWAY_CODES.get(reply.status // 100, Code.UNKNOWN)
+    error.error_code = code.value
+    return error
 
-def _request_body(info: RpcMethodInfo, batch: pa.RecordBatch, options: CallOptions) -> bytes:
-    return b"".join(request_stream(info, batch, options.version, new_request_id(), options.timeout))
 
+class _HttpSession(StreamSession):
+    """A stream over HTTP. The reader's place is told by the cursor that the last answer was made from, and how many of its
+    batches were handed out: what `token` saves is exact between any two batches."""
 
-class _HttpClientStream(ClientStream):
-    """A stream over HTTP: the tokens it was last given, and batches that came and were not handed out yet."""
     def __init__(self, client: HttpClient, info: RpcMethodInfo, options: CallOptions) -> None:
-        self._client, self._info, self._options = client, info, options
-        self._path = f"/{info.protocol_name}/{info.name}/exchange"
-        self._call_token, self._waiting = b"", deque[AnnotatedBatch]()
-        self._cursor: bytes | None = None
-        self._saved: bytes | None = None  # the cursor from which the waiting batches were made
-        self._handed_out = 0  # data batches handed out since then
-        self._reader: IpcReader | None = None  # of the answer that is being read
-        self._rest: HttpBody | None = None  # its body, if that is still coming
-        self._metadata: Any = None  # of a tick that came while an answer to earlier ones was being read
-        self._handed_at = time.monotonic()
+        super().__init__(info, options)
+        self._client = client
+        self._call_token = b""
+        self._cursor: bytes | None = None  # behind the last answer; None when the server has finished
+        self._made_from: bytes | None = None  # the cursor before it; None for what came with the start
+        self._came = 0  # batches with it
+        self._metadata: Metadata | None = None  # of the next tick that is sent
 
-    def take(self, source: BufferSource) -> None:
-        """Read an answer's output stream whole."""
-        self._open(source)
-        self._waiting.extend(iter(self._read, None))
+    def begin(self, body: Buffer) -> None:
+        """Read what comes with the start of a stream."""
+        source = BufferSource(body)
+        if self.info.header is not None:
+            wire = self.info.header.row.wire
+            reader = IpcReader(source, validation=self.options.ipc_validation, expected=[wire])
+            self.header_batch = only_batch(self.info, reader, next_reply(reader, self.options))
+        self._take(source, True)
 
-    def _open(self, source: ByteSource) -> None:
-        self._cursor, self._reader = None, _open_answer(source, self._options)
+    def _take(self, source: ByteSource, begins: bool = False) -> None:
+        """Read an answer's output stream whole. Its batches are decoded at once, as each may replace dictionaries."""
+        reader = IpcReader(source, validation=self.options.ipc_validation)
+        batches: deque[AnnotatedBatch] = deque()
+        cursor = None
+        token = None
+        while message := next_reply(reader, self.options):
+            self._call_token = message.metadata.get(CALL_STATE_KEY, self._call_token)
+            cursor = message.metadata.get(STATE_KEY, cursor)
+            if batch_kind(message.rows, message.metadata) == "token":
+                token = message
+            else:
+                batches.append(reply_batch(reader, message))
+        if token is not None and not batches and not begins:
+            # It rides on the turn's own batch, which has no rows.
+            batches.append(reply_batch(reader, token))
+        self._schema = reader.schema
+        self._made_from = self._cursor
+        self._cursor = cursor
+        self._came = len(batches)
+        self._waiting = batches
 
-    def _read(self) -> AnnotatedBatch | None:
-        """Read on in the answer to the next data batch, ``None`` at its end; tokens are known by their keys."""
-        while (item := answer_call(next_reply_item, cast("IpcReader", self._reader), self._options)) is not None:
-            self._call_token = item.metadata.get(CALL_STATE_KEY, self._call_token)
-            self._cursor = item.metadata.get(STATE_KEY, self._cursor)
-            if item.kind is BatchKind.DATA:
-                return answer_call(item.annotated)
-        self._reader = None
-        return None
+    def _post(self, batch: pa.RecordBatch, turns: int) -> None:
+        headers: Pairs = ()
+        deadline = self.options.deadline
+        if turns > 1 and not self._metadata:  # which belongs to one turn
+            headers = ((MAX_TURNS_HEADER, str(turns)),)
+            if deadline is not None:  # the server may begin further turns for so long
+                deadline += MAX_TURNS_SECONDS
+        metadata = self.options.turn_metadata(self._metadata)
+        metadata |= {STATE_KEY: self._cursor or b"", CALL_STATE_KEY: self._call_token}
+        self._metadata = None
+        wire = EMPTY if batch is TICK or self._input is None else self._input
+        path = f"/{self.info.protocol_name}/{self.info.name}/exchange"
+        pieces = stream_pieces(wire, [(batch, metadata)])
+        self._client.post(path, pieces, deadline, lambda body: self._take(BufferSource(body)), headers)
 
-    def _read_on(self) -> None:
-        """Read one more batch of an answer that is still coming."""
-        rest = cast("HttpBody", self._rest)
-        if rest.channel is not None:
-            rest.channel.deadline = self._options.deadline
-        try:
-            batch = self._read()
-        except ResponseTooLargeError as exc:
-            raise _over_budget(exc) from None
-        if batch is not None:
-            self._waiting.append(batch)
-            return
-        with contextlib.suppress(RpcError):  # all that counts has come
-            rest.read(1)  # the end of the body, which gives the connection back
-        self._leave()
-
-    def _leave(self) -> None:
-        """Read no more of the answer that is still coming, and forget what it brought."""
-        if self._rest is not None:
-            self._rest.close()
-        self._reader = self._rest = None
-        self._waiting.clear()
-
-    def _post(self, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes], turns: int = 1) -> HttpReply:
-        tokens = {**metadata, STATE_KEY: self._cursor or b"", CALL_STATE_KEY: self._call_token}
-        if self._options.timeout is not None:
-            tokens[TIMEOUT_KEY] = str(max(1, int(self._options.timeout * 1000))).encode()
-        body = stream_bytes(batch.schema, [(batch, tokens)])
-        return self._client.post(self._path, body, self._options.deadline, turns, len(tokens[STATE_KEY]))
-
-    def _ask(self, given: AnnotatedBatch, turns: int) -> None:
-        metadata, self._metadata = dict(given.custom_metadata or self._metadata or {}), None
-        self._saved, self._handed_out = self._cursor, 0
-        body = self._post(given.batch, metadata, 1 if metadata else turns).body
-        if isinstance(body, HttpBody):
-            self._rest = body
-            self._open(body)
-        else:
-            self.take(BufferSource(body))
-        if self._rest is None and not self._waiting and self._cursor is not None and given.batch.num_columns:
-            raise TransportError(f"{self._info.name}(): expected a data batch, got a token and none")
-
-    def turn(self, given: AnnotatedBatch) -> AnnotatedBatch | None:
-        if self._rest is not None:
-            self._metadata = given.custom_metadata or self._metadata
-        return self._advance(given, 1)
-
-    def next(self) -> AnnotatedBatch | None:
-        quick = time.monotonic() - self._handed_at < SLOW_READER_SECONDS
-        answer = self._advance(_PLAIN_TICK, (self._options.prefetch or MAX_TURNS) if quick else 1)
-        self._handed_at = time.monotonic()
-        return answer
-
-    def _advance(self, given: AnnotatedBatch, turns: int) -> AnnotatedBatch | None:
-        while not self._waiting:
-            if self._cursor is None and self._rest is None:
-                self.done = True
-                return None
+    def _fetch(self, given: AnnotatedBatch | None) -> None:
+        self._check_open()
+        turns = 1
+        if given is None:
+            given = PLAIN_TICK
+            turns = self.options.prefetch or MAX_TURNS
+        self._metadata = given.custom_metadata or self._metadata
+        if not self._waiting and self._cursor is not None:
             try:
-                self._ask(given, turns) if self._rest is None else self._read_on()
+                self._post(given.batch, turns)
             except BaseException as exc:
-                self.done = True
-                if isinstance(exc, RpcError) and not _was_answer(exc):
-                    self.cut_off = f"was cut off: {exc.error_message}"
-                self._leave()
+                if isinstance(exc, RpcError) and was_answer(exc):
+                    self.phase = StreamPhase.DONE
+                else:
+                    self._cut(f"was cut off: {text_of(exc)}")
                 raise
-        self._handed_out += 1
-        return self._waiting.popleft()
 
     def token(self) -> bytes:
-        between = bool(self._waiting or self._rest is not None or self.cut_off)
-        if (self.done and not self.cut_off) or (self._cursor is None and not between):
-            raise RpcError("ProtocolError", f"the stream of {self._info.name}() is over: nothing to resume", "")
-        cursor, skip = (self._saved, self._handed_out) if between else (self._cursor, 0)
-        if cursor is None:
-            raise RpcError("ProtocolError", "no token yet: read the batches that came with the start of the stream first", "")
-        tokens = {"state": cursor.decode("latin-1"), "call": self._call_token.decode("latin-1")}
-        return json.dumps({"method": self._info.name, **tokens, "skip": skip}).encode()
+        cursor = self._cursor
+        skip = 0
+        if self._waiting:
+            cursor = self._made_from
+            skip = self._came - len(self._waiting)
+            if cursor is None:
+                raise local_error("no token yet: read what came with the start of the stream first")
+        if cursor is None or self.phase is StreamPhase.DONE:
+            raise local_error(f"the stream of {self.info.name}() is over: nothing to resume")
+        facts = {"method": self.info.name, "state": cursor.decode("latin-1"), "skip": skip}
+        return json.dumps({**facts, "call": self._call_token.decode("latin-1")}).encode()
 
-    def restore(self, token: bytes) -> None:
-        """Take over what `token` saved."""
-        facts = _json_object(token)
-        types = {key: type(facts.get(key)) for key in ("state", "call", "skip")}
-        if facts.get("method") != self._info.name or types != {"state": str, "call": str, "skip": int}:
-            raise RpcError("ProtocolError", f"resume: expected a token of {self._info.name}(), as session.token() gives it", "")
-        self._leave()
-        self._cursor, self._call_token = facts["state"].encode("latin-1", "replace"), facts["call"].encode("latin-1", "replace")
-        for left in range(facts["skip"], 0, -1):
-            if self._advance(_PLAIN_TICK, left) is None:
-                return
+    def seek_to_token(self, token: bytes) -> None:
+        facts = json_object(token)
+        found = [type(facts.get(key)) for key in ("state", "call", "skip")]
+        if facts.get("method") != self.info.name or found != [str, str, int]:
+            raise local_error(f"resume: expected a token of {self.info.name}(), as session.token() gives it")
+        self.phase = StreamPhase.OPEN
+        self._schema = None
+        self._waiting.clear()
+        self._cursor = facts["state"].encode("latin-1", "replace")
+        self._call_token = facts["call"].encode("latin-1", "replace")
+        for _ in range(facts["skip"]):
+            if self._turn(None) is None:
+                break
 
-    def close(self) -> None:
-        """Nothing to tell the server: it keeps nothing of a stream between turns."""
-        self.done = True
-        self._leave()
-
-    def cancel(self) -> None:
-        if self._rest is not None:
-            self._cursor = self._cursor or self._saved
-        self.close()
-        if self._cursor is not None:
+    def _end(self, cancels: bool) -> None:
+        # The server, which keeps nothing of a stream between turns, is told of a cancel alone.
+        is_told = cancels and self._cursor is not None and not self.closed
+        self.phase = StreamPhase.DONE
+        self._waiting.clear()
+        if is_told:
+            self._metadata = {CANCEL_KEY: b"1"}
             try:
-                self._post(_TICK, {CANCEL_KEY: b"1"})
+                self._post(TICK, 1)
             except RpcError as exc:
-                logger.debug("cancel of %s: %s", self._info.name, exc)
+                logger.debug("cancel of %s: %s", self.info.name, exc)
 
 
 # ============================================================================
-# 18. ENTRY POINTS ..................................... uses 1-17
+# 20. ENTRY POINTS ..................................... uses 1-19
 # ============================================================================
-# What most programs call: one function per way to serve and per way to connect. Each connect function returns a context
-# manager that gives the typed proxy and closes the connection; it connects on entering. Keywords mean the same everywhere:
-# `on_log` takes the server's log lines, `timeout` is seconds per call or turn (None for no limit), `ipc_validation` says
-# how much of each answer is checked.
+# What most programs call. Each connect function returns an `RpcConnection`: `with connection as proxy` gives
+# the typed proxy and closes it on leaving; without `with`, the connection has the methods itself, and `close`.
+# Nobody there: a `TransportError`, over HTTP from the first call. Keywords mean the same everywhere:
+# `on_log` takes the server's log lines, `timeout` is seconds for each call or turn (None for no limit),
+# `ipc_validation` says how much of each answer is checked.
 
-@contextlib.contextmanager
-def _connected(dial: Callable[[], Transport | ClientChannel], protocol: type[_P], on_log: ClientLog | None,
-               timeout: float | None, ipc_validation: IpcValidation) -> Iterator[_P]:
-    with RpcConnection(protocol, dial(), on_log, timeout=timeout, ipc_validation=ipc_validation) as proxy:
-        yield proxy
 
-@contextlib.contextmanager
-def serve_pipe(protocol: type[_P], implementation: Any, *, on_log: ClientLog | None = None, timeout: float | None = None,
-               ipc_validation: IpcValidation | None = None) -> Iterator[_P]:
-    """Serve *implementation* in a thread of this process, over a pair of pipes, and give a proxy to it. *ipc_validation* holds
-    for both sides; default: every value. ``TypeError``: the implementation does not fit the protocol."""
-    server = RpcServer(protocol, implementation, ipc_validation=ipc_validation)
-    client, serving = make_pipe_pair()
-    def serve() -> None:
-        with contextlib.closing(serving):
-            server.serve(serving)
-    thread = threading.Thread(target=serve, daemon=True, name="vgi_rpc serve_pipe")
-    thread.start()
-    try:
-        with _connected(lambda: client, protocol, on_log, timeout, ipc_validation or IpcValidation.FULL) as proxy:
-            yield proxy
-    finally:
-        thread.join(WORKER_EXIT_SECONDS)
+class _ServedPipe(Transport):
+    """The near end of a pipe whose far end a thread of this process serves."""
 
-def connect(protocol: type[_P], cmd: Sequence[str], *, on_log: ClientLog | None = None,
-            stderr: StderrMode = StderrMode.INHERIT, stderr_logger: logging.Logger | None = None, timeout: float | None = None,
-            ipc_validation: IpcValidation = IpcValidation.FULL) -> contextlib.AbstractContextManager[_P]:
-    """Start a worker and give a proxy to it; on leaving, its stdin is closed and it is reaped. *cmd* is a program that calls
-    `run_server`, with its arguments; one that is deaf for longer than *timeout* is terminated. *stderr* says where its standard
-    error goes, *stderr_logger* is for ``StderrMode.PIPE``. Raises `TransportError`, on entering when the program cannot be
-    started, from a call when it has died."""
-    dial = functools.partial(SubprocessTransport, cmd, stderr=stderr, stderr_logger=stderr_logger)
-    return _connected(dial, protocol, on_log, timeout, ipc_validation)
+    def __init__(self, server: RpcServer) -> None:
+        def serve() -> None:
+            with contextlib.closing(far):
+                server.serve(far)
 
-def unix_connect(protocol: type[_P], path: str, *, on_log: ClientLog | None = None, timeout: float | None = None,
-                 ipc_validation: IpcValidation = IpcValidation.FULL) -> contextlib.AbstractContextManager[_P]:
-    """Connect to a Unix socket and give a proxy; on entering raises `TransportError` when nobody listens there."""
-    return _connected(lambda: connect_unix_socket(path, timeout), protocol, on_log, timeout, ipc_validation)
+        with opening("cannot serve a pipe") as opened:
+            near, far = [opened.enter_context(contextlib.closing(end)) for end in make_pipe_pair()]
+            super().__init__(near.channel, near.kind)
+            self._thread = threading.Thread(target=serve, daemon=True, name="vgi_rpc serve_pipe")
+            self._thread.start()
 
-def tcp_connect(protocol: type[_P], host: str, port: int, *, connect_timeout: float | None = 5.0,
-                tls_context: ssl.SSLContext | None = None, server_hostname: str | None = None, on_log: ClientLog | None = None,
-                timeout: float | None = None, ipc_validation: IpcValidation = IpcValidation.FULL,
-                ) -> contextlib.AbstractContextManager[_P]:
-    """Connect over TCP and give a proxy; on entering raises `TransportError` when nobody listens there, or TLS fails. With
-    *tls_context*, a client-side context of the standard library's ``ssl``, over TLS; the certificate must be for
-    *server_hostname*, by default for *host*. *connect_timeout* is in seconds."""
-    def dial() -> Transport:
-        connected = connect_tcp_socket(host, port, connect_timeout, tls_context, server_hostname)
-        return Transport(SocketChannel(connected), TransportKind.TCP, f"{host}:{port}")
-    return _connected(dial, protocol, on_log, timeout, ipc_validation)
+    def close(self, patience: float = WORKER_EXIT_SECONDS) -> None:
+        """Close, and wait *patience* seconds for the method that is still running."""
+        super().close()
+        if self._thread is not threading.current_thread():
+            self._thread.join(patience)
 
-def _http_client(base_url: str | None, prefix: str | None, client: HttpSender | None, tls: ssl.SSLContext | None = None,
-                 **options: Any) -> HttpClient:
-    if client is not None:
-        return HttpClient(client, prefix if prefix is not None else getattr(client, "prefix", ""), **options)
-    if base_url is None:
-        raise ValueError("expected a base URL or a client")
-    target = HttpTarget.parse(base_url)
-    path = f"{target.prefix}/{(prefix or '').strip('/')}".rstrip("/")
-    return HttpClient(HttpConnections(target, tls), path, **options)
+
+def serve_pipe(
+    protocol: ProtocolClass[P],
+    implementation: Any,
+    *,
+    on_log: ClientLog | None = None,
+    timeout: float | None = None,
+    ipc_validation: IpcValidation | None = None,
+) -> RpcConnection[P]:
+    """Serve *implementation* in a thread of this process, and connect; *ipc_validation* is for both sides.
+
+    Raises ``TypeError`` when the implementation does not fit the protocol.
+    """
+    server = RpcServer(cast("type", protocol), implementation, ipc_validation=ipc_validation)
+    pipe = _ServedPipe(server)
+    return RpcConnection(protocol, pipe, on_log, timeout=timeout, ipc_validation=server.ipc_validation)
+
+
+def connect(
+    protocol: ProtocolClass[P],
+    cmd: Sequence[str],
+    *,
+    on_log: ClientLog | None = None,
+    stderr: StderrMode = StderrMode.INHERIT,
+    stderr_logger: logging.Logger | None = None,
+    timeout: float | None = None,
+    ipc_validation: IpcValidation = IpcValidation.FULL,
+) -> RpcConnection[P]:
+    """Start *cmd*, a program that calls `run_server`, with its arguments; closing closes its stdin and reaps it.
+
+    *stderr* says where its standard error goes; with ``StderrMode.PIPE``, line by line to *stderr_logger*.
+    """
+    worker = functools.partial(SubprocessTransport, cmd, stderr=stderr, stderr_logger=stderr_logger)
+    return RpcConnection(protocol, worker, on_log, timeout=timeout, ipc_validation=ipc_validation)
+
+
+def unix_connect(
+    protocol: ProtocolClass[P],
+    path: str,
+    *,
+    on_log: ClientLog | None = None,
+    timeout: float | None = None,
+    ipc_validation: IpcValidation = IpcValidation.FULL,
+) -> RpcConnection[P]:
+    """Connect to a Unix socket."""
+    dial = functools.partial(connect_unix_socket, path, timeout)
+    return RpcConnection(protocol, dial, on_log, timeout=timeout, ipc_validation=ipc_validation)
+
+
+def tcp_connect(
+    protocol: ProtocolClass[P],
+    host: str,
+    port: int,
+    *,
+    connect_timeout: float | None = 5.0,
+    tls_context: ssl.SSLContext | None = None,
+    server_hostname: str = "",
+    on_log: ClientLog | None = None,
+    timeout: float | None = None,
+    ipc_validation: IpcValidation = IpcValidation.FULL,
+) -> RpcConnection[P]:
+    """Connect over TCP within *connect_timeout* seconds, with a client-side ``ssl.SSLContext`` over TLS.
+
+    The server must have the certificate of *server_hostname*, by default of *host*.
+    """
+    dial = functools.partial(connect_tcp_socket, host, port, connect_timeout, tls_context, server_hostname)
+    return RpcConnection(protocol, dial, on_log, timeout=timeout, ipc_validation=ipc_validation)
+
 
 def http_connect(
-    protocol: type[_P], base_url: str | None = None, *, prefix: str | None = None, on_log: ClientLog | None = None,
-    client: HttpSender | None = None, headers: Headers | None = None, timeout: float | None = None,
-    tls_context: ssl.SSLContext | None = None, compression_level: int | None = 1,
-    accepted_max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES, ipc_validation: IpcValidation = IpcValidation.FULL,
-) -> contextlib.AbstractContextManager[_P]:
-    """Connect over HTTP and give a proxy, which several threads may use.
+    protocol: ProtocolClass[P],
+    base_url: str | None = None,
+    *,
+    prefix: str | None = None,
+    client: HttpSender | None = None,
+    opener: urllib.request.OpenerDirector | None = None,
+    headers: Headers | None = None,
+    tls_context: ssl.SSLContext | None = None,
+    compression_level: int | None = 1,
+    accepted_max_response_bytes: int | None = CLIENT_MAX_RESPONSE_BYTES,
+    on_log: ClientLog | None = None,
+    timeout: float | None = None,
+    ipc_validation: IpcValidation = IpcValidation.FULL,
+) -> RpcConnection[P]:
+    """Connect over HTTP; several threads may use the proxy. Raises ``ValueError`` for a wrong URL or option.
 
     Args:
-        base_url: ``http(s)://host[:port][/prefix]``; *prefix* is further path. ``ValueError`` on entering when it is no URL.
+        base_url: ``http(s)://host[:port][/prefix]``; *prefix* is further path.
         client: What `make_sync_client` gives, instead of a URL.
-        headers: Further headers, such as ``{"Authorization": "Bearer …"}``, or a function that gives them for each request.
+        opener: Sends each request by this opener of ``urllib.request``, on a connection of its own.
+        headers: Such as ``{"Authorization": "Bearer …"}``, or a function that gives them for each request.
         tls_context: For https; default ``ssl.create_default_context()``.
         compression_level: 1 to 9; ``None`` neither compresses nor asks for compressed answers.
         accepted_max_response_bytes: Largest answer, decoded; a larger one is refused by the server or here.
-
-    A call raises `TransportError` when nobody answers there, `AuthenticationError` for a 401.
     """
-    options = {"headers": headers, "compression_level": compression_level, "max_response_bytes": accepted_max_response_bytes}
-    dial = functools.partial(_http_client, base_url, prefix, client, tls_context, **options)
-    return _connected(dial, protocol, on_log, timeout, ipc_validation)
+    sender, path = _http_sender(base_url, prefix, client, opener, tls_context)
+    channel = HttpClient(sender, path, headers, compression_level, accepted_max_response_bytes)
+    return RpcConnection(protocol, channel, on_log, timeout=timeout, ipc_validation=ipc_validation)
 
-@_takes_options(HttpOptions)
-def make_sync_client(server: RpcServer, **options: Any) -> SyncClient:
-    """Return a client for ``http_connect(P, client=...)`` that calls *server*'s HTTP side without a socket. The keywords are
-    those of `HttpOptions`; without ``token_key`` a random one is used, silently."""
-    options.setdefault("token_key", os.urandom(32))
-    return SyncClient(HttpApp(server, *_split_options(options, HttpOptions)))
 
-def http_capabilities(base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None,
-                      timeout: float | None = None) -> HttpServerCapabilities:
-    """Ask a server's ``/health`` what it can do; raises `TransportError`. A *client* that was given stays open."""
-    channel = _http_client(base_url, prefix, client)
-    with contextlib.nullcontext() if client is not None else contextlib.closing(channel):
-        return channel.capabilities(None if timeout is None else time.monotonic() + timeout)
+def _http_sender(
+    url: str | None,
+    prefix: str | None,
+    client: HttpSender | None,
+    opener: Any = None,
+    tls_context: Any = None,
+) -> tuple[HttpSender, str]:
+    """What `HttpClient` begins with: how requests get to the server, and the path in front of each."""
+    if client is not None:
+        return client, prefix or client.prefix
+    if not url:
+        raise ValueError("expected a base URL or a client")
+    target = HttpTarget.parse(url)
+    path = f"{target.prefix}/{(prefix or '').strip('/')}".rstrip("/")
+    if opener is None:
+        return http_sender(target, tls_context), path
+    if tls_context is not None:
+        raise ValueError("an opener has its own tls_context: give it to its HTTPSHandler(context=...)")
+    return OpenerSender(opener, target), path
 
-def http_introspect(base_url: str | None = None, *, prefix: str | None = None, client: HttpSender | None = None,
-                    protocol: str | None = None) -> ServiceDescription:
-    """Return what an HTTP server says of *protocol*, by default its primary one; raises as `list_protocols`."""
-    channel = _http_client(base_url, prefix, client)
-    with contextlib.nullcontext() if client is not None else contextlib.closing(channel):
+
+def make_sync_client(
+    server: RpcServer,
+    *,
+    prefix: str = "",
+    token_key: bytes | str | Sequence[bytes] | None = None,
+    token_ttl: float = TOKEN_TTL_SECONDS,
+    authenticate: Authenticate | None = None,
+    cors_origins: str | Iterable[str] | None = None,
+    max_request_bytes: int | None = None,
+    max_response_bytes: int | None = None,
+    compression_level: int | None = 1,
+    call_state_cache_entries: int = 4096,
+    max_rows: int | None = None,
+    pages: bool = True,
+    json: bool = True,
+    allowed_hosts: str | Iterable[str] | None = None,
+) -> SyncClient:
+    """Return a client for ``http_connect(P, client=...)`` that calls *server*'s HTTP side without a socket.
+
+    The keywords are the fields of `HttpOptions`; without *token_key* a random one is used, silently.
+    """
+    token_key = os.urandom(32) if token_key is None else token_key
+    return SyncClient(HttpApp(server, options_from(HttpOptions, locals())))
+
+
+def http_capabilities(
+    base_url: str = "", *, prefix: str = "", client: HttpSender | None = None, timeout: float | None = None
+) -> HttpServerCapabilities:
+    """Ask a server's ``/health`` what it can do; raises `TransportError`."""
+    with contextlib.closing(HttpClient(*_http_sender(base_url, prefix, client))) as channel:
+        return channel.capabilities(CallOptions(timeout=timeout).deadline)
+
+
+def http_introspect(
+    base_url: str = "", *, prefix: str = "", client: HttpSender | None = None, protocol: str | None = None
+) -> ServiceDescription:
+    """Return what a server says of *protocol*, by default its primary one; raises as `list_protocols`."""
+    with contextlib.closing(HttpClient(*_http_sender(base_url, prefix, client))) as channel:
         return introspect(channel, protocol=protocol)
 
-def announce(line: str) -> None:
-    """Print a discovery line (``PORT:…``, ``UNIX:…``, ``TCP:…``) on stdout for the program that started us."""
-    print(line, flush=True)
 
-def _host_and_port(text: str) -> tuple[str, int]:
-    """Read ``[HOST:]PORT``; the host may stand in brackets, as IPv6 addresses do."""
+def announce(kind: str, *place: object) -> None:
+    """Print a discovery line (``PORT:…``, ``UNIX:…``, ``TCP:…``) for the program that started us."""
+    if kind == "PORT":
+        place = place[-1:]
+    with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it: that stops no server
+        print(kind, *place, sep=":", flush=True)
+
+
+def port_number(text: str) -> int:
+    """Read a port for argparse: 0 to 65535."""
     import argparse
+
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"expected a port, 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """Read ``[HOST:]PORT`` for argparse; the host may stand in brackets, as IPv6 addresses do."""
     host, _, port = text.rpartition(":")
-    if not re.fullmatch("[0-9]{1,5}", port):
-        raise argparse.ArgumentTypeError(f"expected [HOST:]PORT, got {text!r}")
-    return host.strip("[]") or "127.0.0.1", int(port)
+    return host.strip("[]") or "127.0.0.1", port_number(port)
+
 
 def run_server(protocol_or_server: type | RpcServer, implementation: Any = None) -> None:
-    """Be a worker: the ``main`` of a program that serves, which reads the program's own command line. Without arguments it
-    serves stdin and stdout. ``--http [--host H] [--port N]``, ``--unix PATH`` and ``--tcp [HOST:]PORT`` listen instead, and
-    print one discovery line on stdout: ``PORT:<n>``, ``UNIX:<path>`` or ``TCP:<host>:<port>``.
+    """Be a worker: the ``main`` of a program that serves, which reads the program's own command line.
 
-    *implementation* is ``None`` with a ready server, or to make one of a plain class. Raises ``TypeError`` when it does not
-    fit the protocol, ``SystemExit`` when the command line is wrong or asks for help."""
+    Without arguments it serves stdin and stdout. ``--http [--host H] [--port N]``, ``--unix PATH`` and
+    ``--tcp [HOST:]PORT`` listen instead, and print ``PORT:<n>``, ``UNIX:<path>`` or ``TCP:<host>:<port>``. A
+    plain class serves as its own protocol; where no *implementation* is given, one is made.
+
+    Raises ``TypeError`` when the implementation does not fit, ``SystemExit`` for a wrong command line.
+    """
     server = protocol_or_server
     if not isinstance(server, RpcServer):
-        server = RpcServer(server, implementation if implementation is not None else server())
+        if implementation is None and isinstance(server, type) and not getattr(server, "_is_protocol", False):
+            implementation = server()
+        server = RpcServer(server, implementation)
+    elif implementation is not None:
+        raise TypeError("run_server: expected a server alone, got an implementation beside it")
     if not sys.argv[1:]:  # a worker's start need not wait for argparse
         serve_stdio(server)
         return
     import argparse
+
     parser = argparse.ArgumentParser(description=f"Serves {server.protocol_name} (vgi_rpc {__version__}).")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--http", action="store_true", help="serve HTTP; prints PORT:<n>")
-    where.add_argument("--unix", metavar="PATH", help="serve a Unix socket; prints UNIX:<path>")
-    where.add_argument("--tcp", metavar="[HOST:]PORT", type=_host_and_port, help="serve TCP; prints TCP:<host>:<port>")
-    parser.add_argument("--host", default="127.0.0.1", help="address for --http (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=0, help="port for --http (default: a free one)")
-    parser.add_argument("--idle-timeout", type=float, metavar="SECONDS", help="end after so long without a connection")
-    parser.add_argument("--access-log", metavar="PATH", help="append a JSON line per call; - is stderr")
+    where = parser.add_mutually_exclusive_group().add_argument
+    where("--http", action="store_const", const="PORT", help="serve HTTP; prints PORT:<n>")
+    where("--unix", metavar="PATH", help="serve a Unix socket; prints UNIX:<path>")
+    where("--tcp", metavar="[HOST:]PORT", type=host_and_port, help="serve TCP; prints TCP:<host>:<port>")
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address for --http (default: %(default)s)")
+    add("--port", type=port_number, default=0, help="port for --http (default: a free one)")
+    add("--idle-timeout", type=float, metavar="SECONDS", help="end after so long without a connection")
+    add("--access-log", metavar="PATH", help="append a JSON line for each call; - is stderr")
     args = parser.parse_args()
     idle = args.idle_timeout
-    if args.access_log:
-        configure_access_log(args.access_log, server)
-    if args.http:
-        serve_http(server, host=args.host, port=args.port, idle_timeout=idle, on_bound=lambda _, port: announce(f"PORT:{port}"))
-    elif args.unix:
-        serve_unix(server, args.unix, threaded=True, idle_timeout=idle, on_bound=lambda path: announce(f"UNIX:{path}"))
-    elif args.tcp:
-        serve_tcp(server, *args.tcp, threaded=True, idle_timeout=idle, on_bound=lambda h, p: announce(f"TCP:{h}:{p}"))
-    else:
-        serve_stdio(server)
+    told = functools.partial(announce, args.http or (args.unix and "UNIX") or "TCP")
+    try:
+        if args.access_log:
+            configure_access_log(args.access_log, server)
+        if args.http:
+            serve_http(server, host=args.host, port=args.port, idle_timeout=idle, on_bound=told)
+        elif args.unix:
+            serve_unix(server, args.unix, threaded=True, idle_timeout=idle, on_bound=told)
+        elif args.tcp:
+            serve_tcp(server, *args.tcp, threaded=True, idle_timeout=idle, on_bound=told)
+        else:
+            serve_stdio(server)
+    except OSError as exc:
+        raise SystemExit(f"{os.path.basename(sys.argv[0])}: {text_of(exc)}") from None
 
 
 # ============================================================================
-# 19. COMMAND LINE ..................................... uses 1-18
+# 21. COMMAND LINE ..................................... uses 1-20
 # ============================================================================
-# `python vgi_rpc.py COMMAND`: answers go to stdout, everything said about them to stderr; stdin is read only where `-` stands.
-# Law: nothing of this section runs on import; a failure is one line, a hint where there is one, and an exit code.
+# `python vgi_rpc.py COMMAND`: answers go to stdout, everything said about them to stderr; stdin is read only where
+# `-` stands. Law: nothing of this section runs on import; a failure is one line, a hint and an exit code: 1 the server
+# answered with an error, 2 the command line or a file is wrong, 3 no server was reached, 4 it refused the caller,
+# 5 the time was over, 130 Ctrl-C.
 
-_OK, _FAILED, _USAGE, _UNREACHABLE, _REFUSED, _TIMEOUT, _INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
-_REFUSALS = (Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.RESOURCE_EXHAUSTED)
-_TEXT_ROWS = 100  # of CSV and NDJSON in a turn, where nothing else says what a batch is
-_CHUNK_BYTES = 1 << 20  # of a CSV or NDJSON file read at once; the types of its columns are those of the first chunk
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_FORMATS = ("auto", "json", "ndjson", "table", "arrow")
+_ENDINGS = dict(zip(_FORMATS[1:], _FORMATS[1:]), jsonl="ndjson", txt="table", arrows="arrow")
 
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 @dataclass(frozen=True)
 class CountdownHeader(ArrowSerializableDataclass):
     """What `Demo.countdown` says before its first number."""
+
     start: int
     batches: int
+
 
 @dataclass
 class CountdownState(ProducerState):
     """Where a countdown stands."""
+
     left: int
     pause: float
 
     def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        """Emit the next number."""
         if self.left < 0:
             out.finish()
             return
@@ -7664,27 +8423,32 @@ class CountdownState(ProducerState):
         out.emit_pydict({"n": [self.left]})
         self.left -= 1
 
+
 @dataclass
 class StatisticsState(ExchangeState):
-    """What is known so far: count, sum, min and max of each column; nulls are passed over, and decide nothing."""
+    """Count, sum, min and max of each column so far; nulls are passed over."""
+
     columns: dict[str, list[float | None]]
 
     def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
+        """Take a batch and answer with the statistics."""
         import pyarrow.compute as pc
-        answer: dict[str, Any] = {}
-        known: dict[str, Any] = self.columns
-        for name, (count, total, *edges) in known.items():
-            values = input.batch.column(name).cast(pa.float64(), safe=False)
-            count += len(values) - values.null_count
+
+        answer = {}
+        columns: dict[str, Any] = self.columns
+        for name, (count, total, *edges) in columns.items():
+            values = input.batch.column(name).cast(pa.float64(), safe=False).drop_null()
+            count += len(values)
             total += pc.sum(values).as_py() or 0.0
-            found = pc.min_max(pa.concat_arrays([values, pa.array(edges, pa.float64())])).as_py()
-            known[name] = [count, total, *found.values()]
-            answer[name] = [{"count": int(count), "mean": total / count if count else None, **found}]
+            least_most = pc.min_max(pa.concat_arrays([values, pa.array(edges, pa.float64())])).as_py()
+            columns[name] = [count, total, *least_most.values()]
+            answer[name] = [{"count": int(count), "mean": total / count if count else None, **least_most}]
         out.emit_pydict(answer)
 
 
 class Demo:
     """A small service with one method of each kind."""
+
     def add(self, a: float, b: float = 1.0) -> float:
         """Return a + b."""
         return a + b
@@ -7696,1006 +8460,747 @@ class Demo:
 
     def statistics(self, schema: pa.Schema) -> Stream[StatisticsState]:
         """Answer each batch of schema with count, mean, min and max of every numeric column so far."""
-        names = [f.name for f in schema if _is_number(f.type) or pa.types.is_decimal(f.type)]
+        names = [f.name for f in schema if re.match("u?int|double|float|halffloat|decimal", str(f.type))]
         if not names or len(set(schema.names)) < len(schema):
-            problem = f"expected numeric columns under unique names, got {_schema_text(schema)}"
-            raise StatusError(problem, code=Code.INVALID_ARGUMENT)
-        summary = pa.struct([("count", pa.int64()), ("mean", pa.float64()), ("min", pa.float64()), ("max", pa.float64())])
+            text = f"expected numeric columns under unique names, got {schema_text(schema)}"
+            raise StatusError(text, code=Code.INVALID_ARGUMENT)
+        kind = pa.struct({"count": pa.int64(), **dict.fromkeys(("mean", "min", "max"), pa.float64())})
         state = StatisticsState({name: [0.0, 0.0, None, None] for name in names})
-        return Stream(pa.schema([(name, summary) for name in names]), state, input_schema=schema)
+        return Stream(pa.schema(dict.fromkeys(names, kind)), state, input_schema=schema)
 
-DemoImpl = Demo  # for code that names the class that serves apart from the protocol
 
 class _CliError(Exception):
-    """Ends a command with one line, a hint and an exit code."""
-    def __init__(self, message: str, hint: str = "", code: int = _USAGE) -> None:
-        super().__init__(message)
-        self.hint, self.code = hint, code
+    """Ends a command: a message, then a hint and an exit code where there are any."""
 
-def _paint(text: str, style: str, stream: Any = None) -> str:
-    """Colour *text* when *stream* (stderr) is a terminal that may show it; ``NO_COLOR`` wins (no-color.org)."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not (stream or sys.stderr).isatty()
-    return text if plain else f"\x1b[{style}m{text}\x1b[0m"
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # a stderr that is closed or full ends nothing
+        print(text, file=sys.stderr, flush=True)
+
 
 def _program() -> str:
-    name = os.path.basename(sys.argv[0] or "vgi_rpc.py")
-    return f"python {name}" if name.endswith(".py") else name
+    """The words that start this program again."""
+    import shlex
 
-def _verdict(exc: Exception) -> tuple[int, str]:
-    """The exit code of a failure, and a hint."""
-    if not isinstance(exc, RpcError):
-        return (exc.code, exc.hint) if isinstance(exc, _CliError) else (_USAGE, "")
-    if exc.code is Code.DEADLINE_EXCEEDED:
-        return _TIMEOUT, ""
-    if isinstance(exc, TransportError):
-        refused = exc.error_message.startswith("cannot connect")
-        return _UNREACHABLE, f"is the server running? {_program()} serve" if refused else ""
-    if exc.code in _REFUSALS or "VersionError" in exc.error_type:
-        unknown = isinstance(exc, AuthenticationError)
-        return _REFUSED, "send credentials: --bearer-file FILE or -H 'Authorization: Bearer …'" if unknown else ""
-    hidden = REFLECTION_PROTOCOL in exc.error_message
-    return _FAILED, "a server with --no-describe does not say what it has, and cannot be called by name" if hidden else ""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    words = ["-m", spec.name.removesuffix(".__main__")] if spec and spec.name != "__main__" else sys.argv[:1]
+    return shlex.join([sys.executable, *words])
 
-def _report(exc: Exception, args: Any) -> int:
-    """Say on stderr what failed, as the flags ask for it; return the exit code."""
-    code, hint = _verdict(exc)
-    remote = vars(exc) if isinstance(exc, RpcError) else {}
-    trace = remote.get("remote_traceback", "").rstrip() if getattr(args, "verbose", False) else ""
-    if getattr(args, "format", "") == "json":
-        facts = {"error_type": type(exc).__name__.lstrip("_"), "error_message": _text_of(exc), **remote, "hint": hint}
-        facts.update(remote_traceback=trace, exit_code=code)
-        _say(json.dumps({"error": {k: v for k, v in facts.items() if v}}, default=str, ensure_ascii=False))
-        return code
-    text = f"{exc.filename or ''}: {exc.strerror}" if isinstance(exc, OSError) else getattr(exc, "error_message", exc)
-    kind = f"{exc.error_type}: " if isinstance(exc, RpcError) and not isinstance(exc, _LocalError) else ""
-    first = f"{_paint('error:', '1;31')} {kind}{' '.join(_text_of(text).split())}"
-    _say("\n".join(filter(None, (first, hint and f"{_paint('hint:', '1;36')} {hint}", trace))))
+
+def _report(exc: Exception, verbose: bool) -> int:
+    """Say on stderr what failed, with a hint where there is one; return the exit code."""
+    text, hint, code = text_of(exc), "", 2
+    if isinstance(exc, _CliError):
+        text, hint, code = exc.args + ("", 2)[len(exc.args) - 1 :]
+    elif isinstance(exc, OSError):
+        text = f"{exc.filename or ''}: {exc.strerror or exc}"
+    elif isinstance(exc, RpcError):
+        refused = (Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.RESOURCE_EXHAUSTED)
+        code = 4 if exc.code in refused or "VersionError" in exc.error_type else 1
+        if isinstance(exc, TransportError) or exc.code is Code.DEADLINE_EXCEEDED:
+            code = 5 if exc.code is Code.DEADLINE_EXCEEDED else 3
+        if text.startswith("cannot connect"):
+            hint = f"is the server running? {_program()} serve"
+        elif isinstance(exc, AuthenticationError):
+            hint = "send credentials: --bearer-file FILE or -H 'Authorization: Bearer …'"
+        elif REFLECTION_PROTOCOL in text:
+            hint = "a server with --no-describe does not say what it has"
+    _say(f"error: {' '.join(text.split())}" + f"\nhint: {hint}" * bool(hint))
+    if verbose and isinstance(exc, RpcError) and exc.remote_traceback:
+        _say(exc.remote_traceback.rstrip())
     return code
 
-def _load_target(text: str) -> Any:
-    """Import what ``module:Class``, ``path/to/file.py:Class`` or ``module:factory()`` names."""
-    match = re.fullmatch(r"(.+?):([A-Za-z_][\w.]*)(\(\))?", text)
-    if not match:
-        raise _CliError(f"target {text!r}: expected module:Class, path/to/file.py:Class or module:factory()", f"try {text}:NAME")
-    module = _guarded(match[1], _import_module, match[1])
-    try:
-        found = functools.reduce(getattr, match[2].split("."), module)
-    except AttributeError:
-        own = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__ and n[0] != "_"]
-        hint = f"it defines {', '.join(own) or 'nothing to serve'}"
-        raise _CliError(f"{match[1]} has no {match[2]!r}{_suggest(match[2], own)}", hint) from None
-    return _guarded(text, found) if match[3] else found
 
-def _import_module(name: str) -> Any:
-    import importlib.util
-    if not name.endswith(".py"):
-        sys.path.insert(0, os.getcwd())
-        return importlib.import_module(name)
-    path, stem = os.path.abspath(name), os.path.basename(name)[:-3]
-    if not os.path.isfile(path):
-        raise _CliError(f"no file {path}")
-    sys.path.insert(0, os.path.dirname(path))
-    spec: Any = importlib.util.spec_from_file_location(stem, path)
-    module = sys.modules[stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# -- serve
 
-def _guarded(what: str, call: Callable[..., Any], *args: Any) -> Any:
-    """Run the user's code; what it raises becomes one line with its file and line."""
+
+def _service_of(target: str) -> RpcServer:
+    """The server for ``module:Class``, ``path/to/file.py:Class`` or ``module:factory()``.
+
+    A class serves the Protocol that it derives from, or one of its module that it fits, best by name; else itself.
+    """
+    import importlib
+
+    def names(cls: Any) -> set[str]:
+        return {name for name in dir(cls) if not name.startswith("_") and callable(getattr(cls, name, None))}
+
+    wanted = "a target is module:Class, path/to/file.py:Class or module:factory(), and loads without errors"
+    path, _, name = target.rpartition(":")
+    if not path or not re.fullmatch(r"[A-Za-z_][\w.]*(\(\))?", name):
+        raise _CliError(f"target {target!r} has no NAME; try {target}:NAME", wanted)
     try:
-        return call(*args)
-    except (_CliError, KeyboardInterrupt):
-        raise
-    except BaseException as exc:
-        if isinstance(exc, ModuleNotFoundError) and exc.name and what.startswith(exc.name):
-            raise _CliError(f"no module {exc.name!r}", "run from its folder, or give path/to/file.py:Class") from None
+        folder = os.getcwd()
+        package, _, stem = import_name(__name__).rpartition(".")
+        if path.endswith(".py"):
+            os.stat(path)
+            folder, path = os.path.split(os.path.abspath(path[:-3]))
+            package = ""
+        sys.path.insert(0, folder)
+        if package:  # as if it had been imported, this module is an attribute of its package
+            setattr(importlib.import_module(package), stem, sys.modules[__name__])
+        found: Any = importlib.import_module(path)
+        for step in name.removesuffix("()").split("."):
+            found = getattr(found, step)
+        if name.endswith("()") or isinstance(found, type):
+            found = found()
+    except Exception as exc:
         last = traceback.extract_tb(exc.__traceback__)[-1]
-        where = f"{exc.filename}:{exc.lineno}" if isinstance(exc, SyntaxError) else f"{last.filename}:{last.lineno}"
-        raise _CliError(f"{where}: {type(exc).__name__}: {_text_of(exc)}", f"{what} must load without errors") from None
-
-def _is_protocol(value: Any) -> bool:
-    return isinstance(value, type) and bool(vars(value).get("_is_protocol") and _public_functions(value))
-
-def _protocol_of(cls: type) -> type:
-    """The Protocol that a class subclasses, names (``protocol = P``) or, alone in its module, fits; else the class itself."""
-    named: list[Any] = [c for c in (vars(cls).get("protocol"), *cls.__mro__[1:]) if _is_protocol(c)]
-    methods = _public_functions(cls).keys()
-    around = dict.fromkeys(v for v in vars(sys.modules[cls.__module__]).values() if _is_protocol(v))
-    fitting: list[Any] = named[:1] or [p for p in around if _public_functions(p).keys() <= methods]
-    fitting = [p for p in fitting if cls.__name__.startswith(p.__name__)] or fitting
-    if len(fitting) > 1:
-        names = ", ".join(p.__name__ for p in fitting)
-        raise _CliError(f"{cls.__name__} fits several protocols: {names}", "its body says which: protocol = NAME")
-    return cast("type", (fitting or [cls])[0])
-
-def _service_of(target: str | None) -> RpcServer:
-    """Return the server for a target; the demo without one."""
-    found = _load_target(target) if target else Demo
+        own = last.filename == __file__ or "importlib" in last.filename
+        where = "" if own else f"{last.filename}:{last.lineno}: "
+        raise _CliError(f"{where}{type(exc).__name__}: {text_of(exc)}", wanted) from None
     if isinstance(found, RpcServer):
         return found
-    if inspect.isroutine(found) or _is_protocol(found):
-        needed = f"{target}()" if inspect.isroutine(found) else "the class that implements it"
-        raise _CliError(f"{target} is a {'function' if needed[-1] == ')' else 'Protocol'}", f"name {needed}")
-    cls = found if isinstance(found, type) else type(found)
-    protocol = _protocol_of(cls)
+    if inspect.isroutine(found):
+        raise _CliError(f"{target} is a function", "name the class, or write module:make()")
+    cls = type(found)
+    around: list[Any] = [*cls.__mro__[1:], *vars(sys.modules[cls.__module__]).values()]
+    around = [each for each in around if isinstance(each, type) and vars(each).get("_is_protocol")]
+    fitting = [each for each in around if names(each) and names(each) <= names(cls)]
+    fitting.sort(key=lambda each: not cls.__name__.startswith(each.__name__))
     try:
-        rpc_methods(protocol)
-        needs = [n for n, p in inspect.signature(cls).parameters.items() if p.default is p.empty and p.kind not in (2, 4)]
-        if cls is found and needs:
-            raise _CliError(f"{cls.__name__}() needs {', '.join(needs)}", "name a function that makes one: module:make()")
-        return RpcServer(protocol, _guarded(str(target), cls) if cls is found else found)
-    except (TypeError, ValueError) as exc:
-        text = _text_of(exc)
-        functions: list[Any] = [getattr(c, name, None) for name in re.findall(r"\b(\w+)\(\)", text) for c in (protocol, cls)]
-        code = next((f.__code__ for f in functions if hasattr(f, "__code__")), None)
-        where = f"{code.co_filename}:{code.co_firstlineno}: " if code else ""
-        raise _CliError(where + text, "each parameter and result has an annotation with an Arrow type") from None
+        return RpcServer([*fitting, cls][0], found)
+    except TypeError as exc:
+        raise _CliError(text_of(exc)) from None
 
-def _size(text: str) -> int:
-    """``64M`` -> bytes; argparse names this function in its error text."""
-    [(number, unit)] = re.findall(r"^([0-9]+)([KMG]?)(?:i?B)?\Z", text, re.I)
-    return int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit.upper()]
 
 def _words_of(path: str) -> list[list[str]]:
     """The words of each line of a file of secrets that is neither empty nor a comment."""
-    with open(path, encoding="utf-8") as f:
-        lines = [line.split() for line in f if line.strip() and not line.startswith("#")]
+    with open(path, encoding="utf-8") as file:
+        lines = [line.split() for line in file if line.strip() and not line.startswith("#")]
     if not lines:
         raise _CliError(f"{path}: expected a secret, got an empty file")
     return lines
 
-def _http_options(args: Any) -> tuple[dict[str, Any], str]:
-    """The options of `serve_http`, and what the banner says of the token key."""
-    options: dict[str, Any] = {"pages": not args.no_describe, "json": not args.no_json, "request_deadline": args.timeout}
-    options |= {n: getattr(args, n) for n in ("prefix", "token_ttl", "max_request_bytes", "max_response_bytes", "max_connections")}
-    key = f"from {args.token_key_file or 'VGI_RPC_TOKEN_KEY'}"
-    if args.token_key_file:
-        options["token_key"] = [line[0].encode() for line in _words_of(args.token_key_file)]
-    elif not os.environ.get("VGI_RPC_TOKEN_KEY"):
-        options["token_key"] = os.urandom(32)
-        key = "random: open streams end with this process; VGI_RPC_TOKEN_KEY or --token-key-file keeps them"
-    if args.cors:
-        options["cors_origins"] = [origin.strip() for origin in args.cors.split(",")]
-    if args.bearer_file:
-        lines = _words_of(args.bearer_file)
-        tokens = {line[-1]: AuthContext("bearer", True, line[0] if line[1:] else "bearer") for line in lines}
-        options["authenticate"] = bearer_authenticate_static(tokens=tokens)
-    if args.tls_cert:
-        import ssl
-        options["tls_context"] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            options["tls_context"].load_cert_chain(args.tls_cert, args.tls_key)
-        except OSError as exc:
-            hint = "PEM files: the certificate chain, and its key"
-            raise _CliError(f"--tls-cert {args.tls_cert}: {exc.strerror or exc}", hint) from None
-    return {name: value for name, value in options.items() if value is not None}, key
 
-def _serve_once(args: Any) -> int:
-    server = _service_of(args.target)
-    server.include_tracebacks &= not args.no_tracebacks
+def _serve(args: Any) -> None:
+    """Serve a class, over HTTP unless told otherwise."""
+    others = [name for name in ("stdio", "unix", "tcp") if getattr(args, name)]
+    if len(others) > 1 or (others and args.bearer_file):
+        raise _CliError("--stdio, --unix, --tcp: one at a time, and --bearer-file with none of them")
+    server = _service_of(args.target) if args.target else RpcServer(Demo, Demo())
+    server.include_tracebacks = server.include_tracebacks and not args.no_tracebacks
     if args.no_describe:
         server.services.pop(REFLECTION_PROTOCOL, None)
         server.describe_enabled = False
-    options, key = _http_options(args)
-    HttpApp(server, _split_options(options, HttpOptions, HttpServeOptions)[0])  # what is wrong with them is said now
+    names = ("prefix", "token_ttl", "allowed_hosts", "max_request_bytes", "max_response_bytes")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options.update(pages=not args.no_describe, json=not args.no_json, cors_origins=args.cors)
+    lasting = args.token_key_file or os.environ.get("VGI_RPC_TOKEN_KEY")
+    if args.token_key_file:
+        options["token_key"] = [line[0].encode() for line in _words_of(args.token_key_file)]
+    elif not lasting:
+        options["token_key"] = os.urandom(32)
+    if args.bearer_file:
+        lines = _words_of(args.bearer_file)
+        known = {words[-1]: AuthContext("bearer", True, [*words[:-1], "bearer"][0]) for words in lines}
+        options["authenticate"] = bearer_authenticate_static(tokens=known)
+    prefix = HttpApp(server, HttpOptions(**options)).options.prefix  # says at once what is wrong
     if args.check:
-        print(describe_rpc(server.primary.protocol).replace("__main__.", ""))
-        return _OK
+        print(describe_rpc(server.primary.protocol))
+        return
     if args.access_log:
         configure_access_log(args.access_log, server)
-    _listen(args, server, options, key)
-    return _OK
+    if args.timeout is not None:
+        options["request_deadline"] = args.timeout
 
-def _serve(args: Any) -> int:
-    """Serve; with ``--reload``, when a module's file changes begin anew: same port and same key, so that open streams go on."""
-    import signal
-    if not args.reload:
-        return _serve_once(args)
-    os.environ.setdefault("VGI_RPC_TOKEN_KEY", os.urandom(32).hex())
-    if not (args.stdio or args.unix or args.tcp or args.port):
-        with listen_tcp(args.host, 0) as free:
-            args.port = free.getsockname()[1]
-        args.words += ["--port", str(args.port)]
-    changed = threading.Event()
-    threading.Thread(target=_watch, args=(args.target, changed), daemon=True, name="vgi_rpc reload").start()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # where no server has handlers of its own
-    try:
-        code = _serve_once(args)
-    except KeyboardInterrupt:
-        code = _INTERRUPTED
-    except (_CliError, OSError, ValueError) as exc:
-        code = _report(exc, args)
-        with contextlib.suppress(KeyboardInterrupt):
-            _say("waiting for a change …")
-            changed.wait()
-            time.sleep(1)  # the signal of `_watch`, which follows at once, must not hit what comes next
-    if changed.is_set():
-        _say("something changed: starting again")
-        os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *args.words])
-    return code
-
-def _watch(target: str | None, changed: threading.Event) -> None:
-    """Wait until the file of a loaded module changes, then set the event and have the server stop."""
-    import signal
-    known: dict[str, int] = {}
-    while True:
-        files = {getattr(m, "__file__", None) for m in list(sys.modules.values())} | {(target or "").rpartition(":")[0]}
-        found = {path: os.stat(path).st_mtime_ns for path in files if path and os.path.isfile(path)}
-        if any(known.get(path, stamp) != stamp for path, stamp in found.items()):
-            break
-        known.update(found)
-        time.sleep(0.3)
-    changed.set()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-def _listen(args: Any, server: RpcServer, options: dict[str, Any], key: str) -> None:
-    """Serve where the flags say, until stopped; the banner comes once connections are accepted."""
-    http = not (args.stdio or args.unix or args.tcp)
-    if sum(map(bool, (args.stdio, args.unix, args.tcp))) > 1 or (args.bearer_file and not http):
-        raise _CliError("--stdio, --unix, --tcp: one at a time, and --bearer-file with none of them")
-    host, port = args.tcp or (args.host, args.port)
-
-    def bound(where: str, line: str) -> None:
-        _say(f"{_paint(server.protocol_name, '1')} served by vgi_rpc {__version__}")
-        for info in server.methods.values():
-            _say(f"  {info.signature().replace('__main__.', '')}    {info.kind}")
-        if not (args.unix or args.bearer_file or host.startswith("127.") or host in ("localhost", "::1")):
-            everybody = "anybody who reaches this address can call: no authentication (--bearer-file FILE asks for a token)"
-            _say(f"{_paint('warning:', '1;33')} {everybody}")
-        _say((f"token key  {key}\n" if http else "") + f"address    {_paint(where, '1;36')}")
-        _say(f"look       {_program()} describe {where}\nstop       Ctrl-C")
+    def bound(kind: str, *place: object) -> None:
+        """Say what is served where, and what to do next."""
+        where = ":".join(map(str, [kind.lower(), *place]))
+        if kind == "PORT":
+            where = f"http://{re.sub('(.*:.*)', '[' + args.host + ']', args.host)}:{place[0]}{prefix}"
+        lines = [f"{server.protocol_name} served by vgi_rpc {__version__}"]
+        for method in server.primary.methods.values():
+            lines.append(f"  {method.info.signature()}    {method.info.kind}")
+        if not args.bearer_file and not re.match(r"unix:|(tcp:|http://)(localhost|127\.|::1|\[::1)", where):
+            lines.append("warning: anybody who reaches this address can call; --bearer-file asks who it is")
+        if not lasting and kind == "PORT":
+            lines.append("token key  random, so streams end with this process; --token-key-file keeps them")
+        lines += [f"address    {where}", f"look       {_program()} describe {where}", "stop       Ctrl-C"]
+        _say("\n".join(lines))
         if args.announce:
-            announce(line)
+            announce(kind, *place)
 
-    sockets: dict[str, Any] = {"threaded": True, "max_connections": args.max_connections}
-    tls, base = options.get("tls_context"), HttpOptions(args.prefix or "", b"").prefix
+    more = {"threaded": True, "max_connections": args.max_connections}
     try:
         if args.stdio:
-            if sys.stdin.isatty():
-                _say("serving Arrow on stdin and stdout, for a program that starts this one; stop with Ctrl-C")
             serve_stdio(server)
         elif args.unix:
-            serve_unix(server, args.unix, on_bound=lambda path: bound(f"unix:{path}", f"UNIX:{path}"), **sockets)
+            serve_unix(server, args.unix, on_bound=functools.partial(bound, "UNIX"), **more)
         elif args.tcp:
-            sockets["on_bound"] = lambda h, p: bound(f"tcp:{h}:{p}", f"TCP:{h}:{p}")
-            serve_tcp(server, host, port, tls_context=tls, **sockets)
+            serve_tcp(server, *args.tcp, on_bound=functools.partial(bound, "TCP"), **more)
         else:
-            url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}"
-            serve_http(server, host=host, port=port, on_bound=lambda _, p: bound(f"{url}:{p}{base}", f"PORT:{p}"), **options)
+            options.update(max_connections=args.max_connections, on_bound=lambda _, port: bound("PORT", port))
+            serve_http(server, host=args.host, port=args.port, **options)
     except KeyboardInterrupt:  # before the listener's own handlers stood
         return
     except OSError as exc:
-        hint = "another server runs there; port 0 takes a free one" if exc.errno == errno.EADDRINUSE else ""
-        reason = os.strerror(exc.errno) if isinstance(exc.errno, int) and exc.errno > 0 else exc
-        raise _CliError(f"cannot listen on {args.unix or f'{host}:{port}'}: {reason}", hint, _UNREACHABLE) from None
+        where = args.unix or args.tcp or f"{args.host}:{args.port}"
+        hint = "if another server runs there: port 0 takes a free one"
+        raise _CliError(f"cannot listen on {where}: {exc.strerror or exc}", hint, 3) from None
 
-def _channel_to(args: Any) -> ClientChannel:
-    """The channel to WHERE: a URL, ``unix:PATH``, ``tcp:HOST:PORT`` or a command that is started; to be closed."""
+
+# -- call: where to, and with which arguments
+
+
+@contextlib.contextmanager
+def _asked(args: Any) -> Iterator[tuple[ClientChannel, CallOptions, ServiceDescription, Any]]:
+    """Connect to WHERE, and ask what the server says of its service, and of the method if one is named."""
     import shlex
-    headers = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in args.header)}
+
+    parts = [line.partition(":") for line in args.header or ()]
+    headers = {name.strip(): value.strip() for name, _, value in parts}
     if args.bearer_file:
         headers["Authorization"] = f"Bearer {_words_of(args.bearer_file)[0][-1]}"
-    where = args.where
-    if where.startswith(("http://", "https://")):
-        return _http_client(where, None, None, headers=headers)
-    if headers:
+    kind, _, rest = args.where.partition(":")
+    channel: ClientChannel
+    if kind in ("http", "https"):
+        target = HttpTarget.parse(args.where)
+        channel = HttpClient(http_sender(target), target.prefix, headers)
+    elif headers:
         raise _CliError("-H and --bearer-file are for HTTP")
-    kind, _, rest = where.partition(":")
-    host, _, port = rest.rpartition(":")
-    if kind == "unix":
-        return ByteClient(connect_unix_socket(rest, args.timeout))
-    if kind == "tcp" and port.isdigit():
-        connected = connect_tcp_socket(host or "127.0.0.1", int(port), args.timeout or 10.0)
-        return ByteClient(Transport(SocketChannel(connected), TransportKind.TCP, rest))
-    if kind == "tcp" or not where or re.fullmatch(r"[\w.-]+:\d+(/.*)?", where):
-        hint = f"http://{where.removeprefix('tcp:')}?" if where else ""
-        raise _CliError(f"WHERE {where!r}: expected a URL, unix:PATH, tcp:HOST:PORT or a command", hint)
-    stderr = StderrMode.INHERIT if args.verbose else StderrMode.PIPE
-    return ByteClient(SubprocessTransport(shlex.split(where), stderr=stderr))
+    elif kind == "unix":
+        channel = ByteClient(connect_unix_socket(rest, args.timeout))
+    elif kind == "tcp" and re.fullmatch("(.*:)?[0-9]{1,5}", rest):
+        channel = ByteClient(connect_tcp_socket(*host_and_port(rest), args.timeout or 10.0))
+    elif not args.where or re.fullmatch(r"[\w.-]+:[\w:.]+(/.*)?", args.where):
+        text = f"WHERE {args.where!r}: expected a URL, unix:PATH, tcp:HOST:PORT or a command"
+        raise _CliError(text, f"http://{args.where}?")
+    else:
+        stderr = StderrMode.INHERIT if args.verbose else StderrMode.PIPE
+        channel = ByteClient(SubprocessTransport(shlex.split(args.where), stderr=stderr))
+    options = CallOptions(None, args.timeout)
+    if args.verbose:
+        options = CallOptions(lambda log: _say(f"[{log.level.value}] {log.message}"), args.timeout)
+    with contextlib.closing(channel):
+        protocol, _, name = (args.method or "").rpartition(".")
+        asking = RpcConnection(Reflection, channel, timeout=args.timeout)
+        service = introspect(asking, protocol=protocol or None)
+        if name and name not in service.methods:
+            text = f"{service.protocol_name} has no method {name!r}{suggest(name, service.methods)}"
+            raise _CliError(text, f"it has {', '.join(sorted(service.methods))}")
+        yield channel, options, service, service.methods.get(name)
 
-def _options(args: Any, version: str = "") -> CallOptions:
-    def on_log(message: Message) -> None:
-        _say(_paint(f"[{message.level.value}] {message.message}", "2"))
-
-    return CallOptions(on_log if args.verbose else None, args.timeout, version=version)
-
-def _describe_live(channel: ClientChannel, args: Any) -> tuple[ServiceDescription, MethodDescription | None]:
-    """What the server says of its service, and of ``method`` or ``Protocol.method`` if one is asked for."""
-    protocol, _, name = (args.method or "").rpartition(".")
-    service = introspect(RpcProxy(Reflection, channel, _options(args)), protocol=protocol or None)
-    if name and name not in (known := sorted(service.methods)):
-        raise _CliError(f"{service.protocol_name} has no method {name!r}{_suggest(name, known)}", f"it has {', '.join(known)}")
-    return service, service.methods.get(name)
 
 def _usage_of(method: MethodDescription) -> str:
-    """One line that says how `call` wants a method."""
-    words = [method.name]
-    for f in method.params_schema:
-        word = f"{f.name}={re.split('[<[]', _type_text(f.type))[0].upper()}"
-        told = method.method_type is MethodType.STREAM and f.name == "schema"  # by the input
-        words.append(f"[{word}]" if told or f.nullable or f.name in method.param_defaults else word)
-    return f"usage: {_program()} call WHERE {' '.join(words)}{' -i FILE' if method.is_exchange else ''}"
+    """One line that calls a method, with example values; what may be left out stands in brackets."""
+    words = [f"usage: {_program()} call WHERE {method.name}"]
+    for name, word in example_words(method.params_schema, method.param_defaults).items():
+        told = method.method_type is MethodType.STREAM and name == "schema"  # by the input
+        optional = told or name in method.param_defaults or method.params_schema.field(name).nullable
+        words.append(f"[{word}]" if optional else word)
+    return " ".join(words + ["-i FILE"] * bool(method.is_exchange))
 
-def _from_text(text: str | bytes, kind: pa.DataType) -> Any:
-    """A word, or a file, as ``pa.array`` takes it for *kind*; raises as `_json_in`, and ``ValueError`` and the like."""
-    t = pa.types
-    if t.is_binary(kind) or t.is_large_binary(kind) or t.is_fixed_size_binary(kind):
-        return text if isinstance(text, bytes) else text.encode()
-    word = text if isinstance(text, str) else text.decode("utf-8", "replace").rstrip("\r\n")
-    known = {t.is_boolean: lambda word: _TRUTH[word.lower()], t.is_integer: int, t.is_floating: float, t.is_duration: float}
-    convert: Any = next((c for matches, c in {**known, t.is_nested: json.loads}.items() if matches(kind)), str)
-    return _from_json(convert(word), kind)
 
-def _from_json(value: Any, kind: pa.DataType) -> Any:
-    """A JSON value as ``pa.array`` takes it for *kind*; a dataclass (an object) or a batch is a stream of its own."""
-    if not isinstance(value, (dict, list)) or not pa.types.is_binary(kind):
-        return _json_in(value, kind)
-    batch = _rows_to_batch([value] if isinstance(value, dict) else value)
-    return stream_bytes(batch.schema, [(batch, None)])
+def _given(args: Any, method: MethodDescription) -> Any:
+    """What ``-j`` and ``k=v | k:=json | k=@file | k.field=v`` give, as one JSON object."""
 
-def _parsed_json(where: str, text: str | bytes) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as exc:
-        raise _CliError(f"{where}: not JSON: {_text_of(exc)}") from None
+    def content(text: str) -> str | bytes:
+        if not text.startswith("@"):
+            return text
+        with open(text[1:], "rb") as file:
+            return file.read()
 
-def _read_file(path: str) -> bytes:
-    if path == "-":
-        return sys.stdin.buffer.read()
-    with open(path, "rb") as f:
-        return f.read()
-
-def _arguments(args: Any, method: MethodDescription) -> dict[str, Any]:
-    """The values that the server's defaults, ``-j`` and ``k=v | k:=json | k=@file`` give, typed by the method's schema."""
-    names = method.params_schema.names
-    given: list[tuple[str, Any, Callable[[Any, pa.DataType], Any]]]
-    given = [(name, value, _from_json) for name, value in method.param_defaults.items() if name in names]
-    if args.json:
-        data = _parsed_json("-j", _read_file(args.json.lstrip("@")) if args.json[0] in "@-" else args.json)
-        if not isinstance(data, dict):
-            raise _CliError(f"-j: expected a JSON object, got {type(data).__name__}")
-        given += [(name, value, _from_json) for name, value in data.items()]
+    given = parse_json(sys.stdin.buffer.read() if args.json == "-" else content(args.json or "{}"), "-j")
     for word in args.parameters:
         name, equals, text = word.partition("=")
-        if not equals:
-            raise _CliError(f"parameter {word!r}: expected key=value, key:=json or key=@file", _usage_of(method))
-        data = _read_file(text[1:]) if text.startswith("@") else text
-        given.append((name[:-1], _parsed_json(word, data), _from_json) if name[-1:] == ":" else (name, data, _from_text))
-    values: dict[str, Any] = {}
-    for name, value, convert in given:
-        if name not in names:
-            raise _CliError(f"{method.name}() has no parameter {name!r}{_suggest(name, names)}", _usage_of(method))
-        kind = method.params_schema.field(name).type
-        try:
-            values[name] = convert(value, kind)
-        except _Mismatch as exc:
-            exc.got = exc.got if exc.path else f"{_got(value)} {value!r:.60}"
-            raise _CliError(_text_of(exc.error(f"{method.name}() argument {name}")), _usage_of(method)) from None
-        except _ARROW_FAILURES:
-            problem = f"{method.name}() parameter {name!r}: expected {_type_text(kind)}, got {value!r:.80}"
-            raise _CliError(problem, _usage_of(method)) from None
-    return values
+        *outer, last = name.removesuffix(":").split(".")
+        inside = given
+        members = list(method.params_schema)
+        for step in outer:
+            inside = inside.setdefault(step, {}) if isinstance(inside, dict) else None
+            members = [part for member in members if member.name == step for part in members_of(member)]
+        if not equals or not isinstance(inside, dict):
+            raise _CliError(f"parameter {word!r}: expected key=value or key:=json", _usage_of(method))
+        data = content(text)
+        kinds = [member.type for member in members if member.name == last]
+        inside[last] = parse_json(data, word) if name.endswith(":") else json_of_word(data, *kinds[:1])
+    return given
 
-def _request(args: Any, info: RpcMethodInfo, method: MethodDescription, values: dict[str, Any]) -> pa.RecordBatch:
-    """The request; what neither the caller nor the server's defaults give is null where that is a value."""
-    missing = [f.name for f in method.params_schema if f.name not in values and not f.nullable]
-    if missing:
-        raise _CliError(f"{method.name}() needs {', '.join(missing)}", _usage_of(method))
-    try:
-        return _traced(args, "> request", request_batch(info, [values.get(name) for name in method.params_schema.names]))
-    except ParameterError as exc:
-        raise _CliError(_text_of(exc), _usage_of(method)) from None
 
-def _traced(args: Any, what: str, batch: pa.RecordBatch) -> pa.RecordBatch:
-    if args.debug:
-        _say(_paint(f"{what}: {batch.num_rows} rows of {_schema_text(batch.schema)}, {batch.nbytes} bytes", "2"))
-    return batch
+# -- call: what an exchange is given
 
-def _live_method(service: ServiceDescription, method: MethodDescription) -> RpcMethodInfo:
-    """A method as the channels want it, from what the server says of it; values are what pyarrow makes of them."""
-    params, result = (
-        RowCodec((f.name, codec_for(Annotated[object, ArrowType(f.type, f.nullable)])) for f in schema)
-        for schema in (method.params_schema, method.result_schema if method.has_return else EMPTY_SCHEMA))
-    header: Any = types.SimpleNamespace(from_batch=lambda batch: batch) if method.has_header else None
-    return RpcMethodInfo(
-        method.name, method.params_schema, method.result_schema, None, method.method_type, method.has_return, None,
-        protocol_name=service.protocol_name, params=params, header=header, result=result)
 
-def _input_batches(path: str, rows: int | None) -> Iterator[pa.RecordBatch]:
-    """The batches of an Arrow, NDJSON or CSV file, told apart by their first bytes; ``-`` is read as it comes."""
-    with contextlib.nullcontext(cast("Any", sys.stdin.buffer)) if path == "-" else open(path, "rb") as file:
+def _input_batches(args: Any, guess: bool) -> Iterator[pa.RecordBatch]:
+    """The batches of an Arrow, NDJSON or CSV file, told apart by their first bytes; ``-`` is read as it comes.
+
+    With *guess* columns of numbers become floats. Without, numbers go as text, as all of CSV does: the server casts
+    them to the types that it declares, which nobody else knows, and no digit is lost.
+    """
+    opened: Any = contextlib.nullcontext(sys.stdin.buffer) if args.input == "-" else open(args.input, "rb")
+    with opened as file:
         first = file.peek(8)[:6]
         if first == b"ARROW1":
-            file.read(8)  # the file format is a stream between two magic words (Columnar.rst, "IPC File Format")
-        elif first[:4] != _CONTINUATION:
-            yield from _text_batches(file, rows, path == "-", first.lstrip()[:1] != b"{")
+            file.read(8)  # this format is a stream between two magic words (Columnar.rst, "IPC File Format")
+        if first == b"ARROW1" or first[:4] == END_OF_STREAM[:4]:
+            source = ByteSource()
+            source.read = file.read  # type: ignore[method-assign]
+            for batch, _ in iter(IpcReader(source).next, None):
+                size = args.rows or max(batch.num_rows, 1)
+                yield from (batch.slice(start, size) for start in range(0, max(batch.num_rows, 1), size))
             return
-        source: Any = ByteSource()
-        source.read = file.read
-        for batch, _ in iter(IpcReader(source).next, None):
-            for start in range(0, max(batch.num_rows, 1), rows or max(batch.num_rows, 1)):
-                yield batch.slice(start, rows)
+        is_csv = first.lstrip()[:1] != b"{"
+        size = args.rows or 100
+        head = rest = b""  # the first line of CSV; what has no end of line yet
+        quoted = False  # whether the last record goes on, in a cell of CSV
+        records: list[bytes] = []
+        known: dict[str, pa.DataType] = {}
+        for data in itertools.chain(iter(functools.partial(file.read1, 1 << 20), b""), [b"\n", b""]):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                if quoted:
+                    records[-1] += b"\n" + line
+                elif line.strip():
+                    records.append(line)
+                quoted ^= is_csv and line.count(b'"') % 2 == 1
+            if is_csv and not head and len(records) > quoted:
+                head = records.pop(0) + b"\n"
+            least = size
+            if not data or (args.input == "-" and not args.rows):
+                least = 1  # at the end what is left, and of a pipe what has come
+            while len(records) - (quoted and bool(data)) >= least:
+                batch = _text_batch(head, records[:size], known, guess)
+                known = {member.name: member.type for member in batch.schema}
+                yield batch
+                del records[:size]
 
-def _text_rows(file: Any, live: bool, is_csv: bool) -> Iterator[list[bytes]]:
-    """The lines that hold something, as they come; an empty list ends them. A line break in quotes does not end one of CSV."""
-    rest, data = b"", b"\n"
-    while data:
-        data = file.read1(_CHUNK_BYTES) if live else file.read(_CHUNK_BYTES)
-        pieces, rest, lines = (rest + (data or b"\n")).splitlines(keepends=True), b"", list[bytes]()
-        for piece in pieces:
-            rest += piece
-            if rest.endswith(b"\n") and not (is_csv and data and rest.count(b'"') % 2):
-                lines += [rest] if rest.strip() else []
-                rest = b""
-        if lines:
-            yield lines
-    yield []
 
-def _text_batches(file: Any, rows: int | None, live: bool, is_csv: bool) -> Iterator[pa.RecordBatch]:
-    """Lines to batches. From a pipe, without a number of rows, a turn takes what has come; types are those of the beginning."""
-    head, pending, schema, size = b"", list[bytes](), None, rows or _TEXT_ROWS
-    for lines in _text_rows(file, live, is_csv):
-        pending += lines
-        if is_csv and not head and pending:
-            head = pending.pop(0).removeprefix(b"\xef\xbb\xbf")
-        while len(pending) >= size or (pending and (not lines or (live and rows is None))):
-            schema = schema or _parse_lines(head, pending, None).schema
-            yield _parse_lines(head, pending[:size], schema)
-            del pending[:size]
+def _text_batch(head: bytes, records: list[bytes], known: Any, guess: bool) -> pa.RecordBatch:
+    """A batch of lines of CSV, below *head*, or of NDJSON; *known* are the types of the batches before it."""
+    from pyarrow import csv
 
-def _parse_lines(head: bytes, lines: list[bytes], schema: pa.Schema | None) -> pa.RecordBatch:
-    if not head:
-        return _rows_to_batch([_parsed_json(f"input {line[:60]!r}", line) for line in lines], schema)
-    import pyarrow.csv
-    converting = pyarrow.csv.ConvertOptions(column_types=schema, strings_can_be_null=True)
-    options = {"parse_options": pyarrow.csv.ParseOptions(newlines_in_values=True), "convert_options": converting}
-    alone = pyarrow.csv.ReadOptions(use_threads=False)  # threads that still run at the interpreter's end abort it
+    at = "input"
+    text = head + b"\n".join(records)
+    columns: dict[str, Any] = {}
     try:
-        table = pyarrow.csv.read_csv(io.BytesIO(head + b"".join(lines)), alone, **options)
-    except _ARROW_FAILURES as exc:
-        raise _CliError(f"input: {_text_of(exc)}", "the types of a CSV's columns are those of its beginning") from None
-    fields = [pa.field(f.name, pa.utf8() if pa.types.is_null(f.type) else f.type) for f in table.schema]
-    return table.cast(pa.schema(fields)).combine_chunks().to_batches()[0]
+        if head:  # cells are texts as they stand, null where nothing stands, not even quotes
+            parsing = csv.ParseOptions(newlines_in_values=True)
+            names = csv.read_csv(io.BytesIO(head), parse_options=parsing).column_names
+            texts = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.utf8()), null_values=[""])
+            texts.strings_can_be_null = True
+            texts.quoted_strings_can_be_null = False
+            reading = csv.ReadOptions(use_threads=False, block_size=len(text) + 1)
+            columns = csv.read_csv(io.BytesIO(text), reading, parsing, texts).to_pydict()
+        else:
+            rows = [parse_json(record, f"input {record[:60]!r}") for record in records]
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("expected a JSON object for each row")
+            for name in dict.fromkeys(itertools.chain(known, *rows)):
+                columns[name] = [row.get(name) for row in rows]
+        for name, values in columns.items():
+            at = f"input column {name}"
+            kind = known.get(name)
+            if known and kind is None:
+                raise ValueError("the first rows have no such column, and they decide")
+            column = None
+            words = [value if value is None else str(value) for value in values]
+            digits = [len(re.sub("[^0-9]", "", word or "")) for word in words]
+            if guess and max(digits) <= 15 and kind in (None, pa.float64()):  # as many as floats keep
+                with contextlib.suppress(pa.ArrowInvalid):
+                    column = pa.array(words, pa.utf8()).cast(pa.float64())
+            if column is None:
+                exact = [word if type(v) in (int, decimal.Decimal) else v for v, word in zip(values, words)]
+                column = pa.array(without_decimals(exact), kind)
+            columns[name] = column.cast(pa.utf8()) if pa.types.is_null(column.type) else column
+    except ARROW_FAILURES as exc:
+        raise _CliError(f"{at}: {text_of(exc)}") from None
+    return pa.RecordBatch.from_pydict(columns)
 
-def _rows_to_batch(rows: list[Any], schema: pa.Schema | None = None) -> pa.RecordBatch:
-    if not all(isinstance(row, dict) for row in rows):
-        raise _CliError("input: expected a JSON object for each row")
-    names = dict.fromkeys([*(schema.names if schema is not None else ()), *(name for row in rows for name in row)])
-    return _batch_from_pydict({name: [row.get(name) for row in rows] for name in names}, schema, "input")
 
-def _to_json(value: Any) -> str:
-    """What `_json_rows` and `_json_out` give as text; NaN and the infinities are null."""
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        return _to_json(json.loads(_json_bytes(value)))
+# -- call: what comes back
+
 
 def _cell(value: Any) -> str:
+    """A value of `value_to_json` as a table shows it."""
+    if isinstance(value, dict):
+        return " ".join(f"{name}={_cell(part)}" for name, part in value.items())
     if isinstance(value, float):
         return f"{value:.10g}"
-    if isinstance(value, dict):
-        return " ".join(f"{k}={_cell(v)}" for k, v in value.items())
-    return "" if value is None else value if isinstance(value, str) else _to_json(value).strip('"')
+    return value or "" if value is None or isinstance(value, str) else json_text(value)
 
 
 class _Output:
-    """Writes a header, batches or one value to a binary file, each as it comes, in one of the formats."""
-    def __init__(self, kind: str, file: Any) -> None:
-        self.kind, self.file, self.begun = kind, file, False
-        self.widths: list[int] = []
-        self.arrow: IpcWriter | None = None
+    """Writes a header, batches or one value to FILE or stdout, each as it comes, in one of the formats."""
 
-    def put(self, text: str) -> None:
-        self.file.write(text.encode("utf-8", "backslashreplace"))
+    def __init__(self, args: Any) -> None:
+        terminal = not args.output and sys.stdout.isatty()
+        goes_on = bool(args.resume and os.path.exists(args.resume))
+        ending = os.path.splitext(args.output or "")[1].removeprefix(".")
+        kind = "table" if terminal else _ENDINGS.get(ending or "ndjson")
+        self.kind = kind if args.format == "auto" else args.format
+        self._path = args.output
+        self._begun = False
+        self._arrow: IpcWriter | None = None
+        if self.kind is None:
+            raise _CliError(f"-o {args.output}: no kind of file that is written here", "-f says another one")
+        if self.kind == "arrow" and (terminal or (goes_on and os.path.exists(args.output or ""))):
+            raise _CliError("-f arrow: neither for a terminal nor to be added to a file", "-o A_NEW_FILE")
+        self._file: Any = open(args.output, "ab" if goes_on else "wb") if args.output else sys.stdout.buffer
 
-    def header(self, batch: pa.RecordBatch) -> None:
-        row = _json_rows(batch)[0]
+    def _put(self, text: str) -> None:
+        self._file.write(text.encode("utf-8", "backslashreplace"))
+        self._file.flush()
+
+    def header(self, batch: pa.RecordBatch, described: pa.Schema) -> None:
+        """Write a stream's header. In Arrow it is a stream of its own: in ``FILE.header``, or in front on a pipe."""
+        [row] = batch_rows(batch, described)
         if self.kind == "arrow":
-            self.file.write(stream_bytes(batch.schema, [(batch, None)]))
+            to: Any = open(f"{self._path}.header", "wb") if self._path else contextlib.nullcontext(self._file)
+            with to as file:
+                file.write(stream_bytes(WireSchema(batch.schema), [(batch, None)]))
         elif self.kind == "table":
-            lines = "".join(f"\n  {name:{max(map(len, row))}}  {_cell(value)}" for name, value in row.items())
-            self.put(f"{_paint('Header:', '1', self.file)}{lines}\n")
+            self._put(f"Header: {_cell(row)}\n")
         else:
-            self.put("# " if self.kind == "csv" else "")
-            self._json([{"__header__": row}])
-        self.file.flush()
+            self.rows([{"__header__": row}])
 
     def batch(self, batch: pa.RecordBatch, metadata: Any = None) -> None:
+        """Write the rows of a batch."""
         if self.kind == "arrow":
-            self.arrow = self.arrow or IpcWriter(lambda pieces: [self.file.write(piece) for piece in pieces], batch.schema)
-            self.arrow.write(batch, metadata)
-        elif self.kind in ("json", "ndjson"):
-            self._json(_json_rows(batch))
-        elif self.kind == "csv":
-            import csv
-            rows = [[v if isinstance(v, float) else _cell(v) for v in row.values()] for row in _json_rows(batch)]
-            writer = csv.writer(cast("Any", types.SimpleNamespace(write=self.put)), lineterminator="\n")
-            writer.writerows(rows if self.begun else [batch.schema.names, *rows])
-            self.begun = True
+            self._arrow = self._arrow or IpcWriter(self._file.writelines, WireSchema(batch.schema))
+            self._arrow.write_all([(batch, metadata)])
+            self._file.flush()
         else:
-            self._table(batch)
-        self.file.flush()
+            self.rows(batch_rows(batch))
 
-    def _json(self, rows: list[Any]) -> None:
-        for row in rows:
-            self.put(("," if self.begun else "[") + f"\n{_to_json(row)}" if self.kind == "json" else f"{_to_json(row)}\n")
-            self.begun = self.kind == "json"
+    def rows(self, rows: list[Any]) -> None:
+        """Write rows of JSON values: as lines, as part of one array, or as cells of a least width."""
+        lines = [json_text(row) for row in rows]
+        if rows and self.kind == "json":
+            lines = [("[", ",")[self._begun] + "\n" + ",\n".join(lines)]
+        elif rows and self.kind == "table":
+            table = [list(rows[0])] * (not self._begun) + [list(map(_cell, row.values())) for row in rows]
+            lines = ["  ".join(f"{cell:12}" for cell in cells).rstrip() for cells in table]
+        self._begun = self._begun or bool(rows)
+        self._put("".join(line + "\n" * (self.kind != "json") for line in lines))
 
-    def _table(self, batch: pa.RecordBatch) -> None:
-        sides = ["<>"[_is_number(f.type)] for f in batch.schema]
-        rows = [[_cell(v) for v in row.values()] for row in _json_rows(batch)]
-        lines = rows if self.begun else [batch.schema.names, *rows]
-        self.widths = self.widths or [min(60, max(map(len, column))) for column in zip(*lines)]
-        for row in lines:
-            line = "  ".join(f"{c:{side}{width}}" for c, side, width in zip(row, sides, self.widths)).rstrip()
-            self.put((line if self.begun else _paint(line, "1", self.file)) + "\n")
-            self.begun = True
+    def value(self, value: Any, info: RpcMethodInfo) -> None:
+        """Write a unary result; a dataclass or a record batch, which is a stream inside of bytes, as rows."""
+        members = list(described_schemas(info)["result"])
+        shown: Any = value_to_json(value, members[0]) if members else None
+        inner: list[pa.RecordBatch] = []
+        if isinstance(value, bytes) and value[:4] == END_OF_STREAM[:4]:
+            with contextlib.suppress(IPCError, EOFError):
+                inner = [batch for batch, _ in iter(IpcReader(BufferSource(value)).next, None)]
+        if inner and isinstance(shown, str):  # a server that does not tell what is inside
+            shown = [row for batch in inner for row in batch_rows(batch)]
+        if self.kind == "arrow":
+            for batch in inner or [info.result.to_batch(info.result.encode([value][: len(members)]))]:
+                self.batch(batch)
+        elif inner and self.kind != "json":
+            self.rows([shown] if isinstance(shown, dict) else shown)
+        else:
+            self._put((_cell(shown) if self.kind == "table" else json_text(shown)) + "\n")
+        self.close("")
 
-    def value(self, value: Any, schema: pa.Schema) -> None:
-        """Write a unary result: a plain value as itself, a dataclass or a batch as rows."""
-        batch: pa.RecordBatch | None = None
-        if isinstance(value, bytes) and value[:4] == _CONTINUATION:  # a stream: of a dataclass (one row) or of a record batch
-            with contextlib.suppress(IPCError):
-                batch = (IpcReader(BufferSource(value)).next() or (None,))[0]
-        if batch is None and self.kind in ("json", "ndjson", "table"):
-            shown = _json_out(value, schema.field(0).type) if len(schema) else None
-            text = _cell(shown) if self.kind == "table" else _to_json(shown)
-            self.put("" if shown is None and self.kind == "table" else text + "\n")
-        elif batch is not None and batch.num_rows == 1 and self.kind == "json":
-            self.put(_to_json(_json_rows(batch)[0]) + "\n")
-        elif batch is not None or len(schema):
-            columns = [pa.array([value], f.type) for f in schema]
-            self.batch(pa.RecordBatch.from_arrays(columns, schema=schema) if batch is None else batch)
-            self.close()
-
-    def close(self) -> None:
+    def close(self, empty: str = "[]\n") -> None:
+        """End what needs an end: an array of rows, a stream, a file."""
         if self.kind == "json":
-            self.put("\n]\n" if self.begun else "[]\n")
-        if self.arrow is not None:
-            self.arrow.close()
-        self.file.flush()
+            self._put("\n]\n" if self._begun else empty)
+        if self._arrow is not None:
+            self._arrow.write_all(close=True)
+        self._file.flush()
+        if self._path:
+            self._file.close()
 
-@contextlib.contextmanager
-def _output(args: Any) -> Iterator[_Output]:
-    """Open where the answer goes, in the format that the flags, the file's name or the terminal decide."""
-    ending = os.path.splitext(args.output or "")[1].lstrip(".")
-    kind = args.format if args.format != "auto" else {"arrows": "arrow"}.get(ending, ending)
-    if kind not in _FORMATS:
-        kind = "table" if not args.output and sys.stdout.isatty() else "ndjson"
-    mode = "ab" if args.resume and os.path.exists(args.resume) else "wb"
-    with open(args.output, mode) if args.output else contextlib.nullcontext(sys.stdout.buffer) as file:
-        yield _Output(kind, file)
-
-def _bookmark(path: str | None, name: str) -> tuple[int, bytes]:
-    """(input rows answered, token) as ``--resume`` left them; (0, nothing) at the beginning."""
-    if not path or not os.path.exists(path):
-        return 0, b""
-    facts = _json_object(_read_file(path))
-    if facts.get("method") != name or not isinstance(facts.get("token"), str) or not isinstance(facts.get("rows"), int):
-        raise _CliError(f"{path}: not where a call of {name} stopped", "remove the file to start from the beginning")
-    return facts["rows"], facts["token"].encode()
-
-def _save_bookmark(path: str, name: str, rows: int, token: bytes) -> None:
-    """Remember that all so far was written; the old file stays until the new one is whole. It is its owner's alone."""
-    with open(f"{path}.new", "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
-        json.dump({"method": name, "rows": rows, "token": token.decode()}, f)
-    os.replace(f"{path}.new", path)
 
 def _call(args: Any) -> None:
-    with contextlib.closing(_channel_to(args)) as channel:
-        service, method = _describe_live(channel, args)
+    """Call a method."""
+    with _asked(args) as (channel, options, service, method):
         if method is None:
             raise _CliError("METHOD is missing", f"{service.protocol_name} has {', '.join(service.methods)}")
-        stream = method.method_type is MethodType.STREAM
-        if bool(args.input) != bool(method.is_exchange) and (not stream or method.is_exchange is not None):
-            raise _CliError(f"{method.name}() takes {'no input: it is no exchange' if args.input else 'batches'}", _usage_of(method))
-        if args.resume and not (stream and isinstance(channel, HttpClient)):
+        is_stream = method.method_type is MethodType.STREAM
+        if args.input and (not is_stream or method.is_exchange is False):
+            raise _CliError(f"{method.name}() takes no input: it is no exchange", _usage_of(method))
+        if method.is_exchange and not args.input:
+            raise _CliError(f"{method.name}() takes batches", _usage_of(method))
+        if args.resume and not (is_stream and isinstance(channel, HttpClient)):
             raise _CliError("--resume is for streams over HTTP: elsewhere the state ends with the connection")
-        info, options = _live_method(service, method), _options(args, service.protocol_version)
-        values = _arguments(args, method)
-        if stream:
-            _call_stream(args, channel, info, method, options, values)
+        try:
+            given = _given(args, method)
+            if is_stream:
+                _call_stream(args, channel, options, method, given)
+            else:
+                row = arguments_from_json(method, given)
+                _Output(args).value(channel.call(method, row, options), method)
+        except (ParameterError, ProtocolError) as exc:
+            raise _CliError(text_of(exc), _usage_of(method)) from None
+
+
+def _call_stream(args: Any, channel: Any, options: CallOptions, info: RpcMethodInfo, given: Any) -> None:
+    """Start a stream, or go on with the one that ``--resume FILE`` remembers, and write each answer as it comes.
+
+    The file holds the method, how many rows of the input were answered, and the token behind them.
+    """
+    mark: dict[str, Any] = {"method": f"{info.protocol_name}.{info.name}", "rows": 0, "token": ""}
+    if args.resume and os.path.exists(args.resume):
+        with open(args.resume, encoding="utf-8") as file:
+            kept = json.load(file)
+        if not isinstance(kept, dict) or kept.get("method") != mark["method"] or kept.keys() != mark.keys():
+            raise _CliError(f"{args.resume}: not where a call of {mark['method']} stopped")
+        mark = kept
+    told = "schema" in info.params.names  # by the input
+    batches = _input_batches(args, told) if args.input else iter(())
+    first = list(itertools.islice(batches, 1))
+    if first and told:
+        given.setdefault("schema", base64.b64encode(first[0].schema.serialize()).decode())
+    if mark["token"]:
+        opened = channel.resume(info, mark["token"].encode(), options)
+    else:
+        opened = channel.call(info, arguments_from_json(info, given), options)
+    show: Any = functools.partial(print, "\r\x1b[K", sep="", end="", file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        show = str
+    turn = written = 0
+    with opened as session:
+        output = _Output(args)
+        if session.header_batch is not None:
+            output.header(session.header_batch, described_schemas(info)["header"])
+        turns: Iterable[tuple[AnnotatedBatch, int]] = ((answer, 0) for answer in session)
+        if args.input:
+            turns = _turns(session, itertools.chain(first, batches), mark["rows"])
+        for answer, rows in turns:
+            batch = answer.batch
+            if args.limit is not None and not args.resume:
+                batch = batch.slice(0, args.limit - written)
+            show("")
+            output.batch(batch, answer.custom_metadata)
+            turn += 1
+            written += batch.num_rows
+            if args.resume and not session.closed:
+                with contextlib.suppress(RpcError):  # there is no token behind the last batch
+                    mark.update(rows=rows, token=session.token().decode())
+                    # All so far was written. The old file stays until the new one is whole; it is its owner's alone.
+                    descriptor = os.open(f"{args.resume}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                    with open(descriptor, "w", encoding="utf-8") as file:
+                        json.dump(mark, file)
+                    os.replace(f"{args.resume}.new", args.resume)
+            show(f"{turn} batches, {written} rows")
+            if args.limit is not None and written >= args.limit:
+                break
         else:
-            value = channel.unary(info, _request(args, info, method, values), options)
-            with _output(args) as output:
-                output.value(value, method.result_schema)
+            if args.resume and os.path.exists(args.resume):
+                os.unlink(args.resume)
+            if not turn and output.kind == "arrow":  # a stream without rows has a schema too
+                output.batch(pa.RecordBatch.from_pylist([], session.schema))
+        show("")
+        output.close()
 
-def _call_stream(args: Any, channel: Any, info: Any, method: MethodDescription, options: CallOptions, values: Any) -> None:
-    """Start a stream, or go on with the one that the bookmark remembers, and write what it answers."""
-    name = f"{info.protocol_name}.{info.name}"
-    answered, token = _bookmark(args.resume, name)
-    batches = _input_batches(args.input, args.rows) if args.input else iter(())
-    first = next(batches, None)
-    if first is not None and "schema" in method.params_schema.names and values.get("schema") is None:
-        values["schema"] = _schema_to_bytes(first.schema)
-    start = channel.resume if token else channel.stream
-    stream = start(info, token or _request(args, info, method, values), options)
-    with StreamSession(stream, info) as session, _output(args) as output:
-        if session.header is not None:
-            output.header(_traced(args, "< header", session.header))
-        given = itertools.chain([first] if first is not None else [], batches)
-        _write_turns(args, session, _turns(args, session, given, answered), output, name)
 
-def _turns(args: Any, session: StreamSession, batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[Any]:
+def _turns(session: StreamSession, batches: Iterable[Any], skip: int) -> Iterator[tuple[AnnotatedBatch, int]]:
     """(answer, input rows answered by then) of each turn; *skip* of them were answered before."""
-    if not args.input:
-        yield from ((answer, 0) for answer in session)
     rows = 0
     for batch in batches:
         fresh = batch.slice(min(batch.num_rows, max(0, skip - rows)))
         rows += batch.num_rows
         if fresh.num_rows or not batch.num_rows:
-            yield session.exchange(AnnotatedBatch(_traced(args, "> input", fresh))), rows
+            yield session.exchange(fresh), rows
 
-def _write_turns(args: Any, session: StreamSession, turns: Any, output: _Output, name: str) -> None:
-    """Write each answer as it comes, with a line of progress on a terminal from one second on."""
-    counted, left, started = CallStatistics(), args.limit, time.monotonic()
 
-    def show(text: str = "") -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+# -- describe, selfcheck
 
-    try:
-        while left is None or left > 0:
-            answer, rows = next(turns, (None, 0))
-            show()
-            if answer is None:
-                if args.resume and os.path.exists(args.resume):
-                    os.unlink(args.resume)
-                break
-            batch = _traced(args, "< answer", answer.batch)
-            # A stream that may be resumed is cut between batches only: what its token stands behind was written whole.
-            output.batch(batch if left is None or args.resume else batch.slice(0, left), answer.custom_metadata)
-            if args.resume and not session.closed:
-                _save_bookmark(args.resume, name, rows, session.token())
-            left = None if left is None else left - batch.num_rows
-            counted.record_output(batch)
-            if (took := time.monotonic() - started) >= 1:
-                rate, size = counted.output_rows / took, counted.output_bytes / 1e6
-                show(f"{counted.output_batches} batches, {counted.output_rows} rows, {size:.1f} MB, {rate:.0f} rows/s")
-    finally:
-        show()
-        output.close()
 
 def _describe(args: Any) -> None:
-    with contextlib.closing(_channel_to(args)) as channel:
-        service, method = _describe_live(channel, args)
-        service = service if method is None else dataclasses.replace(service, methods={method.name: method})
-        told = dataclasses.asdict(channel.capabilities(_options(args).deadline)) if isinstance(channel, HttpClient) else {}
-    limits = service.limits or {k: Limit(v, "bytes") for k, v in told.items() if type(v) is int}  # another implementation's
-    facts = {f.name: getattr(service, f.name) for f in dataclasses.fields(service) if f.name != "methods"}
-    facts.update(limits={k: v._asdict() for k, v in limits.items()}, capabilities={k: v for k, v in told.items() if v},
-                 methods=list(map(_facts_of, service.methods.values())))
-    if args.format == "json":
-        print(json.dumps(facts, indent=2))
-    else:
-        print(_describe_python(service) if args.format == "python" else _describe_text(facts, service, args.format == "markdown"))
+    """Show what a server offers."""
+    with _asked(args) as (channel, options, service, method):
+        told: dict[str, Any] = {"protocol_hash": service.protocol_hash, "server_id": service.server_id}
+        if args.verbose and isinstance(channel, HttpClient):
+            told.update(dataclasses.asdict(channel.capabilities(options.deadline)))
+    texts = [f"{service.protocol_name} {service.protocol_version}".rstrip()] * (method is None)
+    for each in [method] if method else service.methods.values():
+        lines = [f"{each.signature()}    {each.kind}"]
+        lines += [f"    {line}".rstrip() for line in (each.doc or "").splitlines()]
+        lines += [f"  deprecated: {each.deprecation}"] * (each.deprecation is not None)
+        for title, schema in described_schemas(each).items():
+            rows = [("  " * depth + member.name, type_of(member)) for depth, member in described_rows(schema)]
+            if len(rows) > len(schema) or (title == "header" and rows):
+                width = max(len(name) for name, _ in rows)
+                lines += [f"  {title}", *(f"    {name:{width}}  {text}" for name, text in rows)]
+        texts.append("\n".join([*lines, f"  {_usage_of(each)}"]))
+    if args.verbose:
+        texts.append("\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in told.items()))
+    print("\n\n".join(texts))
 
-def _facts_of(method: MethodDescription) -> dict[str, Any]:
-    """What there is to say about a method."""
-    streams = {True: "exchange", False: "producer", None: "stream"}
-    kind = streams[method.is_exchange] if method.method_type is MethodType.STREAM else "unary"
-    facts: dict[str, Any] = {"name": method.name, "kind": kind, **({"doc": method.doc} if method.doc else {})}
-    schemas = {"parameters": method.params_schema, "result": method.result_schema, "header": method.header_schema}
-    for name, schema in schemas.items():
-        if schema is not None and (name != "result" or method.has_return):
-            facts[name] = [{"name": f.name, "type": _type_text(f.type), "nullable": f.nullable} for f in schema]
-    for entry in facts["parameters"]:
-        told = {"default": method.param_defaults, "doc": method.param_docs}
-        entry.update({key: by_name[entry["name"]] for key, by_name in told.items() if entry["name"] in by_name})
-    extra = {"idempotency": method.idempotency, "deprecated": method.deprecation}
-    return {**facts, **{k: v for k, v in extra.items() if v not in ("unknown", None)}, "usage": _usage_of(method)[7:]}
-
-def _describe_text(facts: dict[str, Any], service: ServiceDescription, markdown: bool) -> str:
-    def shown(value: Any) -> str:
-        if type(value) in (list, tuple):
-            return ", ".join(map(shown, value)) or "none"
-        if not isinstance(value, dict):
-            return str(value).replace("\n", "\n    ")
-        default = f" = {json.dumps(value['default'])}" if "default" in value else ""
-        doc = f" ({value['doc']})" if "doc" in value else ""
-        return f"{value['name']}: {value['type']}{' | null' * value['nullable']}{default}{doc}"
-
-    item = "- {}: {}" if markdown else "  {}: {}"
-    lines = [f"{'# ' * markdown}{service.protocol_name} {service.protocol_version}".rstrip()]
-    for method in facts["methods"]:
-        lines += ["", f"{'## ' * markdown}{method['name'] if markdown else _paint(method['name'], '1', sys.stdout)}"]
-        lines += [item.format(name, shown(value)) for name, value in method.items() if name != "name"]
-    limits = {name: Limit(**limit) for name, limit in facts["limits"].items()}
-    rest = {**facts["capabilities"], **limits, "protocol_hash": service.protocol_hash, "server_id": service.server_id}
-    return "\n".join([*lines, "", *(item.format(name.replace("_", " "), shown(value)) for name, value in rest.items())])
-
-def _annotation_of(column: pa.Field) -> str:
-    """Python source of an annotation that has exactly this Arrow type; what Python has no word for, in Arrow's own bytes."""
-    known = {codec_for(t).arrow_type: t.__name__ for t in (bool, int, float, str, bytes)}
-    known.update({pa.list_(t): f"list[{n}]" for t, n in list(known.items())})
-    known.update({pa.map_(pa.utf8(), t): f"dict[str, {n}]" for t, n in list(known.items())})
-    data = base64.b64encode(pa.schema([column.with_name("_")]).serialize().to_pybytes()).decode()
-    text = known.get(column.type, f'Annotated[Any, vgi_rpc.ArrowType(_arrow("{data}"))]')
-    return f"{text} | None" if column.nullable else text
-
-_PYTHON_HEAD = '''"""{name}, as the server described itself to vgi_rpc {version}."""
-
-import base64
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol
-
-import pyarrow as pa
-import vgi_rpc
-
-
-def _arrow(schema: str) -> pa.DataType:
-    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema))).field(0).type
-'''
-
-def _describe_python(service: ServiceDescription) -> str:
-    """A module with a typed Protocol of the service."""
-    lines = _PYTHON_HEAD.format(name=service.protocol_name, version=__version__).splitlines()
-    headers = {m.name: m.name.title().replace("_", "") + "Header" for m in service.methods.values() if m.has_header}
-    for name, header in headers.items():
-        fields = [f"    {f.name}: {_annotation_of(f)}" for f in service.methods[name].header_schema or ()] or ["    pass"]
-        lines += ["", "", "@dataclass(frozen=True)", f"class {header}(vgi_rpc.ArrowSerializableDataclass):", *fields]
-    lines += ["", "", f"class {service.protocol_name.replace('.', '_')}(Protocol):"]
-    lines += [f"    protocol_name: ClassVar[str] = {service.protocol_name!r}"]
-    lines += [f"    protocol_version: ClassVar[str] = {service.protocol_version!r}"] if service.protocol_version else []
-    for method in service.methods.values():
-        told = {k: f" = {v!r}" for k, v in method.param_defaults.items() if isinstance(v, (int, float, str, type(None)))}
-        parameters = ", ".join(["self", *(f"{f.name}: {_annotation_of(f)}{told.get(f.name, '')}" for f in method.params_schema)])
-        result = _annotation_of(method.result_schema.field(0)) if method.has_return else "None"
-        if method.method_type is MethodType.STREAM:
-            state = {True: "ExchangeState", False: "ProducerState"}.get(cast("bool", method.is_exchange), "StreamState")
-            header = f", {headers[method.name]}" if method.has_header else ""
-            result = f"vgi_rpc.Stream[vgi_rpc.{state}{header}]"
-        lines += ["", f"    def {method.name}({parameters}) -> {result}:", f"        {(method.doc or method.name)!r}"]
-    return "\n".join(lines)
-
-def _ping(args: Any) -> None:
-    with contextlib.closing(_channel_to(args)) as channel:
-        proxy, stamps = RpcProxy(Reflection, channel, _options(args)), []
-        for _ in range(max(1, args.number) + 1):
-            proxy.list_protocols()  # the first one connects
-            stamps.append(time.perf_counter() * 1000)
-    times = sorted(later - earlier for earlier, later in itertools.pairwise(stamps))
-    median, p99 = times[len(times) // 2], times[int((len(times) - 1) * 0.99)]
-    print(f"{len(times)} round trips: min {times[0]:.3f} ms, median {median:.3f} ms, p99 {p99:.3f} ms")
 
 def _versions() -> str:
-    own = f"vgi_rpc {__version__} (wire {REQUEST_VERSION.decode()}, Python {sys.version.split()[0]}"
-    return f"{own}, pyarrow {pa.__version__}, codecs {', '.join(supported_encodings())})"
+    python = f"Python {sys.version.split()[0]}, pyarrow {pa.__version__}, codecs {', '.join(supported_encodings())}"
+    return f"vgi_rpc {__version__} (wire {REQUEST_VERSION.decode()}, {python})"
 
-@contextlib.contextmanager
-def _served(kind: str, folder: str) -> Iterator[Any]:
-    """A proxy of the demo over one kind of transport; what listens is a child."""
-    import subprocess
-    command = [sys.executable, os.path.abspath(__file__), "serve"]
-    flag = {"http": "--port=0", "tcp": "--tcp=0", "unix": f"--unix={folder}/s"}.get(kind)
-    with contextlib.ExitStack() as stack:
-        line = ""
-        if flag:
-            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-            child: Any = stack.enter_context(subprocess.Popen([*command, flag, "--announce"], **pipes))
-            stack.callback(child.terminate)
-            line = child.stdout.readline().strip()
-        host, _, port = line.partition(":")[2].rpartition(":")
-        dial: dict[str, Callable[[], Any]] = {
-            "pipe": lambda: serve_pipe(Demo, Demo()),
-            "subprocess": lambda: connect(Demo, [*command, "--stdio"]),
-            "wsgi": lambda: http_connect(Demo, client=make_sync_client(RpcServer(Demo, Demo()))),
-            "http": lambda: http_connect(Demo, f"http://127.0.0.1:{port}"),
-            "tcp": lambda: tcp_connect(Demo, host, int(port)),
-            "unix": lambda: unix_connect(Demo, port),
-        }
-        yield stack.enter_context(dial[kind]())
 
 def _selfcheck(args: Any) -> int:
-    import tempfile
-    given = AnnotatedBatch.from_pydict({"x": [1.0, None, 3.0]})
+    """Call the demo in this process, in a worker and over HTTP."""
+    import concurrent.futures
 
-    def statistics(proxy: Any) -> Any:
-        with proxy.statistics(schema=given.batch.schema) as session:
-            return [session.exchange(given).batch.to_pylist()[0]["x"]["count"] for _ in range(2)]
-
-    def countdown(proxy: Any) -> Any:
-        session = proxy.countdown(start=2)
-        return [session.header.batches, *(answer.batch.to_pylist()[0]["n"] for answer in session)]
-
-    checks: dict[str, tuple[Callable[[Any], Any], Any]] = {"unary": (lambda proxy: proxy.add(a=2.0), 3.0)}
-    checks.update(producer=(countdown, [3, 2, 1, 0]), exchange=(statistics, [2, 4]))
-    print(_versions() + f"\n{'ms':12}" + "".join(f"{name:>10}" for name in checks))
-    code = _OK
-    for kind in ("pipe", "subprocess", "wsgi", "http", "tcp", *(["unix"] if hasattr(socket, "AF_UNIX") else [])):
-        line, end = f"{kind:12}", _paint("ok", "32", sys.stdout)
-        try:
-            with tempfile.TemporaryDirectory() as folder, _served(kind, folder) as proxy:
-                for call, wanted in checks.values():
-                    start = time.perf_counter()
-                    got = call(proxy)
-                    if got != wanted:
-                        raise ValueError(f"expected {wanted}, got {got}")
-                    line += f"{(time.perf_counter() - start) * 1000:10.2f}"
-        except Exception as exc:
-            code, end = _FAILED, f"{_paint('FAILED', '1;31', sys.stdout)} {_text_of(exc)}"
-        print(f"{line}  {end}", flush=True)
-    return code
-
-def _explain(args: Any) -> None:
-    data = _read_file(args.file)
-    if re.match(rb"HTTP/1|[A-Z]+ \S+ HTTP/1", data):
-        head, _, data = data.partition(b"\r\n\r\n")
-        print(re.sub(r"(?im)^((?:proxy-)?authorization|cookie): .*$", r"\1: …", head.decode("latin-1").replace("\r", "")))
-    for magic, encoding in ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd")):
-        if data.startswith(magic):
-            print(f"{len(data)} bytes of {encoding}")
-            data = decompress_body(data, encoding, CLIENT_MAX_RESPONSE_BYTES)
-    source = BufferSource(data)
-    try:
-        while source.left:
-            _explain_stream(source)
-    except (IPCError, ProtocolError) as exc:
-        raise _CliError(f"before byte {source.position} of {len(data)}: {_text_of(exc)}", code=_FAILED) from None
-
-def _explain_stream(source: BufferSource) -> None:
-    """Print one IPC stream, message by message."""
-    start = source.position
-    reader = IpcReader(source)
-    print(f"stream at byte {start}: {_schema_text(reader.schema)}")
-    for message in iter(reader.next_message, None):
-        metadata = message.head.metadata or {}
-        kind = "request" if METHOD_KEY in metadata else batch_kind(message.head.rows, metadata).value
-        kind = "tick" if kind == "data" and not len(reader.schema) else kind
-        print(f"  {kind}: {message.head.rows} rows, {len(message.data)} bytes")
-        for key, value in metadata.items():
-            shown = b"<%d bytes>" % len(value) if key in (STATE_KEY, CALL_STATE_KEY) else value[:500]
-            print(f"    {(key[:500] + b' = ' + shown).decode('utf-8', 'backslashreplace')}")
-        for row in _json_rows(reader.decode(message).slice(0, 3)):
-            print(f"    {_to_json(row)[:200]}")
-    print(f"  end at byte {source.position}")
-
-def _completion(args: Any) -> None:
-    flags = {name: " ".join(w for a in c.arguments for w in a[0].split() if w[0] == "-") for name, c in _commands().items()}
-    if args.shell == "fish":
-        for name, words in flags.items():
-            print(f"complete -c vgi-rpc -n __fish_use_subcommand -a {name}")
-            print(f"complete -c vgi-rpc -n '__fish_seen_subcommand_from {name}' -a '{words}'")
-        return
-    print("autoload -U +X bashcompinit && bashcompinit\n" * (args.shell == "zsh") + "_vgi_rpc() {")
-    print(f"  local words='{' '.join(flags)} --version --help'\n  [ $COMP_CWORD -gt 1 ] && case ${{COMP_WORDS[1]}} in")
-    print("\n".join(f"    {name}) words='{words}' ;;" for name, words in flags.items()))
-    print('  esac\n  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))\n}')
-    print("complete -o default -F _vgi_rpc vgi-rpc")
-
-_FORMATS = ("auto", "json", "ndjson", "table", "csv", "arrow")
-
-class _Command(NamedTuple):
-    """A command: what runs it, what it is for, its arguments as argparse takes them, and examples."""
-    run: Callable[[Any], int | None]  # gives the exit code, where it is not 0
-    summary: str
-    arguments: list[tuple[str, dict[str, Any]]]
-    examples: tuple[str, ...] = ("",)
-
-def _commands() -> dict[str, _Command]:
-    """Every command with everything it takes."""
-
-    def value(flags: str, metavar: str | None, help: str, **more: Any) -> tuple[str, dict[str, Any]]:
-        return flags, {"metavar": metavar, "help": help, **more}
-
-    def flag(flags: str, help: str) -> tuple[str, dict[str, Any]]:
-        return flags, {"action": "store_true", "help": help}
-
-    where = value("where", "WHERE", "http(s)://HOST[:PORT][/PREFIX], unix:PATH, tcp:HOST:PORT, or a command in quotes")
-    connecting = [
-        value("-H --header", "'K: V'", "a further HTTP header; may be repeated", action="append", default=[]),
-        value("--bearer-file", "FILE", "send the token that this file holds"),
-        value("--timeout", "SECONDS", "give up on a call or a turn after so long", type=float),
-        flag("-v --verbose", "the server's log lines, its stderr and its tracebacks, on stderr"),
-    ]
-    serve = [
-        value("target", "TARGET", "module:Class, path/to/file.py:Class or module:factory(); default: a small demo", nargs="?"),
-        value("--host", "HOST", "address to bind (default: %(default)s)", default="127.0.0.1"),
-        value("--port", "PORT", "0 takes a free one (default: %(default)s)", type=int, default=8000),
-        value("--unix", "PATH", "serve a Unix socket instead of HTTP"),
-        value("--tcp", "[HOST:]PORT", "serve TCP instead of HTTP", type=_host_and_port),
-        flag("--stdio", "serve stdin and stdout instead of HTTP"),
-        value("--prefix", "/PATH", "serve HTTP under this path"),
-        value("--token-key-file", "FILE", "keys of the state tokens, one a line: the first signs, all verify"),
-        value("--bearer-file", "FILE", "ask for a bearer token; a line is TOKEN, or NAME TOKEN"),
-        value("--cors", "ORIGINS", "origins whose pages may call, separated by commas; * for all"),
-        value("--max-request-bytes", "SIZE", "largest request, such as 64M", type=_size),
-        value("--max-response-bytes", "SIZE", "largest answer", type=_size),
-        value("--max-connections", "N", "at most so many at a time", type=int),
-        value("--timeout", "SECONDS", "for reading one request, and for sending its answer", type=float),
-        value("--token-ttl", "SECONDS", "how long a state token is good for; 0 for ever", type=float),
-        value("--tls-cert", "FILE", "serve TLS with this certificate chain (PEM)"),
-        value("--tls-key", "FILE", "the certificate's key, when it is in a file of its own"),
-        value("--access-log", "FILE", "append a JSON line per call; - is stderr"),
-        flag("--no-describe", "no reflection and no pages"),
-        flag("--no-json", "no calls in JSON"),
-        flag("--no-tracebacks", "errors without the server's traceback"),
-        flag("--announce", "print PORT:<n>, UNIX:<path> or TCP:<host>:<port> on stdout when listening"),
-        flag("--check", "load the service, print what would be served, and exit"),
-        flag("--reload", "start again when a loaded module changes; open streams go on"),
-    ]
-    for name, settings in serve:
-        twin = "VGI_RPC_" + name.lstrip("-").replace("-", "_").upper()
-        settings["help"] += f" [{twin}]"
-        if given := os.environ.get(twin):
-            settings["default"] = _TRUTH.get(given.lower(), False) if "action" in settings else given
-    call = [
-        where,
-        value("method", "METHOD", "name of the method, or Protocol.method", nargs="?"),
-        value("parameters", "KEY=VALUE", "key=value typed by the live schema, key:=json, key=@file", nargs="*"),
-        value("-j --json", "JSON", "parameters as a JSON object; @file, or - for stdin"),
-        value("-i --input", "FILE", "batches for an exchange: Arrow, NDJSON or CSV; - is stdin, read as it comes"),
-        value("--rows", "N", "rows of the input per turn (default: Arrow's batches, 100 lines of text)", type=int),
-        value("-f --format", None, "auto: a table on a terminal, else NDJSON", choices=_FORMATS, default="auto"),
-        value("-o --output", "FILE", "write the answer there; its ending may say the format"),
-        value("--limit", "N", "stop after so many rows", type=int),
-        value("--resume", "FILE", "keep the stream's token there, and go on from it if it is there (HTTP)"),
-        flag("--debug", "the shape of each batch on the wire, on stderr"),
-        *connecting,
-    ]
-    method = value("method", "METHOD", "only this one", nargs="?")
-    shapes = ("text", "json", "markdown", "python")
-    formats = value("-f --format", None, "python: a typed Protocol that works", choices=shapes, default="text")
-    number = value("-n --number", "N", "how many (default: %(default)s)", type=int, default=10)
-    url, worker = "http://127.0.0.1:8000", f'"{_program()} serve --stdio"'
-    demo = (f"{url} add a=1 b=2", f"{worker} countdown start=3 -f json", f"{url} statistics -i weather.csv --rows 500")
-    serving = ("", "app.py:Calculator --port 0", "'app:make()' --check", "--unix /tmp/demo.sock")
-    shells = ("shell", {"choices": ("bash", "zsh", "fish")})
-    return {
-        "serve": _Command(_serve, "serve a class, over HTTP unless told otherwise", serve, serving),
-        "call": _Command(_call, "call a method", call, demo),
-        "describe": _Command(_describe, "show what a server offers", [where, method, formats, *connecting], (url,)),
-        "ping": _Command(_ping, "measure round trips", [where, number, *connecting], (url, f"{worker} -n 100")),
-        "selfcheck": _Command(_selfcheck, "call the demo over every transport of this machine", []),
-        "explain": _Command(_explain, "print captured bytes of the wire as text", [value("file", "FILE", "- is stdin")], ("answer.bin",)),
-        "completion": _Command(_completion, "print a completion script for a shell", [shells], ("bash",)),
+    place, file = os.path.split(os.path.abspath(__file__))  # the place may be a zip archive
+    start = f"import sys; sys.path.insert(0, {place!r}); import {file[:-3]} as m; sys.exit(m.main())"
+    bound: Any = concurrent.futures.Future()
+    more = {"port": 0, "token_key": os.urandom(32), "on_bound": lambda _, port: bound.set_result(port)}
+    threading.Thread(target=serve_http, args=[RpcServer(Demo, Demo())], kwargs=more, daemon=True).start()
+    ways: dict[str, Callable[[], Any]] = {
+        "pipe": lambda: serve_pipe(Demo, Demo()),
+        "worker": lambda: connect(Demo, [sys.executable, "-c", start, "serve", "--stdio"]),
+        "http": lambda: http_connect(Demo, f"http://127.0.0.1:{bound.result(10)}"),
     }
+    print(_versions())
+    given = pa.RecordBatch.from_pydict({"x": [1.0, None, 3.0]})
+    failed = 0
+    for name, way in ways.items():
+        text = "ok"
+        try:
+            with way() as proxy:
+                found = [proxy.add(a=2.0), *proxy.countdown(start=2).to_table().column("n").to_pylist()]
+                with proxy.statistics(schema=given.schema) as session:
+                    found += [session.exchange(given).batch.column("x")[0]["count"].as_py() for _ in range(2)]
+            if found != [3.0, 2, 1, 0, 2, 4]:
+                raise ValueError(f"wrong answers: {found}")
+        except Exception as exc:
+            failed = 1
+            text = f"FAILED {type(exc).__name__}: {text_of(exc)}"
+        print(f"{name:12}{text}", flush=True)
+    return failed
 
-def _parse(words: list[str]) -> tuple[Callable[[Any], int | None], Any]:
+
+# -- the parser
+
+
+def _size(text: str) -> int:
+    [(number, unit)] = re.findall(r"^([0-9]{1,18})([KMG]?)(?:i?B)?$", text, re.I)
+    return int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit.upper()]
+
+
+_KINDS: dict[str, dict[str, Any]] = {  # what argparse is told, by what stands for the value
+    "": {"action": "store_true"},
+    "N": {"type": int},
+    "SECONDS": {"type": float},
+    "SIZE": {"type": _size},
+    "PORT": {"type": port_number},
+    "[HOST:]PORT": {"type": host_and_port},
+    "FORMAT": {"choices": _FORMATS},
+    "'K: V'": {"action": "append"},
+    "TARGET": {"nargs": "?"},
+    "METHOD": {"nargs": "?"},
+    "KEY=VALUE": {"nargs": "*"},
+}
+# The arguments of the commands, a line each: flags, what stands for the value, its default | help.
+_CLIENT = """
+where WHERE | http(s)://HOST[:PORT][/PREFIX], unix:PATH, tcp:HOST:PORT, or a command in quotes
+method METHOD | name of the method, or Protocol.method
+-H --header 'K: V' | a further HTTP header; may be repeated
+--bearer-file FILE | send the token that this file holds
+--timeout SECONDS | give up on a call or a turn after so long
+-v --verbose | more: ids and limits, the server's log lines, its stderr and its tracebacks
+"""
+_CALL = """
+parameters KEY=VALUE | typed by the live schema; key:=json, key=@file, key.field=value
+-j --json JSON | parameters as a JSON object; @file, or - for stdin
+-i --input FILE | batches for an exchange: Arrow, NDJSON or CSV; - is stdin, read as it comes
+--rows N | rows of the input per turn (default: Arrow's batches, 100 lines of text)
+-f --format FORMAT := auto | auto, json, ndjson, table or arrow; auto: a table on a terminal, else NDJSON
+-o --output FILE | write the answer there; its ending may say the format
+--limit N | stop after so many rows
+--resume FILE | keep the stream's token there, and go on from it if it is there (HTTP)
+"""
+_SERVE = """
+target TARGET | module:Class, path/to/file.py:Class or module:factory(); default: a small demo
+--host HOST := 127.0.0.1 | address to bind
+--port PORT := 8000 | 0 takes a free one
+--unix PATH | serve a Unix socket instead of HTTP
+--tcp [HOST:]PORT | serve TCP instead of HTTP
+--stdio | serve stdin and stdout instead of HTTP
+--prefix /PATH | serve HTTP under this path
+--token-key-file FILE | keys of the state tokens, one a line: the first signs, all verify
+--bearer-file FILE | ask for a bearer token; a line is TOKEN, or NAME TOKEN
+--cors ORIGINS | origins whose pages may call, separated by commas; * for all
+--allowed-hosts HOSTS | names that the Host header may have, separated by commas; * for any
+--max-request-bytes SIZE | largest request, such as 64M
+--max-response-bytes SIZE | largest answer
+--max-connections N := 512 | at most so many at a time
+--timeout SECONDS | for reading one request, and for sending its answer
+--token-ttl SECONDS | how long a state token is good for; 0 for ever
+--access-log FILE | append a JSON line per call; - is stderr
+--no-describe | no reflection and no pages
+--no-json | no calls in JSON
+--no-tracebacks | errors without the server's traceback
+--announce | print PORT:<n>, UNIX:<path> or TCP:<host>:<port> on stdout when listening
+--check | load the service, print what would be served, and exit
+"""
+_COMMANDS: dict[str, tuple[Any, str]] = {  # what runs it, its arguments
+    "serve": (_serve, _SERVE),
+    "call": (_call, _CLIENT + _CALL),
+    "describe": (_describe, _CLIENT),
+    "selfcheck": (_selfcheck, ""),
+}
+
+
+def _parse(words: list[str]) -> tuple[Any, Any]:
     """Read the command line: what is to be run, and with which arguments."""
     import argparse
-    commands, name = _commands(), words[0] if words else ""
-    if name in ("--version", "--help", "-h", ""):
-        lines = [f"usage: {_program()} COMMAND …", "", *(f"  {n:12}{c.summary}" for n, c in commands.items())]
-        lines += ["", f"{_program()} COMMAND --help says what it takes, with examples; --version says the versions."]
-        print(_versions() if name == "--version" else "\n".join(lines), file=sys.stdout if name else sys.stderr)
-        return (lambda _: _OK if name else _USAGE), None
-    if name not in commands:
-        raise _CliError(f"no command {name!r}{_suggest(name, commands)}", f"there are {', '.join(commands)}")
-    command, program = commands[name], f"{_program()} {name}"
-    examples = "examples:\n" + "\n".join(f"  {program} {example}".rstrip() for example in command.examples)
-    formatter, summary = argparse.RawDescriptionHelpFormatter, f"{command.summary[0].upper()}{command.summary[1:]}."
-    parser = argparse.ArgumentParser(program, None, summary, examples, formatter_class=formatter, allow_abbrev=False)
-    for flags, settings in command.arguments:
-        parser.add_argument(*flags.split(), **settings)
+
+    name = (words or ["--help"])[0]
+    if name in ("--version", "--help", "-h"):
+        lines = [f"  {command:12}{run.__doc__}" for command, (run, _) in _COMMANDS.items()]
+        lines = [f"usage: {_program()} COMMAND …", *lines, "COMMAND --help says what it takes."]
+        print(_versions() if name == "--version" else "\n".join(lines))
+        return (lambda _: 2 * (not words)), None
+    if name not in _COMMANDS:
+        raise _CliError(f"no command {name!r}{suggest(name, _COMMANDS)}", f"there are {', '.join(_COMMANDS)}")
+    run, arguments = _COMMANDS[name]
+    program = f"{_program()} {name}"
+    parser = argparse.ArgumentParser(program, description=run.__doc__, allow_abbrev=False)
+
+    def refuse(message: str) -> typing.NoReturn:
+        raise _CliError(message.removeprefix("argument "), f"{program} --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    for line in filter(None, arguments.split("\n")):
+        words_of, _, text = line.partition(" | ")
+        words_of, _, default = words_of.partition(" := ")
+        match = cast("re.Match[str]", re.fullmatch(r"((?:-\S+ ?)+|\w+)(.*)", words_of))
+        flags = match[1].split()
+        metavar = match[2].strip()
+        text += f" (default: {default})" * bool(default)
+        if name == "serve":  # whose options have twins in the environment
+            twin = "VGI_RPC_" + flags[-1].lstrip("-").replace("-", "_").upper()
+            text += f" [{twin}]"
+            default = os.environ.get(twin) or default
+        settings: dict[str, Any] = {"help": text, "default": default or None, **_KINDS.get(metavar, {})}
+        if metavar:
+            settings["metavar"] = metavar
+        else:
+            settings["default"] = default.lower() in ("1", "true", "yes")
+        parser.add_argument(*flags, **settings)
     args = parser.parse_intermixed_args(words[1:])
-    args.words = words
-    return command.run, args
+    for option, value in vars(args).items():
+        least = {"port": 0, "token_ttl": 0}.get(option, 1e-9)
+        if type(value) in (int, float) and not least <= value < 1e18:
+            refuse(f"--{option.replace('_', '-')}: expected a number above 0, got {value}")
+    return run, args
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; *argv* is what stands behind the program's name."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, or a program without a console
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
     args = None
+    code = 0
     try:
         run, args = _parse(list(sys.argv[1:] if argv is None else argv))
-        code = run(args)
-        sys.stdout.flush()
-        return code or _OK
-    except SystemExit as exc:  # argparse has said what it had to say
-        return exc.code if isinstance(exc.code, int) else _OK
+        code = run(args) or 0
+    except SystemExit as exc:  # argparse has printed its help
+        code = cast("int", exc.code)
     except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our stdout has had enough; the interpreter's last flush must not complain about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return _OK
-    except (_CliError, RpcError, ParameterError, IPCError, ProtocolError, OSError, ValueError) as exc:
-        return _report(exc, args)
+        code = 130
+    except BrokenPipeError:  # whoever read our stdout has had enough
+        pass
+    except (_CliError, RpcError, Refusal, OSError, ValueError) as exc:
+        code = _report(exc, getattr(args, "verbose", False))
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):  # it takes nothing any more: the interpreter's own last flush goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
 
 if __name__ == "__main__":
-    # A served module that does `import vgi_rpc` must see these very classes, and not a second copy of them.
-    sys.modules.setdefault("vgi_rpc", sys.modules["__main__"])
+    # A served module that imports this file must see these very classes, and not a second copy of them.
+    sys.modules.setdefault(import_name(__name__), sys.modules["__main__"])
     sys.exit(main())
