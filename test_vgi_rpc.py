@@ -3877,6 +3877,19 @@ def limited_server(**options: Any) -> RpcServer:
 class ByteServingTests(TestCase):
     """The loop of one byte stream, by its bytes."""
 
+    def test_behind_a_refusal_a_head_that_is_too_large_ends_the_connection(self) -> None:
+        text = pa.RecordBatch.from_pydict({"value": ["no number"]})
+        refused = request_bytes("running", {"label": "r"}) + ipc_bytes(text.schema, text)[:-8]
+        near, far = socket.socketpair()
+        with near, far:
+            near.sendall(refused + struct.pack("<Ii", 0xFFFFFFFF, 1 << 25) + request_bytes("nothing"))
+            near.shutdown(socket.SHUT_WR)
+            limited_server().serve(rpc.Transport(rpc.ByteChannel(far), rpc.TransportKind.PIPE))
+            far.shutdown(socket.SHUT_WR)
+            with near.makefile("rb") as file:
+                (answer,) = read_streams(file.read())
+        self.assertEqual(error_of(answer)["type"], "TypeError")
+
     def test_refused_requests_leave_the_connection_usable(self) -> None:
         with BytePeer(limited_server()) as peer:
             for request, kind, text in REFUSED_REQUESTS:

@@ -1156,7 +1156,10 @@ class IpcReader:
             while self._unread:
                 piece = self._source.read(min(self._unread, 1 << 20))
                 self._unread -= len(piece or _whole(piece, self._unread))
-            raw = self._read_head()
+            try:
+                raw = self._read_head()
+            except RequestTooLargeError as exc:  # what is behind it cannot be known
+                raise IPCError(text_of(exc)) from None
             if raw:
                 self._unread = FlatHead(raw[8:]).message()[2]
 
