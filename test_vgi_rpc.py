@@ -19,6 +19,7 @@ import dis
 import enum
 import faulthandler
 import functools
+import gc
 import http.client
 import html
 import html.parser
@@ -50,6 +51,7 @@ import typing
 import unittest
 import urllib.parse
 import uuid
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -6788,6 +6790,9 @@ class KeptConnectionTests(TestCase):
                 call(server.url, http_proxy="127.0.0.1:1")
             with self.raises(TransportError, "407"):
                 call(server.url, http_proxy="127.0.0.1:1", no_proxy="127.0.0.1")
+        with warnings.catch_warnings():  # Python 3.10 leaves the answer of a tunnel that was refused open
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
     def test_wrong_places(self) -> None:
         _, port = in_thread(rpc.serve_http, make_server(), token_key=KEY)
