@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Tests of vgi_rpc; the sections carry the module's numbers.
 
-``python -m unittest test_vgi_rpc`` runs all of them with nothing but pyarrow. Some groups need more and say so when they
-are skipped: ``VGI_RPC_REFERENCE_PYTHON`` (an interpreter with the public vgi-rpc package), gunicorn, and the dataframe
-libraries. ``python test_vgi_rpc.py worker ...`` is the subprocess worker of the tests: `run_server` of the tests' service.
+``python -m unittest test_vgi_rpc`` runs all of them with nothing but pyarrow; README's dataframe block needs polars, duckdb
+and pandas, and is passed over without them. ``python test_vgi_rpc.py worker ...`` is the subprocess worker of the tests:
+`run_server` of the tests' service.
 """
 
 from __future__ import annotations
