@@ -1786,7 +1786,7 @@ class BatchTests(TestCase):
             *(pa.timestamp("us", "UTC"), pa.dense_union([pa.field("a", pa.int8())])),
             *[getattr(pa, name)() for name in ("string_view", "binary_view") if hasattr(pa, name)],
         ]
-        pairs: list[Any] = [None, {}, {b"": b"", b"key": b"x" * 13, b"\xff": b"\0"}, {"text": "also"}]
+        pairs: list[Any] = [None, {}, {b"k" * n: b"v" * (n * n) for n in range(9)}, {"text": "also"}]
         for kind in kinds:
             rows = [pa.nulls(n, kind) for n in (0, 1, 5, 100_000)]
             batches = [column(array) for array in (*rows, rows[3].slice(7, 9), pa.nulls(0, kind))]

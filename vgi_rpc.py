@@ -975,6 +975,12 @@ class WireSchema:
         columns = [pa.nulls(0, kind) for kind in self.schema.types]
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
+    @functools.cached_property
+    def empty_message(self) -> bytes:
+        """The message of that batch; not for a schema with dictionaries, which go ahead of it."""
+        message: bytes = self.empty.serialize().to_pybytes()
+        return message
+
 
 EMPTY = WireSchema(EMPTY_SCHEMA)
 TICK: pa.RecordBatch = EMPTY.empty
@@ -1170,6 +1176,49 @@ def _whole(data: Buffer, size: int) -> Any:
     return data
 
 
+_FRONT = struct.Struct("<4siI7H2xiqIIHBxI")  # prefix, size; a Message's vtable and table; the number of pairs
+_PAIR = struct.Struct("<4HiIII")  # a KeyValue's vtable and table, the length of its key
+
+
+@functools.lru_cache(maxsize=256)
+def _key_bytes(key: bytes | str) -> bytes:
+    """Return a KeyValue table whose value stands behind it."""
+    data = key.encode() if isinstance(key, str) else key
+    size = len(data) + 4 & -4  # a text ends with a zero byte
+    return _PAIR.pack(8, 12, 4, 8, 8, 8, 8 + size, len(data)) + data.ljust(size, b"\0")
+
+
+def with_metadata(message: bytes, metadata: Mapping[Any, Any]) -> bytes:
+    """Return a batch message that pyarrow serialised without metadata, with *metadata*.
+
+    References in a flatbuffer lead forward, but for those to vtables. So what its Message table refers to can stay as
+    it is behind another Message table, if its bytes stay at multiples of 8.
+    """
+    root = 8 + _U32(message, 8)[0]
+    field = root + _U16(message, root - _I32(message, root)[0] + 8)[0]
+    content = field + _U32(message, field)[0]
+    kept = (
+        min(content, content - _I32(message, content)[0]) & -8
+    )  # only the old Message table stands before it
+    body = 8 + _I32(message, 4)[0]
+    at = 8 + 4 * len(metadata)  # from the vector's first element to the next table
+    places: list[int] = []
+    pairs: list[bytes] = []
+    for key, value in metadata.items():
+        table = _key_bytes(key)
+        value = value.encode() if isinstance(value, str) else value
+        size = len(value) + 4 & -4
+        places.append(at - 4 * len(places))
+        pairs += (table, len(value).to_bytes(4, "little"), value.ljust(size, b"\0"))
+        at += len(table) + 4 + size
+    padding = bytes(-(at + _FRONT.size - 8) % 8)
+    end = at + _FRONT.size - 8 + len(padding)
+    facts = (16, len(message) - body, end + content - kept - 40, 8, 4, 3, len(places))
+    front = _FRONT.pack(message[:4], end + body - kept - 8, 20, 14, 24, 20, 22, 12, 4, 16, *facts)
+    front += struct.pack(f"<{len(places)}I", *places)
+    return b"".join([front, *pairs, padding, message[kept:]])
+
+
 _OPTIONS = ipc.IpcWriteOptions()
 
 
@@ -1213,26 +1262,31 @@ class IpcWriter:
         most = MAX_METADATA_BYTES // 2
         if len(metadata) > MAX_HEAD_ENTRIES or sum(map(len, metadata.values())) > most:
             raise ParameterError(f"metadata: expected at most {MAX_HEAD_ENTRIES} entries and {most} bytes")
-        schema_left = 0
-        self._file.clear()
+        wire = self.wire
         try:
-            # Small ones without metadata and dictionaries need no writer, which takes three times as long.
-            is_small = batch.get_total_buffer_size() <= SMALL_BODY_BYTES and batch.schema.equals(
-                self.wire.schema
-            )
-            if is_small and not (metadata or self.wire.dictionaries):
-                return [batch.serialize().to_pybytes()]
-            if self._writer is None:
-                self._writer = ipc.RecordBatchStreamWriter(self._file, self.wire.schema, options=_OPTIONS)
-                schema_left = len(self.wire.message)  # it writes that again with its first batch
-            self._writer.write_batch(batch, custom_metadata=metadata or None)
+            is_plain = not wire.dictionaries and batch.schema.equals(wire.schema)
+            if is_plain and batch.get_total_buffer_size() <= SMALL_BODY_BYTES:
+                message = batch.serialize().to_pybytes() if batch.num_rows else wire.empty_message
+                pieces: list[Buffer] = [with_metadata(message, metadata) if metadata else message]
+            else:
+                pieces = self._stream_messages(batch, metadata)
         except ARROW_FAILURES as exc:
             raise IPCError(f"a batch cannot be written: {text_of(exc)}") from None
+        if wire_write.isEnabledFor(logging.DEBUG):
+            facts = (batch.num_rows, total_size(pieces), list(metadata), wire.schema)
+            wire_write.debug("%d rows, %d bytes, metadata %s: %s", *facts)
+        return pieces
+
+    def _stream_messages(self, batch: pa.RecordBatch, metadata: Mapping[Any, Any]) -> list[Buffer]:
+        """Return the messages of a batch that has dictionaries, or a body too large to be copied."""
+        self._file.clear()
+        schema_left = 0
+        if self._writer is None:
+            self._writer = ipc.RecordBatchStreamWriter(self._file, self.wire.schema, options=_OPTIONS)
+            schema_left = len(self.wire.message)  # it writes that again with its first batch
+        self._writer.write_batch(batch, custom_metadata=metadata or None)
         while schema_left > 0:
             schema_left -= len(self._file.pop(0))
-        if wire_write.isEnabledFor(logging.DEBUG):
-            facts = (batch.num_rows, total_size(self._file), list(metadata), self.wire.schema)
-            wire_write.debug("%d rows, %d bytes, metadata %s: %s", *facts)
         return self._file.copy()
 
 
