@@ -1277,6 +1277,8 @@ class ErrorTests(TestCase):
                 self.assertEqual((vars(got), str(got), got.args), (vars(sent), str(sent), sent.args))
             values = [*DETAILS, rpc.Code.ABORTED, rpc.AuthReason.UNAUTHORIZED, rpc.Message.info("m", a=1)]
             self.assertEqual([way(value) for value in values], values)
+            told = rpc.http_introspect(client=rpc.make_sync_client(make_server()))
+            self.assertEqual(repr(way(told)), repr(told))
 
     def test_texts_of_errors(self) -> None:
         texts = {
@@ -4816,6 +4818,14 @@ class ListenerTests(TestCase):
             thread.join()
             self.assertEqual(os.listdir(self.folder), [])
 
+    def test_a_forked_child_does_not_listen(self) -> None:
+        with rpc.listen_tcp("127.0.0.1", 0) as listening:
+            rpc._byte_listener(make_server(), listening, (False, None, None))
+            child = os.fork()
+            if not child:
+                os._exit(1 + listening.fileno())
+            self.assertEqual(os.waitpid(child, 0)[1], 0)
+
     def test_further_connections_wait(self) -> None:
         for options in ({"threaded": True, "max_connections": 2}, {"threaded": False}):
             thread = self.serve(**options)
@@ -4951,20 +4961,25 @@ SIGNALLED = """
     import contextlib, multiprocessing, os, signal, sys, time
     import vgi_rpc
     class Slow:
-        def add(self, a: int) -> int: return a + 1
+        def add(self, a: int) -> int:
+            os.write(1, b"")  # as printing does, in the place of which standard error is
+            return a + 1
+        def fork(self, how: str) -> int:
+            child = os.fork()
+            if child: return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if how == "raises": raise ValueError
+            if how == "exits": sys.exit(3)
+            return 7
         def wait(self, seconds: float) -> float:
             open("waiting", "w").close()
             end = time.monotonic() + seconds
             while time.monotonic() < end: time.sleep(0.01)
             return seconds
         def child(self) -> int:
-            ready, tell = os.pipe()
-            def rest():
-                os.write(tell, b"x")  # Python loses a signal that comes before a forked child runs
-                while True: time.sleep(0.01)
-            child = multiprocessing.get_context("fork").Process(target=rest)
+            def busy():
+                while True: pass
+            child = multiprocessing.get_context("fork").Process(target=busy)
             child.start()
-            os.read(ready, 1)
             child.terminate()
             child.join()
             return child.exitcode
@@ -4996,7 +5011,7 @@ class SignalTests(TestCase):
     def serving(self, kind: str, grace: float = 30.0) -> Iterator[tuple[Any, Any]]:
         """A server process and a proxy of it; it ends with 0, by a signal or because its client leaves."""
         with mock.patch.dict(os.environ, {"PYTHONPATH": str(HERE), "GRACE": str(grace)}):
-            command = [sys.executable, self.program]
+            command = [sys.executable, "-W", "ignore", self.program]
             if kind == "stdio":
                 transport = rpc.SubprocessTransport(command)
                 process = transport.proc
@@ -5056,6 +5071,13 @@ class SignalTests(TestCase):
                         process.send_signal(signal.SIGTERM)
                     process.wait(WATCHDOG_SECONDS)
                     caller.join()
+
+    def test_a_forked_child_that_leaves_its_method_ends(self) -> None:
+        for kind in ("stdio", "unix"):
+            with self.serving(kind) as (process, proxy):
+                self.assertEqual([proxy.fork(how) for how in ("returns", "raises", "exits")], [0, 1, 3])
+                self.assertEqual(proxy.add(1), 2)
+                process.send_signal(signal.SIGTERM)
 
     def test_an_interrupt_is_meant_for_the_parent_of_a_worker(self) -> None:
         with self.serving("stdio") as (process, proxy):

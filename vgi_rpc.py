@@ -3461,6 +3461,9 @@ class MethodDescription(RpcMethodInfo):
         """Return the signature as the server tells it, else with Arrow's types."""
         return told_text(self.params_schema, SIGNATURE_KEY) or super().signature()
 
+    def __reduce__(self) -> Any:
+        return _method_description, vars(self)["made_from"]
+
 
 class ServiceDescription(NamedTuple):
     """One protocol of a server, as a client learns of it."""
@@ -3478,7 +3481,7 @@ def service_description(listed: ProtocolList, answer: ProtocolDescription) -> Se
     """Return what a client shows of a server's two answers; raises `IPCError` for a broken schema."""
     methods = {summary.name: _method_description(summary, answer) for summary in answer.methods}
     ids = (answer.protocol, listed.request_version, DESCRIBE_VERSION, answer.protocol_hash, listed.server_id)
-    return ServiceDescription(*ids, types.MappingProxyType(methods), answer.protocol_version)
+    return ServiceDescription(*ids, methods, answer.protocol_version)
 
 
 def _method_description(summary: MethodSummary, service: ProtocolSummary) -> MethodDescription:
@@ -3515,7 +3518,7 @@ def _method_description(summary: MethodSummary, service: ProtocolSummary) -> Met
     facts["param_types"] = {member.name: type_of(member) for member in params}
     facts["is_exchange"] = {"exchange": True, "producer": False}.get(summary.stream_kind)
     method = MethodDescription(**facts, idempotency=summary.idempotency)
-    vars(method)["described"] = schemas
+    vars(method).update(described=schemas, made_from=(summary, service))
     return method
 
 
@@ -3650,18 +3653,33 @@ def unpack_parts(data: bytes, count: int) -> list[bytes]:
 
 _RECEIVE_BYTES = 65_536
 _MAX_IO_BYTES = 1 << 30  # per system call: some systems, and TLS, refuse 2 GiB and more
-_open_channels: weakref.WeakSet[ByteChannel] = weakref.WeakSet()
+open_files: weakref.WeakSet[Any] = weakref.WeakSet()  # of connections and listeners
+handlers_before: dict[int, Any] = {}  # who handled the signals that we handle now
 
 
 @functools.cache  # at the first connection
-def _watch_forks() -> None:
-    # A forked child's copy keeps a connection open that its owner has closed: a worker, say, would not leave.
-    def close_copies() -> None:
-        for channel in list(_open_channels):
-            channel.close(hang_up=False)
+def watch_forks() -> None:
+    """Have a forked child begin without our files and our signal handlers."""
+    masks = threading.local()
+
+    def before() -> None:  # a signal that comes before the child runs would be lost to the system's handlers
+        blocked = [number for number, handler in handlers_before.items() if not callable(handler)]
+        masks.mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+
+    def after() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.mask)
+
+    def after_in_child() -> None:
+        for file in list(open_files):  # a copy keeps open what its owner has closed: a worker would not leave
+            with contextlib.suppress(OSError):
+                file.close()
+        for number, handler in handlers_before.items():
+            signal.signal(number, handler)
+        handlers_before.clear()
+        after()
 
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=close_copies)
+        os.register_at_fork(before=before, after_in_parent=after, after_in_child=after_in_child)
 
 
 def _is_ready(file: Any, writing: bool = False, seconds: float = 0.0) -> bool:
@@ -3689,8 +3707,8 @@ class ByteChannel(ByteSource):
         self._buffer = b""
         self._at = 0  # how much of the buffer was read
         self._space = memoryview(bytearray(_RECEIVE_BYTES))
-        _watch_forks()
-        _open_channels.add(self)
+        watch_forks()
+        open_files.add(connected)
 
     def _seconds_left(self) -> float:
         left = cast("float", self.deadline) - time.monotonic()
@@ -3730,11 +3748,10 @@ class ByteChannel(ByteSource):
         except (OSError, ValueError) as exc:  # ValueError: closed here
             return not isinstance(exc, BlockingIOError)  # another thread took the byte
 
-    def close(self, *, hang_up: bool = True) -> None:
-        """Close both directions; may be called twice. Without *hang_up* the peer is not told by us."""
+    def close(self) -> None:
+        """Close both directions; may be called twice."""
         with contextlib.suppress(OSError), self.source:
-            if hang_up:  # which wakes a thread that waits in it; closing does not
-                self.source.shutdown(socket.SHUT_RDWR)
+            self.source.shutdown(socket.SHUT_RDWR)  # which wakes a thread that waits in it; closing does not
 
     def _fill(self) -> bool:
         received = self._io(self._read_into, self._space)
@@ -3803,6 +3820,7 @@ class FdChannel(ByteChannel):
     def __init__(self, reader: Any, writer: Any) -> None:
         super().__init__(reader)
         self.writer = writer
+        open_files.add(writer)
 
     def _prepare(self, writing: bool) -> None:
         file = self.writer if writing else self.source
@@ -3823,7 +3841,7 @@ class FdChannel(ByteChannel):
         watched.register(self.source.fileno(), 0)  # a hang-up is told unasked
         return bool(watched.poll(0))
 
-    def close(self, *, hang_up: bool = True) -> None:
+    def close(self) -> None:
         self.writer.close()
         self.source.close()
 
@@ -4182,10 +4200,14 @@ class Call(CallRecord):
     def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run the application's code as the caller's; raises what it does, and when it took longer than allowed."""
         token = current_auth_var.set(self.auth)
+        process = os.getpid()
         try:
             result = function(*args, **kwargs)
         finally:
             current_auth_var.reset(token)
+            if os.getpid() != process:  # a child that was forked there and has left: it serves nobody
+                status = getattr(sys.exc_info()[1], "code", sys.exc_info()[1])
+                os._exit(status if isinstance(status, int) else status is not None)
         if self.deadline is not None and time.monotonic() >= self.deadline:
             raise DeadlineExceededError(f"{self.method}(): the time that was allowed has passed")
         return result
@@ -5566,6 +5588,7 @@ class ListenerMixin(_Server):  # type: ignore[misc]
         socketserver.BaseServer.__init__(self, listening.getsockname(), handler)
         listening.settimeout(_POLL_SECONDS)  # of `handle_request`
         self.socket = listening
+        open_files.add(listening)
         self.rpc = rpc
         self.connections: dict[Any, Any] = {}  # sockets as accepted -> as used: TLS makes it another one
         self.stopping = False  # whether it ends as soon as no call is running
@@ -5652,21 +5675,17 @@ def _stop_signals(server: RpcServer, grace: float, listener: Any, ignored: int =
         return
     import _thread
 
-    owner = os.getpid()
     waiting = False
     over = False
 
     def end_of_grace() -> None:
         time.sleep(grace)
         if not over:
-            os.kill(owner, signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def on_signal(number: int, frame: object) -> None:
         nonlocal waiting
-        if os.getpid() != owner:  # a child that a method has forked: it ends as if nobody handled signals
-            signal.signal(number, previous[number])
-            os.kill(os.getpid(), number)
-        elif number != ignored:
+        if number != ignored:
             server.draining = True
             if waiting or not server.running:
                 raise SystemExit(0)
@@ -5677,7 +5696,10 @@ def _stop_signals(server: RpcServer, grace: float, listener: Any, ignored: int =
             _thread.start_new_thread(end_of_grace, ())
 
     previous = {int(n): signal.getsignal(n) or signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGINT)}
+    is_outermost = not handlers_before
     try:
+        watch_forks()
+        handlers_before.update(previous if is_outermost else {})
         for number in previous:
             signal.signal(number, on_signal)
         yield
@@ -5688,6 +5710,8 @@ def _stop_signals(server: RpcServer, grace: float, listener: Any, ignored: int =
         over = True
         for number, handler in previous.items():
             signal.signal(number, handler)
+        if is_outermost:
+            handlers_before.clear()
 
 
 def serve_stdio(server: RpcServer) -> None:
@@ -5700,16 +5724,16 @@ def serve_stdio(server: RpcServer) -> None:
     try:
         os.fstat(0)  # both first: a copy of the one would take the place of the other
         os.fstat(1)
+        null = os.open(os.devnull, os.O_RDWR)  # takes the place of a standard error that is closed
         channel = FdChannel(io.FileIO(os.dup(0), "rb"), io.FileIO(os.dup(1), "wb"))  # no child inherits it
     except OSError as exc:
         raise OSError(exc.errno, "serve_stdio: stdin or stdout is closed; connect() opens both") from None
     ignored = 0 if os.isatty(0) else int(signal.SIGINT)
     try:
-        with open(os.devnull, "r+b") as null:
-            os.dup2(null.fileno(), 0)
-            os.dup2(null.fileno(), 1)
-        with contextlib.suppress(OSError):  # there is no standard error
-            os.dup2(2, 1)
+        os.dup2(null, 0)
+        os.dup2(2, 1)
+        if null > 2:
+            os.close(null)
         _flush_stdout()  # now, so that what was printed before goes to standard error too
         with _stop_signals(server, DRAIN_GRACE_SECONDS, None, ignored):
             server.serve(Transport(channel, TransportKind.PIPE))
@@ -7484,15 +7508,12 @@ else:
 class HttpConnection(_Handler):
     """One connection to `serve_http`: reads strictly, answers, and hangs up where the framing is in doubt."""
 
-    rbufsize = 0  # nothing is read from the file that the base class makes
-
     app: HttpApp
     options: HttpServeOptions
 
     def setup(self) -> None:
         listener = cast("ListenerMixin", self.server)
         self.request = set_up_tcp(listener, self.request, self.options.tls_context)
-        super().setup()
         self._remote = address_text(self.client_address)
         self._over_cap = len(listener.connections) > self.options.max_connections
         self._channel = ByteChannel(self.request)
@@ -7503,7 +7524,6 @@ class HttpConnection(_Handler):
         self._common = "".join([f"{name}: {value}\r\n" for name, value in self.app.capabilities])
 
     def finish(self) -> None:
-        super().finish()
         self.request.close()
 
     def handle_one_request(self) -> None:
