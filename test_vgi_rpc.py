@@ -2116,7 +2116,7 @@ class RowTemplateTests(TestCase):
             (pa.utf8(), b"x"),
             (pa.utf8(), "\ud800"),
             (pa.utf8(), Shade.RED),
-            (pa.utf8(), "x" * 70_000),
+            (pa.utf8(), "x" * 300_000),
             (pa.binary(), bytearray(b"x")),
             (pa.list_(pa.int64()), (1, 2)),
             (pa.list_(pa.int64()), [1, "x"]),

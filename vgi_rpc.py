@@ -778,6 +778,11 @@ SCHEMA_MESSAGE = 1  # this and the next: MessageHeader of Arrow's format/Message
 DICTIONARY_MESSAGE = 2
 _PYTHON_FAILURES = (OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError)
 ARROW_FAILURES = (pa.ArrowException, *_PYTHON_FAILURES)  # what pyarrow raises on bad bytes or values
+_FOREIGN_FAILURES = (
+    struct.error,
+    StopIteration,
+    *ARROW_FAILURES,
+)  # what it or `FlatHead` raises on foreign bytes
 
 
 class IpcValidation(enum.Enum):
@@ -825,6 +830,14 @@ class ByteSource:
         """Return *head*, the last thing read, and the next *size* bytes in one piece; shorter only at the end."""
         return head + self.read(size)
 
+    def received(self) -> tuple[Any, int]:
+        """Wait for something to read, or the end; return what was received, and where its unread part begins."""
+        return b"", 0
+
+    def skip_to(self, end: int) -> None:
+        """Count what `received` returned as read up to *end*."""
+        raise NotImplementedError
+
 
 class BufferSource(ByteSource):
     """A source over bytes in memory, of which `read_after` copies none."""
@@ -841,6 +854,12 @@ class BufferSource(ByteSource):
         self.position = min(self.position + size, len(self._data))
         return self._data[start : self.position]
 
+    def received(self) -> tuple[memoryview, int]:
+        return self._data, self.position
+
+    def skip_to(self, end: int) -> None:
+        self.position = end
+
     @property
     def left(self) -> int:
         """How many bytes are still to be read."""
@@ -854,24 +873,11 @@ class IpcLimits(NamedTuple):
     max_rows: int | None = None  # rows of one batch; None for what its bytes pay for (see FREE_ROWS)
 
 
-class _Foreign:
-    """A context that makes what pyarrow or `FlatHead` raises about foreign bytes an error of ours."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
-        if isinstance(exc, (struct.error, StopIteration, *ARROW_FAILURES)):
-            raise IPCError(f"{self._what}: {text_of(exc)}") from None
-
-
 _U16 = struct.Struct("<H").unpack_from
 _I32 = struct.Struct("<i").unpack_from
 _U32 = struct.Struct("<I").unpack_from
 _I64 = struct.Struct("<q").unpack_from
+_SLOTS = {count: struct.Struct(f"<{count}H").unpack_from for count in range(8)}
 
 
 class FlatHead:
@@ -882,54 +888,65 @@ class FlatHead:
     must pay for all. What leads astray raises, or pyarrow refuses it, which verifies a flatbuffer before it decodes.
     """
 
-    def __init__(self, data: bytes) -> None:
-        self.data = data + bytes(8)
-        self.absent = len(data)
-        self._left = 65_536 + 4 * len(data)  # some writers share equal texts
+    ROOT = 8  # refers to the whole message, behind its prefix
+
+    def __init__(self, head: bytes) -> None:
+        self.data = head + bytes(8)
+        self.absent = len(head)
+        self._left = 65_536 + 4 * self.absent  # some writers share equal texts
 
     def table(self, field: int, count: int) -> list[int]:
-        """Return the first *count* fields of the table to which *field* refers; 0 refers to the whole message."""
+        """Return the first *count* fields of the table to which *field* refers."""
         at = field + _U32(self.data, field)[0]
         vtable = at - _I32(self.data, at)[0]
         present = min(count, _U16(self.data, vtable)[0] // 2 - 2)
-        offsets = struct.unpack_from(f"<{present}H", self.data, vtable + 4)
-        fields = [at + offset if offset else self.absent for offset in offsets]
-        return fields + [self.absent] * (count - present)
+        absent = self.absent
+        fields = [at + slot if slot else absent for slot in _SLOTS[present](self.data, vtable + 4)]
+        return fields if present == count else fields + [absent] * (count - present)
 
-    def vector(self, field: int, width: int, most: int) -> range:
-        """Return where the elements of *width* bytes stand in the vector to which *field* refers."""
-        at = field + _U32(self.data, field)[0] + 4
-        count = _U32(self.data, at - 4)[0]
-        end = at + width * count
+    def vector(self, field: int, width: int, most: int) -> tuple[int, int]:
+        """Return where the vector to which *field* refers begins and ends; its elements have *width* bytes."""
+        start = field + _U32(self.data, field)[0] + 4
+        count = _U32(self.data, start - 4)[0]
+        end = start + width * count
         self._left -= 16 + width * count
         if count > most or end > len(self.data) or self._left < 0:
             text = f"expected at most {most} entries, all paid for by {self.absent} bytes, got {count}"
             raise IPCError(f"message head: {text}")
-        return range(at, end, width)
+        return start, end
+
+    def tables(self, field: int, most: int) -> range:
+        """Return the fields that a vector of tables consists of."""
+        return range(*self.vector(field, 4, most), 4)
 
     def text(self, field: int) -> bytes:
         """Return the bytes of a text."""
-        places = self.vector(field, 1, self.absent)
-        return self.data[places.start : places.stop]
+        start, end = self.vector(field, 1, self.absent)
+        return self.data[start:end]
 
     def longs(self, field: int, width: int) -> Sequence[int]:
         """Return a vector of structs of *width* int64, flat."""
-        places = self.vector(field, 8 * width, MAX_BUFFERS)
-        return struct.unpack_from(f"<{width * len(places)}q", self.data, places.start)
+        start, end = self.vector(field, 8 * width, MAX_BUFFERS)
+        return struct.unpack_from(f"<{(end - start) // 8}q", self.data, start)
 
     def pairs(self, field: int) -> dict[bytes, bytes]:
         """Return a vector of key-value tables."""
-        pairs = [self.table(pair, 2) for pair in self.vector(field, 4, MAX_HEAD_ENTRIES)]
-        return {self.text(key): self.text(value) for key, value in pairs}
+        found = {}
+        for pair in self.tables(field, MAX_HEAD_ENTRIES):
+            key, value = self.table(pair, 2)
+            found[self.text(key)] = self.text(value)
+        return found
 
     def message(self) -> tuple[int, int, int, dict[bytes, bytes]]:
         """Return of the whole message its type, the field of its content, the bytes of its body, and metadata."""
-        with _Foreign("not an Arrow IPC message"):
-            version, kind, content, length, pairs = self.table(0, 5)
+        try:
+            version, kind, content, length, pairs = self.table(self.ROOT, 5)
             size = _I64(self.data, length)[0]
             if _U16(self.data, version)[0] not in (3, 4) or not 1 <= self.data[kind] <= 3 or size < 0:
                 raise ValueError(f"not of metadata version 4 or 5, or of type {self.data[kind]}")
             return self.data[kind], content, size, self.pairs(pairs)
+        except _FOREIGN_FAILURES as exc:
+            raise IPCError(f"not an Arrow IPC message: {text_of(exc)}") from None
 
     def dictionaries(self, schema: int) -> int:
         """Return how many fields of a schema, at any depth, are dictionaries; refuse what would cost too much."""
@@ -938,7 +955,7 @@ class FlatHead:
             raise IPCError("schema: expected little-endian numbers, got big-endian ones")
         self.pairs(metadata)
         dictionaries = 0
-        found = [(1, column) for column in self.vector(columns, 4, MAX_COLUMNS)]
+        found = [(1, column) for column in self.tables(columns, MAX_COLUMNS)]
         for level, column in found:  # which grows
             name, _, kind, parameters, dictionary, children, metadata = self.table(column, 7)
             self.text(name).decode()  # fails here, not at some later look at the schema
@@ -946,7 +963,7 @@ class FlatHead:
                 self.text(self.table(parameters, 2)[1]).decode()
             self.pairs(metadata)
             dictionaries += dictionary != self.absent
-            found += [(level + 1, child) for child in self.vector(children, 4, MAX_COLUMNS)]
+            found += [(level + 1, child) for child in self.tables(children, MAX_COLUMNS)]
             if level > MAX_NESTING:
                 raise IPCError(f"schema: expected at most {MAX_NESTING} levels of nesting")
         return dictionaries
@@ -958,15 +975,17 @@ class WireSchema:
     def __init__(self, schema: pa.Schema | bytes) -> None:
         # With its encapsulated message each of its streams begins.
         self.message: bytes = schema if isinstance(schema, bytes) else schema.serialize().to_pybytes()
-        head = FlatHead(self.message[8:])
+        head = FlatHead(self.message)
         kind, content, body_length, _ = head.message()
         if kind != SCHEMA_MESSAGE or body_length:
             raise IPCError(f"expected a schema message first, got message type {kind}")
-        with _Foreign("the schema"):
+        try:
             self.dictionaries = head.dictionaries(content)
             self.schema: pa.Schema = schema
             if isinstance(schema, bytes):
                 self.schema = ipc.read_schema(pa.py_buffer(schema))
+        except _FOREIGN_FAILURES as exc:
+            raise IPCError(f"the schema: {text_of(exc)}") from None
         self.required = [i for i, column in enumerate(self.schema) if not column.nullable]
 
     @functools.cached_property
@@ -978,8 +997,7 @@ class WireSchema:
     @functools.cached_property
     def empty_message(self) -> bytes:
         """The message of that batch; not for a schema with dictionaries, which go ahead of it."""
-        message: bytes = self.empty.serialize().to_pybytes()
-        return message
+        return cast("bytes", self.empty.serialize().to_pybytes())
 
 
 EMPTY = WireSchema(EMPTY_SCHEMA)
@@ -1018,7 +1036,14 @@ class IpcReader:
         self.ended = False  # whether the end marker was read
         self.dictionaries: dict[int, list[tuple[int, Buffer]]] = {}  # by id: what messages take, and they
         self._dictionary_bytes = 0
-        self._known = (b"", 0, 0)  # a head without metadata, the bytes of its body, its rows
+        self._last_head = (
+            b""  # one that tells all of its message but the body, which has nothing to decompress
+        )
+        self._last: tuple[int, int, dict[bytes, bytes]] = (
+            0,
+            0,
+            {},
+        )  # the size of that message, its rows and metadata
         if not isinstance(expected, Mapping):
             expected = {wire.message: wire for wire in expected}
         self._expected = expected
@@ -1060,14 +1085,21 @@ class IpcReader:
 
     def next_message(self) -> BatchMessage | None:
         """Read the next batch's message without decoding it; ``None`` at the end marker."""
-        while raw := not self.ended and self._read_head():
-            known, body_length, rows = self._known
-            if raw != known:
-                head = FlatHead(raw[8:])
-                kind, content, body_length, metadata = head.message()
-                self._unread = body_length
-                if kind == SCHEMA_MESSAGE:
-                    raise IPCError("expected a batch, got a second schema message")
+        if self.ended:
+            return None
+        if self._last_head:  # the turns of a stream often differ in their bodies alone
+            received, at = self._source.received()
+            size, rows, metadata = self._last
+            data = received[at : at + size]
+            if len(data) == size and data[: len(self._last_head)] == self._last_head:
+                self._source.skip_to(at + size)
+                return BatchMessage(rows, metadata.copy(), data)
+        while raw := self._read_head():
+            head = FlatHead(raw)
+            kind, content, body_length, metadata = head.message()
+            self._unread = body_length
+            if kind == SCHEMA_MESSAGE:
+                raise IPCError("expected a batch, got a second schema message")
             size = len(raw) + body_length
             self._check_size("message", size)  # before anything is allocated
             self._unread = None
@@ -1076,55 +1108,56 @@ class IpcReader:
             except MemoryError:
                 raise IPCError(f"message: no memory for {size} bytes") from None
             self._unread = 0
-            if raw == known:
-                return BatchMessage(rows, {}, data)
-            with _Foreign("the message"):
+            try:
                 if kind == DICTIONARY_MESSAGE:
-                    self._keep_dictionary(head, content, metadata, data, len(raw))
+                    self._keep_dictionary(head, content, metadata, data)
                     continue
-                rows, _ = self._measure(head, content, metadata, memoryview(data)[len(raw) :])
-                # The turns of a stream often differ in their bodies alone.
-                if not metadata and head.table(content, 4)[3] == head.absent:
-                    self._known = (raw, body_length, rows)
+                rows, _, is_compressed = self._measure(head, content, metadata, data)
+            except _FOREIGN_FAILURES as exc:
+                raise IPCError(f"the message: {text_of(exc)}") from None
+            if not is_compressed and len(raw) <= SMALL_BODY_BYTES:
+                self._last_head = raw
+                self._last = (size, rows, metadata)
             wire_read.debug("%d rows, %d bytes, metadata %s: %s", rows, size, list(metadata), self.schema)
             return BatchMessage(rows, metadata, data)
         return None
 
-    def _measure(self, head: FlatHead, batch: int, metadata: Metadata, body: memoryview) -> tuple[int, int]:
-        """Return how many rows and decoded bytes a batch has; refuse those that nothing pays for."""
-        rows_at, nodes, buffers_at, compression, views_at = head.table(batch, 5)
+    def _measure(self, head: FlatHead, batch: int, metadata: Metadata, data: Buffer) -> tuple[int, int, bool]:
+        """Return a batch's rows and decoded bytes, and whether it is compressed; refuse what nothing pays for."""
+        rows_at, nodes, buffers, compression, views_at = head.table(batch, 5)
         rows = _I64(head.data, rows_at)[0]
-        buffers = head.longs(buffers_at, 2)  # (offset, length)
+        start, end = head.vector(buffers, 16, MAX_BUFFERS)  # of (offset, length)
         if views_at != head.absent:
             views = head.longs(views_at, 1)
             # How many buffers each column of views has. Older releases of pyarrow allocate whatever is said here.
-            if min(views, default=0) < 0 or 2 * sum(views) > len(buffers):
+            if min(views, default=0) < 0 or 32 * sum(views) > end - start:
                 raise IPCError("counts of variadic buffers")
-        decoded = len(body)
+        decoded = size = len(data) - head.absent
         # The second was a metadata key before the format had a field for it, and pyarrow still obeys it.
-        if compression != head.absent or b"ARROW:experimental_compression" in metadata:
+        is_compressed = compression != head.absent or b"ARROW:experimental_compression" in metadata
+        if is_compressed:
             decoded = 0
-            for offset, length in zip(buffers[::2], buffers[1::2]):
+            body = memoryview(data)[head.absent :]
+            for offset, length in struct.iter_unpack("<2q", head.data[start:end]):
                 # BodyCompression: each buffer begins with its decoded length, -1 when it stands as it is.
-                size = _I64(body, offset)[0] if length else 0
-                if size < -1:
-                    raise IPCError(f"compressed buffer at {offset}: a decoded length of {size} bytes")
-                decoded += length if size == -1 else size
-            free = max(FREE_DECODED_BYTES, 1024 * len(body))
-            self._check_size("compressed buffers, decoded", decoded, free)
+                claim = _I64(body, offset)[0] if length else 0
+                if claim < -1:
+                    raise IPCError(f"compressed buffer at {offset}: a decoded length of {claim} bytes")
+                decoded += length if claim == -1 else claim
+            self._check_size("compressed buffers, decoded", decoded, max(FREE_DECODED_BYTES, 1024 * size))
         longest = max(rows, *head.longs(nodes, 2)[::2], 0)  # a list of one row may have a trillion null items
         if rows < 0 or (longest > FREE_ROWS and longest > 8 * decoded):
             raise IPCError(f"{min(rows, 0) or longest} rows in {decoded} bytes: more rows than bits")
         most = self._limits.max_rows
         if most is not None and rows > most:
             raise RequestTooLargeError(f"expected at most {most} rows in a batch, got {rows}")
-        return rows, decoded
+        return rows, decoded, is_compressed
 
-    def _keep_dictionary(self, head: FlatHead, at: int, metadata: Metadata, data: Buffer, start: int) -> None:
+    def _keep_dictionary(self, head: FlatHead, at: int, metadata: Metadata, data: Buffer) -> None:
         """Keep a dictionary message for the batches that come, in place of those that it replaces."""
         number_at, batch, is_delta = head.table(at, 3)
         number = _I64(head.data, number_at)[0]
-        size = start + self._measure(head, batch, metadata, memoryview(data)[start:])[1]
+        size = head.absent + self._measure(head, batch, metadata, data)[1]
         kept = self.dictionaries.setdefault(number, [])
         if not head.data[is_delta]:
             self._dictionary_bytes -= sum(before for before, _ in kept)
@@ -1141,9 +1174,9 @@ class IpcReader:
         """Decode a message of this stream: the last one read, if the schema has dictionaries."""
         if not message.rows:
             return self.wire.empty  # there is nothing to decode, and most of them are logs, ticks and tokens
-        with _Foreign("the batch"):
+        try:
             if not self.wire.dictionaries:
-                batch = ipc.read_record_batch(pa.py_buffer(message.data), self.schema)
+                batch = ipc.read_record_batch(message.data, self.schema)
             elif not self._expected or self.schema in [wire.schema for wire in self._expected.values()]:
                 # pyarrow keeps dictionaries only in a stream of its own.
                 kept = [data for messages in self.dictionaries.values() for _, data in messages]
@@ -1152,7 +1185,9 @@ class IpcReader:
                 raise IPCError(f"the batch: dictionaries that are not expected, {schema_text(self.schema)}")
             if self._validation is not IpcValidation.NONE:
                 batch.validate(full=self._validation is IpcValidation.FULL)
-        return batch
+            return batch
+        except _FOREIGN_FAILURES as exc:
+            raise IPCError(f"the batch: {text_of(exc)}") from None
 
     def read_to_end(self) -> None:
         """Read over what is left after a refusal; where that raises `IPCError`, the connection must be closed."""
@@ -1167,7 +1202,7 @@ class IpcReader:
             except RequestTooLargeError as exc:  # what is behind it cannot be known
                 raise IPCError(text_of(exc)) from None
             if raw:
-                self._unread = FlatHead(raw[8:]).message()[2]
+                self._unread = FlatHead(raw).message()[2]
 
 
 def _whole(data: Buffer, size: int) -> Any:
@@ -1336,7 +1371,8 @@ def conform_batch(batch: Any, wire: WireSchema, where: str, *, cast_values: bool
         columns = [_conform(*pair, where, cast_values) for pair in zip(batch.columns, schema)]
         batch = pa.RecordBatch.from_arrays(columns, schema=schema)
     for i in wire.required:
-        _conform(batch.column(i), schema.field(i), where, False)
+        if batch.column(i).null_count:
+            _conform(batch.column(i), schema.field(i), where, False)
     return batch
 
 
@@ -1582,19 +1618,18 @@ class _Message:
     """The message of a dictionary or batch, of which the metadata of *varying* keys differs."""
 
     def __init__(self, message: bytes, varying: Mapping[bytes, int]) -> None:
-        self.head_end = 8 + int.from_bytes(message[4:8], "little")
-        head = FlatHead(message[8 : self.head_end])
-        _, kind, content, length, pairs = head.table(0, 5)
+        head = FlatHead(message[: 8 + int.from_bytes(message[4:8], "little")])
+        self.head_end = head.absent
+        _, kind, content, length, pairs = head.table(head.ROOT, 5)
         if head.data[kind] == DICTIONARY_MESSAGE:
             content = head.table(content, 2)[1]
         rows, *vectors = head.table(content, 3)
         places = [head.vector(field, 16, MAX_BUFFERS) for field in vectors]
-        holes = [(length, "q"), (rows, "q"), *[(place.start, f"{16 * len(place)}s") for place in places]]
-        fields = [head.table(pair, 2) for pair in head.vector(pairs, 4, MAX_HEAD_ENTRIES)]
-        values = {head.text(key): head.vector(value, 1, head.absent).start for key, value in fields}
-        self.varying = [(8 + values[key], f"{size}s") for key, size in varying.items()]
-        if places[0]:  # else there are no columns, and nothing but metadata to differ
-            holes = [(8 + at, code) for at, code in holes]
+        holes = [(length, "q"), (rows, "q"), *[(start, f"{end - start}s") for start, end in places]]
+        fields = [head.table(pair, 2) for pair in head.tables(pairs, MAX_HEAD_ENTRIES)]
+        values = {head.text(key): head.vector(value, 1, head.absent)[0] for key, value in fields}
+        self.varying = [(values[key], f"{size}s") for key, size in varying.items()]
+        if len(set(places[0])) > 1:  # else there are no columns, and nothing but metadata to differ
             self._layout = _Layout(message[: self.head_end], holes + self.varying)
 
     def write(self, parts: _Parts, values: Sequence[bytes] = ()) -> bytes:
@@ -3785,13 +3820,11 @@ class ByteChannel(ByteSource):
         return whole.slice(0, filled)
 
     def received(self) -> tuple[bytes, int]:
-        """Wait for something to read, or the end; return what was received, and where its unread part begins."""
         if self._at == len(self._buffer):
             self._fill()
         return self._buffer, self._at
 
     def skip_to(self, end: int) -> None:
-        """Count what `received` returned as read up to *end*."""
         self._at = end
 
     def is_quiet(self) -> bool:
