@@ -19,6 +19,7 @@ import enum
 import faulthandler
 import functools
 import gc
+import hashlib
 import http.client
 import html
 import html.parser
@@ -2204,11 +2205,11 @@ def row_class(annotation: Any, **options: Any) -> Any:
 def round_trip(annotation: Any, value: Any) -> Any:
     """What arrives when *value* is a parameter: the way of section 9, without the bytes around it."""
     row = rpc.RowCodec([("value", rpc.codec_for(annotation, whole=True))])
-    encoded = rpc.located("f() argument ", ".", row.encode, [value])
-    batch = rpc.located("f() argument ", ".", row.to_batch, encoded)
+    encoded = rpc.located("f() argument ", row.encode, [value])
+    batch = rpc.located("f() argument ", row.to_batch, encoded)
     batch.validate(full=True)
     [(batch, _)] = read_stream(io.BytesIO(ipc_bytes(batch.schema, batch)))
-    return rpc.located("f() parameter ", ".", row.from_batch, batch)[0]
+    return rpc.located("f() parameter ", row.from_batch, batch)[0]
 
 
 T = TypeVar("T")
@@ -3384,7 +3385,7 @@ class ReflectionTests(TestCase):
             '{"name":"text","nullable":false,"type":"utf8"}],"name":"feed","params":[],"type":"stream"}],'
             '"protocol":"Known"}'
         )
-        expected = rpc.hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + spelt.encode()).hexdigest()
+        expected = hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + spelt.encode()).hexdigest()
         self.assertEqual(rpc.protocol_hash("Known", rpc.rpc_methods(Known).values()), expected)
         self.assertEqual(
             {token: rpc._type_token(kind) for token, kind in TOKENS.items()}, {t: t for t in TOKENS}
@@ -5534,7 +5535,7 @@ class PagesTests(TestCase):
         self.assertEqual(reply.status, status, reply.body)
         text = reply.body.decode()
         style = re.search(r"<style>(.*?)</style>", text, re.S)[1]
-        digest = base64.b64encode(rpc.hashlib.sha256(style.encode()).digest()).decode()
+        digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
         policy = reply.headers["content-security-policy"]
         self.assertIn(f"style-src 'sha256-{digest}'", policy)
         self.assertIn("default-src 'none'", policy)

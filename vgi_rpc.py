@@ -49,7 +49,6 @@ import decimal
 import enum
 import errno
 import functools
-import hashlib
 import hmac
 import inspect
 import io
@@ -1761,15 +1760,13 @@ def row_template(
 # fit is a Mismatch, and each container on the way out adds its part of the path: `Order.lines[0].price: expected …`.
 
 
-@dataclass(frozen=True)
-class ArrowType:
+class ArrowType(NamedTuple):
     """Says which Arrow type a field, parameter or result has: ``Annotated[int, ArrowType(pa.int32())]``."""
 
     arrow_type: pa.DataType  # exactly this type goes on the wire
     nullable: bool | None = None  # overrides what the annotation says, also an Optional; None leaves it
 
 
-@dataclass(frozen=True)
 class Transient:
     """Marks a field that does not travel: ``Annotated[T, Transient()]``; it is read as its default."""
 
@@ -1811,12 +1808,14 @@ def with_field(name: str, convert: Callable[[Any], T], value: Any) -> T:
         raise Mismatch("a valid value", f"{type(exc).__name__}: {text_of(exc)}").under(f".{name}") from exc
 
 
-def located(where: str, prefix: str, convert: Callable[[Any], T], value: Any) -> T:
-    """Return ``convert(value)``; what it raises is a `ParameterError` at *where* and the path less *prefix*."""
+def located(where: str, convert: Callable[[Any], T], value: Any) -> T:
+    """Return ``convert(value)``; what it raises is a `ParameterError` at *where*, and the path behind it."""
     try:
         return with_field("", convert, value)
     except Mismatch as exc:
-        exc.path = exc.path[1:].removeprefix(prefix)
+        exc.path = exc.path[1:]
+        if where.endswith(" "):  # the path begins with what is named: "f() argument " and "a[0]"
+            exc.path = exc.path[1:]
         raise ParameterError(f"{where}{exc}") from exc.__cause__
 
 
@@ -1836,7 +1835,8 @@ class Codec(NamedTuple):
     plain: frozenset[type] = frozenset()  # exact types that stay as they are both ways, alone and in lists
     zoned: bool | None = None  # of datetimes and times, where microseconds are held: whether they have a zone
     nullable: bool = False  # None is a value
-    dataclass: DataclassCodec | None = None  # the codec of its fields, where it is a dataclass
+    dataclass: DataclassCodec | None = None
+    annotation: Any = None
 
     def encode(self, value: Any, way: str = "encode") -> Any:
         """Encode, "decode", or "check" what is encoded: whether pyarrow takes each part, which `encode` leaves open."""
@@ -1851,20 +1851,14 @@ class Codec(NamedTuple):
         if self.kind is list:
             value = self.parts["item"]._each(value, range(len(value)), way)
         elif self.kind is dict:
-            pairs = list(value.items() if way == "encode" else value)
-            keys = [key for key, _ in pairs]
-            values = self.parts["value"]._each([value for _, value in pairs], keys, way)
+            keys = [key for key, _ in value]
+            values = self.parts["value"]._each([item for _, item in value], keys, way)
             value = list(zip(self.parts["key"]._each(keys, keys, way), values))
         elif self.kind is Mapping:
             value = _by_name(self.parts, value, way)
         elif self.kind is not None and (way != "decode" or type(value) is not self.kind):
             value = self._held(value)
-        if way != "decode":
-            return value
-        try:
-            return self.read(value)
-        except (IPCError, RequestTooLargeError) as exc:
-            raise Mismatch("an Arrow IPC stream", text_of(exc)) from None
+        return self.read(value) if way == "decode" else value
 
     def _each(self, values: Any, steps: Sequence[Any], way: str) -> list[Any]:
         """Convert the members of a container; a mismatch says at which of *steps*."""
@@ -1885,25 +1879,28 @@ class Codec(NamedTuple):
         """Return what Arrow holds of a value, in an exact type, if that is equal."""
         if type(value) is int and float in self.plain and abs(value) <= 1 << 53:
             return float(value)  # pyarrow takes longer, here and below
-        if type(value) is self.kind and self.zoned is (getattr(value, "tzinfo", None) is not None):
+        has_zone = getattr(value, "tzinfo", None) is not None
+        if type(value) is self.kind and self.zoned is has_zone:
             return value
         held: Any = None
-        reason = ""
+        equal = False
         try:
             held = pa.array([value], self.arrow_type)[0].as_py()
+            reason = f"it would arrive as {held!s:.60}"
             equal = held == value or (held != held and value != value)  # NaN is equal to nothing
         except ARROW_FAILURES as exc:
-            equal = False
             reason = f"{text_of(exc):.200}"
         if isinstance(held, float) and isinstance(value, float):
             equal = equal or abs(held) != float("inf")  # whoever declares a narrow float wants it rounded
         if equal and held is not None and (isinstance(held, bool) or not isinstance(value, bool)):
             return value if type(value) is type(held) is datetime.datetime else held  # not in another zone
-        shown = got(value) if isinstance(value, (str, bytes, type(None))) else f"{got(value)} {value!s:.60}"
-        zone = " without a zone (Annotated[datetime, ArrowType(pa.timestamp('us', tz='UTC'))] has one)"
-        if getattr(value, "tzinfo", None) is None or getattr(self.arrow_type, "tz", None):
-            zone = ""
-        raise Mismatch(f"{self.expected}{zone}", f"{shown} ({reason or f'it would arrive as {held!s:.60}'})")
+        shown = got(value)
+        if not isinstance(value, (str, bytes, type(None))):
+            shown = f"{shown} {value!s:.60}"
+        zone = ""
+        if has_zone and not getattr(self.arrow_type, "tz", None):
+            zone = " without a zone (Annotated[datetime, ArrowType(pa.timestamp('us', tz='UTC'))] has one)"
+        raise Mismatch(f"{self.expected}{zone}", f"{shown} ({reason})")
 
     def to_array(self, encoded: Any) -> pa.Array:
         """Return the column of one encoded value."""
@@ -1947,7 +1944,7 @@ def _filled(kind: pa.DataType) -> Any:
 _DAY = datetime.datetime(2000, 1, 1)
 _EXAMPLES = (True, 0, 0.0, "", b"", decimal.Decimal(), _DAY, _DAY.date(), _DAY.time(), _DAY - _DAY)
 _SCALARS = {type(example): example for example in _EXAMPLES}  # the Python types that travel as they are
-_NARROW = re.compile(r"\b(half)?float\b|decimal|time|\[[mn]?s|fixed")  # Arrow types that hold less than these
+_NARROW = r"\b(half)?float\b|decimal|time|\[[mn]?s|fixed"  # Arrow types that hold less than these
 
 
 def hints_of(owner: Any) -> dict[str, Any]:
@@ -1970,7 +1967,7 @@ def unwrapped(annotation: Any) -> tuple[Any, pa.DataType | None, bool | None]:
     inner = getattr(annotation, "__supertype__", getattr(annotation, "__value__", None))
     if origin is Annotated:
         inner = annotation.__origin__
-    elif len(rest) == 1 and origin in (Union, types.UnionType, typing.Final):
+    elif len(rest) == 1 and origin in (*_UNIONS, typing.Final):
         inner = rest[0]
     if inner is None:
         return annotation, None, None
@@ -1979,19 +1976,19 @@ def unwrapped(annotation: Any) -> tuple[Any, pa.DataType | None, bool | None]:
         own = next((it for it in annotation.__metadata__ if isinstance(it, ArrowType)), ArrowType(exact))
         return bare, own.arrow_type, nullable if own.nullable is None else own.nullable
     # What an ArrowType says of None goes before an Optional around it.
-    return bare, exact, nullable or (nullable is None and origin in (Union, types.UnionType))
+    return bare, exact, nullable or (nullable is None and origin in _UNIONS)
+
+
+_UNIONS = (Union, types.UnionType)
 
 
 def annotation_text(annotation: Any) -> str:
     """Return an annotation as a person writes it: ``list[int]``, ``date | None``, ``Decimal(20, 4)``."""
     origin = typing.get_origin(annotation)
-    arguments = typing.get_args(annotation)
-    words = list(map(annotation_text, arguments))
-    if origin is Literal:
-        words = list(map(repr, arguments))
-    elif origin in (Union, types.UnionType):
+    words = [repr(it) if origin is Literal else annotation_text(it) for it in typing.get_args(annotation)]
+    if origin in _UNIONS:
         return " | ".join(sorted(words, key="None".__eq__))  # None comes last, the others stay in their order
-    elif origin is Annotated:
+    if origin is Annotated:
         bare, exact, nullable = unwrapped(annotation)
         # Of an Arrow type is said what a caller has to know, and no more.
         if exact is None:
@@ -2002,7 +1999,7 @@ def annotation_text(annotation: Any) -> str:
         if known or (text == type_text(exact) and bare not in (object, Any, int, float)):
             text = annotation_text(bare)
         return text + " | None" * bool(nullable)
-    elif annotation in (None, type(None)):
+    if annotation in (None, type(None)):
         return "None"
     name = getattr(origin or annotation, "__name__", None) or re.sub(r"(\w+\.)+(?=\w)", "", str(annotation))
     return f"{name}[{', '.join(words)}]" if words else str(name)
@@ -2034,27 +2031,27 @@ def codec_for(annotation: Any, exact: pa.DataType | None = None, *, whole: bool 
         raise _no_mapping(bare)
     if nullable:
         codec = codec._replace(nullable=True, plain=codec.plain and codec.plain | {type(None)})
-    return codec
+    return codec._replace(annotation=annotation)
 
 
 def _scalar_codec(annotation: Any, kind: Any, exact: pa.DataType | None) -> Codec:
     example: Any = _SCALARS[kind]
     exact = pa.scalar(example).type if exact is None else exact
-    expected = type_text(exact)
+    zoned = getattr(exact, "tz", None) is not None
     if pa.types.is_fixed_size_binary(exact):
         example = bytes(exact.byte_width)
-    if kind is datetime.datetime and getattr(exact, "tz", None):
+    if kind is datetime.datetime and zoned:
         example = example.astimezone(datetime.timezone.utc)
-    codec = Codec(kind, exact, expected)
+    codec = Codec(kind, exact, type_text(exact))
     try:
         held = codec._held(example)
     except Mismatch:
-        raise TypeError(f"{annotation_text(annotation)} does not go into {expected}") from None
+        raise TypeError(f"{annotation_text(annotation)} does not go into {codec.expected}") from None
     if type(held) is not kind:  # a number of another kind, which has to be equal after the way back, too
         return codec._replace(read=functools.partial(codec_for(kind).encode, way="decode"))
     if re.match(r"time(stamp|64)\[us", str(exact)):
-        return codec._replace(zoned=getattr(exact, "tz", None) is not None)
-    return codec if _NARROW.search(str(exact)) else codec._replace(plain=frozenset({kind}))
+        return codec._replace(zoned=zoned)
+    return codec if re.search(_NARROW, str(exact)) else codec._replace(plain=frozenset({kind}))
 
 
 def _container_codec(annotation: Any, kind: Any, exact: pa.DataType | None) -> Codec:
@@ -2066,15 +2063,18 @@ def _container_codec(annotation: Any, kind: Any, exact: pa.DataType | None) -> C
         inner = [exact.key_type, exact.item_type] if kind is dict else [exact.value_type]
     members = list(map(codec_for, typing.get_args(annotation), inner))
     expected = f"{kind.__name__} of {' to '.join(member.expected for member in members)}"
-    accepted = {list: (list, tuple), dict: Mapping}.get(kind, (set, frozenset))
+    if kind is dict:
+        if members[0].nullable:
+            raise TypeError(f"{expected}: in Arrow a key is never None; use dict[K, V]")
+        exact = exact or pa.map_(members[0].arrow_type, members[1].arrow_type)
+        parts = dict(zip(("key", "value"), members))
+        return Codec(
+            dict, exact, expected, lambda it: list(_expect(it, Mapping, expected).items()), dict, parts
+        )
+    exact = exact or pa.list_(pa.field("item", members[0].arrow_type))
+    accepted = (list, tuple) if kind is list else (set, frozenset)
     write = functools.partial(_expect, accepted=accepted, expected=expected)
-    if kind is not dict:
-        exact = exact or pa.list_(pa.field("item", members[0].arrow_type))
-        return Codec(list, exact, expected, write, kind, {"item": members[0]})
-    if members[0].nullable:
-        raise TypeError(f"{expected}: in Arrow a key is never None; use dict[K, V]")
-    exact = exact or pa.map_(members[0].arrow_type, members[1].arrow_type)
-    return Codec(dict, exact, expected, write, dict, dict(zip(("key", "value"), members)))
+    return Codec(list, exact, expected, write, kind, {"item": members[0]})
 
 
 def _inner_reader(data: Buffer, checks: IpcValidation = IpcValidation.FULL, known: Any = ()) -> IpcReader:
@@ -2099,10 +2099,7 @@ def _class_codec(annotation: Any, cls: Any, exact: pa.DataType | None, whole: bo
     """Literal, Enum, dataclass, and what travels as bytes: record batch, schema, UUID, dataclass as parameter."""
     expected = annotation_text(annotation)
     holds: Any = bytes
-    ways: Any = (
-        operator.attrgetter("_name_"),
-        None,
-    )  # not .name, which a member of an Enum may have replaced
+    ways: Any = (operator.attrgetter("_name_"), None)  # .name may be another thing of an Enum's own
     known: DataclassCodec | None = None
     members: Mapping[Any, Any] = {}
     if cls is Literal:
@@ -2139,7 +2136,10 @@ def _class_codec(annotation: Any, cls: Any, exact: pa.DataType | None, whole: bo
     def decode(value: Any) -> Any:
         _expect(value, holds, expected)
         if not members:
-            return ways[1](value)
+            try:
+                return ways[1](value)
+            except (IPCError, RequestTooLargeError) as exc:
+                raise Mismatch("an Arrow IPC stream", text_of(exc)) from None
         if value not in members:
             raise Mismatch(expected, f"{value!r:.60}{suggest(str(value), map(str, members))}")
         return members[value]
@@ -2187,13 +2187,19 @@ class RowCodec:
         self.parts = dict(fields)
         self.names = tuple(self.parts)
         self.codecs = tuple(self.parts.values())
-        members = [pa.field(name, part.arrow_type, part.nullable) for name, part in self.parts.items()]
-        self.schema = pa.schema(members)
+        self.schema = pa.schema(
+            [pa.field(name, it.arrow_type, it.nullable) for name, it in self.parts.items()]
+        )
 
     @functools.cached_property
     def wire(self) -> WireSchema:
         """What the streams of the schema need to be read and written; made at first use."""
         return WireSchema(self.schema)
+
+    @functools.cached_property
+    def template(self) -> RowTemplate | None:
+        """What writes and reads the row without pyarrow, where its types are plain; made at first use."""
+        return row_template(self.schema)
 
     def encode(self, values: Iterable[Any], way: str = "encode") -> list[Any]:
         """Return one encoded value for each name, which row templates and `to_batch` take."""
@@ -2208,6 +2214,14 @@ class RowCodec:
         rows = zip(self.names, self.codecs, encoded)
         arrays = [with_field(name, part.to_array, value) for name, part, value in rows]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+
+    def to_bytes(self, values: Iterable[Any]) -> bytes:
+        """Return the stream of one row."""
+        row = self.encode(values)
+        if self.template is not None:
+            with contextlib.suppress(ValueError):  # a value that is not plain, or does not fit
+                return self.template.write(row)
+        return stream_bytes(self.wire, [(self.to_batch(row), None)])
 
     def from_batch(self, batch: pa.RecordBatch) -> list[Any]:
         """Return the Python values of a batch of one row, column by column."""
@@ -2250,7 +2264,8 @@ class DataclassCodec:
         self.name = annotation_text(annotation)
         hints = _field_annotations(annotation)
         own = getattr(self.cls, "__dataclass_fields__", {}) and dataclasses.fields(self.cls)
-        fields = [f for f in own if Transient() not in getattr(hints[f.name], "__metadata__", ())]
+        marks = {f.name: map(type, getattr(hints[f.name], "__metadata__", ())) for f in own}
+        fields = [f for f in own if Transient not in marks[f.name]]
         lost = [n for n in inspect.get_annotations(self.cls) if "typing.ClassVar" not in str(hints[n])]
         owner = next(base for base in self.cls.__mro__ if "__init__" in vars(base))
         for cls, parts in ((self.cls, lost), (owner, ["an __init__ of its own"] * (owner is not object))):
@@ -2275,17 +2290,10 @@ class DataclassCodec:
         finally:
             self._building.remove(mark)
         self.row = RowCodec(codecs)
-        self.names = self.row.names
-        self.annotations = {name: hints[name] for name in self.names}
         self.arrow_type = pa.struct(list(self.row.schema))
         self._all_names = {f.name for f in own}
         self._required = [f.name for f in fields if f.init and f.default is f.default_factory]  # both MISSING
         self._late = [f.name for f in fields if not f.init]  # set behind the constructor
-
-    @functools.cached_property
-    def template(self) -> RowTemplate | None:
-        """The row without pyarrow, where its types are plain; made at first use."""
-        return row_template(self.row.schema)
 
     def to_dict(self, instance: Any) -> dict[str, Any]:
         """Return the values of the fields that travel; refuses an instance that holds more than they tell."""
@@ -2297,24 +2305,21 @@ class DataclassCodec:
             more = sorted(set(held) - self._all_names)
             if more:
                 raise Mismatch(self.name, f"{got(instance)}, which has more fields ({', '.join(more)})")
-        return {name: getattr(instance, name) for name in self.names}
+        return {name: getattr(instance, name) for name in self.row.names}
 
     def to_bytes(self, instance: Any) -> bytes:
         """Encode as an IPC stream of 1 row x len(names) columns."""
-        row = self.row.encode(self.to_dict(instance).values())
-        if self.template is not None:
-            with contextlib.suppress(ValueError):  # a value that is not plain, or does not fit
-                return self.template.write(row)
-        return stream_bytes(self.row.wire, [(self.row.to_batch(row), None)])
+        return self.row.to_bytes(self.to_dict(instance).values())
 
     def from_bytes(self, data: Buffer, validation: IpcValidation = IpcValidation.FULL) -> Any:
         """Decode an IPC stream of one row, or of none; raises `IPCError` when it is no such stream."""
         data = bytes(data)
-        found = self.template and self.template.read(data)
+        row = self.row
+        found = row.template and row.template.read(data)
         if found:
-            return self.build(dict(zip(self.names, self.row.decode(found[0]))))
+            return self.build(dict(zip(row.names, row.decode(found[0]))))
         # Another schema is fine, too: of a newer or an older version of the class.
-        known = [self.row.wire] * data.startswith(self.row.wire.message)
+        known = [row.wire] * data.startswith(row.wire.message)
         item = data and _inner_reader(data, validation, known).next()
         return self.from_batch(item[0]) if item else self.build({})
 
@@ -2322,9 +2327,9 @@ class DataclassCodec:
         """Decode a batch of one row, or of none."""
         if batch.num_rows > 1:
             raise Mismatch(f"{self.name} (one row)", f"{batch.num_rows} rows")
-        there = [part for part in self.row.parts.items() if part[0] in batch.schema.names]
         row = self.row
-        if len(there) < len(self.names) or not batch.num_rows:
+        there = [part for part in row.parts.items() if part[0] in batch.schema.names]
+        if len(there) < len(row.names) or not batch.num_rows:
             row = RowCodec(there * batch.num_rows)
         return self.build(dict(zip(row.names, row.from_batch(batch.select(row.names)))))
 
@@ -2362,7 +2367,7 @@ class ArrowSerializableDataclass:
 
     def serialize_to_bytes(self) -> bytes:
         """Return an Arrow IPC stream of 1 row x len(fields) columns."""
-        return located(type(self).__name__, "", dataclass_codec(type(self)).to_bytes, self)
+        return located(type(self).__name__, dataclass_codec(type(self)).to_bytes, self)
 
     def serialize(self, dest: typing.BinaryIO) -> None:
         """Write `serialize_to_bytes` to *dest*, which stays open."""
@@ -2374,14 +2379,14 @@ class ArrowSerializableDataclass:
     ) -> T:
         """Read what `serialize_to_bytes` wrote; `IPCError` when it is no Arrow IPC stream."""
         read = functools.partial(dataclass_codec(cls).from_bytes, validation=ipc_validation)
-        return cast("T", located(cls.__name__, "", read, data))
+        return cast("T", located(cls.__name__, read, data))
 
     @classmethod
     def deserialize_from_batch(
         cls: type[T], batch: pa.RecordBatch, custom_metadata: Any = None, *, ipc_validation: Any = None
     ) -> T:
         """Read the one row of *batch* (1 x any columns), without a look at the metadata; raises as above."""
-        return cast("T", located(cls.__name__, "", dataclass_codec(cls).from_batch, batch))
+        return cast("T", located(cls.__name__, dataclass_codec(cls).from_batch, batch))
 
 
 # ============================================================================
@@ -2683,29 +2688,34 @@ class MethodType(enum.Enum):
     STREAM = "stream"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class RpcMethodInfo:
-    """One method of a Protocol; made by `rpc_methods`."""
+    """One method of a Protocol; made by `rpc_methods`, and not changed."""
 
     name: str
-    params_schema: pa.Schema  # 1 row x len(parameters) columns
-    result_schema: pa.Schema  # 1 row x 1 column "result"; empty for "-> None" and for streams
-    result_type: Any  # the return annotation
+    protocol_name: str  # the protocol's routing name
+    protocol_version: str  # MAJOR.MINOR.PATCH, empty when the protocol declares none
     method_type: MethodType
-    has_return: bool  # whether a unary method returns something
+    params: RowCodec
+    result: RowCodec  # one column "result"; none for "-> None" and for streams
+    result_type: Any  # the return annotation
+    header: DataclassCodec | None  # of the stream's header
+    is_exchange: bool | None  # None where the annotation does not tell
     doc: str | None
-    param_defaults: dict[str, Any] = field(default_factory=dict)
-    param_types: dict[str, Any] = field(default_factory=dict)  # annotations by parameter
-    param_docs: dict[str, str] = field(default_factory=dict)  # the "Args:" of the docstring, by parameter
-    header_type: type | None = None  # dataclass of the stream's header
-    is_exchange: bool | None = None  # None where the annotation does not tell
-    protocol_name: str = ""  # the protocol's routing name
-    protocol_version: str = ""  # MAJOR.MINOR.PATCH, empty when the protocol declares none
-    params: RowCodec = field(default_factory=lambda: RowCodec(()), repr=False)
-    result: RowCodec = field(default_factory=lambda: RowCodec(()), repr=False)
-    header: DataclassCodec | None = field(default=None, repr=False)
+    param_docs: dict[str, str]  # the "Args:" of the docstring, by parameter
+    param_defaults: dict[str, Any]
     idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
     deprecation: str | None = None  # why the method should not be used any more
+
+    params_schema = property(operator.attrgetter("params.schema"))  # of batches of one row
+    result_schema = property(operator.attrgetter("result.schema"))
+    has_return = property(lambda self: bool(self.result.names))
+    header_type = property(lambda self: self.header and self.header.cls)  # the dataclass
+
+    @property
+    def param_types(self) -> dict[str, Any]:
+        """Annotations by parameter."""
+        return {name: codec.annotation for name, codec in self.params.parts.items()}
 
     @property
     def kind(self) -> str:
@@ -2737,11 +2747,6 @@ class RpcMethodInfo:
         untimed = {REQUEST_ID_KEY: REQUEST_ID_BYTES}
         both = (untimed, {**untimed, TIMEOUT_KEY: TIMEOUT_DIGITS})
         return [row_template(self.params.schema, self.request_metadata, varying) for varying in both]
-
-    @functools.cached_property
-    def result_template(self) -> RowTemplate | None:
-        """What writes and reads results without pyarrow."""
-        return row_template(self.result.schema)
 
 
 def default_text(value: object) -> str:
@@ -2786,9 +2791,7 @@ def parse_version(text: str) -> tuple[int, int] | None:
 
 def _identity(protocol: Any) -> tuple[str, str]:
     """Return a class's routing name and version, as ``protocol_name`` and ``protocol_version`` say or by default."""
-    name = vars(protocol).get(
-        "protocol_name", protocol.__name__
-    )  # its own: one that is inherited names another
+    name = vars(protocol).get("protocol_name", protocol.__name__)  # an inherited one names another
     if not isinstance(name, str) or not PROTOCOL_NAME_PATTERN.fullmatch(name):
         raise ValueError(f"protocol name {name!r}: expected letters, digits, '_' and '.', no digit first")
     version = getattr(protocol, "protocol_version", "") or ""
@@ -2799,11 +2802,11 @@ def _identity(protocol: Any) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _noting(mistakes: list[str], where: str) -> Iterator[None]:
-    """Keep what a `TypeError` says, so that one error tells all that is wrong with a service."""
+    """Keep what a `TypeError` says, behind *where*, so that one error tells all that is wrong with a service."""
     try:
         yield
     except TypeError as exc:
-        mistakes.append(f"{where} {exc}")
+        mistakes.append(f"{where}{exc}")
 
 
 def _opened(function: Any) -> tuple[Any, inspect.Signature]:
@@ -2840,24 +2843,20 @@ def _stream_parts(annotation: Any) -> tuple[list[Any], Any, bool | None]:
     return states, header, None
 
 
-def _read_method(protocol: type, name: str, mistakes: list[str]) -> RpcMethodInfo | None:
-    """Return a method of a Protocol, or add all that is wrong with it to *mistakes*."""
-    where = f"{protocol.__qualname__}.{name}()"
-    before = len(mistakes)
+def _read_method(protocol: type, name: str, where: str) -> RpcMethodInfo:
+    """Return a method of a Protocol; one `TypeError` tells all that is wrong with it, each but the first at *where*."""
     kept = inspect.getattr_static(protocol, name)
-    with _noting(mistakes, f"{where}:"):
-        if isinstance(kept, functools.partial) or not hasattr(kept, "__get__"):
-            raise TypeError(f"expected a function, got {got(kept)}")
-        plain, signature = _opened(kept.__get__(object(), protocol))  # as an instance gives it
-        hints = hints_of(plain)
-    if len(mistakes) > before:
-        return None
+    if isinstance(kept, functools.partial) or not hasattr(kept, "__get__"):
+        raise TypeError(f"expected a function, got {got(kept)}")
+    plain, signature = _opened(kept.__get__(object(), protocol))  # as an instance gives it
+    hints = hints_of(plain)
+    mistakes: list[str] = []
     codecs = {}
     defaults = {}
     for param, parameter in signature.parameters.items():
         if _is_context(param, hints.get(param)):
             continue
-        with _noting(mistakes, f"{where} parameter {param!r}:"):
+        with _noting(mistakes, f"parameter {param!r}: "):
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 raise TypeError(f"expected a named parameter, got {parameter.kind.description}")
             if param not in hints:
@@ -2865,12 +2864,12 @@ def _read_method(protocol: type, name: str, mistakes: list[str]) -> RpcMethodInf
             codecs[param] = codec_for(hints[param], whole=True)
             if parameter.default is not parameter.empty:
                 defaults[param] = parameter.default
-                located("its default", "", codecs[param].encode, parameter.default)
+                located("its default", codecs[param].encode, parameter.default)
     result = RowCodec(())
     header = None
     returned = hints.get("return")
     states, header_type, is_exchange = _stream_parts(returned)
-    with _noting(mistakes, f"{where} result:"):
+    with _noting(mistakes, "result: "):
         if returned is None:
             raise TypeError("no return annotation; write '-> None' if it returns nothing")
         if states and header_type is not type(None):
@@ -2879,24 +2878,28 @@ def _read_method(protocol: type, name: str, mistakes: list[str]) -> RpcMethodInf
                 raise TypeError(f"the header of a Stream is a dataclass, got {annotation_text(header_type)}")
         elif not states and returned is not type(None):
             result = RowCodec([("result", codec_for(returned, whole=True))])
-    if len(mistakes) > before:
-        return None
+    if mistakes:
+        raise TypeError(f"\n  - {where}".join(mistakes))
     doc = inspect.getdoc(plain)
     # The "Args:" of a Google docstring.
     block = re.search(r"^ *Args:\n((?:(?: +\S.*)?(?:\n|$))+)", doc or "", re.M)
     docs = re.split(r"^ {2,8}(\w+)(?: *\([^)]*\))?:", block[1], flags=re.M)[1:] if block else []
-    param_docs = {param: " ".join(text.split()) for param, text in zip(docs[::2], docs[1::2])}
-    params = RowCodec(codecs.items())
-    kinds = {param: hints[param] for param in codecs}
-    facts = {"params": params, "params_schema": params.schema, "param_types": kinds, "param_docs": param_docs}
-    facts |= {"result": result, "result_schema": result.schema, "has_return": bool(result.names)}
-    facts |= {"header": header, "header_type": header and header.cls, "is_exchange": is_exchange, "doc": doc}
-    facts |= zip(("protocol_name", "protocol_version"), _identity(protocol))
     marks = {**vars(plain), **vars(kept)}  # a staticmethod may be marked itself, or what is inside it
-    facts |= {"idempotency": marks.get("__vgi_idempotency__", "unknown")}
-    facts |= {"deprecation": marks.get("__vgi_deprecated__"), "param_defaults": defaults}
-    kind = MethodType.STREAM if states else MethodType.UNARY
-    return RpcMethodInfo(name, result_type=returned, method_type=kind, **facts)
+    return RpcMethodInfo(
+        name,
+        *_identity(protocol),
+        method_type=MethodType.STREAM if states else MethodType.UNARY,
+        params=RowCodec(codecs.items()),
+        result=result,
+        result_type=returned,
+        header=header,
+        is_exchange=is_exchange,
+        doc=doc,
+        param_docs={param: " ".join(text.split()) for param, text in zip(docs[::2], docs[1::2])},
+        param_defaults=defaults,
+        idempotency=marks.get("__vgi_idempotency__", "unknown"),
+        deprecation=marks.get("__vgi_deprecated__"),
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -2913,9 +2916,9 @@ def read_protocol(protocol: type) -> tuple[Mapping[str, RpcMethodInfo], list[str
         # Nested classes and annotations that are kept as attributes can be called, too.
         is_type = isinstance(value, type) or typing.get_origin(value) or hasattr(value, "__supertype__")
         if callable(value) and not is_type and not name.startswith("_") and name != "on_serve_start":
-            info = _read_method(protocol, name, mistakes)
-            if info is not None:
-                methods[name] = info
+            where = f"{protocol.__qualname__}.{name}(): "
+            with _noting(mistakes, where):
+                methods[name] = _read_method(protocol, name, where)
     return types.MappingProxyType(methods), mistakes
 
 
@@ -2935,10 +2938,10 @@ def describe_rpc(protocol: type, *, methods: Mapping[str, RpcMethodInfo] | None 
     methods = methods or rpc_methods(protocol)
     lines = [f"{_identity(protocol)[0]}: {len(methods)} methods"]
     for info in methods.values():
-        rows = {"parameters": info.params, "result": info.result, "header": info.header and info.header.row}
-        shown = [f"{title}: {schema_text(row.schema)}" for title, row in rows.items() if row and row.names]
         lines += ["", f"  {info.signature()}    [{info.kind}]"]
-        lines += [f"    {line}".rstrip() for line in [*shown, *(info.doc or "").splitlines()]]
+        rows = {"parameters": info.params, "result": info.result, "header": info.header and info.header.row}
+        lines += [f"    {what}: {schema_text(row.schema)}" for what, row in rows.items() if row and row.names]
+        lines += [f"    {line}".rstrip() for line in (info.doc or "").splitlines()]
     return "\n".join(lines)
 
 
@@ -2975,8 +2978,9 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
     service = HostedService(protocol, implementation)
     infos, of_protocol = read_protocol(protocol)
     mistakes = list(of_protocol)
-    for info in infos.values():
-        _bind_method(info, service, mistakes)
+    for name, info in infos.items():
+        with _noting(mistakes, f"{name}(): "):
+            service.methods[name] = _bind_method(info, service)
     if not infos and not mistakes:
         mistakes.append("there are no methods (a name with a leading '_' is not served)")
     if mistakes:
@@ -2985,21 +2989,17 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
     return service
 
 
-def _bind_method(info: RpcMethodInfo, service: HostedService, mistakes: list[str]) -> None:
-    """Bind the function that serves a method, or add to *mistakes* how the two disagree."""
-    where = f"{info.name}():"
+def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
+    """Bind the function that serves a method; one `TypeError` tells all in which the two disagree."""
     function: Any = getattr(service.implementation, info.name, None)
-    before = len(mistakes)
-    with _noting(mistakes, where):
-        if not callable(function):
-            raise TypeError(f"expected a method, got {got(function)}")
-        plain, signature = _opened(function)
-    if len(mistakes) > before:
-        return
+    if not callable(function):
+        raise TypeError(f"expected a method, got {got(function)}")
+    plain, signature = _opened(function)
     is_stream = info.method_type is MethodType.STREAM
+    mistakes: list[str] = []
     hints: dict[str, Any] = {}
     # An implementation may annotate for its own eyes, but its states are found by its annotations alone.
-    with _noting(mistakes if is_stream else [], where):
+    with _noting(mistakes if is_stream else [], ""):
         hints = hints_of(plain)
     called = dict.fromkeys(info.param_types)
     context = None
@@ -3007,15 +3007,15 @@ def _bind_method(info: RpcMethodInfo, service: HostedService, mistakes: list[str
         if name == "ctx" or _is_context(name, hints.get(name)):
             context = name
             called[name] = None
-    with _noting(mistakes, f"{where} called with {list(called)}:"):
+    with _noting(mistakes, f"called with {list(called)}: "):
         signature.bind(**called)
     returned = hints.get("return", info.result_type)
     states, _, is_exchange = _stream_parts(returned)
     if bool(states) != is_stream:
         wanted = _result_text(info.result_type)
-        mistakes.append(f"{where} returns {_result_text(returned)}, the protocol says {wanted}")
+        mistakes.append(f"returns {_result_text(returned)}, the protocol says {wanted}")
     for cls in states:  # it is written to a token, read back, and run
-        with _noting(mistakes, f"{where} returns a Stream of {annotation_text(cls)}:"):
+        with _noting(mistakes, f"returns a Stream of {annotation_text(cls)}: "):
             if not isinstance(cls, type) or not issubclass(cls, StreamState):
                 raise TypeError("expected a StreamState")
             if issubclass(cls, {True: ProducerState, False: ExchangeState, None: ()}[info.is_exchange]):
@@ -3024,11 +3024,12 @@ def _bind_method(info: RpcMethodInfo, service: HostedService, mistakes: list[str
                 dataclass_codec(part)
             for hook in ("process", "produce", "exchange", "on_cancel", "rehydrate", "bind_call_state"):
                 _opened(getattr(cls, hook, cls.process))
+    if mistakes:
+        raise TypeError(f"\n  - {info.name}(): ".join(mistakes))
     if info.is_exchange is not None:
         is_exchange = info.is_exchange
     concrete = tuple(cls for cls in states if cls not in (StreamState, ProducerState, ExchangeState))
-    bound = BoundMethod(info, service, function, context, concrete, is_exchange)
-    service.methods[info.name] = bound
+    return BoundMethod(info, service, function, context, concrete, is_exchange)
 
 
 # ============================================================================
@@ -3060,12 +3061,12 @@ def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str
 
 def encode_arguments(info: RpcMethodInfo, values: Sequence[Any]) -> list[Any]:
     """Encode the values of `bind_arguments`; a `TypeError` gives the path to what does not fit."""
-    return located(f"{info.name}() argument ", ".", info.params.encode, values)
+    return located(f"{info.name}() argument ", info.params.encode, values)
 
 
 def decode_arguments(info: RpcMethodInfo, row: Sequence[Any]) -> dict[str, Any]:
     """Return what the method is called with; raises `ParameterError` for a null and the like."""
-    return dict(zip(info.params.names, located(f"{info.name}() parameter ", ".", info.params.decode, row)))
+    return dict(zip(info.params.names, located(f"{info.name}() parameter ", info.params.decode, row)))
 
 
 def request_pieces(
@@ -3082,7 +3083,7 @@ def request_pieces(
             return [template.write(row, list(varying.values()))]
         except ValueError:
             pass  # a large or unusual value: pyarrow writes it, or words the error
-    batch = located(f"{info.name}() argument ", ".", info.params.to_batch, row)
+    batch = located(f"{info.name}() argument ", info.params.to_batch, row)
     return stream_pieces(info.params.wire, [(batch, {**info.request_metadata, **varying})])
 
 
@@ -3150,7 +3151,7 @@ class Request(NamedTuple):
             return {}
         if self.rows != 1:
             raise ProtocolError(f"{info.name}(): expected exactly 1 row of parameters, got {self.rows} rows")
-        values = located(f"{info.name}() parameter ", ".", self.decode, info.params)
+        values = located(f"{info.name}() parameter ", self.decode, info.params)
         return dict(zip(info.params.names, values))
 
 
@@ -3216,16 +3217,16 @@ def result_item(info: RpcMethodInfo, value: Any, *, plain: bool = True) -> Item:
 
     `ParameterError` for a value not as declared.
     """
-    where = f"{info.name}() result"
+    where = f"{info.name}() "
     if value is not None and not info.has_return:
-        raise ParameterError(f"{where}: declared to return None, got {got(value)}")
-    row = located(where, ".result", info.result.encode, [value])
-    if plain and info.result_template is not None:
+        raise ParameterError(f"{where}result: declared to return None, got {got(value)}")
+    row = located(where, info.result.encode, [value])
+    if plain and info.result.template is not None:
         try:
-            return info.result_template.message(row)
+            return info.result.template.message(row)
         except ValueError:
             pass  # as in request_pieces
-    return located(where, ".result", info.result.to_batch, row), None
+    return located(where, info.result.to_batch, row), None
 
 
 def read_result(info: RpcMethodInfo, data: bytes, at: int = 0) -> tuple[Any, int] | None:
@@ -3233,7 +3234,7 @@ def read_result(info: RpcMethodInfo, data: bytes, at: int = 0) -> tuple[Any, int
 
     ``None`` when it is not, not there to its end, or not as declared: then it goes the ordinary way.
     """
-    found = info.result_template and info.result_template.read(data, at)
+    found = info.result.template and info.result.template.read(data, at)
     if not found:
         return None
     try:
@@ -3250,15 +3251,15 @@ def decode_result(info: RpcMethodInfo, batch: pa.RecordBatch) -> Any:
         shown = f"{batch.num_rows} rows of {schema_text(batch.schema)}"
         wanted = schema_text(info.result_schema)
         raise ParameterError(f"{info.name}() result: expected 1 row of {wanted}, got {shown}")
-    return located(f"{info.name}() result", ".result", info.result.from_batch, batch)[0]
+    return located(f"{info.name}() ", info.result.from_batch, batch)[0]
 
 
 def header_batch(info: RpcMethodInfo, header: Any) -> pa.RecordBatch:
     """Encode a stream's header, 1 row x the fields of its dataclass; `TypeError` if it is not as declared."""
     codec = cast("DataclassCodec", info.header)
     where = f"{info.name}() header"
-    row = located(where, "", lambda value: codec.row.encode(codec.to_dict(value).values()), header)
-    return located(where, "", codec.row.to_batch, row)
+    row = located(where, lambda value: codec.row.encode(codec.to_dict(value).values()), header)
+    return located(where, codec.row.to_batch, row)
 
 
 # ============================================================================
@@ -3328,10 +3329,7 @@ class Reflection(Protocol):
         """Describe one protocol and its methods, sorted by name."""
 
 
-# Where the hash has another name than pyarrow, and all names of types without children.
-_LEAF_NAMES = {"string": "utf8", "large_string": "large_utf8", "halffloat": "float16"}
-_LEAF_NAMES.update({"float": "float32", "double": "float64", "date32[day]": "date32", "date64[ms]": "date64"})
-_LEAF_TOKEN = (
+_LEAF_TOKEN = (  # of types without children
     r"u?int(8|16|32|64)|float(16|32|64)|bool|null|(large_)?(utf8|binary)|fixed_size_binary\(\d+\)|date(32|64)"
     r"|decimal\d+\(\d+,-?\d+\)|(time32|time64|duration)\((s|ms|us|ns)\)|timestamp\((s|ms|us|ns)(,tz=.+)?\)"
 )
@@ -3339,28 +3337,29 @@ _LEAF_TOKEN = (
 
 def _type_token(kind: pa.DataType) -> str:
     """The spelling of a type in the protocol hash; `TypeError` for a type that has none."""
-
-    def child(name: str, member: pa.Field) -> str:
-        return f"{name}{'?' * member.nullable}:{_type_token(member.type)}"
-
-    name = str(kind).partition("<")[0]
     if isinstance(kind, pa.BaseExtensionType):
         return f"extension({kind.extension_name})<{_type_token(kind.storage_type)}>"
+    name = str(kind).partition("<")[0]
+    more = ""
     if name == "dictionary":
-        parts = f"index:{_type_token(kind.index_type)},value:{_type_token(kind.value_type)}"
-        return f"dictionary<{parts}{',ordered' * kind.ordered}>"
-    if name == "map":
-        parts = f"key:{_type_token(kind.key_type)},{child('value', kind.item_field)}"
-        return f"map<{parts}{',keys_sorted' * kind.keys_sorted}>"
-    if name == "struct":
-        return f"struct<{','.join(child(member.name, member) for member in kind)}>"
-    if name in ("list", "large_list", "fixed_size_list"):
-        size = f"({kind.list_size})" if name == "fixed_size_list" else ""
-        return f"{name}{size}<{child('item', kind.value_field)}>"
-    text = _LEAF_NAMES.get(str(kind), str(kind)).replace("[", "(").replace("]", ")").replace(", ", ",")
-    if not re.fullmatch(_LEAF_TOKEN, text):
-        raise TypeError(f"the protocol hash has no token for {kind}")
-    return text
+        members = [("index", kind.index_type), ("value", kind.value_type)]
+        more = ",ordered" * kind.ordered
+    elif name == "map":
+        members = [("key", kind.key_type), ("value" + "?" * kind.item_field.nullable, kind.item_type)]
+        more = ",keys_sorted" * kind.keys_sorted
+    elif name == "struct":
+        members = [(member.name + "?" * member.nullable, member.type) for member in kind]
+    elif name in ("list", "large_list", "fixed_size_list"):
+        members = [("item" + "?" * kind.value_field.nullable, kind.value_type)]
+        if name == "fixed_size_list":
+            name = f"{name}({kind.list_size})"
+    else:
+        text = re.sub(r"(?<=^date..)\[.*", "", type_text(kind)).replace("large_string", "large_utf8")
+        text = text.translate(str.maketrans("[]", "()", " "))
+        if not re.fullmatch(_LEAF_TOKEN, text):
+            raise TypeError(f"the protocol hash has no token for {kind}")
+        return text
+    return f"{name}<{','.join(f'{part}:{_type_token(inner)}' for part, inner in members)}{more}>"
 
 
 def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
@@ -3381,61 +3380,57 @@ def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
         methods.append(method)
     facts = {"protocol": protocol, "methods": methods}
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    import hashlib
+
     return hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + text.encode()).hexdigest()
 
 
 def described_schemas(info: RpcMethodInfo) -> dict[str, pa.Schema]:
     """``params``, ``result`` and ``header`` with all that is told of them; made once, kept at the method."""
-    if "described" not in vars(info):
+    kept: dict[str, pa.Schema] = vars(info).setdefault("described", {})
+    if not kept:
+        fields = _described_fields(info.params)
+        for at, (name, codec) in enumerate(info.params.parts.items()):
+            with contextlib.suppress(KeyError, Mismatch):  # there is none, or one that no caller may send
+                default = RowCodec([("default", codec)]).to_bytes([info.param_defaults[name]])
+                fields[at] = fields[at].with_metadata({**fields[at].metadata, DEFAULT_KEY: default})
         facts = {DOC_KEY: text_of(info.doc or ""), SIGNATURE_KEY: info.signature()}
         facts[PARAM_DOCS_KEY] = json.dumps(info.param_docs)
-        fields = _described_fields(info.params, info.param_types)
-        for at, codec in enumerate(info.params.codecs):
-            row = RowCodec([("default", codec)])
-            with contextlib.suppress(KeyError, Mismatch):  # there is none, or one that no caller may send
-                batch = row.to_batch(row.encode([info.param_defaults[fields[at].name]]))
-                told = {**fields[at].metadata, DEFAULT_KEY: stream_bytes(row.wire, [(batch, None)])}
-                fields[at] = fields[at].with_metadata(told)
-        schemas = {"params": pa.schema(fields, metadata=facts)}
-        schemas["result"] = pa.schema(_described_fields(info.result, {"result": info.result_type}))
-        schemas["header"] = EMPTY_SCHEMA
-        if info.header is not None:
-            schemas["header"] = pa.schema(_described_fields(info.header.row, info.header.annotations))
-        vars(info)["described"] = schemas
-    return cast("dict[str, pa.Schema]", vars(info)["described"])
+        kept["params"] = pa.schema(fields, metadata=facts)
+        kept["result"] = pa.schema(_described_fields(info.result))
+        kept["header"] = pa.schema(_described_fields(info.header.row) if info.header else [])
+    return kept
 
 
-def _described_fields(row: RowCodec, annotations: Mapping[str, Any]) -> list[pa.Field]:
-    return [_described_field(member, annotations[member.name]) for member in row.schema]
+def _described_fields(row: RowCodec) -> list[pa.Field]:
+    return list(map(_described_field, row.schema, row.codecs))
 
 
-def _described_field(member: pa.Field, annotation: Any) -> pa.Field:
+def _described_field(member: pa.Field, codec: Codec) -> pa.Field:
     """A field with what its annotation tells; fields inside its type likewise."""
-    facts: dict[bytes, Any] = {TYPE_KEY: annotation_text(annotation)}
-    bare = unwrapped(annotation)[0]
-    cls: Any = typing.get_origin(bare) or bare
-    inner = typing.get_args(bare)
+    facts: dict[bytes, Any] = {TYPE_KEY: annotation_text(codec.annotation)}
+    cls: Any = unwrapped(codec.annotation)[0]
     kind = member.type
-    is_enum = isinstance(cls, type) and issubclass(cls, enum.Enum)
-    is_dataclass = dataclasses.is_dataclass(cls) or ArrowSerializableDataclass in getattr(cls, "__mro__", ())
-    if is_enum or is_dataclass:
-        doc = vars(cls).get("__doc__") or ""
-        if doc != "An enumeration." and not doc.startswith(f"{cls.__name__}("):  # by Python, not by a person
-            facts[DOC_KEY] = text_of(inspect.cleandoc(doc))
-    if is_enum:
-        facts[ENUM_KEY] = "\n".join(cls.__members__)
-    elif is_dataclass:
-        known = cast("DataclassCodec", codec_for(bare).dataclass)
-        fields = _described_fields(known.row, known.annotations)
+    parts = codec.parts.values()
+    if codec.dataclass is not None:
+        cls = codec.dataclass.cls
+        fields = _described_fields(codec.dataclass.row)
         if pa.types.is_struct(kind):
             kind = pa.struct(fields)
         else:
             facts[STRUCT_KEY] = pa.schema(fields).serialize().to_pybytes()
-    elif pa.types.is_map(kind) and inner:
-        parts = map(_described_field, (kind.key_field, kind.item_field), inner)
-        kind = pa.map_(*parts, keys_sorted=kind.keys_sorted)
-    elif (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)) and inner:
-        kind = pa.list_(_described_field(kind.value_field, inner[0]), getattr(kind, "list_size", -1))
+    elif isinstance(cls, type) and issubclass(cls, enum.Enum):
+        facts[ENUM_KEY] = "\n".join(cls.__members__)
+    elif pa.types.is_map(kind) and parts:
+        inner = map(_described_field, (kind.key_field, kind.item_field), parts)
+        kind = pa.map_(*inner, keys_sorted=kind.keys_sorted)
+    elif pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        for item in parts:
+            kind = pa.list_(_described_field(kind.value_field, item), getattr(kind, "list_size", -1))
+    if codec.dataclass is not None or ENUM_KEY in facts:
+        doc = vars(cls).get("__doc__") or ""
+        if doc != "An enumeration." and not doc.startswith(f"{cls.__name__}("):  # by Python, not by a person
+            facts[DOC_KEY] = text_of(inspect.cleandoc(doc))
     return member.with_type(kind).with_metadata(facts)
 
 
@@ -3464,10 +3459,12 @@ def describe_service(service: HostedService) -> ProtocolDescription:
         kind = ""
         if info.method_type is MethodType.STREAM:
             kind = {True: "exchange", False: "producer", None: "unknown"}[bound.is_exchange]
-        schemas = described_schemas(info).values()
-        data: Any = [s.serialize().to_pybytes() if s.names or s.metadata else b"" for s in schemas]
-        has_header = info.header is not None
-        told = MethodSummary(name, info.method_type.value, info.has_return, has_header, kind, *data)
+        data = [
+            s.serialize().to_pybytes() * bool(s.names or s.metadata) for s in described_schemas(info).values()
+        ]
+        told = MethodSummary(
+            name, info.method_type.value, info.has_return, info.header is not None, kind, *data
+        )
         told.idempotency = info.idempotency
         told.deprecated = info.deprecation is not None
         told.deprecation_message = info.deprecation or ""
@@ -3482,15 +3479,10 @@ class MethodDescription(RpcMethodInfo):
     other values, an enum's member by its name. Docs and defaults are told by our own servers only.
     """
 
-    @property
-    def has_header(self) -> bool:
-        """Whether its stream sends a header."""
-        return self.header is not None
-
-    @property
-    def header_schema(self) -> pa.Schema | None:
-        """The schema of the header, ``None`` where there is none."""
-        return described_schemas(self)["header"] if self.has_header else None
+    params_schema = property(lambda self: described_schemas(self)["params"])
+    result_schema = property(lambda self: described_schemas(self)["result"])
+    header_schema = property(lambda self: described_schemas(self)["header"] if self.has_header else None)
+    has_header = property(lambda self: self.header is not None)  # whether its stream sends a header
 
     def signature(self) -> str:
         """Return the signature as the server tells it, else with Arrow's types."""
@@ -3520,39 +3512,40 @@ def service_description(listed: ProtocolList, answer: ProtocolDescription) -> Se
 
 
 def _method_description(summary: MethodSummary, service: ProtocolSummary) -> MethodDescription:
-    facts: dict[str, Any] = {}
     schemas = {}
+    rows = []
     for what in ("params", "result", "header"):
         data = getattr(summary, f"{what}_schema_ipc")
         schemas[what] = IpcReader(BufferSource(data)).schema if data else EMPTY_SCHEMA
-        kinds = {m.name: Annotated[object, ArrowType(m.type, m.nullable)] for m in schemas[what]}
-        facts[what] = RowCodec((name, codec_for(kind)) for name, kind in kinds.items())
-    params = schemas["params"]
+        kinds = [Annotated[object, ArrowType(m.type, m.nullable)] for m in schemas[what]]
+        codecs = [codec_for(kind)._replace(annotation=type_of(m)) for m, kind in zip(schemas[what], kinds)]
+        rows.append(RowCodec(zip(schemas[what].names, codecs)))
+    params, result, header = rows
     defaults = {}
-    for member, codec in zip(params, facts["params"].codecs):
+    for member, codec in zip(schemas["params"], params.codecs):
         # One that cannot be read is left out: TypeError and LookupError where it is no stream of one value.
         with contextlib.suppress(IPCError, EOFError, RequestTooLargeError, TypeError, LookupError):
             source = BufferSource((member.metadata or {})[DEFAULT_KEY])
             batch, _ = cast("Any", IpcReader(source, IpcLimits(max_rows=1)).next())
             defaults[member.name] = RowCodec([(member.name, codec)]).from_batch(batch)[0]
-    facts["method_type"] = MethodType.UNARY
-    facts["result_type"] = None
-    if summary.method_type == "stream":
-        facts.update(method_type=MethodType.STREAM, result_type="Stream")
-    elif summary.has_return:
-        facts["result_type"] = type_of(schemas["result"].field(0))
-    header = None
-    if summary.has_header:  # it stays a batch
-        header = types.SimpleNamespace(row=facts["header"], from_batch=lambda batch: batch)
-    if summary.deprecated:
-        facts["deprecation"] = summary.deprecation_message
-    facts.update(name=summary.name, has_return=summary.has_return, header=header)
-    facts.update(protocol_name=service.protocol, protocol_version=service.protocol_version)
-    facts.update(params_schema=params, result_schema=schemas["result"], doc=told_text(params, DOC_KEY))
-    facts.update(param_defaults=defaults, param_docs=json_object(told_text(params, PARAM_DOCS_KEY)))
-    facts["param_types"] = {member.name: type_of(member) for member in params}
-    facts["is_exchange"] = {"exchange": True, "producer": False}.get(summary.stream_kind)
-    method = MethodDescription(**facts, idempotency=summary.idempotency)
+    is_stream = summary.method_type == MethodType.STREAM.value
+    kept: Any = types.SimpleNamespace(row=header, from_batch=lambda batch: batch)  # it stays a batch
+    method = MethodDescription(
+        summary.name,
+        service.protocol,
+        service.protocol_version,
+        method_type=MethodType.STREAM if is_stream else MethodType.UNARY,
+        params=params,
+        result=result if summary.has_return else RowCodec(()),
+        result_type="Stream" if is_stream else next(map(type_of, schemas["result"]), None),
+        header=kept if summary.has_header else None,
+        is_exchange={"exchange": True, "producer": False}.get(summary.stream_kind),
+        doc=told_text(schemas["params"], DOC_KEY),
+        param_docs=json_object(told_text(schemas["params"], PARAM_DOCS_KEY)),
+        param_defaults=defaults,
+        idempotency=summary.idempotency,
+        deprecation=summary.deprecation_message if summary.deprecated else None,
+    )
     vars(method).update(described=schemas, made_from=(summary, service))
     return method
 
@@ -4870,7 +4863,7 @@ class StreamSession:
         """The header, ``None`` when the method declares none; `TypeError` if it is not what the method declares."""
         if self.header_batch is None or self.info.header is None:
             return None
-        return located(f"{self.info.name}() header", "", self.info.header.from_batch, self.header_batch)
+        return located(f"{self.info.name}() header", self.info.header.from_batch, self.header_batch)
 
     def typed_header(self, header_type: type[T]) -> T:
         """Return the header as *header_type*; `TypeError` when there is none, or one of another type."""
@@ -6488,9 +6481,9 @@ def arguments_from_json(info: RpcMethodInfo, given: Any) -> list[Any]:
     for member, codec, value in zip(described_schemas(info)["params"], info.params.codecs, values):
         read: Callable[[Any], Any] = functools.partial(value_from_json, member=member)
         convert = read if member.name in given else codec.encode
-        row.append(located(f"{where}{member.name}", "", convert, value))
+        row.append(located(f"{where}{member.name}", convert, value))
     if row:  # what is out of range, and texts that Arrow cannot say
-        located(where, ".", info.params.to_batch, row)
+        located(where, info.params.to_batch, row)
     return row
 
 
@@ -6590,6 +6583,8 @@ def root_of(path: str, prefix: str) -> str:
 
 def page(title: str, body: str, *, root: str, status: int = 200) -> HttpResponse:
     """A page; *body* is HTML, *root* the relative link to where the service begins."""
+    import hashlib
+
     digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     headers = [("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store")]
