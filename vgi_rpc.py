@@ -331,7 +331,7 @@ LocalizedMessage = NamedTuple("LocalizedMessage", [("locale", str), ("message", 
 LocalizedMessage.__doc__ = "The error for an end user, in the language that *locale* names (BCP 47)."
 
 _DETAIL_ITEMS: dict[Any, Any] = {BadRequest: FieldViolation, PreconditionFailure: PreconditionViolation}
-_DETAIL_ITEMS.update({QuotaFailure: QuotaViolation, Help: HelpLink})
+_DETAIL_ITEMS |= {QuotaFailure: QuotaViolation, Help: HelpLink}
 _DETAIL_KINDS: list[Any] = [ErrorInfo, RetryInfo, ResourceInfo, LocalizedMessage, *_DETAIL_ITEMS]
 _DETAILS = {f"vgi_rpc.{kind.__name__}": kind for kind in _DETAIL_KINDS}
 
@@ -341,12 +341,11 @@ def _details_to_json(details: Iterable[Any]) -> list[dict[str, Any]]:
     objects: dict[str, dict[str, Any]] = {}
     for detail in details:
         obj: Any = detail
-        kind = type(detail)
-        if kind in _DETAIL_KINDS:
-            obj = {"@type": f"vgi_rpc.{kind.__name__}", **detail._asdict()}
-            for name in kind._fields if kind in _DETAIL_ITEMS else ():
-                obj[name] = [item._asdict() for item in obj[name]]
-        name = obj.get("@type") if isinstance(obj, Mapping) else None
+        if type(detail) in _DETAIL_KINDS:
+            obj = {"@type": f"vgi_rpc.{type(detail).__name__}", **detail._asdict()}
+            if type(detail) in _DETAIL_ITEMS:
+                obj[detail._fields[0]] = [item._asdict() for item in detail[0]]
+        name = obj.get("@type") if isinstance(obj, Mapping) else ""
         if not name or not isinstance(name, str):
             raise ValueError(f"error detail: expected one of ours or a mapping with '@type', got {detail!r}")
         if name.startswith(RESERVED_PROTOCOL_PREFIX) and name not in _DETAILS:
@@ -589,18 +588,18 @@ def error_facts(exc: BaseException) -> dict[str, Any]:
     facts: dict[str, Any] = {"exception_type": type(exc).__name__, "exception_message": text_of(exc)}
     if isinstance(exc, ParameterError):
         facts["exception_type"] = "TypeError"
-    found: dict[str, Any] = {}
-    for name in ("error_code", "error_kind", "error_details"):
-        with contextlib.suppress(BaseException):  # whatever an application's exception does when looked at
-            found[name] = getattr(exc, name, None)
-    facts["error_code"] = Code.__members__.get(text_of(found.get("error_code")), Code.UNKNOWN).value
-    kind = found.get("error_kind")
+    code = kind = details = None
+    with contextlib.suppress(BaseException):  # whatever an application's exception does when looked at
+        code = getattr(exc, "error_code", None)
+        kind = getattr(exc, "error_kind", None)
+        details = getattr(exc, "error_details", None)
+    facts["error_code"] = Code.__members__.get(text_of(code), Code.UNKNOWN).value
     if isinstance(kind, str) and kind:
         facts["error_kind"] = sendable(kind, MAX_ERROR_KIND_CHARS)
     with contextlib.suppress(Exception):
-        details = _details_to_json(found.get("error_details") or ())
-        if details and len(json.dumps(details, allow_nan=False)) <= MAX_ERROR_DETAILS_BYTES:
-            facts["error_details"] = details
+        told = _details_to_json(details or ())
+        if told and len(json.dumps(told, allow_nan=False)) <= MAX_ERROR_DETAILS_BYTES:
+            facts["error_details"] = told
     return facts
 
 
@@ -617,14 +616,13 @@ def error_as_json(exc: BaseException, *, request_id: str = "", trace: str = "") 
     A detail has Connect's ``value`` (base64 of its JSON, for want of protobuf), and itself as ``debug``.
     """
     facts = error_facts(exc)
-    details = []
+    told = {"code": facts["error_code"].lower().replace("cancelled", "canceled")}
+    told |= {"message": facts["exception_message"], "type": facts["exception_type"], "details": []}
     for detail in facts.get("error_details", ()):
         value = base64.b64encode(json.dumps(detail).encode()).decode().rstrip("=")
-        details.append({"type": detail["@type"], "value": value, "debug": detail})
-    code = facts["error_code"].lower().replace("cancelled", "canceled")
-    more = {"kind": facts.get("error_kind"), "details": details, "request_id": request_id, "traceback": trace}
-    said = {"code": code, "message": facts["exception_message"], "type": facts["exception_type"]}
-    return {**said, **{name: value for name, value in more.items() if value}}
+        told["details"].append({"type": detail["@type"], "value": value, "debug": detail})
+    told |= {"kind": facts.get("error_kind"), "request_id": request_id, "traceback": trace}
+    return {name: value for name, value in told.items() if value or name == "message"}
 
 
 # ============================================================================
@@ -653,20 +651,21 @@ def _maker(level: Level) -> Callable[..., Message]:
     return make
 
 
-@dataclass(init=False)
 class Message:
     """One log line from a server, or one error."""
-
-    level: Level
-    message: str
-    extra: dict[str, Any] | None  # facts that JSON can say
 
     def __init__(self, level: Level, message: str, **kwargs: object) -> None:
         if not isinstance(level, Level):
             raise TypeError(f"message level: expected a Level, got {level!r:.100}")
         self.level = level
         self.message = message if isinstance(message, str) else text_of(message)
-        self.extra = kwargs or None
+        self.extra: dict[str, Any] | None = kwargs or None  # facts that JSON can say
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Message) and vars(self) == vars(other)
+
+    def __repr__(self) -> str:
+        return f"Message({self.level}, {self.message!r}, **{self.extra})"
 
     exception = staticmethod(_maker(Level.EXCEPTION))
     error = staticmethod(_maker(Level.ERROR))
@@ -682,17 +681,19 @@ class Message:
         shown = f"{facts['exception_type']}: {facts['exception_message']}"
         if not include_traceback:
             return cls(Level.EXCEPTION, shown, **facts)
+        frames = []
         try:
             text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
-            frames = list(traceback.extract_tb(exc.__traceback__))[-MAX_TRACEBACK_FRAMES:]
+            for at in traceback.extract_tb(exc.__traceback__)[-MAX_TRACEBACK_FRAMES:]:
+                frames.append(
+                    {"file": at.filename, "line": at.lineno, "function": at.name, "code": at.line or ""}
+                )
         except BaseException:  # a broken __str__ in the chain; the error itself is still worth sending
             text = f"{type(exc).__name__}: <its traceback could not be formatted>\n"
-            frames = []
         facts["traceback"] = sendable(text, MAX_TRACEBACK_CHARS, "\n… <traceback truncated>")
-        facts["frames"] = [
-            {"file": f.filename, "line": f.lineno, "function": f.name, "code": f.line or ""} for f in frames
-        ]
-        for name, other in (("cause", exc.__cause__), ("context", exc.__context__)):
+        facts["frames"] = frames
+        for name in ("cause", "context"):
+            other = getattr(exc, f"__{name}__")
             if other is not None:
                 facts[name] = f"{type(other).__name__}: {text_of(other)}"
         return cls(Level.EXCEPTION, shown, **facts)
@@ -745,18 +746,18 @@ def error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
     """The `RpcError` of an error batch: its own keys decide, and ``log_extra`` where one is absent."""
     extra = json_object(metadata.get(LOG_EXTRA_KEY))
     text = metadata_text(metadata, LOG_MESSAGE_KEY)
+    name = str(extra.get("exception_type") or text.partition(":")[0] or "Exception")
+    text = str(extra.get("exception_message") or text)
+    trace = str(extra.get("traceback") or "")
+    request_id = metadata_text(metadata, REQUEST_ID_KEY)
+    code = metadata_text(metadata, ERROR_CODE_KEY, extra.get("error_code"))
+    error = RpcError(name, text, trace, request_id, code)
+    if (code, name) == (Code.DEADLINE_EXCEEDED, DeadlineExceededError.__name__):
+        error = DeadlineExceededError(text, remote_traceback=trace, request_id=request_id)
+    error.error_kind = metadata_text(metadata, ERROR_KIND_KEY, extra.get("error_kind"))
     details = extra.get("error_details")
     with contextlib.suppress(KeyError, ValueError, RecursionError):
         details = json.loads(metadata[ERROR_DETAILS_KEY])
-    kind = str(extra.get("exception_type") or text.partition(":")[0] or "Exception")
-    text = str(extra.get("exception_message") or text)
-    error = RpcError(kind, text, str(extra.get("traceback") or ""))
-    error.request_id = metadata_text(metadata, REQUEST_ID_KEY)
-    error.error_code = metadata_text(metadata, ERROR_CODE_KEY, extra.get("error_code"))
-    if (error.error_code, kind) == (Code.DEADLINE_EXCEEDED, DeadlineExceededError.__name__):
-        trace = error.remote_traceback
-        error = DeadlineExceededError(text, remote_traceback=trace, request_id=error.request_id)
-    error.error_kind = metadata_text(metadata, ERROR_KIND_KEY, extra.get("error_kind"))
     if isinstance(details, list):
         error.error_details = [detail for detail in details if isinstance(detail, dict)]
     return error
@@ -1883,16 +1884,18 @@ class Codec(NamedTuple):
         if type(value) is self.kind and self.zoned is has_zone:
             return value
         held: Any = None
-        equal = False
         try:
             held = pa.array([value], self.arrow_type)[0].as_py()
             reason = f"it would arrive as {held!s:.60}"
-            equal = held == value or (held != held and value != value)  # NaN is equal to nothing
         except ARROW_FAILURES as exc:
             reason = f"{text_of(exc):.200}"
-        if isinstance(held, float) and isinstance(value, float):
-            equal = equal or abs(held) != float("inf")  # whoever declares a narrow float wants it rounded
-        if equal and held is not None and (isinstance(held, bool) or not isinstance(value, bool)):
+        # Whoever declares a narrow float wants it rounded; NaN is equal to nothing.
+        is_rounded = isinstance(held, float) and isinstance(value, float) and abs(held) != float("inf")
+        if (
+            held is not None
+            and isinstance(held, bool) >= isinstance(value, bool)
+            and (is_rounded or held == value)
+        ):
             return value if type(value) is type(held) is datetime.datetime else held  # not in another zone
         shown = got(value)
         if not isinstance(value, (str, bytes, type(None))):
