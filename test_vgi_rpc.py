@@ -1187,17 +1187,18 @@ def setUpModule() -> None:
 # ============================================================================
 
 DETAILS = [
-    rpc.ErrorInfo({"a": "b"}),
-    rpc.RetryInfo(2.5),
+    rpc.ErrorInfo({"a": "b"}), rpc.RetryInfo(2.5), rpc.ResourceInfo("table", "t"), rpc.LocalizedMessage("de", "nein"),
     rpc.BadRequest((rpc.FieldViolation("a.b", "too long"), rpc.FieldViolation("c"))),
     rpc.PreconditionFailure((rpc.PreconditionViolation("tos", "user", "not accepted"),)),
-    rpc.QuotaFailure((rpc.QuotaViolation("user", "spent"),)),
-    rpc.ResourceInfo("table", "t"),
-    rpc.Help((rpc.HelpLink("read", "https://example.org"),)),
-    rpc.LocalizedMessage("de", "nein"),
-]
+    rpc.QuotaFailure((rpc.QuotaViolation("user", "spent"),)), rpc.Help((rpc.HelpLink("read", "https://example.org"),)),
+]  # fmt: skip
+READERS = "error_info retry_info resource_info localized_message bad_request precondition_failure quota_failure help"
 OWN_DETAIL = {"@type": "my.Own", "n": 1}
-READERS = "error_info retry_info bad_request precondition_failure quota_failure resource_info help localized_message"
+STRANGE_DETAILS = [{"@type": 7}, {}, {"@type": "vgi_rpc.RetryInfo"}, {"@type": []}]
+STRANGE_DETAILS += [{"@type": "vgi_rpc.Help", "links": links} for links in (3, [3], [{}], ["url"])]
+REFUSED_DETAILS: dict[str, Any] = {
+    "twice": [rpc.RetryInfo(1), rpc.RetryInfo(2)], "@type": [{"a": 1}], "reserved": [{"@type": "vgi_rpc.Mine"}], "mapping": [3],
+}  # fmt: skip
 
 
 class OwnStatus(rpc.StatusError):
@@ -1206,19 +1207,6 @@ class OwnStatus(rpc.StatusError):
     def __init__(self, name: str, number: int) -> None:
         super().__init__(f"no {name}", code="NOT_FOUND", details=[rpc.RetryInfo(1.0)])
         self.number = number
-
-
-EXCEPTIONS = [
-    RpcError("E", "m", "tb", request_id="r", error_code="ABORTED", error_details=[OWN_DETAIL]),
-    TransportError("gone"),
-    rpc.DeadlineExceededError("late", request_id="r", remote_traceback="tb"),
-    rpc.AuthenticationError("who", reason=rpc.AuthReason.EXPIRED_CREDENTIAL),
-    OwnStatus("item", 3),
-    rpc.ParameterError("m"),
-    rpc.ProtocolVersionError("m", protocol="P"),
-    rpc.ServerDrainingError("m"),
-    rpc.AuthFailure(rpc.AuthReason.PROXY_REQUIRED, "m"),
-]
 
 
 class Evil(Exception):
@@ -1231,28 +1219,70 @@ class Evil(Exception):
         raise SystemExit(name)
 
 
+EXCEPTIONS: list[tuple[BaseException, str, int, str]] = [  # with its text, HTTP status and code in JSON
+    (RpcError("E", "m", "tb", "r", "ABORTED", "k", [OWN_DETAIL]), "E: m", 409, "aborted"),
+    (RpcError("E", "E: m", "", error_code="FROM_THE_FUTURE"), "E: m", 500, "unknown"),
+    (TransportError("TransportError: gone"), "gone", 503, "unavailable"),
+    (rpc.DeadlineExceededError("late", request_id="r", remote_traceback="tb"), "late", 504, "deadline_exceeded"),
+    (rpc.AuthenticationError("who", reason=rpc.AuthReason.EXPIRED_CREDENTIAL), "who", 401, "unauthenticated"),
+    (OwnStatus("item", 3), "no item", 404, "not_found"), (rpc.StatusError("m", code="CANCELLED"), "m", 499, "canceled"),
+    (rpc.ParameterError("m"), "m", 400, "invalid_argument"), (KeyError("m"), "'m'", 500, "unknown"),
+    (rpc.ProtocolVersionError("m", protocol="P"), "m", 400, "failed_precondition"),
+    (rpc.MethodNotImplementedError("m"), "m", 404, "unimplemented"),
+    (rpc.RequestTooLargeError("m"), "m", 413, "resource_exhausted"),
+    (rpc.ResponseTooLargeError("m"), "m", 429, "resource_exhausted"),
+    (rpc.ServerDrainingError("m"), "m", 503, "unavailable"),
+    (rpc.AuthFailure(rpc.AuthReason.PROXY_REQUIRED, "m"), "m", 401, "unauthenticated"),
+    (Evil(), "<Evil: its __str__ raised RuntimeError>", 500, "unknown"),
+]  # fmt: skip
+
+
 class ErrorTests(TestCase):
     """The error classes on their own; how they travel is in the transport contract."""
 
-    def test_details_travel_as_json_and_come_back_typed(self) -> None:
+    def test_texts_and_statuses(self) -> None:
+        for exc, text, status, code in EXCEPTIONS:
+            found = (rpc.text_of(exc), rpc.http_status_of(exc), rpc.error_as_json(exc)["code"])
+            self.assertEqual(found, (text, status, code))
+        own = rpc.ProtocolError("m")
+        own.http_status = 421
+        self.assertEqual(rpc.http_status_of(own), 421)
+        self.assertEqual(rpc.text_of("\ud800"), "\\ud800")
+        self.assertEqual(len(rpc.text_of("x" * 20_000)), 16_000 + len("… <truncated>"))
+        self.assertEqual((str(rpc.Code.ABORTED), rpc.Code("ABORTED")), ("ABORTED", rpc.Code.ABORTED))
+        self.assertEqual([rpc.suggest(name, ["add"]) for name in ("ad", "x")], ["; did you mean 'add'?", ""])
+        error: Any = EXCEPTIONS[0][0]
+        noted = ["On the other side:\ntb"] * hasattr(error, "add_note")
+        self.assertEqual(getattr(error, "__notes__", []), noted)
+        answers = [rpc.was_answer(exc) for exc, *_ in EXCEPTIONS[:5] if isinstance(exc, RpcError)]
+        self.assertEqual(answers, [True, True, False, True, False])
+
+    def test_they_survive_pickle_and_copy(self) -> None:
+        ways: list[Callable[[Any], Any]] = [copy.copy, copy.deepcopy]
+        ways += [lambda v, p=p: pickle.loads(pickle.dumps(v, p)) for p in range(pickle.HIGHEST_PROTOCOL + 1)]
+        values = [*DETAILS, rpc.Code.ABORTED, rpc.AuthReason.UNAUTHORIZED, rpc.Message.info("m", a=1)]
+        told = rpc.http_introspect(client=rpc.make_sync_client(make_server()))
+        for way in ways:
+            self.assertEqual([way(value) for value in values], values)
+            self.assertEqual(repr(way(told)), repr(told))
+            for sent, *_ in EXCEPTIONS[:-1]:
+                got = way(sent)
+                self.assertIs(type(got), type(sent))
+                self.assertEqual((vars(got), str(got), got.args), (vars(sent), str(sent), sent.args))
+
+    def test_details(self) -> None:
         raised = rpc.StatusError("no", code="NOT_FOUND", details=[*DETAILS, OWN_DETAIL])
         received = RpcError("E", "no", "", error_details=json.loads(json.dumps(raised.error_details)))
         self.assertEqual(received.details(), [*DETAILS, OWN_DETAIL])
         self.assertEqual([getattr(received, name)() for name in READERS.split()], DETAILS)
-        newer = {"@type": "vgi_rpc.Help", "links": [{"url": "u", "description": "d", "more": 1}], "more": 1}
-        received.error_details = [newer]
-        self.assertEqual(
-            (received.help(), received.bad_request()), (rpc.Help((rpc.HelpLink("d", "u"),)), None)
-        )
-        strange = [{"@type": 7}, {}, {"@type": "vgi_rpc.RetryInfo"}, {"@type": []}]
-        strange += [{"@type": "vgi_rpc.Help", "links": links} for links in (3, [3], [{}], ["url"])]
-        received.error_details = strange
-        self.assertEqual(received.details(), strange)
-
-    def test_wrong_details_are_refused_where_they_are_given(self) -> None:
-        wrong: dict[str, Any] = {"twice": [rpc.RetryInfo(1), rpc.RetryInfo(2)], "@type": [{"a": 1}]}
-        wrong.update({"reserved": [{"@type": "vgi_rpc.Mine"}], "mapping": [3]})
-        for text, details in wrong.items():
+        received.error_details = [
+            {"@type": "vgi_rpc.Help", "links": [{"url": "u", "description": "d", "more": 1}], "more": 1}
+        ]
+        expected = (rpc.Help((rpc.HelpLink("d", "u"),)), None)
+        self.assertEqual((received.help(), received.bad_request()), expected)
+        received.error_details = STRANGE_DETAILS
+        self.assertEqual(received.details(), STRANGE_DETAILS)
+        for text, details in REFUSED_DETAILS.items():
             with self.subTest(text), self.raises(ValueError, text):
                 rpc.StatusError("x", code="UNKNOWN", details=details)
         with self.raises(ValueError, "NO_SUCH"):
@@ -1268,57 +1298,7 @@ class ErrorTests(TestCase):
             error = RpcError("E", "m", "", error_code=code, error_details=details)
             self.assertIs(error.is_retryable(), (code, details) in yes, code)
 
-    def test_exceptions_and_values_survive_pickle_and_copy(self) -> None:
-        ways: list[Callable[[Any], Any]] = [copy.copy, copy.deepcopy]
-        ways += [lambda v, p=p: pickle.loads(pickle.dumps(v, p)) for p in range(pickle.HIGHEST_PROTOCOL + 1)]
-        for way in ways:
-            for sent in EXCEPTIONS:
-                got = way(sent)
-                self.assertIs(type(got), type(sent))
-                self.assertEqual((vars(got), str(got), got.args), (vars(sent), str(sent), sent.args))
-            values = [*DETAILS, rpc.Code.ABORTED, rpc.AuthReason.UNAUTHORIZED, rpc.Message.info("m", a=1)]
-            self.assertEqual([way(value) for value in values], values)
-            told = rpc.http_introspect(client=rpc.make_sync_client(make_server()))
-            self.assertEqual(repr(way(told)), repr(told))
-
-    def test_texts_of_errors(self) -> None:
-        texts = {
-            "ValueError: m": RpcError("ValueError", "m", ""),
-            "RpcError: ValueError: m": RpcError("RpcError", "RpcError: ValueError: m", ""),
-            "late": rpc.DeadlineExceededError("late"),
-            "gone": TransportError("TransportError: gone"),
-        }
-        self.assertEqual([str(error) for error in texts.values()], list(texts))
-        self.assertEqual([rpc.was_answer(error) for error in texts.values()], [True, True, False, False])
-        self.assertTrue(rpc.was_answer(rpc.DeadlineExceededError("m", request_id="r")))
-        self.assertIs(RpcError("E", "m", "", error_code="FROM_THE_FUTURE").code, rpc.Code.UNKNOWN)
-        self.assertEqual((str(rpc.Code.ABORTED), rpc.Code("ABORTED")), ("ABORTED", rpc.Code.ABORTED))
-        error = RpcError("E", "m", "Traceback: there\n")
-        noted = ["On the other side:\nTraceback: there"] * hasattr(error, "add_note")
-        self.assertEqual(getattr(error, "__notes__", []), noted)
-        self.assertEqual(rpc.text_of(Evil()), "<Evil: its __str__ raised RuntimeError>")
-        self.assertEqual(rpc.text_of("\ud800"), "\\ud800")
-        self.assertEqual(len(rpc.text_of("x" * 20_000)), 16_000 + len("… <truncated>"))
-        self.assertEqual([rpc.suggest(name, ["add"]) for name in ("ad", "x")], ["; did you mean 'add'?", ""])
-
-    def test_statuses_and_json(self) -> None:
-        own = rpc.ProtocolError("m")
-        own.http_status = 421
-        rows: list[tuple[BaseException, int, str]] = [
-            (rpc.StatusError("m", code="NOT_FOUND"), 404, "not_found"),
-            (rpc.StatusError("m", code="CANCELLED"), 499, "canceled"),
-            (KeyError("m"), 500, "unknown"),
-            (rpc.ParameterError("m"), 400, "invalid_argument"),
-            (rpc.MethodNotImplementedError("m"), 404, "unimplemented"),
-            (rpc.RequestTooLargeError("m"), 413, "resource_exhausted"),
-            (rpc.ResponseTooLargeError("m"), 429, "resource_exhausted"),
-            (rpc.ServerDrainingError("m"), 503, "unavailable"),
-            (rpc.AuthFailure(rpc.AuthReason.UNAUTHORIZED), 401, "unauthenticated"),
-            (own, 421, "invalid_argument"),
-            (Evil(), 500, "unknown"),
-        ]
-        for exc, status, code in rows:
-            self.assertEqual((rpc.http_status_of(exc), rpc.error_as_json(exc)["code"]), (status, code))
+    def test_json(self) -> None:
         raised = rpc.StatusError("m", code="ABORTED", kind="k", details=[rpc.RetryInfo(1.0)])
         said = rpc.error_as_json(raised, request_id="r", trace="tb")
         [detail] = said.pop("details")
@@ -1334,6 +1314,14 @@ class ErrorTests(TestCase):
 # 3. LOG MESSAGES
 # ============================================================================
 
+STRANGE_ERRORS: list[dict[str, bytes]] = [  # metadata of error batches
+    {},
+    {"log_extra": b"{", "error_details": b"[3, {}]"},
+    {"log_extra": b"[" * 100_000, "error_details": b"{" * 100_000},
+    {"log_message": b"\xff", "error_code": b"\xff", "error_details": b"\xff"},
+    {"log_extra": b'{"exception_type": 3, "error_details": {"a": 1}, "traceback": []}'},
+]
+
 
 class MessageTests(TestCase):
     """Messages on their own, and as the metadata in which they travel."""
@@ -1343,6 +1331,7 @@ class MessageTests(TestCase):
             made = getattr(rpc.Message, level.name.lower())("text", key="value")
             self.assertEqual((made, made.extra), (rpc.Message(level, "text", key="value"), {"key": "value"}))
         self.assertEqual(rpc.Message.info(5), rpc.Message.info("5"))
+        self.assertIn("'text'", repr(rpc.Message.info("text")))
         with self.raises(TypeError, "expected a Level", "'INFO'"):
             rpc.Message("INFO", "text")  # type: ignore[arg-type]
 
@@ -1362,9 +1351,6 @@ class MessageTests(TestCase):
         bare = rpc.Message.from_exception(ValueError("outer"), include_traceback=False)
         facts = {"exception_type": "ValueError", "exception_message": "outer", "error_code": "UNKNOWN"}
         self.assertEqual(bare, rpc.Message(Level.EXCEPTION, "ValueError: outer", **facts))
-        extra = rpc.Message.from_exception(Evil()).extra
-        self.assertEqual((extra["exception_type"], extra["error_code"]), ("Evil", "UNKNOWN"))
-        self.assertIn("its __str__ raised", extra["exception_message"])
 
     def test_logs_there_and_back(self) -> None:
         for message in (rpc.Message.debug("ü€"), rpc.Message.trace("", n=1, nested={"a": [1, None]})):
@@ -1383,38 +1369,36 @@ class MessageTests(TestCase):
         self.assertEqual(rpc.message_from_metadata(strange), rpc.Message.info("\ufffd"))
 
     def test_errors_there_and_back(self) -> None:
-        for exc in (ValueError("m"), rpc.StatusError("m", code="ABORTED", kind="k", details=DETAILS), Evil()):
+        told = rpc.StatusError("m", code="ABORTED", kind="k", details=DETAILS)
+        for exc in (ValueError("m"), told, Evil(), rpc.DeadlineExceededError("late")):
+            facts = rpc.error_facts(exc)
             metadata = rpc.message_metadata(rpc.Message.from_exception(exc), "server", "request")
             error = rpc.error_from_metadata(metadata)
-            self.assertEqual(
-                (type(error), str(error)), (RpcError, f"{type(exc).__name__}: {rpc.text_of(exc)}")
+            found = (
+                error.error_type,
+                error.error_message,
+                error.request_id,
+                error.error_code,
+                error.error_kind,
             )
-            facts = rpc.error_facts(exc)
-            self.assertEqual((error.request_id, error.error_code), ("request", facts["error_code"]))
-            found = (error.error_kind, error.error_details)
-            self.assertEqual(found, (facts.get("error_kind", ""), facts.get("error_details", [])))
+            kind = facts.get("error_kind", "")
+            self.assertEqual(
+                found, (type(exc).__name__, rpc.text_of(exc), "request", facts["error_code"], kind)
+            )
+            self.assertEqual(error.error_details, facts.get("error_details", []))
             self.assertIn(type(exc).__name__, error.remote_traceback)
-            # Older servers say these things in the extra alone.
+            late = isinstance(
+                exc, rpc.DeadlineExceededError
+            )  # a late answer is the same error as a late wait
+            self.assertIs(type(error), type(exc) if late else RpcError)
+            # Older servers say these things in the extra alone, or in the text.
             older = {k: v for k, v in metadata.items() if not k.startswith(b"vgi_rpc.error_")}
             self.assertEqual(vars(rpc.error_from_metadata(older)), vars(error))
-
-    def test_a_late_answer_is_the_same_error_as_a_late_wait(self) -> None:
-        late = rpc.message_metadata(rpc.Message.from_exception(rpc.DeadlineExceededError("late")), "s", "r")
-        older = {key: late[key] for key in (b"vgi_rpc.log_message", b"vgi_rpc.error_code")}
-        for metadata in (late, older):
-            error = rpc.error_from_metadata(metadata)
-            self.assertIsInstance(error, rpc.DeadlineExceededError)
-            self.assertEqual((str(error), error.code), ("late", rpc.Code.DEADLINE_EXCEEDED))
+        bare = {k: metadata[k] for k in (b"vgi_rpc.log_message", b"vgi_rpc.error_code")}
+        self.assertIsInstance(rpc.error_from_metadata(bare), rpc.DeadlineExceededError)
 
     def test_errors_of_strange_servers(self) -> None:
-        strange: list[dict[str, bytes]] = [
-            {},
-            {"log_extra": b"{", "error_details": b"[3, {}]"},
-            {"log_extra": b"[" * 100_000, "error_details": b"{" * 100_000},
-            {"log_message": b"\xff", "error_code": b"\xff", "error_details": b"\xff"},
-            {"log_extra": b'{"exception_type": 3, "error_details": {"a": 1}, "traceback": []}'},
-        ]
-        for metadata in strange:
+        for metadata in STRANGE_ERRORS:
             error = rpc.error_from_metadata({f"vgi_rpc.{key}".encode(): v for key, v in metadata.items()})
             self.assertEqual((error.code, [*filter(None, error.details())]), (rpc.Code.UNKNOWN, []))
 

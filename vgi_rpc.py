@@ -2715,6 +2715,9 @@ class RpcMethodInfo:
     has_return = property(lambda self: bool(self.result.names))
     header_type = property(lambda self: self.header and self.header.cls)  # the dataclass
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.signature()})"
+
     @property
     def param_types(self) -> dict[str, Any]:
         """Annotations by parameter."""
