@@ -4113,7 +4113,8 @@ class StreamWires(NamedTuple):
 def stream_wires(output: pa.Schema, input: pa.Schema) -> StreamWires:
     """Return the schemas of a stream, with the row template of what it sends."""
     input_wire = WireSchema(input) if len(input) else EMPTY
-    return StreamWires(WireSchema(output), input_wire, row_template(output))
+    wire = WireSchema(output)
+    return StreamWires(wire, input_wire, None if wire.dictionaries else row_template(output))
 
 
 class Turn(NamedTuple):
@@ -4263,13 +4264,17 @@ class Call(CallRecord):
         error_item = self.server.error_item(exc, wire, self.request_id)
         return Turn(wire, [*self.logs(wire, messages), error_item], True, exc, refused)
 
-    def begin(self, arguments: dict[str, Any]) -> Turn:
-        """Run the method: the whole answer of a unary one, or the header turn of a stream.
+    def begin(self, decode: Callable[[], dict[str, Any]]) -> Turn:
+        """Run the method on the arguments that *decode* gives: the whole answer of a unary one, or a stream's header turn.
 
         A header turn has the header's row, or no items where the method declares no header; the logs so far then
         go with the first turn. `stream` tells whether the call goes on.
         """
         info = self.bound.info
+        try:
+            arguments = decode()
+        except (Refusal, StatusError) as exc:
+            return self.failed(exc, refused=True)
         if self.bound.context_parameter is not None:
             arguments[self.bound.context_parameter] = self.context
         try:
@@ -4325,10 +4330,7 @@ class Call(CallRecord):
         if self._watched:
             self.statistics.record("input", given.batch)
         out = OutputCollector(wires.output, producer_mode=stream.is_producer)
-        if (
-            stream.is_producer or self.kind is not TransportKind.HTTP
-        ):  # where a cursor may have to ride on the batch
-            out.template = wires.template
+        out.template = wires.template
         try:
             if not stream.is_producer:
                 batch = conform_batch(given.batch, wires.input, f"{self.method}() input", cast_values=True)
@@ -4668,10 +4670,7 @@ class _ByteServing:
 
     def _serve_call(self, call: Call, request: Request) -> None:
         try:
-            try:
-                turn = call.begin(request.arguments(call.bound.info))
-            except (Refusal, StatusError) as exc:  # of the arguments: a turn raises nothing
-                turn = call.failed(exc, refused=True)
+            turn = call.begin(lambda: request.arguments(call.bound.info))
             if turn.items:
                 IpcWriter(self._channel.write, turn.wire).write_all(turn.items, close=True)
             if call.wires is not None:
@@ -6796,6 +6795,7 @@ class HttpOptions:
     allowed_hosts: str | Iterable[str] | None = None
 
     def __post_init__(self) -> None:
+        """Check what was given; ``ValueError`` for what is out of range."""
         self.prefix = f"/{self.prefix.strip('/')}".rstrip("/")
         for name in ("cors_origins", "allowed_hosts"):
             names = getattr(self, name) or ()
@@ -6807,122 +6807,30 @@ class HttpOptions:
                 raise ValueError(f"{name}: expected a positive integer or None, got {value!r}")
 
 
-def options_from(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Make an options dataclass from the arguments of a function that has its fields as keywords."""
-    return kind(**{f.name: values[f.name] for f in dataclasses.fields(cast("Any", kind))})
+@dataclass(eq=False, repr=False)
+class HttpServeOptions(HttpOptions):
+    """What `serve_http` can be told beside these; times in seconds."""
 
-
-# -- tokens
+    host: str = "127.0.0.1"
+    port: int = 0  # 0 takes a free one
+    tls_context: Any = None  # server-side context of the standard library's ssl; None for plain HTTP
+    max_connections: int = MAX_CONNECTIONS  # at a time; as many again are answered 503, but for health
+    read_timeout: float = READ_TIMEOUT_SECONDS  # for a head, and for each MiB of a body or an answer
+    request_deadline: float = REQUEST_DEADLINE_SECONDS  # for one request as a whole, and for its answer
+    keep_alive_timeout: float = 75.0  # how long a connection is kept between two requests
+    drain_grace_seconds: float = DRAIN_GRACE_SECONDS  # how long calls may run on after SIGTERM or SIGINT
+    idle_timeout: float | None = None  # without a connection for so long, it ends; None for never
+    on_bound: Callable[[str, int], None] | None = None  # called with host and port once it accepts
 
 
 class FixedHalf(NamedTuple):
     """The half of a stream's state that never changes, as its call token seals it."""
 
-    binding: tuple[bytes, ...]  # to the method and its caller
     call_id: bytes
     wires: StreamWires
     call_state: bytes
     stream_id: str
     limit: int | None  # bytes of one answer, as the request that began the stream said
-
-
-class StreamTokens:
-    """Seals the two halves of a stream's state and opens them again; safe for use by several threads.
-
-    The call token holds a `FixedHalf`; the cursor holds the id of that call, the class of the state and its
-    bytes. The cursor is opened first, and only the call id in it is trusted.
-    """
-
-    def __init__(self, options: HttpOptions) -> None:
-        key = options.token_key
-        if key is None:
-            key = os.environ.get("VGI_RPC_TOKEN_KEY") or None
-        self.own_key = key is None  # one that no other process has
-        if key is None:
-            text = "no token key: a random one is used; streams survive no restart, and no other process can go on"
-            logger.warning(
-                "%s with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere", text
-            )
-        self.sealer = TokenSealer(token_keys(key or os.urandom(32)), options.token_ttl)
-        # An opened call token never changes. Strangers, whose tokens do not open, fill nothing here.
-        self._open_call = functools.lru_cache(options.call_state_cache_entries)(self._open_call_token)
-
-    @staticmethod
-    def _binding(bound: BoundMethod, auth: AuthContext) -> tuple[bytes, ...]:
-        """What a token is good for. An authenticated caller without a name is not the same as nobody."""
-        names = [bound.service.name, bound.info.name]
-        if auth.authenticated:
-            names += ["authenticated", auth.domain or "", auth.principal or ""]
-        return tuple([name.encode("utf-8", "surrogatepass") for name in names])
-
-    def begin(self, call: Call, stream: Stream[Any, Any]) -> tuple[FixedHalf, bytes]:
-        """Return the fixed half of a stream that has begun, and its call token."""
-        kind = stream.state.CALL_STATE_TYPE
-        call_state = b""
-        if stream.call_state is not None:
-            if kind is None or not isinstance(stream.call_state, kind):
-                wanted = getattr(kind, "__name__", "a CALL_STATE_TYPE, which is not set")
-                where = f"{type(stream.state).__name__}: Stream(call_state=...)"
-                raise ParameterError(f"{where}: expected {wanted}, got {got(stream.call_state)}")
-            call_state = stream.call_state.serialize_to_bytes()
-        wires = cast("StreamWires", call.wires)
-        limit = call.response_limit_bytes
-        binding = self._binding(call.bound, call.auth)
-        half = FixedHalf(binding, os.urandom(16), wires, call_state, call.stream_id, limit)
-        facts = [call_state, call.stream_id.encode(), str(limit or "").encode()]
-        content = pack_parts([wires.output.message, wires.input.message, *facts])
-        return half, self.sealer.seal(b"call", (*binding, half.call_id), content)
-
-    def content(self, half: FixedHalf, call: Call) -> bytes:
-        """Return what the cursor of the present state seals; a refusal names what cannot be written."""
-        state = cast("Stream[Any, Any]", call.stream).state
-        kinds = call.bound.state_types
-        if type(state) not in kinds:
-            names = ", ".join(kind.__name__ for kind in kinds) or "no concrete class"
-            text = f"{names} (the implementation's return annotation), got {type(state).__name__}"
-            text += "; over HTTP the state is read back as the annotated class"
-            raise ParameterError(f"{call.bound.info.name}() state: expected {text}")
-        index = bytes([kinds.index(type(state))])
-        content = pack_parts([half.call_id, index, state.serialize_to_bytes()])
-        self.sealer.check_size(content)  # which sealing does too: but here a further turn may run first
-        return content
-
-    def open(self, bound: BoundMethod, auth: AuthContext, metadata: Metadata) -> tuple[FixedHalf, bytes]:
-        """Open the two tokens in a turn's metadata; return the fixed half and the cursor's content.
-
-        Raises `TokenError` for tokens that are not ours, not for this method and caller, or of two streams.
-        """
-        binding = self._binding(bound, auth)
-        content = self.sealer.open(b"state", binding, metadata.get(STATE_KEY))
-        call_id = unpack_parts(content, 3)[0]
-        return self._open_call(binding, call_id, metadata.get(CALL_STATE_KEY, b"")), content
-
-    def _open_call_token(self, binding: tuple[bytes, ...], call_id: bytes, token: bytes) -> FixedHalf:
-        content = self.sealer.open(b"call", (*binding, call_id), token, aged=False)
-        *messages, call_state, stream_id, limit = unpack_parts(content, 5)
-        schemas = [ipc.read_schema(pa.py_buffer(message)) for message in messages]
-        facts = (call_state, stream_id.decode(), int(limit or 0) or None)
-        return FixedHalf(binding, call_id, stream_wires(*schemas), *facts)
-
-    def revive(self, call: Call, half: FixedHalf, content: bytes) -> None:
-        """Have *call* go on with the state that a cursor's *content* holds.
-
-        Raises `TokenError` when the state fits its class no more, and what the state's own hooks raise.
-        """
-        _, index, fields = unpack_parts(content, 3)
-        call_state: Any = None
-        try:  # without validation: the seal vouches for the bytes
-            kind: Any = call.bound.state_types[index[0]]
-            state = kind.deserialize_from_bytes(fields, IpcValidation.NONE)
-            if half.call_state:
-                call_state = kind.CALL_STATE_TYPE.deserialize_from_bytes(half.call_state, IpcValidation.NONE)
-        except (Refusal, IndexError, AttributeError) as exc:
-            raise TokenError(TOKEN_OUTDATED) from exc
-        call.run(state.rehydrate, call.bound.service.implementation)
-        if call_state is not None:
-            call.run(state.bind_call_state, call_state)
-        output, input_, _ = half.wires
-        call.resume(Stream(output.schema, state, input_.schema, call_state=call_state), half.wires)
 
 
 # -- requests
@@ -6955,7 +6863,18 @@ class HttpApp:
             raise TypeError(f"expected an RpcServer, got {got(server)}: {hint}")
         self.server = server
         self.options = options = options or HttpOptions()
-        self.tokens = StreamTokens(options)
+        key = options.token_key
+        if key is None:
+            key = os.environ.get("VGI_RPC_TOKEN_KEY") or None
+        self.own_key = key is None  # one that no other process has
+        if key is None:
+            text = "no token key: a random one is used; streams survive no restart, and no other process can go on"
+            logger.warning(
+                "%s with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere", text
+            )
+        self.sealer = TokenSealer(token_keys(key or os.urandom(32)), options.token_ttl)
+        # An opened call token never changes. Strangers, whose tokens do not open, fill nothing here.
+        self.open_half = functools.lru_cache(options.call_state_cache_entries)(self._open_half)
         self.max_request_bytes = options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
         self.limits = IpcLimits(self.max_request_bytes, options.max_rows)
         # One look-up leads from a path, prefix and all, to its method. What is not here is a page or refused.
@@ -6974,6 +6893,12 @@ class HttpApp:
             MAX_RESPONSE_BYTES_HEADER: options.max_response_bytes,
         }
         self.capabilities = [(name, str(value)) for name, value in told.items() if value is not None]
+
+    def _open_half(self, binding: tuple[bytes, ...], call_id: bytes, token: bytes) -> FixedHalf:
+        content = self.sealer.open(b"call", (*binding, call_id), token, aged=False)
+        *messages, call_state, stream_id, limit = unpack_parts(content, 5)
+        wires = stream_wires(*[ipc.read_schema(pa.py_buffer(message)) for message in messages])
+        return FixedHalf(call_id, wires, call_state, stream_id.decode(), int(limit or 0) or None)
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         """Answer *request* with a body of bytes, or one that is an iterator of bytes; never raises."""
@@ -7063,8 +6988,9 @@ class HttpApp:
             of_call = len(segments) > 1 and all(segments) and segments[2:] in ([], ["init"], ["exchange"])
             if method == "POST" and of_call:
                 self.server.method(self.server.service(segments[0]), segments[1])  # says what there is
-        text = "expected /{protocol}/{method}[/init|/exchange] or /health"
-        raise http_refusal(404, text, Code.UNIMPLEMENTED)
+        raise http_refusal(
+            404, "expected /{protocol}/{method}[/init|/exchange] or /health", Code.UNIMPLEMENTED
+        )
 
     def authenticate(self, request: HttpRequest) -> AuthContext:
         """Return who sent *request*. It is asked of each: what it decides may end, or depend on more."""
@@ -7131,8 +7057,15 @@ def _number(headers: Mapping[str, str], name: str, least: int, most: int) -> int
     return int(given)
 
 
+def _least(*limits: int | None) -> int | None:
+    return min(filter(None, limits), default=None)
+
+
 class _PostedCall:
     """One request to a method: a unary call, the start of a stream, its next turns, or a call in JSON."""
+
+    _call: Call  # once it has begun
+    _half: FixedHalf  # of a stream
 
     def __init__(self, app: HttpApp, request: HttpRequest, bound: BoundMethod, step: str) -> None:
         auth = app.authenticate(request)
@@ -7143,46 +7076,46 @@ class _PostedCall:
         self._bound = bound
         self._step = step
         self._pieces: list[Buffer] = []  # of the answer, before it is encoded
-        self._call: Any = None  # once it has begun
         traces = {}
         if "traceparent" in headers:
             traces = {name: headers[name] for name in _TRACE_HEADERS if name in headers}
-        limit = app.options.max_response_bytes
-        if "vgi-accept-max-response-bytes" in headers:
-            bounds = (MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET)
-            budget = _number(headers, ACCEPT_MAX_RESPONSE_BYTES_HEADER, *bounds)
-            limit = min(filter(None, (limit, budget)), default=None)
+        budget = _number(headers, ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET)
+        limit = _least(app.options.max_response_bytes, budget)
         self._caller = CallRecord(TransportKind.HTTP, auth, request.remote_addr, traces, request.gone, limit)
+        # What a token is good for. An authenticated caller without a name is not the same as nobody.
+        names = [bound.service.name, bound.info.name]
+        if auth.authenticated:
+            names += ["authenticated", auth.domain or "", auth.principal or ""]
+        self._binding = tuple([name.encode("utf-8", "surrogatepass") for name in names])
 
     def answer(self) -> HttpResponse:
         """Serve it."""
         name = self._bound.info.name
+        is_stream = self._bound.info.method_type is MethodType.STREAM
         if not is_arrow(self._headers):
             return self._answer_json()
-        is_stream = self._bound.info.method_type is MethodType.STREAM
         if is_stream and not self._step:
             raise ProtocolError(f"{name}() is a stream; post to its /init")
         if self._step and not is_stream:
             raise ProtocolError(f"{name}() is not a stream; post without /{self._step}")
-        if is_stream and self._request.multiprocess and self._app.tokens.own_key:
+        if is_stream and self._request.multiprocess and self._app.own_key:
             text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
             raise http_refusal(500, text, Code.FAILED_PRECONDITION)
         body = self._read_body(self._app.max_request_bytes)
+        if not len(body):
+            raise IPCError("request: expected an Arrow IPC stream, got an empty body")
         try:
             turn = self._go_on(body) if self._step == "exchange" else self._begin(body)
             return self._response(turn, len(body))
         finally:
-            if self._call is not None:
+            if hasattr(self, "_call"):
                 self._call.end()
 
     def _read_body(self, limit: int) -> Buffer:
         coding = coding_of(self._headers)  # one that is not ours is refused before the body is read
-        body = self._request.read_body(limit)
-        return decompress_body(body, coding, limit) if coding else body
+        return decompress_body(self._request.read_body(limit), coding, limit)
 
     def _reader(self, source: BufferSource, expected: Any) -> IpcReader:
-        if not source.left:
-            raise IPCError("request: expected an Arrow IPC stream, got an empty body")
         return IpcReader(source, self._app.limits, self._app.server.ipc_validation, expected=expected)
 
     def _open_call(self, metadata: Metadata, request: Request | None = None, stream_id: str = "") -> Call:
@@ -7191,9 +7124,10 @@ class _PostedCall:
         request_id = clean_request_id(metadata_text(metadata, REQUEST_ID_KEY))
         request_id = request_id or asked.request_id or new_request_id()
         asked.request_id = asked.request_id or request_id
-        call = Call(self._app.server, self._bound, self._caller, request_id, metadata, request, stream_id)
-        self._call = call
-        return call
+        self._call = Call(
+            self._app.server, self._bound, self._caller, request_id, metadata, request, stream_id
+        )
+        return self._call
 
     def _begin(self, body: Buffer) -> Turn:
         """Serve a unary call, or the start of a stream; return the last turn."""
@@ -7209,26 +7143,167 @@ class _PostedCall:
                 raise IPCError(f"request: {source.left} bytes after the end of the stream")
             server.resolve(request, (info.protocol_name, info.name))
         call = self._open_call(request.metadata, request)
-        try:
-            turn = call.begin(request.arguments(info))
-        except Refusal as exc:  # of the arguments: begin() raises nothing
-            turn = call.failed(exc, refused=True)
+        turn = call.begin(lambda: request.arguments(info))
         if turn.items:  # a stream without a header has none
             self._pieces = stream_pieces(turn.wire, turn.items)
-        if call.stream is None:
-            return turn
-        wire = call.stream_wire
-        tokens = self._app.tokens
-        try:  # before anything runs: a stream that cannot go on does not start
-            half, call_token = tokens.begin(call, call.stream)
-            sealed = {CALL_STATE_KEY: call_token}
-            if call.stream.is_producer:
-                return self._producer_turns(half, PLAIN_TICK, sealed)
-            sealed[STATE_KEY] = tokens.sealer.seal(b"state", half.binding, tokens.content(half, call))
-            turn = Turn(wire, [*call.logs(wire), (wire.empty, sealed)], False)
-        except Exception as exc:
+        if call.stream is not None:
+            try:  # before anything runs: a stream that cannot go on does not start
+                sealed = {CALL_STATE_KEY: self._begin_stream(call.stream)}
+                if call.stream.is_producer:
+                    return self._producer_turns(PLAIN_TICK, sealed)
+                sealed[STATE_KEY] = self._cursor(self._content())
+                turn = Turn(
+                    call.stream_wire, [*call.logs(call.stream_wire), (call.stream_wire.empty, sealed)], False
+                )
+            except Exception as exc:
+                turn = call.failed(exc)
+            self._pieces += stream_pieces(turn.wire, turn.items)
+        return turn
+
+    def _begin_stream(self, stream: Stream[Any, Any]) -> bytes:
+        """Set the fixed half of a stream, and return its token."""
+        kind = stream.state.CALL_STATE_TYPE
+        call = self._call
+        call_state = b""
+        if stream.call_state is not None:
+            if kind is None or not isinstance(stream.call_state, kind):
+                wanted = getattr(kind, "__name__", "a CALL_STATE_TYPE, which is not set")
+                where = f"{type(stream.state).__name__}: Stream(call_state=...)"
+                raise ParameterError(f"{where}: expected {wanted}, got {got(stream.call_state)}")
+            call_state = stream.call_state.serialize_to_bytes()
+        wires = cast("StreamWires", call.wires)
+        limit = call.response_limit_bytes
+        self._half = FixedHalf(os.urandom(16), wires, call_state, call.stream_id, limit)
+        facts = [call_state, call.stream_id.encode(), str(limit or "").encode()]
+        content = pack_parts([wires.output.message, wires.input.message, *facts])
+        return self._app.sealer.seal(b"call", (*self._binding, self._half.call_id), content)
+
+    def _content(self) -> bytes:
+        """Return what the cursor of the present state seals; a refusal names what cannot be written.
+
+        It holds the id of the call, the class of the state and its bytes.
+        """
+        state = cast("Stream[Any, Any]", self._call.stream).state
+        kinds = self._bound.state_types
+        if type(state) not in kinds:
+            names = ", ".join(kind.__name__ for kind in kinds) or "no concrete class"
+            text = f"{names} (the implementation's return annotation), got {type(state).__name__}"
+            text += "; over HTTP the state is read back as the annotated class"
+            raise ParameterError(f"{self._bound.info.name}() state: expected {text}")
+        index = bytes([kinds.index(type(state))])
+        content = pack_parts([self._half.call_id, index, state.serialize_to_bytes()])
+        self._app.sealer.check_size(content)  # which sealing does too: but here a further turn may run first
+        return content
+
+    def _cursor(self, content: bytes) -> bytes:
+        return self._app.sealer.seal(b"state", self._binding, content)
+
+    def _revive(self, content: bytes) -> None:
+        """Have the call go on with the state that a cursor's *content* holds.
+
+        Raises `TokenError` when the state fits its class no more, and what the state's own hooks raise.
+        """
+        _, index, fields = unpack_parts(content, 3)
+        half = self._half
+        call = self._call
+        call_state: Any = None
+        try:  # without validation: the seal vouches for the bytes
+            kind: Any = self._bound.state_types[index[0]]
+            state = kind.deserialize_from_bytes(fields, IpcValidation.NONE)
+            if half.call_state:
+                call_state = kind.CALL_STATE_TYPE.deserialize_from_bytes(half.call_state, IpcValidation.NONE)
+        except (Refusal, IndexError, AttributeError) as exc:
+            raise TokenError(TOKEN_OUTDATED) from exc
+        call.run(state.rehydrate, self._bound.service.implementation)
+        if call_state is not None:
+            call.run(state.bind_call_state, call_state)
+        output, input_, _ = half.wires
+        call.resume(Stream(output.schema, state, input_.schema, call_state=call_state), half.wires)
+
+    def _go_on(self, body: Buffer) -> Turn:
+        """Serve the next turn of a stream, or its end, from the tokens that come with the input."""
+        source = BufferSource(body)
+        reader = self._reader(source, ())
+        message = reader.next_message()
+        if message is None:
+            raise ProtocolError("exchange: expected one batch, got none")
+        metadata = message.metadata
+        # The cursor is opened first, and only the call id in it is trusted.
+        content = self._app.sealer.open(b"state", self._binding, metadata.get(STATE_KEY))
+        call_id = unpack_parts(content, 3)[0]
+        self._half = half = self._app.open_half(self._binding, call_id, metadata.get(CALL_STATE_KEY, b""))
+        wanted = half.wires.input.schema
+        if reader.wire.dictionaries and not reader.schema.equals(wanted):  # before one of them is decoded
+            text = f"expected {schema_text(wanted)}, got {schema_text(reader.schema)}"
+            raise ParameterError(f"{self._bound.info.name}() input: {text}")
+        given = input_of(reader.decode(message), metadata)
+        if source.read(len(END_OF_STREAM) + 1) != END_OF_STREAM:
+            raise ProtocolError("exchange: expected one batch and the end of the stream, got something else")
+        self._caller.response_limit_bytes = _least(self._caller.response_limit_bytes, half.limit)
+        call = self._open_call(metadata, stream_id=half.stream_id)
+        try:
+            self._revive(content)
+            if CANCEL_KEY in metadata:
+                turn = call.cancel()
+            elif cast("Stream[Any, Any]", call.stream).is_producer:
+                return self._producer_turns(given, {})
+            else:
+                turn = call.turn(given)
+                if turn.error is None:  # the cursor rides on the data batch, also where that has no rows
+                    item = turn.items[-1]
+                    sealed = {STATE_KEY: self._cursor(self._content())}
+                    if isinstance(item, bytes):
+                        turn.items[-1] = with_metadata(item, sealed)
+                    else:
+                        turn.items[-1] = item[0], {**(item[1] or {}), **sealed}
+        except BaseException as exc:  # of the state's own hooks; or it cannot be written
+            turn = call.failed(exc, refused=isinstance(exc, TokenError))
+        self._pieces = stream_pieces(turn.wire, turn.items)
+        return turn
+
+    def _producer_turns(self, given: AnnotatedBatch, sealed: dict[bytes, bytes]) -> Turn:
+        """Run a turn of a producer, or several if the client takes them; return the last one.
+
+        They are one stream, which ends with the fresh cursor beside the tokens *sealed*. Each further turn
+        runs on a state that was read back: where an answer ends makes no difference to what comes next.
+        """
+        call = self._call
+        wire = self._half.wires.output
+        writer = IpcWriter(self._pieces.extend, wire)
+        limit = call.response_limit_bytes or sys.maxsize
+        size = total_size(self._pieces)
+        until = time.monotonic() + MAX_TURNS_SECONDS
+        left = min(_number(self._headers, MAX_TURNS_HEADER, 1, MAX_RESPONSE_BUDGET) or 1, MAX_TURNS)
+        content = b""  # of the cursor after the last turn
+        items: list[Item] = []
+        try:
+            while True:
+                before = content
+                mark = len(self._pieces)
+                turn = call.turn(given)
+                content = b"" if turn.finished else self._content()
+                writer.write_all(turn.items)
+                size += total_size(self._pieces[mark:])
+                # What the batch that ends the answer takes, with the tokens in it.
+                room = 4_096 + 2 * len(content) + len(sealed.get(CALL_STATE_KEY, b""))
+                if before and size + room > limit:
+                    # The turn is not lost: it is run again, from the cursor before it, by the next request.
+                    del self._pieces[mark:]
+                    call.error = None
+                    turn = Turn(wire, [], False)
+                    content = before
+                    break
+                left -= 1
+                full = size > min(MAX_TURNS_BYTES, limit - 2 * room)
+                if turn.finished or full or not left or time.monotonic() > until or call.server.draining:
+                    break
+                self._revive(content)
+            if not turn.finished:
+                items = [(wire.empty, {**sealed, STATE_KEY: self._cursor(content)})]
+        except BaseException as exc:  # the state cannot be written or sealed, or its own hooks raised
             turn = call.failed(exc)
-        self._pieces += stream_pieces(wire, turn.items)
+            items = turn.items
+        writer.write_all(items, close=True)
         return turn
 
     def _response(self, turn: Turn, request_bytes: int) -> HttpResponse:
@@ -7236,11 +7311,9 @@ class _PostedCall:
         call = self._call
         pieces = self._pieces
         size = total_size(pieces)
-        limit = call.response_limit_bytes
-        if limit is not None and size > limit:
-            turn = too_large(call, size, limit)
+        if call.response_limit_bytes is not None and size > call.response_limit_bytes:
+            turn = too_large(call, size, call.response_limit_bytes)
             pieces = stream_pieces(turn.wire, turn.items)
-            size = total_size(pieces)
         headers = [("Content-Type", ARROW_CONTENT_TYPE)]
         if turn.error is not None:
             headers.append((RPC_ERROR_HEADER, "true"))
@@ -7254,98 +7327,9 @@ class _PostedCall:
         ):
             headers.append((header, encoding))
             pieces = [compress_body(pieces, encoding, level)]
-            size = len(pieces[0])
+        size = total_size(pieces)
         call.http.update(http_status=turn.http_status, request_bytes=request_bytes, response_bytes=size)
-        if size <= SMALL_BODY_BYTES:
-            return HttpResponse(turn.http_status, headers, b"".join(pieces))
         return HttpResponse(turn.http_status, headers, pieces)
-
-    def _go_on(self, body: Buffer) -> Turn:
-        """Serve the next turn of a stream, or its end, from the tokens that come with the input."""
-        source = BufferSource(body)
-        reader = self._reader(source, ())
-        message = reader.next_message()
-        if message is None:
-            raise ProtocolError("exchange: expected one batch, got none")
-        metadata = message.metadata
-        tokens = self._app.tokens
-        half, content = tokens.open(self._bound, self._caller.auth, metadata)
-        wanted = half.wires.input.schema
-        if reader.wire.dictionaries and not reader.schema.equals(wanted):  # before one of them is decoded
-            text = f"expected {schema_text(wanted)}, got {schema_text(reader.schema)}"
-            raise ParameterError(f"{self._bound.info.name}() input: {text}")
-        given = input_of(reader.decode(message), metadata)
-        if reader.next_message() is not None or source.left:
-            raise ProtocolError("exchange: expected one batch and the end of the stream, got more")
-        limit = min(filter(None, (self._caller.response_limit_bytes, half.limit)), default=None)
-        self._caller.response_limit_bytes = limit
-        call = self._open_call(metadata, stream_id=half.stream_id)
-        try:
-            tokens.revive(call, half, content)
-            if CANCEL_KEY in metadata:
-                turn = call.cancel()
-            elif cast("Stream[Any, Any]", call.stream).is_producer:
-                return self._producer_turns(half, given, {})
-            else:
-                turn = call.turn(given)
-                if turn.error is None:  # the cursor rides on the data batch, also where that has no rows
-                    cursor = tokens.sealer.seal(b"state", half.binding, tokens.content(half, call))
-                    batch, own = cast("tuple[pa.RecordBatch, Metadata | None]", turn.items[-1])
-                    turn.items[-1] = batch, {**(own or {}), STATE_KEY: cursor}
-        except BaseException as exc:  # of the state's own hooks; or it cannot be written
-            turn = call.failed(exc, refused=isinstance(exc, TokenError))
-        self._pieces = stream_pieces(turn.wire, turn.items)
-        return turn
-
-    def _producer_turns(self, half: FixedHalf, given: AnnotatedBatch, sealed: dict[bytes, bytes]) -> Turn:
-        """Run a turn of a producer, or several if the client takes them; return the last one.
-
-        They are one stream, which ends with the fresh cursor beside the tokens *sealed*. Each further turn
-        runs on a state that was read back: where an answer ends makes no difference to what comes next.
-        """
-        call: Call = self._call
-        tokens = self._app.tokens
-        wire = half.wires.output
-        writer = IpcWriter(self._pieces.extend, wire)
-        limit = call.response_limit_bytes
-        size = total_size(self._pieces)
-        until = time.monotonic() + MAX_TURNS_SECONDS
-        left = min(_number(self._headers, MAX_TURNS_HEADER, 1, MAX_RESPONSE_BUDGET) or 1, MAX_TURNS)
-        content = b""  # of the cursor after the last turn
-        items: list[Item] = []
-        try:
-            while True:
-                before = content
-                mark = len(self._pieces)
-                turn = call.turn(given)
-                content = b"" if turn.finished else tokens.content(half, call)
-                writer.write_all(turn.items)
-                size += total_size(self._pieces[mark:])
-                # What the batch that ends the answer takes, with the tokens in it.
-                room = 4_096 + 2 * len(content) + len(sealed.get(CALL_STATE_KEY, b""))
-                if before and limit is not None and size + room > limit:
-                    # The turn is not lost: it is run again, from the cursor before it, by the next request.
-                    del self._pieces[mark:]
-                    call.error = None
-                    turn = Turn(wire, [], False)
-                    content = before
-                    break
-                left -= 1
-                full = size > MAX_TURNS_BYTES or (limit is not None and size + 2 * room > limit)
-                if turn.finished or full or not left or time.monotonic() > until or self._app.server.draining:
-                    break
-                tokens.revive(call, half, content)
-            if not turn.finished:
-                items = [
-                    (wire.empty, {**sealed, STATE_KEY: tokens.sealer.seal(b"state", half.binding, content)})
-                ]
-        except BaseException as exc:  # the state cannot be written or sealed, or its own hooks raised
-            turn = call.failed(exc)
-            items = turn.items
-        writer.write_all(items, close=True)
-        return turn
-
-    # -- JSON
 
     def _answer_json(self) -> HttpResponse:
         info = self._bound.info
@@ -7364,25 +7348,20 @@ class _PostedCall:
         body = self._read_body(options.max_request_bytes or JSON_MAX_REQUEST_BYTES)
         given = parse_json(body) if len(body) else {}
         call = self._open_call(metadata)
-        call.http.update(request_bytes=len(body))
-        try:
-            turn = call.begin(decode_arguments(info, arguments_from_json(info, given)))
-        except Refusal as exc:
-            turn = call.failed(exc, refused=True)
-        if turn.error is None and call.stream is not None:
-            lines = b"".join([json_bytes({"__header__": row}) for row in _rows_of(turn)])
+        turn = call.begin(lambda: decode_arguments(info, arguments_from_json(info, given)))
+        call.http.update(http_status=200, request_bytes=len(body))
+        if call.stream is not None:
+            header = [{"__header__": row} for row in _rows_of(turn)]
             turn = call.turn(PLAIN_TICK)  # whose error decides the status
             if turn.error is None:
-                call.http.update(http_status=200)
-                rows = _json_rows(call, lines, turn)
+                rows = _json_rows(call, header, turn)
                 next(rows)  # which says nothing yet: from here on, closing it ends the call
                 return HttpResponse(200, [("Content-Type", NDJSON_TYPE)], rows)
         elif turn.error is None:
-            result = {"result": result_to_json(info, _batch_of(turn.items[-1], turn.wire))}
-            response = json_response(200, result)
-            limit = call.response_limit_bytes
-            if limit is not None and len(response.body) > limit:
-                turn = too_large(call, len(response.body), limit)
+            response = json_response(200, {"result": result_to_json(info, _batch_of(turn))})
+            size = len(response.body)
+            if size > (call.response_limit_bytes or size):
+                turn = too_large(call, size, call.response_limit_bytes or 0)
         if turn.error is not None:
             response = json_response(http_status_of(turn.error), _said(call, turn.error))
         call.http.update(http_status=response.status, response_bytes=len(response.body))
@@ -7390,19 +7369,19 @@ class _PostedCall:
         return response
 
 
-def _json_rows(call: Call, lines: bytes, turn: Turn) -> Iterator[bytes]:
-    """Yield nothing, and then, from *turn* on, the rows of a producer as lines of JSON, made as they are sent.
+def _json_rows(call: Call, rows: list[dict[str, Any]], turn: Turn) -> Iterator[bytes]:
+    """Yield nothing, and then *rows* and, from *turn* on, those of a producer as lines of JSON, made as they are sent.
 
-    *lines* come before them; a turn that fails is a last line ``{"__error__": …}``. The call ends with it.
+    A turn that fails is a last line ``{"__error__": …}``. The call ends with it.
     """
     sent = 0
-    limit = call.response_limit_bytes
+    limit = call.response_limit_bytes or sys.maxsize
     try:
         with call.server:  # it counts as running until the rows are out
             yield b""
             while True:
-                lines += b"".join(map(json_bytes, _rows_of(turn)))
-                if limit is not None and sent + len(lines) > limit:
+                lines = b"".join(map(json_bytes, rows + _rows_of(turn)))
+                if sent + len(lines) > limit:
                     turn = too_large(call, sent + len(lines), limit)
                 if turn.error is not None:
                     lines = json_bytes({"__error__": _said(call, turn.error)})
@@ -7411,7 +7390,7 @@ def _json_rows(call: Call, lines: bytes, turn: Turn) -> Iterator[bytes]:
                     yield lines
                 if turn.finished:
                     break
-                lines = b""
+                rows = []
                 turn = call.turn(PLAIN_TICK)
     finally:
         if not turn.finished:  # the client left
@@ -7420,14 +7399,13 @@ def _json_rows(call: Call, lines: bytes, turn: Turn) -> Iterator[bytes]:
         call.end()
 
 
-def _batch_of(item: Item, wire: WireSchema) -> pa.RecordBatch:
-    if isinstance(item, bytes):
-        return ipc.read_record_batch(pa.py_buffer(item), wire.schema)
-    return item[0]
+def _batch_of(turn: Turn) -> pa.RecordBatch:
+    item = turn.items[-1]
+    return ipc.read_record_batch(pa.py_buffer(item), turn.wire.schema) if isinstance(item, bytes) else item[0]
 
 
 def _rows_of(turn: Turn) -> list[dict[str, Any]]:
-    return [row for item in turn.items[-1:] for row in batch_rows(_batch_of(item, turn.wire))]
+    return batch_rows(_batch_of(turn)) if turn.items else []
 
 
 def _said(call: Call, error: BaseException) -> dict[str, Any]:
@@ -7469,7 +7447,8 @@ def make_wsgi_app(
 
     Raises ``ValueError`` and ``TypeError`` for an option that is out of range.
     """
-    app = HttpApp(server, options_from(HttpOptions, locals()))
+    given = locals()
+    app = HttpApp(given.pop("server"), HttpOptions(**given))
 
     def wsgi(environ: dict[str, Any], start_response: Any = None, *more: Any) -> Iterable[bytes]:
         if more or not callable(start_response):
@@ -7517,20 +7496,6 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
 
 
 # -- http.server
-
-
-@dataclass(eq=False, repr=False)
-class HttpServeOptions:
-    """What `serve_http` can be told beside `HttpOptions`; times in seconds."""
-
-    tls_context: Any = None  # server-side context of the standard library's ssl; None for plain HTTP
-    max_connections: int = MAX_CONNECTIONS  # at a time; as many again are answered 503, but for health
-    read_timeout: float = READ_TIMEOUT_SECONDS  # for a head, and for each MiB of a body or an answer
-    request_deadline: float = REQUEST_DEADLINE_SECONDS  # for one request as a whole, and for its answer
-    keep_alive_timeout: float = 75.0  # how long a connection is kept between two requests
-    drain_grace_seconds: float = DRAIN_GRACE_SECONDS  # how long calls may run on after SIGTERM or SIGINT
-    idle_timeout: float | None = None  # without a connection for so long, it ends; None for never
-    on_bound: Callable[[str, int], None] | None = None  # called with host and port once it accepts
 
 
 _OVER_CAP_SECONDS = 1.0  # a connection beyond the cap may ask for health, if it does so soon
@@ -7698,8 +7663,7 @@ def serve_http(
     given = locals()
     import http.server  # by those alone who serve with it
 
-    options = options_from(HttpServeOptions, given)
-    app = HttpApp(server, options_from(HttpOptions, given))
+    app = HttpApp(given.pop("server"), options := HttpServeOptions(**given))
     listening = listen_tcp(host, port)
     bound_port = listening.getsockname()[1]
     if tls_context is not None:
@@ -7709,13 +7673,11 @@ def serve_http(
     elif authenticate is None:
         text = "serving HTTP on %s port %d without authentication: whoever reaches it may call it"
         logger.warning(text, host, bound_port)
-    kinds = (ListenerMixin, http.server.ThreadingHTTPServer)
-    handler = type(
-        "Handler", (HttpConnection, http.server.BaseHTTPRequestHandler), {"app": app, "options": options}
-    )
+    base = http.server.BaseHTTPRequestHandler
+    handler = type("Handler", (HttpConnection, base), {"app": app, "options": options})
+    kind: Any = type("HttpListener", (ListenerMixin, http.server.ThreadingHTTPServer), {})
     # Twice as many connections, so that health can be asked for when all are taken.
-    most = 2 * max_connections
-    listener: Any = type("HttpListener", kinds, {})(listening, handler, server, True, most, idle_timeout)
+    listener = kind(listening, handler, server, True, 2 * max_connections, idle_timeout)
     listener.run(drain_grace_seconds, on_bound, host, bound_port)
 
 
@@ -8396,29 +8358,13 @@ def _http_sender(
     return OpenerSender(opener, target), path
 
 
-def make_sync_client(
-    server: RpcServer,
-    *,
-    prefix: str = "",
-    token_key: bytes | str | Sequence[bytes] | None = None,
-    token_ttl: float = TOKEN_TTL_SECONDS,
-    authenticate: Authenticate | None = None,
-    cors_origins: str | Iterable[str] | None = None,
-    max_request_bytes: int | None = None,
-    max_response_bytes: int | None = None,
-    compression_level: int | None = 1,
-    call_state_cache_entries: int = 4096,
-    max_rows: int | None = None,
-    pages: bool = True,
-    json: bool = True,
-    allowed_hosts: str | Iterable[str] | None = None,
-) -> SyncClient:
+def make_sync_client(server: RpcServer, **options: Any) -> SyncClient:
     """Return a client for ``http_connect(P, client=...)`` that calls *server*'s HTTP side without a socket.
 
-    The keywords are the fields of `HttpOptions`; without *token_key* a random one is used, silently.
+    The *options* are the fields of `HttpOptions`; without *token_key* a random one is used, silently.
     """
-    token_key = os.urandom(32) if token_key is None else token_key
-    return SyncClient(HttpApp(server, options_from(HttpOptions, locals())))
+    options.setdefault("token_key", os.urandom(32))
+    return SyncClient(HttpApp(server, HttpOptions(**options)))
 
 
 def http_capabilities(
