@@ -5196,9 +5196,8 @@ def read_message(data: bytes, step: int = 1 << 20) -> tuple[Any, bytes]:
     reader = rpc.HttpReader(GivenChannel(data, step))
     head = rpc.parse_http_head(reader.head())
     rpc.check_request_head(head)
-    if "transfer-encoding" in head.headers:
-        return head, reader.chunked(1_000_000)
-    return head, bytes(reader.exactly(rpc.content_length(head.headers.get("content-length", "0"), 1_000_000)))
+    framing = "chunked" if "transfer-encoding" in head.headers else "sized"
+    return head, bytes(reader.body(framing, head.headers, 1_000_000))
 
 
 def outcome_of(data: bytes, step: int = 1 << 20) -> Any:
@@ -5272,9 +5271,9 @@ class HttpMessageTests(TestCase):
     def test_bodies_to_the_end_of_a_connection(self) -> None:
         for step in (1, 1000):
             reader = rpc.HttpReader(GivenChannel(b"x" * 3000, step))
-            self.assertEqual(reader.to_end(3000, "rule"), b"x" * 3000)
+            self.assertEqual(reader.body("to close", {}, 3000, "rule"), b"x" * 3000)
         with self.raises(rpc.RequestTooLargeError, "2999", "rule"):
-            rpc.HttpReader(GivenChannel(b"x" * 3000)).to_end(2999, "rule")
+            rpc.HttpReader(GivenChannel(b"x" * 3000)).body("to close", {}, 2999, "rule")
         large = os.urandom(200_000)
         self.assertEqual(bytes(rpc.HttpReader(GivenChannel(large, 999)).exactly(len(large))), large)
 

@@ -3656,27 +3656,23 @@ class TokenSealer:
     def _mac(key: bytes, half: bytes, binding: Sequence[bytes], text: bytes) -> bytes:
         import hmac
 
-        # The parts carry their lengths, so that no two bindings give the same bytes.
         message = b"".join((b"vgi_rpc.token.v2", pack_parts((half, *binding)), text))
         return binascii.b2a_base64(hmac.digest(key, message, "sha256"), newline=False)
 
 
-def pack_parts(parts: Iterable[bytes]) -> bytes:
-    """Join byte strings so that `unpack_parts` gets them back: each is preceded by its length."""
-    return b"".join([len(part).to_bytes(4, "little") + part for part in parts])
+def pack_parts(parts: Sequence[bytes]) -> bytes:
+    """Join byte strings behind their number and lengths, so that no two lists give the same bytes."""
+    return b"".join([struct.pack(f"<{1 + len(parts)}I", len(parts), *map(len, parts)), *parts])
 
 
 def unpack_parts(data: bytes, count: int) -> list[bytes]:
     """Split what `pack_parts` joined and was sealed; `TokenError` unless it is *count* parts."""
-    parts = []
-    at = 0
-    while at + 4 <= len(data):
-        end = at + 4 + int.from_bytes(data[at : at + 4], "little")
-        parts.append(data[at + 4 : end])
-        at = end
-    if len(parts) != count or at != len(data):
+    start = 4 + 4 * count
+    number, *sizes = struct.unpack(f"<{1 + count}I", data[:start].ljust(start, b"\0"))
+    ends = list(itertools.accumulate(sizes, initial=start))
+    if number != count or ends[-1] != len(data):
         raise TokenError(TOKEN_OUTDATED)
-    return parts
+    return [data[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
 # ============================================================================
@@ -6121,20 +6117,27 @@ class HttpReader:
             raise TransportError(f"half a body: expected {size} bytes, got {len(body)}")
         return body
 
-    def to_end(self, limit: int, rule: str) -> bytes:
+    def body(
+        self, framing: str, headers: Mapping[str, str], limit: int, rule: str = "max_request_bytes"
+    ) -> Buffer:
+        """A body of at most *limit* bytes, which *rule* sets; *framing* is one of `check_answer_head`'s."""
+        if framing == "sized":
+            return self.exactly(content_length(headers.get("content-length", "0"), limit, rule))
         whole = bytearray()
-        while True:
+        if framing == "chunked":
+            self._read_chunks(whole, limit, rule)
+        while framing == "to close":
             data, at = self._channel.received()
             if at == len(data):
-                return bytes(whole)
+                break
             whole += data[at:]
             self._channel.skip_to(len(data))
             if len(whole) > limit:
                 raise body_too_large(limit, "more", rule)
+        return bytes(whole)
 
-    def chunked(self, limit: int, rule: str = "max_request_bytes") -> bytes:
-        """A chunked body (RFC 9112 section 7.1) of at most *limit* bytes; trailers are only checked."""
-        whole = bytearray()
+    def _read_chunks(self, whole: bytearray, limit: int, rule: str) -> None:
+        """Read a chunked body (RFC 9112 section 7.1); trailers are only checked."""
         size = 1
         while size:
             line = self._until(b"\n", _MAX_LINE_BYTES)
@@ -6150,7 +6153,7 @@ class HttpReader:
         for _ in range(MAX_HEADERS + 1):
             line = self._until(b"\n", _MAX_LINE_BYTES)
             if line == b"\r\n":
-                return bytes(whole)
+                return
             if not re.fullmatch(_FIELD_LINE, line.decode("latin-1")):
                 raise ProtocolError(f"chunk: not a trailer line: {line[:80]!r}")
         raise ProtocolError(f"chunk: expected at most {MAX_HEADERS} trailers")
@@ -7581,11 +7584,10 @@ class HttpConnection(_Handler):
         return keep
 
     def _read_body(self, headers: Mapping[str, str], version: str, limit: int) -> Buffer:
-        size = content_length(headers.get("content-length", "0"), limit)
+        content_length(headers.get("content-length", "0"), limit)  # a body that is refused is not asked for
         if version == "HTTP/1.1" and headers.get("expect", "").lower() == "100-continue":
             self._channel.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
-        chunked = "transfer-encoding" in headers
-        body: Buffer = self._reader.chunked(limit) if chunked else self._reader.exactly(size)
+        body = self._reader.body("chunked" if "transfer-encoding" in headers else "sized", headers, limit)
         self._unread = False
         return body
 
@@ -7737,10 +7739,9 @@ class HttpReply(NamedTuple):
     headers: Mapping[str, str]
     body: Buffer
 
-
-def _reply(status: int, headers: Iterable[tuple[str, str]], body: Buffer, limit: int) -> HttpReply:
-    lowered = {name.lower(): value for name, value in headers}
-    return HttpReply(status, lowered, decompress_body(body, coding_of(lowered), limit))
+    def decoded(self, most: int) -> HttpReply:
+        """Decode the body to at most *most* bytes; raises as `decompress_body` and `coding_of`."""
+        return self._replace(body=decompress_body(self.body, coding_of(self.headers), most))
 
 
 class HttpSender:
@@ -7748,11 +7749,9 @@ class HttpSender:
 
     prefix = ""  # path that belongs to the server itself
 
-    def send(
-        self, verb: str, path: str, headers: Pairs, body: Pieces, deadline: When, most: int
-    ) -> HttpReply:
+    def send(self, verb: str, path: str, headers: Pairs, body: Pieces, until: When, most: int) -> HttpReply:
         """Send a request and return the answer, of at most *most* bytes, else `RequestTooLargeError`. `TransportError`
-        when none comes, or one that is not HTTP; `DeadlineExceededError` when it is not there at *deadline*."""
+        when none comes, or one that is not HTTP; `DeadlineExceededError` when it is not there at the time *until*."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -7826,16 +7825,14 @@ class HttpConnections(HttpSender):
             hint = f"{self._target.authority} does not speak TLS: connect to http:// instead of https://"
             raise TransportError(f"{exc.error_message} ({hint})") from None
 
-    def send(
-        self, verb: str, path: str, headers: Pairs, body: Pieces, deadline: When, most: int
-    ) -> HttpReply:
+    def send(self, verb: str, path: str, headers: Pairs, body: Pieces, until: When, most: int) -> HttpReply:
         authority = self._target.authority
         length = b"Content-Length: %d\r\n\r\n" % total_size(body) if verb == "POST" else b"\r\n"
         request = [_head(authority, verb, path, headers) + length, *body]
         if self._closed:
             raise TransportError("the connection is closed: it was closed here")
-        channel = self._connection(deadline)
-        channel.deadline = deadline
+        channel = self._connection(until)
+        channel.deadline = until
         try:
             # Who refuses a large body may have answered before hanging up.
             with contextlib.suppress(TransportError):
@@ -7844,23 +7841,18 @@ class HttpConnections(HttpSender):
             if data.startswith(b"\x15\x03", at):  # an alert of TLS
                 raise TransportError(f"{authority} speaks TLS: connect to https://")
             reader = HttpReader(channel)
-            for _ in range(_MAX_INTERIM):
+            status = 100
+            interim = 0
+            while status < 200:
                 raw = reader.head()
                 if not raw:
                     raise TransportError(f"{authority} closed the connection without an answer")
                 head = parse_http_head(raw)
-                if head.start[1][:1] != "1":
-                    break
-            else:
-                raise ProtocolError(f"more than {_MAX_INTERIM} interim answers")
-            status, framing = check_answer_head(head, verb)
-            whole: Buffer = b""
-            if framing == "sized":
-                whole = reader.exactly(content_length(head.headers["content-length"], most, _RULE))
-            elif framing == "chunked":
-                whole = reader.chunked(most, _RULE)
-            elif framing == "to close":
-                whole = reader.to_end(most, _RULE)
+                status, framing = check_answer_head(head, verb)
+                interim += 1
+                if interim > _MAX_INTERIM:
+                    raise ProtocolError(f"more than {_MAX_INTERIM} interim answers")
+            whole = reader.body(framing, head.headers, most, _RULE)
         except BaseException as exc:
             channel.close()
             if isinstance(exc, RequestTooLargeError) or not isinstance(exc, Refusal):
@@ -7872,7 +7864,7 @@ class HttpConnections(HttpSender):
             channel.close()
         else:
             self._idle.append(channel)
-        return _reply(status, head.headers.items(), whole, most)
+        return HttpReply(status, head.headers, whole).decoded(most)
 
     def close(self) -> None:
         self._closed = True
@@ -7889,16 +7881,14 @@ class OpenerSender(HttpSender):
         self._root = f"{target.scheme}://{target.authority}"
         self._way = way  # for error texts
 
-    def send(
-        self, verb: str, path: str, headers: Pairs, body: Pieces, deadline: When, most: int
-    ) -> HttpReply:
+    def send(self, verb: str, path: str, headers: Pairs, body: Pieces, until: When, most: int) -> HttpReply:
         from http.client import HTTPException
         from urllib.error import HTTPError
         from urllib.request import Request
 
         data = b"".join(body) if verb == "POST" else None
         request = Request(self._root + path, data, dict(headers), method=verb)
-        timeout = None if deadline is None else max(0.001, deadline - time.monotonic())
+        timeout = None if until is None else max(0.001, until - time.monotonic())
         whole = bytearray()
         try:
             try:
@@ -7914,9 +7904,10 @@ class OpenerSender(HttpSender):
                     whole += piece
                     if len(whole) > most:
                         raise body_too_large(most, "more", _RULE)
-                    if deadline is not None and time.monotonic() > deadline:
+                    if until is not None and time.monotonic() > until:
                         raise TimeoutError
-                return _reply(response.status, response.headers.items(), bytes(whole), most)
+                found = {name.lower(): value for name, value in response.headers.items()}
+                return HttpReply(response.status, found, bytes(whole)).decoded(most)
         except (OSError, ValueError, HTTPException) as exc:
             reason = getattr(exc, "reason", exc)
             if isinstance(reason, TimeoutError):
@@ -7948,9 +7939,7 @@ class SyncClient(HttpSender):
         self.app = app
         self.prefix = app.options.prefix
 
-    def send(
-        self, verb: str, path: str, headers: Pairs, body: Pieces, deadline: When, most: int
-    ) -> HttpReply:
+    def send(self, verb: str, path: str, headers: Pairs, body: Pieces, until: When, most: int) -> HttpReply:
         def read_body(limit: int) -> bytes:
             content_length(str(total_size(body)), limit)
             return b"".join(body)
@@ -7958,7 +7947,8 @@ class SyncClient(HttpSender):
         lowered = {name.lower(): value for name, value in headers}
         response = self.app(HttpRequest(verb, path, lowered, "sync", read_body))
         whole = response.body if isinstance(response.body, bytes) else b"".join(response.body)
-        return _reply(response.status, response.headers, whole, most)
+        found = {name.lower(): value for name, value in response.headers}
+        return HttpReply(response.status, found, whole).decoded(most)
 
 
 class HttpClient(ClientChannel):
@@ -7989,13 +7979,11 @@ class HttpClient(ClientChannel):
             (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(budget)),
         )
 
-    def _send(
-        self, verb: str, path: str, headers: Pairs, body: Pieces, deadline: When, most: int
-    ) -> HttpReply:
+    def _send(self, verb: str, path: str, headers: Pairs, body: Pieces, until: When, most: int) -> HttpReply:
         given = self._headers() if callable(self._headers) else self._headers
         headers += tuple((given or {}).items())
         try:
-            reply = self._sender.send(verb, self._prefix + path, headers, body, deadline, most)
+            reply = self._sender.send(verb, self._prefix + path, headers, body, until, most)
         except RequestTooLargeError as exc:
             text = f"the answer exceeds what this client accepts: {exc}"
             raise RpcError("ResponseTooLargeError", text, "", error_code=Code.RESOURCE_EXHAUSTED) from None
