@@ -926,7 +926,7 @@ def decode_body(body: bytes, coding: str) -> bytes:
     return body
 
 
-class WsgiClient:
+class WsgiClient(rpc.HttpSender):
     """Calls a WSGI application through `wsgiref.validate`; it is also a ``client`` for `http_connect`."""
 
     prefix = ""
@@ -2815,8 +2815,11 @@ BROKEN_PROTOCOL = {  # a method of a Protocol: what the one error says of it
     "def ten() -> int: ...": "'self'.*@staticmethod",
     "async def eleven(self) -> int: ...": "'async def'.*asyncio.run",
     "def twelve(self) -> int: yield 1": "generator function.*Stream",
-    "thirteen = functools.partial(int)": "expected a function|do not resolve",
+    "thirteen = functools.partial(add)": "expected a function, got partial",
     "fourteen = Adder()": "expected a function, got Adder",
+    "fifteen = staticmethod(Adder())": "expected a function, got Adder",
+    "sixteen = functools.partialmethod(add, 1)": "expected a function, got partial",
+    "seventeen = functools.singledispatchmethod(add)": "dispatches on a positional argument",
 }
 INTEGER, STREAM = "(self) -> int", "(self) -> Stream[StreamState]"
 DISAGREEMENTS = {  # a method: the rest of its line in the Protocol, its lines in the implementation, what is said
@@ -2828,6 +2831,12 @@ DISAGREEMENTS = {  # a method: the rest of its line in the Protocol, its lines i
     "positional": ("(self, a: int) -> int", "def positional(self, a, /): ...", r"\['a'\].*'a'"),
     "coroutine": (INTEGER, "async def coroutine(self): ...", "'async def'"),
     "generator": (INTEGER, "def generator(self): yield 1", "generator function"),
+    "called": (INTEGER, "called = AsyncAdder()", "AsyncAdder is 'async def'"),
+    "partial": (
+        INTEGER,
+        "partial = staticmethod(functools.partial(AsyncAdder.__call__, 1))",
+        "partial is 'async def'",
+    ),
     "value": (STREAM, "int", r"returns int, the protocol says Stream\[StreamState\]"),
     "stream": (INTEGER, "Stream[Count]", r"returns Stream\[Count\], the protocol says int"),
     "no_state": (STREAM, "Stream[Header]", "a Stream of Header: expected a StreamState"),
@@ -2876,6 +2885,12 @@ class Adder:
     """An object that is called."""
 
     def __call__(self, a: int, b: int = 10) -> int: ...  # type: ignore[empty-body]
+
+
+class AsyncAdder:
+    """The same for another kind of server."""
+
+    async def __call__(self) -> int: ...  # type: ignore[empty-body]
 
 
 def add(a: int, b: int = 10) -> int:
@@ -6934,6 +6949,7 @@ class HttpStreamTests(TestCase):
 # ============================================================================
 
 ANY: Any = 1  # a value where the annotation does not allow it
+ANY_LIST: Any = []
 SWAPPED: Any = ServiceImpl()
 USES: dict[str, tuple[Any, ...]] = {  # what is done with a function, the error, and parts of its text
     "no url": (lambda: rpc.http_connect(Service), ValueError, "base URL or a client"),
@@ -6948,6 +6964,15 @@ USES: dict[str, tuple[Any, ...]] = {  # what is done with a function, the error,
     "a Protocol alone": (lambda: rpc.run_server(Service), TypeError, "Service"),
     "swapped": (lambda: rpc.run_server(SWAPPED, Service), TypeError, "the class Service"),
     "one too many": (lambda: rpc.run_server(make_server(), SWAPPED), TypeError, "a server alone"),
+    "no TCP server": (lambda: rpc.serve_tcp(SWAPPED), TypeError, "expected an RpcServer, got ServiceImpl"),
+    "no HTTP server": (lambda: rpc.serve_http(SWAPPED), TypeError, "expected an RpcServer, got ServiceImpl"),
+    "no client": (lambda: rpc.http_connect(Service, client=ANY), TypeError, "client: expected", "got int"),
+    "no transport": (lambda: rpc.RpcConnection(Service, ANY_LIST), TypeError, "a transport, got list"),
+    "a list": (lambda: rpc.connect(ANY_LIST, Service), TypeError, "expected a Protocol class, got list"),
+    "no text": (lambda: rpc.http_connect(Service, ANY), ValueError, "base URL: expected http(s)://", "'1'"),
+    "no ASCII": (lambda: rpc.http_connect(Service, "http://h/\u00e9"), ValueError, "base URL: expected http(s)://"),
+    "no level": (lambda: rpc.make_sync_client(make_server(), compression_level=0), ValueError, "1 to 9 or None"),
+    "an input for a producer": (lambda: Stream(TEXT, Once(), input_schema=TEXT), TypeError, "Once is a producer"),
 }  # fmt: skip
 COMMAND_LINES: list[
     tuple[str, int, tuple[str, ...]]

@@ -2655,9 +2655,11 @@ class Stream(Generic[_S, _H], _ClientSide):
     call_state: Any = None  # the part of the state that never changes, see StreamState
 
     def __post_init__(self) -> None:
+        name = type(self.state).__name__
         if isinstance(self.state, ExchangeState) and self.input_schema is _NO_INPUT:
-            name = type(self.state).__name__
             raise TypeError(f"Stream: input_schema is missing, which the exchange of {name} needs")
+        if isinstance(self.state, ProducerState) and len(self.input_schema):
+            raise TypeError(f"Stream: input_schema is for an exchange, and {name} is a producer")
 
     @property
     def is_producer(self) -> bool:
@@ -2815,10 +2817,14 @@ def _noting(mistakes: list[str], where: str) -> Iterator[None]:
 def _opened(function: Any) -> tuple[Any, inspect.Signature]:
     """Return what is inside of a bound method, lru_cache and the like, and its signature; `TypeError` if unfit."""
     plain = inspect.unwrap(getattr(function, "__func__", function), stop=inspect.isfunction)
-    if inspect.iscoroutinefunction(plain) or inspect.isasyncgenfunction(plain):
-        raise TypeError(f"{plain.__name__} is 'async def', but runs in a thread: use 'def' and asyncio.run()")
-    if inspect.isgeneratorfunction(plain):
-        raise TypeError(f"{plain.__name__} is a generator function: return a Stream, whose state emits")
+    name = getattr(plain, "__name__", type(plain).__name__)
+    for code in (plain, plain.__call__):
+        if inspect.iscoroutinefunction(code) or inspect.isasyncgenfunction(code):
+            raise TypeError(f"{name} is 'async def', but runs in a thread: use 'def' and asyncio.run()")
+        if inspect.isgeneratorfunction(code):
+            raise TypeError(f"{name} is a generator function: return a Stream, whose state emits")
+    if hasattr(plain, "register"):
+        raise TypeError(f"{name} dispatches on a positional argument, but is called with named ones")
     try:
         return plain, inspect.signature(function)
     except ValueError as exc:  # a function of C, or a method without parameters
@@ -2849,9 +2855,12 @@ def _stream_parts(annotation: Any) -> tuple[list[Any], Any, bool | None]:
 def _read_method(protocol: type, name: str, where: str) -> RpcMethodInfo:
     """Return a method of a Protocol; one `TypeError` tells all that is wrong with it, each but the first at *where*."""
     kept = inspect.getattr_static(protocol, name)
-    if isinstance(kept, functools.partial) or not hasattr(kept, "__get__"):
-        raise TypeError(f"expected a function, got {got(kept)}")
-    plain, signature = _opened(kept.__get__(object(), protocol))  # as an instance gives it
+    given: Any = kept
+    if hasattr(kept, "__get__") and not isinstance(kept, functools.partial):  # which will have it one day
+        given = kept.__get__(object(), protocol)  # as an instance gives it
+    plain, signature = _opened(given)
+    if not inspect.isfunction(plain):
+        raise TypeError(f"expected a function, got {got(plain)}")
     hints = hints_of(plain)
     mistakes: list[str] = []
     codecs = {}
@@ -2908,8 +2917,6 @@ def _read_method(protocol: type, name: str, where: str) -> RpcMethodInfo:
 @functools.lru_cache(maxsize=256)
 def read_protocol(protocol: type) -> tuple[Mapping[str, RpcMethodInfo], list[str]]:
     """Return the methods of a class that are right, by name, and what is wrong with the others."""
-    if not isinstance(protocol, type):
-        raise TypeError(f"expected a Protocol class, got {got(protocol)}")
     foreign = ("builtins", "typing", "typing_extensions", "abc")
     bases = [base for base in reversed(protocol.__mro__) if base.__module__ not in foreign]
     methods = {}
@@ -2930,6 +2937,8 @@ def rpc_methods(protocol: type) -> Mapping[str, RpcMethodInfo]:
 
     Raises one `TypeError` for all that is wrong with them, `ValueError` for a malformed name or version.
     """
+    if not isinstance(protocol, type):
+        raise TypeError(f"expected a Protocol class, got {got(protocol)}")
     methods, mistakes = read_protocol(protocol)
     if mistakes:
         raise TypeError("\n  - ".join([f"{protocol.__qualname__} cannot be served:", *mistakes]))
@@ -3947,6 +3956,7 @@ class SubprocessTransport(Transport):
 
         if isinstance(cmd, (str, bytes)):
             raise ParameterError(f"cmd: expected a list of texts, got {cmd!r}; shlex.split makes one of it")
+        self._timed_out = subprocess.TimeoutExpired  # nothing can be imported while the interpreter exits
         self.command = list(cmd)
         self.peer = f"worker {self.command!r}"
         self._lines: deque[str] = deque(maxlen=5)  # the last ones on its standard error
@@ -3981,9 +3991,7 @@ class SubprocessTransport(Transport):
 
     def _await_end(self, seconds: float) -> int | None:
         """Wait for the worker's end, and for its last words; return its exit status."""
-        import subprocess
-
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(self._timed_out):
             self.proc.wait(seconds)
             if self._pump.ident is not None:
                 self._pump.join(1.0)  # not for ever: a grandchild may hold the worker's stderr open
@@ -4589,6 +4597,13 @@ class RpcServer:
     def serve_one(self, transport: Transport) -> None:
         """Serve one request; otherwise as `serve`."""
         _ByteServing(self, transport, ANONYMOUS).serve_next()
+
+
+def check_server(server: object) -> None:
+    """Raise `TypeError` for what is no server, such as an implementation."""
+    if not isinstance(server, RpcServer):
+        hint = "RpcServer(Protocol, implementation) makes one"
+        raise TypeError(f"expected an RpcServer, got {got(server)}: {hint}")
 
 
 class _ByteServing:
@@ -5294,6 +5309,10 @@ class RpcConnection(Generic[P]):
         with self._lock:
             if self._opened is None:
                 transport = self._transport() if callable(self._transport) else self._transport
+                if not isinstance(transport, (Transport, ClientChannel)):
+                    raise TypeError(
+                        f"expected a Protocol and a transport, got {got(transport)} as the second"
+                    )
                 self._opened = ByteClient(transport) if isinstance(transport, Transport) else transport
             return self._opened
 
@@ -5530,7 +5549,7 @@ class WorkerPool:
             if worker not in self._active:  # it was borrowed before a fork, and is the parent's
                 return
             self._active.remove(worker)
-            fit = fit and not self._closed
+            fit = fit and not self._closed and not sys.is_finalizing()
             self._counts["returns" if fit else "discards"] += 1
             if fit:
                 self._idle[worker] = time.monotonic()
@@ -5698,6 +5717,7 @@ def _stop_signals(server: RpcServer, grace: float, listener: Any, ignored: int =
     The first signal drains the server and stops *listener*. A second one, and the end of *grace* seconds, do not wait.
     The signal *ignored* does nothing. Only the main thread gets signals: in another thread nothing changes.
     """
+    check_server(server)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -6808,6 +6828,8 @@ class HttpOptions:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value <= 0):
                 raise ValueError(f"{name}: expected a positive integer or None, got {value!r}")
+        if self.compression_level not in (None, *range(1, 10)):
+            raise ValueError(f"compression_level: expected 1 to 9 or None, got {self.compression_level!r}")
 
 
 @dataclass(eq=False, repr=False)
@@ -6861,9 +6883,7 @@ class HttpApp:
     loopback_port = 0  # where a server that is bound to a loopback address listens
 
     def __init__(self, server: RpcServer, options: HttpOptions | None = None) -> None:
-        if not isinstance(server, RpcServer):
-            hint = "RpcServer(Protocol, implementation) makes one"
-            raise TypeError(f"expected an RpcServer, got {got(server)}: {hint}")
+        check_server(server)
         self.server = server
         self.options = options = options or HttpOptions()
         key = options.token_key
@@ -7769,9 +7789,9 @@ class HttpTarget(NamedTuple):
     @classmethod
     def parse(cls, url: str) -> HttpTarget:
         """Read a base URL; raises ``ValueError``."""
-        match = re.fullmatch(_BASE_URL, url)
-        if match is None or int(match[3] or 0) > 65_535:
-            shown = re.sub("//[^/]*@", "//…@", url)
+        match = re.fullmatch(_BASE_URL, str(url))
+        if match is None or int(match[3] or 0) > 65_535 or not url.isascii():
+            shown = re.sub("//[^/]*@", "//…@", str(url))
             raise ValueError(f"base URL: expected http(s)://host[:port][/prefix], got {shown!r}")
         scheme = match[1].lower()
         port = int(match[3] or {"http": 80, "https": 443}[scheme])
@@ -8219,10 +8239,16 @@ class _ServedPipe(Transport):
             self._thread = threading.Thread(target=serve, daemon=True, name="vgi_rpc serve_pipe")
             self._thread.start()
 
+    def check_process(self) -> None:
+        """Also raise while the interpreter exits, when daemon threads run no more."""
+        super().check_process()
+        if sys.is_finalizing():
+            raise TransportError("the connection is closed: the interpreter exits")
+
     def close(self, patience: float = WORKER_EXIT_SECONDS) -> None:
         """Close, and wait *patience* seconds for the method that is still running."""
         super().close()
-        if self._thread is not threading.current_thread():
+        if self._thread is not threading.current_thread() and not sys.is_finalizing():
             self._thread.join(patience)
 
 
@@ -8334,6 +8360,8 @@ def _http_sender(
 ) -> tuple[HttpSender, str]:
     """What `HttpClient` begins with: how requests get to the server, and the path in front of each."""
     if client is not None:
+        if not isinstance(client, HttpSender):
+            raise TypeError(f"client: expected what make_sync_client gives, got {got(client)}")
         return client, prefix or client.prefix
     if not url:
         raise ValueError("expected a base URL or a client")
