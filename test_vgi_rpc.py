@@ -6967,7 +6967,7 @@ USES: dict[str, tuple[Any, ...]] = {  # what is done with a function, the error,
     "no TCP server": (lambda: rpc.serve_tcp(SWAPPED), TypeError, "expected an RpcServer, got ServiceImpl"),
     "no HTTP server": (lambda: rpc.serve_http(SWAPPED), TypeError, "expected an RpcServer, got ServiceImpl"),
     "no client": (lambda: rpc.http_connect(Service, client=ANY), TypeError, "client: expected", "got int"),
-    "no transport": (lambda: rpc.RpcConnection(Service, ANY_LIST), TypeError, "a transport, got list"),
+    "no transport": (lambda: rpc.RpcConnection(Service, ANY_LIST), TypeError, "expected a transport, got list"),
     "a list": (lambda: rpc.connect(ANY_LIST, Service), TypeError, "expected a Protocol class, got list"),
     "no text": (lambda: rpc.http_connect(Service, ANY), ValueError, "base URL: expected http(s)://", "'1'"),
     "no ASCII": (lambda: rpc.http_connect(Service, "http://h/\u00e9"), ValueError, "base URL: expected http(s)://"),
@@ -8248,7 +8248,7 @@ class OpenerTests(HttpTests):
         return super().open(stack, opener=urllib.request.build_opener(), **options)
 
 
-class RoundRobin:
+class RoundRobin(rpc.HttpSender):
     """A load balancer without stickiness, as a ``client`` for `http_connect`: each request goes to the next server."""
 
     prefix = ""

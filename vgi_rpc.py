@@ -5309,11 +5309,11 @@ class RpcConnection(Generic[P]):
         with self._lock:
             if self._opened is None:
                 transport = self._transport() if callable(self._transport) else self._transport
-                if not isinstance(transport, (Transport, ClientChannel)):
-                    raise TypeError(
-                        f"expected a Protocol and a transport, got {got(transport)} as the second"
-                    )
-                self._opened = ByteClient(transport) if isinstance(transport, Transport) else transport
+                if isinstance(transport, Transport):
+                    transport = ByteClient(transport)
+                if not isinstance(transport, ClientChannel):
+                    raise TypeError(f"expected a transport, got {got(transport)}")
+                self._opened = transport
             return self._opened
 
     @property
