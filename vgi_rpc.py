@@ -4602,8 +4602,7 @@ class RpcServer:
 def check_server(server: object) -> None:
     """Raise `TypeError` for what is no server, such as an implementation."""
     if not isinstance(server, RpcServer):
-        hint = "RpcServer(Protocol, implementation) makes one"
-        raise TypeError(f"expected an RpcServer, got {got(server)}: {hint}")
+        raise TypeError(f"expected RpcServer(Protocol, implementation), got {got(server)}")
 
 
 class _ByteServing:
@@ -5747,7 +5746,7 @@ def _stop_signals(server: RpcServer, grace: float, listener: Any, ignored: int =
     is_outermost = not handlers_before
     try:
         watch_forks()
-        handlers_before.update(previous if is_outermost else {})
+        handlers_before.update(handlers_before or previous)
         for number in previous:
             signal.signal(number, on_signal)
         yield
@@ -8240,9 +8239,8 @@ class _ServedPipe(Transport):
             self._thread.start()
 
     def check_process(self) -> None:
-        """Also raise while the interpreter exits, when daemon threads run no more."""
         super().check_process()
-        if sys.is_finalizing():
+        if sys.is_finalizing():  # when daemon threads run no more
             raise TransportError("the connection is closed: the interpreter exits")
 
     def close(self, patience: float = WORKER_EXIT_SECONDS) -> None:
