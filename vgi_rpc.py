@@ -1440,22 +1440,29 @@ _NOT_PLAIN = (ValueError, TypeError, LookupError, OverflowError, StopIteration, 
 
 
 class _Parts:
-    """What a row becomes, in the order of Arrow's walk over its columns; reversed where it is read."""
+    """What rows become, in the order of Arrow's walk over their columns; reversed where it is read."""
 
-    def __init__(self, nodes: Iterable[int] = (), buffers: Iterable[bytes] = ()) -> None:
-        self.nodes = [*nodes]  # (length, null count), flat
-        self.buffers = [*buffers]
-        self.names: list[Any] = []  # of each enum: what goes ahead in a dictionary message, or was read of it
+    def __init__(self, nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
+        self.nodes = nodes  # (length, null count), flat
+        self.buffers = buffers
+        self.names = names  # of each enum: those in the dictionary message ahead
         self.proven = True  # what was read would be written so
 
-    def body(self) -> tuple[list[int], list[bytes]]:
-        """Return (offset, length) of each buffer in the body of a message, flat, and the pieces of that body."""
-        places: list[int] = []
-        at = 0
-        for data in self.buffers:
-            places += (at, len(data))
-            at += len(data) + 7 & -8
-        return places, [data.ljust(len(data) + 7 & -8, b"\0") for data in self.buffers]
+
+def _body(buffers: Sequence[bytes]) -> tuple[bytes, list[int]]:
+    """Return the body of a message with these buffers, and (offset, length) of each, flat."""
+    places: list[int] = []
+    pieces = []
+    at = 0
+    for data in buffers:
+        length = len(data)
+        places += (at, length)
+        if length:
+            pieces.append(data)
+            if length & 7:
+                pieces.append(bytes(-length & 7))
+            at += length + 7 & -8
+    return b"".join(pieces), places
 
 
 def _pack_bits(bits: Sequence[bool]) -> bytes:
@@ -1477,6 +1484,7 @@ class _Column:
         self.children: dict[Any, _Column] = {}  # of a struct by name, of the pairs in a map by number
         self.item: _Column | None = None  # of a list or map
         self.kind, self.code = _FLAT.get(kind, (list, ""))
+        self.one = struct.Struct("<" + self.code).pack
         self.is_enum = (self.kind, self.code) == (str, "h")
         # Bits behind the last one, a NaN of another form: whether they would be written is seen by writing them.
         self.is_doubtful = self.kind is bool or self.code == "f"
@@ -1506,37 +1514,44 @@ class _Column:
             nulls = values.count(None)
             bitmap = _pack_bits([value is not None for value in values])
             values = [self.filler if value is None else value for value in values]
-        parts.nodes += (len(values), nulls)
-        parts.buffers.append(bitmap)
+        count = len(values)
+        parts.nodes += (count, nulls)
         if self.children:
             if set(map(len, values)) - {len(self.children)}:
                 raise NotPlain
+            parts.buffers.append(bitmap)
             for name, child in self.children.items():
                 child.write([value[name] for value in values], parts)
         elif self.kind is bool:
-            parts.buffers.append(_pack_bits(values))
+            parts.buffers += (bitmap, _pack_bits(values))
         elif self.code:
             if self.is_enum:
                 names = list(dict.fromkeys(value for value in values if value is not NotPlain))
                 if not names:
                     raise NotPlain  # an empty dictionary has another form
-                parts.names.append(_Parts())
-                _NAMES.write(names, parts.names[-1])
+                parts.names.append(names)
                 places = {name: place for place, name in enumerate(names)}
                 values = [places.get(value, 0) for value in values]
-            parts.buffers.append(struct.pack(f"<{len(values)}{self.code}", *values))
+            parts.buffers += (
+                bitmap,
+                self.one(*values) if count == 1 else struct.pack(f"<{count}{self.code}", *values),
+            )
         else:
             if self.kind is str:
                 values = [value.encode() for value in values]
-            offsets = itertools.accumulate(map(len, values), initial=0)
-            parts.buffers.append(struct.pack(f"<{len(values) + 1}i", *offsets))
-            if self.item is None:
-                parts.buffers.append(b"".join(values))
+            if count == 1:
+                items = values[0]
+                parts.buffers += (bitmap, _ONE_OFFSET.pack(0, len(items)))
             else:
-                items = values[0] if len(values) == 1 else list(itertools.chain.from_iterable(values))
+                items = b"".join(values) if self.item is None else [*itertools.chain.from_iterable(values)]
+                offsets = itertools.accumulate(map(len, values), initial=0)
+                parts.buffers += (bitmap, struct.pack(f"<{count + 1}i", *offsets))
+            if self.item is None:
+                parts.buffers.append(items)
+            else:
                 self.item.write(items, parts)
 
-    def read(self, count: int, parts: _Parts) -> list[Any]:
+    def read(self, count: int, parts: _Parts) -> Sequence[Any]:
         """Take *count* values off the end of *parts*; a failure where something else would be written."""
         if parts.nodes.pop() != count:
             raise NotPlain
@@ -1547,8 +1562,7 @@ class _Column:
         values: Any
         if self.children:
             values = zip(*[child.read(count, parts) for child in self.children.values()])
-            if self.kind is dict:
-                values = [dict(zip(self.children, row)) for row in values]
+            values = list(values) if self.kind is tuple else [dict(zip(self.children, row)) for row in values]
         elif self.kind is bool:
             values = _unpack_bits(parts.buffers.pop(), count)
         elif self.code:
@@ -1560,15 +1574,19 @@ class _Column:
                     raise NotPlain
         else:
             offsets = struct.unpack(f"<{count + 1}i", parts.buffers.pop())
-            items = parts.buffers.pop() if self.item is None else self.item.read(offsets[-1], parts)
-            if offsets[0] or offsets[-1] != len(items) or list(offsets) != sorted(offsets):
+            items = parts.buffers.pop() if self.item is None else [*self.item.read(offsets[-1], parts)]
+            if offsets[0] or offsets[-1] != len(items):
                 raise NotPlain
-            values = [items[start:end] for start, end in itertools.pairwise(offsets)]
+            values = [items]
+            if count != 1:
+                values = [items[start:end] for start, end in itertools.pairwise(offsets)]
+                if [*offsets] != sorted(offsets):
+                    raise NotPlain
             if self.kind is str:
                 values = [value.decode() for value in values]
         if bitmap:
             values = [value if bit else None for value, bit in zip(values, _unpack_bits(bitmap, count))]
-        return list(values)
+        return cast("Sequence[Any]", values)
 
     def example(self, size: int) -> Any:
         """Return an example: for size 1 an everyday one, for 3 a longer one with nulls in it, for 0 the emptiest."""
@@ -1582,7 +1600,8 @@ class _Column:
         return self.kind(size) if size else self.kind()
 
 
-_NAMES = _Column(pa.field("", pa.utf8(), nullable=False))
+_ONE_OFFSET = struct.Struct("<2i")
+_NAMES = [_Column(pa.field("", pa.utf8(), nullable=False))]
 
 
 class _Layout:
@@ -1601,7 +1620,7 @@ class _Layout:
 
     def fill(self, values: Iterable[Any]) -> bytes:
         """Return the bytes with these values in the holes."""
-        parts = list(self._parts)
+        parts = [*self._parts]
         for place, value in zip(self._places, values):
             parts[place] = value
         return self._struct.pack(*parts)
@@ -1613,48 +1632,61 @@ class _Layout:
 
 
 class _Message:
-    """The message of a dictionary or batch, of which the metadata of *varying* keys differs."""
+    """The message of a dictionary or batch like *message*. Some metadata varies too: key -> length of the value."""
 
-    def __init__(self, message: bytes, varying: Mapping[bytes, int]) -> None:
+    def __init__(self, message: bytes, columns: Sequence[_Column], varying: Mapping[bytes, int]) -> None:
         head = FlatHead(message[: 8 + int.from_bytes(message[4:8], "little")])
-        self.head_end = head.absent
         _, kind, content, length, pairs = head.table(head.ROOT, 5)
         if head.data[kind] == DICTIONARY_MESSAGE:
             content = head.table(content, 2)[1]
         rows, *vectors = head.table(content, 3)
-        places = [head.vector(field, 16, MAX_BUFFERS) for field in vectors]
-        holes = [(length, "q"), (rows, "q"), *[(start, f"{end - start}s") for start, end in places]]
         fields = [head.table(pair, 2) for pair in head.tables(pairs, MAX_HEAD_ENTRIES)]
-        values = {head.text(key): head.vector(value, 1, head.absent)[0] for key, value in fields}
-        self.varying = [(values[key], f"{size}s") for key, size in varying.items()]
-        if len(set(places[0])) > 1:  # else there are no columns, and nothing but metadata to differ
-            self._layout = _Layout(message[: self.head_end], holes + self.varying)
+        texts = {head.text(key): head.vector(value, 1, head.absent)[0] for key, value in fields}
+        holes = [(texts[key], f"{size}s") for key, size in varying.items()]
+        self._columns = columns
+        self.numbers: _Layout | None = None  # of the whole message, where nothing but numbers differs
+        # A float32 may be a NaN of another form. Each number has eight bytes of the body.
+        if all(column.kind in (int, float) and column.code != "f" for column in columns):
+            numbers = [(head.absent + 8 * i, column.code) for i, column in enumerate(columns)]
+            self.numbers = _Layout(message, holes + numbers)
+        if columns:
+            spans = [head.vector(field, 16, MAX_BUFFERS) for field in vectors]
+            self._nodes, self._places = [struct.Struct(f"<{(end - start) // 8}q") for start, end in spans]
+            holes += [(length, "q"), (rows, "q"), *[(start, f"{end - start}s") for start, end in spans]]
+            self._layout = _Layout(message[: head.absent], holes)
 
-    def write(self, parts: _Parts, values: Sequence[bytes] = ()) -> bytes:
-        """Return the message of *parts*."""
-        places, body = parts.body()
-        size = sum(map(len, body))
-        if size > 4 * SMALL_BODY_BYTES:
+    def write(self, columns: Sequence[Any], values: Sequence[bytes]) -> tuple[bytes, list[list[str]]]:
+        """Return the message of these columns, and the names of each enum in them."""
+        parts = _Parts([], [], [])
+        for column, items in zip(self._columns, columns):
+            column.write(items, parts)
+        body, places = _body(parts.buffers)
+        if len(body) > 4 * SMALL_BODY_BYTES:
             raise NotPlain  # the ordinary way does not copy it
-        packed = [struct.pack(f"<{len(numbers)}q", *numbers) for numbers in (parts.nodes, places)]
-        return b"".join([self._layout.fill([size, parts.nodes[0], *packed, *values]), *body])
+        longs = (self._nodes.pack(*parts.nodes), self._places.pack(*places))
+        return self._layout.fill([*values, len(body), parts.nodes[0], *longs]) + body, parts.names
 
-    def read(self, data: bytes, at: int) -> tuple[int, _Parts, list[bytes], int]:
-        """Read a message: rows, what they are read from, metadata values, where it ends."""
+    def read(
+        self, data: bytes, at: int, names: Sequence[list[str]]
+    ) -> tuple[list[Any], list[bytes], int, bool]:
+        """Read a message behind its dictionaries: columns, metadata values, where it ends, whether that is proven."""
         found = self._layout.match(data, at)
-        if found is None or not 0 <= found[0] <= 4 * SMALL_BODY_BYTES:
+        if found is None:
             raise NotPlain
-        nodes, places = [struct.unpack(f"<{len(packed) // 8}q", packed) for packed in found[2:4]]
-        end = at + self._layout.size + found[0]
-        body = data[at + self._layout.size : end]
-        buffers = [body[offset : offset + size] for offset, size in zip(places[::2], places[1::2])]
-        parts = _Parts(nodes, buffers)
-        expected, pieces = parts.body()
-        if places != (*expected,) or b"".join(pieces) != body or found[1] != nodes[0]:
+        *values, size, rows, packed_nodes, packed_places = found
+        nodes = self._nodes.unpack(packed_nodes)
+        places = self._places.unpack(packed_places)
+        start = at + self._layout.size
+        body = data[start : start + size]
+        buffers = [body[offset : offset + length] for offset, length in zip(places[::2], places[1::2])]
+        # By this, lengths and padding are such as write makes them.
+        if _body(buffers) != (body, [*places]) or len(body) != size or size > 4 * SMALL_BODY_BYTES:
             raise NotPlain
-        parts.nodes.reverse()
-        parts.buffers.reverse()
-        return found[1], parts, found[4:], end
+        if rows != nodes[0]:
+            raise NotPlain
+        parts = _Parts([*reversed(nodes)], buffers[::-1], [*reversed(names)])
+        columns = [column.read(rows, parts) for column in self._columns]
+        return columns, values, start + size, parts.proven
 
 
 class RowTemplate:
@@ -1667,78 +1699,76 @@ class RowTemplate:
     def __init__(self, schema: pa.Schema, metadata: Metadata, varying: Mapping[bytes, int]) -> None:
         wire = WireSchema(schema)
         self.schema_message = wire.message
-        self._columns = [_Column(column) for column in schema]
-        self._lengths = list(varying.values())
+        columns = [_Column(column) for column in schema]
+        self._kinds = [column.kind for column in columns]
+        self._lengths = [*varying.values()]
         values = [b"x" * length for length in self._lengths]
         examples = []
         for size in (1, 3, 0):
-            row = [column.example(size) for column in self._columns]
+            row = [column.example(size) for column in columns]
             arrays = [pa.array([value], column.type) for value, column in zip(row, schema)]
             batch = pa.RecordBatch.from_arrays(arrays, schema=schema) if row else wire.empty
             examples.append((row, stream_bytes(wire, [(batch, {**metadata, **dict(zip(varying, values))})])))
-        example = examples[0][1]
-        reader = IpcReader(BufferSource(example))
-        batch = cast("BatchMessage", reader.next_message())
-        self._dictionaries = [_Message(bytes(data), {}) for [(_, data)] in reader.dictionaries.values()]
-        self._batch = _Message(bytes(batch.data), varying)
-        self._kinds = [column.kind for column in self._columns]
-        self._fixed: _Layout | None = None  # all of the stream, where nothing but numbers differs
-        # A float32 may be a NaN of another form. Each number has eight bytes of the body.
-        if all(column.kind in (int, float) and column.code != "f" for column in self._columns):
-            numbers = [(self._batch.head_end + 8 * i, column.code) for i, column in enumerate(self._columns)]
-            start = len(example) - len(END_OF_STREAM) - len(batch.data)
-            self._fixed = _Layout(example, [(start + at, code) for at, code in self._batch.varying + numbers])
+        reader = IpcReader(BufferSource(examples[0][1]))
+        message = bytes(cast("BatchMessage", reader.next_message()).data)
+        self._dictionaries = [
+            _Message(bytes(data), _NAMES, {}) for [(_, data)] in reader.dictionaries.values()
+        ]
+        self._batch = _Message(message, columns, varying)
         for row, stream in examples:
             with contextlib.suppress(NotPlain):  # nulls may be refused, but nothing may be written wrongly
                 if self.write(row, values) != stream or self.read(stream) != (row, values, len(stream)):
                     raise ValueError(f"a row of {schema_text(schema)} is not written as expected")
 
-    def write(self, row: Sequence[Any], values: Sequence[bytes] = ()) -> bytes:
-        """Return the whole stream; *values* are those of `varying`. `NotPlain` for what the ordinary way must write."""
-        if len(row) != len(self._columns) or list(map(len, values)) != self._lengths:
+    def message(self, row: Sequence[Any], values: Sequence[bytes] = ()) -> bytes:
+        """Return the message of the batch (behind those of its dictionaries), an item of a longer stream.
+
+        *values* are those of `varying`. `NotPlain` for what the ordinary way must write.
+        """
+        if len(row) != len(self._kinds) or [*map(len, values)] != self._lengths:
             raise NotPlain
         try:
-            if self._fixed is not None and list(map(type, row)) == self._kinds:
-                return self._fixed.fill([*values, *row])
-            parts = _Parts()
-            for column, value in zip(self._columns, row):
-                column.write([value], parts)
-            dictionaries = map(_Message.write, self._dictionaries, parts.names)
-            return b"".join(
-                [self.schema_message, *dictionaries, self._batch.write(parts, values), END_OF_STREAM]
-            )
+            if self._batch.numbers is not None and [*map(type, row)] == self._kinds:
+                return self._batch.numbers.fill([*values, *row])
+            message, names = self._batch.write([[value] for value in row], values)
+            ahead = [_Message.write(*pair, ())[0] for pair in zip(self._dictionaries, ([it] for it in names))]
+            return b"".join([*ahead, message])
         except _NOT_PLAIN as exc:
             raise NotPlain(str(exc)) from None
 
-    def message(self, row: Sequence[Any]) -> bytes:
-        """Return the message of the batch (behind those of its dictionaries), an item of a longer stream."""
-        return self.write(row)[len(self.schema_message) : -len(END_OF_STREAM)]
+    def write(self, row: Sequence[Any], values: Sequence[bytes] = ()) -> bytes:
+        """Return the whole stream; as `message`."""
+        return b"".join([self.schema_message, self.message(row, values), END_OF_STREAM])
 
     def read(self, data: bytes, at: int = 0) -> tuple[list[Any], list[bytes], int] | None:
         """Read a stream at *at*: its row, the values of `varying`, where it ends. ``None``: not written by `write`."""
-        try:
-            if self._fixed:
-                found = self._fixed.match(data, at)
-                if found is not None:
-                    count = len(self._lengths)
-                    return found[count:], found[:count], at + self._fixed.size
-            if not self._columns or not data.startswith(self.schema_message, at):
-                return None
-            end = at + len(self.schema_message)
-            names: list[list[str]] = []
-            for message in self._dictionaries:
-                count, of_names, _, end = message.read(data, end)
-                names.insert(0, _NAMES.read(count, of_names))
-                if not of_names.proven:
-                    return None
-            _, parts, values, end = self._batch.read(data, end)
-            parts.names = names
-            row = [column.read(1, parts)[0] for column in self._columns]
-            end += len(END_OF_STREAM)
-            proven = parts.proven and data.startswith(END_OF_STREAM, end - len(END_OF_STREAM))
-            return (row, values, end) if proven or self.write(row, values) == data[at:end] else None
-        except _NOT_PLAIN:
+        if not data.startswith(self.schema_message, at):
             return None
+        end = at + len(self.schema_message)
+        numbers = self._batch.numbers
+        proven = True
+        names: list[Any] = []
+        try:
+            found = numbers.match(data, end) if numbers else None
+            if numbers and found is not None:
+                values, row = found[: len(self._lengths)], found[len(self._lengths) :]
+                end += numbers.size
+            elif not self._kinds:
+                return None
+            else:
+                for dictionary in self._dictionaries:
+                    [column], _, end, is_proven = dictionary.read(data, end, ())
+                    names.append(column)
+                    proven &= is_proven
+                columns, values, end, is_proven = self._batch.read(data, end, names)
+                row = [value for [value] in columns]
+                proven &= is_proven
+            end += len(END_OF_STREAM)
+            if data.startswith(END_OF_STREAM, end - len(END_OF_STREAM)):
+                return (row, values, end) if proven or self.write(row, values) == data[at:end] else None
+        except _NOT_PLAIN:
+            pass
+        return None
 
 
 def row_template(
