@@ -3082,19 +3082,17 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
 
 
 def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return one value per parameter, in order, with defaults; `TypeError` where the call does not fit."""
+    """Return one value per parameter, in order, with defaults; `ParameterError` where the call does not fit."""
     names = info.params.names
     if len(args) > len(names):
         raise ParameterError(f"{info.name}() takes {len(names)} arguments {list(names)}, got {len(args)}")
-    given = dict(zip(names, args))
-    for name, value in kwargs.items():
-        if name in given:
+    for name in kwargs:
+        if name in names[: len(args)]:
             raise ParameterError(f"{info.name}() got {name!r} twice, by position and by name")
         if name not in names:
             near = suggest(name, names)
             raise ParameterError(f"{info.name}() has no parameter {name!r}{near}; it has {list(names)}")
-        given[name] = value
-    values = {**info.param_defaults, **given}
+    values = {**info.param_defaults, **dict(zip(names, args)), **kwargs}
     try:
         return [values[name] for name in names]
     except KeyError as exc:
@@ -3102,7 +3100,7 @@ def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str
 
 
 def encode_arguments(info: RpcMethodInfo, values: Sequence[Any]) -> list[Any]:
-    """Encode the values of `bind_arguments`; a `TypeError` gives the path to what does not fit."""
+    """Encode the values of `bind_arguments`; a `ParameterError` gives the path to what does not fit."""
     return located(f"{info.name}() argument ", info.params.encode, values)
 
 
@@ -3184,9 +3182,9 @@ class Request(NamedTuple):
             elif missing:
                 reason = f"missing {', '.join(map(repr, missing))}"
             elif given.names == wanted.names:
-                got_, expected = next(pair for pair in zip(given, wanted) if not pair[0].equals(pair[1]))
-                texts = [f"{type_text(f.type)}{'' if f.nullable else ' not null'}" for f in (expected, got_)]
-                reason = f"parameter {expected.name!r}: expected {texts[0]}, got {texts[1]}"
+                pair = next(pair for pair in zip(wanted, given) if not pair[0].equals(pair[1]))
+                expected, came = (schema_text([column])[1:-1] for column in pair)
+                reason = f"parameter {pair[0].name!r}: expected {expected}, got {came}"
             where = f"{info.name}(): expected {schema_text(wanted)}, got {schema_text(given)[:2000]}"
             raise ParameterError(f"{where}: {reason}")
         if not info.params.names:
@@ -3218,10 +3216,9 @@ def read_request(reader: IpcReader) -> Request:
 
 
 class RequestTable:
-    """Tells by their bytes which of a server's methods requests are for. Safe for use by several threads.
+    """Tells by their bytes for which of a server's methods requests of our own clients are. Safe between threads.
 
-    The requests of our own clients to one method differ in values alone, which the method's templates read. The
-    table holds these templates, and nothing that a peer decides.
+    It holds the methods' templates, and nothing that a peer decides.
     """
 
     def __init__(self) -> None:
@@ -3238,19 +3235,17 @@ class RequestTable:
     ) -> tuple[BoundMethod, Request, int] | None:
         """Read the request that begins at *at*; return its method, the request and where it ends.
 
-        ``None`` when it is longer than *limit* bytes, not there to its end, or not as our clients write it: then
-        `read_request` decides.
+        ``None`` when it is longer than *limit* bytes or not as our clients write it: then `read_request` decides.
         """
         schema_message = data[at : at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")]
         for template, bound in tuple(self._methods.get(schema_message, {}).items()):
             found = template.read(data, at)
             if found is not None and (limit is None or found[2] - at <= limit):
                 row, values, end = found
-                info = bound.info
-                metadata = {**info.request_metadata, **dict(zip((REQUEST_ID_KEY, TIMEOUT_KEY), values))}
+                told = dict(zip((REQUEST_ID_KEY, TIMEOUT_KEY), values))
+                metadata = {**bound.info.request_metadata, **told}
                 decode = operator.methodcaller("decode", row)
-                request = Request(info.params.wire, min(1, len(row)), metadata, decode)
-                return bound, request, end
+                return bound, Request(bound.info.params.wire, min(1, len(row)), metadata, decode), end
         return None
 
 
