@@ -3138,59 +3138,52 @@ class RequestTests(TestCase):
         table = rpc.RequestTable()
         for bound in (*BOUND.values(), *BOUND.values()):
             table.add(bound)
-        for name, info in METHODS.items():
-            for timeout, more in ((None, {}), (1.5, {"timeout_ms": b"000000000001500"})):
-                with self.subTest(name, timeout=timeout):
-                    data = written(name, timeout)
-                    expected = dict(zip(info.params.names, sample_arguments(name)))
-                    metadata = request_metadata(name, request_id=b"0123456789abcdef", **more)
-                    [[(batch, found)]] = read_streams(data)
-                    self.assertEqual((batch.schema, found), (info.params_schema, metadata))
-                    self.assertEqual(read_request(data).arguments(info), expected)
-                    hit = table.read(b"before" + data + b"behind", 6)
-                    if info.request_templates[timeout is not None] is None:
-                        self.assertIsNone(hit)  # else these values may still be none that a template takes
-                    if hit is not None:
-                        self.assertEqual((hit[0], hit[2]), (BOUND[name], 6 + len(data)))
-                        self.assertEqual((hit[1].metadata, hit[1].arguments(info)), (metadata, expected))
         with templates_off():
-            fresh = rpc.rpc_methods(Service)
-            for name in METHODS:
-                data = written(name, methods=fresh)
-                self.assertEqual(
-                    read_request(data).arguments(fresh[name]),
-                    read_request(written(name)).arguments(METHODS[name]),
-                )
+            plain = rpc.rpc_methods(Service)
+        timeouts = itertools.product(METHODS, ((None, {}), (1.5, {"timeout_ms": b"000000000001500"})))
+        for name, (timeout, more) in timeouts:
+            info = METHODS[name]
+            with self.subTest(name, timeout=timeout):
+                data = written(name, timeout)
+                expected = dict(zip(info.params.names, sample_arguments(name)))
+                metadata = request_metadata(name, request_id=b"0123456789abcdef", **more)
+                [[(batch, found)]] = read_streams(data)
+                self.assertEqual((batch.schema, found), (info.params_schema, metadata))
+                self.assertEqual(read_request(data).arguments(info), expected)
+                with mock.patch.object(rpc, "row_template", lambda *_: None):
+                    self.assertEqual(read_request(written(name, timeout, plain)).arguments(info), expected)
+                hit = table.read(b"before" + data + b"behind", 6)
+                if info.request_templates[timeout is not None] is None:
+                    self.assertIsNone(hit)  # else these values may still be none that a template takes
+                if hit is not None:
+                    self.assertEqual((hit[0], hit[2]), (BOUND[name], 6 + len(data)))
+                    self.assertEqual((hit[1].metadata, hit[1].arguments(info)), (metadata, expected))
 
     def test_the_table_reads_nothing_but_whole_good_requests(self) -> None:
         table = rpc.RequestTable()
         self.assertIsNone(table.read(written("add")))
-        names = ("add", "echo_str", "defaults")
-        for name in names:
+        for name in ("add", "echo_str", "defaults"):
             table.add(BOUND[name])
-        for name in names:
             data = written(name)
             self.assertIsNotNone(table.read(data, 0, len(data)))
             self.assertIsNone(table.read(data, 0, len(data) - 1))
             for at in range(len(data)):
                 self.assertIsNone(table.read(data[:at]))
                 damaged = data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
-                hit = table.read(damaged)
-                if hit is not None:
-                    method, ready, end = hit
+                if hit := table.read(damaged):
                     request = read_request(damaged)
                     self.assertEqual(
-                        (method, ready.metadata, end), (BOUND[name], request.metadata, len(data))
+                        (hit[0], hit[1].metadata, hit[2]), (BOUND[name], request.metadata, len(data))
                     )
-                    self.assertEqual(outcome(ready, method.info), outcome(request, method.info))
+                    self.assertEqual(outcome(hit[1], METHODS[name]), outcome(request, METHODS[name]))
 
     def test_values_too_large_for_a_template(self) -> None:
+        info = METHODS["echo_bytes"]
         big = os.urandom(1 << 20)
-        pieces = rpc.request_pieces(METHODS["echo_bytes"], [big], rpc.new_request_id(), None)
+        pieces = rpc.request_pieces(info, [big], rpc.new_request_id(), None)
         addresses = [pa.py_buffer(piece).address for piece in pieces if len(piece) >= len(big)]
         self.assertEqual(addresses, [pa.py_buffer(big).address])  # not copied
-        data = b"".join(map(bytes, pieces))
-        self.assertEqual(read_request(data).arguments(METHODS["echo_bytes"]), {"value": big})
+        self.assertEqual(read_request(b"".join(map(bytes, pieces))).arguments(info), {"value": big})
 
     def test_every_result(self) -> None:
         cases = [(METHODS[f"echo_{name}"], value) for name, case in TYPES.items() for value in case.values]
@@ -3199,37 +3192,41 @@ class RequestTests(TestCase):
                 item = rpc.result_item(info, value)
                 data = rpc.stream_bytes(info.result.wire, [item])
                 [[(batch, metadata)]] = read_streams(data)
-                self.assertEqual(
-                    (batch.schema, batch.num_rows, metadata), (info.result_schema, info.has_return, {})
-                )
+                expected = (info.result_schema, info.has_return, {})
+                self.assertEqual((batch.schema, batch.num_rows, metadata), expected)
                 self.assertEqual(rpc.decode_result(info, batch), value)
                 found = rpc.read_result(info, b"before" + data, 6)
                 self.assertEqual(found, (value, 6 + len(data)) if isinstance(item, bytes) else None)
                 self.assertIsNone(rpc.read_result(info, data[:-1]))
 
     def test_what_is_not_as_declared(self) -> None:
-        lie, nothing, text = METHODS["lie"], METHODS["nothing"], METHODS["echo_str"]
         numbers = pa.RecordBatch.from_pydict({"result": [1]})
-        header = METHODS["count_with_header"]
-        wrong: Any = Header("x")  # type: ignore[arg-type]
         nested = METHODS["echo_dataclass"]
         data = rpc.stream_bytes(nested.result.wire, [(nested.result.to_batch([b"no Arrow"]), None)])
         self.assertIsNone(rpc.read_result(nested, data))
-        for use, parts in (
-            (lambda: rpc.result_item(lie, "text"), ("lie() result", "list of int64", "got str")),
-            (lambda: rpc.result_item(lie, [1, "x"]), ("lie() result[1]", "expected int64", "got str")),
-            (lambda: rpc.result_item(lie, None), ("lie() result", "got None")),
-            (lambda: rpc.result_item(lie, [2**63]), ("lie() result[0]", "int64", str(2**63))),
-            (lambda: rpc.result_item(nothing, 3), ("nothing() result", "None", "got int")),
-            (lambda: rpc.decode_result(text, numbers), ("echo_str() result", "expected utf8", "got int")),
-            (lambda: rpc.decode_result(text, BATCH), ("echo_str() result: expected 1 row", "result: utf8")),
-            (lambda: rpc.decode_result(nested, read_streams(data)[0][0][0]), ("echo_dataclass() result",)),
-            (lambda: rpc.header_batch(header, None), ("count_with_header() header", "Header", "got None")),
-            (lambda: rpc.header_batch(header, wrong), ("header.total", "int64", "got str")),
+        for use, name, given, parts in (
+            (rpc.result_item, "lie", [1, "x"], ("lie() result[1]: expected int64, got str",)),
+            (rpc.result_item, "nothing", 3, ("nothing() result", "None", "got int")),
+            (rpc.decode_result, "echo_str", numbers, ("echo_str() result: expected utf8, got int",)),
+            (rpc.decode_result, "echo_str", BATCH, ("echo_str() result: expected 1 row", "result: utf8")),
+            (
+                rpc.decode_result,
+                "echo_dataclass",
+                read_streams(data)[0][0][0],
+                ("echo_dataclass() result: ",),
+            ),
+            (
+                rpc.header_batch,
+                "count_with_header",
+                None,
+                ("count_with_header() header: expected Header, got None",),
+            ),
+            (rpc.header_batch, "count_with_header", Header("x"), ("header.total: expected int64, got str",)),  # type: ignore[arg-type]
         ):
             with self.subTest(parts=parts), self.raises(rpc.ParameterError, *parts):
-                use()
-        self.assertEqual(rpc.header_batch(header, Header(3)).to_pylist(), [{"total": 3, "text": "none"}])
+                use(METHODS[name], given)
+        batch = rpc.header_batch(METHODS["count_with_header"], Header(3))
+        self.assertEqual(batch.to_pylist(), [{"total": 3, "text": "none"}])
 
 
 # ============================================================================
