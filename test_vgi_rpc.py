@@ -3341,22 +3341,22 @@ class ReflectionTests(TestCase):
         )
         expected = hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + spelt.encode()).hexdigest()
         self.assertEqual(rpc.protocol_hash("Known", rpc.rpc_methods(Known).values()), expected)
-        self.assertEqual(
-            {token: rpc._type_token(kind) for token, kind in TOKENS.items()}, {t: t for t in TOKENS}
-        )
+        self.assertEqual(list(map(rpc._type_token, TOKENS.values())), list(TOKENS))
         with self.raises(TypeError, "no token"):
             rpc._type_token(pa.dense_union([pa.field("a", pa.int8())]))
 
     def test_methods(self) -> None:
         self.assertEqual(list(self.methods), sorted(self.infos))
         for name, method in self.methods.items():
-            info = self.infos[name]
-            self.assertEqual(
-                (method.params_schema, method.result_schema), (info.params_schema, info.result_schema)
-            )
-            self.assertEqual((method.doc, method.signature()), (info.doc or "", info.signature()))
-            self.assertEqual((method.has_return, method.method_type), (info.has_return, info.method_type))
-        self.assertEqual([self.methods[name].kind for name in ("stream", "price")], ["exchange", "unary"])
+            own = self.infos[name]
+            for fact in ("params_schema", "result_schema", "has_return", "method_type", "request_metadata"):
+                self.assertEqual(getattr(method, fact), getattr(own, fact), (name, fact))
+            self.assertEqual((method.doc, method.signature()), (own.doc or "", own.signature()))
+            self.assertEqual(method.params.schema, own.params_schema)
+            for what, schema in rpc.described_schemas(own).items():
+                told = rpc.described_schemas(method)[what]
+                self.assertTrue(told.equals(schema, check_metadata=True), (name, what))
+        self.assertEqual([method.kind for method in self.methods.values()], ["unary", "unary", "exchange"])
         ask = self.methods["ask"]
         marks = (ask.idempotency, ask.deprecation, ask.has_header, ask.header_schema)
         self.assertEqual(marks, ("idempotent", "use price", False, None))
@@ -3369,24 +3369,17 @@ class ReflectionTests(TestCase):
         self.assertEqual([rpc.type_of(member) for member in params], told)
         self.assertEqual(price.param_docs, {"price": "What it costs today."})
         defaults = dict(price.param_defaults)
-        self.assertEqual(
-            Window.deserialize_from_bytes(defaults.pop("window")), Window(datetime.date(2024, 1, 31))
-        )
+        first = Window.deserialize_from_bytes(defaults.pop("window"))
+        self.assertEqual(first, Window(datetime.date(2024, 1, 31)))
         self.assertEqual(defaults, {"color": "BLUE", "key": None, "numbers": [3], "colors": ["RED"]})
         window: Any = rpc.struct_schema(params.field("window"))
-        self.assertEqual([rpc.type_of(member) for member in window], ["date", "Color", "list[Color]"])
-        result = price.result_schema.field("result")
         query: Any = rpc.struct_schema(self.methods["ask"].params_schema.field("query"))
-        inside = result.type.value_field.type
-        by_name = query.field("named").type.item_field
-        found = (rpc.type_of(result), rpc.type_of(by_name), rpc.type_of(query.field("first")))
-        self.assertEqual(found, ("list[Window]", "Window", "Window | None"))
-        for color in (
-            window.field("color"),
-            inside[1],
-            by_name.type[1],
-            window.field("colors").type.value_field,
-        ):
+        result = price.result_schema.field("result")
+        named = query.field("named").type.item_field
+        found = [rpc.type_of(member) for member in (*window, result, named, query.field("first"))]
+        self.assertEqual(found, ["date", "Color", "list[Color]", "list[Window]", "Window", "Window | None"])
+        nested = window.field("colors").type.value_field
+        for color in (window.field("color"), nested, result.type.value_field.type[1], named.type[1]):
             self.assertEqual(rpc.told_text(color, rpc.ENUM_KEY).split(), ["RED", "BLUE"])
         docs = [rpc.told_text(params.field(name), rpc.DOC_KEY) for name in ("window", "color", "key")]
         self.assertEqual(docs, ["From and to.", Color.__doc__, ""])
@@ -3397,19 +3390,11 @@ class ReflectionTests(TestCase):
 
     def test_a_method_without_its_protocol(self) -> None:
         """The values of pyarrow, encoded by it, are the request that the Protocol's own method takes."""
-        for name, method in self.methods.items():
-            own = self.infos[name]
-            self.assertEqual(
-                (method.params.schema, method.request_metadata), (own.params_schema, own.request_metadata)
-            )
-            for what, schema in rpc.described_schemas(method).items():
-                self.assertTrue(
-                    schema.equals(rpc.described_schemas(own)[what], check_metadata=True), (name, what)
-                )
         info = self.methods["price"]
         row = rpc.encode_arguments(info, rpc.bind_arguments(info, (), {"price": decimal.Decimal("1.5")}))
-        sent = b"".join(rpc.request_pieces(info, row, "0" * 16, None))
-        values = rpc.read_request(rpc.IpcReader(rpc.BufferSource(sent))).arguments(self.infos["price"])
+        values = read_request(b"".join(rpc.request_pieces(info, row, "0" * 16, None))).arguments(
+            self.infos["price"]
+        )
         self.assertEqual(values, {**self.infos["price"].param_defaults, "price": decimal.Decimal("1.5")})
 
     def test_strange_servers(self) -> None:
@@ -3430,14 +3415,10 @@ class ReflectionTests(TestCase):
 
     def test_many_fields(self) -> None:
         """A wide dataclass stays within the bounds that the reader has for foreign schemas."""
-        fields = [(f"field_{n}", Color, Color.RED) for n in range(400)]
-        wide = dataclasses.make_dataclass("Wide", fields, bases=(ArrowSerializableDataclass,))
-
-        class Service:
-            def take(self, wide: Any) -> None: ...
-
-        Service.take.__annotations__["wide"] = wide
-        service = described(rpc.describe_service(rpc.bind_implementation(Service, Service())))
+        wide = dataclasses.make_dataclass("Wide", [(f"field_{n}", Color, Color.RED) for n in range(400)])
+        taking = made("Taking", "def take(self, wide: int) -> None: ...")
+        taking.take.__annotations__["wide"] = wide
+        service = described(rpc.describe_service(rpc.bind_implementation(taking, taking())))
         told: Any = rpc.struct_schema(service.methods["take"].params_schema.field("wide"))
         self.assertEqual(len(told), 400)
 
