@@ -2217,20 +2217,13 @@ class RowCodec:
     def __init__(self, fields: Iterable[tuple[str, Codec]]) -> None:
         self.parts = dict(fields)
         self.names = tuple(self.parts)
-        self.codecs = tuple(self.parts.values())
         self.schema = pa.schema(
             [pa.field(name, it.arrow_type, it.nullable) for name, it in self.parts.items()]
         )
 
-    @functools.cached_property
-    def wire(self) -> WireSchema:
-        """What the streams of the schema need to be read and written; made at first use."""
-        return WireSchema(self.schema)
-
-    @functools.cached_property
-    def template(self) -> RowTemplate | None:
-        """What writes and reads the row without pyarrow, where its types are plain; made at first use."""
-        return row_template(self.schema)
+    # Of its streams; the template writes and reads them without pyarrow, where its types are plain.
+    wire = functools.cached_property(lambda self: WireSchema(self.schema))
+    template = functools.cached_property(lambda self: row_template(self.schema))
 
     def encode(self, values: Iterable[Any], way: str = "encode") -> list[Any]:
         """Return one encoded value for each name, which row templates and `to_batch` take."""
@@ -2242,8 +2235,8 @@ class RowCodec:
 
     def to_batch(self, encoded: Iterable[Any]) -> pa.RecordBatch:
         """Return the batch of one encoded row; integers out of range and lone surrogates are found here."""
-        rows = zip(self.names, self.codecs, encoded)
-        arrays = [with_field(name, part.to_array, value) for name, part, value in rows]
+        rows = zip(self.parts.items(), encoded)
+        arrays = [with_field(name, part.to_array, value) for (name, part), value in rows]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
     def to_bytes(self, values: Iterable[Any]) -> bytes:
@@ -2413,10 +2406,8 @@ class ArrowSerializableDataclass:
         return cast("T", located(cls.__name__, read, data))
 
     @classmethod
-    def deserialize_from_batch(
-        cls: type[T], batch: pa.RecordBatch, custom_metadata: Any = None, *, ipc_validation: Any = None
-    ) -> T:
-        """Read the one row of *batch* (1 x any columns), without a look at the metadata; raises as above."""
+    def deserialize_from_batch(cls: type[T], batch: pa.RecordBatch) -> T:
+        """Read the one row of *batch* (1 x any columns); raises as above."""
         return cast("T", located(cls.__name__, dataclass_codec(cls).from_batch, batch))
 
 
@@ -3440,7 +3431,7 @@ def described_schemas(info: RpcMethodInfo) -> dict[str, pa.Schema]:
 
 
 def _described_fields(row: RowCodec) -> list[pa.Field]:
-    return list(map(_described_field, row.schema, row.codecs))
+    return list(map(_described_field, row.schema, row.parts.values()))
 
 
 def _described_field(member: pa.Field, codec: Codec) -> pa.Field:
@@ -3559,7 +3550,7 @@ def _method_description(summary: MethodSummary, service: ProtocolSummary) -> Met
         rows.append(RowCodec(zip(schemas[what].names, codecs)))
     params, result, header = rows
     defaults = {}
-    for member, codec in zip(schemas["params"], params.codecs):
+    for member, codec in zip(schemas["params"], params.parts.values()):
         # One that cannot be read is left out: TypeError and LookupError where it is no stream of one value.
         with contextlib.suppress(IPCError, EOFError, RequestTooLargeError, TypeError, LookupError):
             source = BufferSource((member.metadata or {})[DEFAULT_KEY])
@@ -6531,7 +6522,7 @@ def arguments_from_json(info: RpcMethodInfo, given: Any) -> list[Any]:
     row = []
     where = f"{info.name}() parameter "
     values = bind_arguments(info, (), given)  # says which names are unknown or missing, and fills in defaults
-    for member, codec, value in zip(described_schemas(info)["params"], info.params.codecs, values):
+    for member, codec, value in zip(described_schemas(info)["params"], info.params.parts.values(), values):
         read: Callable[[Any], Any] = functools.partial(value_from_json, member=member)
         convert = read if member.name in given else codec.encode
         row.append(located(f"{where}{member.name}", convert, value))
