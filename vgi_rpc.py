@@ -2436,13 +2436,14 @@ class ServeStartHook(Protocol):
         """Prepare for the first request; an exception refuses it, and the next request asks again."""
 
 
-class AuthContext(NamedTuple):
+@dataclass(frozen=True)
+class AuthContext:
     """Who is calling."""
 
     domain: str | None  # the scheme or issuer that vouches, None for nobody
     authenticated: bool  # whether anybody vouches
     principal: str | None = None  # name of the caller within the domain
-    claims: Mapping[str, Any] = {}  # further facts, as the authenticator found them
+    claims: Mapping[str, Any] = field(default_factory=dict)  # further facts, as the authenticator found them
 
     @classmethod
     def anonymous(cls) -> AuthContext:
