@@ -1661,7 +1661,7 @@ class BatchTests(TestCase):
                 with self.subTest(name=name, source=kind.__name__):
                     source = kind(data + b"rest")
                     self.assertEqual(read_all(b"", source), read_stream(io.BytesIO(data)))
-                    self.assertEqual((source.position, source.left, source.read(9)), (len(data), 4, b"rest"))
+                    self.assertEqual((source.at, source.left, source.read(9)), (len(data), 4, b"rest"))
 
     def test_no_part_and_no_flipped_byte_raises_anything_else(self) -> None:
         for name, data in STREAMS.items():
@@ -3578,7 +3578,7 @@ class ChannelTests(TestCase):
             self.assertEqual(channel.read(3), data[:3])
             received, at = channel.received()
             self.assertEqual(received[at:], data[3 : 3 + len(received) - at])
-            channel.skip_to(at + 2)
+            channel.at = at + 2
             self.assertEqual(bytes(channel.read_after(b"head", 10)), b"head" + data[5:15])
             self.assertEqual(bytes(channel.read_after(b"head", 100_000)), b"head" + data[15:100_015])
             self.assertFalse(channel.ended)

@@ -820,6 +820,8 @@ def batch_kind(num_rows: int, metadata: Metadata | None) -> str:
 class ByteSource:
     """Bytes in their order: what an `IpcReader` reads from."""
 
+    at = 0  # how much was read of what `received` returns; who reads that himself sets it
+
     def read(self, size: int) -> bytes:
         """Return the next *size* bytes, fewer only where the source ends."""
         raise NotImplementedError
@@ -832,36 +834,28 @@ class ByteSource:
         """Wait for something to read, or the end; return what was received, and where its unread part begins."""
         return b"", 0
 
-    def skip_to(self, end: int) -> None:
-        """Count what `received` returned as read up to *end*."""
-        raise NotImplementedError
-
 
 class BufferSource(ByteSource):
     """A source over bytes in memory, of which `read_after` copies none."""
 
     def __init__(self, data: Buffer) -> None:
         self._data = memoryview(data).cast("B")
-        self.position = 0  # how many bytes were read
 
     def read(self, size: int) -> bytes:
         return bytes(self.read_after(b"", size))
 
     def read_after(self, head: bytes, size: int) -> memoryview:
-        start = self.position - len(head)
-        self.position = min(self.position + size, len(self._data))
-        return self._data[start : self.position]
+        start = self.at - len(head)
+        self.at = min(self.at + size, len(self._data))
+        return self._data[start : self.at]
 
     def received(self) -> tuple[memoryview, int]:
-        return self._data, self.position
-
-    def skip_to(self, end: int) -> None:
-        self.position = end
+        return self._data, self.at
 
     @property
     def left(self) -> int:
         """How many bytes are still to be read."""
-        return len(self._data) - self.position
+        return len(self._data) - self.at
 
 
 class IpcLimits(NamedTuple):
@@ -1090,7 +1084,7 @@ class IpcReader:
             size, rows, metadata = self._last
             data = received[at : at + size]
             if len(data) == size and data[: len(self._last_head)] == self._last_head:
-                self._source.skip_to(at + size)
+                self._source.at = at + size
                 return BatchMessage(rows, metadata.copy(), data)
         while raw := self._read_head():
             head = FlatHead(raw)
@@ -3710,6 +3704,7 @@ def unpack_parts(data: bytes, count: int) -> list[bytes]:
 
 _RECEIVE_BYTES = 65_536
 _MAX_IO_BYTES = 1 << 30  # per system call: some systems, and TLS, refuse 2 GiB and more
+_TOO_LATE = "no answer within the time allowed"
 open_files: weakref.WeakSet[Any] = weakref.WeakSet()  # of connections and listeners
 handlers_before: dict[int, Any] = {}  # who handled the signals that we handle now
 
@@ -3760,9 +3755,9 @@ class ByteChannel(ByteSource):
         self.ended = False  # whether the peer has closed its side
         self.source = connected
         self._read_into = getattr(connected, "recv_into", None) or connected.readinto
+        self._send: Any = getattr(connected, "send", None)
         self._timeout: float | None = -1.0  # of the socket; not known
         self._buffer = b""
-        self._at = 0  # how much of the buffer was read
         self._space = memoryview(bytearray(_RECEIVE_BYTES))
         watch_forks()
         open_files.add(connected)
@@ -3770,33 +3765,27 @@ class ByteChannel(ByteSource):
     def _seconds_left(self) -> float:
         left = cast("float", self.deadline) - time.monotonic()
         if left <= 0:
-            raise DeadlineExceededError("no answer within the time allowed")
+            raise DeadlineExceededError(_TOO_LATE)
         return left
 
-    def _prepare(self, writing: bool) -> None:
-        """See to it that the next system call ends by the deadline."""
-        timeout = self._timeout
-        if self.deadline is None:
-            timeout = None
-        elif timeout is None or not 0.9 * timeout <= self._seconds_left() <= timeout:
-            timeout = 1.05 * self._seconds_left()  # about right, as the clock is looked at each time
-        if timeout != self._timeout:  # setting it takes a system call
-            self.source.settimeout(timeout)
-            self._timeout = timeout
+    def _allowed(self, data: memoryview, writing: bool) -> memoryview:
+        """See to it that the next system call ends by the deadline; return what of *data* it may be given."""
+        left = None if self.deadline is None else self._seconds_left()
+        # About right will do, as the clock is looked at each time: to set it takes a system call.
+        if left is None or self._timeout is None or not 0.9 * self._timeout <= left <= self._timeout:
+            self._timeout = left and 1.05 * left
+            self.source.settimeout(self._timeout)
+        return data
 
-    def _io(self, operation: Callable[[Any], Any], data: memoryview, writing: bool = False) -> Any:
+    def _io(self, operation: Callable[[Any], int], data: memoryview, writing: bool = False) -> int:
         try:
-            self._prepare(writing)
-            return operation(data)
+            if self.deadline is not None or self._timeout is not None:
+                data = self._allowed(data, writing)
+            return operation(data[:_MAX_IO_BYTES])
         except (OSError, ValueError) as exc:  # ValueError: it was closed here
             if isinstance(exc, TimeoutError) and exc.errno is None:  # one with a number is the network's
-                self.deadline = 0.0
-                self._seconds_left()
+                raise DeadlineExceededError(_TOO_LATE) from None
             raise TransportError(f"connection lost: {getattr(exc, 'strerror', None) or exc}") from None
-
-    def _send(self, data: memoryview) -> None:
-        """Send all of *data*, at most `_MAX_IO_BYTES`."""
-        self._io(self.source.sendall, data, True)
 
     def peer_gone(self) -> bool:
         """Whether the other side has hung up, as far as it can be known."""
@@ -3810,20 +3799,25 @@ class ByteChannel(ByteSource):
         with contextlib.suppress(OSError), self.source:
             self.source.shutdown(socket.SHUT_RDWR)  # which wakes a thread that waits in it; closing does not
 
+    def received(self) -> tuple[bytes, int]:
+        if self.at == len(self._buffer):
+            self._fill()
+        return self._buffer, self.at
+
     def _fill(self) -> bool:
-        received = self._io(self._read_into, self._space)
-        self._buffer = self._buffer[self._at :] + self._space[:received]
-        self._at = 0
-        self.ended = self.ended or not received
+        count = self._io(self._read_into, self._space)
+        self._buffer = self._buffer[self.at :] + self._space[:count]
+        self.at = 0
+        self.ended = not count
         return not self.ended
 
     def read(self, size: int) -> bytes:
         if size > _RECEIVE_BYTES:
             return bytes(self.read_after(b"", size))
-        while self._at + size > len(self._buffer) and self._fill():
+        while self.at + size > len(self._buffer) and self._fill():
             pass
-        piece = self._buffer[self._at : self._at + size]
-        self._at += len(piece)
+        piece = self._buffer[self.at : self.at + size]
+        self.at += len(piece)
         return piece
 
     def read_after(self, head: bytes, size: int) -> Buffer:
@@ -3831,39 +3825,29 @@ class ByteChannel(ByteSource):
             return head + self.read(size)
         whole = pa.allocate_buffer(len(head) + size)  # not zeroed, and filled in place
         view = memoryview(whole).cast("B")
-        start = head + self._buffer[self._at : self._at + size]
-        self._at += len(start) - len(head)
+        start = head + self.read(min(size, len(self._buffer) - self.at))
         view[: len(start)] = start
         filled = len(start)
         while filled < len(view) and not self.ended:
-            received = self._io(self._read_into, view[filled : filled + _MAX_IO_BYTES])
-            self.ended = not received
-            filled += received
+            count = self._io(self._read_into, view[filled:])
+            self.ended = not count
+            filled += count
         return whole.slice(0, filled)
-
-    def received(self) -> tuple[bytes, int]:
-        if self._at == len(self._buffer):
-            self._fill()
-        return self._buffer, self._at
-
-    def skip_to(self, end: int) -> None:
-        self._at = end
 
     def is_quiet(self) -> bool:
         """Whether the peer is there and has sent nothing that was not read."""
         try:
-            return self._at == len(self._buffer) and not _is_ready(self.source)
+            return self.at == len(self._buffer) and not _is_ready(self.source)
         except ValueError:  # closed here
             return False
 
     def write(self, pieces: Sequence[Buffer]) -> None:
         """Write all of *pieces*, in order: small ones in one system call, large ones without copying them."""
-        if total_size(pieces) <= SMALL_BODY_BYTES:
-            pieces = [b"".join(pieces)]
-        for piece in pieces:
-            view = memoryview(piece).cast("B")
-            for start in range(0, len(view), _MAX_IO_BYTES):
-                self._send(view[start : start + _MAX_IO_BYTES])
+        for is_large, run in itertools.groupby(pieces, lambda piece: len(piece) > SMALL_BODY_BYTES):
+            for piece in run if is_large else [b"".join(run)]:
+                left = memoryview(piece)
+                while left:
+                    left = left[self._io(self._send, left, True) :]
 
 
 SocketChannel = ByteChannel
@@ -3876,18 +3860,15 @@ class FdChannel(ByteChannel):
         super().__init__(reader)
         self.writer = writer
         open_files.add(writer)
+        self._send = writer.write
+        self._timeout = None
 
-    def _prepare(self, writing: bool) -> None:
+    def _allowed(self, data: memoryview, writing: bool) -> memoryview:
         file = self.writer if writing else self.source
-        while self.deadline is not None and not _is_ready(file, writing, self._seconds_left()):
+        while not _is_ready(file, writing, self._seconds_left()):
             pass
-
-    def _send(self, data: memoryview) -> None:
-        most = _MAX_IO_BYTES
-        if self.deadline is not None:  # so much a pipe takes at once when it is ready; more may wait
-            most = getattr(select, "PIPE_BUF", 512)
-        while data:
-            data = data[self._io(self.writer.write, data[:most], True) :]
+        # So much a pipe takes at once when it is ready; more may wait.
+        return data[: getattr(select, "PIPE_BUF", 512)] if writing else data
 
     def peer_gone(self) -> bool:
         if self.source.closed or not hasattr(select, "poll"):
@@ -4648,7 +4629,7 @@ class _ByteServing:
                 try:
                     if ready is not None:
                         bound, request, end = ready
-                        self._channel.skip_to(end)
+                        self._channel.at = end
                     else:
                         reader = self._reader(server.request_schemas)
                         request = read_request(reader)
@@ -4722,7 +4703,7 @@ class _ByteServing:
                 data, at = self._channel.received()
                 item: Any = (TICK, None)
                 if reader.wire is EMPTY and data.startswith(tick, at):
-                    self._channel.skip_to(at + len(tick))
+                    self._channel.at = at + len(tick)
                 else:
                     item = reader.next()
                 if item is None:  # the client has closed its side
@@ -5139,7 +5120,7 @@ class ByteClient(ClientChannel):
             return self.stream
         ready = read_result(info, *self.channel.received())
         if ready is not None:
-            self.channel.skip_to(ready[1])
+            self.channel.at = ready[1]
             self._expects_orphan = False
             self.phase = ConnectionPhase.IDLE
             return ready[0]
@@ -6126,7 +6107,7 @@ class HttpReader:
             end = whole.find(mark, max(0, before - len(mark) + 1)) + len(mark)
             found = end >= len(mark)  # nearly always at once
             end = end if found else len(whole)
-            self._channel.skip_to(at + end - before)
+            self._channel.at = at + end - before
             self._here = len(whole) - end
             hopeless = not found and wrong and wrong.search(whole, max(0, before - 1))
             if found or at == len(data) or end > most or hopeless:
@@ -6167,7 +6148,7 @@ class HttpReader:
             if at == len(data):
                 break
             whole += data[at:]
-            self._channel.skip_to(len(data))
+            self._channel.at = len(data)
             if len(whole) > limit:
                 raise body_too_large(limit, "more", rule)
         return bytes(whole)
