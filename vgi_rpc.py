@@ -6279,8 +6279,11 @@ def exact_number(text: str) -> decimal.Decimal:
     return decimal.Decimal(text)
 
 
-def parse_json(data: str | Buffer, where: str = "request") -> Any:
-    """Parse strictly by RFC 8259, fractions and exponents to `decimal.Decimal`; `ProtocolError` for anything else."""
+def parse_json(data: str | Buffer, where: str = "request", **numbers: Callable[[str], Any]) -> Any:
+    """Parse strictly by RFC 8259, fractions and exponents to `decimal.Decimal`; `ProtocolError` for anything else.
+
+    *numbers* are other readers of them: ``parse_int``, ``parse_float``.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
@@ -6289,58 +6292,49 @@ def parse_json(data: str | Buffer, where: str = "request") -> Any:
 
     try:
         text = data if isinstance(data, str) else str(data, "utf-8")
-        hooks: dict[str, Any] = {"parse_float": exact_number, "parse_constant": exact_number}
+        hooks: dict[str, Any] = {"parse_float": exact_number, "parse_constant": exact_number, **numbers}
         return json.loads(text, object_pairs_hook=unique, **hooks)
     except (ValueError, RecursionError) as exc:
         raise ProtocolError(f"{where}: not JSON: {text_of(exc)}") from None
 
 
-def value_from_json(value: Any, member: pa.Field) -> Any:
+def value_from_json(value: Any, member: pa.Field, step: str = "") -> Any:
     """Convert a value of `parse_json` to an encoded value of the type of *member*, as ``pa.array`` takes it.
 
     Bytes come from base64, times and dates from RFC 3339 text, durations from seconds (1.5 or "1.5s"), decimals from
     numbers or text, enums from names, maps from objects or arrays of pairs, NaN and the infinities from text. A
     binary field that holds a dataclass, as reflection describes it, takes an object. A member that an object leaves
-    out stays out. Null fits every type here, and the ranges of integers are not looked at. Raises `Mismatch`.
+    out stays out. Null fits every type here, and the ranges of integers are not looked at. Raises `Mismatch`, with
+    *step* in front of its path.
     """
     kind = getattr(member.type, "storage_type", member.type)
-    found: list[Any] = []
-    at = ""
     try:
         if value is None:
             return None
         if pa.types.is_struct(kind) and isinstance(value, dict):
             members = {part.name: part for part in kind}
-            for name, part in value.items():
-                if name not in members:
-                    raise Mismatch(f"one of {', '.join(members)}", f"{name!r:.60}{suggest(name, members)}")
-                at = f".{name}"
-                found.append((name, value_from_json(part, members[name])))
-                at = ""
-            return dict(found)
+            for name in value.keys() - members:
+                raise Mismatch(f"one of {', '.join(members)}", f"{name!r:.60}{suggest(name, members)}")
+            return {name: value_from_json(part, members[name], f".{name}") for name, part in value.items()}
         if pa.types.is_map(kind):
             if isinstance(value, dict):  # its keys are words as on the command line
                 value = [(json_of_word(key, kind.key_type), part) for key, part in value.items()]
-            for key, part in value:
-                at = f"[{key!r:.40}]"
-                found.append((value_from_json(key, kind.key_field), value_from_json(part, kind.item_field)))
-            return found
+            steps = [(f"[{key!r:.40}]", key, part) for key, part in value]
+            keys = [value_from_json(key, kind.key_field, at) for at, key, _ in steps]
+            return list(zip(keys, [value_from_json(part, kind.item_field, at) for at, _, part in steps]))
         if pa.types.is_nested(kind) and isinstance(value, list):
-            for i, part in enumerate(value):
-                at = f"[{i}]"
-                found.append(value_from_json(part, kind.value_field))
-            return found
+            return [value_from_json(part, kind.value_field, f"[{i}]") for i, part in enumerate(value)]
         if isinstance(value, (dict, list)) and str(kind).endswith("binary"):
             return _stream_from_json(value, member)
         accepted, read, _, codec = _leaf(kind)
         if type(value) in accepted:
             return codec.encode(read(value))
     except Mismatch as exc:
-        raise exc.under(at) from None
+        raise exc.under(step) from None
     except ARROW_FAILURES:
         pass  # said below in the words of the type
     shown = str(value) if isinstance(value, decimal.Decimal) else json_text(value)
-    raise Mismatch(type_text(kind), f"{shown:.60}")
+    raise Mismatch(type_text(kind), f"{shown:.60}").under(step)
 
 
 def _stream_from_json(value: Any, member: pa.Field) -> bytes:
@@ -6362,13 +6356,9 @@ def _stream_from_json(value: Any, member: pa.Field) -> bytes:
         schema = pa.schema([(name, pa.type_for_alias(alias)) for name, alias in value.items()])
         return cast("bytes", schema.serialize().to_pybytes())
     else:  # pyarrow guesses the types, also those of a dataclass that the server does not describe
-        batch = pa.RecordBatch.from_pylist(without_decimals([value] if isinstance(value, dict) else value))
+        rows = [value] if isinstance(value, dict) else value
+        batch = pa.RecordBatch.from_pylist(json.loads(json.dumps(rows, default=float)))
     return stream_bytes(WireSchema(batch.schema), [(batch, None)])
-
-
-def without_decimals(value: Any) -> Any:
-    """Parsed JSON whose types pyarrow is to guess: numbers with a fraction become floats."""
-    return json.loads(json.dumps(value, default=float))
 
 
 def json_of_word(word: str | bytes, kind: pa.DataType = pa.utf8()) -> Any:
@@ -6443,8 +6433,7 @@ def value_to_json(value: Any, member: pa.Field) -> Any:
             return str(uuid.UUID(bytes=value))
         if members is None and "RecordBatch" not in type_of(member):
             return base64.b64encode(value).decode()
-        batches = iter(IpcReader(BufferSource(value)).next, None)
-        rows = [row for batch, _ in batches for row in batch_rows(batch, members)]
+        rows = [row for batch in batches_in(value) for row in batch_rows(batch, members)]
         return rows if members is None else rows[0]
     if pa.types.is_map(kind):  # an object whose keys are words, or pairs where keys are nested or stand twice
         pairs = value.items() if isinstance(value, dict) else value
@@ -6463,6 +6452,11 @@ def value_to_json(value: Any, member: pa.Field) -> Any:
     if isinstance(value, decimal.Decimal):
         return f"{value:f}"
     return getattr(value, "isoformat", value.__str__)()
+
+
+def batches_in(data: bytes) -> list[pa.RecordBatch]:
+    """The batches of an IPC stream inside of a value; raises `IPCError` and `EOFError`."""
+    return [batch for batch, _ in iter(IpcReader(BufferSource(data)).next, None)]
 
 
 def batch_rows(batch: pa.RecordBatch, described: pa.Schema | None = None) -> list[dict[str, Any]]:
@@ -6520,10 +6514,10 @@ def result_to_json(info: RpcMethodInfo, batch: pa.RecordBatch) -> Any:
 
 def members_of(member: pa.Field) -> list[pa.Field]:
     """What is nested in a described field: the members of a dataclass or struct, also of those in lists and maps."""
-    kind = member.type
-    if pa.types.is_map(kind) or (pa.types.is_nested(kind) and hasattr(kind, "value_field")):
-        return members_of(kind.item_field if pa.types.is_map(kind) else kind.value_field)
-    return list(kind if pa.types.is_struct(kind) else struct_schema(member) or ())
+    inner = getattr(member.type, "item_field", None) or getattr(member.type, "value_field", None)
+    if inner is not None:
+        return members_of(inner)
+    return list(member.type if pa.types.is_struct(member.type) else struct_schema(member) or ())
 
 
 def described_rows(members: Iterable[pa.Field], depth: int = 0) -> Iterator[tuple[int, pa.Field]]:
@@ -6547,8 +6541,8 @@ def example_of(member: pa.Field) -> Any:
         return {part.name: example_of(part) for part in members_of(member)}
     if pa.types.is_fixed_size_binary(kind):
         return value_to_json(bytes(kind.byte_width), member)
-    told = {"pa.RecordBatch": [{"x": 1.5}], "RecordBatch": [{"x": 1.5}], "Schema": {"x": "float64"}}
-    return told.get(type_of(member).partition(" ")[0], _leaf(kind)[2])
+    told = {"RecordBatch": [{"x": 1.5}], "Schema": {"x": "float64"}}
+    return told.get(type_of(member).partition(" ")[0].removeprefix("pa."), _leaf(kind)[2])
 
 
 def example_words(members: Iterable[pa.Field], defaults: Mapping[str, Any]) -> dict[str, str]:
@@ -6582,22 +6576,19 @@ def import_name(module: str) -> str:
 
 # No script, nothing loaded, only this style, which the pages' policy knows by its hash.
 _STYLE = """
-:root{color-scheme:light dark;--ink:#1c2430;--dim:#5a6675;--page:#f6f7f9;--card:#fff;--line:#dde2e8;--link:#0b5cad}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e8ee;--dim:#9aa7b6;--page:#12161c;--card:#1b2129;--line:#313a45;
---link:#7cb8ff}}body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif;
-overflow-wrap:anywhere}main{max-width:56rem;margin:auto;padding:1rem}a{color:var(--link)}h1{margin:.4rem 0}
-article{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.5rem 1rem;margin:.7rem 0}
-h4{margin:.8rem 0 .2rem}h4,b,small{color:var(--dim)}b,small,table{font-size:.85rem}small{display:block}
-code,pre{font:.87rem/1.5 ui-monospace,monospace;white-space:pre-wrap}pre{background:var(--page);padding:.6rem .8rem;
-margin:.2rem 0}table{border-collapse:collapse;width:100%}td{padding:.2rem .8rem .2rem 0;vertical-align:top;
-border-bottom:1px solid var(--line)}td.n1{padding-left:1rem}td.n2{padding-left:2rem}td.n3{padding-left:3rem}
+:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:auto;padding:1rem;
+overflow-wrap:anywhere}article,pre{background:#8882;border-radius:8px;padding:.6rem 1rem;margin:.7rem 0}pre{margin:0}
+h4{margin:.8rem 0 .2rem}h4,b,small{opacity:.75}b,small,table{font-size:.85rem}small{display:block}table{width:100%;
+border-collapse:collapse}td{padding:.2rem .8rem .2rem 0;vertical-align:top;border-bottom:1px solid #8885}
+code,pre{font:.87rem/1.5 ui-monospace,monospace;white-space:pre-wrap}
 """
 
 
-def _escaped(value: object) -> str:
+def tag(name: str, text: object) -> str:
+    """An element of HTML around a text."""
     import html
 
-    return html.escape(text_of(value))
+    return f"<{name}>{html.escape(text_of(text))}</{name}>"
 
 
 def root_of(path: str, prefix: str) -> str:
@@ -6607,7 +6598,7 @@ def root_of(path: str, prefix: str) -> str:
     return "../" * (path.count("/") - 1) + f".{prefix}/"
 
 
-def page(title: str, body: str, *, root: str, status: int = 200) -> HttpResponse:
+def page(title: str, body: str, root: str, status: int = 200) -> HttpResponse:
     """A page; *body* is HTML, *root* the relative link to where the service begins."""
     import hashlib
 
@@ -6617,17 +6608,11 @@ def page(title: str, body: str, *, root: str, status: int = 200) -> HttpResponse
     headers += [("Content-Security-Policy", policy), ("X-Content-Type-Options", "nosniff")]
     headers += [("Referrer-Policy", "no-referrer")]
     places = {"": "Overview", "describe": "All methods", "health": "Health"}
-    links = [f'<a href="{_escaped(root)}{at}">{name}</a>' for at, name in places.items()]
+    links = [f'<a href="{root}{at}">{name}</a>' for at, name in places.items()]
     text = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{_escaped(title)}</title><style>{_STYLE}</style><main><nav>{" · ".join(links)}</nav>
-<h1>{_escaped(title)}</h1>{body}</main></html>
+{tag("title", title)}<style>{_STYLE}</style><main><nav>{" · ".join(links)}</nav>{tag("h1", title)}{body}</main></html>
 """
     return HttpResponse(status, headers, text.encode())
-
-
-def error_page(status: int, title: str, text: str, *, root: str) -> HttpResponse:
-    """The page of an error, such as 401 and 404."""
-    return page(title, f"<p>{_escaped(text)}</p>", root=root, status=status)
 
 
 def page_at(
@@ -6645,26 +6630,23 @@ def page_at(
     root = root_of(request.path, options.prefix)
     body = ""
     for service in server.services.values():
-        body += f"<h2>{_escaped(service.name)} {_escaped(service.version)}</h2>"
+        body += tag("h2", f"{service.name} {service.version}")
         for _, bound in sorted(service.methods.items()):
             info = bound.info
-            anchor = _escaped(f"{service.name}.{info.name}")
             marks = [{True: "exchange", False: "producer"}.get(cast("bool", bound.is_exchange), info.kind)]
             marks += [info.idempotency] * (info.idempotency != "unknown")
             marks += [f"deprecated: {info.deprecation}"] * (info.deprecation is not None)
-            text = f"<small>{_escaped((info.doc or '').partition(chr(10))[0])}</small>"
+            text = tag("small", (info.doc or "").partition("\n")[0])
             if segments == ["describe"]:
                 text = _method_card(bound, url, options)
-            body += f'<article id="{anchor}"><a href="{_escaped(root)}describe#{anchor}"><code>'
-            body += (
-                f"{_escaped(info.signature())}</code></a> <b>{_escaped(', '.join(marks))}</b>{text}</article>"
-            )
+            anchor = f"{service.name}.{info.name}"  # names, so there is nothing to escape
+            link = f'<a href="{root}describe#{anchor}">{tag("code", info.signature())}</a>'
+            body += f'<article id="{anchor}">{link} {tag("b", ", ".join(marks))}{text}</article>'
     facts = ["Health: " + ("draining, takes no calls" if server.draining else "ok")]
     facts.append(f"requests of at most {options.max_request_bytes or SERVER_MAX_REQUEST_BYTES:,} bytes")
     facts.append(f"vgi_rpc {__version__}, Python {sys.version.split()[0]}, pyarrow {pa.__version__}")
     facts.append(f"server {server.server_id} {server.server_version}, protocol hash {server.protocol_hash}")
-    body += f"<h2>This server</h2><small>{_escaped('; '.join(facts))}</small>"
-    return page(server.protocol_name, body, root=root)
+    return page(server.protocol_name, body + tag("h2", "This server") + tag("small", "; ".join(facts)), root)
 
 
 def _method_card(bound: BoundMethod, url: str, options: HttpOptions) -> str:
@@ -6673,7 +6655,7 @@ def _method_card(bound: BoundMethod, url: str, options: HttpOptions) -> str:
 
     info = bound.info
     schemas = described_schemas(info)
-    card = f"<pre>{_escaped(info.doc)}</pre>" if info.doc else ""
+    card = tag("pre", info.doc) if info.doc else ""
     for title, key in (("Parameters", "params"), ("Header", "header"), ("Result", "result")):
         rows = ""
         for depth, member in described_rows(schemas[key]):
@@ -6683,8 +6665,9 @@ def _method_card(bound: BoundMethod, url: str, options: HttpOptions) -> str:
                 doc = info.param_docs.get(member.name, doc)
                 if member.name in info.param_defaults:
                     kind += f" = {default_text(info.param_defaults[member.name])}"
-            rows += f'<tr><td class="n{min(depth, 3)}"><code>{_escaped(member.name)}</code>'
-            rows += f"<td><code>{_escaped(kind)}</code><td>{_escaped(doc)}"
+            rows += (
+                f"<tr><td>{'&emsp;' * depth}{tag('code', member.name)}<td>{tag('code', kind)}{tag('td', doc)}"
+            )
         if rows:
             card += f"<h4>{title}</h4><table>{rows}</table>"
     asks = options.authenticate is not None
@@ -6697,6 +6680,13 @@ def _method_card(bound: BoundMethod, url: str, options: HttpOptions) -> str:
         bearer = ' -H "Authorization: Bearer $TOKEN"' * asks
         head = f"curl {url}/{info.protocol_name}/{info.name} -H 'Content-Type: {JSON_TYPE}'{bearer}"
         lines["curl"] = f"{head} -d {shlex.quote(json_text(given))}"
+    lines["Python"] = _python_block(bound, url, given, ', headers={"Authorization": "Bearer TOKEN"}' * asks)
+    return card + "".join(tag("h4", title) + tag("pre", line) for title, line in lines.items())
+
+
+def _python_block(bound: BoundMethod, url: str, given: dict[str, Any], more: str) -> str:
+    """Lines of Python that call a method with the arguments *given* in JSON, imports and all."""
+    info = bound.info
     values = decode_arguments(info, arguments_from_json(info, given))
     call = f"proxy.{info.name}({', '.join(f'{name}={_source(values[name])}' for name in given)})"
     use = f"print({call})"
@@ -6706,24 +6696,26 @@ def _method_card(bound: BoundMethod, url: str, options: HttpOptions) -> str:
         use = f"for answer in {call}:\n        print(answer.batch)"
     own = import_name(__name__)
     protocol = bound.service.protocol
-    headers = ', headers={"Authorization": "Bearer TOKEN"}' * asks
-    block = f'with {own}.http_connect({protocol.__name__}, "{url}"{headers}) as proxy:\n    {use}'
+    block = f'with {own}.http_connect({protocol.__name__}, "{url}"{more}) as proxy:\n    {use}'
+    imports = {
+        "datetime.": "import datetime",
+        f"{own}.": f"import {own}",
+        "Decimal(": "from decimal import Decimal",
+    }
+    imports |= {"UUID(": "from uuid import UUID", "pa.": "import pyarrow as pa"}
     module = sys.modules[protocol.__module__]
-    names = {name for name in re.findall(r"\b[A-Z]\w*", block) if hasattr(module, name)}
-    imports = [f"import {name}\n" for name in ("datetime", "decimal", "uuid", own) if f"{name}." in block]
-    imports += ["import pyarrow as pa\n"] * ("pa." in block)
-    imports.append(f"from {import_name(protocol.__module__)} import {', '.join(sorted(names))}\n\n")
-    lines["Python"] = "".join([*imports, block])
-    return card + "".join(f"<h4>{title}</h4><pre>{_escaped(line)}</pre>" for title, line in lines.items())
+    names = {name for name in re.findall(r"\b[A-Z]\w*", block) if hasattr(module, name)} - {"Decimal", "UUID"}
+    lines = [line for word, line in imports.items() if word in block]
+    lines.append(f"from {import_name(protocol.__module__)} import {', '.join(sorted(names))}\n\n{block}")
+    return "\n".join(lines)
 
 
 def _source(value: Any) -> str:
     if isinstance(value, pa.Schema):
         return 'pa.schema([("x", "float64")])'
     if isinstance(value, pa.RecordBatch):
-        return 'pa.RecordBatch.from_pydict({"x": [1.5]})'
-    text = re.sub(r"<([\w.]+): [^>]*>", r"\1", repr(value))  # the members of enums
-    return text.replace("Decimal(", "decimal.Decimal(").replace("UUID(", "uuid.UUID(")
+        return f"pa.RecordBatch.from_pydict({value.to_pydict()})"
+    return re.sub(r"<([\w.]+): [^>]*>", r"\1", repr(value))  # the members of enums
 
 
 # ============================================================================
@@ -7002,9 +6994,9 @@ class HttpApp:
         segments = path[len(prefix) + 1 :].split("/")
         if f"{path}/".startswith(f"{prefix}/") and "%" not in path:
             if reads and self.options.pages and self.server.describe_enabled:
-                page = page_at(self.server, self.options, request, segments, scheme=self.scheme)
-                if page is not None:
-                    return page
+                shown = page_at(self.server, self.options, request, segments, scheme=self.scheme)
+                if shown is not None:
+                    return shown
             of_call = len(segments) > 1 and all(segments) and segments[2:] in ([], ["init"], ["exchange"])
             if method == "POST" and of_call:
                 self.server.method(self.server.service(segments[0]), segments[1])  # says what there is
@@ -7054,7 +7046,7 @@ class HttpApp:
             response = HttpResponse(status, [("Content-Type", ARROW_CONTENT_TYPE)], body)
         elif status in (401, 404) and "text/html" in request.headers.get("accept", ""):
             title = _status_line(status)
-            response = error_page(status, title, text, root=root_of(request.path, self.options.prefix))
+            response = page(title, tag("p", text), root_of(request.path, self.options.prefix), status)
         else:
             response = json_response(status, said, [("Cache-Control", "no-store")])
         response.headers += headers
@@ -8403,19 +8395,105 @@ def announce(kind: str, *place: object) -> None:
         print(kind, *place, sep=":", flush=True)
 
 
-def port_number(text: str) -> int:
-    """Read a port for argparse: 0 to 65535."""
+_NUMBERS = {  # by what stands for them in help: the least, the largest, in words
+    "N": (1, 10**15, "a number above 0"),
+    "SIZE": (1, 10**15, "a size such as 64M"),
+    "SECONDS": (0, 10**9, "seconds"),
+    "PORT": (0, 65_535, "a port, 0 to 65535"),
+}
+# What `run_server` and the command line take alike; see `read_options`.
+LISTENING = """\
+--http | serve HTTP; prints PORT:<n>
+--unix PATH | serve a Unix socket; prints UNIX:<path>
+--tcp [HOST:]PORT | serve TCP; prints TCP:<host>:<port>
+--host HOST := 127.0.0.1 | address for HTTP
+--port PORT := 0 | port for HTTP; 0 takes a free one
+--max-connections N | at most so many at a time
+--idle-timeout SECONDS | end after so long without a connection
+--access-log PATH | append a JSON line for each call; - is stderr
+"""
+
+
+def read_value(kind: str, text: str) -> Any:
+    """Read the value of an option, by what stands for it in help; argparse's own error says what is wrong with it."""
     import argparse
 
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65_535:
-        raise argparse.ArgumentTypeError(f"expected a port, 0 to 65535, got {text!r}")
-    return int(text)
+    if kind == "[HOST:]PORT":  # the host may stand in brackets, as IPv6 addresses do
+        host, _, port = text.rpartition(":")
+        return host.strip("[]") or "127.0.0.1", read_value("PORT", port)
+    if kind not in _NUMBERS and ("|" not in kind or text in kind.split("|")):
+        return text
+    least, most, wanted = _NUMBERS.get(kind, (0, 0, kind))
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([KMG]?)(?:i?B)?", text, re.I | re.A)
+    number = float(found[1]) * 1024 ** "_KMG".index(found[2].upper() or "_") if found else -1.0
+    if not least <= number <= most or (kind != "SECONDS" and number % 1):
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+    return number if kind == "SECONDS" else int(number)
 
 
-def host_and_port(text: str) -> tuple[str, int]:
-    """Read ``[HOST:]PORT`` for argparse; the host may stand in brackets, as IPv6 addresses do."""
-    host, _, port = text.rpartition(":")
-    return host.strip("[]") or "127.0.0.1", port_number(port)
+def read_options(
+    about: str,
+    table: str,
+    words: list[str],
+    program: str | None = None,
+    twins: bool = False,
+    refuse: Any = None,
+) -> Any:
+    """Read a command line by a *table*, an option a line: ``-s,--long VALUE := default | help``.
+
+    ``VALUE?`` and ``VALUE*`` are nargs of a positional, ``VALUE+`` may be repeated, ``a|b`` takes one of these; without a
+    value it is a switch. With *twins* ``VGI_RPC_LONG`` in the environment goes before the default. *refuse* takes what
+    is wrong, in place of argparse's usage and exit.
+    """
+    import argparse
+
+    parser = argparse.ArgumentParser(program, description=about, allow_abbrev=False)
+    parser.error = refuse or parser.error  # type: ignore[method-assign]
+    counts = {"?": {"nargs": "?"}, "*": {"nargs": "*"}, "+": {"action": "append"}}
+    for line in table.splitlines():
+        option, _, text = line.partition(" | ")
+        option, _, default = option.partition(" := ")
+        names, _, kind = option.partition(" ")
+        flags = names.split(",")
+        text += f" (default: {default})" * bool(default)
+        if twins:
+            twin = f"VGI_RPC_{flags[-1].lstrip('-').replace('-', '_').upper()}"
+            text += f" [{twin}]"
+            default = os.environ.get(twin) or default
+        settings: dict[str, Any] = {
+            "action": "store_true",
+            "default": default.lower() in ("1", "true", "yes"),
+        }
+        if kind:
+            settings = {"metavar": kind.rstrip("?*+"), "default": default or None}
+            settings.update(type=functools.partial(read_value, kind), **counts.get(kind[-1], {}))
+        parser.add_argument(*flags, help=text, **settings)
+    args = parser.parse_intermixed_args(words)
+    ways = [name for name in ("http", "stdio", "unix", "tcp") if getattr(args, name, None)]
+    if len(ways) > 1:
+        parser.error(f"--{', --'.join(ways)}: one at a time")
+    return args
+
+
+def listen(server: RpcServer, args: Any, told: Callable[..., None], **http: Any) -> None:
+    """Serve where a command line says, by default on stdin and stdout. *told* gets the parts of the discovery line.
+
+    *http* is more for `serve_http`. Raises `OSError` as the functions do that it calls.
+    """
+    more: dict[str, Any] = {"idle_timeout": args.idle_timeout}
+    if args.max_connections is not None:
+        more["max_connections"] = args.max_connections
+    if args.access_log:
+        configure_access_log(args.access_log, server)
+    if args.http:
+        more.update(http, host=args.host, port=args.port)
+        serve_http(server, on_bound=functools.partial(told, "PORT"), **more)
+    elif args.unix:
+        serve_unix(server, args.unix, threaded=True, on_bound=functools.partial(told, "UNIX"), **more)
+    elif args.tcp:
+        serve_tcp(server, *args.tcp, threaded=True, on_bound=functools.partial(told, "TCP"), **more)
+    else:
+        serve_stdio(server)
 
 
 def run_server(protocol_or_server: type | RpcServer, implementation: Any = None) -> None:
@@ -8437,32 +8515,9 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     if not sys.argv[1:]:  # a worker's start need not wait for argparse
         serve_stdio(server)
         return
-    import argparse
-
-    parser = argparse.ArgumentParser(description=f"Serves {server.protocol_name} (vgi_rpc {__version__}).")
-    where = parser.add_mutually_exclusive_group().add_argument
-    where("--http", action="store_const", const="PORT", help="serve HTTP; prints PORT:<n>")
-    where("--unix", metavar="PATH", help="serve a Unix socket; prints UNIX:<path>")
-    where("--tcp", metavar="[HOST:]PORT", type=host_and_port, help="serve TCP; prints TCP:<host>:<port>")
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address for --http (default: %(default)s)")
-    add("--port", type=port_number, default=0, help="port for --http (default: a free one)")
-    add("--idle-timeout", type=float, metavar="SECONDS", help="end after so long without a connection")
-    add("--access-log", metavar="PATH", help="append a JSON line for each call; - is stderr")
-    args = parser.parse_args()
-    idle = args.idle_timeout
-    told = functools.partial(announce, args.http or (args.unix and "UNIX") or "TCP")
+    about = f"Serves {server.protocol_name} (vgi_rpc {__version__})."
     try:
-        if args.access_log:
-            configure_access_log(args.access_log, server)
-        if args.http:
-            serve_http(server, host=args.host, port=args.port, idle_timeout=idle, on_bound=told)
-        elif args.unix:
-            serve_unix(server, args.unix, threaded=True, idle_timeout=idle, on_bound=told)
-        elif args.tcp:
-            serve_tcp(server, *args.tcp, threaded=True, idle_timeout=idle, on_bound=told)
-        else:
-            serve_stdio(server)
+        listen(server, read_options(about, LISTENING, sys.argv[1:]), announce)
     except OSError as exc:
         raise SystemExit(f"{os.path.basename(sys.argv[0])}: {text_of(exc)}") from None
 
@@ -8474,9 +8529,6 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
 # `-` stands. Law: nothing of this section runs on import; a failure is one line, a hint and an exit code: 1 the server
 # answered with an error, 2 the command line or a file is wrong, 3 no server was reached, 4 it refused the caller,
 # 5 the time was over, 130 Ctrl-C.
-
-_FORMATS = ("auto", "json", "ndjson", "table", "arrow")
-_ENDINGS = dict(zip(_FORMATS[1:], _FORMATS[1:]), jsonl="ndjson", txt="table", arrows="arrow")
 
 
 @dataclass(eq=False, repr=False)
@@ -8506,24 +8558,23 @@ class CountdownState(ProducerState):
 
 @dataclass(eq=False, repr=False)
 class StatisticsState(ExchangeState):
-    """Count, sum, min and max of each column so far; nulls are passed over."""
+    """Of the values so far, nulls passed over: how many, their sum, the least and the largest."""
 
-    columns: dict[str, list[float | None]]
+    count: int = 0
+    total: float = 0.0
+    edges: list[float] = field(default_factory=list)
 
     def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
         """Take a batch and answer with the statistics."""
-        import pyarrow.compute as pc
-
-        answer = {}
-        columns: dict[str, Any] = self.columns
-        for name, (count, total, *edges) in columns.items():
-            values = input.batch.column(name).cast(pa.float64(), safe=False).drop_null()
-            count += len(values)
-            total += pc.sum(values).as_py() or 0.0
-            least_most = pc.min_max(pa.concat_arrays([values, pa.array(edges, pa.float64())])).as_py()
-            columns[name] = [count, total, *least_most.values()]
-            answer[name] = [{"count": int(count), "mean": total / count if count else None, **least_most}]
-        out.emit_pydict(answer)
+        values = input.batch.column("value").drop_null().to_pylist()
+        self.count += len(values)
+        self.total += sum(values)
+        if values:
+            self.edges = [min(self.edges + values), max(self.edges + values)]
+        row: dict[str, float] = {"count": self.count}
+        if self.count:
+            row.update(mean=self.total / self.count, min=self.edges[0], max=self.edges[-1])
+        out.emit_pydict({name: [row.get(name)] for name in ("count", "mean", "min", "max")})
 
 
 class Demo:
@@ -8538,19 +8589,15 @@ class Demo:
         header = CountdownHeader(start, max(0, start + 1))
         return Stream(pa.schema([("n", pa.int64())]), CountdownState(start, pause or 0.0), header=header)
 
-    def statistics(self, schema: pa.Schema) -> Stream[StatisticsState]:
-        """Answer each batch of schema with count, mean, min and max of every numeric column so far."""
-        names = [f.name for f in schema if re.match("u?int|double|float|halffloat|decimal", str(f.type))]
-        if not names or len(set(schema.names)) < len(schema):
-            text = f"expected numeric columns under unique names, got {schema_text(schema)}"
-            raise StatusError(text, code=Code.INVALID_ARGUMENT)
-        kind = pa.struct({"count": pa.int64(), **dict.fromkeys(("mean", "min", "max"), pa.float64())})
-        state = StatisticsState({name: [0.0, 0.0, None, None] for name in names})
-        return Stream(pa.schema(dict.fromkeys(names, kind)), state, input_schema=schema)
+    def statistics(self) -> Stream[StatisticsState]:
+        """Answer each batch of a column "value" with count, mean, min and max of all values so far."""
+        answer = {"count": pa.int64(), **dict.fromkeys(("mean", "min", "max"), pa.float64())}
+        value = pa.schema([("value", pa.float64())])
+        return Stream(pa.schema(answer), StatisticsState(), input_schema=value)
 
 
 class _CliError(Exception):
-    """Ends a command: a message, then a hint and an exit code where there are any."""
+    """``_CliError(text, hint, exit code)`` ends a command; the last two may be left out."""
 
 
 def _say(text: str) -> None:
@@ -8569,22 +8616,26 @@ def _program() -> str:
 
 def _report(exc: Exception, verbose: bool) -> int:
     """Say on stderr what failed, with a hint where there is one; return the exit code."""
-    text, hint, code = text_of(exc), "", 2
+    text = text_of(exc)
+    hint = ""
+    code = 2
     if isinstance(exc, _CliError):
         text, hint, code = exc.args + ("", 2)[len(exc.args) - 1 :]
     elif isinstance(exc, OSError):
         text = f"{exc.filename or ''}: {exc.strerror or exc}"
     elif isinstance(exc, RpcError):
-        refused = (Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.RESOURCE_EXHAUSTED)
-        code = 4 if exc.code in refused or "VersionError" in exc.error_type else 1
-        if isinstance(exc, TransportError) or exc.code is Code.DEADLINE_EXCEEDED:
-            code = 5 if exc.code is Code.DEADLINE_EXCEEDED else 3
-        if text.startswith("cannot connect"):
-            hint = f"is the server running? {_program()} serve"
-        elif isinstance(exc, AuthenticationError):
-            hint = "send credentials: --bearer-file FILE or -H 'Authorization: Bearer …'"
-        elif REFLECTION_PROTOCOL in text:
-            hint = "a server with --no-describe does not say what it has"
+        refused = exc.code in (Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.RESOURCE_EXHAUSTED)
+        code = 4 if refused or "VersionError" in exc.error_type else 1
+        if isinstance(exc, TransportError):
+            code = 3
+        if exc.code is Code.DEADLINE_EXCEEDED:
+            code = 5
+        hints = {
+            "cannot connect": f"is the server running? {_program()} serve",
+            "AuthenticationError": "send credentials: --bearer-file FILE or -H 'Authorization: Bearer …'",
+            REFLECTION_PROTOCOL: "a server with --no-describe does not say what it has",
+        }
+        hint = next((hint for word, hint in hints.items() if word in f"{type(exc).__name__} {text}"), "")
     _say(f"error: {' '.join(text.split())}" + f"\nhint: {hint}" * bool(hint))
     if verbose and isinstance(exc, RpcError) and exc.remote_traceback:
         _say(exc.remote_traceback.rstrip())
@@ -8618,9 +8669,9 @@ def _service_of(target: str) -> RpcServer:
         sys.path.insert(0, folder)
         if package:  # as if it had been imported, this module is an attribute of its package
             setattr(importlib.import_module(package), stem, sys.modules[__name__])
-        found: Any = importlib.import_module(path)
-        for step in name.removesuffix("()").split("."):
-            found = getattr(found, step)
+        found: Any = functools.reduce(
+            getattr, name.removesuffix("()").split("."), importlib.import_module(path)
+        )
         if name.endswith("()") or isinstance(found, type):
             found = found()
     except Exception as exc:
@@ -8634,8 +8685,8 @@ def _service_of(target: str) -> RpcServer:
         raise _CliError(f"{target} is a function", "name the class, or write module:make()")
     cls = type(found)
     around: list[Any] = [*cls.__mro__[1:], *vars(sys.modules[cls.__module__]).values()]
-    around = [each for each in around if isinstance(each, type) and vars(each).get("_is_protocol")]
-    fitting = [each for each in around if names(each) and names(each) <= names(cls)]
+    around = [each for each in around if isinstance(each, type) and getattr(each, "_is_protocol", False)]
+    fitting = [each for each in around if set() < names(each) <= names(cls)]
     fitting.sort(key=lambda each: not cls.__name__.startswith(each.__name__))
     try:
         return RpcServer([*fitting, cls][0], found)
@@ -8643,8 +8694,8 @@ def _service_of(target: str) -> RpcServer:
         raise _CliError(text_of(exc)) from None
 
 
-def _words_of(path: str) -> list[list[str]]:
-    """The words of each line of a file of secrets that is neither empty nor a comment."""
+def _secrets(path: str) -> list[list[str]]:
+    """The words of each line of a file that is neither empty nor a comment."""
     with open(path, encoding="utf-8") as file:
         lines = [line.split() for line in file if line.strip() and not line.startswith("#")]
     if not lines:
@@ -8654,65 +8705,57 @@ def _words_of(path: str) -> list[list[str]]:
 
 def _serve(args: Any) -> None:
     """Serve a class, over HTTP unless told otherwise."""
-    others = [name for name in ("stdio", "unix", "tcp") if getattr(args, name)]
-    if len(others) > 1 or (others and args.bearer_file):
-        raise _CliError("--stdio, --unix, --tcp: one at a time, and --bearer-file with none of them")
+    args.http = not (args.stdio or args.unix or args.tcp)
+    if args.bearer_file and not args.http:
+        raise _CliError("--bearer-file is for HTTP")
     server = _service_of(args.target) if args.target else RpcServer(Demo, Demo())
     server.include_tracebacks = server.include_tracebacks and not args.no_tracebacks
     if args.no_describe:
         server.services.pop(REFLECTION_PROTOCOL, None)
         server.describe_enabled = False
-    names = ("prefix", "token_ttl", "allowed_hosts", "max_request_bytes", "max_response_bytes")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    known = HttpOptions.__dataclass_fields__
+    options = {name: value for name, value in vars(args).items() if name in known and value is not None}
     options.update(pages=not args.no_describe, json=not args.no_json, cors_origins=args.cors)
-    lasting = args.token_key_file or os.environ.get("VGI_RPC_TOKEN_KEY")
+    notes = [f"{server.protocol_name} served by vgi_rpc {__version__}"]
+    notes += [f"  {each.info.signature()}    {each.info.kind}" for each in server.primary.methods.values()]
     if args.token_key_file:
-        options["token_key"] = [line[0].encode() for line in _words_of(args.token_key_file)]
-    elif not lasting:
+        options["token_key"] = [words[0].encode() for words in _secrets(args.token_key_file)]
+    elif not os.environ.get("VGI_RPC_TOKEN_KEY"):
         options["token_key"] = os.urandom(32)
+        note = "token key  random, so streams end with this process; --token-key-file keeps them"
+        notes += [note] * args.http
     if args.bearer_file:
-        lines = _words_of(args.bearer_file)
-        known = {words[-1]: AuthContext("bearer", True, [*words[:-1], "bearer"][0]) for words in lines}
-        options["authenticate"] = bearer_authenticate_static(tokens=known)
+        lines = _secrets(args.bearer_file)
+        callers = {words[-1]: AuthContext("bearer", True, [*words[:-1], "bearer"][0]) for words in lines}
+        options["authenticate"] = bearer_authenticate_static(tokens=callers)
     prefix = HttpApp(server, HttpOptions(**options)).options.prefix  # says at once what is wrong
     if args.check:
         print(describe_rpc(server.primary.protocol))
         return
-    if args.access_log:
-        configure_access_log(args.access_log, server)
     if args.timeout is not None:
         options["request_deadline"] = args.timeout
 
     def bound(kind: str, *place: object) -> None:
-        """Say what is served where, and what to do next."""
         where = ":".join(map(str, [kind.lower(), *place]))
         if kind == "PORT":
-            where = f"http://{re.sub('(.*:.*)', '[' + args.host + ']', args.host)}:{place[0]}{prefix}"
-        lines = [f"{server.protocol_name} served by vgi_rpc {__version__}"]
-        for method in server.primary.methods.values():
-            lines.append(f"  {method.info.signature()}    {method.info.kind}")
+            where = f"http://{re.sub('(.*:.*)', '[' + args.host + ']', args.host)}:{place[-1]}{prefix}"
         if not args.bearer_file and not re.match(r"unix:|(tcp:|http://)(localhost|127\.|::1|\[::1)", where):
-            lines.append("warning: anybody who reaches this address can call; --bearer-file asks who it is")
-        if not lasting and kind == "PORT":
-            lines.append("token key  random, so streams end with this process; --token-key-file keeps them")
-        lines += [f"address    {where}", f"look       {_program()} describe {where}", "stop       Ctrl-C"]
-        _say("\n".join(lines))
+            notes.append("warning: anybody who reaches this address can call; --bearer-file asks who it is")
+        _say(
+            "\n".join(
+                [
+                    *notes,
+                    f"address    {where}",
+                    f"look       {_program()} describe {where}",
+                    "stop       Ctrl-C",
+                ]
+            )
+        )
         if args.announce:
             announce(kind, *place)
 
-    more = {"threaded": True, "max_connections": args.max_connections}
     try:
-        if args.stdio:
-            serve_stdio(server)
-        elif args.unix:
-            serve_unix(server, args.unix, on_bound=functools.partial(bound, "UNIX"), **more)
-        elif args.tcp:
-            serve_tcp(server, *args.tcp, on_bound=functools.partial(bound, "TCP"), **more)
-        else:
-            options.update(max_connections=args.max_connections, on_bound=lambda _, port: bound("PORT", port))
-            serve_http(server, host=args.host, port=args.port, **options)
-    except KeyboardInterrupt:  # before the listener's own handlers stood
-        return
+        listen(server, args, bound, **options)
     except OSError as exc:
         where = args.unix or args.tcp or f"{args.host}:{args.port}"
         hint = "if another server runs there: port 0 takes a free one"
@@ -8723,50 +8766,50 @@ def _serve(args: Any) -> None:
 
 
 @contextlib.contextmanager
-def _asked(args: Any) -> Iterator[tuple[ClientChannel, CallOptions, ServiceDescription, Any]]:
+def _connected(args: Any) -> Iterator[tuple[RpcConnection[Any], ServiceDescription, Any]]:
     """Connect to WHERE, and ask what the server says of its service, and of the method if one is named."""
     import shlex
 
     parts = [line.partition(":") for line in args.header or ()]
     headers = {name.strip(): value.strip() for name, _, value in parts}
     if args.bearer_file:
-        headers["Authorization"] = f"Bearer {_words_of(args.bearer_file)[0][-1]}"
+        headers["Authorization"] = f"Bearer {_secrets(args.bearer_file)[0][-1]}"
     kind, _, rest = args.where.partition(":")
-    channel: ClientChannel
+    options: dict[str, Any] = {"timeout": args.timeout}
+    if args.verbose:
+        options["on_log"] = lambda log: _say(f"[{log.level.value}] {log.message}")
+    connection: RpcConnection[Any]
     if kind in ("http", "https"):
-        target = HttpTarget.parse(args.where)
-        channel = HttpClient(http_sender(target), target.prefix, headers)
+        connection = http_connect(Reflection, args.where, headers=headers, **options)
     elif headers:
         raise _CliError("-H and --bearer-file are for HTTP")
     elif kind == "unix":
-        channel = ByteClient(connect_unix_socket(rest, args.timeout))
+        connection = unix_connect(Reflection, rest, **options)
     elif kind == "tcp" and re.fullmatch("(.*:)?[0-9]{1,5}", rest):
-        channel = ByteClient(connect_tcp_socket(*host_and_port(rest), args.timeout or 10.0))
+        connect_timeout = args.timeout or 10.0
+        connection = tcp_connect(
+            Reflection, *read_value("[HOST:]PORT", rest), connect_timeout=connect_timeout, **options
+        )
     elif not args.where or re.fullmatch(r"[\w.-]+:[\w:.]+(/.*)?", args.where):
         text = f"WHERE {args.where!r}: expected a URL, unix:PATH, tcp:HOST:PORT or a command"
         raise _CliError(text, f"http://{args.where}?")
     else:
         stderr = StderrMode.INHERIT if args.verbose else StderrMode.PIPE
-        channel = ByteClient(SubprocessTransport(shlex.split(args.where), stderr=stderr))
-    options = CallOptions(None, args.timeout)
-    if args.verbose:
-        options = CallOptions(lambda log: _say(f"[{log.level.value}] {log.message}"), args.timeout)
-    with contextlib.closing(channel):
+        connection = connect(Reflection, shlex.split(args.where), stderr=stderr, **options)
+    with connection:
         protocol, _, name = (args.method or "").rpartition(".")
-        asking = RpcConnection(Reflection, channel, timeout=args.timeout)
-        service = introspect(asking, protocol=protocol or None)
+        service = introspect(connection, protocol=protocol or None)
         if name and name not in service.methods:
             text = f"{service.protocol_name} has no method {name!r}{suggest(name, service.methods)}"
             raise _CliError(text, f"it has {', '.join(sorted(service.methods))}")
-        yield channel, options, service, service.methods.get(name)
+        yield connection, service, service.methods.get(name)
 
 
 def _usage_of(method: MethodDescription) -> str:
     """One line that calls a method, with example values; what may be left out stands in brackets."""
     words = [f"usage: {_program()} call WHERE {method.name}"]
     for name, word in example_words(method.params_schema, method.param_defaults).items():
-        told = method.method_type is MethodType.STREAM and name == "schema"  # by the input
-        optional = told or name in method.param_defaults or method.params_schema.field(name).nullable
+        optional = name in method.param_defaults or method.params_schema.field(name).nullable
         words.append(f"[{word}]" if optional else word)
     return " ".join(words + ["-i FILE"] * bool(method.is_exchange))
 
@@ -8800,89 +8843,75 @@ def _given(args: Any, method: MethodDescription) -> Any:
 # -- call: what an exchange is given
 
 
-def _input_batches(args: Any, guess: bool) -> Iterator[pa.RecordBatch]:
-    """The batches of an Arrow, NDJSON or CSV file, told apart by their first bytes; ``-`` is read as it comes.
-
-    With *guess* columns of numbers become floats. Without, numbers go as text, as all of CSV does: the server casts
-    them to the types that it declares, which nobody else knows, and no digit is lost.
-    """
+def _input_batches(args: Any) -> Iterator[pa.RecordBatch]:
+    """The batches of an Arrow, NDJSON or CSV file, told apart by its first bytes; ``-`` is read as it comes."""
     opened: Any = contextlib.nullcontext(sys.stdin.buffer) if args.input == "-" else open(args.input, "rb")
     with opened as file:
         first = file.peek(8)[:6]
+        batches = _text_batches(file, is_csv=first.lstrip()[:1] != b"{")
         if first == b"ARROW1":
             file.read(8)  # this format is a stream between two magic words (Columnar.rst, "IPC File Format")
         if first == b"ARROW1" or first[:4] == END_OF_STREAM[:4]:
             source = ByteSource()
             source.read = file.read  # type: ignore[method-assign]
-            for batch, _ in iter(IpcReader(source).next, None):
-                size = args.rows or max(batch.num_rows, 1)
-                yield from (batch.slice(start, size) for start in range(0, max(batch.num_rows, 1), size))
-            return
-        is_csv = first.lstrip()[:1] != b"{"
-        size = args.rows or 100
-        head = rest = b""  # the first line of CSV; what has no end of line yet
-        quoted = False  # whether the last record goes on, in a cell of CSV
-        records: list[bytes] = []
-        known: dict[str, pa.DataType] = {}
-        for data in itertools.chain(iter(functools.partial(file.read1, 1 << 20), b""), [b"\n", b""]):
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                if quoted:
-                    records[-1] += b"\n" + line
-                elif line.strip():
-                    records.append(line)
-                quoted ^= is_csv and line.count(b'"') % 2 == 1
-            if is_csv and not head and len(records) > quoted:
-                head = records.pop(0) + b"\n"
-            least = size
-            if not data or (args.input == "-" and not args.rows):
-                least = 1  # at the end what is left, and of a pipe what has come
-            while len(records) - (quoted and bool(data)) >= least:
-                batch = _text_batch(head, records[:size], known, guess)
-                known = {member.name: member.type for member in batch.schema}
-                yield batch
-                del records[:size]
+            batches = ((batch, batch.num_rows) for batch, _ in iter(IpcReader(source).next, None))
+        for batch, most in batches:
+            size = args.rows or max(most, 1)
+            yield from (batch.slice(at, size) for at in range(0, max(batch.num_rows, 1), size))
 
 
-def _text_batch(head: bytes, records: list[bytes], known: Any, guess: bool) -> pa.RecordBatch:
-    """A batch of lines of CSV, below *head*, or of NDJSON; *known* are the types of the batches before it."""
-    from pyarrow import csv
+def _text_batches(file: Any, is_csv: bool) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Batches of CSV or NDJSON as they are read, and how many rows of each to send at a time.
 
-    at = "input"
-    text = head + b"\n".join(records)
+    Numbers stay texts, as all of CSV does: the server casts them to the types that it declares, which nobody else knows,
+    and no digit is lost.
+    """
+    schema = None
+    rest = b""
+    for data in itertools.chain(iter(functools.partial(file.read1, 1 << 20), b""), [b""]):
+        rest += data or b"\n"
+        end = rest.rfind(b"\n") + 1
+        while data and is_csv and rest.count(b'"', 0, end) % 2:  # within a cell
+            end = rest.rfind(b"\n", 0, end - 1) + 1
+        if rest[:end].strip():
+            try:
+                batch = (_read_csv if is_csv else _read_ndjson)(rest[:end], schema)
+            except ARROW_FAILURES as exc:
+                raise _CliError(f"input: {text_of(exc)}") from None
+            schema = batch.schema
+            if batch.num_rows:
+                yield batch, 100
+        rest = rest[end:]
+
+
+def _read_csv(text: bytes, schema: pa.Schema | None) -> pa.RecordBatch:
+    """Lines of CSV, all texts, null where nothing stands, not even quotes. Without *schema* the first is a head."""
+    import csv
+
+    from pyarrow import csv as arrow
+
+    names = schema.names if schema else next(csv.reader(io.StringIO(text.decode("utf-8-sig"), newline="")))
+    cells = arrow.ConvertOptions(column_types=dict.fromkeys(names, pa.utf8()), null_values=[""])
+    cells.strings_can_be_null = True
+    cells.quoted_strings_can_be_null = False
+    reading = arrow.ReadOptions(use_threads=False, block_size=len(text) + 1, column_names=names)
+    reading.skip_rows_after_names = int(schema is None)
+    table = arrow.read_csv(io.BytesIO(text), reading, arrow.ParseOptions(newlines_in_values=True), cells)
+    return batch_of_table(table, "input")
+
+
+def _read_ndjson(text: bytes, schema: pa.Schema | None) -> pa.RecordBatch:
+    """Lines of NDJSON. Without *schema* they decide on the columns and types of all that follow."""
+    lines = filter(bytes.strip, text.split(b"\n"))
+    rows = [parse_json(line, f"input {line[:60]!r}", parse_int=str, parse_float=str) for line in lines]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("expected a JSON object for each row")
     columns: dict[str, Any] = {}
-    try:
-        if head:  # cells are texts as they stand, null where nothing stands, not even quotes
-            parsing = csv.ParseOptions(newlines_in_values=True)
-            names = csv.read_csv(io.BytesIO(head), parse_options=parsing).column_names
-            texts = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.utf8()), null_values=[""])
-            texts.strings_can_be_null = True
-            texts.quoted_strings_can_be_null = False
-            reading = csv.ReadOptions(use_threads=False, block_size=len(text) + 1)
-            columns = csv.read_csv(io.BytesIO(text), reading, parsing, texts).to_pydict()
-        else:
-            rows = [parse_json(record, f"input {record[:60]!r}") for record in records]
-            if not all(isinstance(row, dict) for row in rows):
-                raise ValueError("expected a JSON object for each row")
-            for name in dict.fromkeys(itertools.chain(known, *rows)):
-                columns[name] = [row.get(name) for row in rows]
-        for name, values in columns.items():
-            at = f"input column {name}"
-            kind = known.get(name)
-            if known and kind is None:
-                raise ValueError("the first rows have no such column, and they decide")
-            column = None
-            words = [value if value is None else str(value) for value in values]
-            digits = [len(re.sub("[^0-9]", "", word or "")) for word in words]
-            if guess and max(digits) <= 15 and kind in (None, pa.float64()):  # as many as floats keep
-                with contextlib.suppress(pa.ArrowInvalid):
-                    column = pa.array(words, pa.utf8()).cast(pa.float64())
-            if column is None:
-                exact = [word if type(v) in (int, decimal.Decimal) else v for v, word in zip(values, words)]
-                column = pa.array(without_decimals(exact), kind)
-            columns[name] = column.cast(pa.utf8()) if pa.types.is_null(column.type) else column
-    except ARROW_FAILURES as exc:
-        raise _CliError(f"{at}: {text_of(exc)}") from None
+    for name in dict.fromkeys(itertools.chain(schema.names if schema else (), *rows)):
+        if schema and name not in schema.names:
+            raise ValueError(f"column {name}: the first rows have no such column, and they decide")
+        column = pa.array([row.get(name) for row in rows], schema and schema.field(name).type)
+        columns[name] = column.cast(pa.utf8()) if pa.types.is_null(column.type) else column
     return pa.RecordBatch.from_pydict(columns)
 
 
@@ -8898,27 +8927,47 @@ def _cell(value: Any) -> str:
     return value or "" if value is None or isinstance(value, str) else json_text(value)
 
 
+_ENDINGS = {"": "ndjson", ".ndjson": "ndjson", ".jsonl": "ndjson", ".json": "json", ".txt": "table"}
+_ENDINGS |= {".table": "table", ".arrow": "arrow", ".arrows": "arrow"}
+
+
 class _Output:
     """Writes a header, batches or one value to FILE or stdout, each as it comes, in one of the formats."""
 
     def __init__(self, args: Any) -> None:
         terminal = not args.output and sys.stdout.isatty()
-        goes_on = bool(args.resume and os.path.exists(args.resume))
-        ending = os.path.splitext(args.output or "")[1].removeprefix(".")
-        kind = "table" if terminal else _ENDINGS.get(ending or "ndjson")
-        self.kind = kind if args.format == "auto" else args.format
-        self._path = args.output
-        self._begun = False
-        self._arrow: IpcWriter | None = None
+        adds = bool(args.resume and os.path.exists(args.resume))
+        self.kind = args.format
+        if args.format == "auto":
+            self.kind = "table" if terminal else _ENDINGS.get(os.path.splitext(args.output or "")[1])
         if self.kind is None:
             raise _CliError(f"-o {args.output}: no kind of file that is written here", "-f says another one")
-        if self.kind == "arrow" and (terminal or (goes_on and os.path.exists(args.output or ""))):
+        if self.kind == "arrow" and (terminal or (adds and os.path.exists(args.output or ""))):
             raise _CliError("-f arrow: neither for a terminal nor to be added to a file", "-o A_NEW_FILE")
-        self._file: Any = open(args.output, "ab" if goes_on else "wb") if args.output else sys.stdout.buffer
+        self._path = args.output
+        self._file: Any = open(args.output, "ab" if adds else "wb") if args.output else sys.stdout.buffer
+        self._begun = False  # whether there was a row
+        self._end = "[]\n" * (self.kind == "json")
+        self._arrow: IpcWriter | None = None
 
     def _put(self, text: str) -> None:
         self._file.write(text.encode("utf-8", "backslashreplace"))
         self._file.flush()
+
+    def rows(self, rows: list[dict[str, Any]]) -> None:
+        """Write rows of JSON values: as lines, as part of one array, or as cells of a least width."""
+        text = ""
+        for row in rows:
+            if self.kind == "table":
+                lines = [list(row)] * (not self._begun) + [list(map(_cell, row.values()))]
+                text += "".join("  ".join(f"{cell:12}" for cell in cells).rstrip() + "\n" for cells in lines)
+            elif self.kind == "json":
+                text += ("[\n", ",\n")[self._begun] + json_text(row)
+                self._end = "\n]\n"
+            else:
+                text += json_text(row) + "\n"
+            self._begun = True
+        self._put(text)
 
     def header(self, batch: pa.RecordBatch, described: pa.Schema) -> None:
         """Write a stream's header. In Arrow it is a stream of its own: in ``FILE.header``, or in front on a pipe."""
@@ -8941,40 +8990,28 @@ class _Output:
         else:
             self.rows(batch_rows(batch))
 
-    def rows(self, rows: list[Any]) -> None:
-        """Write rows of JSON values: as lines, as part of one array, or as cells of a least width."""
-        lines = [json_text(row) for row in rows]
-        if rows and self.kind == "json":
-            lines = [("[", ",")[self._begun] + "\n" + ",\n".join(lines)]
-        elif rows and self.kind == "table":
-            table = [list(rows[0])] * (not self._begun) + [list(map(_cell, row.values())) for row in rows]
-            lines = ["  ".join(f"{cell:12}" for cell in cells).rstrip() for cells in table]
-        self._begun = self._begun or bool(rows)
-        self._put("".join(line + "\n" * (self.kind != "json") for line in lines))
-
     def value(self, value: Any, info: RpcMethodInfo) -> None:
         """Write a unary result; a dataclass or a record batch, which is a stream inside of bytes, as rows."""
-        members = list(described_schemas(info)["result"])
-        shown: Any = value_to_json(value, members[0]) if members else None
-        inner: list[pa.RecordBatch] = []
+        whole = info.result.to_batch(info.result.encode([value][: info.has_return]))
+        shown = result_to_json(info, whole)
+        batches = []
         if isinstance(value, bytes) and value[:4] == END_OF_STREAM[:4]:
             with contextlib.suppress(IPCError, EOFError):
-                inner = [batch for batch, _ in iter(IpcReader(BufferSource(value)).next, None)]
-        if inner and isinstance(shown, str):  # a server that does not tell what is inside
-            shown = [row for batch in inner for row in batch_rows(batch)]
+                batches = batches_in(value)
+        if batches and isinstance(shown, str):  # a server that does not tell what is inside
+            shown = [row for batch in batches for row in batch_rows(batch)]
         if self.kind == "arrow":
-            for batch in inner or [info.result.to_batch(info.result.encode([value][: len(members)]))]:
+            for batch in batches or [whole]:
                 self.batch(batch)
-        elif inner and self.kind != "json":
-            self.rows([shown] if isinstance(shown, dict) else shown)
+        elif batches and self.kind != "json":
+            self.rows(shown if isinstance(shown, list) else [shown])
         else:
-            self._put((_cell(shown) if self.kind == "table" else json_text(shown)) + "\n")
-        self.close("")
+            self._end = (_cell(shown) if self.kind == "table" else json_text(shown)) + "\n"
+        self.close()
 
-    def close(self, empty: str = "[]\n") -> None:
+    def close(self) -> None:
         """End what needs an end: an array of rows, a stream, a file."""
-        if self.kind == "json":
-            self._put("\n]\n" if self._begun else empty)
+        self._put(self._end)
         if self._arrow is not None:
             self._arrow.write_all(close=True)
         self._file.flush()
@@ -8984,7 +9021,7 @@ class _Output:
 
 def _call(args: Any) -> None:
     """Call a method."""
-    with _asked(args) as (channel, options, service, method):
+    with _connected(args) as (connection, service, method):
         if method is None:
             raise _CliError("METHOD is missing", f"{service.protocol_name} has {', '.join(service.methods)}")
         is_stream = method.method_type is MethodType.STREAM
@@ -8992,40 +9029,36 @@ def _call(args: Any) -> None:
             raise _CliError(f"{method.name}() takes no input: it is no exchange", _usage_of(method))
         if method.is_exchange and not args.input:
             raise _CliError(f"{method.name}() takes batches", _usage_of(method))
-        if args.resume and not (is_stream and isinstance(channel, HttpClient)):
+        if args.resume and not (is_stream and isinstance(connection._channel, HttpClient)):
             raise _CliError("--resume is for streams over HTTP: elsewhere the state ends with the connection")
         try:
-            given = _given(args, method)
-            if is_stream:
-                _call_stream(args, channel, options, method, given)
-            else:
-                row = arguments_from_json(method, given)
-                _Output(args).value(channel.call(method, row, options), method)
+            row = arguments_from_json(method, _given(args, method))
         except (ParameterError, ProtocolError) as exc:
             raise _CliError(text_of(exc), _usage_of(method)) from None
+        if is_stream:
+            _call_stream(args, connection, method, row)
+        else:
+            answer = connection._channel.call(method, row, connection._options)
+            _Output(args).value(answer, method)
 
 
-def _call_stream(args: Any, channel: Any, options: CallOptions, info: RpcMethodInfo, given: Any) -> None:
+def _call_stream(args: Any, connection: RpcConnection[Any], info: RpcMethodInfo, row: list[Any]) -> None:
     """Start a stream, or go on with the one that ``--resume FILE`` remembers, and write each answer as it comes.
 
     The file holds the method, how many rows of the input were answered, and the token behind them.
     """
-    mark: dict[str, Any] = {"method": f"{info.protocol_name}.{info.name}", "rows": 0, "token": ""}
+    method = f"{info.protocol_name}.{info.name}"
+    mark: dict[str, Any] = {}
     if args.resume and os.path.exists(args.resume):
-        with open(args.resume, encoding="utf-8") as file:
-            kept = json.load(file)
-        if not isinstance(kept, dict) or kept.get("method") != mark["method"] or kept.keys() != mark.keys():
-            raise _CliError(f"{args.resume}: not where a call of {mark['method']} stopped")
-        mark = kept
-    told = "schema" in info.params.names  # by the input
-    batches = _input_batches(args, told) if args.input else iter(())
-    first = list(itertools.islice(batches, 1))
-    if first and told:
-        given.setdefault("schema", base64.b64encode(first[0].schema.serialize()).decode())
-    if mark["token"]:
-        opened = channel.resume(info, mark["token"].encode(), options)
+        with open(args.resume, "rb") as file:
+            mark = json_object(file.read())
+        if mark.get("method") != method or not isinstance(mark.get("token"), str):
+            raise _CliError(f"{args.resume}: not where a call of {method} stopped")
+    opened: Any
+    if mark:
+        opened = connection._channel.resume(info, mark["token"].encode(), connection._options)
     else:
-        opened = channel.call(info, arguments_from_json(info, given), options)
+        opened = connection._channel.call(info, row, connection._options)
     show: Any = functools.partial(print, "\r\x1b[K", sep="", end="", file=sys.stderr, flush=True)
     if not sys.stderr.isatty():
         show = str
@@ -9034,10 +9067,10 @@ def _call_stream(args: Any, channel: Any, options: CallOptions, info: RpcMethodI
         output = _Output(args)
         if session.header_batch is not None:
             output.header(session.header_batch, described_schemas(info)["header"])
-        turns: Iterable[tuple[AnnotatedBatch, int]] = ((answer, 0) for answer in session)
+        answers: Iterable[tuple[AnnotatedBatch, int]] = ((answer, 0) for answer in session)
         if args.input:
-            turns = _turns(session, itertools.chain(first, batches), mark["rows"])
-        for answer, rows in turns:
+            answers = _turns(session, _input_batches(args), mark.get("rows", 0))
+        for answer, rows in answers:
             batch = answer.batch
             if args.limit is not None and not args.resume:
                 batch = batch.slice(0, args.limit - written)
@@ -9047,11 +9080,11 @@ def _call_stream(args: Any, channel: Any, options: CallOptions, info: RpcMethodI
             written += batch.num_rows
             if args.resume and not session.closed:
                 with contextlib.suppress(RpcError):  # there is no token behind the last batch
-                    mark.update(rows=rows, token=session.token().decode())
+                    mark = {"method": method, "rows": rows, "token": session.token().decode()}
                     # All so far was written. The old file stays until the new one is whole; it is its owner's alone.
                     descriptor = os.open(f"{args.resume}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-                    with open(descriptor, "w", encoding="utf-8") as file:
-                        json.dump(mark, file)
+                    with open(descriptor, "wb") as kept:
+                        kept.write(json_bytes(mark))
                     os.replace(f"{args.resume}.new", args.resume)
             show(f"{turn} batches, {written} rows")
             if args.limit is not None and written >= args.limit:
@@ -9080,10 +9113,10 @@ def _turns(session: StreamSession, batches: Iterable[Any], skip: int) -> Iterato
 
 def _describe(args: Any) -> None:
     """Show what a server offers."""
-    with _asked(args) as (channel, options, service, method):
+    with _connected(args) as (connection, service, method):
         told: dict[str, Any] = {"protocol_hash": service.protocol_hash, "server_id": service.server_id}
-        if args.verbose and isinstance(channel, HttpClient):
-            told.update(channel.capabilities(options.deadline)._asdict())
+        if args.verbose and isinstance(connection._channel, HttpClient):
+            told.update(connection._channel.capabilities(connection._options.deadline)._asdict())
     texts = [f"{service.protocol_name} {service.protocol_version}".rstrip()] * (method is None)
     for each in [method] if method else service.methods.values():
         lines = [f"{each.signature()}    {each.kind}"]
@@ -9112,7 +9145,7 @@ def _selfcheck(args: Any) -> int:
     place, file = os.path.split(os.path.abspath(__file__))  # the place may be a zip archive
     start = f"import sys; sys.path.insert(0, {place!r}); import {file[:-3]} as m; sys.exit(m.main())"
     bound: Any = concurrent.futures.Future()
-    more = {"port": 0, "token_key": os.urandom(32), "on_bound": lambda _, port: bound.set_result(port)}
+    more = {"token_key": os.urandom(32), "on_bound": lambda _, port: bound.set_result(port)}
     threading.Thread(target=serve_http, args=[RpcServer(Demo, Demo())], kwargs=more, daemon=True).start()
     ways: dict[str, Callable[[], Any]] = {
         "pipe": lambda: serve_pipe(Demo, Demo()),
@@ -9120,16 +9153,16 @@ def _selfcheck(args: Any) -> int:
         "http": lambda: http_connect(Demo, f"http://127.0.0.1:{bound.result(10)}"),
     }
     print(_versions())
-    given = pa.RecordBatch.from_pydict({"x": [1.0, None, 3.0]})
     failed = 0
     for name, way in ways.items():
         text = "ok"
         try:
             with way() as proxy:
                 found = [proxy.add(a=2.0), *proxy.countdown(start=2).to_table().column("n").to_pylist()]
-                with proxy.statistics(schema=given.schema) as session:
-                    found += [session.exchange(given).batch.column("x")[0]["count"].as_py() for _ in range(2)]
-            if found != [3.0, 2, 1, 0, 2, 4]:
+                with proxy.statistics() as session:
+                    answers = [session.exchange({"value": [1.0, None, 3.0]}).batch for _ in range(2)]
+            found += answers[1].to_pylist()
+            if found != [3.0, 2, 1, 0, {"count": 4, "mean": 2.0, "min": 1.0, "max": 3.0}]:
                 raise ValueError(f"wrong answers: {found}")
         except Exception as exc:
             failed = 1
@@ -9138,52 +9171,28 @@ def _selfcheck(args: Any) -> int:
     return failed
 
 
-# -- the parser
+# -- the commands, and the options of each (see `read_options`)
 
-
-def _size(text: str) -> int:
-    [(number, unit)] = re.findall(r"^([0-9]{1,18})([KMG]?)(?:i?B)?$", text, re.I)
-    return int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit.upper()]
-
-
-_KINDS: dict[str, dict[str, Any]] = {  # what argparse is told, by what stands for the value
-    "": {"action": "store_true"},
-    "N": {"type": int},
-    "SECONDS": {"type": float},
-    "SIZE": {"type": _size},
-    "PORT": {"type": port_number},
-    "[HOST:]PORT": {"type": host_and_port},
-    "FORMAT": {"choices": _FORMATS},
-    "'K: V'": {"action": "append"},
-    "TARGET": {"nargs": "?"},
-    "METHOD": {"nargs": "?"},
-    "KEY=VALUE": {"nargs": "*"},
-}
-# The arguments of the commands, a line each: flags, what stands for the value, its default | help.
-_CLIENT = """
+_CLIENT = """\
 where WHERE | http(s)://HOST[:PORT][/PREFIX], unix:PATH, tcp:HOST:PORT, or a command in quotes
-method METHOD | name of the method, or Protocol.method
--H --header 'K: V' | a further HTTP header; may be repeated
+method METHOD? | name of the method, or Protocol.method
+-H,--header NAME:VALUE+ | a further HTTP header; may be repeated
 --bearer-file FILE | send the token that this file holds
 --timeout SECONDS | give up on a call or a turn after so long
--v --verbose | more: ids and limits, the server's log lines, its stderr and its tracebacks
+-v,--verbose | more: ids and limits, the server's log lines, its stderr and its tracebacks
 """
-_CALL = """
-parameters KEY=VALUE | typed by the live schema; key:=json, key=@file, key.field=value
--j --json JSON | parameters as a JSON object; @file, or - for stdin
--i --input FILE | batches for an exchange: Arrow, NDJSON or CSV; - is stdin, read as it comes
+_CALL = """\
+parameters KEY=VALUE* | typed by the live schema; key:=json, key=@file, key.field=value
+-j,--json JSON | parameters as a JSON object; @file, or - for stdin
+-i,--input FILE | batches for an exchange: Arrow, NDJSON or CSV; - is stdin, read as it comes
 --rows N | rows of the input per turn (default: Arrow's batches, 100 lines of text)
--f --format FORMAT := auto | auto, json, ndjson, table or arrow; auto: a table on a terminal, else NDJSON
--o --output FILE | write the answer there; its ending may say the format
+-f,--format auto|json|ndjson|table|arrow := auto | auto: a table on a terminal, else NDJSON
+-o,--output FILE | write the answer there; its ending may say the format
 --limit N | stop after so many rows
 --resume FILE | keep the stream's token there, and go on from it if it is there (HTTP)
 """
-_SERVE = """
-target TARGET | module:Class, path/to/file.py:Class or module:factory(); default: a small demo
---host HOST := 127.0.0.1 | address to bind
---port PORT := 8000 | 0 takes a free one
---unix PATH | serve a Unix socket instead of HTTP
---tcp [HOST:]PORT | serve TCP instead of HTTP
+_SERVE = """\
+target TARGET? | module:Class, path/to/file.py:Class or module:factory(); default: a small demo
 --stdio | serve stdin and stdout instead of HTTP
 --prefix /PATH | serve HTTP under this path
 --token-key-file FILE | keys of the state tokens, one a line: the first signs, all verify
@@ -9192,67 +9201,40 @@ target TARGET | module:Class, path/to/file.py:Class or module:factory(); default
 --allowed-hosts HOSTS | names that the Host header may have, separated by commas; * for any
 --max-request-bytes SIZE | largest request, such as 64M
 --max-response-bytes SIZE | largest answer
---max-connections N := 512 | at most so many at a time
 --timeout SECONDS | for reading one request, and for sending its answer
 --token-ttl SECONDS | how long a state token is good for; 0 for ever
---access-log FILE | append a JSON line per call; - is stderr
 --no-describe | no reflection and no pages
 --no-json | no calls in JSON
 --no-tracebacks | errors without the server's traceback
 --announce | print PORT:<n>, UNIX:<path> or TCP:<host>:<port> on stdout when listening
 --check | load the service, print what would be served, and exit
 """
-_COMMANDS: dict[str, tuple[Any, str]] = {  # what runs it, its arguments
-    "serve": (_serve, _SERVE),
+_COMMANDS: dict[str, tuple[Any, str]] = {
+    "serve": (_serve, _SERVE + LISTENING.replace("--port PORT := 0", "--port PORT := 8000")),
     "call": (_call, _CLIENT + _CALL),
     "describe": (_describe, _CLIENT),
     "selfcheck": (_selfcheck, ""),
 }
 
 
-def _parse(words: list[str]) -> tuple[Any, Any]:
+def _parse(words: list[str]) -> tuple[Callable[[Any], int | None], Any]:
     """Read the command line: what is to be run, and with which arguments."""
-    import argparse
-
     name = (words or ["--help"])[0]
-    if name in ("--version", "--help", "-h"):
+    if name == "--version":
+        return lambda _: print(_versions()), None
+    if name in ("--help", "-h"):
         lines = [f"  {command:12}{run.__doc__}" for command, (run, _) in _COMMANDS.items()]
-        lines = [f"usage: {_program()} COMMAND …", *lines, "COMMAND --help says what it takes."]
-        print(_versions() if name == "--version" else "\n".join(lines))
+        print("\n".join([f"usage: {_program()} COMMAND …", *lines, "COMMAND --help says what it takes."]))
         return (lambda _: 2 * (not words)), None
     if name not in _COMMANDS:
         raise _CliError(f"no command {name!r}{suggest(name, _COMMANDS)}", f"there are {', '.join(_COMMANDS)}")
-    run, arguments = _COMMANDS[name]
+    run, table = _COMMANDS[name]
     program = f"{_program()} {name}"
-    parser = argparse.ArgumentParser(program, description=run.__doc__, allow_abbrev=False)
 
     def refuse(message: str) -> typing.NoReturn:
         raise _CliError(message.removeprefix("argument "), f"{program} --help")
 
-    parser.error = refuse  # type: ignore[method-assign]
-    for line in filter(None, arguments.split("\n")):
-        words_of, _, text = line.partition(" | ")
-        words_of, _, default = words_of.partition(" := ")
-        match = cast("re.Match[str]", re.fullmatch(r"((?:-\S+ ?)+|\w+)(.*)", words_of))
-        flags = match[1].split()
-        metavar = match[2].strip()
-        text += f" (default: {default})" * bool(default)
-        if name == "serve":  # whose options have twins in the environment
-            twin = "VGI_RPC_" + flags[-1].lstrip("-").replace("-", "_").upper()
-            text += f" [{twin}]"
-            default = os.environ.get(twin) or default
-        settings: dict[str, Any] = {"help": text, "default": default or None, **_KINDS.get(metavar, {})}
-        if metavar:
-            settings["metavar"] = metavar
-        else:
-            settings["default"] = default.lower() in ("1", "true", "yes")
-        parser.add_argument(*flags, **settings)
-    args = parser.parse_intermixed_args(words[1:])
-    for option, value in vars(args).items():
-        least = {"port": 0, "token_ttl": 0}.get(option, 1e-9)
-        if type(value) in (int, float) and not least <= value < 1e18:
-            refuse(f"--{option.replace('_', '-')}: expected a number above 0, got {value}")
-    return run, args
+    return run, read_options(run.__doc__, table, words[1:], program, name == "serve", refuse)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
