@@ -8431,24 +8431,12 @@ def read_value(kind: str, text: str) -> Any:
     return number if kind == "SECONDS" else int(number)
 
 
-def read_options(
-    about: str,
-    table: str,
-    words: list[str],
-    program: str | None = None,
-    twins: bool = False,
-    refuse: Any = None,
-) -> Any:
-    """Read a command line by a *table*, an option a line: ``-s,--long VALUE := default | help``.
+def read_options(parser: Any, table: str, words: list[str], twins: bool = False) -> Any:
+    """Read a command line with an ``ArgumentParser`` and a *table*: ``-s,--long VALUE := default | help``, a line each.
 
-    ``VALUE?`` and ``VALUE*`` are nargs of a positional, ``VALUE+`` may be repeated, ``a|b`` takes one of these; without a
-    value it is a switch. With *twins* ``VGI_RPC_LONG`` in the environment goes before the default. *refuse* takes what
-    is wrong, in place of argparse's usage and exit.
+    ``VALUE?`` and ``VALUE*`` are nargs of a positional, ``VALUE+`` may be repeated, ``a|b`` takes one of these; without
+    a value it is a switch. With *twins* ``VGI_RPC_LONG`` in the environment goes before the default.
     """
-    import argparse
-
-    parser = argparse.ArgumentParser(program, description=about, allow_abbrev=False)
-    parser.error = refuse or parser.error  # type: ignore[method-assign]
     counts = {"?": {"nargs": "?"}, "*": {"nargs": "*"}, "+": {"action": "append"}}
     for line in table.splitlines():
         option, _, text = line.partition(" | ")
@@ -8460,10 +8448,7 @@ def read_options(
             twin = f"VGI_RPC_{flags[-1].lstrip('-').replace('-', '_').upper()}"
             text += f" [{twin}]"
             default = os.environ.get(twin) or default
-        settings: dict[str, Any] = {
-            "action": "store_true",
-            "default": default.lower() in ("1", "true", "yes"),
-        }
+        settings: dict[str, Any] = {"action": "store_true", "default": default in ("1", "true", "yes")}
         if kind:
             settings = {"metavar": kind.rstrip("?*+"), "default": default or None}
             settings.update(type=functools.partial(read_value, kind), **counts.get(kind[-1], {}))
@@ -8515,9 +8500,11 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
     if not sys.argv[1:]:  # a worker's start need not wait for argparse
         serve_stdio(server)
         return
-    about = f"Serves {server.protocol_name} (vgi_rpc {__version__})."
+    import argparse
+
+    parser = argparse.ArgumentParser(description=f"Serves {server.protocol_name} (vgi_rpc {__version__}).")
     try:
-        listen(server, read_options(about, LISTENING, sys.argv[1:]), announce)
+        listen(server, read_options(parser, LISTENING, sys.argv[1:]), announce)
     except OSError as exc:
         raise SystemExit(f"{os.path.basename(sys.argv[0])}: {text_of(exc)}") from None
 
@@ -8651,6 +8638,7 @@ def _service_of(target: str) -> RpcServer:
     A class serves the Protocol that it derives from, or one of its module that it fits, best by name; else itself.
     """
     import importlib
+    import pkgutil
 
     def names(cls: Any) -> set[str]:
         return {name for name in dir(cls) if not name.startswith("_") and callable(getattr(cls, name, None))}
@@ -8669,9 +8657,7 @@ def _service_of(target: str) -> RpcServer:
         sys.path.insert(0, folder)
         if package:  # as if it had been imported, this module is an attribute of its package
             setattr(importlib.import_module(package), stem, sys.modules[__name__])
-        found: Any = functools.reduce(
-            getattr, name.removesuffix("()").split("."), importlib.import_module(path)
-        )
+        found: Any = pkgutil.resolve_name(f"{path}:{name.removesuffix('()')}")
         if name.endswith("()") or isinstance(found, type):
             found = found()
     except Exception as exc:
@@ -8738,19 +8724,14 @@ def _serve(args: Any) -> None:
     def bound(kind: str, *place: object) -> None:
         where = ":".join(map(str, [kind.lower(), *place]))
         if kind == "PORT":
-            where = f"http://{re.sub('(.*:.*)', '[' + args.host + ']', args.host)}:{place[-1]}{prefix}"
+            host = f"[{args.host}]" if ":" in args.host else args.host
+            where = f"http://{host}:{place[-1]}{prefix}"
         if not args.bearer_file and not re.match(r"unix:|(tcp:|http://)(localhost|127\.|::1|\[::1)", where):
             notes.append("warning: anybody who reaches this address can call; --bearer-file asks who it is")
-        _say(
-            "\n".join(
-                [
-                    *notes,
-                    f"address    {where}",
-                    f"look       {_program()} describe {where}",
-                    "stop       Ctrl-C",
-                ]
-            )
+        notes.extend(
+            [f"address    {where}", f"look       {_program()} describe {where}", "stop       Ctrl-C"]
         )
+        _say("\n".join(notes))
         if args.announce:
             announce(kind, *place)
 
@@ -8786,10 +8767,7 @@ def _connected(args: Any) -> Iterator[tuple[RpcConnection[Any], ServiceDescripti
     elif kind == "unix":
         connection = unix_connect(Reflection, rest, **options)
     elif kind == "tcp" and re.fullmatch("(.*:)?[0-9]{1,5}", rest):
-        connect_timeout = args.timeout or 10.0
-        connection = tcp_connect(
-            Reflection, *read_value("[HOST:]PORT", rest), connect_timeout=connect_timeout, **options
-        )
+        connection = tcp_connect(Reflection, *read_value("[HOST:]PORT", rest), **options)
     elif not args.where or re.fullmatch(r"[\w.-]+:[\w:.]+(/.*)?", args.where):
         text = f"WHERE {args.where!r}: expected a URL, unix:PATH, tcp:HOST:PORT or a command"
         raise _CliError(text, f"http://{args.where}?")
@@ -8843,25 +8821,34 @@ def _given(args: Any, method: MethodDescription) -> Any:
 # -- call: what an exchange is given
 
 
-def _input_batches(args: Any) -> Iterator[pa.RecordBatch]:
-    """The batches of an Arrow, NDJSON or CSV file, told apart by its first bytes; ``-`` is read as it comes."""
+def _input_batches(args: Any, skip: int) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """The batches of an Arrow, NDJSON or CSV file, told apart by its first bytes; ``-`` is read as it comes.
+
+    Without the first *skip* rows; each with the number of rows up to its end.
+    """
     opened: Any = contextlib.nullcontext(sys.stdin.buffer) if args.input == "-" else open(args.input, "rb")
     with opened as file:
         first = file.peek(8)[:6]
         batches = _text_batches(file, is_csv=first.lstrip()[:1] != b"{")
+        size = args.rows or 100
         if first == b"ARROW1":
             file.read(8)  # this format is a stream between two magic words (Columnar.rst, "IPC File Format")
         if first == b"ARROW1" or first[:4] == END_OF_STREAM[:4]:
             source = ByteSource()
             source.read = file.read  # type: ignore[method-assign]
-            batches = ((batch, batch.num_rows) for batch, _ in iter(IpcReader(source).next, None))
-        for batch, most in batches:
-            size = args.rows or max(most, 1)
-            yield from (batch.slice(at, size) for at in range(0, max(batch.num_rows, 1), size))
+            batches = (batch for batch, _ in iter(IpcReader(source).next, None))
+            size = args.rows or sys.maxsize
+        rows = 0
+        for batch in batches:
+            for at in range(0, max(batch.num_rows, 1), size):
+                part = batch.slice(at, size)
+                rows += part.num_rows
+                if rows > skip or not part.num_rows:
+                    yield part.slice(max(0, part.num_rows + skip - rows)), rows
 
 
-def _text_batches(file: Any, is_csv: bool) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """Batches of CSV or NDJSON as they are read, and how many rows of each to send at a time.
+def _text_batches(file: Any, is_csv: bool) -> Iterator[pa.RecordBatch]:
+    """Batches of CSV or NDJSON, of as many rows as a read brings.
 
     Numbers stay texts, as all of CSV does: the server casts them to the types that it declares, which nobody else knows,
     and no digit is lost.
@@ -8880,7 +8867,7 @@ def _text_batches(file: Any, is_csv: bool) -> Iterator[tuple[pa.RecordBatch, int
                 raise _CliError(f"input: {text_of(exc)}") from None
             schema = batch.schema
             if batch.num_rows:
-                yield batch, 100
+                yield batch
         rest = rest[end:]
 
 
@@ -9069,7 +9056,8 @@ def _call_stream(args: Any, connection: RpcConnection[Any], info: RpcMethodInfo,
             output.header(session.header_batch, described_schemas(info)["header"])
         answers: Iterable[tuple[AnnotatedBatch, int]] = ((answer, 0) for answer in session)
         if args.input:
-            answers = _turns(session, _input_batches(args), mark.get("rows", 0))
+            inputs = _input_batches(args, mark.get("rows", 0))
+            answers = ((session.exchange(batch), rows) for batch, rows in inputs)
         for answer, rows in answers:
             batch = answer.batch
             if args.limit is not None and not args.resume:
@@ -9096,16 +9084,6 @@ def _call_stream(args: Any, connection: RpcConnection[Any], info: RpcMethodInfo,
                 output.batch(pa.RecordBatch.from_pylist([], session.schema))
         show("")
         output.close()
-
-
-def _turns(session: StreamSession, batches: Iterable[Any], skip: int) -> Iterator[tuple[AnnotatedBatch, int]]:
-    """(answer, input rows answered by then) of each turn; *skip* of them were answered before."""
-    rows = 0
-    for batch in batches:
-        fresh = batch.slice(min(batch.num_rows, max(0, skip - rows)))
-        rows += batch.num_rows
-        if fresh.num_rows or not batch.num_rows:
-            yield session.exchange(fresh), rows
 
 
 # -- describe, selfcheck
@@ -9219,6 +9197,8 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
 
 def _parse(words: list[str]) -> tuple[Callable[[Any], int | None], Any]:
     """Read the command line: what is to be run, and with which arguments."""
+    import argparse
+
     name = (words or ["--help"])[0]
     if name == "--version":
         return lambda _: print(_versions()), None
@@ -9231,10 +9211,12 @@ def _parse(words: list[str]) -> tuple[Callable[[Any], int | None], Any]:
     run, table = _COMMANDS[name]
     program = f"{_program()} {name}"
 
-    def refuse(message: str) -> typing.NoReturn:
-        raise _CliError(message.removeprefix("argument "), f"{program} --help")
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> typing.NoReturn:
+            raise _CliError(message.removeprefix("argument "), f"{program} --help")
 
-    return run, read_options(run.__doc__, table, words[1:], program, name == "serve", refuse)
+    parser = Parser(program, description=run.__doc__, allow_abbrev=False)
+    return run, read_options(parser, table, words[1:], twins=name == "serve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
