@@ -7166,17 +7166,15 @@ class CliTests(TestCase):
             cls.addClassCleanup(patch.stop)
         app = importlib.import_module("app").Plain
         known = rpc.bearer_authenticate_static(tokens={"s3cret": AuthContext("bearer", True, "ann")})
-        for name, service, check in (
-            ("demo", rpc.Demo, None),
-            ("app", app, None),
-            ("locked", rpc.Demo, known),
-        ):
-            server = RpcServer(service, service())
-            _, port, *_ = in_thread(rpc.serve_http, server, token_key=KEY, authenticate=check)
+        demo = RpcServer(rpc.Demo, rpc.Demo())
+        servers = {"demo": (demo, None), "app": (RpcServer(app, app()), None), "locked": (demo, known)}
+        for name, (server, check) in servers.items():
+            _, port = in_thread(rpc.serve_http, server, token_key=KEY, authenticate=check)
             cls.places[name] = f"http://127.0.0.1:{port}"
-        host, port, *_ = in_thread(rpc.serve_tcp, RpcServer(rpc.Demo, rpc.Demo()), threaded=True)
-        in_thread(rpc.serve_unix, RpcServer(rpc.Demo, rpc.Demo()), f"{folder}/socket", threaded=True)
-        cls.places |= {"tcp": f"tcp:{host}:{port}", "unix": f"unix:{folder}/socket"}
+        cls.places["tcp"] = "tcp:{}:{}".format(*in_thread(rpc.serve_tcp, demo, threaded=True))
+        cls.places["unix"] = "unix:{}".format(
+            *in_thread(rpc.serve_unix, demo, f"{folder}/socket", threaded=True)
+        )
 
     def run_cli(self, text: str, given: bytes = b"", **terminals: bool) -> tuple[int, bytes, str]:
         return cli(*shlex.split(text.format(**self.places)), given=given, **terminals)
@@ -7206,7 +7204,7 @@ class CliTests(TestCase):
     def test_arrow(self) -> None:
         head = [{"start": 1, "batches": 2}]
         header, rows = read_streams(self.ok("call {demo} countdown start=1 -f arrow"))
-        self.assertEqual((header[0][0].to_pylist(), [batch.to_pylist() for batch, _ in rows]), (head, [[{"n": 1}], [{"n": 0}]]))  # fmt: skip
+        self.assertEqual([batch.to_pylist() for batch, _ in header + rows], [head, [{"n": 1}], [{"n": 0}]])
         self.assertEqual(self.ok("call {demo} countdown start=1 -o o.arrow"), b"")
         self.assertEqual(pa.ipc.open_stream("o.arrow.header").read_all().to_pylist(), head)
         self.assertEqual(pa.ipc.open_stream("o.arrow").read_all().to_pylist(), [{"n": 1}, {"n": 0}])
@@ -7227,12 +7225,7 @@ class CliTests(TestCase):
                 self.assertEqual([json.loads(line)["count"] for line in lines], counts)
 
     def test_files_and_terminals(self) -> None:
-        for name, wanted in {
-            "o.json": b"[\n",
-            "o.ndjson": b'{"__',
-            "o.txt": b"Head",
-            "plain": b'{"__',
-        }.items():
+        for name, wanted in {"o.json": b"[\n", "o.ndjson": b'{"', "o.txt": b"Head", "plain": b'{"'}.items():
             self.ok(f"call {{demo}} countdown start=1 -o {name}")
             self.assertTrue(pathlib.Path(name).read_bytes().startswith(wanted))
         self.assertTrue(self.ok("call {demo} countdown start=1", stdout=True).startswith(b"Header"))
@@ -7250,8 +7243,8 @@ class CliTests(TestCase):
         pathlib.Path("x.csv").write_text("value\n" + "".join(f"{i}\n" for i in range(250)))
         whole = self.ok("call {demo} statistics -i x.csv")
         part = self.ok("call {demo} statistics -i x.csv --resume mark --limit 1")
-        self.assertEqual(part + self.ok("call {demo} statistics -i x.csv --resume mark --rows 75").splitlines(True)[-1],
-                         b"".join(whole.splitlines(True)[::2]))  # fmt: skip
+        rest = self.ok("call {demo} statistics -i x.csv --resume mark --rows 75").splitlines()
+        self.assertEqual([*part.splitlines(), *rest[-1:]], whole.splitlines()[::2])
 
     def test_verbose(self) -> None:
         self.assertEqual(self.run_cli("call {app} shout text=a -v"), (0, b'"A"\n', "[WARN] shouting\n"))
@@ -7262,9 +7255,8 @@ class CliTests(TestCase):
         first = "mean(window: Window, at: datetime = datetime(2024, 1, 1, 0, 0)) -> Window    unary\n    Mean temperature.\n"
         self.assertTrue(text.startswith(first), text)
         self.assertIn("      start  date\n      unit   Unit\n      tags   list[str]\n", text)
-        self.assertRegex(
-            text, r"usage: .* mean 'window:=\{\"start\": \"2024-01-31\".* \[at=2024-01-01T00:00:00\]\n$"
-        )
+        usage = r"usage: .* mean 'window:=\{\"start\": \"2024-01-31\".* \[at=2024-01-01T00:00:00\]\n$"
+        self.assertRegex(text, usage)
         whole = self.ok("describe {app} -v").decode()
         self.assertTrue(whole.startswith("Plain\n\necho() -> Stream[Echo]    exchange\n"), whole[:200])
         self.assertEqual(("server id" in text, "\nserver id: " in whole), (False, True))
@@ -7291,31 +7283,18 @@ class CliTests(TestCase):
         child.send_signal(signal.SIGINT)
         said = child.communicate(timeout=WATCHDOG_SECONDS)[1].decode()
         self.assertEqual(child.returncode, 0)
-        for text in (
-            "Plain served by",
-            "  same() -> bool    unary\n",
-            "token key  random",
-            f"address    {url}\n",
-            "Ctrl-C",
-        ):
-            self.assertIn(text, said)
+        self.assertRegex(
+            said,
+            rf"^Plain served by(.|\n)*  same\(\) -> bool    unary\n(.|\n)*token key  random.*\naddress    {url}\n",
+        )
         self.assertIn('"Plain.same ok"', pathlib.Path("log").read_text())
 
     def test_closed_and_full_standard_streams(self) -> None:
-        words = shlex.join(
-            [sys.executable, rpc.__file__, "call", self.places["demo"], "countdown", "start=9999"]
-        )
-        for redirect in (
-            ">&-",
-            "2>&-",
-            "<&- >&- 2>&-",
-            ">/dev/full",
-            "2>/dev/full >/dev/null",
-            "| head -n 1",
-        ):
+        words = f"{sys.executable} {rpc.__file__} call {self.places['demo']} countdown start=9999"
+        for redirect in (">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "| head -n 1"):
             with self.subTest(redirect):
                 done = subprocess.run(
-                    f"{words} {redirect}", shell=True, capture_output=True, timeout=WATCHDOG_SECONDS
+                    f"{words} {redirect}", shell=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
                 )
                 self.assertNotRegex(done.stderr, b"Traceback|Exception")
 
