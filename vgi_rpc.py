@@ -8395,11 +8395,13 @@ def announce(kind: str, *place: object) -> None:
         print(kind, *place, sep=":", flush=True)
 
 
-_NUMBERS = {  # by what stands for them in help: the least, the largest, in words
-    "N": (1, 10**15, "a number above 0"),
-    "SIZE": (1, 10**15, "a size such as 64M"),
-    "SECONDS": (0, 10**9, "seconds"),
-    "PORT": (0, 65_535, "a port, 0 to 65535"),
+_NUMBERS: dict[
+    str, tuple[Any, int, int, str]
+] = {  # what stands for them in help: type, least, largest, in words
+    "N": (int, 1, 10**15, "a number above 0"),
+    "SIZE": (int, 1, 10**15, "a size such as 64M"),
+    "SECONDS": (float, 0, 10**9, "seconds"),
+    "PORT": (int, 0, 65_535, "a port, 0 to 65535"),
 }
 # What `run_server` and the command line take alike; see `read_options`.
 LISTENING = """\
@@ -8423,12 +8425,13 @@ def read_value(kind: str, text: str) -> Any:
         return host.strip("[]") or "127.0.0.1", read_value("PORT", port)
     if kind not in _NUMBERS and ("|" not in kind or text in kind.split("|")):
         return text
-    least, most, wanted = _NUMBERS.get(kind, (0, 0, kind))
+    cast_to, least, most, wanted = _NUMBERS.get(kind, (float, 0, 0, kind))
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([KMG]?)(?:i?B)?", text, re.I | re.A)
-    number = float(found[1]) * 1024 ** "_KMG".index(found[2].upper() or "_") if found else -1.0
-    if not least <= number <= most or (kind != "SECONDS" and number % 1):
-        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
-    return number if kind == "SECONDS" else int(number)
+    if found and kind in _NUMBERS:
+        number = float(found[1]) * 1024 ** "_KMG".index(found[2].upper() or "_")
+        if least <= number <= most and cast_to(number) == number:
+            return cast_to(number)
+    raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
 
 
 def read_options(parser: Any, table: str, words: list[str], twins: bool = False) -> Any:
@@ -8960,9 +8963,11 @@ class _Output:
         """Write a stream's header. In Arrow it is a stream of its own: in ``FILE.header``, or in front on a pipe."""
         [row] = batch_rows(batch, described)
         if self.kind == "arrow":
-            to: Any = open(f"{self._path}.header", "wb") if self._path else contextlib.nullcontext(self._file)
-            with to as file:
-                file.write(stream_bytes(WireSchema(batch.schema), [(batch, None)]))
+            with contextlib.ExitStack() as stack:
+                to = self._file
+                if self._path:
+                    to = stack.enter_context(open(f"{self._path}.header", "wb"))
+                to.write(stream_bytes(WireSchema(batch.schema), [(batch, None)]))
         elif self.kind == "table":
             self._put(f"Header: {_cell(row)}\n")
         else:
