@@ -4029,12 +4029,12 @@ class ServerCallTests(TestCase):
             call.begin(lambda: {"limit": 9, "rows": [1], "pause": 0.0})
             for timeout in (None, 2.0, None, 7.0):
                 clock[0] += 100.0
-                turn = call.turn(rpc.PLAIN_TICK, timeout=timeout)
+                turn = call.turn(rpc.TICK, timeout and {b"vgi_rpc.timeout_ms": b"%d" % (1000 * timeout)})
                 self.assertIsNone(turn.error)
                 self.assertEqual(call.deadline, clock[0] + (timeout or 5.0))
                 self.assertEqual(call.context.deadline, call.deadline)
             call.stream.state.process = lambda *_: clock.__setitem__(0, clock[0] + 2.5)
-            turn = call.turn(rpc.PLAIN_TICK, timeout=2.0)
+            turn = call.turn(rpc.TICK, {b"vgi_rpc.timeout_ms": b"2000"})
             self.assertIsInstance(turn.error, rpc.DeadlineExceededError)
             self.assertTrue(turn.finished)
 

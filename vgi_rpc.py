@@ -4139,22 +4139,14 @@ PLAIN_TICK = AnnotatedBatch(TICK)
 _OWN_KEYS = frozenset({STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY})
 
 
-def input_of(batch: pa.RecordBatch, metadata: Metadata | None) -> AnnotatedBatch:
-    """Return a turn's input as the state sees it: without our own metadata."""
-    shown = {key: value for key, value in (metadata or {}).items() if key not in _OWN_KEYS}
-    if shown:
-        return AnnotatedBatch(batch, pa.KeyValueMetadata(shown))
-    return PLAIN_TICK if batch is TICK else AnnotatedBatch(batch)
-
-
 class Call(CallRecord):
     """One call being served: `begin`, for a stream `turn` after `turn`, then `end`; used by one thread at a time.
 
-    Over HTTP each request of a stream has a call of its own, which begins with `resume`. What the application's code
+    Over HTTP each request of a stream has a call of its own, to which its `stream` is given. What the application's code
     raises stands in the turn that is returned. Making one raises `ServerDrainingError` while the server drains.
     """
 
-    stream: Stream[Any, Any] | None = None  # once `begin` returned one, or `resume` brought it
+    stream: Stream[Any, Any] | None = None  # once `begin` returned one, or its cursor was read
     wires: StreamWires | None = None  # of the stream
     error: BaseException | None = None  # what ended it
     deadline: float | None = None  # of the turn that runs, in seconds of ``time.monotonic()``
@@ -4172,23 +4164,19 @@ class Call(CallRecord):
     ) -> None:
         if server.draining:
             raise ServerDrainingError("the server is stopping; try again, another server may answer")
-        self.kind = caller.kind
-        self.auth = caller.auth
-        self.remote_addr = caller.remote_addr
-        self.transport_metadata = caller.transport_metadata
-        self.gone = caller.gone
-        self.response_limit_bytes = caller.response_limit_bytes
+        vars(self).update(vars(caller))
+        info = bound.info
         self.server = server
         self.bound = bound
         self.protocol = bound.service.name
-        self.method = bound.info.name
+        self.method = info.name
         self.request_id = request_id
         self.stream_id = stream_id
         self.http = {}
         self._messages: list[Message] = []
         self._timeout = read_timeout(metadata)
-        self._start_clock(None)
-        if not stream_id and bound.info.method_type is MethodType.STREAM:
+        self._start_clock(self._timeout)
+        if not stream_id and info.method_type is MethodType.STREAM:
             self.stream_id = os.urandom(16).hex()
         if self.remote_addr or TRACE_KEYS[0] in metadata:
             facts = {key.decode(): metadata_text(metadata, key) for key in TRACE_KEYS if key in metadata}
@@ -4199,10 +4187,10 @@ class Call(CallRecord):
         if self._watched:
             self._started = time.monotonic()
             self.protocol_hash = bound.service.hash
-            self.method_type = bound.info.method_type.value
+            self.method_type = info.method_type.value
             self.statistics = CallStatistics()
             if request is not None:
-                self.request_schema = bound.info.params_schema
+                self.request_schema = info.params_schema
                 self.request_rows = self.statistics.input_rows = request.rows
                 self.statistics.input_batches = 1
             self._tokens = [_tell(hook, "on_dispatch_start", self) for hook in server.hooks]
@@ -4228,10 +4216,7 @@ class Call(CallRecord):
 
     def _start_clock(self, timeout: float | None) -> None:
         """Set the deadline of the turn that begins now: each turn has the whole time."""
-        self.deadline = None
-        timeout = self._timeout if timeout is None else timeout
-        if timeout is not None:
-            self.deadline = time.monotonic() + timeout
+        self.deadline = None if timeout is None else time.monotonic() + timeout
 
     def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run the application's code as the caller's; raises what it does, and when it took longer than allowed."""
@@ -4248,14 +4233,16 @@ class Call(CallRecord):
             raise DeadlineExceededError(f"{self.method}(): the time that was allowed has passed")
         return result
 
-    def logs(self, wire: WireSchema, messages: Iterable[Message] = ()) -> list[Item]:
-        """Take the log lines of the context, then *messages*, as batches."""
-        taken = [*self._messages, *messages]
-        self._messages.clear()
+    def logs(self, wire: WireSchema) -> list[Item]:
+        """Take the log lines so far as batches."""
+        if not self._messages:
+            return []
+        taken = self._messages.copy()
+        self._messages.clear()  # the context goes on adding to it
         return [(wire.empty, message_metadata(m, self.server.server_id, self.request_id)) for m in taken]
 
-    def failed(self, exc: BaseException, *, refused: bool = False, messages: Iterable[Message] = ()) -> Turn:
-        """Return the turn that ends the call with *exc*, behind the log lines so far and *messages*.
+    def failed(self, exc: BaseException, *, refused: bool = False) -> Turn:
+        """Return the turn that ends the call with *exc*, behind the log lines so far.
 
         *refused* tells an error that the method is not to blame for: over HTTP it has a status of its own.
         """
@@ -4264,7 +4251,7 @@ class Call(CallRecord):
             log_quietly(logging.DEBUG, "%s() raised", self.method, exc_info=exc)
         wire = self.stream_wire
         error_item = self.server.error_item(exc, wire, self.request_id)
-        return Turn(wire, [*self.logs(wire, messages), error_item], True, exc, refused)
+        return Turn(wire, [*self.logs(wire), error_item], True, exc, refused)
 
     def begin(self, decode: Callable[[], dict[str, Any]]) -> Turn:
         """Run the method on the arguments that *decode* gives: the whole answer of a unary one, or a stream's header turn.
@@ -4289,10 +4276,8 @@ class Call(CallRecord):
             self.wires = None
             return self.failed(exc)
 
-    def _answered(
-        self, wire: WireSchema, item: Item | None, over: bool, messages: Iterable[Message] = ()
-    ) -> Turn:
-        items = self.logs(wire, messages)
+    def _answered(self, wire: WireSchema, item: Item | None, over: bool) -> Turn:
+        items = self.logs(wire)
         if item is not None:
             items.append(item)
             if self._watched:
@@ -4316,39 +4301,45 @@ class Call(CallRecord):
             turn = Turn(wire, [*self.logs(wire), (header, None)], False)
         if value.call_state is not None:
             self.run(value.state.bind_call_state, value.call_state)
-        self.resume(value, stream_wires(value.output_schema, value.input_schema))
+        self.stream = value
+        self.wires = stream_wires(value.output_schema, value.input_schema)
         return turn
 
-    def resume(self, stream: Stream[Any, Any], wires: StreamWires) -> None:
-        """Go on with a stream, of which `turn` serves the next turn."""
-        self.stream = stream
-        self.wires = wires
-
-    def turn(self, given: AnnotatedBatch, *, timeout: float | None = None) -> Turn:
-        """Serve one turn of the stream on *given*, as `input_of` makes it; *timeout* in seconds came with it."""
+    def turn(self, batch: pa.RecordBatch = TICK, metadata: Metadata | None = None) -> Turn:
+        """Serve one turn of the stream on an input as it came, which may be a cancel."""
         stream = cast("Stream[Any, Any]", self.stream)
         wires = cast("StreamWires", self.wires)
+        timeout = self._timeout
+        given = PLAIN_TICK
+        is_producer = stream.is_producer
+        if metadata:
+            if CANCEL_KEY in metadata:
+                return self.cancel()
+            timeout = timeout if TIMEOUT_KEY not in metadata else read_timeout(metadata)
         self._start_clock(timeout)
         if self._watched:
-            self.statistics.record("input", given.batch)
-        out = OutputCollector(wires.output, producer_mode=stream.is_producer)
+            self.statistics.record("input", batch)
+        out = OutputCollector(wires.output, producer_mode=is_producer)
         out.template = wires.template
         try:
-            if not stream.is_producer:
-                batch = conform_batch(given.batch, wires.input, f"{self.method}() input", cast_values=True)
-                if batch is not given.batch:
-                    given = AnnotatedBatch(batch, given.custom_metadata)
+            if not is_producer:
+                batch = conform_batch(batch, wires.input, f"{self.method}() input", cast_values=True)
+            if metadata or batch is not TICK:
+                shown = {key: value for key, value in (metadata or {}).items() if key not in _OWN_KEYS}
+                given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
             self.run(stream.state.process, given, out, self.context)
             out.validate()
         except BaseException as exc:  # as in begin
-            return self.failed(exc, messages=out.messages)
-        return self._answered(wires.output, out.item, out.finished, out.messages)
+            self._messages += out.messages
+            return self.failed(exc)
+        self._messages += out.messages
+        return self._answered(wires.output, out.item, out.finished)
 
     def cancel(self) -> Turn:
         """Tell the state, once, that the client has cancelled; return the end of the stream with its logs."""
         if not self.cancelled and self.stream is not None:
             self.cancelled = True
-            self._start_clock(None)
+            self._start_clock(self._timeout)
             try:
                 self.run(self.stream.state.on_cancel, self.context)
             except BaseException as exc:  # the client is not interested any more
@@ -4701,17 +4692,13 @@ class _ByteServing:
             try:
                 reader = reader or self._reader((wires.input, EMPTY))
                 data, at = self._channel.received()
-                item: Any = (TICK, None)
+                item: Any = ()
                 if reader.wire is EMPTY and data.startswith(tick, at):
                     self._channel.at = at + len(tick)
                 else:
                     item = reader.next()
-                if item is None:  # the client has closed its side
-                    turn = Turn(wires.output, [], True)
-                elif item[1] and CANCEL_KEY in item[1]:
-                    turn = call.cancel()
-                else:
-                    turn = call.turn(input_of(*item), timeout=read_timeout(item[1] or {}))
+                # None: the client has closed its side
+                turn = Turn(wires.output, [], True) if item is None else call.turn(*item)
             except Refusal as exc:  # of the input: a turn raises nothing
                 turn = call.failed(exc, refused=True)
             finished = turn.finished
@@ -7162,7 +7149,7 @@ class _PostedCall:
             try:  # before anything runs: a stream that cannot go on does not start
                 sealed = {CALL_STATE_KEY: self._begin_stream(call.stream)}
                 if call.stream.is_producer:
-                    return self._producer_turns(PLAIN_TICK, sealed)
+                    return self._producer_turns(sealed)
                 sealed[STATE_KEY] = self._cursor(self._content())
                 turn = Turn(
                     call.stream_wire, [*call.logs(call.stream_wire), (call.stream_wire.empty, sealed)], False
@@ -7230,7 +7217,8 @@ class _PostedCall:
         if call_state is not None:
             call.run(state.bind_call_state, call_state)
         output, input_, _ = half.wires
-        call.resume(Stream(output.schema, state, input_.schema, call_state=call_state), half.wires)
+        call.stream = Stream(output.schema, state, input_.schema, call_state=call_state)
+        call.wires = half.wires
 
     def _go_on(self, body: Buffer) -> Turn:
         """Serve the next turn of a stream, or its end, from the tokens that come with the input."""
@@ -7248,32 +7236,29 @@ class _PostedCall:
         if reader.wire.dictionaries and not reader.schema.equals(wanted):  # before one of them is decoded
             text = f"expected {schema_text(wanted)}, got {schema_text(reader.schema)}"
             raise ParameterError(f"{self._bound.info.name}() input: {text}")
-        given = input_of(reader.decode(message), metadata)
+        batch = reader.decode(message)
         if source.read(len(END_OF_STREAM) + 1) != END_OF_STREAM:
             raise ProtocolError("exchange: expected one batch and the end of the stream, got something else")
         self._caller.response_limit_bytes = _least(self._caller.response_limit_bytes, half.limit)
         call = self._open_call(metadata, stream_id=half.stream_id)
         try:
             self._revive(content)
-            if CANCEL_KEY in metadata:
-                turn = call.cancel()
-            elif cast("Stream[Any, Any]", call.stream).is_producer:
-                return self._producer_turns(given, {})
-            else:
-                turn = call.turn(given)
-                if turn.error is None:  # the cursor rides on the data batch, also where that has no rows
-                    item = turn.items[-1]
-                    sealed = {STATE_KEY: self._cursor(self._content())}
-                    if isinstance(item, bytes):
-                        turn.items[-1] = with_metadata(item, sealed)
-                    else:
-                        turn.items[-1] = item[0], {**(item[1] or {}), **sealed}
+            if cast("Stream[Any, Any]", call.stream).is_producer and CANCEL_KEY not in metadata:
+                return self._producer_turns({}, batch, metadata)
+            turn = call.turn(batch, metadata)
+            if not turn.finished:  # the cursor rides on the data batch, also where that has no rows
+                item = turn.items[-1]
+                sealed = {STATE_KEY: self._cursor(self._content())}
+                if isinstance(item, bytes):
+                    turn.items[-1] = with_metadata(item, sealed)
+                else:
+                    turn.items[-1] = item[0], {**(item[1] or {}), **sealed}
         except BaseException as exc:  # of the state's own hooks; or it cannot be written
             turn = call.failed(exc, refused=isinstance(exc, TokenError))
         self._pieces = stream_pieces(turn.wire, turn.items)
         return turn
 
-    def _producer_turns(self, given: AnnotatedBatch, sealed: dict[bytes, bytes]) -> Turn:
+    def _producer_turns(self, sealed: dict[bytes, bytes], *given: Any) -> Turn:
         """Run a turn of a producer, or several if the client takes them; return the last one.
 
         They are one stream, which ends with the fresh cursor beside the tokens *sealed*. Each further turn
@@ -7292,7 +7277,7 @@ class _PostedCall:
             while True:
                 before = content
                 mark = len(self._pieces)
-                turn = call.turn(given)
+                turn = call.turn(*given)
                 content = b"" if turn.finished else self._content()
                 writer.write_all(turn.items)
                 size += total_size(self._pieces[mark:])
@@ -7364,7 +7349,7 @@ class _PostedCall:
         call.http.update(http_status=200, request_bytes=len(body))
         if call.stream is not None:
             header = [{"__header__": row} for row in _rows_of(turn)]
-            turn = call.turn(PLAIN_TICK)  # whose error decides the status
+            turn = call.turn()  # whose error decides the status
             if turn.error is None:
                 rows = _json_rows(call, header, turn)
                 next(rows)  # which says nothing yet: from here on, closing it ends the call
@@ -7403,7 +7388,7 @@ def _json_rows(call: Call, rows: list[dict[str, Any]], turn: Turn) -> Iterator[b
                 if turn.finished:
                     break
                 rows = []
-                turn = call.turn(PLAIN_TICK)
+                turn = call.turn()
     finally:
         if not turn.finished:  # the client left
             call.cancel()
