@@ -818,44 +818,42 @@ def batch_kind(num_rows: int, metadata: Metadata | None) -> str:
 
 
 class ByteSource:
-    """Bytes in their order: what an `IpcReader` reads from."""
+    """Bytes in their order, what an `IpcReader` reads from: *data*, and whatever a subclass receives."""
 
-    at = 0  # how much was read of what `received` returns; who reads that himself sets it
+    def __init__(self, data: Buffer = b"") -> None:
+        self._buffer: Any = data if isinstance(data, bytes) else memoryview(data).cast("B")
+        self.at = 0  # how much of the buffer was read; who reads what `received` returns sets it
+
+    def _fill(self) -> bool:
+        """Receive more into the buffer; tell whether something came."""
+        return False
 
     def read(self, size: int) -> bytes:
         """Return the next *size* bytes, fewer only where the source ends."""
-        raise NotImplementedError
+        if size > SMALL_BODY_BYTES:  # each filling of the buffer copies what is in it
+            return bytes(self.read_after(b"", size))
+        while self.at + size > len(self._buffer) and self._fill():
+            pass
+        piece = self._buffer[self.at : self.at + size]
+        self.at += len(piece)
+        return bytes(piece)
 
     def read_after(self, head: bytes, size: int) -> Buffer:
         """Return *head*, the last thing read, and the next *size* bytes in one piece; shorter only at the end."""
-        return head + self.read(size)
-
-    def received(self) -> tuple[Any, int]:
-        """Wait for something to read, or the end; return what was received, and where its unread part begins."""
-        return b"", 0
-
-
-class BufferSource(ByteSource):
-    """A source over bytes in memory, of which `read_after` copies none."""
-
-    def __init__(self, data: Buffer) -> None:
-        self._data = memoryview(data).cast("B")
-
-    def read(self, size: int) -> bytes:
-        return bytes(self.read_after(b"", size))
-
-    def read_after(self, head: bytes, size: int) -> memoryview:
         start = self.at - len(head)
-        self.at = min(self.at + size, len(self._data))
-        return self._data[start : self.at]
+        self.at = min(self.at + size, len(self._buffer))
+        return cast("Buffer", self._buffer[start : self.at])
 
-    def received(self) -> tuple[memoryview, int]:
-        return self._data, self.at
+    def received(self) -> tuple[bytes, int]:
+        """Wait for something to read, or the end; return what was received, and where its unread part begins."""
+        if self.at == len(self._buffer):
+            self._fill()
+        return self._buffer, self.at
 
     @property
     def left(self) -> int:
-        """How many bytes are still to be read."""
-        return len(self._data) - self.at
+        """How many of the bytes in the buffer are still to be read."""
+        return len(self._buffer) - self.at
 
 
 class IpcLimits(NamedTuple):
@@ -880,12 +878,19 @@ class FlatHead:
     must pay for all. What leads astray raises, or pyarrow refuses it, which verifies a flatbuffer before it decodes.
     """
 
-    ROOT = 8  # refers to the whole message, behind its prefix
-
     def __init__(self, head: bytes) -> None:
         self.data = head + bytes(8)
         self.absent = len(head)
         self._left = 65_536 + 4 * self.absent  # some writers share equal texts
+        try:
+            version, kind, self.content, self.length, self.entries = self.table(8, 5)  # behind the prefix
+            self.kind = self.data[kind]
+            self.body_length = _I64(self.data, self.length)[0]
+            self.metadata = self.pairs(self.entries)
+            if _U16(self.data, version)[0] not in (3, 4) or not 1 <= self.kind <= 3 or self.body_length < 0:
+                raise ValueError(f"not of metadata version 4 or 5, or of type {self.kind}")
+        except _FOREIGN_FAILURES as exc:
+            raise IPCError(f"not an Arrow IPC message: {text_of(exc)}") from None
 
     def table(self, field: int, count: int) -> list[int]:
         """Return the first *count* fields of the table to which *field* refers."""
@@ -929,20 +934,9 @@ class FlatHead:
             found[self.text(key)] = self.text(value)
         return found
 
-    def message(self) -> tuple[int, int, int, dict[bytes, bytes]]:
-        """Return of the whole message its type, the field of its content, the bytes of its body, and metadata."""
-        try:
-            version, kind, content, length, pairs = self.table(self.ROOT, 5)
-            size = _I64(self.data, length)[0]
-            if _U16(self.data, version)[0] not in (3, 4) or not 1 <= self.data[kind] <= 3 or size < 0:
-                raise ValueError(f"not of metadata version 4 or 5, or of type {self.data[kind]}")
-            return self.data[kind], content, size, self.pairs(pairs)
-        except _FOREIGN_FAILURES as exc:
-            raise IPCError(f"not an Arrow IPC message: {text_of(exc)}") from None
-
-    def dictionaries(self, schema: int) -> int:
+    def dictionaries(self) -> int:
         """Return how many fields of a schema, at any depth, are dictionaries; refuse what would cost too much."""
-        endianness, columns, metadata = self.table(schema, 3)
+        endianness, columns, metadata = self.table(self.content, 3)
         if _U16(self.data, endianness)[0]:
             raise IPCError("schema: expected little-endian numbers, got big-endian ones")
         self.pairs(metadata)
@@ -968,11 +962,10 @@ class WireSchema:
         # With its encapsulated message each of its streams begins.
         self.message: bytes = schema if isinstance(schema, bytes) else schema.serialize().to_pybytes()
         head = FlatHead(self.message)
-        kind, content, body_length, _ = head.message()
-        if kind != SCHEMA_MESSAGE or body_length:
-            raise IPCError(f"expected a schema message first, got message type {kind}")
+        if head.kind != SCHEMA_MESSAGE or head.body_length:
+            raise IPCError(f"expected a schema message first, got message type {head.kind}")
         try:
-            self.dictionaries = head.dictionaries(content)
+            self.dictionaries = head.dictionaries()
             self.schema: pa.Schema = schema
             if isinstance(schema, bytes):
                 self.schema = ipc.read_schema(pa.py_buffer(schema))
@@ -1088,33 +1081,36 @@ class IpcReader:
                 return BatchMessage(rows, metadata.copy(), data)
         while raw := self._read_head():
             head = FlatHead(raw)
-            kind, content, body_length, metadata = head.message()
-            self._unread = body_length
-            if kind == SCHEMA_MESSAGE:
+            self._unread = head.body_length
+            if head.kind == SCHEMA_MESSAGE:
                 raise IPCError("expected a batch, got a second schema message")
-            size = len(raw) + body_length
+            size = len(raw) + head.body_length
             self._check_size("message", size)  # before anything is allocated
             self._unread = None
             try:
-                data = _whole(self._source.read_after(raw, body_length), size) if body_length else raw
+                data = (
+                    _whole(self._source.read_after(raw, head.body_length), size) if size > len(raw) else raw
+                )
             except MemoryError:
                 raise IPCError(f"message: no memory for {size} bytes") from None
             self._unread = 0
             try:
-                if kind == DICTIONARY_MESSAGE:
-                    self._keep_dictionary(head, content, metadata, data)
+                if head.kind == DICTIONARY_MESSAGE:
+                    self._keep_dictionary(head, data)
                     continue
-                rows, _, is_compressed = self._measure(head, content, metadata, data)
+                rows, _, is_compressed = self._measure(head, head.content, data)
             except _FOREIGN_FAILURES as exc:
                 raise IPCError(f"the message: {text_of(exc)}") from None
             if not is_compressed and len(raw) <= SMALL_BODY_BYTES:
                 self._last_head = raw
-                self._last = (size, rows, metadata)
-            wire_read.debug("%d rows, %d bytes, metadata %s: %s", rows, size, list(metadata), self.schema)
-            return BatchMessage(rows, metadata, data)
+                self._last = (size, rows, head.metadata)
+            if wire_read.isEnabledFor(logging.DEBUG):
+                facts = (rows, size, list(head.metadata), self.schema)
+                wire_read.debug("%d rows, %d bytes, metadata %s: %s", *facts)
+            return BatchMessage(rows, head.metadata, data)
         return None
 
-    def _measure(self, head: FlatHead, batch: int, metadata: Metadata, data: Buffer) -> tuple[int, int, bool]:
+    def _measure(self, head: FlatHead, batch: int, data: Buffer) -> tuple[int, int, bool]:
         """Return a batch's rows and decoded bytes, and whether it is compressed; refuse what nothing pays for."""
         rows_at, nodes, buffers, compression, views_at = head.table(batch, 5)
         rows = _I64(head.data, rows_at)[0]
@@ -1126,7 +1122,7 @@ class IpcReader:
                 raise IPCError("counts of variadic buffers")
         decoded = size = len(data) - head.absent
         # The second was a metadata key before the format had a field for it, and pyarrow still obeys it.
-        is_compressed = compression != head.absent or b"ARROW:experimental_compression" in metadata
+        is_compressed = compression != head.absent or b"ARROW:experimental_compression" in head.metadata
         if is_compressed:
             decoded = 0
             body = memoryview(data)[head.absent :]
@@ -1145,11 +1141,11 @@ class IpcReader:
             raise RequestTooLargeError(f"expected at most {most} rows in a batch, got {rows}")
         return rows, decoded, is_compressed
 
-    def _keep_dictionary(self, head: FlatHead, at: int, metadata: Metadata, data: Buffer) -> None:
+    def _keep_dictionary(self, head: FlatHead, data: Buffer) -> None:
         """Keep a dictionary message for the batches that come, in place of those that it replaces."""
-        number_at, batch, is_delta = head.table(at, 3)
+        number_at, batch, is_delta = head.table(head.content, 3)
         number = _I64(head.data, number_at)[0]
-        size = head.absent + self._measure(head, batch, metadata, data)[1]
+        size = head.absent + self._measure(head, batch, data)[1]
         kept = self.dictionaries.setdefault(number, [])
         if not head.data[is_delta]:
             self._dictionary_bytes -= sum(before for before, _ in kept)
@@ -1194,7 +1190,7 @@ class IpcReader:
             except RequestTooLargeError as exc:  # what is behind it cannot be known
                 raise IPCError(text_of(exc)) from None
             if raw:
-                self._unread = FlatHead(raw).message()[2]
+                self._unread = FlatHead(raw).body_length
 
 
 def _whole(data: Buffer, size: int) -> Any:
@@ -1630,11 +1626,9 @@ class _Message:
 
     def __init__(self, message: bytes, columns: Sequence[_Column], varying: Mapping[bytes, int]) -> None:
         head = FlatHead(message[: 8 + int.from_bytes(message[4:8], "little")])
-        _, kind, content, length, pairs = head.table(head.ROOT, 5)
-        if head.data[kind] == DICTIONARY_MESSAGE:
-            content = head.table(content, 2)[1]
+        content = head.table(head.content, 2)[1] if head.kind == DICTIONARY_MESSAGE else head.content
         rows, *vectors = head.table(content, 3)
-        fields = [head.table(pair, 2) for pair in head.tables(pairs, MAX_HEAD_ENTRIES)]
+        fields = [head.table(pair, 2) for pair in head.tables(head.entries, MAX_HEAD_ENTRIES)]
         texts = {head.text(key): head.vector(value, 1, head.absent)[0] for key, value in fields}
         holes = [(texts[key], f"{size}s") for key, size in varying.items()]
         self._columns = columns
@@ -1646,7 +1640,7 @@ class _Message:
         if columns:
             spans = [head.vector(field, 16, MAX_BUFFERS) for field in vectors]
             self._nodes, self._places = [struct.Struct(f"<{(end - start) // 8}q") for start, end in spans]
-            holes += [(length, "q"), (rows, "q"), *[(start, f"{end - start}s") for start, end in spans]]
+            holes += [(head.length, "q"), (rows, "q"), *[(start, f"{end - start}s") for start, end in spans]]
             self._layout = _Layout(message[: head.absent], holes)
 
     def write(self, columns: Sequence[Any], values: Sequence[bytes]) -> tuple[bytes, list[list[str]]]:
@@ -1703,7 +1697,7 @@ class RowTemplate:
             arrays = [pa.array([value], column.type) for value, column in zip(row, schema)]
             batch = pa.RecordBatch.from_arrays(arrays, schema=schema) if row else wire.empty
             examples.append((row, stream_bytes(wire, [(batch, {**metadata, **dict(zip(varying, values))})])))
-        reader = IpcReader(BufferSource(examples[0][1]))
+        reader = IpcReader(ByteSource(examples[0][1]))
         message = bytes(cast("BatchMessage", reader.next_message()).data)
         self._dictionaries = [
             _Message(bytes(data), _NAMES, {}) for [(_, data)] in reader.dictionaries.values()
@@ -2104,7 +2098,7 @@ def _container_codec(annotation: Any, kind: Any, exact: pa.DataType | None) -> C
 
 def _inner_reader(data: Buffer, checks: IpcValidation = IpcValidation.FULL, known: Any = ()) -> IpcReader:
     """Return a reader of bytes inside a value: compressed, they must not evade limits on what is around."""
-    return IpcReader(BufferSource(data), IpcLimits(max(1 << 24, 16 * len(data))), checks, expected=known)
+    return IpcReader(ByteSource(data), IpcLimits(max(1 << 24, 16 * len(data))), checks, expected=known)
 
 
 def _batch_from_bytes(data: bytes) -> pa.RecordBatch:
@@ -3470,7 +3464,7 @@ def type_of(member: pa.Field) -> str:
 def struct_schema(member: pa.Field) -> pa.Schema | None:
     """The schema of the dataclass in a described binary field; ``None`` where none is told."""
     with contextlib.suppress(EOFError, IPCError):
-        return IpcReader(BufferSource((member.metadata or {}).get(STRUCT_KEY, b""))).schema
+        return IpcReader(ByteSource((member.metadata or {}).get(STRUCT_KEY, b""))).schema
     return None
 
 
@@ -3539,7 +3533,7 @@ def _method_description(summary: MethodSummary, service: ProtocolSummary) -> Met
     rows = []
     for what in ("params", "result", "header"):
         data = getattr(summary, f"{what}_schema_ipc")
-        schemas[what] = IpcReader(BufferSource(data)).schema if data else EMPTY_SCHEMA
+        schemas[what] = IpcReader(ByteSource(data)).schema if data else EMPTY_SCHEMA
         kinds = [Annotated[object, ArrowType(m.type, m.nullable)] for m in schemas[what]]
         codecs = [codec_for(kind)._replace(annotation=type_of(m)) for m, kind in zip(schemas[what], kinds)]
         rows.append(RowCodec(zip(schemas[what].names, codecs)))
@@ -3548,7 +3542,7 @@ def _method_description(summary: MethodSummary, service: ProtocolSummary) -> Met
     for member, codec in zip(schemas["params"], params.parts.values()):
         # One that cannot be read is left out: TypeError and LookupError where it is no stream of one value.
         with contextlib.suppress(IPCError, EOFError, RequestTooLargeError, TypeError, LookupError):
-            source = BufferSource((member.metadata or {})[DEFAULT_KEY])
+            source = ByteSource((member.metadata or {})[DEFAULT_KEY])
             batch, _ = cast("Any", IpcReader(source, IpcLimits(max_rows=1)).next())
             defaults[member.name] = RowCodec([(member.name, codec)]).from_batch(batch)[0]
     is_stream = summary.method_type == MethodType.STREAM.value
@@ -3751,13 +3745,13 @@ class ByteChannel(ByteSource):
     """
 
     def __init__(self, connected: Any) -> None:
+        super().__init__()
         self.deadline: float | None = None  # ``time.monotonic()`` seconds at which reads and writes give up
         self.ended = False  # whether the peer has closed its side
         self.source = connected
         self._read_into = getattr(connected, "recv_into", None) or connected.readinto
         self._send: Any = getattr(connected, "send", None)
         self._timeout: float | None = -1.0  # of the socket; not known
-        self._buffer = b""
         self._space = memoryview(bytearray(_RECEIVE_BYTES))
         watch_forks()
         open_files.add(connected)
@@ -3799,11 +3793,6 @@ class ByteChannel(ByteSource):
         with contextlib.suppress(OSError), self.source:
             self.source.shutdown(socket.SHUT_RDWR)  # which wakes a thread that waits in it; closing does not
 
-    def received(self) -> tuple[bytes, int]:
-        if self.at == len(self._buffer):
-            self._fill()
-        return self._buffer, self.at
-
     def _fill(self) -> bool:
         count = self._io(self._read_into, self._space)
         self._buffer = self._buffer[self.at :] + self._space[:count]
@@ -3811,21 +3800,13 @@ class ByteChannel(ByteSource):
         self.ended = not count
         return not self.ended
 
-    def read(self, size: int) -> bytes:
-        if size > _RECEIVE_BYTES:
-            return bytes(self.read_after(b"", size))
-        while self.at + size > len(self._buffer) and self._fill():
-            pass
-        piece = self._buffer[self.at : self.at + size]
-        self.at += len(piece)
-        return piece
-
     def read_after(self, head: bytes, size: int) -> Buffer:
         if size <= _RECEIVE_BYTES:
             return head + self.read(size)
         whole = pa.allocate_buffer(len(head) + size)  # not zeroed, and filled in place
         view = memoryview(whole).cast("B")
-        start = head + self.read(min(size, len(self._buffer) - self.at))
+        start = head + self._buffer[self.at : self.at + size]
+        self.at += len(start) - len(head)
         view[: len(start)] = start
         filled = len(start)
         while filled < len(view) and not self.ended:
@@ -6420,7 +6401,8 @@ def value_to_json(value: Any, member: pa.Field) -> Any:
             return str(uuid.UUID(bytes=value))
         if members is None and "RecordBatch" not in type_of(member):
             return base64.b64encode(value).decode()
-        rows = [row for batch in batches_in(value) for row in batch_rows(batch, members)]
+        batches = iter(IpcReader(ByteSource(value)).next, None)
+        rows = [row for batch, _ in batches for row in batch_rows(batch, members)]
         return rows if members is None else rows[0]
     if pa.types.is_map(kind):  # an object whose keys are words, or pairs where keys are nested or stand twice
         pairs = value.items() if isinstance(value, dict) else value
@@ -6443,7 +6425,7 @@ def value_to_json(value: Any, member: pa.Field) -> Any:
 
 def batches_in(data: bytes) -> list[pa.RecordBatch]:
     """The batches of an IPC stream inside of a value; raises `IPCError` and `EOFError`."""
-    return [batch for batch, _ in iter(IpcReader(BufferSource(data)).next, None)]
+    return [batch for batch, _ in iter(IpcReader(ByteSource(data)).next, None)]
 
 
 def batch_rows(batch: pa.RecordBatch, described: pa.Schema | None = None) -> list[dict[str, Any]]:
@@ -7114,7 +7096,7 @@ class _PostedCall:
         coding = coding_of(self._headers)  # one that is not ours is refused before the body is read
         return decompress_body(self._request.read_body(limit), coding, limit)
 
-    def _reader(self, source: BufferSource, expected: Any) -> IpcReader:
+    def _reader(self, source: ByteSource, expected: Any) -> IpcReader:
         return IpcReader(source, self._app.limits, self._app.server.ipc_validation, expected=expected)
 
     def _open_call(self, metadata: Metadata, request: Request | None = None, stream_id: str = "") -> Call:
@@ -7136,7 +7118,7 @@ class _PostedCall:
         if ready is not None and ready[0] is self._bound and ready[2] == len(body):
             request: Request = ready[1]
         else:
-            source = BufferSource(body)
+            source = ByteSource(body)
             request = read_request(self._reader(source, server.request_schemas))
             if source.left:
                 raise IPCError(f"request: {source.left} bytes after the end of the stream")
@@ -7222,7 +7204,7 @@ class _PostedCall:
 
     def _go_on(self, body: Buffer) -> Turn:
         """Serve the next turn of a stream, or its end, from the tokens that come with the input."""
-        source = BufferSource(body)
+        source = ByteSource(body)
         reader = self._reader(source, ())
         message = reader.next_message()
         if message is None:
@@ -8043,7 +8025,7 @@ class HttpClient(ClientChannel):
             if ready is not None and ready[1] == len(body):
                 return ready[0]
             reader = IpcReader(
-                BufferSource(body), validation=options.ipc_validation, expected=[info.result.wire]
+                ByteSource(body), validation=options.ipc_validation, expected=[info.result.wire]
             )
             return decode_result(info, only_batch(info, reader, next_reply(reader, options)))
 
@@ -8088,7 +8070,7 @@ class _HttpSession(StreamSession):
 
     def begin(self, body: Buffer) -> None:
         """Read what comes with the start of a stream."""
-        source = BufferSource(body)
+        source = ByteSource(body)
         if self.info.header is not None:
             wire = self.info.header.row.wire
             reader = IpcReader(source, validation=self.options.ipc_validation, expected=[wire])
@@ -8130,7 +8112,7 @@ class _HttpSession(StreamSession):
         wire = EMPTY if batch is TICK or self._input is None else self._input
         path = f"/{self.info.protocol_name}/{self.info.name}/exchange"
         pieces = stream_pieces(wire, [(batch, metadata)])
-        self._client.post(path, pieces, deadline, lambda body: self._take(BufferSource(body)), headers)
+        self._client.post(path, pieces, deadline, lambda body: self._take(ByteSource(body)), headers)
 
     def _fetch(self, given: AnnotatedBatch | None) -> None:
         self._check_open()
@@ -8974,9 +8956,9 @@ class _Output:
         batches = []
         if isinstance(value, bytes) and value[:4] == END_OF_STREAM[:4]:
             with contextlib.suppress(IPCError, EOFError):
-                batches = batches_in(value)
-        if batches and isinstance(shown, str):  # a server that does not tell what is inside
-            shown = [row for batch in batches for row in batch_rows(batch)]
+                inner = [batch for batch, _ in iter(IpcReader(ByteSource(value)).next, None)]
+        if inner and isinstance(shown, str):  # a server that does not tell what is inside
+            shown = [row for batch in inner for row in batch_rows(batch)]
         if self.kind == "arrow":
             for batch in batches or [whole]:
                 self.batch(batch)
