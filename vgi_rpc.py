@@ -4399,9 +4399,9 @@ class RpcServer:
         self.access_log: typing.TextIO | None = None  # see `configure_access_log`
         self.request_table = RequestTable()  # of methods that were called, see `resolve`
         self.draining = False
-        self.running = 0  # requests that are being answered
+        self._running: list[None] = []  # one for each: what changes it takes no lock
         self._started: set[TransportKind] = set()
-        self._lock = threading.RLock()  # guards what changes here
+        self._lock = threading.RLock()  # of what begins once, and of the access log
         self._ended = threading.Condition(self._lock)
 
     def list_protocols(self) -> ProtocolList:
@@ -4499,23 +4499,27 @@ class RpcServer:
                         raise StatusError(text, code=Code.UNAVAILABLE) from exc
                 self._started.add(kind)
 
+    @property
+    def running(self) -> int:
+        """How many requests are being answered."""
+        return len(self._running)
+
     def __enter__(self) -> RpcServer:
         """Count the work inside ``with server`` as running, so that `drain` waits for it."""
-        with self._lock:
-            self.running += 1
+        self._running.append(None)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            self.running -= 1
-            if self.draining:
+        self._running.pop()
+        if self.draining:
+            with self._ended:
                 self._ended.notify_all()
 
     def drain(self, grace: float = DRAIN_GRACE_SECONDS) -> bool:
         """Refuse new calls and wait up to *grace* seconds for the running ones; return whether all have ended."""
         self.draining = True
         with self._ended:
-            return self._ended.wait_for(lambda: not self.running, timeout=grace)
+            return self._ended.wait_for(lambda: not self._running, timeout=grace)
 
     def add_hook(self, hook: DispatchHook) -> None:
         """Have *hook* called at the start and the end of each call, after those added before it."""
@@ -4526,25 +4530,35 @@ class RpcServer:
         if self.access_log is None:
             return
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-        failed = error is not None or record.http.get("http_status", 200) >= 400
-        line: dict[str, Any] = {"timestamp": now[:-6] + "Z", "level": "INFO", "logger": "vgi_rpc.access"}
-        for name in ("protocol", "protocol_hash", "method", "method_type", "remote_addr", "request_id"):
-            line[name] = getattr(record, name)
-        line |= {"server_id": self.server_id, "status": "error" if failed else "ok", "error_type": ""}
-        line |= {"message": f"{record.protocol}.{record.method} {line['status']}"}
-        line |= {"principal": record.auth.principal or "", "auth_domain": record.auth.domain or ""}
-        line |= {"authenticated": record.auth.authenticated, "duration_ms": round(record.duration_ms, 3)}
-        line |= record.http | vars(record.statistics)
+        status = "ok" if error is None and record.http.get("http_status", 200) < 400 else "error"
+        names = ("protocol", "protocol_hash", "method", "method_type", "remote_addr", "request_id")
+        line: dict[str, Any] = {
+            "timestamp": now[:-6] + "Z",
+            "level": "INFO",
+            "logger": "vgi_rpc.access",
+            **{name: getattr(record, name) for name in names},
+            "server_id": self.server_id,
+            "status": status,
+            "error_type": "",
+            "message": f"{record.protocol}.{record.method} {status}",
+            "principal": record.auth.principal or "",
+            "auth_domain": record.auth.domain or "",
+            "authenticated": record.auth.authenticated,
+            "duration_ms": round(record.duration_ms, 3),
+            **record.http,
+            **vars(record.statistics),
+        }
         if error is not None:
             facts = error_facts(error)
-            line |= {"error_type": facts["exception_type"], "error_code": facts["error_code"]}
             # The text of these shows what came instead of what was expected: the caller's data.
             shows = isinstance(error, (ParameterError, IPCError))
+            line["error_type"] = facts["exception_type"]
+            line["error_code"] = facts["error_code"]
             line["error_message"] = "(not logged: it may show values)" if shows else text_of(error)[:1000]
         if record.stream_id:
             line["stream_id"] = record.stream_id
-            if record.cancelled:  # else it is left out
-                line["cancelled"] = True
+        if record.cancelled:  # else it is left out
+            line["cancelled"] = True
         if record.request_schema is not None:
             line["request_fields"] = [{"name": f.name, "type": str(f.type)} for f in record.request_schema]
             line["request_rows"] = record.request_rows
@@ -4594,36 +4608,36 @@ class _ByteServing:
         self._orphan_expected = False
         request: Any = None
         reader = None
+        call = None
         try:
-            data, at = self._channel.received()
-            with server:
-                ready = server.request_table.read(data, at, server.limits.max_bytes)
-                try:
-                    if ready is not None:
-                        bound, request, end = ready
-                        self._channel.at = end
-                    else:
-                        reader = self._reader(server.request_schemas)
-                        request = read_request(reader)
-                        keys = request.metadata.keys()
-                        if orphan_expected and METHOD_KEY not in keys and REQUEST_VERSION_KEY not in keys:
-                            return True
-                        if request.metadata.get(METHOD_KEY) == TRANSPORT_OPTIONS_METHOD.encode():
-                            self._answer(None, request)
-                            return True
+            ready = server.request_table.read(*self._channel.received(), server.limits.max_bytes)
+            try:
+                if ready is not None:
+                    bound, request, self._channel.at = ready
+                else:
+                    reader = self._reader(server.request_schemas)
+                    request = read_request(reader)
+                    keys = request.metadata.keys()
+                    if orphan_expected and METHOD_KEY not in keys and REQUEST_VERSION_KEY not in keys:
+                        return True
+                    if request.metadata.get(METHOD_KEY) == TRANSPORT_OPTIONS_METHOD.encode():
+                        self._answer(None, request)
+                        return True
+                    bound = server.resolve(request)
+                with server:  # from here on: a client that stalls within its request holds up no drain
                     server.start(self._caller.kind)
-                    if reader is not None:
-                        bound = server.resolve(request)
                     request_id = request.request_id or new_request_id()
                     call = Call(server, bound, self._caller, request_id, request.metadata, request)
-                except (Refusal, StatusError) as exc:
-                    framed = ready is not None or (reader is not None and _read_over(reader))
-                    if request is not None or not orphan_expected:
-                        self._answer(exc, request)
-                        self._orphan_expected = True
-                    return framed
-                self._serve_call(call, request)
-                return True
+                    self._serve_call(call, request)
+                    return True
+            except (Refusal, StatusError) as exc:
+                if call is not None:  # an answer that cannot be written
+                    raise
+                framed = ready is not None or (reader is not None and _read_over(reader))
+                if request is not None or not orphan_expected:
+                    self._answer(exc, request)
+                    self._orphan_expected = True
+                return framed
         except (EOFError, TransportError):
             return False
 
@@ -4632,12 +4646,13 @@ class _ByteServing:
 
     def _answer(self, error: BaseException | None, request: Request | None) -> None:
         """Answer a request that does not become a call: a refusal, or ``__transport_options__``."""
-        record = CallRecord(self._caller.kind, self._caller.auth, self._caller.remote_addr)
-        if request is not None:
-            record.request_id = request.request_id
-            record.protocol = metadata_text(request.metadata, PROTOCOL_KEY)[:255]
-            record.method = metadata_text(request.metadata, METHOD_KEY)[:255]
-        record.request_id = record.request_id or new_request_id()
+        metadata: Metadata = {} if request is None else request.metadata
+        record = dataclasses.replace(
+            self._caller,
+            request_id=(request and request.request_id) or new_request_id(),
+            protocol=metadata_text(metadata, PROTOCOL_KEY)[:255],
+            method=metadata_text(metadata, METHOD_KEY)[:255],
+        )
         server_id = self._server.server_id.encode()
         options = {SHM_KEY: b"false", REQUEST_VERSION_KEY: REQUEST_VERSION, SERVER_ID_KEY: server_id}
         item: Item = (TICK, options)  # shared memory is not offered
@@ -4665,17 +4680,17 @@ class _ByteServing:
 
     def _serve_turns(self, call: Call, wires: StreamWires) -> None:
         """Lockstep: a batch comes, a turn answers, until either side ends."""
-        writer = IpcWriter(self._channel.write, wires.output)
+        channel = self._channel
+        writer = IpcWriter(channel.write, wires.output)
         reader = None
         finished = False
         tick = tick_bytes()  # as our own clients write it
         while not finished:
             try:
                 reader = reader or self._reader((wires.input, EMPTY))
-                data, at = self._channel.received()
                 item: Any = ()
-                if reader.wire is EMPTY and data.startswith(tick, at):
-                    self._channel.at = at + len(tick)
+                if reader.wire is EMPTY and channel.received()[0].startswith(tick, channel.at):
+                    channel.at += len(tick)
                 else:
                     item = reader.next()
                 # None: the client has closed its side
