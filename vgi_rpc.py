@@ -1429,16 +1429,6 @@ class NotPlain(ValueError):
 _NOT_PLAIN = (ValueError, TypeError, LookupError, OverflowError, StopIteration, struct.error)
 
 
-class _Parts:
-    """What rows become, in the order of Arrow's walk over their columns; reversed where it is read."""
-
-    def __init__(self, nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
-        self.nodes = nodes  # (length, null count), flat
-        self.buffers = buffers
-        self.names = names  # of each enum: those in the dictionary message ahead
-        self.proven = True  # what was read would be written so
-
-
 def _body(buffers: Sequence[bytes]) -> tuple[bytes, list[int]]:
     """Return the body of a message with these buffers, and (offset, length) of each, flat."""
     places: list[int] = []
@@ -1476,8 +1466,6 @@ class _Column:
         self.kind, self.code = _FLAT.get(kind, (list, ""))
         self.one = struct.Struct("<" + self.code).pack
         self.is_enum = (self.kind, self.code) == (str, "h")
-        # Bits behind the last one, a NaN of another form: whether they would be written is seen by writing them.
-        self.is_doubtful = self.kind is bool or self.code == "f"
         # What pyarrow writes where a value is null. In a null struct an enum has an index without a name: not plain.
         self.filler: Any = NotPlain if self.is_enum else self.kind()
         if pa.types.is_map(kind):
@@ -1491,9 +1479,15 @@ class _Column:
             self.filler = {name: child.filler for name, child in self.children.items()}
         if kind not in _FLAT and not self.item and len(self.children) < max(kind.num_fields, 1):
             raise NotPlain(f"{type_text(kind)} is not plain, or has two fields of one name")
+        # Bits behind the last one, a NaN of another form: whether they would be written is seen by writing them.
+        inner = [self.item] if self.item else self.children.values()
+        self.is_doubtful: bool = self.kind is bool or self.code == "f" or any(c.is_doubtful for c in inner)
 
-    def write(self, values: Sequence[Any], parts: _Parts) -> None:
-        """Append nodes, buffers and names; raises one of the failures above for values that are not plain."""
+    def write(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
+        """Append what the values become, in the order of Arrow's walk over columns, or raise one of the failures above.
+
+        *nodes* are (length, null count), flat; *names*, of each enum, those in the dictionary message ahead.
+        """
         nulls = 0
         bitmap = b""
         kinds = set(map(type, values))
@@ -1505,24 +1499,23 @@ class _Column:
             bitmap = _pack_bits([value is not None for value in values])
             values = [self.filler if value is None else value for value in values]
         count = len(values)
-        parts.nodes += (count, nulls)
+        nodes += (count, nulls)
         if self.children:
             if set(map(len, values)) - {len(self.children)}:
                 raise NotPlain
-            parts.buffers.append(bitmap)
+            buffers.append(bitmap)
             for name, child in self.children.items():
-                child.write([value[name] for value in values], parts)
+                child.write([value[name] for value in values], nodes, buffers, names)
         elif self.kind is bool:
-            parts.buffers += (bitmap, _pack_bits(values))
+            buffers += (bitmap, _pack_bits(values))
         elif self.code:
             if self.is_enum:
-                names = list(dict.fromkeys(value for value in values if value is not NotPlain))
-                if not names:
+                used = list(dict.fromkeys(value for value in values if value is not NotPlain))
+                if not used:
                     raise NotPlain  # an empty dictionary has another form
-                parts.names.append(names)
-                places = {name: place for place, name in enumerate(names)}
-                values = [places.get(value, 0) for value in values]
-            parts.buffers += (
+                names.append(used)
+                values = [0 if value is NotPlain else used.index(value) for value in values]
+            buffers += (
                 bitmap,
                 self.one(*values) if count == 1 else struct.pack(f"<{count}{self.code}", *values),
             )
@@ -1531,40 +1524,42 @@ class _Column:
                 values = [value.encode() for value in values]
             if count == 1:
                 items = values[0]
-                parts.buffers += (bitmap, _ONE_OFFSET.pack(0, len(items)))
+                buffers += (bitmap, _ONE_OFFSET.pack(0, len(items)))
             else:
                 items = b"".join(values) if self.item is None else [*itertools.chain.from_iterable(values)]
                 offsets = itertools.accumulate(map(len, values), initial=0)
-                parts.buffers += (bitmap, struct.pack(f"<{count + 1}i", *offsets))
+                buffers += (bitmap, struct.pack(f"<{count + 1}i", *offsets))
             if self.item is None:
-                parts.buffers.append(items)
+                buffers.append(items)
             else:
-                self.item.write(items, parts)
+                self.item.write(items, nodes, buffers, names)
 
-    def read(self, count: int, parts: _Parts) -> Sequence[Any]:
-        """Take *count* values off the end of *parts*; a failure where something else would be written."""
-        if parts.nodes.pop() != count:
+    def read(self, count: int, nodes: list[int], buffers: list[bytes], names: list[Any]) -> Sequence[Any]:
+        """Take *count* values off the ends of lists in the reverse order; a failure where others would be written."""
+        if nodes.pop() != count:
             raise NotPlain
-        nulls = parts.nodes.pop()
-        bitmap = parts.buffers.pop()
-        if nulls or bitmap or self.is_doubtful:
-            parts.proven = False
+        nulls = nodes.pop()
+        bitmap = buffers.pop()
+        if bitmap and not nulls:
+            raise NotPlain
         values: Any
         if self.children:
-            values = zip(*[child.read(count, parts) for child in self.children.values()])
+            values = zip(*[child.read(count, nodes, buffers, names) for child in self.children.values()])
             values = list(values) if self.kind is tuple else [dict(zip(self.children, row)) for row in values]
         elif self.kind is bool:
-            values = _unpack_bits(parts.buffers.pop(), count)
+            values = _unpack_bits(buffers.pop(), count)
         elif self.code:
-            values = struct.unpack(f"<{count}{self.code}", parts.buffers.pop())
+            values = struct.unpack(f"<{count}{self.code}", buffers.pop())
             if self.is_enum:
-                names = parts.names.pop()
-                values = [names[place] for place in values]
-                if list(dict.fromkeys(values)) != names:
+                used = names.pop()
+                values = [used[place] for place in values]
+                if list(dict.fromkeys(values)) != used:
                     raise NotPlain
         else:
-            offsets = struct.unpack(f"<{count + 1}i", parts.buffers.pop())
-            items = parts.buffers.pop() if self.item is None else [*self.item.read(offsets[-1], parts)]
+            offsets = struct.unpack(f"<{count + 1}i", buffers.pop())
+            items = (
+                buffers.pop() if self.item is None else [*self.item.read(offsets[-1], nodes, buffers, names)]
+            )
             if offsets[0] or offsets[-1] != len(items):
                 raise NotPlain
             values = [items]
@@ -1632,6 +1627,7 @@ class _Message:
         texts = {head.text(key): head.vector(value, 1, head.absent)[0] for key, value in fields}
         holes = [(texts[key], f"{size}s") for key, size in varying.items()]
         self._columns = columns
+        self._is_doubtful = any(column.is_doubtful for column in columns)
         self.numbers: _Layout | None = None  # of the whole message, where nothing but numbers differs
         # A float32 may be a NaN of another form. Each number has eight bytes of the body.
         if all(column.kind in (int, float) and column.code != "f" for column in columns):
@@ -1645,14 +1641,16 @@ class _Message:
 
     def write(self, columns: Sequence[Any], values: Sequence[bytes]) -> tuple[bytes, list[list[str]]]:
         """Return the message of these columns, and the names of each enum in them."""
-        parts = _Parts([], [], [])
+        nodes: list[int] = []
+        buffers: list[bytes] = []
+        names: list[Any] = []
         for column, items in zip(self._columns, columns):
-            column.write(items, parts)
-        body, places = _body(parts.buffers)
+            column.write(items, nodes, buffers, names)
+        body, places = _body(buffers)
         if len(body) > 4 * SMALL_BODY_BYTES:
             raise NotPlain  # the ordinary way does not copy it
-        longs = (self._nodes.pack(*parts.nodes), self._places.pack(*places))
-        return self._layout.fill([*values, len(body), parts.nodes[0], *longs]) + body, parts.names
+        longs = (self._nodes.pack(*nodes), self._places.pack(*places))
+        return self._layout.fill([*values, len(body), nodes[0], *longs]) + body, names
 
     def read(
         self, data: bytes, at: int, names: Sequence[list[str]]
@@ -1662,19 +1660,21 @@ class _Message:
         if found is None:
             raise NotPlain
         *values, size, rows, packed_nodes, packed_places = found
-        nodes = self._nodes.unpack(packed_nodes)
-        places = self._places.unpack(packed_places)
+        nodes = [*reversed(self._nodes.unpack(packed_nodes))]
+        places = [*self._places.unpack(packed_places)]
         start = at + self._layout.size
         body = data[start : start + size]
         buffers = [body[offset : offset + length] for offset, length in zip(places[::2], places[1::2])]
-        # By this, lengths and padding are such as write makes them.
-        if _body(buffers) != (body, [*places]) or len(body) != size or size > 4 * SMALL_BODY_BYTES:
+        # By the first, lengths and padding are such as `write` makes them.
+        if (
+            _body(buffers) != (body, places)
+            or not len(body) == size <= 4 * SMALL_BODY_BYTES
+            or rows != nodes[-1]
+        ):
             raise NotPlain
-        if rows != nodes[0]:
-            raise NotPlain
-        parts = _Parts([*reversed(nodes)], buffers[::-1], [*reversed(names)])
-        columns = [column.read(rows, parts) for column in self._columns]
-        return columns, values, start + size, parts.proven
+        proven = not (any(nodes[::2]) or self._is_doubtful)
+        stacks = (nodes, buffers[::-1], [*reversed(names)])
+        return [column.read(rows, *stacks) for column in self._columns], values, start + size, proven
 
 
 class RowTemplate:
