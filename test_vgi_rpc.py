@@ -6748,12 +6748,25 @@ class KeptConnectionTests(TestCase):
             gc.collect()
 
     def test_wrong_places(self) -> None:
+        def reset(connected: Any, source: Any) -> bool:  # as a server does for whom this is no TLS
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return not connected.recv(1)
+
         _, port = in_thread(rpc.serve_http, make_server(), token_key=KEY)
-        with rpc.http_connect(Service, f"https://127.0.0.1:{port}") as proxy:
-            with self.raises(TransportError, "does not speak TLS", "http://"):
-                proxy.add(1.0)
+        for opener in (None, urllib_opener()):
+            with rpc.http_connect(Service, f"https://127.0.0.1:{port}", opener=opener) as proxy:
+                with self.raises(TransportError, "does not speak TLS", "http://"):
+                    proxy.add(1.0)
         with rpc.http_connect(Service, f"http://127.0.0.1:{port}/too/many") as proxy:
-            with self.raises(RpcError, "expected /{protocol}/{method}"):
+            with self.raises(
+                RpcError, "expected /{protocol}/{method}", "below /, got '/too/many/Service/add'"
+            ):
+                proxy.add(1.0)
+        with BadHttpServer() as server, mock.patch.object(server, "_answer", reset):
+            with (
+                self.connect(server) as proxy,
+                self.raises(TransportError, "if it speaks TLS, connect to https://"),
+            ):
                 proxy.add(1.0)
         for opener in (None, urllib_opener()):
             with rpc.http_connect(Service, "http://127.0.0.1:1", opener=opener) as proxy:

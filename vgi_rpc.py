@@ -3910,6 +3910,14 @@ class StderrMode(enum.Enum):
     DEVNULL = "devnull"
 
 
+def failure_text(exc: Any) -> str:
+    """Say why a connection cannot be had, in the system's words."""
+    text = text_of(getattr(exc, "strerror", None) or exc)
+    if getattr(exc, "reason", None) in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):  # as OpenSSL calls it
+        text += " (the server does not speak TLS: connect without it, to http:// instead of https://)"
+    return text
+
+
 @contextlib.contextmanager
 def opening(failure: str) -> Iterator[contextlib.ExitStack]:
     """Turn what can go wrong while connecting into `TransportError`, and close then what the stack was given."""
@@ -3917,7 +3925,7 @@ def opening(failure: str) -> Iterator[contextlib.ExitStack]:
         try:
             yield opened
         except (OSError, ValueError, OverflowError, RuntimeError, IndexError, TypeError) as exc:
-            raise TransportError(f"{failure}: {text_of(getattr(exc, 'strerror', None) or exc)}") from None
+            raise TransportError(f"{failure}: {failure_text(exc)}") from None
         opened.pop_all()
 
 
@@ -6984,9 +6992,8 @@ class HttpApp:
             of_call = len(segments) > 1 and all(segments) and segments[2:] in ([], ["init"], ["exchange"])
             if method == "POST" and of_call:
                 self.server.method(self.server.service(segments[0]), segments[1])  # says what there is
-        raise http_refusal(
-            404, "expected /{protocol}/{method}[/init|/exchange] or /health", Code.UNIMPLEMENTED
-        )
+        text = f"expected /{{protocol}}/{{method}}[/init|/exchange] or /health below {prefix or '/'}"
+        raise http_refusal(404, f"{text}, got {path[:255]!r}", Code.UNIMPLEMENTED)
 
     def authenticate(self, request: HttpRequest) -> AuthContext:
         """Return who sent *request*. It is asked of each: what it decides may end, or depend on more."""
@@ -7808,13 +7815,7 @@ class HttpConnections(HttpSender):
         timeout = _CONNECT_SECONDS
         if deadline is not None:
             timeout = min(timeout, max(0.001, deadline - time.monotonic()))
-        try:
-            return connect_tcp_socket(self._target.host, self._target.port, timeout, self._tls).channel
-        except TransportError as exc:
-            if not re.search("WRONG_VERSION_NUMBER|HTTP_REQUEST", exc.error_message):  # as OpenSSL calls it
-                raise
-            hint = f"{self._target.authority} does not speak TLS: connect to http:// instead of https://"
-            raise TransportError(f"{exc.error_message} ({hint})") from None
+        return connect_tcp_socket(self._target.host, self._target.port, timeout, self._tls).channel
 
     def send(self, verb: str, path: str, headers: Pairs, body: Pieces, until: When, most: int) -> HttpReply:
         authority = self._target.authority
@@ -7828,6 +7829,8 @@ class HttpConnections(HttpSender):
             # Who refuses a large body may have answered before hanging up.
             with contextlib.suppress(TransportError):
                 channel.write(request)
+            with contextlib.suppress(TransportError):  # of a reset, behind which is the end
+                channel.received()
             data, at = channel.received()
             if data.startswith(b"\x15\x03", at):  # an alert of TLS
                 raise TransportError(f"{authority} speaks TLS: connect to https://")
@@ -7837,7 +7840,8 @@ class HttpConnections(HttpSender):
             while status < 200:
                 raw = reader.head()
                 if not raw:
-                    raise TransportError(f"{authority} closed the connection without an answer")
+                    hint = " (if it speaks TLS, connect to https://)" * (self._tls is None)
+                    raise TransportError(f"{authority} closed the connection without an answer{hint}")
                 head = parse_http_head(raw)
                 status, framing = check_answer_head(head, verb)
                 interim += 1
@@ -7903,7 +7907,7 @@ class OpenerSender(HttpSender):
             reason = getattr(exc, "reason", exc)
             if isinstance(reason, TimeoutError):
                 raise DeadlineExceededError("no answer within the time allowed") from None
-            raise TransportError(f"no answer from {self._root}{self._way}: {text_of(reason)}") from None
+            raise TransportError(f"no answer from {self._root}{self._way}: {failure_text(reason)}") from None
 
 
 def http_sender(target: HttpTarget, tls_context: ssl.SSLContext | None = None) -> HttpSender:
