@@ -8975,9 +8975,9 @@ class _Output:
         batches = []
         if isinstance(value, bytes) and value[:4] == END_OF_STREAM[:4]:
             with contextlib.suppress(IPCError, EOFError):
-                inner = [batch for batch, _ in iter(IpcReader(ByteSource(value)).next, None)]
-        if inner and isinstance(shown, str):  # a server that does not tell what is inside
-            shown = [row for batch in inner for row in batch_rows(batch)]
+                batches = [batch for batch, _ in iter(IpcReader(ByteSource(value)).next, None)]
+        if batches and isinstance(shown, str):  # a server that does not tell what is inside
+            shown = [row for batch in batches for row in batch_rows(batch)]
         if self.kind == "arrow":
             for batch in batches or [whole]:
                 self.batch(batch)
