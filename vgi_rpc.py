@@ -69,7 +69,6 @@ import types
 import typing
 import uuid
 import weakref
-import zlib
 from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6001,40 +6000,39 @@ def check_request_head(head: HttpHead) -> tuple[str, str]:
     Returns path (without the query, not decoded) and host: of a target in absolute form, else of the header.
     """
     (method, target, version), headers, repeated = head
+    host = headers.get("host")
     coding = headers.get("transfer-encoding")
     length = headers.get("content-length")
-    host = headers.get("host")
+    is_old = version == "HTTP/1.0"
+    is_length = length is None or (length.isascii() and length.isdigit())
+    doubtful = coding is not None and (is_old or length is not None)
+    not_ours = coding is not None and coding.lower() != "chunked"
+    twice = min(repeated & _ONCE, default="")
+    absolute = None
     path = target.partition("?")[0]
-    if version not in ("HTTP/1.1", "HTTP/1.0"):
-        status = 505 if re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version) else 400
-        raise http_refusal(status, f"expected HTTP/1.1, got {version[:40]!r}")
-    if not re.fullmatch("[A-Z]+", method):
-        raise ProtocolError(f"not a method: {method[:40]!r}")
-    if len(target) > _MAX_LINE_BYTES:
-        raise http_refusal(414, f"the request target exceeds {_MAX_LINE_BYTES} bytes")
-    if repeated & _ONCE:
-        raise ProtocolError(f"two {min(repeated & _ONCE)} headers")
-    if host is None and version == "HTTP/1.1":
-        raise ProtocolError("HTTP/1.1 requires a Host header")
-    if path[0] != "/" and (method, target) != ("OPTIONS", "*"):
+    if path[:1] != "/" and (method, target) != ("OPTIONS", "*"):
         absolute = re.fullmatch(_ABSOLUTE_TARGET, target)  # as clients of a proxy send it (section 3.2.2)
-        if absolute is None:
-            raise ProtocolError(f"the request target must be a path or an http URL, got {target[:80]!r}")
+        path = absolute[2] or "/" if absolute else ""
+    if absolute:
         host = absolute[1]
-        path = absolute[2] or "/"
-    if host and not re.fullmatch(_HOST, host):
-        raise ProtocolError(f"Host: expected host[:port], got {host[:80]!r}")
-    if coding is not None:
-        if length is not None or version == "HTTP/1.0":
-            raise ProtocolError("Transfer-Encoding with a Content-Length, or in HTTP/1.0")
-        if coding.lower() != "chunked":
-            raise http_refusal(501, f"Transfer-Encoding: expected chunked, got {coding[:40]!r}")
-    elif length is not None:
-        if not (length.isascii() and length.isdigit()):
-            raise ProtocolError(f"Content-Length: expected decimal digits, got {length[:40]!r}")
-    elif method == "POST" and is_arrow(headers):
-        # An Arrow request is never empty, so its length was forgotten. Others without a length have no body.
-        raise http_refusal(411, "POST of Arrow requires a Content-Length")
+    # An Arrow request is never empty, so its length was forgotten. Others without a length have no body.
+    forgotten = coding is length is None and method == "POST" and is_arrow(headers)
+    status = 505 if re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version) else 400
+    for broken, code, text, shown in (
+        (not is_old and version != "HTTP/1.1", status, "expected HTTP/1.1, got", version),
+        (not re.fullmatch("[A-Z]+", method), 400, "not a method:", method),
+        (len(target) > _MAX_LINE_BYTES, 414, f"the request target exceeds {_MAX_LINE_BYTES} bytes", None),
+        (twice, 400, f"two {twice} headers", None),
+        (host is None and not is_old, 400, "HTTP/1.1 requires a Host header", None),
+        (not path, 400, "the request target must be a path or an http URL, got", target),
+        (host and not re.fullmatch(_HOST, host), 400, "Host: expected host[:port], got", host),
+        (doubtful, 400, "Transfer-Encoding with a Content-Length, or in HTTP/1.0", None),
+        (not_ours, 501, "Transfer-Encoding: expected chunked, got", coding),
+        (not is_length, 400, "Content-Length: expected decimal digits, got", length),
+        (forgotten, 411, "POST of Arrow requires a Content-Length", None),
+    ):
+        if broken:
+            raise http_refusal(code, f"{text} {shown!r:.80}" if shown is not None else text)
     return path, host or ""
 
 
@@ -6045,14 +6043,15 @@ def check_answer_head(head: HttpHead, method: str) -> tuple[int, str]:
     """
     (version, status, _), headers, repeated = head
     coding = headers.get("transfer-encoding")
+    sized = "content-length" in headers
     if version not in ("HTTP/1.1", "HTTP/1.0") or not re.fullmatch("[1-5][0-9][0-9]", status):
         raise ProtocolError(f"expected a status line of HTTP/1.1, got {' '.join(head.start)[:80]!r}")
-    if "content-length" in repeated or ("content-length" in headers and coding is not None):
+    if "content-length" in repeated or (sized and coding is not None):
         raise ProtocolError("an answer with two lengths")
     if method == "HEAD" or status in ("204", "304") or status[0] == "1":
         return int(status), "none"
     if coding is None:
-        return int(status), "sized" if "content-length" in headers else "to close"
+        return int(status), "sized" if sized else "to close"
     if coding.lower() != "chunked":
         raise ProtocolError(f"Transfer-Encoding: expected chunked, got {coding[:40]!r}")
     return int(status), "chunked"
@@ -6170,16 +6169,13 @@ class HttpReader:
 @functools.cache
 def supported_encodings() -> tuple[str, ...]:
     """Return the body codings that this machine can read and write, best first."""
-    return ("zstd", "gzip") if pa.Codec.is_available("zstd") else ("gzip",)
+    return tuple(name for name in ("zstd", "gzip") if pa.Codec.is_available(name))
 
 
 def compress_body(pieces: Sequence[Buffer], encoding: str, level: int) -> bytes:
     """Encode a body; *level* from 1 to 9."""
-    body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    if encoding == "zstd":
-        return cast("bytes", pa.Codec("zstd", compression_level=level).compress(body, asbytes=True))
-    encoder = zlib.compressobj(level, wbits=31)
-    return encoder.compress(body) + encoder.flush()
+    codec = pa.Codec(encoding, compression_level=level)
+    return cast("bytes", codec.compress(pieces[0] if len(pieces) == 1 else b"".join(pieces), asbytes=True))
 
 
 def is_worth_packing(pieces: Sequence[Buffer], encoding: str, level: int) -> bool:
@@ -6192,25 +6188,19 @@ def is_worth_packing(pieces: Sequence[Buffer], encoding: str, level: int) -> boo
 
 def decompress_body(body: Buffer, encoding: str, limit: int) -> Buffer:
     """Decode a body to at most *limit* bytes, else `RequestTooLargeError`; `IPCError` unless it is whole."""
+    if not encoding:
+        return body
     whole = bytearray()
+    room = memoryview(bytearray(max(4_096, min(8 * len(body), limit, 1 << 20))))
     try:
-        if not encoding:
-            return body
-        if encoding == "gzip":
-            decoder = zlib.decompressobj(31)
-            whole += decoder.decompress(body, limit + 1)
-            if len(whole) <= limit and (not decoder.eof or decoder.unused_data):
-                raise IPCError("gzip: trailing bytes" if decoder.eof else "gzip: cut off")
-        else:
-            room = memoryview(bytearray(max(4_096, min(8 * len(body), limit, 1 << 20))))
-            with pa.CompressedInputStream(pa.BufferReader(body), "zstd") as stream:
-                # Not read(): pyarrow loses the bytes object that it has made when the data turn out to be bad.
-                while len(whole) <= limit and (got := stream.readinto(room)):
-                    whole += room[:got]
-            if not whole and len(body):
-                raise IPCError("zstd: nothing to decode in it")
-    except (zlib.error, *ARROW_FAILURES) as exc:
+        with pa.CompressedInputStream(pa.BufferReader(body), encoding) as stream:
+            # Not read(): pyarrow loses the bytes object that it has made when the data turn out to be bad.
+            while len(whole) <= limit and (got := stream.readinto(room)):
+                whole += room[:got]
+    except ARROW_FAILURES as exc:
         raise IPCError(f"{encoding}: {text_of(exc)}") from None
+    if not whole and len(body):
+        raise IPCError(f"{encoding}: nothing to decode in it")
     if len(whole) > limit:
         raise RequestTooLargeError(f"{encoding}: expected at most {limit} decoded bytes, got more")
     return bytes(whole)
@@ -6235,18 +6225,15 @@ def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
     The private header (``None`` when absent) beats the standard one, and a coding named only there is named there in
     the answer. Returns coding or nothing, the header that names it, and whether ``identity`` is taken as well.
     """
-    chosen = ""
-    identity = False
+    names = []
     for offer in (public if private is None else private).lower().split(","):
         name, _, parameters = offer.replace(" ", "").partition(";")
-        if re.fullmatch(r"q=0(\.0*)?", parameters):
-            continue
-        if name == "identity":
-            identity = True
-        elif not chosen and not identity and name in supported_encodings():
-            chosen = name
+        if not re.fullmatch(r"q=0(\.0*)?", parameters):
+            names.append(name)
+    wanted = names[: (*names, "identity").index("identity")]
+    chosen = next((name for name in wanted if name in supported_encodings()), "")
     in_public = re.search(rf"(?:^|[,\s]){chosen}\b", public.lower())
-    return chosen, "Content-Encoding" if in_public else CONTENT_ENCODING_HEADER, identity
+    return chosen, "Content-Encoding" if in_public else CONTENT_ENCODING_HEADER, "identity" in names
 
 
 # ============================================================================
@@ -6919,9 +6906,7 @@ class HttpApp:
         Whoever asks counts the request as running until its answer is out, and adds the `capabilities`.
         """
         started = time.monotonic()
-        given = request.headers.get("x-request-id")
-        if given is not None:
-            request.request_id = clean_request_id(given)
+        request.request_id = clean_request_id(request.headers.get("x-request-id", ""))
         try:
             if fault is not None:
                 raise fault
@@ -6934,10 +6919,12 @@ class HttpApp:
         if origin is not None and ("*" in allowed or origin in allowed):
             exposed = [REQUEST_ID_HEADER, CONTENT_ENCODING_HEADER, RPC_ERROR_HEADER, AUTH_REASON_HEADER]
             exposed += ["WWW-Authenticate", *(name for name, _ in self.capabilities)]
-            response.headers.append(("Access-Control-Expose-Headers", ", ".join(exposed)))
-            response.headers.append(("Cross-Origin-Resource-Policy", "cross-origin"))
-            shown = "*" if "*" in allowed else origin
-            response.headers += [("Access-Control-Allow-Origin", shown), ("Vary", "Origin")]
+            response.headers += [
+                ("Access-Control-Expose-Headers", ", ".join(exposed)),
+                ("Access-Control-Allow-Origin", "*" if "*" in allowed else origin),
+                ("Cross-Origin-Resource-Policy", "cross-origin"),
+                ("Vary", "Origin"),
+            ]
         response.headers.append((REQUEST_ID_HEADER, request.request_id or new_request_id()))
         return response
 
@@ -7041,10 +7028,11 @@ class HttpApp:
         else:
             response = json_response(status, said, [("Cache-Control", "no-store")])
         response.headers += headers
-        protocol, _, method = request.path.removeprefix(self.options.prefix)[1:].partition("/")
-        record = CallRecord(TransportKind.HTTP, ANONYMOUS, request.remote_addr, request_id=request.request_id)
-        record.protocol = protocol
-        record.method = method.partition("/")[0]
+        protocol, method, *_ = [*request.path.removeprefix(self.options.prefix)[1:].split("/"), ""]
+        record = CallRecord(
+            TransportKind.HTTP, ANONYMOUS, request.remote_addr, protocol=protocol, method=method
+        )
+        record.request_id = request.request_id
         record.duration_ms = (time.monotonic() - started) * 1000
         record.http = {"http_status": status, "path": request.path[:1000]}
         self.server.log_answer(record, exc)
@@ -7549,31 +7537,28 @@ class HttpConnection(_Handler):
 
     def _serve(self) -> bool:
         keep = False
+        version = "HTTP/1.1"
         fault = None
+        request = HttpRequest("GET", "", {}, self._remote)
         try:
             raw = self._reader.head()
             if not raw:
                 return False
+            # A body that a refusal leaves unread must not be read as the next request: then the connection closes.
+            self._unread = True
             head = parse_http_head(raw)
             path, host = check_request_head(head)
             method, _, version = head.start
-            headers = head.headers
-            headers["host"] = host
-            read_body = functools.partial(self._read_body, headers, version)
+            headers = {**head.headers, "host": host}
+            body = functools.partial(self._read_body, headers, version)
             gone = self._channel.peer_gone
-            request = HttpRequest(method, path, headers, self._remote, read_body, gone, head.repeated)
-            # A body that a refusal leaves unread must not be read as the next request: then the connection closes.
+            request = HttpRequest(method, path, headers, self._remote, body, gone, head.repeated)
             self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-            keep = version == "HTTP/1.1"
-            if "connection" in headers and header_has(headers, "connection", "close"):
-                keep = False
+            keep = version == "HTTP/1.1" and not header_has(headers, "connection", "close")
             if self._over_cap and not path.endswith("/health"):
                 text = f"this server takes {self.options.max_connections} connections at a time"
                 fault = http_refusal(503, text, Code.UNAVAILABLE)
         except ProtocolError as exc:  # of the head: where this request ends is not known
-            request = HttpRequest("GET", "", {}, self._remote)
-            version = "HTTP/1.1"
-            self._unread = True
             fault = exc
         with self.app.server:  # until the answer is out: a server that drains must not exit before
             response = self.app.respond(request, fault)
@@ -7612,12 +7597,8 @@ class HttpConnection(_Handler):
             self._write([b"0\r\n\r\n"] if framing else [])
 
     def _write(self, pieces: list[Buffer]) -> None:
-        size = total_size(pieces)
-        left = cast("float", self._channel.deadline) - time.monotonic()
-        # A small answer has what is left of the wait for its request: setting a timeout is a system call.
-        if size > SMALL_BODY_BYTES or left < self._patience:
-            self._reader.ends = None
-            self._reader.allow(size)
+        self._reader.ends = None
+        self._reader.allow(total_size(pieces))
         self._channel.write(pieces)
 
 
