@@ -5121,27 +5121,28 @@ DECIDED_LATER = [
 ]
 
 
-class GivenChannel(rpc.ByteChannel):
-    """Bytes that come *step* at a time, and then the end."""
+class GivenBytes(io.BytesIO):
+    """A socket from which bytes come *step* at a time, and then the end."""
 
-    def __init__(self, data: bytes, step: int = 1 << 20) -> None:
-        self.given = io.BytesIO(data)
-        super().__init__(self.given)
-        self.step = step
+    step = 1 << 20
 
-    def _prepare(self, writing: bool) -> None:
+    def recv_into(self, view: memoryview) -> int:
+        return self.readinto(view[: self.step])
+
+    def settimeout(self, seconds: Any) -> None:
         """Nothing is waited for."""
 
-    def _receive(self, view: memoryview) -> int:
-        return self.given.readinto(view[: self.step])
 
-    def fileno(self) -> int:
-        return -1
+def http_reader(data: bytes, step: int = 1 << 20) -> rpc.HttpReader:
+    """A reader of these bytes."""
+    source = GivenBytes(data)
+    source.step = step
+    return rpc.HttpReader(rpc.ByteChannel(source))
 
 
 def read_message(data: bytes, step: int = 1 << 20) -> tuple[Any, bytes]:
     """Head and body of a request as the server's reader finds them."""
-    reader = rpc.HttpReader(GivenChannel(data, step))
+    reader = http_reader(data, step)
     head = rpc.parse_http_head(reader.head())
     rpc.check_request_head(head)
     framing = "chunked" if "transfer-encoding" in head.headers else "sized"
@@ -5175,7 +5176,7 @@ class HttpMessageTests(TestCase):
         for data in (ASKED, IN_CHUNKS + CHUNKS[:-2] + b"A: b\r\n\r\n"):
             for end in range(1, len(data)):
                 self.assertIsInstance(outcome_of(data[:end]), (int, str), data[:end])
-        self.assertEqual(rpc.HttpReader(GivenChannel(b"")).head(), b"")
+        self.assertEqual(http_reader(b"").head(), b"")
 
     def test_what_is_in_a_head(self) -> None:
         head = rpc.parse_http_head(b"GET /a?b HTTP/1.1\r\nA: 1\r\nb:  2 \t\r\na:\t3\r\nEmpty:\r\n\r\n")
@@ -5218,12 +5219,12 @@ class HttpMessageTests(TestCase):
 
     def test_bodies_to_the_end_of_a_connection(self) -> None:
         for step in (1, 1000):
-            reader = rpc.HttpReader(GivenChannel(b"x" * 3000, step))
+            reader = http_reader(b"x" * 3000, step)
             self.assertEqual(reader.body("to close", {}, 3000, "rule"), b"x" * 3000)
         with self.raises(rpc.RequestTooLargeError, "2999", "rule"):
-            rpc.HttpReader(GivenChannel(b"x" * 3000)).body("to close", {}, 2999, "rule")
+            http_reader(b"x" * 3000).body("to close", {}, 2999, "rule")
         large = os.urandom(200_000)
-        self.assertEqual(bytes(rpc.HttpReader(GivenChannel(large, 999)).exactly(len(large))), large)
+        self.assertEqual(bytes(http_reader(large, 999).exactly(len(large))), large)
 
     def test_twice_the_input_costs_twice_the_time(self) -> None:
         def cost(make: Callable[[int], bytes], times: int) -> float:

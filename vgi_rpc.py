@@ -7137,19 +7137,15 @@ class _PostedCall:
         turn = call.begin(lambda: request.arguments(info))
         if turn.items:  # a stream without a header has none
             self._pieces = stream_pieces(turn.wire, turn.items)
-        if call.stream is not None:
-            try:  # before anything runs: a stream that cannot go on does not start
-                sealed = {CALL_STATE_KEY: self._begin_stream(call.stream)}
-                if call.stream.is_producer:
-                    return self._producer_turns(sealed)
-                sealed[STATE_KEY] = self._cursor(self._content())
-                turn = Turn(
-                    call.stream_wire, [*call.logs(call.stream_wire), (call.stream_wire.empty, sealed)], False
-                )
-            except Exception as exc:
-                turn = call.failed(exc)
+        if call.stream is None:
+            return turn
+        try:  # before anything runs: a stream that cannot go on does not start
+            sealed = {CALL_STATE_KEY: self._begin_stream(call.stream)}
+        except Exception as exc:
+            turn = call.failed(exc)
             self._pieces += stream_pieces(turn.wire, turn.items)
-        return turn
+            return turn
+        return self._turns(sealed, () if call.stream.is_producer else None)
 
     def _begin_stream(self, stream: Stream[Any, Any]) -> bytes:
         """Set the fixed half of a stream, and return its token."""
@@ -7185,9 +7181,6 @@ class _PostedCall:
         content = pack_parts([self._half.call_id, index, state.serialize_to_bytes()])
         self._app.sealer.check_size(content)  # which sealing does too: but here a further turn may run first
         return content
-
-    def _cursor(self, content: bytes) -> bytes:
-        return self._app.sealer.seal(b"state", self._binding, content)
 
     def _revive(self, content: bytes) -> None:
         """Have the call go on with the state that a cursor's *content* holds.
@@ -7235,42 +7228,41 @@ class _PostedCall:
         call = self._open_call(metadata, stream_id=half.stream_id)
         try:
             self._revive(content)
-            if cast("Stream[Any, Any]", call.stream).is_producer and CANCEL_KEY not in metadata:
-                return self._producer_turns({}, batch, metadata)
-            turn = call.turn(batch, metadata)
-            if not turn.finished:  # the cursor rides on the data batch, also where that has no rows
-                item = turn.items[-1]
-                sealed = {STATE_KEY: self._cursor(self._content())}
-                if isinstance(item, bytes):
-                    turn.items[-1] = with_metadata(item, sealed)
-                else:
-                    turn.items[-1] = item[0], {**(item[1] or {}), **sealed}
-        except BaseException as exc:  # of the state's own hooks; or it cannot be written
+        except BaseException as exc:  # of the state's own hooks, too
             turn = call.failed(exc, refused=isinstance(exc, TokenError))
-        self._pieces = stream_pieces(turn.wire, turn.items)
-        return turn
+            self._pieces = stream_pieces(turn.wire, turn.items)
+            return turn
+        return self._turns({}, (batch, metadata))
 
-    def _producer_turns(self, sealed: dict[bytes, bytes], *given: Any) -> Turn:
-        """Run a turn of a producer, or several if the client takes them; return the last one.
+    def _turns(self, sealed: dict[bytes, bytes], given: tuple[Any, ...] | None) -> Turn:
+        """Run a turn on *given*, of a producer several if the client takes them; with None an exchange only begins.
 
-        They are one stream, which ends with the fresh cursor beside the tokens *sealed*. Each further turn
+        Returns the last one. The output stream ends with the fresh cursor beside the tokens *sealed*. Each further turn
         runs on a state that was read back: where an answer ends makes no difference to what comes next.
         """
         call = self._call
         wire = self._half.wires.output
+        is_producer = cast("Stream[Any, Any]", call.stream).is_producer
         writer = IpcWriter(self._pieces.extend, wire)
         limit = call.response_limit_bytes or sys.maxsize
         size = total_size(self._pieces)
         until = time.monotonic() + MAX_TURNS_SECONDS
         left = min(_number(self._headers, MAX_TURNS_HEADER, 1, MAX_RESPONSE_BUDGET) or 1, MAX_TURNS)
         content = b""  # of the cursor after the last turn
-        items: list[Item] = []
+        turn = Turn(wire, [], False)
+        items: list[Item] = []  # which end the answer
         try:
-            while True:
+            if given is None:
+                items = call.logs(wire)
+                content = self._content()
+            while given is not None:
                 before = content
                 mark = len(self._pieces)
                 turn = call.turn(*given)
                 content = b"" if turn.finished else self._content()
+                if not is_producer:
+                    items = turn.items
+                    break
                 writer.write_all(turn.items)
                 size += total_size(self._pieces[mark:])
                 # What the batch that ends the answer takes, with the tokens in it.
@@ -7288,7 +7280,17 @@ class _PostedCall:
                     break
                 self._revive(content)
             if not turn.finished:
-                items = [(wire.empty, {**sealed, STATE_KEY: self._cursor(content)})]
+                sealed[STATE_KEY] = self._app.sealer.seal(b"state", self._binding, content)
+                item: Item = (wire.empty, sealed)
+                if (
+                    given is not None and not is_producer
+                ):  # it rides on the data batch, also where that has no rows
+                    item = items.pop()
+                    if isinstance(item, bytes):
+                        item = with_metadata(item, sealed)
+                    else:
+                        item = item[0], {**(item[1] or {}), **sealed}
+                items.append(item)
         except BaseException as exc:  # the state cannot be written or sealed, or its own hooks raised
             turn = call.failed(exc)
             items = turn.items
