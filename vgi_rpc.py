@@ -970,6 +970,7 @@ class WireSchema:
                 self.schema = ipc.read_schema(pa.py_buffer(schema))
         except _FOREIGN_FAILURES as exc:
             raise IPCError(f"the schema: {text_of(exc)}") from None
+        self.names = self.schema.names
         self.required = [i for i, column in enumerate(self.schema) if not column.nullable]
 
     @functools.cached_property
@@ -2553,19 +2554,19 @@ class OutputCollector:
 
     def emit_arrays(self, arrays: Sequence[pa.Array], metadata: Mapping[str, str] | None = None) -> None:
         """Send columns, in the order of the output schema; raises as `emit`."""
-        columns = dict(zip([*self.output_schema.names, "one too many"], arrays))
+        columns = dict(zip([*self._wire.names, "one too many"], arrays))
         self.emit(batch_from_pydict(columns, self.output_schema, "emit_arrays"), metadata)
 
     def emit_pydict(self, data: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
         """Send ``{column: values}``; raises as `emit`. The values are copied."""
-        names = self.output_schema.names
-        # The short way: lists of one value each, which a template takes. Anything else is pyarrow's to judge.
-        if self.template and not (self.item or self.finished or metadata):
-            columns: list[Any] = [data.get(name) for name in names]
-            if len(data) == len(names) and all(type(column) is list for column in columns):
-                with contextlib.suppress(ValueError):
-                    self.item = self.template.message([value for [value] in columns])
-                    return
+        # The short way: lists of one value each, in order, which a template takes. All else is pyarrow's to judge.
+        is_plain = [*data] == self._wire.names and {*map(type, data.values())} == {list}
+        if is_plain and self.template and not (self.item or self.finished or metadata):
+            try:
+                self.item = self.template.message([value for [value] in data.values()])
+                return
+            except ValueError:
+                pass
         own = dict(data)
         for name, column in data.items():  # pyarrow would wrap numpy's and pandas', which may change later
             if hasattr(column, "__array__") and not isinstance(column, (pa.Array, pa.ChunkedArray)):
