@@ -8809,6 +8809,7 @@ def _input_batches(args: Any, skip: int) -> Iterator[tuple[pa.RecordBatch, int]]
         if first == b"ARROW1" or first[:4] == END_OF_STREAM[:4]:
             source = ByteSource()
             source.read = file.read  # type: ignore[method-assign]
+            source.read_after = lambda head, size: head + file.read(size)  # type: ignore[method-assign]
             batches = (batch for batch, _ in iter(IpcReader(source).next, None))
             size = args.rows or sys.maxsize
         rows = 0
