@@ -1021,14 +1021,8 @@ class IpcReader:
         self.ended = False  # whether the end marker was read
         self.dictionaries: dict[int, list[tuple[int, Buffer]]] = {}  # by id: what messages take, and they
         self._dictionary_bytes = 0
-        self._last_head = (
-            b""  # one that tells all of its message but the body, which has nothing to decompress
-        )
-        self._last: tuple[int, int, dict[bytes, bytes]] = (
-            0,
-            0,
-            {},
-        )  # the size of that message, its rows and metadata
+        # Head, size, rows and metadata of the last message that is not compressed: the next often has another body only.
+        self._last: tuple[bytes, int, int, dict[bytes, bytes]] = (b"", 0, 0, {})
         if not isinstance(expected, Mapping):
             expected = {wire.message: wire for wire in expected}
         self._expected = expected
@@ -1072,11 +1066,11 @@ class IpcReader:
         """Read the next batch's message without decoding it; ``None`` at the end marker."""
         if self.ended:
             return None
-        if self._last_head:  # the turns of a stream often differ in their bodies alone
+        raw, size, rows, metadata = self._last
+        if raw:
             received, at = self._source.received()
-            size, rows, metadata = self._last
-            data = received[at : at + size]
-            if len(data) == size and data[: len(self._last_head)] == self._last_head:
+            data: Any = received[at : at + size]
+            if len(data) == size and data[: len(raw)] == raw:
                 self._source.at = at + size
                 return BatchMessage(rows, metadata.copy(), data)
         while raw := self._read_head():
@@ -1102,8 +1096,7 @@ class IpcReader:
             except _FOREIGN_FAILURES as exc:
                 raise IPCError(f"the message: {text_of(exc)}") from None
             if not is_compressed and len(raw) <= SMALL_BODY_BYTES:
-                self._last_head = raw
-                self._last = (size, rows, head.metadata)
+                self._last = (raw, size, rows, head.metadata)
             if wire_read.isEnabledFor(logging.DEBUG):
                 facts = (rows, size, list(head.metadata), self.schema)
                 wire_read.debug("%d rows, %d bytes, metadata %s: %s", *facts)
@@ -1281,35 +1274,30 @@ class IpcWriter:
             self._write(pieces)
 
     def _messages(self, batch: pa.RecordBatch, metadata: Mapping[Any, Any]) -> list[Buffer]:
-        """Return the messages of one batch."""
+        """Return the messages of one batch. pyarrow's writer, which is slow, makes those of dictionaries and large ones."""
         most = MAX_METADATA_BYTES // 2
         if len(metadata) > MAX_HEAD_ENTRIES or sum(map(len, metadata.values())) > most:
             raise ParameterError(f"metadata: expected at most {MAX_HEAD_ENTRIES} entries and {most} bytes")
         wire = self.wire
+        schema_left = 0
+        self._file.clear()
         try:
             is_plain = not wire.dictionaries and batch.schema.equals(wire.schema)
             if is_plain and batch.get_total_buffer_size() <= SMALL_BODY_BYTES:
                 message = batch.serialize().to_pybytes() if batch.num_rows else wire.empty_message
-                pieces: list[Buffer] = [with_metadata(message, metadata) if metadata else message]
+                self._file.append(with_metadata(message, metadata) if metadata else message)
             else:
-                pieces = self._stream_messages(batch, metadata)
+                if self._writer is None:
+                    self._writer = ipc.RecordBatchStreamWriter(self._file, wire.schema, options=_OPTIONS)
+                    schema_left = len(wire.message)  # it writes that again with its first batch
+                self._writer.write_batch(batch, custom_metadata=metadata or None)
         except ARROW_FAILURES as exc:
             raise IPCError(f"a batch cannot be written: {text_of(exc)}") from None
-        if wire_write.isEnabledFor(logging.DEBUG):
-            facts = (batch.num_rows, total_size(pieces), list(metadata), wire.schema)
-            wire_write.debug("%d rows, %d bytes, metadata %s: %s", *facts)
-        return pieces
-
-    def _stream_messages(self, batch: pa.RecordBatch, metadata: Mapping[Any, Any]) -> list[Buffer]:
-        """Return the messages of a batch that has dictionaries, or a body too large to be copied."""
-        self._file.clear()
-        schema_left = 0
-        if self._writer is None:
-            self._writer = ipc.RecordBatchStreamWriter(self._file, self.wire.schema, options=_OPTIONS)
-            schema_left = len(self.wire.message)  # it writes that again with its first batch
-        self._writer.write_batch(batch, custom_metadata=metadata or None)
         while schema_left > 0:
             schema_left -= len(self._file.pop(0))
+        if wire_write.isEnabledFor(logging.DEBUG):
+            facts = (batch.num_rows, total_size(self._file), list(metadata), wire.schema)
+            wire_write.debug("%d rows, %d bytes, metadata %s: %s", *facts)
         return self._file.copy()
 
 
