@@ -6293,9 +6293,8 @@ def value_from_json(value: Any, member: pa.Field, step: str = "") -> Any:
             return [value_from_json(part, kind.value_field, f"[{i}]") for i, part in enumerate(value)]
         if isinstance(value, (dict, list)) and str(kind).endswith("binary"):
             return _stream_from_json(value, member)
-        accepted, read, _, codec = _leaf(kind)
-        if type(value) in accepted:
-            return codec.encode(read(value))
+        cls, _, codec = _leaf(kind)
+        return codec.encode(_read_leaf(cls, value))
     except Mismatch as exc:
         raise exc.under(step) from None
     except ARROW_FAILURES:
@@ -6342,49 +6341,54 @@ def json_of_word(word: str | bytes, kind: pa.DataType = pa.utf8()) -> Any:
     return word
 
 
-def _read_duration(value: Any) -> datetime.timedelta:
-    exact = decimal.Context(40, traps=[decimal.Inexact])
-    microseconds = exact.to_integral_exact(exact_number(str(value).removesuffix("s")) * 1_000_000)
-    return datetime.timedelta(microseconds=int(microseconds))
-
-
-def _read_text(cls: Any, text: str) -> Any:
-    """RFC 3339 of *cls*, which knows less of it before Python 3.11; for bytes base64, or a UUID as it is written."""
-    if cls is bytes:
-        is_uuid = len(text) == 36 and text.count("-") == 4  # base64 has no "-"
-        return uuid.UUID(text).bytes if is_uuid else base64.b64decode(text, validate=True)
-    if re.search(r"\.[0-9]{6}0*[1-9]", text):  # below microseconds, which newer Pythons cut off
-        raise ValueError
-    text = re.sub(r"\.([0-9]{1,6})[0-9]*", lambda match: "." + match[1].ljust(6, "0"), text)
-    return cls.fromisoformat(re.sub("[Zz]$", "+00:00", text))
-
-
-_JSON_TEXT = (str,)
-_JSON_NUMBERS = (int, float, decimal.Decimal, str)
-_LEAVES: list[tuple[str, tuple[type, ...], Callable[[Any], Any], Any]] = [
-    # Arrow types without members; how `parse_json` gives their values; what reads these; an example in JSON
-    ("bool", (bool,), bool, True),
-    ("u?int", (int,), int, 1),
-    (".*float|double", _JSON_NUMBERS, lambda v: _NOT_FINITE[v] if isinstance(v, str) else float(v), 1.5),
-    ("(large_)?string", _JSON_TEXT, str, "text"),
-    ("(large_|fixed_size_)?binary", _JSON_TEXT, functools.partial(_read_text, bytes), "AAH/"),
-    ("decimal", _JSON_NUMBERS, lambda v: exact_number(str(v)), "1"),
-    ("date", _JSON_TEXT, functools.partial(_read_text, datetime.date), "2024-01-31"),
-    ("time[36]", _JSON_TEXT, functools.partial(_read_text, datetime.time), "12:30:00"),
-    ("timestamp.*tz", _JSON_TEXT, functools.partial(_read_text, datetime.datetime), "2024-01-31T12:30:00Z"),
-    ("timestamp", _JSON_TEXT, functools.partial(_read_text, datetime.datetime), "2024-01-31T12:30:00"),
-    ("duration", _JSON_NUMBERS, _read_duration, "1.5s"),
+# Arrow types without members; the classes of their values; examples in JSON.
+_LEAVES: list[tuple[str, type, Any]] = [
+    ("bool", bool, True),
+    ("u?int", int, 1),
+    (".*float|double", float, 1.5),
+    ("(large_)?string", str, "text"),
+    ("(large_|fixed_size_)?binary", bytes, "AAH/"),
+    ("decimal", decimal.Decimal, "1"),
+    ("date", datetime.date, "2024-01-31"),
+    ("time[36]", datetime.time, "12:30:00"),
+    ("timestamp.*tz", datetime.datetime, "2024-01-31T12:30:00Z"),
+    ("timestamp", datetime.datetime, "2024-01-31T12:30:00"),
+    ("duration", datetime.timedelta, "1.5s"),
 ]
 
 
 @functools.lru_cache(maxsize=256)
-def _leaf(kind: pa.DataType) -> tuple[tuple[type, ...], Callable[[Any], Any], Any, Codec]:
+def _leaf(kind: pa.DataType) -> tuple[Any, Any, Codec]:
     if pa.types.is_dictionary(kind):
         return _leaf(kind.value_type)
-    for pattern, accepted, read, example in _LEAVES:
+    for pattern, cls, example in _LEAVES:
         if re.match(pattern, str(kind)):
-            return accepted, read, example, codec_for(Annotated[object, ArrowType(kind)])
+            return cls, example, codec_for(Annotated[object, ArrowType(kind)])
     raise ValueError
+
+
+def _read_leaf(cls: Any, value: Any) -> Any:
+    """Read a value of *cls* from its form in JSON; raises one of `ARROW_FAILURES` for what is none."""
+    if cls in (bool, int, str) or isinstance(value, bool):
+        if type(value) is not cls:
+            raise TypeError
+        return value
+    if cls is float:
+        return _NOT_FINITE[value] if isinstance(value, str) else float(value)
+    if cls is decimal.Decimal:
+        return exact_number(str(value))
+    if cls is datetime.timedelta:
+        exact = decimal.Context(40, traps=[decimal.Inexact])
+        microseconds = exact.to_integral_exact(exact_number(str(value).removesuffix("s")) * 1_000_000)
+        return datetime.timedelta(microseconds=int(microseconds))
+    if cls is bytes:
+        is_uuid = len(value) == 36 and value.count("-") == 4  # base64 has no "-"
+        return uuid.UUID(value).bytes if is_uuid else base64.b64decode(value, validate=True)
+    # RFC 3339, of which these classes know less before Python 3.11.
+    if re.search(r"\.[0-9]{6}0*[1-9]", value):  # below microseconds, which newer Pythons cut off
+        raise ValueError
+    text = re.sub(r"\.([0-9]{1,6})[0-9]*", lambda match: "." + match[1].ljust(6, "0"), value)
+    return cls.fromisoformat(re.sub("[Zz]$", "+00:00", text))
 
 
 def value_to_json(value: Any, member: pa.Field) -> Any:
@@ -6488,11 +6492,19 @@ def members_of(member: pa.Field) -> list[pa.Field]:
     return list(member.type if pa.types.is_struct(member.type) else struct_schema(member) or ())
 
 
-def described_rows(members: Iterable[pa.Field], depth: int = 0) -> Iterator[tuple[int, pa.Field]]:
-    """(depth, field) of fields and of what is nested in them, each before its members."""
+def described_rows(
+    info: RpcMethodInfo, members: Iterable[pa.Field], indent: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """(name, type, doc) of described fields of a method, each before what is nested in it, which is indented."""
     for member in members:
-        yield depth, member
-        yield from described_rows(members_of(member), depth + 1)
+        kind = type_of(member)
+        doc = told_text(member, DOC_KEY)
+        if not indent:
+            doc = info.param_docs.get(member.name, doc)
+            if member.name in info.param_defaults:
+                kind += f" = {default_text(info.param_defaults[member.name])}"
+        yield indent + member.name, kind, doc
+        yield from described_rows(info, members_of(member), indent + "  ")
 
 
 def example_of(member: pa.Field) -> Any:
@@ -6510,7 +6522,7 @@ def example_of(member: pa.Field) -> Any:
     if pa.types.is_fixed_size_binary(kind):
         return value_to_json(bytes(kind.byte_width), member)
     told = {"RecordBatch": [{"x": 1.5}], "Schema": {"x": "float64"}}
-    return told.get(type_of(member).partition(" ")[0].removeprefix("pa."), _leaf(kind)[2])
+    return told.get(type_of(member).partition(" ")[0].removeprefix("pa."), _leaf(kind)[1])
 
 
 def example_words(members: Iterable[pa.Field], defaults: Mapping[str, Any]) -> dict[str, str]:
@@ -6545,7 +6557,7 @@ def import_name(module: str) -> str:
 # No script, nothing loaded, only this style, which the pages' policy knows by its hash.
 _STYLE = """
 :root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:auto;padding:1rem;
-overflow-wrap:anywhere}article,pre{background:#8882;border-radius:8px;padding:.6rem 1rem;margin:.7rem 0}pre{margin:0}
+overflow-wrap:anywhere}details,pre{background:#8882;border-radius:8px;padding:.6rem 1rem;margin:.7rem 0}pre{margin:0}
 h4{margin:.8rem 0 .2rem}h4,b,small{opacity:.75}b,small,table{font-size:.85rem}small{display:block}table{width:100%;
 border-collapse:collapse}td{padding:.2rem .8rem .2rem 0;vertical-align:top;border-bottom:1px solid #8885}
 code,pre{font:.87rem/1.5 ui-monospace,monospace;white-space:pre-wrap}
@@ -6586,7 +6598,7 @@ def page(title: str, body: str, root: str, status: int = 200) -> HttpResponse:
 def page_at(
     server: RpcServer, options: HttpOptions, request: HttpRequest, segments: list[str], scheme: str = "http"
 ) -> HttpResponse | None:
-    """The index at the root, a card of each method at ``describe``, else None; who calls has asked who asks."""
+    """A card of each method, closed at the root and open at ``describe``, else None; who calls has asked who asks."""
     if segments not in ([], [""], ["describe"]):
         return None
     host = request.get_header("host") or ""
@@ -6595,7 +6607,7 @@ def page_at(
     if request.get_header("x-forwarded-proto") == "https":
         scheme = "https"
     url = f"{scheme}://{host}{request.mount}{options.prefix}"
-    root = root_of(request.path, options.prefix)
+    shown = " open" * (segments == ["describe"])
     body = ""
     for service in server.services.values():
         body += tag("h2", f"{service.name} {service.version}")
@@ -6604,17 +6616,17 @@ def page_at(
             marks = [{True: "exchange", False: "producer"}.get(cast("bool", bound.is_exchange), info.kind)]
             marks += [info.idempotency] * (info.idempotency != "unknown")
             marks += [f"deprecated: {info.deprecation}"] * (info.deprecation is not None)
-            text = tag("small", (info.doc or "").partition("\n")[0])
-            if segments == ["describe"]:
-                text = _method_card(bound, url, options)
-            anchor = f"{service.name}.{info.name}"  # names, so there is nothing to escape
-            link = f'<a href="{root}describe#{anchor}">{tag("code", info.signature())}</a>'
-            body += f'<article id="{anchor}">{link} {tag("b", ", ".join(marks))}{text}</article>'
+            summary = f"{tag('code', info.signature())} {tag('b', ', '.join(marks))}"
+            summary += tag("small", (info.doc or "").partition("\n")[0])
+            # Names, so there is nothing to escape in what is linked to.
+            body += f'<details id="{service.name}.{info.name}"{shown}><summary>{summary}</summary>'
+            body += f"{_method_card(bound, url, options)}</details>"
     facts = ["Health: " + ("draining, takes no calls" if server.draining else "ok")]
     facts.append(f"requests of at most {options.max_request_bytes or SERVER_MAX_REQUEST_BYTES:,} bytes")
     facts.append(f"vgi_rpc {__version__}, Python {sys.version.split()[0]}, pyarrow {pa.__version__}")
     facts.append(f"server {server.server_id} {server.server_version}, protocol hash {server.protocol_hash}")
-    return page(server.protocol_name, body + tag("h2", "This server") + tag("small", "; ".join(facts)), root)
+    body += tag("h2", "This server") + tag("small", "; ".join(facts))
+    return page(server.protocol_name, body, root_of(request.path, options.prefix))
 
 
 def _method_card(bound: BoundMethod, url: str, options: HttpOptions) -> str:
@@ -6623,19 +6635,11 @@ def _method_card(bound: BoundMethod, url: str, options: HttpOptions) -> str:
 
     info = bound.info
     schemas = described_schemas(info)
-    card = tag("pre", info.doc) if info.doc else ""
+    card = tag("pre", info.doc) * ("\n" in (info.doc or ""))
     for title, key in (("Parameters", "params"), ("Header", "header"), ("Result", "result")):
         rows = ""
-        for depth, member in described_rows(schemas[key]):
-            kind = type_of(member)
-            doc = told_text(member, DOC_KEY)
-            if depth == 0:
-                doc = info.param_docs.get(member.name, doc)
-                if member.name in info.param_defaults:
-                    kind += f" = {default_text(info.param_defaults[member.name])}"
-            rows += (
-                f"<tr><td>{'&emsp;' * depth}{tag('code', member.name)}<td>{tag('code', kind)}{tag('td', doc)}"
-            )
+        for name, kind, doc in described_rows(info, schemas[key]):
+            rows += f"<tr><td>{tag('code', name)}<td>{tag('code', kind)}{tag('td', doc)}"
         if rows:
             card += f"<h4>{title}</h4><table>{rows}</table>"
     asks = options.authenticate is not None
@@ -8347,8 +8351,6 @@ def http_introspect(
 
 def announce(kind: str, *place: object) -> None:
     """Print a discovery line (``PORT:…``, ``UNIX:…``, ``TCP:…``) for the program that started us."""
-    if kind == "PORT":
-        place = place[-1:]
     with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it: that stops no server
         print(kind, *place, sep=":", flush=True)
 
@@ -8368,7 +8370,7 @@ LISTENING = """\
 --tcp [HOST:]PORT | serve TCP; prints TCP:<host>:<port>
 --host HOST := 127.0.0.1 | address for HTTP
 --port PORT := 0 | port for HTTP; 0 takes a free one
---max-connections N | at most so many at a time
+--max-connections N := 512 | at most so many at a time
 --idle-timeout SECONDS | end after so long without a connection
 --access-log PATH | append a JSON line for each call; - is stderr
 """
@@ -8426,14 +8428,12 @@ def listen(server: RpcServer, args: Any, told: Callable[..., None], **http: Any)
 
     *http* is more for `serve_http`. Raises `OSError` as the functions do that it calls.
     """
-    more: dict[str, Any] = {"idle_timeout": args.idle_timeout}
-    if args.max_connections is not None:
-        more["max_connections"] = args.max_connections
+    more: dict[str, Any] = {"idle_timeout": args.idle_timeout, "max_connections": args.max_connections}
     if args.access_log:
         configure_access_log(args.access_log, server)
     if args.http:
         more.update(http, host=args.host, port=args.port)
-        serve_http(server, on_bound=functools.partial(told, "PORT"), **more)
+        serve_http(server, on_bound=lambda _, port: told("PORT", port), **more)
     elif args.unix:
         serve_unix(server, args.unix, threaded=True, on_bound=functools.partial(told, "UNIX"), **more)
     elif args.tcp:
@@ -8504,25 +8504,19 @@ class CountdownState(ProducerState):
         self.left -= 1
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class StatisticsState(ExchangeState):
-    """Of the values so far, nulls passed over: how many, their sum, the least and the largest."""
+    """How many values there were, nulls passed over, and their sum."""
 
     count: int = 0
     total: float = 0.0
-    edges: list[float] = field(default_factory=list)
 
     def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
         """Take a batch and answer with the statistics."""
         values = input.batch.column("value").drop_null().to_pylist()
         self.count += len(values)
         self.total += sum(values)
-        if values:
-            self.edges = [min(self.edges + values), max(self.edges + values)]
-        row: dict[str, float] = {"count": self.count}
-        if self.count:
-            row.update(mean=self.total / self.count, min=self.edges[0], max=self.edges[-1])
-        out.emit_pydict({name: [row.get(name)] for name in ("count", "mean", "min", "max")})
+        out.emit_pydict({"count": [self.count], "mean": [self.total / (self.count or 1)]})
 
 
 class Demo:
@@ -8538,10 +8532,9 @@ class Demo:
         return Stream(pa.schema([("n", pa.int64())]), CountdownState(start, pause or 0.0), header=header)
 
     def statistics(self) -> Stream[StatisticsState]:
-        """Answer each batch of a column "value" with count, mean, min and max of all values so far."""
-        answer = {"count": pa.int64(), **dict.fromkeys(("mean", "min", "max"), pa.float64())}
-        value = pa.schema([("value", pa.float64())])
-        return Stream(pa.schema(answer), StatisticsState(), input_schema=value)
+        """Answer each batch of a column "value" with count and mean of all values so far."""
+        answer = pa.schema([("count", pa.int64()), ("mean", pa.float64())])
+        return Stream(answer, StatisticsState(), input_schema=pa.schema([("value", pa.float64())]))
 
 
 class _CliError(Exception):
@@ -8663,19 +8656,13 @@ def _serve(args: Any) -> None:
     known = HttpOptions.__dataclass_fields__
     options = {name: value for name, value in vars(args).items() if name in known and value is not None}
     options.update(pages=not args.no_describe, json=not args.no_json, cors_origins=args.cors)
-    notes = [f"{server.protocol_name} served by vgi_rpc {__version__}"]
-    notes += [f"  {each.info.signature()}    {each.info.kind}" for each in server.primary.methods.values()]
     if args.token_key_file:
         options["token_key"] = [words[0].encode() for words in _secrets(args.token_key_file)]
-    elif not os.environ.get("VGI_RPC_TOKEN_KEY"):
-        options["token_key"] = os.urandom(32)
-        note = "token key  random, so streams end with this process; --token-key-file keeps them"
-        notes += [note] * args.http
     if args.bearer_file:
         lines = _secrets(args.bearer_file)
         callers = {words[-1]: AuthContext("bearer", True, [*words[:-1], "bearer"][0]) for words in lines}
         options["authenticate"] = bearer_authenticate_static(tokens=callers)
-    prefix = HttpApp(server, HttpOptions(**options)).options.prefix  # says at once what is wrong
+    prefix = HttpOptions(**options).prefix
     if args.check:
         print(describe_rpc(server.primary.protocol))
         return
@@ -8686,13 +8673,15 @@ def _serve(args: Any) -> None:
         where = ":".join(map(str, [kind.lower(), *place]))
         if kind == "PORT":
             host = f"[{args.host}]" if ":" in args.host else args.host
-            where = f"http://{host}:{place[-1]}{prefix}"
+            where = f"http://{host}:{place[0]}{prefix}"
+        lines = [f"{server.protocol_name} served by vgi_rpc {__version__}"]
+        lines += [
+            f"  {each.info.signature()}    {each.info.kind}" for each in server.primary.methods.values()
+        ]
         if not args.bearer_file and not re.match(r"unix:|(tcp:|http://)(localhost|127\.|::1|\[::1)", where):
-            notes.append("warning: anybody who reaches this address can call; --bearer-file asks who it is")
-        notes.extend(
-            [f"address    {where}", f"look       {_program()} describe {where}", "stop       Ctrl-C"]
-        )
-        _say("\n".join(notes))
+            lines.append("warning: anybody who reaches this address can call; --bearer-file asks who it is")
+        lines += [f"address    {where}", f"look       {_program()} describe {where}", "stop       Ctrl-C"]
+        _say("\n".join(lines))
         if args.announce:
             announce(kind, *place)
 
@@ -9065,10 +9054,10 @@ def _describe(args: Any) -> None:
         lines += [f"    {line}".rstrip() for line in (each.doc or "").splitlines()]
         lines += [f"  deprecated: {each.deprecation}"] * (each.deprecation is not None)
         for title, schema in described_schemas(each).items():
-            rows = [("  " * depth + member.name, type_of(member)) for depth, member in described_rows(schema)]
+            rows = list(described_rows(each, schema))
             if len(rows) > len(schema) or (title == "header" and rows):
-                width = max(len(name) for name, _ in rows)
-                lines += [f"  {title}", *(f"    {name:{width}}  {text}" for name, text in rows)]
+                width = max(len(name) for name, _, _ in rows)
+                lines += [f"  {title}", *(f"    {name:{width}}  {kind}" for name, kind, _ in rows)]
         texts.append("\n".join([*lines, f"  {_usage_of(each)}"]))
     if args.verbose:
         texts.append("\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in told.items()))
@@ -9104,7 +9093,7 @@ def _selfcheck(args: Any) -> int:
                 with proxy.statistics() as session:
                     answers = [session.exchange({"value": [1.0, None, 3.0]}).batch for _ in range(2)]
             found += answers[1].to_pylist()
-            if found != [3.0, 2, 1, 0, {"count": 4, "mean": 2.0, "min": 1.0, "max": 3.0}]:
+            if found != [3.0, 2, 1, 0, {"count": 4, "mean": 2.0}]:
                 raise ValueError(f"wrong answers: {found}")
         except Exception as exc:
             failed = 1
