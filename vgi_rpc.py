@@ -6560,7 +6560,7 @@ _STYLE = """
 overflow-wrap:anywhere}details,pre{background:#8882;border-radius:8px;padding:.6rem 1rem;margin:.7rem 0}pre{margin:0}
 h4{margin:.8rem 0 .2rem}h4,b,small{opacity:.75}b,small,table{font-size:.85rem}small{display:block}table{width:100%;
 border-collapse:collapse}td{padding:.2rem .8rem .2rem 0;vertical-align:top;border-bottom:1px solid #8885}
-code,pre{font:.87rem/1.5 ui-monospace,monospace;white-space:pre-wrap}
+code,pre{font:.87rem/1.5 ui-monospace,monospace;white-space:pre-wrap}td:first-child code{white-space:pre}
 """
 
 
@@ -8824,18 +8824,18 @@ def _text_batches(file: Any, is_csv: bool) -> Iterator[pa.RecordBatch]:
 
 def _read_csv(text: bytes, schema: pa.Schema | None) -> pa.RecordBatch:
     """Lines of CSV, all texts, null where nothing stands, not even quotes. Without *schema* the first is a head."""
-    import csv
+    from pyarrow import csv
 
-    from pyarrow import csv as arrow
-
-    names = schema.names if schema else next(csv.reader(io.StringIO(text.decode("utf-8-sig"), newline="")))
-    cells = arrow.ConvertOptions(column_types=dict.fromkeys(names, pa.utf8()), null_values=[""])
+    reading = csv.ReadOptions(use_threads=False, block_size=len(text) + 1)
+    parsing = csv.ParseOptions(newlines_in_values=True)
+    if schema is None:
+        names = csv.read_csv(io.BytesIO(text), reading, parsing).column_names
+    else:
+        reading.column_names = names = schema.names
+    cells = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.utf8()), null_values=[""])
     cells.strings_can_be_null = True
     cells.quoted_strings_can_be_null = False
-    reading = arrow.ReadOptions(use_threads=False, block_size=len(text) + 1, column_names=names)
-    reading.skip_rows_after_names = int(schema is None)
-    table = arrow.read_csv(io.BytesIO(text), reading, arrow.ParseOptions(newlines_in_values=True), cells)
-    return batch_of_table(table, "input")
+    return batch_of_table(csv.read_csv(io.BytesIO(text), reading, parsing, cells), "input")
 
 
 def _read_ndjson(text: bytes, schema: pa.Schema | None) -> pa.RecordBatch:
@@ -8972,17 +8972,17 @@ def _call(args: Any) -> None:
         if args.resume and not (is_stream and isinstance(connection._channel, HttpClient)):
             raise _CliError("--resume is for streams over HTTP: elsewhere the state ends with the connection")
         try:
-            row = arguments_from_json(method, _given(args, method))
+            given = _given(args, method)
+            if is_stream:
+                _call_stream(args, connection, method, given)
+            else:
+                row = arguments_from_json(method, given)
+                _Output(args).value(connection._channel.call(method, row, connection._options), method)
         except (ParameterError, ProtocolError) as exc:
             raise _CliError(text_of(exc), _usage_of(method)) from None
-        if is_stream:
-            _call_stream(args, connection, method, row)
-        else:
-            answer = connection._channel.call(method, row, connection._options)
-            _Output(args).value(answer, method)
 
 
-def _call_stream(args: Any, connection: RpcConnection[Any], info: RpcMethodInfo, row: list[Any]) -> None:
+def _call_stream(args: Any, connection: RpcConnection[Any], info: RpcMethodInfo, given: Any) -> None:
     """Start a stream, or go on with the one that ``--resume FILE`` remembers, and write each answer as it comes.
 
     The file holds the method, how many rows of the input were answered, and the token behind them.
@@ -8994,11 +8994,11 @@ def _call_stream(args: Any, connection: RpcConnection[Any], info: RpcMethodInfo,
             mark = json_object(file.read())
         if mark.get("method") != method or not isinstance(mark.get("token"), str):
             raise _CliError(f"{args.resume}: not where a call of {method} stopped")
-    opened: Any
+    channel: Any = connection._channel
     if mark:
-        opened = connection._channel.resume(info, mark["token"].encode(), connection._options)
+        opened = channel.resume(info, mark["token"].encode(), connection._options)
     else:
-        opened = connection._channel.call(info, row, connection._options)
+        opened = channel.call(info, arguments_from_json(info, given), connection._options)
     show: Any = functools.partial(print, "\r\x1b[K", sep="", end="", file=sys.stderr, flush=True)
     if not sys.stderr.isatty():
         show = str
