@@ -4754,10 +4754,8 @@ class CallOptions:
 
     def turn_metadata(self, given: Metadata | None) -> dict[bytes, bytes]:
         """Return the metadata of a turn's input: what was *given*, and how long the turn may take."""
-        metadata = dict(given or {})
-        if self.timeout is not None:
-            metadata[TIMEOUT_KEY] = b"%d" % max(1, int(self.timeout * 1000))
-        return metadata
+        own = {} if self.timeout is None else {TIMEOUT_KEY: b"%d" % max(1, int(self.timeout * 1000))}
+        return {**given, **own} if given else own
 
 
 def local_error(text: str) -> RpcError:
@@ -4799,8 +4797,9 @@ def only_batch(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage | N
 
 def reply_batch(reader: IpcReader, message: BatchMessage) -> AnnotatedBatch:
     """Decode a batch of an answer, without the state tokens."""
+    batch = reader.decode(message)
     shown = {k: value for k, value in message.metadata.items() if k not in (STATE_KEY, CALL_STATE_KEY)}
-    return AnnotatedBatch(reader.decode(message), pa.KeyValueMetadata(shown) if shown else None)
+    return AnnotatedBatch(batch, pa.KeyValueMetadata(shown)) if shown else AnnotatedBatch(batch)
 
 
 class StreamSession:
@@ -4823,14 +4822,14 @@ class StreamSession:
         self._waiting: deque[AnnotatedBatch] = deque()  # batches that came and were not handed out
         self._in_flight = 0  # inputs whose answers were not read
 
-    def _fetch(self, given: AnnotatedBatch | None) -> None:
-        """Send an input, a tick, or (``None``) a tick that others may follow; what is answered waits."""
+    def _fetch(self, given: tuple[pa.RecordBatch, Any] | None) -> None:
+        """Send an input and its metadata, or (``None``) a tick that others may follow; what is answered waits."""
         raise NotImplementedError
 
     def _end(self, cancels: bool) -> None:
         raise NotImplementedError
 
-    def _turn(self, given: AnnotatedBatch | None) -> AnnotatedBatch | None:
+    def _turn(self, given: tuple[pa.RecordBatch, Any] | None) -> AnnotatedBatch | None:
         self._fetch(given)
         if self._waiting:
             return self._waiting.popleft()
@@ -4842,7 +4841,7 @@ class StreamSession:
         self._over = reason
 
     def _check_open(self) -> None:
-        if self.closed:
+        if self.phase is StreamPhase.DONE or self.phase is StreamPhase.CUT:
             raise local_error(f"the stream of {self.info.name}() {self._over}")
 
     def _check_kind(self, is_exchange: bool, use: str) -> None:
@@ -4883,17 +4882,14 @@ class StreamSession:
         `tick` asks for none ahead, but first gets those that were asked for; its metadata is for the turn behind them.
         """
         self._check_kind(False, "iterating")
-        while self.phase is not StreamPhase.DONE:
-            answer = self._turn(None)
-            if answer is None:
-                return
+        while self.phase is not StreamPhase.DONE and (answer := self._turn(None)) is not None:
             yield answer
 
     def tick(self, custom_metadata: Metadata | None = None) -> AnnotatedBatch:
         """Ask a producer for one batch; its state sees the metadata. `StopIteration` at the end, else as iteration."""
         self._check_kind(False, "tick()")
         metadata = pa.KeyValueMetadata(dict(custom_metadata)) if custom_metadata else None
-        answer = self._turn(AnnotatedBatch(TICK, metadata))
+        answer = self._turn((TICK, metadata))
         if answer is None:
             raise StopIteration
         return answer
@@ -4927,14 +4923,15 @@ class StreamSession:
         batch = input.batch if isinstance(input, AnnotatedBatch) else input
         if isinstance(batch, pa.Table):
             batch = batch_of_table(batch, where)
-        elif isinstance(batch, Mapping):
+        elif not isinstance(batch, pa.RecordBatch):
+            if not isinstance(batch, Mapping):
+                expected = "expected a batch, table or {column: values}"
+                raise ParameterError(f"{where}: {expected}, got {got(batch)}")
             # Of types that are inferred, and cast below: pyarrow would cut 2.5 for a column of integers.
             batch = batch_from_pydict(batch, None, where)
-        if not isinstance(batch, pa.RecordBatch):
-            raise ParameterError(f"{where}: expected a batch, table or {{column: values}}, got {got(batch)}")
         self._input = self._input or WireSchema(batch.schema)
         batch = conform_batch(batch, self._input, f"{where}, as in its first input", cast_values=True)
-        answer = self._turn(AnnotatedBatch(batch, getattr(input, "custom_metadata", None)))
+        answer = self._turn((batch, getattr(input, "custom_metadata", None)))
         if answer is None:
             raise local_error(f"{self.info.name}() finished instead of answering")
         return answer
@@ -5084,7 +5081,8 @@ class ByteClient(ClientChannel):
     def _call(self, info: RpcMethodInfo, row: list[Any], options: CallOptions) -> Any:
         request_id = new_request_id()
         request = request_pieces(info, row, request_id, options.timeout)
-        self._end_stream("was ended by another call on its connection; read it first, or connect twice")
+        if self.stream is not None:
+            self._end_stream("was ended by another call on its connection; read it first, or connect twice")
         self.phase = ConnectionPhase.CALLING
         try:
             self.channel.write(request)
@@ -5108,10 +5106,9 @@ class ByteClient(ClientChannel):
         return decode_result(info, batch)
 
     def _end_stream(self, why: str) -> None:
-        if self.stream is not None:
-            stream = self.stream
-            stream.finish()
-            stream._cut(why)
+        stream = cast("_ByteSession", self.stream)
+        stream.finish()
+        stream._cut(why)
 
     def read(
         self, reader: IpcReader | None, request_id: str, options: CallOptions, *expected: WireSchema
@@ -5157,7 +5154,8 @@ class ByteClient(ClientChannel):
         return fit
 
     def _retire(self) -> bool:
-        self._end_stream("was ended with its connection")
+        if self.stream is not None:
+            self._end_stream("was ended with its connection")
         self._closed_because = "it was closed here"
         self.phase = ConnectionPhase.CLOSED
         return not self._expects_orphan
@@ -5212,24 +5210,25 @@ class _ByteSession(StreamSession):
         if not self.closed:
             self._client.own(self.options, self.finish, cancels)
 
-    def _fetch(self, given: AnnotatedBatch | None) -> None:
+    def _fetch(self, given: tuple[pa.RecordBatch, Any] | None) -> None:
         self._client.own(self.options, self._ask, given)
 
-    def _ask(self, given: AnnotatedBatch | None) -> None:
+    def _ask(self, given: tuple[pa.RecordBatch, Any] | None) -> None:
         self._check_open()
         unread = self._in_flight + len(self._waiting)
-        items: list[Item] = []
+        count = 0
         if given is None:
             # The server may block on writing while we do not read, but we never do while it does not: all the ticks
             # that can be unread (MAX_PREFETCH) fit many times over into the smallest buffer between two processes.
+            given = (TICK, None)
             if 2 * unread <= self._ahead:
-                metadata = self.options.turn_metadata(None)
-                items = [(TICK, metadata) if metadata else tick_bytes()] * (self._ahead - unread)
-        elif not unread or given.custom_metadata is not None:
-            items = [(given.batch, self.options.turn_metadata(given.custom_metadata))]
-        if items:
-            self._write(items)
-            self._in_flight += len(items)
+                count = self._ahead - unread
+        elif not unread or given[1] is not None:
+            count = 1
+        if count:
+            item: Item = (given[0], self.options.turn_metadata(given[1]))
+            self._write([item if item[1] or item[0] is not TICK else tick_bytes()] * count)
+            self._in_flight += count
         self._client.phase = ConnectionPhase.CALLING
         if not self._waiting:
             started = time.monotonic()
@@ -8109,16 +8108,14 @@ class _HttpSession(StreamSession):
         pieces = stream_pieces(wire, [(batch, metadata)])
         self._client.post(path, pieces, deadline, lambda body: self._take(ByteSource(body)), headers)
 
-    def _fetch(self, given: AnnotatedBatch | None) -> None:
+    def _fetch(self, given: tuple[pa.RecordBatch, Any] | None) -> None:
         self._check_open()
-        turns = 1
-        if given is None:
-            given = PLAIN_TICK
-            turns = self.options.prefetch or MAX_TURNS
-        self._metadata = given.custom_metadata or self._metadata
+        turns = 1 if given else self.options.prefetch or MAX_TURNS
+        batch, metadata = given or (TICK, None)
+        self._metadata = metadata or self._metadata
         if not self._waiting and self._cursor is not None:
             try:
-                self._post(given.batch, turns)
+                self._post(batch, turns)
             except BaseException as exc:
                 if isinstance(exc, RpcError) and was_answer(exc):
                     self.phase = StreamPhase.DONE
