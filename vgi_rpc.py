@@ -3812,11 +3812,15 @@ class ByteChannel(ByteSource):
 
     def write(self, pieces: Sequence[Buffer]) -> None:
         """Write all of *pieces*, in order: small ones in one system call, large ones without copying them."""
-        for is_large, run in itertools.groupby(pieces, lambda piece: len(piece) > SMALL_BODY_BYTES):
-            for piece in run if is_large else [b"".join(run)]:
-                left = memoryview(piece)
-                while left:
-                    left = left[self._io(self._send, left, True) :]
+        if total_size(pieces) <= SMALL_BODY_BYTES:
+            pieces = [b"".join(pieces)]
+        else:
+            runs = itertools.groupby(pieces, lambda piece: len(piece) > SMALL_BODY_BYTES)
+            pieces = [piece for is_large, run in runs for piece in (run if is_large else [b"".join(run)])]
+        for piece in pieces:
+            left = memoryview(piece)
+            while left:
+                left = left[self._io(self._send, left, True) :]
 
 
 SocketChannel = ByteChannel
@@ -5462,9 +5466,7 @@ class WorkerPool:
             self._idle: dict[SubprocessTransport, float] = {}  # since when, the longest idle one first
             self._active: set[SubprocessTransport] = set()
             self._counts = dict.fromkeys(PoolMetrics._fields, 0)
-            self._evicting = (
-                False  # whether a thread sweeps from time to time, as it does while somebody is idle
-            )
+            self._sweeper: threading.Thread | None = None  # sweeps while somebody is idle
         return self._changed
 
     @property
@@ -5490,17 +5492,6 @@ class WorkerPool:
 
         Raises `TransportError` on entering, when the program cannot be started or the pool is closed.
         """
-        worker = self._borrow(cmd)
-        client = ByteClient(worker)
-        try:
-            connection = RpcConnection(
-                protocol, client, on_log, timeout=timeout, ipc_validation=ipc_validation
-            )
-            yield connection.__enter__()
-        finally:
-            self._give_back(worker, client.release())
-
-    def _borrow(self, cmd: Sequence[str]) -> SubprocessTransport:
         self._sweep()
         with self._locked():
             self._counts["borrows"] += 1
@@ -5508,49 +5499,49 @@ class WorkerPool:
                 raise TransportError("the pool is closed")
             # The one that waited least: others may reach their time.
             worker = next((idle for idle in reversed(self._idle) if idle.command == list(cmd)), None)
-            if worker is not None:
-                del self._idle[worker]
-        reason = "reuses"
-        if worker is None:
-            worker = self._start(cmd)
-            reason = "spawns"
+            self._idle.pop(cast("SubprocessTransport", worker), None)
+        origin = "reuses" if worker else "spawns"
+        worker = worker or self._start(cmd)
         with self._locked():
-            self._counts[reason] += 1
+            self._counts[origin] += 1
             self._active.add(worker)
-        return worker
+        client = ByteClient(worker)
+        try:
+            yield RpcConnection(
+                protocol, client, on_log, timeout=timeout, ipc_validation=ipc_validation
+            ).__enter__()
+        finally:
+            self._give_back(worker, client.release() and not sys.is_finalizing())
 
     def _give_back(self, worker: SubprocessTransport, fit: bool) -> None:
         with self._locked():
             if worker not in self._active:  # it was borrowed before a fork, and is the parent's
                 return
             self._active.remove(worker)
-            fit = fit and not self._closed and not sys.is_finalizing()
+            fit = fit and not self._closed
             self._counts["returns" if fit else "discards"] += 1
             if fit:
                 self._idle[worker] = time.monotonic()
-                if not self._evicting:
-                    threading.Thread(target=self._evict, daemon=True, name="vgi_rpc pool").start()
-                    self._evicting = True
+                if self._sweeper is None:
+                    self._sweeper = threading.Thread(target=self._evict, daemon=True, name="vgi_rpc pool")
+                    self._sweeper.start()
         if not fit:
             worker.close(0.0)
         self._sweep()
 
     def _sweep(self) -> None:
         """End the idle workers that are not fit, waited for too long or are too many; all if the pool is closed."""
-        ended = []
         with self._locked():
-            for worker, since in list(self._idle.items()):
-                if self._closed or worker.proc.poll() is not None or not worker.channel.is_quiet():
-                    reason = "discards"
-                elif time.monotonic() - since >= self.idle_timeout:
-                    reason = "evictions_idle"
-                elif len(self._idle) > self.max_idle:
-                    reason = "evictions_max"
-                else:
-                    continue
-                self._counts[reason] += 1
+            ended: list[SubprocessTransport] = []
+            latest = time.monotonic() - self.idle_timeout
+            for worker, since in self._idle.items():
+                unfit = self._closed or worker.proc.poll() is not None or not worker.channel.is_quiet()
+                if unfit or since <= latest or len(self._idle) - len(ended) > self.max_idle:
+                    other = "evictions_idle" if since <= latest else "evictions_max"
+                    self._counts["discards" if unfit else other] += 1
+                    ended.append(worker)
+            for worker in ended:
                 del self._idle[worker]
-                ended.append(worker)
         for worker in ended:  # without the lock: it takes time
             worker.close()
 
@@ -5559,7 +5550,7 @@ class WorkerPool:
             self._sweep()
             with self._changed:
                 if not self._idle:
-                    self._evicting = False
+                    self._sweeper = None
                     return
                 self._changed.wait(min(self.idle_timeout, REAP_SECONDS))
 
