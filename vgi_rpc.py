@@ -1502,11 +1502,10 @@ class _Column:
                 if not used:
                     raise NotPlain  # an empty dictionary has another form
                 names.append(used)
-                values = [0 if value is NotPlain else used.index(value) for value in values]
-            buffers += (
-                bitmap,
-                self.one(*values) if count == 1 else struct.pack(f"<{count}{self.code}", *values),
-            )
+                places = {name: place for place, name in enumerate(used)}
+                values = [places.get(value, 0) for value in values]
+            packed = self.one(*values) if count == 1 else struct.pack(f"<{count}{self.code}", *values)
+            buffers += (bitmap, packed)
         else:
             if self.kind is str:
                 values = [value.encode() for value in values]
@@ -1524,11 +1523,9 @@ class _Column:
 
     def read(self, count: int, nodes: list[int], buffers: list[bytes], names: list[Any]) -> Sequence[Any]:
         """Take *count* values off the ends of lists in the reverse order; a failure where others would be written."""
-        if nodes.pop() != count:
-            raise NotPlain
-        nulls = nodes.pop()
+        is_whole = nodes.pop() == count
         bitmap = buffers.pop()
-        if bitmap and not nulls:
+        if not is_whole or bool(nodes.pop()) != bool(bitmap) or (bitmap and not self.nullable):
             raise NotPlain
         values: Any
         if self.children:
@@ -1545,16 +1542,15 @@ class _Column:
                     raise NotPlain
         else:
             offsets = struct.unpack(f"<{count + 1}i", buffers.pop())
-            items = (
-                buffers.pop() if self.item is None else [*self.item.read(offsets[-1], nodes, buffers, names)]
-            )
-            if offsets[0] or offsets[-1] != len(items):
+            if self.item is None:
+                items: Any = buffers.pop()
+            else:
+                items = [*self.item.read(offsets[-1], nodes, buffers, names)]
+            if offsets[0] or offsets[-1] != len(items) or (count > 1 and [*offsets] != sorted(offsets)):
                 raise NotPlain
             values = [items]
             if count != 1:
                 values = [items[start:end] for start, end in itertools.pairwise(offsets)]
-                if [*offsets] != sorted(offsets):
-                    raise NotPlain
             if self.kind is str:
                 values = [value.decode() for value in values]
         if bitmap:
@@ -1640,10 +1636,8 @@ class _Message:
         longs = (self._nodes.pack(*nodes), self._places.pack(*places))
         return self._layout.fill([*values, len(body), nodes[0], *longs]) + body, names
 
-    def read(
-        self, data: bytes, at: int, names: Sequence[list[str]]
-    ) -> tuple[list[Any], list[bytes], int, bool]:
-        """Read a message behind its dictionaries: columns, metadata values, where it ends, whether that is proven."""
+    def read(self, data: bytes, at: int, names: list[Any]) -> tuple[list[Any], list[bytes], int, bool]:
+        """Read a message: columns, metadata values, where it ends, whether `write` would surely write it so."""
         found = self._layout.match(data, at)
         if found is None:
             raise NotPlain
@@ -1653,15 +1647,11 @@ class _Message:
         start = at + self._layout.size
         body = data[start : start + size]
         buffers = [body[offset : offset + length] for offset, length in zip(places[::2], places[1::2])]
-        # By the first, lengths and padding are such as `write` makes them.
-        if (
-            _body(buffers) != (body, places)
-            or not len(body) == size <= 4 * SMALL_BODY_BYTES
-            or rows != nodes[-1]
-        ):
+        is_so = _body(buffers) == (body, places)  # lengths and padding too
+        if not is_so or rows != nodes[-1] or not len(body) == size <= 4 * SMALL_BODY_BYTES:
             raise NotPlain
         proven = not (any(nodes[::2]) or self._is_doubtful)
-        stacks = (nodes, buffers[::-1], [*reversed(names)])
+        stacks = (nodes, buffers[::-1], names[::-1])
         return [column.read(rows, *stacks) for column in self._columns], values, start + size, proven
 
 
@@ -1687,9 +1677,8 @@ class RowTemplate:
             examples.append((row, stream_bytes(wire, [(batch, {**metadata, **dict(zip(varying, values))})])))
         reader = IpcReader(ByteSource(examples[0][1]))
         message = bytes(cast("BatchMessage", reader.next_message()).data)
-        self._dictionaries = [
-            _Message(bytes(data), _NAMES, {}) for [(_, data)] in reader.dictionaries.values()
-        ]
+        kept = reader.dictionaries.values()
+        self._dictionaries = [_Message(bytes(data), _NAMES, {}) for [(_, data)] in kept]
         self._batch = _Message(message, columns, varying)
         for row, stream in examples:
             with contextlib.suppress(NotPlain):  # nulls may be refused, but nothing may be written wrongly
@@ -1723,28 +1712,29 @@ class RowTemplate:
         end = at + len(self.schema_message)
         numbers = self._batch.numbers
         proven = True
-        names: list[Any] = []
         try:
             found = numbers.match(data, end) if numbers else None
             if numbers and found is not None:
                 values, row = found[: len(self._lengths)], found[len(self._lengths) :]
                 end += numbers.size
-            elif not self._kinds:
-                return None
-            else:
+            elif self._kinds:
+                names = []
                 for dictionary in self._dictionaries:
-                    [column], _, end, is_proven = dictionary.read(data, end, ())
+                    [column], _, end, _ = dictionary.read(data, end, [])
                     names.append(column)
-                    proven &= is_proven
-                columns, values, end, is_proven = self._batch.read(data, end, names)
+                columns, values, end, proven = self._batch.read(data, end, names)
                 row = [value for [value] in columns]
-                proven &= is_proven
+            else:
+                return None
             end += len(END_OF_STREAM)
-            if data.startswith(END_OF_STREAM, end - len(END_OF_STREAM)):
-                return (row, values, end) if proven or self.write(row, values) == data[at:end] else None
+            is_whole = data.startswith(END_OF_STREAM, end - len(END_OF_STREAM))
+            return (
+                (row, values, end)
+                if is_whole and (proven or self.write(row, values) == data[at:end])
+                else None
+            )
         except _NOT_PLAIN:
-            pass
-        return None
+            return None
 
 
 def row_template(
