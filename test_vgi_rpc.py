@@ -56,7 +56,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, make_dataclass
 from typing import (
     Annotated,
     Any,
@@ -2219,15 +2219,6 @@ class Recursive(ArrowSerializableDataclass):
 
 
 @dataclass
-class Versioned(ArrowSerializableDataclass):
-    """What a newer or older peer may have written."""
-
-    kept: int
-    added: str = "default"
-    made: list[int] = field(default_factory=lambda: [1])
-
-
-@dataclass
 class Late(ArrowSerializableDataclass):
     """A field that the constructor does not take, and one that it alone makes."""
 
@@ -2240,51 +2231,12 @@ class Late(ArrowSerializableDataclass):
 
 
 @dataclass
-class Animal:
-    name: str
-
-
-@dataclass
-class Dog(Animal):
-    breed: str = "beagle"
-
-
-@dataclass
-class Box(Generic[T]):
-    value: T
-    more: list[T] = field(default_factory=list)
-
-
-@dataclass
-class IntBox(Box[int]):
-    label: Final[str] = "x"
-
-
-@dataclass
-class Pair(Box[K], Generic[K, T]):
-    """Gives the type variable of its base to another one, and uses that one's name for itself."""
-
-    second: T | None = None
-
-
-@dataclass
 class Picky:
     number: int
 
     def __post_init__(self) -> None:
         if self.number < 0:
             raise ValueError("negative")
-
-
-@dataclass
-class Needy:
-    wanted: InitVar[int]
-    kept: int = 0
-
-
-@dataclass
-class NeedsCache:
-    cache: Annotated[Any, Transient()]
 
 
 class OwnConstructor(ArrowSerializableDataclass):
@@ -2308,6 +2260,19 @@ class Named(ProducerState):
     other: ClassVar[int] = 3
 
 
+SENT = (ArrowSerializableDataclass,)
+Animal: Any = make_dataclass("Animal", [("name", str)])
+Dog: Any = make_dataclass("Dog", [("breed", str, "beagle")], bases=(Animal,))
+Box: Any = make_dataclass(
+    "Box", [("value", T), ("more", list[T], field(default_factory=list))], bases=(Generic[T],)
+)
+IntBox: Any = make_dataclass("IntBox", [("label", Final[str], "x")], bases=(Box[int],))
+# It gives the type variable of its base to another one, and uses that one's name for itself.
+Pair: Any = make_dataclass("Pair", [("second", Optional[T], None)], bases=(Box[K], Generic[K, T]))
+Needy: Any = make_dataclass("Needy", [("wanted", InitVar[int]), ("kept", int, 0)])
+NeedsCache: Any = make_dataclass("NeedsCache", [("cache", Annotated[Any, Transient()])])
+MADE = ("made", list[int], field(default_factory=lambda: [1]))  # what a newer or older peer may have written
+Versioned: Any = make_dataclass("Versioned", [("kept", int), ("added", str, "default"), MADE], bases=SENT)
 ZONE = datetime.timezone(datetime.timedelta(hours=5, minutes=30))
 NOON = datetime.datetime(2024, 6, 1, 12)
 DAY = datetime.date(2024, 6, 1)
@@ -2552,7 +2517,7 @@ class TypeTests(TestCase):
         self.assertEqual(Late.deserialize_from_batch(pa.RecordBatch.from_pydict({"given": [4]})), Late(4))
 
     def test_nothing_means_a_row_of_defaults(self) -> None:
-        cls = dataclasses.make_dataclass("Row", [("a", int, 3)], bases=(ArrowSerializableDataclass,))
+        cls = make_dataclass("Row", [("a", int, 3)], bases=(ArrowSerializableDataclass,))
         for data in (b"", ipc_bytes(cls.ARROW_SCHEMA), ipc_bytes(pa.schema([]))):  # type: ignore[attr-defined]
             self.assertEqual(cls.deserialize_from_bytes(data), cls())  # type: ignore[attr-defined]
         self.assertEqual(cls.deserialize_from_batch(rpc.EMPTY.empty), cls())  # type: ignore[attr-defined]
@@ -3398,7 +3363,7 @@ class ReflectionTests(TestCase):
 
     def test_many_fields(self) -> None:
         """A wide dataclass stays within the bounds that the reader has for foreign schemas."""
-        wide = dataclasses.make_dataclass("Wide", [(f"field_{n}", Color, Color.RED) for n in range(400)])
+        wide = make_dataclass("Wide", [(f"field_{n}", Color, Color.RED) for n in range(400)])
         taking = made("Taking", "def take(self, wide: int) -> None: ...")
         taking.take.__annotations__["wide"] = wide
         service = described(rpc.describe_service(rpc.bind_implementation(taking, taking())))
@@ -5936,10 +5901,9 @@ class HttpTokenTests(TestCase):
                 if late is not None:
                     raise late
 
-            bases = (ArrowSerializableDataclass,)
-            kind = fixed and dataclasses.make_dataclass("Fixed", [("scale", fixed)], bases=bases)
+            kind = fixed and make_dataclass("Fixed", [("scale", fixed)], bases=(ArrowSerializableDataclass,))
             members = {"exchange": exchange, "rehydrate": rehydrate, "CALL_STATE_TYPE": kind}
-            state = dataclasses.make_dataclass("State", fields, bases=(ExchangeState,), namespace=members)
+            state = make_dataclass("State", fields, bases=(ExchangeState,), namespace=members)
 
             def running(self: Any) -> Any:
                 return Stream(VALUE, state(1, 2), input_schema=VALUE, call_state=kind(3))

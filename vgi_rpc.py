@@ -649,21 +649,20 @@ def _maker(level: Level) -> Callable[..., Message]:
     return make
 
 
+@dataclass(init=False)
 class Message:
     """One log line from a server, or one error."""
+
+    level: Level
+    message: str
+    extra: dict[str, Any] | None  # facts that JSON can say
 
     def __init__(self, level: Level, message: str, **kwargs: object) -> None:
         if not isinstance(level, Level):
             raise TypeError(f"message level: expected a Level, got {level!r:.100}")
         self.level = level
         self.message = message if isinstance(message, str) else text_of(message)
-        self.extra: dict[str, Any] | None = kwargs or None  # facts that JSON can say
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Message) and vars(self) == vars(other)
-
-    def __repr__(self) -> str:
-        return f"Message({self.level}, {self.message!r}, **{self.extra})"
+        self.extra = kwargs or None
 
     exception = staticmethod(_maker(Level.EXCEPTION))
     error = staticmethod(_maker(Level.ERROR))
