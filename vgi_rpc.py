@@ -6867,7 +6867,6 @@ class HttpApp:
         """Answer *request* with a body of bytes, or one that is an iterator of bytes; never raises."""
         with self.server:
             response = self.respond(request)
-        response.headers += self.capabilities
         if isinstance(response.body, list):
             response.body = b"".join(response.body)
         return response
@@ -6875,7 +6874,7 @@ class HttpApp:
     def respond(self, request: HttpRequest, fault: Exception | None = None) -> HttpResponse:
         """Answer *request*, with a refusal if there is a *fault* in it; never raises.
 
-        Whoever asks counts the request as running until its answer is out, and adds the `capabilities`.
+        Whoever asks counts the request as running until its answer is out.
         """
         started = time.monotonic()
         request.request_id = clean_request_id(request.headers.get("x-request-id", ""))
@@ -6897,7 +6896,7 @@ class HttpApp:
                 ("Cross-Origin-Resource-Policy", "cross-origin"),
                 ("Vary", "Origin"),
             ]
-        response.headers.append((REQUEST_ID_HEADER, request.request_id or new_request_id()))
+        response.headers += [(REQUEST_ID_HEADER, request.request_id or new_request_id()), *self.capabilities]
         return response
 
     def _is_for_us(self, host: str, headers: Mapping[str, str]) -> bool:
@@ -7002,9 +7001,10 @@ class HttpApp:
         response.headers += headers
         protocol, method, *_ = [*request.path.removeprefix(self.options.prefix)[1:].split("/"), ""]
         record = CallRecord(
-            TransportKind.HTTP, ANONYMOUS, request.remote_addr, protocol=protocol, method=method
+            TransportKind.HTTP, remote_addr=request.remote_addr, request_id=request.request_id
         )
-        record.request_id = request.request_id
+        record.protocol = protocol
+        record.method = method
         record.duration_ms = (time.monotonic() - started) * 1000
         record.http = {"http_status": status, "path": request.path[:1000]}
         self.server.log_answer(record, exc)
@@ -7486,7 +7486,6 @@ class HttpConnection(_Handler):
         self._wait = self._patience  # for the next request
         self._reader = HttpReader(self._channel, self._patience, self.options.request_deadline)
         self._unread = False  # whether there is a body that must not be taken for the next request
-        self._common = "".join([f"{name}: {value}\r\n" for name, value in self.app.capabilities])
 
     def finish(self) -> None:
         self.request.close()
@@ -7558,7 +7557,7 @@ class HttpConnection(_Handler):
             framing = "Transfer-Encoding: chunked\r\n"
         lines = "".join([f"{name}: {value}\r\n" for name, value in response.headers])
         head = (
-            f"HTTP/1.1 {_status_line(response.status)}\r\n{'' if keep else _CLOSE}{self._common}{lines}"
+            f"HTTP/1.1 {_status_line(response.status)}\r\n{'' if keep else _CLOSE}{lines}"
             f"Date: {_http_date(int(time.time()))}\r\n{framing}\r\n"
         ).encode("latin-1", "replace")
         if isinstance(pieces, list):
@@ -7644,7 +7643,8 @@ def serve_http(
 # an answer that came in the server's place (a proxy's, a gateway's) is said to be one.
 
 Headers: TypeAlias = Mapping[str, str] | Callable[[], Mapping[str, str]]
-Pairs: TypeAlias = tuple[tuple[str, str], ...]
+Pair: TypeAlias = tuple[str, str]
+Pairs: TypeAlias = tuple[Pair, ...]
 Pieces: TypeAlias = list[Buffer]
 When: TypeAlias = float | None  # of ``time.monotonic()``
 _RULE = "accepted_max_response_bytes"
@@ -7954,28 +7954,20 @@ class HttpClient(ClientChannel):
             self._capabilities = HttpServerCapabilities.from_headers(answered)
         return self._capabilities
 
-    def post(
-        self,
-        path: str,
-        pieces: list[Buffer],
-        deadline: When,
-        read: Callable[[Buffer], T],
-        headers: Pairs = (),
-    ) -> T:
+    def post(self, path: str, body: Pieces, until: When, read: Callable[[Buffer], T], *headers: Pair) -> T:
         """Post Arrow, and return what *read* makes of the answer. Raises `AuthenticationError` for a 401, `TransportError`
         when no answer comes or one that is not Arrow, `RpcError` when body or answer are larger than server or budget allow."""
-        server = self.capabilities(deadline)
+        server = self.capabilities(until)
         coding = next((name for name in supported_encodings() if name in server.supported_encodings), "")
-        if self._level is not None and coding and is_worth_packing(pieces, coding, self._level):
-            pieces = [compress_body(pieces, coding, self._level)]
+        if self._level is not None and coding and is_worth_packing(body, coding, self._level):
+            body = [compress_body(body, coding, self._level)]
             headers += (("Content-Encoding", coding),)
-        size = total_size(pieces)
-        if server.max_request_bytes is not None and size > server.max_request_bytes:
-            text = (
-                f"the server takes requests of at most {server.max_request_bytes} bytes, this one has {size}"
-            )
+        size = total_size(body)
+        most = server.max_request_bytes
+        if most is not None and size > most:
+            text = f"the server takes requests of at most {most} bytes, this one has {size}"
             raise RpcError("RequestTooLargeError", text, "", error_code=Code.RESOURCE_EXHAUSTED)
-        reply = self._send("POST", path, self._fixed + headers, pieces, deadline, self._budget)
+        reply = self._send("POST", path, self._fixed + headers, body, until, self._budget)
         kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != ARROW_CONTENT_TYPE or 300 <= reply.status < 400:
             raise _not_an_answer(reply, self._prefix + path, kind)
@@ -7998,9 +7990,8 @@ class HttpClient(ClientChannel):
             ready = read_result(info, body) if isinstance(body, bytes) else None
             if ready is not None and ready[1] == len(body):
                 return ready[0]
-            reader = IpcReader(
-                ByteSource(body), validation=options.ipc_validation, expected=[info.result.wire]
-            )
+            wire = info.result.wire
+            reader = IpcReader(ByteSource(body), validation=options.ipc_validation, expected=[wire])
             return decode_result(info, only_batch(info, reader, next_reply(reader, options)))
 
         return self.post(path, request, options.deadline, read)
@@ -8074,10 +8065,10 @@ class _HttpSession(StreamSession):
         self._waiting = batches
 
     def _post(self, batch: pa.RecordBatch, turns: int) -> None:
-        headers: Pairs = ()
+        headers = []
         deadline = self.options.deadline
         if turns > 1 and not self._metadata:  # which belongs to one turn
-            headers = ((MAX_TURNS_HEADER, str(turns)),)
+            headers.append((MAX_TURNS_HEADER, str(turns)))
             if deadline is not None:  # the server may begin further turns for so long
                 deadline += MAX_TURNS_SECONDS
         metadata = self.options.turn_metadata(self._metadata)
@@ -8086,7 +8077,7 @@ class _HttpSession(StreamSession):
         wire = EMPTY if batch is TICK or self._input is None else self._input
         path = f"/{self.info.protocol_name}/{self.info.name}/exchange"
         pieces = stream_pieces(wire, [(batch, metadata)])
-        self._client.post(path, pieces, deadline, lambda body: self._take(ByteSource(body)), headers)
+        self._client.post(path, pieces, deadline, lambda body: self._take(ByteSource(body)), *headers)
 
     def _fetch(self, given: tuple[pa.RecordBatch, Any] | None) -> None:
         self._check_open()
