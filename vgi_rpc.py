@@ -6268,7 +6268,7 @@ def value_from_json(value: Any, member: pa.Field, step: str = "") -> Any:
             steps = [(f"[{key!r:.40}]", key, part) for key, part in value]
             keys = [value_from_json(key, kind.key_field, at) for at, key, _ in steps]
             return list(zip(keys, [value_from_json(part, kind.item_field, at) for at, _, part in steps]))
-        if pa.types.is_nested(kind) and isinstance(value, list):
+        if hasattr(kind, "value_field") and isinstance(value, list):
             return [value_from_json(part, kind.value_field, f"[{i}]") for i, part in enumerate(value)]
         if isinstance(value, (dict, list)) and str(kind).endswith("binary"):
             return _stream_from_json(value, member)
@@ -6293,7 +6293,7 @@ def _stream_from_json(value: Any, member: pa.Field) -> bytes:
         return pa.struct([part.with_type(present(part.type, row[part.name])) for part in members])
 
     described = struct_schema(member)
-    if described is not None and isinstance(value, dict):
+    if described is not None:
         kind = pa.struct(list(described))
         row = value_from_json(value, pa.field("", kind))
         batch = pa.RecordBatch.from_struct_array(pa.array([row], present(kind, row)))
@@ -7722,9 +7722,9 @@ class HttpTarget(NamedTuple):
     @classmethod
     def parse(cls, url: str) -> HttpTarget:
         """Read a base URL; raises ``ValueError``."""
-        match = re.fullmatch(_BASE_URL, str(url))
+        match = re.fullmatch(_BASE_URL, url)
         if match is None or int(match[3] or 0) > 65_535 or not url.isascii():
-            shown = re.sub("//[^/]*@", "//…@", str(url))
+            shown = re.sub("//[^/]*@", "//…@", url)
             raise ValueError(f"base URL: expected http(s)://host[:port][/prefix], got {shown!r}")
         scheme = match[1].lower()
         port = int(match[3] or {"http": 80, "https": 443}[scheme])
@@ -7741,8 +7741,10 @@ class HttpTarget(NamedTuple):
 def _head(authority: str, verb: str, path: str, headers: Pairs) -> bytes:
     lines = [f"{verb} {path} HTTP/1.1", f"Host: {authority}"]
     lines += [f"{name}: {value}" for name, value in headers]
-    if any(mark in line for line in lines for mark in "\r\n\0"):
-        raise ValueError("a header contains a line break")
+    for line in lines[1:]:  # without its value, which may be a secret
+        if not re.fullmatch(_FIELD_LINE, f"{line}\r\n") or max(line) > "\xff":
+            name = line.partition(":")[0]
+            raise ValueError(f"header {name!r}: expected a name, and a value of Latin-1 without a line break")
     return "".join([f"{line}\r\n" for line in lines]).encode("latin-1")
 
 
@@ -8283,13 +8285,12 @@ def _http_sender(
         return client, prefix or client.prefix
     if not url:
         raise ValueError("expected a base URL or a client")
-    target = HttpTarget.parse(url)
-    path = f"{target.prefix}/{(prefix or '').strip('/')}".rstrip("/")
+    target = HttpTarget.parse("/".join(filter(None, (str(url).rstrip("/"), (prefix or "").strip("/")))))
     if opener is None:
-        return http_sender(target, tls_context), path
+        return http_sender(target, tls_context), target.prefix
     if tls_context is not None:
         raise ValueError("an opener has its own tls_context: give it to its HTTPSHandler(context=...)")
-    return OpenerSender(opener, target), path
+    return OpenerSender(opener, target), target.prefix
 
 
 def make_sync_client(server: RpcServer, **options: Any) -> SyncClient:
@@ -8531,7 +8532,7 @@ def _report(exc: Exception, verbose: bool) -> int:
     if isinstance(exc, _CliError):
         text, hint, code = exc.args + ("", 2)[len(exc.args) - 1 :]
     elif isinstance(exc, OSError):
-        text = f"{exc.filename or ''}: {exc.strerror or exc}"
+        text = ": ".join(str(part) for part in (exc.filename, exc.strerror or exc) if part)
     elif isinstance(exc, RpcError):
         refused = exc.code in (Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.RESOURCE_EXHAUSTED)
         code = 4 if refused or "VersionError" in exc.error_type else 1
@@ -8542,7 +8543,7 @@ def _report(exc: Exception, verbose: bool) -> int:
         hints = {
             "cannot connect": f"is the server running? {_program()} serve",
             "AuthenticationError": "send credentials: --bearer-file FILE or -H 'Authorization: Bearer …'",
-            REFLECTION_PROTOCOL: "a server with --no-describe does not say what it has",
+            f"protocol {REFLECTION_PROTOCOL!r}": "a server with --no-describe does not say what it has",
         }
         hint = next((hint for word, hint in hints.items() if word in f"{type(exc).__name__} {text}"), "")
     _say(f"error: {' '.join(text.split())}" + f"\nhint: {hint}" * bool(hint))
@@ -8678,14 +8679,15 @@ def _connected(args: Any) -> Iterator[tuple[RpcConnection[Any], ServiceDescripti
     if args.verbose:
         options["on_log"] = lambda log: _say(f"[{log.level.value}] {log.message}")
     connection: RpcConnection[Any]
-    if kind in ("http", "https"):
+    if kind.lower() in ("http", "https"):
         connection = http_connect(Reflection, args.where, headers=headers, **options)
     elif headers:
         raise _CliError("-H and --bearer-file are for HTTP")
     elif kind == "unix":
         connection = unix_connect(Reflection, rest, **options)
     elif kind == "tcp" and re.fullmatch("(.*:)?[0-9]{1,5}", rest):
-        connection = tcp_connect(Reflection, *read_value("[HOST:]PORT", rest), **options)
+        host, _, port = rest.rpartition(":")
+        connection = tcp_connect(Reflection, host.strip("[]") or "127.0.0.1", int(port), **options)
     elif not args.where or re.fullmatch(r"[\w.-]+:[\w:.]+(/.*)?", args.where):
         text = f"WHERE {args.where!r}: expected a URL, unix:PATH, tcp:HOST:PORT or a command"
         raise _CliError(text, f"http://{args.where}?")
@@ -8747,7 +8749,7 @@ def _input_batches(args: Any, skip: int) -> Iterator[tuple[pa.RecordBatch, int]]
     opened: Any = contextlib.nullcontext(sys.stdin.buffer) if args.input == "-" else open(args.input, "rb")
     with opened as file:
         first = file.peek(8)[:6]
-        batches = _text_batches(file, is_csv=first.lstrip()[:1] != b"{")
+        batches = _text_batches(file, is_csv=first.lstrip()[:1] not in (b"{", b"["))
         size = args.rows or 100
         if first == b"ARROW1":
             file.read(8)  # this format is a stream between two magic words (Columnar.rst, "IPC File Format")
@@ -9156,7 +9158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 130
     except BrokenPipeError:  # whoever read our stdout has had enough
         pass
-    except (_CliError, RpcError, Refusal, OSError, ValueError) as exc:
+    except (_CliError, RpcError, Refusal, OSError, ValueError, EOFError) as exc:
         code = _report(exc, getattr(args, "verbose", False))
     try:
         sys.stdout.flush()
