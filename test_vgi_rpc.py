@@ -6976,7 +6976,6 @@ FAILS: list[tuple[str, str, int, str]] = [  # arguments, stdin, exit code, what 
     ("call {app} echo -i -", '[{"code": "a"}]', 2, "expected a JSON object for each row"),
     ("call {app} echo -i -", "ARROW1", 2, "^error: "),
     ("call {demo} add a=1 -H 'a b: c'", "", 2, "header 'a b': expected a name"),
-    ("call {demo} countdown start=1 -o /dev/full", "", 2, "^error: No space left"),
     ("call {demo} Nope.add", "", 1, r"hosted: .*\]\n$"),
     ("call tcp:h:99999 add", "", 3, "cannot connect to h:99999"),
     ("call {demo} countdown start=3 pause=9 --timeout 0.3", "", 5, "deadline|no answer|DeadlineExceeded"),
