@@ -118,8 +118,9 @@ class MemorySocket:
         self._data = self._data[len(got) :]
         return len(got)
 
-    def sendall(self, data: Any) -> None:
+    def send(self, data: Any) -> int:
         self.written.append(bytes(data))
+        return len(data)
 
     def fileno(self) -> int:
         return -1
