@@ -1431,32 +1431,23 @@ class Number(NamedTuple):
 
 def blob(part: Any) -> tuple[bytes, int, list[tuple[int, Any]]]:
     """The bytes of a table (a list), a vector of tables (a tuple) or of bytes; where it begins in them, what it names."""
-    if isinstance(part, list):
-        front = (4 + 2 * len(part) + 7) & -8
-        slots = [0 if slot is None else 8 + 8 * i for i, slot in enumerate(part)]
-        table = struct.pack(f"<{2 + len(part)}H", 4 + 2 * len(part), 8 + 8 * len(part), *slots).ljust(
-            front, b"\0"
-        )
-        table += struct.pack("<i4x", front)
-        for slot in part:
-            table += (
-                struct.pack("<" + slot.code, slot.value).ljust(8, b"\0")
-                if isinstance(slot, Number)
-                else bytes(8)
-            )
-        return (
-            table,
-            front,
-            [(front + at, slot) for at, slot in zip(slots, part) if not isinstance(slot, Number)],
-        )
     if isinstance(part, tuple):
-        return (
-            struct.pack("<I", len(part)) + bytes(4 * len(part)),
-            0,
-            [(4 + 4 * i, x) for i, x in enumerate(part)],
+        named_ = [(4 + 4 * i, x) for i, x in enumerate(part)]
+        return struct.pack("<I", len(part)) + bytes(4 * len(part)), 0, named_
+    if not isinstance(part, list):
+        count = len(part) // 16 if isinstance(part, bytearray) else len(part)  # of pairs of int64
+        return struct.pack("<4xI", count) + part + b"\0", 4, []
+    front = (4 + 2 * len(part) + 7) & -8
+    slots = [0 if slot is None else 8 + 8 * i for i, slot in enumerate(part)]
+    table = struct.pack(f"<{2 + len(part)}H", 4 + 2 * len(part), 8 + 8 * len(part), *slots).ljust(
+        front, b"\0"
+    )
+    table += struct.pack("<i4x", front)
+    for slot in part:
+        table += (struct.pack("<" + slot.code, slot.value) if isinstance(slot, Number) else b"").ljust(
+            8, b"\0"
         )
-    count = len(part) // 16 if isinstance(part, bytearray) else len(part)  # of pairs of int64
-    return struct.pack("<4xI", count) + part + b"\0", 4, []
+    return table, front, [(front + at, x) for at, x in zip(slots, part) if not isinstance(x, Number)]
 
 
 def flatbuffer(root: Any) -> bytes:
@@ -1468,16 +1459,16 @@ def flatbuffer(root: Any) -> bytes:
             blobs = blob(part)
             for _, child in blobs[2]:
                 visit(child)
-            order[id(part)] = part, blobs
+            order[id(part)] = part, *blobs
 
     visit(root)
     places = {}
     out = bytearray(8)
-    for key, (_, (data, begin, _)) in reversed(order.items()):
+    for key, (_, data, begin, _) in reversed(order.items()):
         places[key] = len(out), len(out) + begin
         out += data + bytes(-len(data) % 8)
     struct.pack_into("<I", out, 0, places[id(root)][1])
-    for key, (_, (_, _, children)) in order.items():
+    for key, (_, _, _, children) in order.items():
         for offset, child in children:
             if child is not None:
                 at = places[key][0] + offset
@@ -1561,11 +1552,8 @@ def raw_text(offsets: Any, data: bytes) -> bytes:
     body = struct.pack(f"<{len(offsets)}i", *offsets)
     body += bytes(-len(body) % 8)
     places = (0, 0, 0, 4 * len(offsets), len(body), len(data))
-    return (
-        ipc_bytes(TEXT)[:-8]
-        + batch_message(len(offsets) - 1, (len(offsets) - 1, 0), places, body + data)
-        + END
-    )
+    count = len(offsets) - 1
+    return ipc_bytes(TEXT)[:-8] + batch_message(count, (count, 0), places, body + data) + END
 
 
 def nested(levels: int, kind: int, times: int) -> bytes:
@@ -1636,6 +1624,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {  # and a part of what is said about it
     "a million buffers": (INTS + batch_message(1, (1, 0), (0, 0) * 10**5), "65536 entries"),
     "views": (INTS + batch_message(1, (1, 0), (0, 0), b"", (None, bytearray(SEVEN + SEVEN))), "variadic"),
     "compressed": (compressed([0.0] * 1000, 1 << 40), f"at most {1 << 30} bytes, got {1 << 40}"),
+    "compressed to more, later": (
+        compressed([0.0] * 1000, 8000)[:-8] + compressed([0.0] * 1000, 1 << 40)[len(VALUE.serialize()) :],
+        f"got {1 << 40}",
+    ),
     "compressed to less": (compressed([0.0] * 1000, -5), "decoded length"),
     "compressed as of old": (
         INTS + batch_message(1, (1, 0), (0, 0, 0, 8), b"\0\0\0\0\0\1\0\0", **OLD),
@@ -1685,30 +1677,24 @@ class BatchTests(TestCase):
     def test_limits(self) -> None:
         large = ipc_bytes(VALUE, pa.RecordBatch.from_pydict({"value": [1.0] * 3000}, VALUE))
         long_key = INTS + batch_message(1, (1, 0), (), pairs=([b"k", b"v" * 5000],))
+        packed = compressed([0.0] * 3000, 24_000)
         for data, limits, part in (
             (large, (30_000, 3000), None),
             (large, (20_000,), "message: expected at most 20000 bytes"),
             (large, (None, 2999), "at most 2999 rows in a batch, got 3000"),
             (long_key, (5000,), "message head: expected at most 5000"),
-            (compressed([0.0] * 3000, 24_000), (30_000,), None),
-            (
-                compressed([0.0] * 3000, 24_000),
-                (20_000,),
-                "compressed buffers, decoded: expected at most 20000",
-            ),
+            (packed, (30_000,), None),
+            (packed, (20_000,), "compressed buffers, decoded: expected at most 20000"),
             (deltas(100), (10_000,), "dictionaries: expected at most 10000 bytes"),
             (deltas(1000), (), None),
             (deltas(2000, is_delta=False), (10_000,), None),  # each takes the place of the one before
             (pyarrow_bytes(named("a").schema, *[named("a" * n) for n in range(1, 2000)]), (5000,), None),
         ):
             with self.subTest(limits=limits, part=part):
-                if part is None:
-                    self.assertEqual(
-                        read_all(data, limits=rpc.IpcLimits(*limits)), read_stream(io.BytesIO(data))
-                    )
-                else:
-                    with self.raises(rpc.RequestTooLargeError, part):
-                        read_all(data, limits=rpc.IpcLimits(*limits))
+                raised = self.raises(rpc.RequestTooLargeError, part) if part else contextlib.nullcontext()
+                with raised:
+                    found = read_all(data, limits=rpc.IpcLimits(*limits))
+                    self.assertEqual(found, read_stream(io.BytesIO(data)))
 
     def test_after_a_refusal_the_bytes_that_follow_are_known_or_not_read(self) -> None:
         one = (1, (1, 0), ())
@@ -1913,88 +1899,78 @@ class BatchTests(TestCase):
 # ============================================================================
 
 REQUIRED_TEXT = pa.field("t", pa.utf8(), nullable=False)
-POINT_TYPE = pa.struct(
-    [pa.field("x", pa.int64(), nullable=False), pa.field("color", ENUM_TYPE), REQUIRED_TEXT]
-)
+POINT_TYPE = pa.struct([pa.field("x", pa.int64(), nullable=False), ("color", ENUM_TYPE), REQUIRED_TEXT])
 PLAIN_TYPES = [
-    *(pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()),
-    *(pa.float32(), pa.float64(), pa.bool_(), pa.utf8(), pa.binary(), ENUM_TYPE, POINT_TYPE),
-    *(
-        pa.list_(pa.int16()),
-        pa.list_(pa.utf8()),
-        pa.list_(pa.bool_()),
-        pa.list_(ENUM_TYPE),
-        pa.list_(POINT_TYPE),
-    ),
-    *(
-        pa.list_(pa.list_(pa.float64())),
-        pa.map_(pa.utf8(), pa.float64()),
-        pa.map_(pa.int64(), pa.list_(POINT_TYPE)),
-    ),
+    *[getattr(pa, name)() for name in "int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()],
+    *[getattr(pa, name)() for name in "float32 float64 bool_ utf8 binary".split()],
+    *(ENUM_TYPE, POINT_TYPE, pa.list_(pa.int16()), pa.list_(pa.utf8()), pa.list_(pa.bool_())),
+    *(pa.list_(ENUM_TYPE), pa.list_(POINT_TYPE), pa.list_(pa.list_(pa.float64()))),
+    *(pa.map_(pa.utf8(), pa.float64()), pa.map_(pa.int64(), pa.list_(POINT_TYPE))),
 ]
 OTHER_TYPES = [
+    *(pa.null(), pa.float16(), pa.date32(), pa.timestamp("us"), pa.decimal128(9, 2), pa.binary(4)),
     *(
-        pa.null(),
-        pa.float16(),
-        pa.date32(),
-        pa.timestamp("us"),
-        pa.decimal128(9, 2),
-        pa.binary(4),
         pa.large_utf8(),
-    ),
-    *(
         pa.dictionary(pa.int32(), pa.utf8()),
         pa.list_(pa.int8(), 2),
         pa.large_list(pa.int8()),
-        pa.list_(pa.date32()),
     ),
-    *(pa.struct([]), pa.struct([("a", pa.int8()), ("a", pa.int8())]), pa.map_(pa.utf8(), pa.null())),
+    *(pa.list_(pa.date32()), pa.struct([]), pa.struct([("a", pa.int8()), ("a", pa.int8())])),
+    pa.map_(pa.utf8(), pa.null()),
+]
+NOT_PLAIN: list[tuple[pa.DataType, list[Any]]] = [  # and values that the ordinary way must judge
+    (pa.int8(), [128]),
+    (pa.int64(), [1 << 63, True, 1.0]),
+    (pa.float64(), [1]),
+    (pa.float32(), [1e300]),
+    (pa.bool_(), [1]),
+    (pa.utf8(), [b"x", "\ud800", Shade.RED, "x" * 300_000]),
+    (pa.binary(), [bytearray(b"x")]),
+    (pa.list_(pa.int64()), [(1, 2), [1, "x"], ["x"] * 1000]),
+    (pa.list_(pa.float64()), [[1.0] * 200_000]),
+    (pa.map_(pa.utf8(), pa.int64()), [{"a": 1}, [(None, 1)], [("a", 1, 2)]]),
+    (POINT_TYPE, [{"x": 1, "color": "RED", **more} for more in ({}, {"t": "", "more": 1}, {"t": None})]),
+    (ENUM_TYPE, [1, None]),
 ]
 
 
 def random_value(random_: random.Random, kind: pa.DataType, nullable: bool) -> Any:
     """A value as codecs encode it, often an extreme one."""
+
+    def some(fields: Any) -> list[Any]:
+        return [random_value(random_, f.type, f.nullable) for f in fields]
+
     if nullable and random_.random() < 0.2:
         return None
     if pa.types.is_map(kind):
-        pairs = (kind.key_field, kind.item_field)
-        return [
-            tuple([random_value(random_, f.type, f.nullable) for f in pairs])
-            for _ in range(random_.randrange(4))
-        ]
+        return [tuple(some((kind.key_field, kind.item_field))) for _ in range(random_.randrange(4))]
     if pa.types.is_list(kind):
-        return [random_value(random_, kind.value_type, True) for _ in range(random_.choice((0, 1, 2, 9)))]
+        return some([kind.value_field] * random_.choice((0, 1, 2, 9)))
     if pa.types.is_struct(kind):
-        return {f.name: random_value(random_, f.type, f.nullable) for f in kind}
+        return {f.name: value for f, value in zip(kind, some(kind))}
     if pa.types.is_integer(kind):
-        most = 1 << (kind.bit_width - pa.types.is_signed_integer(kind))
-        return random_.choice((0, most - 1, -most if pa.types.is_signed_integer(kind) else 1))
+        signed = pa.types.is_signed_integer(kind)
+        most = 1 << (kind.bit_width - signed)
+        return random_.choice((0, most - 1, -most if signed else 1))
     if pa.types.is_floating(kind):
         return random_.choice((0.0, -1.5, 2.0**100, float("inf")))
     if pa.types.is_boolean(kind):
         return random_.random() < 0.5
     text = random_.choice(("", "a", "schöne Grüße", "x" * 8, "\0", "🦆" * 40))
-    if pa.types.is_binary(kind):
-        return text.encode()
-    return text
+    return text.encode() if pa.types.is_binary(kind) else text
 
 
 def random_schema(random_: random.Random) -> pa.Schema:
     """A schema of plain columns."""
     kinds = random_.choices(PLAIN_TYPES, k=random_.randrange(5))
-    return pa.schema(
-        [pa.field(f"c{i}", kind, nullable=random_.random() < 0.5) for i, kind in enumerate(kinds)]
-    )
+    return pa.schema([pa.field(f"c{i}", kind, random_.random() < 0.5) for i, kind in enumerate(kinds)])
 
 
 def ordinary_bytes(schema: pa.Schema, row: Any, metadata: Any = None) -> bytes:
     """The stream of one row without a template."""
     wire = rpc.WireSchema(schema)
-    batch = wire.empty
-    if len(schema):
-        batch = pa.RecordBatch.from_arrays(
-            [pa.array([v], f.type) for v, f in zip(row, schema)], schema=schema
-        )
+    arrays = [pa.array([v], f.type) for v, f in zip(row, schema)]
+    batch = pa.RecordBatch.from_arrays(arrays, schema=schema) if arrays else wire.empty
     return rpc.stream_bytes(wire, [(batch, metadata)])
 
 
@@ -2014,10 +1990,10 @@ class RowTemplateTests(TestCase):
             schema = random_schema(random_)
             varying = random_.choice(({}, {b"id": 16}, {b"id": 16, b"other": 3}))
             values = [random_.randbytes(length) for length in varying.values()]
+            metadata = {b"k": b"v", **dict(zip(varying, values))} if varying else None
             template = rpc.row_template(schema, {b"k": b"v"} if varying else None, varying)
             for _ in range(8):
                 row = [random_value(random_, f.type, f.nullable) for f in schema]
-                metadata = {b"k": b"v", **dict(zip(varying, values))} if varying else None
                 with self.subTest(case=case, row=row):
                     wanted = ordinary_bytes(schema, row, metadata)
                     try:
@@ -2027,11 +2003,9 @@ class RowTemplateTests(TestCase):
                         self.assertIsNone(template.read(wanted))
                         continue
                     plain += 1
-                    self.assertEqual(found, wanted)
-                    self.assertEqual(shown_row(found), row)
-                    self.assertEqual(
-                        template.read(b"before" + found + b"after", 6), (row, values, 6 + len(found))
-                    )
+                    self.assertEqual((found, shown_row(found)), (wanted, row))
+                    end = 6 + len(found)
+                    self.assertEqual(template.read(b"before" + found + b"after", 6), (row, values, end))
                     self.assertIsNone(template.read(found, 1))
         self.assertGreater(plain, 900)
 
@@ -2041,100 +2015,62 @@ class RowTemplateTests(TestCase):
             random_ = random.Random(f"bytes/{case}")
             schema = random_schema(random_)
             template = rpc.row_template(schema, {b"k": b"v"}, {b"id": 4})
-            data = ordinary_bytes(
-                schema, [random_value(random_, f.type, False) for f in schema], {b"k": b"v", b"id": b"1234"}
-            )
+            row = [random_value(random_, f.type, False) for f in schema]
+            data = ordinary_bytes(schema, row, {b"k": b"v", b"id": b"1234"})
             for end in range(0, len(data), 3):
                 self.assertIsNone(template.read(data[:end]))
             for _ in range(300):
                 broken = bytearray(data)
                 for _ in range(random_.choice((1, 1, 2))):
-                    broken[random_.randrange(len(template.schema_message) - 8, len(data))] = random_.choice(
-                        (0, 1, 2, 3, 8, 127, 128, 255)
-                    )
+                    at = random_.randrange(len(template.schema_message) - 8, len(data))
+                    broken[at] = random_.choice((0, 1, 2, 3, 8, 127, 128, 255))
                 found = template.read(bytes(broken))
                 seen.add(found is None)
                 if found is not None:
                     with self.subTest(case=case, found=found):
                         self.assertEqual(template.write(*found[:2]), bytes(broken[: found[2]]))
-                        shown = shown_row(bytes(broken))
-                        self.assertEqual(repr(shown), repr(found[0]))  # a NaN is not equal to itself
+                        # A NaN is not equal to itself.
+                        self.assertEqual(repr(shown_row(bytes(broken))), repr(found[0]))
         self.assertEqual(seen, {True, False})
 
     def test_bytes_that_mean_a_row_but_are_not_written_so(self) -> None:
-        enum_row = ordinary_bytes(pa.schema([("c", ENUM_TYPE)]), ["b"])
+        floats = pa.schema([("c", pa.float32())])
+        nan = float("nan")
+        odd_nan = ordinary_bytes(floats, [nan]).replace(b"\xc0\x7f", b"\x81\x7f")
         text = ordinary_bytes(TEXT, ["x"])
-        nan = ordinary_bytes(pa.schema([("c", pa.float32())]), [float("nan")])
-        for name, schema, honest, data in (
-            (
-                "a name that is not used",
-                named("b").schema,
-                enum_row,
-                ipc_bytes(named("b").schema, named("a", "b")),
-            ),
-            (
-                "a longer body",
-                TEXT,
-                text,
-                text[:-8].replace(struct.pack("<q", 16), struct.pack("<q", 24), 1) + bytes(8) + END,
-            ),
-            ("another NaN", pa.schema([("c", pa.float32())]), nan, nan.replace(b"\xc0\x7f", b"\x81\x7f")),
-            ("padding", TEXT, text, text[:-9] + b"\1" + END),
+        longer = text[:-8].replace(struct.pack("<q", 16), struct.pack("<q", 24), 1) + bytes(8) + END
+        two_names = ipc_bytes(named("b").schema, named("a", "b"))
+        for name, schema, value, data in (
+            ("a name that is not used", named("b").schema, "b", two_names),
+            ("a longer body", TEXT, "x", longer),
+            ("another NaN", floats, nan, odd_nan),
+            ("padding", TEXT, "x", text[:-9] + b"\1" + END),
         ):
             with self.subTest(name):
                 template = rpc.row_template(schema)
+                honest = ordinary_bytes(schema, [value])
                 self.assertNotEqual(honest, data)
                 self.assertIsNotNone(template.read(honest))
                 self.assertIsNone(template.read(data))
                 self.assertEqual(repr(shown_row(data)), repr(shown_row(honest)))
 
     def test_values_that_are_not_plain(self) -> None:
-        for kind, value in (
-            (pa.int8(), 128),
-            (pa.int64(), 1 << 63),
-            (pa.int64(), True),
-            (pa.int64(), 1.0),
-            (pa.float64(), 1),
-            (pa.float32(), 1e300),
-            (pa.bool_(), 1),
-            (pa.utf8(), b"x"),
-            (pa.utf8(), "\ud800"),
-            (pa.utf8(), Shade.RED),
-            (pa.utf8(), "x" * 300_000),
-            (pa.binary(), bytearray(b"x")),
-            (pa.list_(pa.int64()), (1, 2)),
-            (pa.list_(pa.int64()), [1, "x"]),
-            (pa.list_(pa.int64()), ["x"] * 1000),
-            (pa.list_(pa.float64()), [1.0] * 200_000),
-            (pa.map_(pa.utf8(), pa.int64()), {"a": 1}),
-            (pa.map_(pa.utf8(), pa.int64()), [(None, 1)]),
-            (pa.map_(pa.utf8(), pa.int64()), [("a", 1, 2)]),
-            (POINT_TYPE, {"x": 1, "color": "RED"}),
-            (POINT_TYPE, {"x": 1, "color": "RED", "t": "", "more": 1}),
-            (POINT_TYPE, {"x": 1, "color": "RED", "t": None}),
-            (ENUM_TYPE, 1),
-            (ENUM_TYPE, None),
-        ):
+        for kind, unusual in NOT_PLAIN:
             template = rpc.row_template(pa.schema([pa.field("c", kind, nullable=False)]))
-            with self.subTest(kind=kind, value=value), self.assertRaises(rpc.NotPlain):
-                template.write([value])
+            for value in unusual:
+                with self.subTest(kind=kind, value=str(value)[:50]), self.assertRaises(rpc.NotPlain):
+                    template.write([value])
         template = rpc.row_template(VALUE, None, {b"id": 4})
         for row, values in (([1.0, 2.0], [b"1234"]), ([], [b"1234"]), ([1.0], []), ([1.0], [b"123"])):
             with self.subTest(row=row, values=values), self.assertRaises(rpc.NotPlain):
                 template.write(row, values)
 
     def test_many_numbers(self) -> None:
-        for kind, many in (
-            (pa.float64(), [0.5] * 8_000),
-            (pa.int32(), list(range(-500, 500))),
-            (pa.float64(), [1.0] * 999),
-        ):
-            schema = pa.schema([pa.field("c", pa.list_(kind))])
-            template = rpc.row_template(schema)
+        for kind, many in ((pa.float64(), [0.5] * 8_000), (pa.int32(), [*range(-500, 500)])):
+            template = rpc.row_template(pa.schema([pa.field("c", pa.list_(kind))]))
             for row in ([many], [[*many, None]]):
                 data = template.write(row)
-                self.assertEqual(shown_row(data), row)
-                self.assertEqual(template.read(data), (row, [], len(data)))
+                self.assertEqual((shown_row(data), template.read(data)), (row, (row, [], len(data))))
 
     def test_messages_in_a_longer_stream(self) -> None:
         schema = pa.schema([("color", ENUM_TYPE), ("n", pa.int64())])
@@ -2151,18 +2087,15 @@ class RowTemplateTests(TestCase):
             self.assertEqual([list(b.to_pylist()[0].values()) for b, _ in found if b.num_rows], wanted)
 
     def test_which_schemas_have_templates(self) -> None:
-        for kind in PLAIN_TYPES:
+        for kind in [*PLAIN_TYPES, *OTHER_TYPES]:
             with self.subTest(kind=kind):
-                schema = pa.schema([pa.field("c", kind)])
-                self.assertIsInstance(rpc.row_template(schema, {b"a": b"b"}, {b"id": 16}), rpc.RowTemplate)
-        for kind in OTHER_TYPES:
-            with self.subTest(kind=kind):
-                self.assertIsNone(rpc.row_template(pa.schema([("a", pa.int64()), ("c", kind)])))
+                template = rpc.row_template(
+                    pa.schema([("a", pa.int64()), ("c", kind)]), {b"a": b"b"}, {b"id": 16}
+                )
+                self.assertEqual(template is not None, kind in PLAIN_TYPES)
 
     def test_a_template_that_would_write_other_bytes_is_not_made(self) -> None:
-        honest = rpc.stream_bytes
-
-        def odd(wire: Any, items: Any) -> bytes:
+        def odd(wire: Any, items: Any, honest: Any = rpc.stream_bytes) -> bytes:
             data = honest(wire, items)
             return data[:-9] + b"\1" + data[-8:]  # padding that is not zero
 
