@@ -6278,8 +6278,7 @@ def value_from_json(value: Any, member: pa.Field, step: str = "") -> Any:
         raise exc.under(step) from None
     except ARROW_FAILURES:
         pass  # said below in the words of the type
-    shown = str(value) if isinstance(value, decimal.Decimal) else json_text(value)
-    raise Mismatch(type_text(kind), f"{shown:.60}").under(step)
+    raise Mismatch(type_text(kind), f"{json.dumps(value, default=float):.60}").under(step)
 
 
 def _stream_from_json(value: Any, member: pa.Field) -> bytes:
@@ -6513,8 +6512,9 @@ def example_words(members: Iterable[pa.Field], defaults: Mapping[str, Any]) -> d
         default = member.name in defaults
         value = value_to_json(defaults[member.name], member) if default else example_of(member)
         colon = ":" * (value is None or isinstance(value, (dict, list)))
-        text = value if isinstance(value, str) else json_text(value)
-        words[member.name] = shlex.quote(f"{member.name}{colon}={text}")
+        if not isinstance(value, str):
+            value = json_text(value)
+        words[member.name] = shlex.quote(f"{member.name}{colon}={value}")
     return words
 
 
@@ -8535,11 +8535,13 @@ def _report(exc: Exception, verbose: bool) -> int:
         text = ": ".join(str(part) for part in (exc.filename, exc.strerror or exc) if part)
     elif isinstance(exc, RpcError):
         refused = exc.code in (Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.RESOURCE_EXHAUSTED)
-        code = 4 if refused or "VersionError" in exc.error_type else 1
-        if isinstance(exc, TransportError):
-            code = 3
+        code = 1
         if exc.code is Code.DEADLINE_EXCEEDED:
             code = 5
+        elif isinstance(exc, TransportError):
+            code = 3
+        elif refused or "VersionError" in exc.error_type:
+            code = 4
         hints = {
             "cannot connect": f"is the server running? {_program()} serve",
             "AuthenticationError": "send credentials: --bearer-file FILE or -H 'Authorization: Bearer …'",
@@ -8586,7 +8588,7 @@ def _service_of(target: str) -> RpcServer:
     except Exception as exc:
         last = traceback.extract_tb(exc.__traceback__)[-1]
         own = last.filename == __file__ or "importlib" in last.filename
-        where = "" if own else f"{last.filename}:{last.lineno}: "
+        where = f"{last.filename}:{last.lineno}: " * (not own)
         raise _CliError(f"{where}{type(exc).__name__}: {text_of(exc)}", wanted) from None
     if isinstance(found, RpcServer):
         return found
@@ -8641,8 +8643,7 @@ def _serve(args: Any) -> None:
     def bound(kind: str, *place: object) -> None:
         where = ":".join(map(str, [kind.lower(), *place]))
         if kind == "PORT":
-            host = f"[{args.host}]" if ":" in args.host else args.host
-            where = f"http://{host}:{place[0]}{prefix}"
+            where = f"http://{re.sub('(.*:.*)', '[' + args.host + ']', args.host)}:{place[0]}{prefix}"
         lines = [f"{server.protocol_name} served by vgi_rpc {__version__}"]
         lines += [
             f"  {each.info.signature()}    {each.info.kind}" for each in server.primary.methods.values()
@@ -8746,7 +8747,9 @@ def _input_batches(args: Any, skip: int) -> Iterator[tuple[pa.RecordBatch, int]]
 
     Without the first *skip* rows; each with the number of rows up to its end.
     """
-    opened: Any = contextlib.nullcontext(sys.stdin.buffer) if args.input == "-" else open(args.input, "rb")
+    opened: Any = contextlib.nullcontext(sys.stdin.buffer)
+    if args.input != "-":
+        opened = open(args.input, "rb")
     with opened as file:
         first = file.peek(8)[:6]
         batches = _text_batches(file, is_csv=first.lstrip()[:1] not in (b"{", b"["))
@@ -8814,12 +8817,14 @@ def _read_ndjson(text: bytes, schema: pa.Schema | None) -> pa.RecordBatch:
     rows = [parse_json(line, f"input {line[:60]!r}", parse_int=str, parse_float=str) for line in lines]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("expected a JSON object for each row")
+    known = {column.name: column.type for column in schema or ()}
     columns: dict[str, Any] = {}
-    for name in dict.fromkeys(itertools.chain(schema.names if schema else (), *rows)):
-        if schema and name not in schema.names:
+    for name in dict.fromkeys(itertools.chain(known, *rows)):
+        if known and name not in known:
             raise ValueError(f"column {name}: the first rows have no such column, and they decide")
-        column = pa.array([row.get(name) for row in rows], schema and schema.field(name).type)
-        columns[name] = column.cast(pa.utf8()) if pa.types.is_null(column.type) else column
+        columns[name] = pa.array([row.get(name) for row in rows], known.get(name))
+        if pa.types.is_null(columns[name].type):
+            columns[name] = columns[name].cast(pa.utf8())
     return pa.RecordBatch.from_pydict(columns)
 
 
@@ -8853,7 +8858,9 @@ class _Output:
         if self.kind == "arrow" and (terminal or (adds and os.path.exists(args.output or ""))):
             raise _CliError("-f arrow: neither for a terminal nor to be added to a file", "-o A_NEW_FILE")
         self._path = args.output
-        self._file: Any = open(args.output, "ab" if adds else "wb") if args.output else sys.stdout.buffer
+        self._file: Any = sys.stdout.buffer
+        if args.output:
+            self._file = open(args.output, "wa"[adds] + "b")
         self._begun = False  # whether there was a row
         self._end = "[]\n" * (self.kind == "json")
         self._arrow: IpcWriter | None = None
