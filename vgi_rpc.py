@@ -6449,8 +6449,9 @@ def arguments_from_json(info: RpcMethodInfo, given: Any) -> list[Any]:
     where = f"{info.name}() parameter "
     values = bind_arguments(info, (), given)  # says which names are unknown or missing, and fills in defaults
     for member, codec, value in zip(described_schemas(info)["params"], info.params.parts.values(), values):
-        read: Callable[[Any], Any] = functools.partial(value_from_json, member=member)
-        convert = read if member.name in given else codec.encode
+        convert: Callable[[Any], Any] = codec.encode
+        if member.name in given:
+            convert = functools.partial(value_from_json, member=member)
         row.append(located(f"{where}{member.name}", convert, value))
     if row:  # what is out of range, and texts that Arrow cannot say
         located(where, info.params.to_batch, row)
@@ -6459,7 +6460,8 @@ def arguments_from_json(info: RpcMethodInfo, given: Any) -> list[Any]:
 
 def result_to_json(info: RpcMethodInfo, batch: pa.RecordBatch) -> Any:
     """The value of a unary result, 1 row x 1 column, as JSON has it; None for ``-> None``."""
-    return batch_rows(batch, described_schemas(info)["result"])[0]["result"] if info.has_return else None
+    rows = batch_rows(batch, described_schemas(info)["result"])
+    return rows[0]["result"] if rows else None
 
 
 def members_of(member: pa.Field) -> list[pa.Field]:
@@ -6467,7 +6469,9 @@ def members_of(member: pa.Field) -> list[pa.Field]:
     inner = getattr(member.type, "item_field", None) or getattr(member.type, "value_field", None)
     if inner is not None:
         return members_of(inner)
-    return list(member.type if pa.types.is_struct(member.type) else struct_schema(member) or ())
+    if pa.types.is_struct(member.type):
+        return list(member.type)
+    return list(struct_schema(member) or ())
 
 
 def described_rows(
@@ -6600,7 +6604,7 @@ def page_at(
             # Names, so there is nothing to escape in what is linked to.
             body += f'<details id="{service.name}.{info.name}"{shown}><summary>{summary}</summary>'
             body += f"{_method_card(bound, url, options)}</details>"
-    facts = ["Health: " + ("draining, takes no calls" if server.draining else "ok")]
+    facts = ["Health: " + ("ok", "draining, takes no calls")[server.draining]]
     facts.append(f"requests of at most {options.max_request_bytes or SERVER_MAX_REQUEST_BYTES:,} bytes")
     facts.append(f"vgi_rpc {__version__}, Python {sys.version.split()[0]}, pyarrow {pa.__version__}")
     facts.append(f"server {server.server_id} {server.server_version}, protocol hash {server.protocol_hash}")
