@@ -1063,7 +1063,7 @@ class BytePeer:
         near, far = socket.socketpair()
         self.socket = near
         self.output = near.makefile("rb")
-        transport = rpc.Transport(rpc.SocketChannel(far), rpc.TransportKind.PIPE)
+        transport = rpc.Transport(rpc.ByteChannel(far), rpc.TransportKind.PIPE)
         self.thread = threading.Thread(target=self._serve, args=(server, transport), daemon=True)
         self.thread.start()
 
@@ -3431,7 +3431,7 @@ def pipe_pair() -> tuple[Any, Any]:
     return rpc.FdChannel(ends[0], ends[3]), rpc.FdChannel(ends[2], ends[1])
 
 
-CHANNELS = {"socket": lambda: map(rpc.SocketChannel, socket.socketpair()), "pipe": pipe_pair}
+CHANNELS = {"socket": lambda: map(rpc.ByteChannel, socket.socketpair()), "pipe": pipe_pair}
 
 
 class ChannelTests(TestCase):

@@ -3812,9 +3812,6 @@ class ByteChannel(ByteSource):
                 left = left[self._io(self._send, left, True) :]
 
 
-SocketChannel = ByteChannel
-
-
 class FdChannel(ByteChannel):
     """The same over two files without buffers, such as the ends of pipes."""
 
@@ -4104,7 +4101,7 @@ class Turn(NamedTuple):
         return self.error.http_status if self.refused and isinstance(self.error, Refusal) else 200
 
 
-PLAIN_TICK = AnnotatedBatch(TICK)
+_PLAIN_TICK = AnnotatedBatch(TICK)
 # Ours in the metadata of an input batch: they concern the call, and do not reach the state.
 _OWN_KEYS = frozenset({STATE_KEY, CALL_STATE_KEY, CANCEL_KEY, TIMEOUT_KEY, REQUEST_ID_KEY})
 
@@ -4277,10 +4274,10 @@ class Call(CallRecord):
 
     def turn(self, batch: pa.RecordBatch = TICK, metadata: Metadata | None = None) -> Turn:
         """Serve one turn of the stream on an input as it came, which may be a cancel."""
-        stream = cast("Stream[Any, Any]", self.stream)
-        wires = cast("StreamWires", self.wires)
+        stream: Any = self.stream
+        wires: Any = self.wires
         timeout = self._timeout
-        given = PLAIN_TICK
+        given = _PLAIN_TICK
         is_producer = stream.is_producer
         if metadata:
             if CANCEL_KEY in metadata:
@@ -5752,23 +5749,23 @@ def _flush_stdout() -> None:
         sys.stdout.flush()
 
 
-def _byte_listener(
-    server: RpcServer, listening: socket.socket, options: Any, tls_context: Any = None
-) -> ListenerMixin:
+def _serve_bytes(
+    server: RpcServer, listening: socket.socket, tls_context: Any, options: Any, on_bound: Any, *where: Any
+) -> None:
     import socketserver
 
     class ByteListener(ListenerMixin, socketserver.ThreadingMixIn, socketserver.TCPServer):
         def finish_request(self, request: Any, client_address: Any) -> None:
             kind = TransportKind.UNIX
-            where = address_text(client_address)
-            if where:
+            peer = address_text(client_address)
+            if peer:
                 kind = TransportKind.TCP
                 request = set_up_tcp(self, request, tls_context)
-            transport = Transport(ByteChannel(request), kind, where or f"unix:{self.server_address}")
+            transport = Transport(ByteChannel(request), kind, peer or f"unix:{self.server_address}")
             with contextlib.closing(transport):
                 server.serve(transport)
 
-    return ByteListener(listening, None, server, *options)
+    ByteListener(listening, None, server, *options).run(DRAIN_GRACE_SECONDS, on_bound, *where)
 
 
 def serve_unix(
@@ -5804,8 +5801,8 @@ def serve_unix(
             os.umask(old)
         made = os.stat(path).st_ino
         try:
-            listener = _byte_listener(server, listening, (threaded, max_connections, idle_timeout))
-            listener.run(DRAIN_GRACE_SECONDS, on_bound, path)
+            options = (threaded, max_connections, idle_timeout)
+            _serve_bytes(server, listening, None, options, on_bound, path)
         finally:
             with contextlib.suppress(OSError):
                 if os.stat(path).st_ino == made:
@@ -5853,9 +5850,8 @@ def serve_tcp(
 ) -> None:
     """Serve on TCP until SIGTERM or SIGINT; as `serve_unix`. Raises `OSError` if the address cannot be bound."""
     listening = listen_tcp(host, port)
-    bound_port = listening.getsockname()[1]
-    listener = _byte_listener(server, listening, (threaded, max_connections, idle_timeout), tls_context)
-    listener.run(DRAIN_GRACE_SECONDS, on_bound, host, bound_port)
+    options = (threaded, max_connections, idle_timeout)
+    _serve_bytes(server, listening, tls_context, options, on_bound, host, listening.getsockname()[1])
 
 
 # ============================================================================
