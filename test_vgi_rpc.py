@@ -1831,51 +1831,48 @@ class BatchTests(TestCase):
         ):
             self.assertEqual(rpc.batch_kind(rows, metadata), kind, metadata)
 
-    def check_conformed(self, values: Any, kind: Any, expected: Any, cast: bool = True) -> None:
-        """Bring a batch, or an array, under a schema: what comes out, or what is said."""
-        schema = pa.schema([kind if isinstance(kind, pa.Field) else pa.field("c", kind)])
-        batch = column(values) if isinstance(values, pa.Array) else values
-        with self.subTest(kind=kind, expected=str(expected)):
-            if isinstance(expected, str):
-                with self.raises(rpc.ParameterError, "where: ", expected):
-                    rpc.conform_batch(batch, rpc.WireSchema(schema), "where", cast_values=cast)
-            else:
-                found = rpc.conform_batch(batch, rpc.WireSchema(schema), "where", cast_values=cast)
-                self.assertEqual((found.schema, found.column(0).to_pylist()), (schema, expected))
-
     def test_conform_batch(self) -> None:
         strict = pa.field("c", pa.int64(), nullable=False)
         ints = pa.array([1, 2], pa.int8())
-        null = pa.array([1, None])
-        self.check_conformed(ints, pa.int64(), [1, 2])
-        self.check_conformed(ints, strict, [1, 2])
-        self.check_conformed(ints, pa.float64(), [1.0, 2.0])
-        self.check_conformed(ints, pa.int8(), [1, 2], cast=False)
-        self.check_conformed(ints.slice(2), pa.utf8(), [])
-        self.check_conformed(null, strict, "column 'c': expected int64 without nulls, got a null")
-        self.check_conformed(
-            null.cast(pa.int8()), strict, "column 'c': expected int64 without nulls, got a null"
-        )
-        self.check_conformed(ints, pa.int64(), "column 'c': expected int64, got int8", cast=False)
-        self.check_conformed(ints, pa.field("v", pa.int8()), "expected columns (v: int8), got (c: int8)")
-        self.check_conformed(pa.array(["x"]), pa.int64(), "column 'c': expected int64, got utf8 (")
-        self.check_conformed(pa.array([1.5]), pa.int64(), "column 'c': expected int64, got float64 (")
-        self.check_conformed([1], pa.int64(), "expected a pyarrow.RecordBatch, got list")
-
-    @unittest.skipUnless(hasattr(pa, "string_view"), "pyarrow without views")
-    def test_views_are_cast_within_bounds(self) -> None:
-        view = struct.pack("<i4s2i", 50_000, b"xxxx", 0, 0) * 100_000
-        many = pa.Array.from_buffers(
-            pa.string_view(), 100_000, [None, pa.py_buffer(view), pa.py_buffer(b"x" * 50_000)]
-        )
-        few = pa.array(["a", None, "b" * 40], pa.string_view())
-        self.check_conformed(few, pa.utf8(), ["a", None, "b" * 40])
-        self.check_conformed(few.slice(1), pa.large_utf8(), [None, "b" * 40])
-        self.check_conformed(many, pa.utf8(), "expected utf8, got string_view")
-        self.check_conformed(
-            pa.ListArray.from_arrays([0, 9], many), pa.list_(pa.utf8()), "got list<item: string_view>"
-        )
-        self.check_conformed(pa.array([[1]], pa.list_view(pa.int8())), pa.list_(pa.int8()), "got list_view")
+        no_null = "column 'c': expected int64 without nulls, got a null"
+        cases: list[
+            tuple[Any, Any, Any]
+        ] = [  # a batch or array, the type or column, what comes out or what is said
+            (ints, pa.int64(), [1, 2]),
+            (ints, strict, [1, 2]),
+            (ints, pa.float64(), [1.0, 2.0]),
+            (ints.slice(2), pa.utf8(), []),
+            (pa.array([1, None]), strict, no_null),
+            (pa.array([1, None], pa.int8()), strict, no_null),
+            (ints, pa.field("v", pa.int8()), "expected columns (v: int8), got (c: int8)"),
+            (pa.array(["x"]), pa.int64(), "column 'c': expected int64, got utf8 ("),
+            (pa.array([1.5]), pa.int64(), "column 'c': expected int64, got float64 ("),
+            ([1], pa.int64(), "expected a pyarrow.RecordBatch, got list"),
+        ]
+        if hasattr(pa, "string_view"):
+            view = pa.py_buffer(struct.pack("<i4s2i", 50_000, b"xxxx", 0, 0) * 100_000)
+            buffers = [None, view, pa.py_buffer(b"x" * 50_000)]
+            many = pa.Array.from_buffers(pa.string_view(), 100_000, buffers)  # all of them the same text
+            few = pa.array(["a", None, "b" * 40], pa.string_view())
+            lists = pa.ListArray.from_arrays([0, 9], many)
+            cases += [
+                (few, pa.utf8(), ["a", None, "b" * 40]),
+                (few.slice(1), pa.large_utf8(), [None, "b" * 40]),
+                (many, pa.utf8(), "expected utf8, got string_view"),
+                (lists, pa.list_(pa.utf8()), "got list<item: string_view>"),
+                (pa.array([[1]], pa.list_view(pa.int8())), pa.list_(pa.int8()), "got list_view"),
+            ]
+        for values_, kind, expected in cases:
+            schema = pa.schema([kind if isinstance(kind, pa.Field) else pa.field("c", kind)])
+            batch = column(values_) if isinstance(values_, pa.Array) else values_
+            refused = contextlib.nullcontext()
+            if isinstance(expected, str):
+                refused = self.raises(rpc.ParameterError, "where: ", expected)
+            with self.subTest(kind=kind, expected=str(expected)), refused:
+                found = rpc.conform_batch(batch, rpc.WireSchema(schema), "where", cast_values=True)
+                self.assertEqual((found.schema, found.column(0).to_pylist()), (schema, expected))
+        with self.raises(rpc.ParameterError, "column 'c': expected int64, got int8"):
+            rpc.conform_batch(column(ints), rpc.WireSchema(pa.schema([strict])), "where", cast_values=False)
 
     def test_from_pydict(self) -> None:
         inferred = AnnotatedBatch.from_pydict({"a": [1, None]}).batch
@@ -2514,35 +2511,28 @@ ANONYMOUS = AuthContext.anonymous()
 TWO_CHUNKS = pa.concat_tables([pa.table({"value": [1, 2]}), pa.table({"value": [3]})])
 TEXTS = pa.table({"value": ["x"]})
 REQUIRED = pa.schema([pa.field("value", pa.int64(), nullable=False)])
-EMITTED: list[
-    tuple[Callable[[OutputCollector], None], list[Any]]
-] = [  # what fits, and the values that are sent
-    (lambda out: out.emit(TWO_CHUNKS), [1, 2, 3]),
-    (lambda out: out.emit(TWO_CHUNKS.slice(0, 0)), []),
-    (lambda out: out.emit(values(1, 2).batch.slice(1)), [2]),
-    (lambda out: out.emit_arrays([pa.array([7])]), [7]),
-    (lambda out: out.emit_arrays([pa.chunked_array([[1], [2]])]), [1, 2]),
-    (lambda out: out.emit_pydict({"value": []}), []),
-    (lambda out: out.emit_pydict({"value": [8]}), [8]),
-    (lambda out: out.emit_pydict({"value": (5, 6)}), [5, 6]),
-    (lambda out: out.emit_pydict({"value": [None]}), [None]),
-    (lambda out: out.emit_pydict({"value": pa.array([4])}), [4]),
+EMITTED: list[tuple[str, Any, list[Any]]] = [  # a method, what it is given, the values that are sent
+    ("emit", TWO_CHUNKS, [1, 2, 3]),
+    ("emit", TWO_CHUNKS.slice(0, 0), []),
+    ("emit", values(1, 2).batch.slice(1), [2]),
+    ("emit_arrays", [pa.array([7])], [7]),
+    ("emit_arrays", [pa.chunked_array([[1], [2]])], [1, 2]),
+    *[("emit_pydict", {"value": given}, given) for given in ([], [8], [None])],
+    ("emit_pydict", {"value": (5, 6)}, [5, 6]),
+    ("emit_pydict", {"value": pa.array([4])}, [4]),
 ]
-NOT_EMITTED: list[tuple[pa.Schema, Callable[[OutputCollector], None], tuple[str, ...]]] = [
-    (INTEGERS, lambda out: out.emit(TEXTS), ("'value'", "expected int64", "got utf8")),
-    (INTEGERS, lambda out: out.emit(TEXTS.to_batches()[0]), ("'value'", "expected int64", "got utf8")),
-    (INTEGERS, lambda out: out.emit(pa.table({"other": [1]})), ("value: int64", "other: int64")),
-    (INTEGERS, lambda out: out.emit({"value": [1]}), ("RecordBatch", "dict")),
-    (INTEGERS, lambda out: out.emit_arrays([]), ("emit_arrays", "['value']", "got []")),
-    (INTEGERS, lambda out: out.emit_arrays([pa.array([1])] * 2), ("['value']", "'one too many'")),
-    (INTEGERS, lambda out: out.emit_pydict({"value": ["x"]}), ("'value'", "int64")),
-    (INTEGERS, lambda out: out.emit_pydict({"value": [True]}), ("'value'", "int64")),
-    (INTEGERS, lambda out: out.emit_pydict({"value": [1], "more": [2]}), ("'value'", "'more'")),
-    (INTEGERS, lambda out: out.emit_pydict({"other": [1]}), ("'value'", "'other'")),
-    (INTEGERS, lambda out: out.emit_pydict({}), ("value",)),
-    (VALUE, lambda out: out.emit_pydict({"value": [2**53 + 1]}), ("'value'", "9007199254740993")),
-    (REQUIRED, lambda out: out.emit_pydict({"value": [None]}), ("'value'", "null")),
-    (REQUIRED, lambda out: out.emit_pydict({"value": [1, None]}), ("'value'", "null")),
+NOT_EMITTED: list[tuple[pa.Schema, str, Any, tuple[str, ...]]] = [  # and parts of what is said
+    (INTEGERS, "emit", TEXTS, ("'value'", "expected int64", "got utf8")),
+    (INTEGERS, "emit", TEXTS.to_batches()[0], ("'value'", "expected int64", "got utf8")),
+    (INTEGERS, "emit", pa.table({"other": [1]}), ("value: int64", "other: int64")),
+    (INTEGERS, "emit", {"value": [1]}, ("RecordBatch", "dict")),
+    (INTEGERS, "emit_arrays", [], ("emit_arrays", "['value']", "got []")),
+    (INTEGERS, "emit_arrays", [pa.array([1])] * 2, ("['value']", "'one too many'")),
+    *[(INTEGERS, "emit_pydict", {"value": [wrong]}, ("'value'", "int64")) for wrong in ("x", True)],
+    (INTEGERS, "emit_pydict", {"value": [1], "more": [2]}, ("'value'", "'more'")),
+    *[(INTEGERS, "emit_pydict", wrong, ("'value'", str([*wrong]))) for wrong in ({}, {"other": [1]})],
+    (VALUE, "emit_pydict", {"value": [2**53 + 1]}, ("'value'", "9007199254740993")),
+    *[(REQUIRED, "emit_pydict", {"value": wrong}, ("'value'", "null")) for wrong in ([None], [1, None])],
 ]
 
 
@@ -2564,19 +2554,20 @@ class StateTests(TestCase):
     """The collector of one turn, contexts, states and the stream as the server holds it."""
 
     def test_what_fits(self) -> None:
-        for number, (emit, expected) in enumerate(EMITTED):
+        for method, given, expected in EMITTED:
             for template in (False, True):
-                with self.subTest(number, template=template):
+                with self.subTest(method, given=given, template=template):
                     out = collector(template=template)
-                    emit(out)
+                    getattr(out, method)(given)
                     out.validate()
                     self.assertEqual((sent(out)[0].to_pydict(), sent(out)[1]), ({"value": expected}, {}))
+                    self.assertEqual(out.data_batch.batch, sent(out)[0])
                     self.assertEqual(isinstance(out.item, bytes), template and expected in ([8], [None]))
 
     def test_what_does_not_fit_the_schema(self) -> None:
-        for schema, emit, parts in NOT_EMITTED:
+        for schema, method, given, parts in NOT_EMITTED:
             with self.subTest(parts=parts), self.raises(TypeError, *parts):
-                emit(collector(schema))
+                getattr(collector(schema), method)(given)
 
     def test_a_turn(self) -> None:
         out = OutputCollector(INTEGERS)
@@ -2645,11 +2636,8 @@ class StateTests(TestCase):
         with self.assertRaises(rpc.StatusError) as refused:
             ANONYMOUS.require_authenticated()
         self.assertIs(refused.exception.error_code, rpc.Code.UNAUTHENTICATED)
-        for state, part in (
-            (StreamState(), "process()"),
-            (ProducerState(), "produce()"),
-            (ExchangeState(), "exchange()"),
-        ):
+        parts = {StreamState(): "process()", ProducerState(): "produce()", ExchangeState(): "exchange()"}
+        for state, part in parts.items():
             with self.raises(TypeError, type(state).__name__, part):
                 state.process(values(), OutputCollector(INTEGERS), context)
 
