@@ -4578,12 +4578,18 @@ class ListenerTests(TestCase):
             self.assertEqual(os.listdir(self.folder), [])
 
     def test_a_forked_child_does_not_listen(self) -> None:
-        with rpc.listen_tcp("127.0.0.1", 0) as listening:
-            rpc._byte_listener(make_server(), listening, (False, None, None))
+        statuses = []
+
+        def fork(*where: Any) -> None:
             child = os.fork()
             if not child:
                 os._exit(1 + listening.fileno())
-            self.assertEqual(os.waitpid(child, 0)[1], 0)
+            statuses.append(os.waitpid(child, 0)[1])
+
+        with rpc.listen_tcp("127.0.0.1", 0) as listening:
+            with mock.patch.object(rpc, "listen_tcp", return_value=listening):
+                rpc.serve_tcp(make_server(), idle_timeout=0.0, on_bound=fork)
+        self.assertEqual(statuses, [0])
 
     def test_further_connections_wait(self) -> None:
         for options in ({"threaded": True, "max_connections": 2}, {"threaded": False}):
