@@ -134,6 +134,9 @@ class MemorySocket:
     def shutdown(self, how: int) -> None:
         """Nothing is held."""
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def __enter__(self) -> MemorySocket:
         return self
 
