@@ -8,6 +8,7 @@ and pandas, and is passed over without them.
 from __future__ import annotations
 
 import ast
+import atexit
 import base64
 import contextlib
 import copy
@@ -1181,6 +1182,67 @@ def setUpModule() -> None:
     """Log lines of the module are of no interest here, unless a test asks for them."""
     logging.getLogger("vgi_rpc").addHandler(logging.NullHandler())
     logging.getLogger("vgi_rpc").propagate = False
+    if "PYTHONPYCACHEPREFIX" not in os.environ:  # programs of the tests need not compile the module each
+        os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp()
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        atexit.register(shutil.rmtree, os.environ["PYTHONPYCACHEPREFIX"], ignore_errors=True)
+
+
+class Told(unittest.TestCase):
+    """Stands for a test of the other process, and fares as it did there."""
+
+    source: ClassVar[Any]
+    told: ClassVar[dict[str, tuple[str, str]]] = {}
+
+    def __init__(self, test: Any) -> None:
+        super().__init__("fare")
+        self.name = test.id()
+
+    def __str__(self) -> str:
+        return self.name
+
+    def fare(self) -> None:
+        while self.name not in self.told:
+            self.told.update(json.loads(self.source.readline() or self.fail("the other process has ended")))
+        skipped, fault = self.told.pop(self.name)
+        self.assertEqual(fault, "")
+        if skipped:
+            self.skipTest(skipped)
+
+
+class Teller(unittest.TestResult):
+    """Writes a line for each test: why it was skipped, and what went wrong."""
+
+    def stopTest(self, test: Any) -> None:
+        told = ["".join(text for _, text in found) for found in (self.skipped, self.errors + self.failures)]
+        print(json.dumps({test.id(): told}), file=sys.__stdout__, flush=True)
+        for found in (self.skipped, self.errors, self.failures):
+            found.clear()
+
+
+class Dealt(unittest.TestSuite):
+    """Tests of this process, and those that another one tells of, which runs at the same time."""
+
+    def run(self, result: Any, debug: bool = False) -> Any:
+        names = {test.name.rpartition(".")[0]: None for test in self if isinstance(test, Told)}
+        code = f"import sys, unittest; sys.stdout = sys.stderr; sys.path.insert(0, {str(HERE)!r})\n"
+        code += "import test_vgi_rpc as tests\n"
+        code += "unittest.defaultTestLoader.loadTestsFromNames(sys.argv[1:]).run(tests.Teller())"
+        command = [sys.executable, *subprocess._args_from_interpreter_flags(), "-c", code, *names]  # type: ignore[attr-defined]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            Told.source = process.stdout
+            super().run(result, debug)
+            if result.shouldStop:
+                process.kill()
+        return result
+
+
+def load_tests(loader: Any, tests: Any, pattern: Any) -> Any:
+    """Deal the classes to two processes, unless some tests were chosen."""
+    classes = [list(each) for each in tests if each.countTestCases()]
+    if loader.testNamePatterns or __name__ == "__main__":
+        return tests
+    return Dealt([*itertools.chain(*classes[::2]), *map(Told, itertools.chain(*classes[1::2]))])
 
 
 # ============================================================================
@@ -4741,12 +4803,11 @@ SIGNALLED = """
             while time.monotonic() < end: time.sleep(0.01)
             return seconds
         def child(self) -> int:
-            def busy():
-                while True: pass
-            child = multiprocessing.get_context("fork").Process(target=busy)
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
             child.start()
-            child.terminate()
-            child.join()
+            while child.exitcode is None:  # Python may lose a signal to a child that a thread forks
+                child.terminate()
+                child.join(0.02)
             return child.exitcode
     if __name__ == "__main__":
         vgi_rpc.DRAIN_GRACE_SECONDS = grace = float(os.environ["GRACE"])
@@ -5062,9 +5123,8 @@ class HttpMessageTests(TestCase):
             "chunks": lambda n: IN_CHUNKS + b"1\r\nx\r\n" * n,
             "chunk line": lambda n: IN_CHUNKS + b"1;" + b" " * n,
         }.items():
-            once = min(cost(make, 60_000) for _ in range(3))
-            twice = min(cost(make, 120_000) for _ in range(3))
-            self.assertTrue(twice < 0.1 or twice <= 3 * once, (name, once, twice))
+            tries = (cost(make, 120_000) <= max(0.1, 3 * cost(make, 60_000)) for _ in range(3))
+            self.assertTrue(any(tries), name)
 
     def test_codings(self) -> None:
         for encoding in rpc.supported_encodings():
@@ -7351,7 +7411,7 @@ class TransportContract:
                     self.assertEqual(numbers(proxy.plain(7, rows)), expected)
 
     def test_a_long_producer(self) -> None:
-        self.assertEqual(numbers(self.proxy.plain(2000)), [[i] for i in range(2000)])
+        self.assertEqual(numbers(self.proxy.plain(1100)), [[i] for i in range(1100)])
 
     def test_producer_with_header(self) -> None:
         with self.proxy.count_with_header(2) as session:
@@ -8327,7 +8387,7 @@ class ModuleTests(TestCase):
                 if isinstance(constant, types.CodeType):
                     walk(constant)
 
-        walk(compile(self.text, "vgi_rpc.py", "exec"))
+        walk(compile(self.tree, "vgi_rpc.py", "exec"))
         self.assertEqual(sorted(wrong), [])
 
     def test_public_names(self) -> None:
