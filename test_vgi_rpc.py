@@ -1205,7 +1205,8 @@ class Told(unittest.TestCase):
         while self.name not in self.told:
             self.told.update(json.loads(self.source.readline() or self.fail("the other process has ended")))
         skipped, fault = self.told.pop(self.name)
-        self.assertEqual(fault, "")
+        if fault:
+            self.fail(fault)
         if skipped:
             self.skipTest(skipped)
 
