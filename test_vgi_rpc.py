@@ -3017,6 +3017,8 @@ REFUSED_PARAMETERS = {  # what is wrong: the request, its exception, parts of th
     "no batch": (ipc_bytes(VALUE), rpc.IPCError, ("one batch", "no batch")),
     "two batches": (ipc_bytes(VALUE, TWO_VALUES, TWO_VALUES), rpc.ProtocolError, ("exactly one batch",)),
 }  # fmt: skip
+# Their last values have no member of an enum, whose dictionary is then empty: templates leave that to pyarrow.
+NAMELESS = {"echo_dict_enum", "echo_dict_dataclass", "echo_list_optional_dataclass"}
 REQUEST_IDS = {b"x" * 128: "x" * 128, b"x" * 129: "", b"a b": "", b"a\n": "", b"\xff": "", b"": "", None: ""}
 TIMEOUTS = {b"1500": 1.5, b"0": 0.0, b"-1": None, b"1" * 16: None, b"": None}
 
@@ -3094,7 +3096,8 @@ class RequestTests(TestCase):
                     metadata = request_metadata(name, request_id=b"0123456789abcdef", **more)
                     self.assertEqual((request.metadata, request.arguments(info)), (metadata, expected))
                     hit = table.read(b"before" + data + b"behind", 6)
-                    if hit is not None:  # else there is no template, or these values are not for it
+                    self.assertEqual(hit is None, name in NAMELESS or info.request_templates[0] is None)
+                    if hit is not None:
                         self.assertEqual((hit[0], hit[2]), (BOUND[name], 6 + len(data)))
                         self.assertEqual((hit[1].metadata, hit[1].arguments(info)), (metadata, expected))
 
