@@ -401,14 +401,6 @@ class Filter(ExchangeState):
 
 
 @dataclass
-class Same(ExchangeState):
-    """Gives back what comes."""
-
-    def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
-        out.emit(input.batch)
-
-
-@dataclass
 class Inner:
     """A plain dataclass inside a state."""
 
@@ -582,78 +574,53 @@ class Service(Echo, Protocol):
         ...
 
     def nothing(self) -> None: ...
-
     def optional(self, value: int | None = None) -> int | None: ...
-
     def defaults(
         self, point: Point = Point(9), names: list[str] = ["a"], *, color: Color = Color.BLUE
     ) -> str: ...
-
     def logs(self, count: int) -> int: ...
-
     def fail(self, how: str) -> int: ...
-
     def refuse(self) -> None: ...
-
     def lie(self, how: str) -> list[int]: ...
-
     def lie_none(self) -> None: ...
-
     def noisy(self) -> str: ...
-
     def process_id(self) -> int: ...
-
     def kill(self) -> int: ...
-
     def cancels(self) -> list[int]: ...
-
     def context(self) -> dict[str, str]: ...
-
     def wait(self, seconds: float) -> int: ...
-
     def exact_sum(
         self, a: Annotated[int, ArrowType(pa.float64())], b: float = 1
     ) -> Annotated[float, ArrowType(pa.float64())]: ...
-
     def count(self, limit: int) -> Stream[StreamState]: ...
-
     def plain(self, limit: int, rows: list[int] = [1], pause: float = 0.0) -> Stream[ProducerState]: ...
-
     def count_with_header(self, limit: int) -> Stream[StreamState, Header]: ...
-
     def ticks(self) -> Stream[ProducerState]: ...
-
     def once(self) -> Stream[StreamState]: ...
-
     def running(self, label: str = "r") -> Stream[ExchangeState]: ...
-
     def running_with_header(self, label: str) -> Stream[StreamState, Header]: ...
-
     def filter(self, pause: float = 0.0) -> Stream[ExchangeState]: ...
-
-    def same(self) -> Stream[ExchangeState]: ...
-
     def nested(self) -> Stream[StreamState]: ...
-
     def odd(self) -> Stream[ExchangeState]: ...
-
     def shapes(self, columns: list[str], left: int) -> Stream[StreamState]: ...
-
     def scaled(self, factor: int) -> Stream[StreamState]: ...
-
     def init_fails(self) -> Stream[StreamState]: ...
-
     def exchange_init_fails(self) -> Stream[ExchangeState]: ...
-
     def header_init_fails(self) -> Stream[StreamState, Header]: ...
-
     def wrong_header(self) -> Stream[StreamState, Header]: ...
-
     def not_a_stream(self) -> Stream[StreamState]: ...
-
     def misbehaving(self, how: str) -> Stream[StreamState]: ...
-
     def bad_exchange(self, how: str) -> Stream[ExchangeState]: ...
+
+
+def served(state: Any, schema: pa.Schema, **options: Any) -> Any:
+    """A method that returns a stream of *state*, made of its arguments."""
+
+    def start(self, **given):  # type: ignore[no-untyped-def]
+        return Stream(schema, state(**given), **options)
+
+    start.__annotations__ = {"return": Stream[state]}
+    return start
 
 
 LIES: dict[str, Any] = {"type": "text", "member": [1, "x"], "none": None, "large": [2**63]}
@@ -735,36 +702,20 @@ class ServiceImpl(Echo):
     def exact_sum(self, a: int, b: float = 1) -> float:
         return a + int(b)
 
-    def count(self, limit: int) -> Stream[Count]:
-        return Stream(INTEGERS, Count(limit))
-
-    def plain(self, limit: int, rows: list[int], pause: float) -> Stream[Plain]:
-        return Stream(INTEGERS, Plain(limit, rows, pause))
+    count = served(Count, INTEGERS)
+    plain = served(Plain, INTEGERS)
+    ticks = served(Ticks, TEXT)
+    once = served(Once, INTEGERS)
+    running = served(Running, RUNNING, input_schema=VALUE)
+    running_with_header = served(Running, RUNNING, input_schema=VALUE, header=Header(0))
+    filter = served(Filter, VALUE, input_schema=VALUE)
+    nested = served(Nested, TEXT, input_schema=INTEGERS)
+    misbehaving = served(Misbehaving, INTEGERS)
+    bad_exchange = served(BadExchange, INTEGERS, input_schema=INTEGERS)
 
     def count_with_header(self, limit: int, ctx: CallContext) -> Stream[Count, Header]:
         ctx.client_log(Level.DEBUG, "with the header")
         return Stream(INTEGERS, Count(limit), header=Header(limit, "counting"))
-
-    def ticks(self) -> Stream[Ticks]:
-        return Stream(TEXT, Ticks())
-
-    def once(self) -> Stream[Once]:
-        return Stream(INTEGERS, Once())
-
-    def running(self, label: str) -> Stream[Running]:
-        return Stream(RUNNING, Running(label), input_schema=VALUE)
-
-    def running_with_header(self, label: str) -> Stream[Running, Header]:
-        return Stream(RUNNING, Running(label), input_schema=VALUE, header=Header(0))
-
-    def filter(self, pause: float) -> Stream[Filter]:
-        return Stream(VALUE, Filter(pause), input_schema=VALUE)
-
-    def same(self) -> Stream[Same]:
-        return Stream(VALUE, Same(), input_schema=VALUE)
-
-    def nested(self) -> Stream[Nested]:
-        return Stream(TEXT, Nested(), input_schema=INTEGERS)
 
     def odd(self) -> Stream[Odd]:
         return Stream(TEXT, Odd(self.kept, self.kept), input_schema=INTEGERS)
@@ -775,26 +726,17 @@ class ServiceImpl(Echo):
     def scaled(self, factor: int) -> Stream[Scaled]:
         return Stream(INTEGERS, Scaled(offset=self.offset), input_schema=INTEGERS, call_state=Fixed(factor))
 
-    def init_fails(self) -> Stream[Count]:
+    def init_fails(self):  # type: ignore[no-untyped-def]
         raise KeyError("at init")
 
-    def exchange_init_fails(self) -> Stream[Running]:
-        raise KeyError("at init")
-
-    def header_init_fails(self) -> Stream[Count, Header]:
-        raise KeyError("at init")
+    exchange_init_fails = init_fails
+    header_init_fails = init_fails
 
     def wrong_header(self) -> Stream[Count, Header]:
         return Stream(INTEGERS, Count(1), header=Header("text"))  # type: ignore[arg-type]
 
     def not_a_stream(self) -> Stream[Count]:
         return 3  # type: ignore[return-value]
-
-    def misbehaving(self, how: str) -> Stream[Misbehaving]:
-        return Stream(INTEGERS, Misbehaving(how))
-
-    def bad_exchange(self, how: str) -> Stream[BadExchange]:
-        return Stream(INTEGERS, BadExchange(how), input_schema=INTEGERS)
 
 
 def make_server(**options: Any) -> RpcServer:
@@ -8135,45 +8077,26 @@ class TransformState(ExchangeState):
         out.emit_pydict({"value": [v * self.factor for v in input.batch.column("value").to_pylist()]})
 
 
-class DocService(Protocol):
+class DocService:
     """The services of the description in one."""
 
-    def stats(self, label: str) -> Stream[StreamState]: ...
-
-    def search(self, query: str, page_size: int = 100) -> Stream[StreamState]: ...
-
-    def pipeline(self, threshold: float) -> Stream[StreamState]: ...
-
-    def fetch_rows(self, query: str) -> Stream[StreamState, JobHeader]: ...
-
-    def transform_rows(self, factor: float) -> Stream[StreamState, JobHeader]: ...
-
-
-class DocServiceImpl:
-    """Implementation with stream headers."""
-
     def stats(self, label: str) -> Stream[RunningStatsState]:
-        """Keep statistics."""
         schema = pa.schema([("count", pa.int64()), ("mean", pa.float64())])
         return Stream(output_schema=schema, state=RunningStatsState(label=label), input_schema=VALUE)
 
-    def search(self, query: str, page_size: int) -> Stream[PaginatedQueryState]:
-        """Return pages."""
+    def search(self, query: str, page_size: int = 100) -> Stream[PaginatedQueryState]:
         return Stream(output_schema=INTEGERS, state=PaginatedQueryState(query, page_size))
 
     def pipeline(self, threshold: float) -> Stream[StatefulPipeline]:
-        """Return the pipeline."""
         schema = pa.schema([("phase", pa.utf8()), ("buffer_size", pa.int64()), ("total", pa.float64())])
         return Stream(output_schema=schema, state=StatefulPipeline(threshold=threshold), input_schema=VALUE)
 
     def fetch_rows(self, query: str) -> Stream[FetchState, JobHeader]:
-        """Return a stream with a header."""
         schema = pa.schema([pa.field("value", pa.int64())])
         header = JobHeader(total_rows=100, description=f"Results for: {query}")
         return Stream(output_schema=schema, state=FetchState(remaining=100), header=header)
 
     def transform_rows(self, factor: float) -> Stream[TransformState, JobHeader]:
-        """Return an exchange with a header."""
         header = JobHeader(total_rows=-1, description=f"times {factor}")
         return Stream(output_schema=VALUE, state=TransformState(factor), input_schema=VALUE, header=header)
 
@@ -8183,9 +8106,9 @@ class StreamingTests(TestCase):
 
     def proxies(self) -> Iterator[Any]:
         """One proxy of `DocService` after the other."""
-        with self.subTest("pipe"), rpc.serve_pipe(DocService, DocServiceImpl()) as proxy:
+        with self.subTest("pipe"), rpc.serve_pipe(DocService, DocService()) as proxy:
             yield proxy
-        client = wsgi_client(RpcServer(DocService, DocServiceImpl()))
+        client = wsgi_client(RpcServer(DocService, DocService()))
         with self.subTest("http"), rpc.http_connect(DocService, client=client) as proxy:
             yield proxy
 
@@ -8199,55 +8122,36 @@ class StreamingTests(TestCase):
     def test_every_field_of_a_state_is_serialised(self) -> None:
         state = RunningStatsState(3, 4.5, [1.0, 2.0], "label")
         self.assertEqual(RunningStatsState.deserialize_from_bytes(state.serialize_to_bytes()), state)
-        table = {
-            "count": pa.int64(),
-            "total": pa.float64(),
-            "history": pa.list_(pa.float64()),
-            "label": pa.utf8(),
-        }
-        expected = pa.schema([pa.field(n, t, nullable=False) for n, t in table.items()])
-        self.assertEqual(RunningStatsState.ARROW_SCHEMA, expected)
+        kinds = (pa.int64(), pa.float64(), pa.list_(pa.float64()), pa.utf8())
+        fields = [pa.field(f.name, kind, False) for f, kind in zip(dataclasses.fields(state), kinds)]
+        self.assertEqual(RunningStatsState.ARROW_SCHEMA, pa.schema(fields))
         self.assertTrue(issubclass(StreamState, ArrowSerializableDataclass))
         self.assertTrue(pa.types.is_dictionary(StatefulPipeline.ARROW_SCHEMA.field("phase").type))
 
     def test_paginated_query(self) -> None:
         for proxy in self.proxies():
-            pages = []
-            for batch in proxy.search(query="SELECT *", page_size=100):
-                rows = batch.batch.to_pylist()
-                pages.append(len(rows))
+            pages = [batch.batch.num_rows for batch in proxy.search(query="SELECT *", page_size=100)]
             self.assertEqual(pages, [100, 100, 50])
 
     def test_stateful_pipeline(self) -> None:
         for proxy in self.proxies():
             with proxy.pipeline(threshold=100.0) as session:
-                r1 = session.exchange(AnnotatedBatch.from_pydict({"value": [10.0, 20.0]}))
-                expected = {"phase": ["collecting"], "buffer_size": [2], "total": [30.0]}
-                self.assertEqual(r1.batch.to_pydict(), expected)
-                r2 = session.exchange(AnnotatedBatch.from_pydict({"value": [80.0]}))
-                expected = {"phase": ["processing"], "buffer_size": [3], "total": [110.0]}
-                self.assertEqual(r2.batch.to_pydict(), expected)
+                for given, *expected in (
+                    ([10.0, 20.0], "collecting", 2, 30.0),
+                    ([80.0], "processing", 3, 110.0),
+                ):
+                    [row] = session.exchange(AnnotatedBatch.from_pydict({"value": given})).batch.to_pylist()
+                    self.assertEqual(row, dict(zip(("phase", "buffer_size", "total"), expected)))
 
     def test_headers(self) -> None:
         for proxy in self.proxies():
             session = proxy.fetch_rows(query="SELECT *")
             shown = "JobHeader(total_rows=100, description='Results for: SELECT *')"
             self.assertEqual(repr(session.header), shown)
-            self.assertEqual(
-                [b.batch.to_pydict() for b in session], [{"value": [n]} for n in range(100, 0, -1)]
-            )
+            self.assertEqual(numbers(session), [[n] for n in range(100, 0, -1)])
             with proxy.transform_rows(factor=2.0) as session:
-                self.assertEqual(session.header, JobHeader(-1, "times 2.0"))
-                result = session.exchange(AnnotatedBatch.from_pydict({"value": [1.0]}))
-                self.assertEqual(result.batch.to_pydict(), {"value": [2.0]})
-                self.assertEqual(session.typed_header(JobHeader).total_rows, -1)
-            with proxy.pipeline(threshold=1.0) as session:
-                self.assertIsNone(session.header)
-                with self.assertRaises(TypeError):
-                    session.typed_header(JobHeader)
-            description = rpc.describe_protocol(proxy, "DocService").methods["fetch_rows"]
-            found = (description.has_header, description.header_schema)
-            self.assertEqual(found, (True, JobHeader.ARROW_SCHEMA))
+                self.assertEqual(session.typed_header(JobHeader), JobHeader(-1, "times 2.0"))
+                self.assertEqual(numbers([session.exchange(values(1.0))]), [[2.0]])
 
     def test_a_header_is_sent_once(self) -> None:
         stream = RawStream(wsgi_client(), "running_with_header", {"label": "r"})
@@ -8256,30 +8160,16 @@ class StreamingTests(TestCase):
 
     def test_state_lives_in_memory_or_in_the_token(self) -> None:
         """On a pipe the same object serves all turns; over HTTP each turn has one of its own."""
-        alive: list[RunningStatsState] = []
-
-        @dataclass
-        class Observed(RunningStatsState):
-            def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
-                if not any(self is seen for seen in alive):
-                    alive.append(self)
-                super().exchange(input, out, ctx)
-
-        def stats(self, label):  # type: ignore[no-untyped-def]
-            schema = pa.schema([("count", pa.int64()), ("mean", pa.float64())])
-            return Stream(schema, Observed(label=label), VALUE)
-
-        stats.__annotations__ = {"label": str, "return": Stream[Observed]}
-        watching = type("Watching", (), {"stats": stats})
-        client = rpc.make_sync_client(RpcServer(watching, watching()))
-        for connection, objects in (
-            (rpc.serve_pipe(watching, watching()), 1),
-            (rpc.http_connect(watching, client=client), 3),
-        ):
-            alive.clear()
-            with self.subTest(objects=objects), connection as proxy, proxy.stats("x") as session:
-                counts = [session.exchange(values(1.0)).batch.to_pydict()["count"][0] for _ in range(3)]
-                self.assertEqual((counts, len(alive)), ([1, 2, 3], objects))
+        exchange = RunningStatsState.exchange
+        for proxy, objects in zip(self.proxies(), (1, 3)):
+            with mock.patch.object(
+                RunningStatsState, "exchange", autospec=True, side_effect=exchange
+            ) as turn:
+                with proxy.stats("x") as session:
+                    counts = [session.exchange(values(1.0)).batch["count"][0].as_py() for _ in range(3)]
+            self.assertEqual(
+                (counts, len({id(call.args[0]) for call in turn.mock_calls})), ([1, 2, 3], objects)
+            )
 
     def test_a_token_is_signed_and_readable(self) -> None:
         stream = RawStream(wsgi_client(), "running", {"label": "readable"})
