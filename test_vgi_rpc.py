@@ -5013,7 +5013,6 @@ class HttpMessageTests(TestCase):
         head = rpc.parse_http_head(b"GET /a?b HTTP/1.1\r\nA: 1\r\nb:  2 \t\r\na:\t3\r\nEmpty:\r\n\r\n")
         self.assertEqual(head.start, ("GET", "/a?b", "HTTP/1.1"))
         self.assertEqual(head.headers, {"a": "1, 3", "b": "2", "empty": ""})
-        self.assertEqual(head.repeated, {"a"})
         for target, host, found in (
             ("/a?b", "x:1", ("/a", "x:1")),
             ("http://y:2/c?d", "x", ("/c", "y:2")),
@@ -5037,7 +5036,6 @@ class HttpMessageTests(TestCase):
             ("HTTP/1.1 2000 OK\r\nA: b", "POST", None),
             ("HTTP/2 200 OK\r\nA: b", "POST", None),
             ("HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip", "POST", None),
-            ("HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 3", "POST", None),
             ("HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked", "POST", None),
         ):
             head = rpc.parse_http_head(f"{lines}\r\n\r\n".encode())
@@ -6302,7 +6300,7 @@ BAD_ANSWERS = {  # name: what a server sends, what the error's text holds
     "no batch": (http_answer(ipc_bytes(RESULT)), "expected a result"),
     "no length and no end": (http_answer(ZEROS, length=False), "65536"),
     "many chunks": (http_answer((b"400\r\n" + b"\0" * 1024 + b"\r\n") * 100, CHUNKED, length=False), "65536"),
-    "two lengths": (http_answer(THREE, "Content-Length: 3"), "two lengths"),
+    "two lengths": (http_answer(THREE, "Content-Length: 3"), "two content-length headers"),
     "a gzip bomb": (http_answer(gzip_bomb(), "Content-Encoding: gzip"), "65536"),
     "broken gzip": (http_answer(THREE, "Content-Encoding: gzip"), "gzip"),
     "an unknown coding": (http_answer(THREE, "Content-Encoding: br"), "'br'"),

@@ -5888,7 +5888,6 @@ class HttpRequest:
     # Gives the body, of at most so many bytes, or a refusal.
     read_body: Callable[[int], Buffer] = field(default_factory=lambda: lambda limit: b"")
     gone: Callable[[], bool] | None = None  # whether the client has left; None when that cannot be known
-    repeated: frozenset[str] = frozenset()  # names of the headers that came more than once
     multiprocess: bool = False  # whether the next request may come to another process
     mount: str = ""  # where a WSGI server has put the application: for links, `path` does not begin with it
     request_id: str = ""  # under which it is answered and logged, once that is known
@@ -5920,8 +5919,7 @@ def body_too_large(limit: int, got: object, rule: str = "max_request_bytes") -> 
 
 class HttpHead(NamedTuple):
     start: tuple[str, str, str]  # the three parts of the request line or status line
-    headers: dict[str, str]  # these two as in `HttpRequest`
-    repeated: frozenset[str]
+    headers: dict[str, str]  # as in `HttpRequest`
 
 
 def parse_http_head(raw: bytes) -> HttpHead:
@@ -5938,15 +5936,15 @@ def parse_http_head(raw: bytes) -> HttpHead:
         if wrong is not None:
             raise ProtocolError(f"not a header line (or a folded one): {wrong[:80]!r}")
         raise ProtocolError(f"expected a start line of three parts, got {start[:80]!r}")
-    fields = _FIELD.findall(text, match.start(4))
-    headers = {name.lower(): value for name, value in fields}
-    repeated = []
-    if len(headers) < len(fields):
-        names = [name.lower() for name, _ in fields]
-        repeated = [name for name in headers if names.count(name) > 1]
-        for repeat in repeated:
-            headers[repeat] = ", ".join(value for name, value in fields if name.lower() == repeat)
-    return HttpHead((match[1], match[2], match[3]), headers, frozenset(repeated))
+    headers: dict[str, str] = {}
+    for name, value in _FIELD.findall(text, match.start(4)):
+        name = name.lower()
+        if name in headers:
+            if name in _ONCE:
+                raise ProtocolError(f"two {name} headers")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return HttpHead((match[1], match[2], match[3]), headers)
 
 
 def header_has(headers: Mapping[str, str], name: str, token: str) -> bool:
@@ -5963,7 +5961,7 @@ def check_request_head(head: HttpHead) -> tuple[str, str]:
 
     Returns path (without the query, not decoded) and host: of a target in absolute form, else of the header.
     """
-    (method, target, version), headers, repeated = head
+    (method, target, version), headers = head
     host = headers.get("host")
     coding = headers.get("transfer-encoding")
     length = headers.get("content-length")
@@ -5971,7 +5969,6 @@ def check_request_head(head: HttpHead) -> tuple[str, str]:
     is_length = length is None or (length.isascii() and length.isdigit())
     doubtful = coding is not None and (is_old or length is not None)
     not_ours = coding is not None and coding.lower() != "chunked"
-    twice = min(repeated & _ONCE, default="")
     absolute = None
     path = target.partition("?")[0]
     if path[:1] != "/" and (method, target) != ("OPTIONS", "*"):
@@ -5986,7 +5983,6 @@ def check_request_head(head: HttpHead) -> tuple[str, str]:
         (not is_old and version != "HTTP/1.1", status, "expected HTTP/1.1, got", version),
         (not re.fullmatch("[A-Z]+", method), 400, "not a method:", method),
         (len(target) > _MAX_LINE_BYTES, 414, f"the request target exceeds {_MAX_LINE_BYTES} bytes", None),
-        (twice, 400, f"two {twice} headers", None),
         (host is None and not is_old, 400, "HTTP/1.1 requires a Host header", None),
         (not path, 400, "the request target must be a path or an http URL, got", target),
         (host and not re.fullmatch(_HOST, host), 400, "Host: expected host[:port], got", host),
@@ -6005,12 +6001,12 @@ def check_answer_head(head: HttpHead, method: str) -> tuple[int, str]:
 
     Returns the status and how the body is framed: ``"none"``, ``"sized"``, ``"chunked"`` or ``"to close"``.
     """
-    (version, status, _), headers, repeated = head
+    (version, status, _), headers = head
     coding = headers.get("transfer-encoding")
     sized = "content-length" in headers
     if version not in ("HTTP/1.1", "HTTP/1.0") or not re.fullmatch("[1-5][0-9][0-9]", status):
         raise ProtocolError(f"expected a status line of HTTP/1.1, got {' '.join(head.start)[:80]!r}")
-    if "content-length" in repeated or (sized and coding is not None):
+    if sized and coding is not None:
         raise ProtocolError("an answer with two lengths")
     if method == "HEAD" or status in ("204", "304") or status[0] == "1":
         return int(status), "none"
@@ -6701,10 +6697,9 @@ def bearer_authenticate_static(*, tokens: Mapping[str, AuthContext]) -> Authenti
     """Return a callback that knows a fixed set of bearer tokens, all of them compared, in constant time."""
 
     def validate(token: str) -> AuthContext:
-        given = token.encode()
         import hmac
 
-        matches = [tokens[known] for known in tokens if hmac.compare_digest(known.encode(), given)]
+        matches = [tokens[known] for known in tokens if hmac.compare_digest(known.encode(), token.encode())]
         if not matches:
             raise AuthFailure(AuthReason.INVALID_CREDENTIAL, "unknown bearer token")
         return matches[0]
@@ -6830,10 +6825,10 @@ class HttpApp:
         if key is None:
             key = os.environ.get("VGI_RPC_TOKEN_KEY") or None
         self.own_key = key is None  # one that no other process has
-        if key is None:
+        if self.own_key:
             text = "no token key: a random one is used; streams survive no restart, and no other process can go on"
             logger.warning(
-                "%s with them; set VGI_RPC_TOKEN_KEY (or token_key=) to the same secret everywhere", text
+                "%s with them; set VGI_RPC_TOKEN_KEY (or token_key=) to one secret everywhere", text
             )
         self.sealer = TokenSealer(token_keys(key or os.urandom(32)), options.token_ttl)
         # An opened call token never changes. Strangers, whose tokens do not open, fill nothing here.
@@ -7000,11 +6995,9 @@ class HttpApp:
             response = json_response(status, said, [("Cache-Control", "no-store")])
         response.headers += headers
         protocol, method, *_ = [*request.path.removeprefix(self.options.prefix)[1:].split("/"), ""]
-        record = CallRecord(
-            TransportKind.HTTP, remote_addr=request.remote_addr, request_id=request.request_id
-        )
-        record.protocol = protocol
-        record.method = method
+        record = CallRecord(TransportKind.HTTP, protocol=protocol, method=method)
+        record.remote_addr = request.remote_addr
+        record.request_id = request.request_id
         record.duration_ms = (time.monotonic() - started) * 1000
         record.http = {"http_status": status, "path": request.path[:1000]}
         self.server.log_answer(record, exc)
@@ -7053,14 +7046,14 @@ class _PostedCall:
 
     def answer(self) -> HttpResponse:
         """Serve it."""
-        name = self._bound.info.name
         is_stream = self._bound.info.method_type is MethodType.STREAM
         if not is_arrow(self._headers):
             return self._answer_json()
-        if is_stream and not self._step:
-            raise ProtocolError(f"{name}() is a stream; post to its /init")
-        if self._step and not is_stream:
-            raise ProtocolError(f"{name}() is not a stream; post without /{self._step}")
+        if is_stream != bool(self._step):
+            wrong = (
+                "is a stream; post to its /init" if is_stream else f"is no stream; post without /{self._step}"
+            )
+            raise ProtocolError(f"{self._bound.info.name}() {wrong}")
         if is_stream and self._request.multiprocess and self._app.own_key:
             text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
             raise http_refusal(500, text, Code.FAILED_PRECONDITION)
@@ -7084,12 +7077,11 @@ class _PostedCall:
     def _open_call(self, metadata: Metadata, request: Request | None = None, stream_id: str = "") -> Call:
         """Begin a call, or go on with the stream *stream_id*; it is answered under the id that it has itself."""
         asked = self._request
-        request_id = clean_request_id(metadata_text(metadata, REQUEST_ID_KEY))
-        request_id = request_id or asked.request_id or new_request_id()
-        asked.request_id = asked.request_id or request_id
-        self._call = Call(
-            self._app.server, self._bound, self._caller, request_id, metadata, request, stream_id
+        own = (
+            clean_request_id(metadata_text(metadata, REQUEST_ID_KEY)) or asked.request_id or new_request_id()
         )
+        asked.request_id = asked.request_id or own
+        self._call = Call(self._app.server, self._bound, self._caller, own, metadata, request, stream_id)
         return self._call
 
     def _begin(self, body: Buffer) -> Turn:
@@ -7426,7 +7418,6 @@ def make_wsgi_app(
         start_response(_status_line(response.status), response.headers)
         return cast("Iterable[bytes]", body)
 
-    wsgi.app = app  # type: ignore[attr-defined]
     return wsgi
 
 
@@ -7524,8 +7515,7 @@ class HttpConnection(_Handler):
             method, _, version = head.start
             headers = {**head.headers, "host": host}
             body = functools.partial(self._read_body, headers, version)
-            gone = self._channel.peer_gone
-            request = HttpRequest(method, path, headers, self._remote, body, gone, head.repeated)
+            request = HttpRequest(method, path, headers, self._remote, body, self._channel.peer_gone)
             self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
             keep = version == "HTTP/1.1" and not header_has(headers, "connection", "close")
             if self._over_cap and not path.endswith("/health"):
@@ -7849,9 +7839,8 @@ class OpenerSender(HttpSender):
                 response = exc
             with response:
                 if response.geturl() != request.full_url:
-                    raise TransportError(
-                        f"redirected from {path} to {response.geturl()}; connect there instead"
-                    )
+                    text = f"redirected from {path} to {response.geturl()}; connect there instead"
+                    raise TransportError(text)
                 while piece := response.read(SMALL_BODY_BYTES):
                     whole += piece
                     if len(whole) > most:
