@@ -4141,8 +4141,9 @@ class Call(CallRecord):
         self.stream_id = stream_id
         self.http = {}
         self._messages: list[Message] = []
-        self._timeout = read_timeout(metadata)
-        self._start_clock(self._timeout)
+        self._timeout = read_timeout(metadata) if TIMEOUT_KEY in metadata else None
+        if self._timeout is not None:
+            self._start_clock(self._timeout)
         if not stream_id and info.method_type is MethodType.STREAM:
             self.stream_id = os.urandom(16).hex()
         if self.remote_addr or TRACE_KEYS[0] in metadata:
@@ -4202,8 +4203,6 @@ class Call(CallRecord):
 
     def logs(self, wire: WireSchema) -> list[Item]:
         """Take the log lines so far as batches."""
-        if not self._messages:
-            return []
         taken = self._messages.copy()
         self._messages.clear()  # the context goes on adding to it
         return [(wire.empty, message_metadata(m, self.server.server_id, self.request_id)) for m in taken]
@@ -4244,7 +4243,7 @@ class Call(CallRecord):
             return self.failed(exc)
 
     def _answered(self, wire: WireSchema, item: Item | None, over: bool) -> Turn:
-        items = self.logs(wire)
+        items = self.logs(wire) if self._messages else []
         if item is not None:
             items.append(item)
             if self._watched:
@@ -5016,7 +5015,7 @@ class ByteClient(ClientChannel):
         me = threading.get_ident()
         if self._owner == me:
             raise local_error("a call is running on this connection: on_log cannot make another one on it")
-        deadline = options.deadline
+        deadline = None if options.timeout is None else options.deadline
         # Left twice, as an interrupt may come while it is left: no way out may keep the lock.
         try:
             try:
