@@ -56,6 +56,7 @@ import uuid
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field, make_dataclass
 from typing import (
@@ -514,6 +515,16 @@ class Misbehaving(ProducerState):
         elif self.how == "state":
             self.at = "text"  # type: ignore[assignment]
             out.emit_pydict({"value": [2]})
+        elif self.how == "cut":
+            out.emit_pydict({"value": [1.5]})
+        elif self.how == "our key":
+            out.emit_pydict({"value": []}, metadata={"vgi_rpc.location": "https://example.com"})
+        elif self.how == "unread":
+            out.emit_pydict({"value": [2]})
+
+    def __post_init__(self) -> None:
+        if self.how == "unread" and self.at > 1:
+            raise ValueError("nobody reads this back")
 
 
 @dataclass
@@ -525,6 +536,8 @@ class BadExchange(ExchangeState):
     def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
         if self.how == "finish":
             out.finish()
+        elif self.how == "our keys":
+            out.emit_pydict({"value": []}, metadata={"vgi_rpc.log_level": "INFO", "vgi_rpc.log_message": ""})
         elif self.how == "exit":
             raise SystemExit(3)
         elif self.how == "kill":
@@ -724,7 +737,8 @@ class ServiceImpl(Echo):
         return Stream(pa.schema([(name, pa.int32()) for name in columns]), Shapes(left))
 
     def scaled(self, factor: int) -> Stream[Scaled]:
-        return Stream(INTEGERS, Scaled(offset=self.offset), input_schema=INTEGERS, call_state=Fixed(factor))
+        fixed: Any = Fixed(factor) if factor else Header(factor)
+        return Stream(INTEGERS, Scaled(offset=self.offset), input_schema=INTEGERS, call_state=fixed)
 
     def init_fails(self):  # type: ignore[no-untyped-def]
         raise KeyError("at init")
@@ -1338,6 +1352,9 @@ class MessageTests(TestCase):
             self.assertEqual((made, made.extra), (rpc.Message(level, "text", key="value"), {"key": "value"}))
         self.assertEqual(rpc.Message.info(5), rpc.Message.info("5"))
         self.assertIn("'text'", repr(rpc.Message.info("text")))
+        self.assertEqual(
+            rpc.message_metadata(rpc.Message.info(Shade.RED), "", "")[rpc.LOG_MESSAGE_KEY], b"red"
+        )
         with self.raises(TypeError, "expected a Level", "'INFO'"):
             rpc.Message("INFO", "text")  # type: ignore[arg-type]
 
@@ -1649,6 +1666,24 @@ HOSTILE: dict[str, tuple[bytes, str]] = {  # and a part of what is said about it
 }
 
 
+INSTANT = MOMENT.replace(tzinfo=UTC)
+TWO_NUMBERS = pa.struct([("a", pa.int64()), ("b", pa.int8())])
+CASTS: list[tuple[list[Any], pa.DataType, list[Any] | None]] = [  # values, the declared type, what arrives (None: refused)
+    ([1.5], pa.decimal128(5, 2), [decimal.Decimal("1.50")]), ([1.005], pa.decimal128(5, 2), None),
+    ([0.1], pa.float32(), [*struct.unpack("<f", struct.pack("<f", 0.1))]), ([1e300], pa.float32(), None),
+    ([[1.0, None], None], pa.list_(pa.float32()), [[1.0, None], None]), ([[1e300]], pa.list_(pa.float32()), None),
+    ([float("inf"), None], pa.float32(), [float("inf"), None]), ([2.0], pa.int64(), [2]), ([2.5], pa.int64(), None),
+    ([decimal.Decimal("2.5")], pa.int64(), None), ([5], pa.bool_(), None), ([[5]], pa.list_(pa.bool_()), None),
+    ([True], pa.int64(), [1]), (["5", None], pa.int64(), [5, None]), (["2024-01-02"], pa.date32(), [MOMENT.date()]),
+    ([MOMENT], pa.date32(), None), ([MOMENT], pa.time64("us"), None), ([MOMENT], pa.timestamp("s"), None),
+    ([MOMENT], pa.timestamp("us", "UTC"), None), ([INSTANT], pa.timestamp("us"), None), ([MOMENT.date()], pa.timestamp("s"), None),
+    ([INSTANT], pa.timestamp("us", "Asia/Tokyo"), [INSTANT]), ([[MOMENT]], pa.list_(pa.date32()), None),
+    ([5], pa.timestamp("us"), None), ([5], pa.duration("s"), None), ([datetime.timedelta(1)], pa.int64(), None),
+    ([{"a": 1, "b": 2}], TWO_NUMBERS, [{"a": 1, "b": 2}]), ([{"a": 1, "b": 2.5}], TWO_NUMBERS, None),
+    ([{"a": 1, "c": 2}], TWO_NUMBERS, None), ([None], pa.date32(), [None]), ([[]], pa.list_(pa.date32()), [[]]),
+]  # fmt: skip
+
+
 class BatchTests(TestCase):
     """The IPC reader and writer: as pyarrow on good bytes, errors of our own on all others."""
 
@@ -1867,6 +1902,9 @@ class BatchTests(TestCase):
                 (lists, pa.list_(pa.utf8()), "got list<item: string_view>"),
                 (pa.array([[1]], pa.list_view(pa.int8())), pa.list_(pa.int8()), "got list_view"),
             ]
+        for given, kind, kept in CASTS:
+            what = f"column 'c': expected {rpc.type_text(kind)}, got " if kept is None else kept
+            cases.append((pa.array(given), kind, what))
         for values_, kind, expected in cases:
             schema = pa.schema([kind if isinstance(kind, pa.Field) else pa.field("c", kind)])
             batch = column(values_) if isinstance(values_, pa.Array) else values_
@@ -1878,6 +1916,14 @@ class BatchTests(TestCase):
                 self.assertEqual((found.schema, found.column(0).to_pylist()), (schema, expected))
         with self.raises(rpc.ParameterError, "column 'c': expected int64, got int8"):
             rpc.conform_batch(column(ints), rpc.WireSchema(pa.schema([strict])), "where", cast_values=False)
+
+    def test_columns_that_are_cast_go_by_name(self) -> None:
+        schema = pa.schema([("a", pa.int64()), ("b", pa.utf8())])
+        turned = pa.RecordBatch.from_pydict({"b": ["x"], "a": [1.0]})
+        found = rpc.conform_batch(turned, rpc.WireSchema(schema), "where", cast_values=True)
+        self.assertEqual((found.schema, found.to_pydict()), (schema, {"a": [1], "b": ["x"]}))
+        with self.raises(TypeError, "expected columns (a: int64, b: utf8), got (b: utf8, a: float64)"):
+            rpc.conform_batch(turned, rpc.WireSchema(schema), "where", cast_values=False)
 
     def test_from_pydict(self) -> None:
         inferred = AnnotatedBatch.from_pydict({"a": [1, None]}).batch
@@ -1894,6 +1940,15 @@ class BatchTests(TestCase):
         ):
             with self.subTest(data=data), self.raises(TypeError, "from_pydict", *parts):
                 AnnotatedBatch.from_pydict(data, schema)
+        for given, kind, kept in CASTS:
+            refused = contextlib.suppress(rpc.ParameterError)  # which takes less than a cast
+            if kept is None:
+                refused = self.raises(
+                    rpc.ParameterError, f"from_pydict: column 'c': expected {rpc.type_text(kind)}"
+                )
+            with self.subTest(given=given, kind=kind), refused:
+                made = AnnotatedBatch.from_pydict({"c": given}, pa.schema([("c", kind)]))
+                self.assertEqual(made.batch.to_pydict(), {"c": kept})
 
 
 # ============================================================================
@@ -2143,9 +2198,22 @@ class Name(str):
     __repr__ = __str__
 
 
+class Summer(datetime.tzinfo):
+    """It ends, so that an hour comes twice."""
+
+    def utcoffset(self, at: Any) -> Any:
+        return datetime.timedelta(hours=2 - getattr(at, "fold", 0))
+
+    dst = tzname = lambda *_: None  # type: ignore[assignment]
+
+
 class Perm(enum.Flag):
     R = 1
     W = 2
+
+
+class IntPerm(enum.IntFlag):
+    R = 1
 
 
 @dataclass
@@ -2210,6 +2278,7 @@ MADE = ("made", list[int], field(default_factory=lambda: [1]))  # what a newer o
 Versioned: Any = make_dataclass("Versioned", [("kept", int), ("added", str, "default"), MADE], bases=SENT)
 ZONE = datetime.timezone(datetime.timedelta(hours=5, minutes=30))
 NOON = datetime.datetime(2024, 6, 1, 12)
+TWICE = datetime.datetime(2024, 10, 27, 2, 30, tzinfo=Summer(), fold=1)
 DAY = datetime.date(2024, 6, 1)
 PAIR_STRUCT = pa.struct([pa.field("a", pa.int64(), nullable=False), pa.field("b", pa.utf8())])
 
@@ -2246,7 +2315,12 @@ ARRIVING_VALUES: list[tuple[Any, Any, Any]] = [  # annotation, what is sent, wha
     (Optional[list[Optional[Dated]]], [None], [None]),
     (Box[Annotated[int, {"unit": "metre"}]], Box(1, [2]), Box(1, [2])),
     (IntBox, IntBox(1, [2], "y"), IntBox(1, [2], "y")), (Pair[int, str], Pair(1, [2], "y"), Pair(1, [2], "y")),
-    (Named, Named(), Named()),
+    (Named, Named(), Named()), (Box[Box[int]], Box(Box(1, [2]), []), Box(Box(1, [2]), [])),
+    (Literal["red", "blue"], Shade.RED, "red"), (dict[str, int], Counter({Shade.RED: True + 1}), {"red": 2}),
+    (set[str], {Name("a"), Shade.RED}, {"a", "red"}), (annotated(bytes, pa.binary(2)), bytearray(b"ab"), b"ab"),
+    # Two zones that show the same instant are not equal in the hour that comes twice.
+    *[(annotated(datetime.datetime, pa.timestamp(unit, "UTC")), TWICE, TWICE.astimezone(UTC)) for unit in ("s", "ms", "us", "ns")],
+    (annotated(datetime.datetime, pa.timestamp("ns", "UTC")), NOON.replace(tzinfo=ZONE), NOON.replace(tzinfo=ZONE)),
 ]  # fmt: skip
 
 REFUSED_VALUES: list[tuple[Any, Any, tuple[str, ...]]] = [  # annotation, value, parts of what is said before sending
@@ -2284,6 +2358,9 @@ REFUSED_VALUES: list[tuple[Any, Any, tuple[str, ...]]] = [  # annotation, value,
     (annotated(datetime.time, pa.time32("s")), datetime.time(1, 2, 3, 999), ("time32[s]", ".000999")),
     (Dated, Dated(DAY, decimal.Decimal("1.23456")), ("value.price", "decimal128(20, 4)")),
     (annotated(Any, pa.month_day_nano_interval()), 5, ("month_day_nano_interval",)),
+    (annotated(object, pa.list_(PAIR_STRUCT)), [{"a": 1, "b": "", "typo": 2}], ("'typo'",)),
+    (Box[annotated(datetime.time, pa.time32("s"))], Box(datetime.time(1, 2, 3, 4)), ("value.value: ", "time32[s]")),  # type: ignore[misc]
+    (list[annotated(float, pa.float32())], [0.5, 1e300], ("value[1]", "float32")),  # type: ignore[misc]
 ]  # fmt: skip
 
 UNMAPPED_ANNOTATIONS: list[tuple[Any, tuple[str, ...]]] = [  # annotations that are refused when a service is made
@@ -2293,7 +2370,9 @@ UNMAPPED_ANNOTATIONS: list[tuple[Any, tuple[str, ...]]] = [  # annotations that 
     (dict[str, list[threading.Thread]], ("Thread", "str, bytes, int")),
     (dict[Optional[Color], int], ("Color", "never None")), (Name, ("Name", "use str", "NewType")),
     (Box, ("T", "Box[int]")), (Optional[Perm], ("Perm", "a Flag is not an Enum of single members")),
-    (Literal[1, "a"], ("Literal[1, 'a']",)), (Recursive, ("Recursive.inner", "contains itself")),
+    (list[IntPerm], ("IntPerm", "a Flag is not")), (dict[Literal["a", None], int], ("never None",)),
+    (Box[Needy], ("Box.value", "Needy", "InitVar")), (Literal[1, "a"], ("Literal[1, 'a']",)),
+    (Recursive, ("Recursive.inner", "contains itself")),
     (Needy, ("Needy", "InitVar")), (NeedsCache, ("NeedsCache", "Transient", "'cache'")),
     (OwnConstructor, ("OwnConstructor", "__init__ of its own", "@dataclass")),
     (Forgot, ("Forgot", "count", "@dataclass")),
@@ -2338,6 +2417,12 @@ FOREIGN_COLUMNS: list[tuple[Any, pa.Array, Any]] = [  # declared, what a peer se
     (Point, pa.array([{"x": 5, "odd": 1.5}]), Point(5)), (Point, pa.array([{"note": "n"}]), "value.x: "),
     (list[Point], pa.array([[{"x": 5, "color": "BLUE"}]]), [Point(5, Color.BLUE)]),
     (Picky, pa.array([{"number": -1}]), "expected a valid value, got ValueError: negative"),
+    (Literal[1, 2], pa.array([True]), "expected 1 or 2, got bool"), (bool, pa.array([1]), "expected bool, got int"),
+    (dict[str, int], pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.utf8(), pa.int64())), "expected keys that differ"),
+    (datetime.timedelta, pa.array([5]), "expected duration[us], got int"), (uuid.UUID, pa.array([b"\0" * 16]), uuid.UUID(int=0)),
+    (dict[str, datetime.date], pa.array([[("a", 5)]], pa.map_(pa.utf8(), pa.int64())), "value['a']: expected date32[day], got int"),
+    (annotated(datetime.datetime, pa.timestamp("ns", "UTC")), pa.array([INSTANT], pa.timestamp("ns", "UTC")), INSTANT),
+    (annotated(datetime.datetime, pa.timestamp("ns", "UTC")), pa.array([MOMENT], pa.timestamp("ns")), "tz=UTC], got "),
 ]  # fmt: skip
 
 
@@ -2533,7 +2618,7 @@ NOT_EMITTED: list[tuple[pa.Schema, str, Any, tuple[str, ...]]] = [  # and parts 
     (INTEGERS, "emit", {"value": [1]}, ("RecordBatch", "dict")),
     (INTEGERS, "emit_arrays", [], ("emit_arrays", "['value']", "got []")),
     (INTEGERS, "emit_arrays", [pa.array([1])] * 2, ("['value']", "'one too many'")),
-    *[(INTEGERS, "emit_pydict", {"value": [wrong]}, ("'value'", "int64")) for wrong in ("x", True)],
+    *[(INTEGERS, "emit_pydict", {"value": [wrong]}, ("'value'", "int64")) for wrong in ("x", True, 1.5)],
     (INTEGERS, "emit_pydict", {"value": [1], "more": [2]}, ("'value'", "'more'")),
     *[(INTEGERS, "emit_pydict", wrong, ("'value'", str([*wrong]))) for wrong in ({}, {"other": [1]})],
     (VALUE, "emit_pydict", {"value": [2**53 + 1]}, ("'value'", "9007199254740993")),
@@ -2573,6 +2658,9 @@ class StateTests(TestCase):
         for schema, method, given, parts in NOT_EMITTED:
             with self.subTest(parts=parts), self.raises(TypeError, *parts):
                 getattr(collector(schema), method)(given)
+        for key in (STATE, CALL_STATE, rpc.LOCATION_KEY, rpc.SHM_OFFSET_KEY, b"mine"):
+            with self.subTest(key), self.raises(TypeError, "emit: metadata"):
+                collector().emit_pydict({"value": []}, metadata={**LOG, key: b""})
 
     def test_a_turn(self) -> None:
         out = OutputCollector(INTEGERS)
@@ -2685,6 +2773,13 @@ class OwnInit(ProducerState):
 
 
 @dataclass
+class OddCallState(ProducerState):
+    """A state whose call state no token can hold."""
+
+    CALL_STATE_TYPE: ClassVar[Any] = int
+
+
+@dataclass
 class AsyncState(ProducerState):
     """A state whose turn never runs."""
 
@@ -2734,6 +2829,7 @@ DISAGREEMENTS = {  # a method: the rest of its line in the Protocol, its lines i
     "own_init": (STREAM, "Stream[Count | OwnInit]", "OwnInit has an __init__ of its own"),
     "async_state": (STREAM, "Stream[AsyncState]", "AsyncState: produce is 'async def'"),
     "unknown": (STREAM, "Stream[NoSuchState]", "'NoSuchState'"),
+    "call_state": (STREAM, "Stream[OddCallState]", "CALL_STATE_TYPE: expected a dataclass, got int"),
 }
 FINE = "def fine(self, a: int, b: str = 'b', ctx: CallContext | None = None) -> int: ..."
 FITS = "def fine(self, a, *more: 'NotResolved', ctx: int, **others) -> int: ..."
@@ -7460,8 +7556,9 @@ class TransportContract:
                 with self.raises(RpcError, "TypeError", *parts):
                     session.exchange(batch)
                 self.assertTrue(session.closed)
-        with self.proxy.nested() as session, self.raises(RpcError, "TypeError", "'value'", "int64"):
-            session.exchange(values(1.5))
+        for wrong in (1.5, datetime.timedelta(1), MOMENT):
+            with self.proxy.nested() as session, self.raises(RpcError, "TypeError", "'value'", "int64"):
+                session.exchange(values(wrong))
 
     def test_what_exchange_takes(self) -> None:
         table = pa.table({"value": [4.0, 5.0]})
@@ -7527,6 +7624,8 @@ class TransportContract:
             self.proxy.wrong_header()
         with self.raises(RpcError, "not_a_stream()", "expected a Stream", "got int"):
             list(self.proxy.not_a_stream())
+        with self.raises(RpcError, "Stream.call_state: expected Fixed, got Header"):
+            self.proxy.scaled(0).exchange(values(1))
 
     def test_states_that_break_the_rules(self) -> None:
         for how, parts in (
@@ -7536,6 +7635,8 @@ class TransportContract:
             ("names", ("TypeError", "['value']", "['other']")),
             ("after finish", ("RuntimeError", "after finish()")),
             ("raise", ("LookupError", "in the second turn")),
+            ("cut", ("TypeError", "'value'", "expected int64", "got float64")),
+            ("our key", ("TypeError", "emit: metadata", "vgi_rpc.location")),
         ):
             with self.subTest(how):
                 session = self.proxy.misbehaving(how)
@@ -7547,6 +7648,7 @@ class TransportContract:
         for how, parts in (
             ("finish", ("RuntimeError", "finish() in an exchange")),
             ("none", ("RuntimeError", "emit exactly one")),
+            ("our keys", ("TypeError", "emit: metadata", "vgi_rpc.log_level")),
             ("exit", ("SystemExit", "3")),
         ):
             with self.subTest(how), self.proxy.bad_exchange(how) as session:
@@ -7751,11 +7853,15 @@ class HttpContract(TransportContract):
             rpc.resume(self.proxy, "running", json.dumps(damaged).encode()).exchange(values(1.0))
 
     def test_a_state_that_cannot_be_sealed(self) -> None:
-        session = self.proxy.misbehaving("state")
-        self.assertEqual(session.tick().batch.to_pydict(), {"value": [1]})
-        with self.raises(RpcError, "Misbehaving.at", "expected int64", "got str"):
-            session.tick()
-            session.tick()
+        for how, parts in (
+            ("state", ("Misbehaving.at: expected int64, got str",)),
+            ("unread", ("Misbehaving: ", "ValueError: nobody reads this back")),
+        ):
+            for prefetch in (1, 5):
+                session = rpc.with_options(self.proxy, prefetch=prefetch).misbehaving(how)
+                self.assertEqual(session.tick().batch.to_pydict(), {"value": [1]})
+                with self.subTest(how), self.raises(RpcError, "TypeError", *parts):
+                    list(session)
 
 
 class WsgiTests(HttpContract, TestCase):

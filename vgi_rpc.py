@@ -661,7 +661,7 @@ class Message:
         if not isinstance(level, Level):
             raise TypeError(f"message level: expected a Level, got {level!r:.100}")
         self.level = level
-        self.message = message if isinstance(message, str) else text_of(message)
+        self.message = str.__str__(message) if isinstance(message, str) else text_of(message)
         self.extra = kwargs or None
 
     exception = staticmethod(_maker(Level.EXCEPTION))
@@ -1334,12 +1334,16 @@ def schema_text(schema: pa.Schema) -> str:
 def conform_batch(batch: Any, wire: WireSchema, where: str, *, cast_values: bool) -> pa.RecordBatch:
     """Return *batch* under a schema: same names in the same order, no null where none is allowed.
 
-    With *cast_values* types may differ where a cast is safe. `ParameterError` says what was expected and what came.
+    With *cast_values* columns go by name, and types may differ where a cast keeps the values. `ParameterError` says
+    what was expected and what came.
     """
     if not isinstance(batch, pa.RecordBatch):
         raise ParameterError(f"{where}: expected a pyarrow.RecordBatch, got {type(batch).__name__}")
     schema = wire.schema
     if not batch.schema.equals(schema):
+        unique = len(set(schema.names)) == len(schema)
+        if cast_values and unique and sorted(batch.schema.names) == sorted(schema.names):
+            batch = batch.select(schema.names)
         if batch.schema.names != schema.names:
             got = schema_text(batch.schema)
             raise ParameterError(f"{where}: expected columns {schema_text(schema)}, got {got}")
@@ -1353,23 +1357,61 @@ def conform_batch(batch: Any, wire: WireSchema, where: str, *, cast_values: bool
 
 def _conform(values: Any, column: pa.Field, where: str, cast_values: bool) -> pa.Array:
     """Return *values*, an array or what makes one, as the array of a column."""
+    given = values
     fitted = None
     problem = ""
     try:
         if not isinstance(values, pa.Array):
             fitted = pa.array(values, column.type)
+            if isinstance(values, (list, tuple)) and not _is_exact(column.type, values):
+                with contextlib.suppress(*ARROW_FAILURES):  # pairs make a map, but no type of their own
+                    given = pa.array(values)
         elif values.type.equals(column.type):
             fitted = values
         elif cast_values and not _is_shared(values):
             fitted = values.cast(column.type, safe=True)
+        if fitted is not None and isinstance(given, pa.Array) and not _is_kept(given, fitted):
+            raise ValueError("values would be changed")
     except ARROW_FAILURES as exc:
+        fitted = None
         problem = f" ({text_of(exc)})"
     if fitted is not None and (column.nullable or not fitted.null_count):
         return fitted
     expected = f"{type_text(column.type)}{' without nulls' * (fitted is not None)}"
-    got = type_text(values.type) if isinstance(values, pa.Array) else type(values).__name__
+    got = type_text(given.type) if isinstance(given, pa.Array) else type(values).__name__
     got = "a null" if fitted is not None else got
     raise ParameterError(f"{where}: column {column.name!r}: expected {expected}, got {got}{problem}")
+
+
+def _is_exact(kind: pa.DataType, values: Sequence[Any]) -> bool:
+    # To infer the type of values takes four times as long as to convert them.
+    plain = pa.types.is_integer(kind) and {int, type(None)}.issuperset(map(type, values))
+    return plain or kind in (pa.float64(), pa.bool_(), pa.utf8(), pa.binary())
+
+
+_MOMENT = re.compile(r"(timestamp|date|time|duration)\d*\[\w+(, tz)?")
+
+
+def _is_kept(given: pa.Array, fitted: pa.Array) -> bool:
+    """Tell whether values are what they were, but for the rounding that a type of floats declares; text may be read.
+
+    pyarrow finds it safe to cut a fraction or hours off, to drop zones and members, and to take 5 for a moment.
+    """
+    before = given.type
+    after = fitted.type
+    if before == after or re.match("null|(large_)?string", str(before)):
+        return True
+    if pa.types.is_struct(before) and pa.types.is_struct(after):
+        pairs = [(given.field(part.name), after.get_field_index(part.name)) for part in before]
+        return all(at >= 0 and _is_kept(part, fitted.field(at)) for part, at in pairs)
+    if pa.types.is_nested(before) and hasattr(given, "flatten") and hasattr(fitted, "flatten"):
+        return _is_kept(given.flatten(), fitted.flatten())
+    if pa.types.is_floating(after):
+        from pyarrow import compute
+
+        return not pa.types.is_floating(before) or compute.is_inf(fitted) == compute.is_inf(given)
+    moments = [match and match.groups() for match in map(_MOMENT.match, (str(before), str(after)))]
+    return moments[0] == moments[1] and fitted.cast(before, safe=False) == given
 
 
 def _is_shared(values: pa.Array) -> bool:
@@ -1882,12 +1924,14 @@ class Codec(NamedTuple):
             reason = f"it would arrive as {held!s:.60}"
         except ARROW_FAILURES as exc:
             reason = f"{text_of(exc):.200}"
-        # Whoever declares a narrow float wants it rounded; NaN is equal to nothing.
+        # Whoever declares a narrow float wants it rounded; NaN is equal to nothing, and no two zones in the hour
+        # that comes twice.
+        is_instant = has_zone and getattr(held, "tzinfo", None) and not held - value
         is_rounded = isinstance(held, float) and isinstance(value, float) and abs(held) != float("inf")
         if (
             held is not None
             and isinstance(held, bool) >= isinstance(value, bool)
-            and (is_rounded or held == value)
+            and (is_rounded or is_instant or held == value)
         ):
             return value if type(value) is type(held) is datetime.datetime else held  # not in another zone
         shown = got(value)
@@ -2015,7 +2059,7 @@ def codec_for(annotation: Any, exact: pa.DataType | None = None, *, whole: bool 
     if exact is not None and (loose or (kind is dict and pa.types.is_struct(exact))):
         codec = Codec(object, exact, type_text(exact))
         if pa.types.is_map(exact):
-            codec = codec._replace(write=lambda it: list(_expect(it, Mapping, "dict").items()), read=dict)
+            codec = codec._replace(write=lambda it: list(_expect(it, Mapping, "dict").items()), read=_dict)
     elif kind in (list, set, frozenset, dict) and arguments:
         codec = _container_codec(bare, kind, exact)
     elif kind in _SCALARS and (exact is not None or kind is not decimal.Decimal):
@@ -2034,17 +2078,19 @@ def _scalar_codec(annotation: Any, kind: Any, exact: pa.DataType | None) -> Code
     example: Any = _SCALARS[kind]
     exact = pa.scalar(example).type if exact is None else exact
     zoned = getattr(exact, "tz", None) is not None
+    natural = None
     if pa.types.is_fixed_size_binary(exact):
         example = bytes(exact.byte_width)
     if kind is datetime.datetime and zoned:
         example = example.astimezone(datetime.timezone.utc)
+        natural = pa.timestamp("us", exact.tz)
     codec = Codec(kind, exact, type_text(exact))
     try:
         held = codec._held(example)
     except Mismatch:
         raise TypeError(f"{annotation_text(annotation)} does not go into {codec.expected}") from None
-    if type(held) is not kind:  # a number of another kind, which has to be equal after the way back, too
-        return codec._replace(read=functools.partial(codec_for(kind).encode, way="decode"))
+    if type(held) is not kind:  # another number, or a moment of pandas: equal after the way back, too
+        return codec._replace(read=functools.partial(codec_for(kind, natural).encode, way="decode"))
     if re.match(r"time(stamp|64)\[us", str(exact)):
         return codec._replace(zoned=zoned)
     return codec if re.search(_NARROW, str(exact)) else codec._replace(plain=frozenset({kind}))
@@ -2065,12 +2111,19 @@ def _container_codec(annotation: Any, kind: Any, exact: pa.DataType | None) -> C
         exact = exact or pa.map_(members[0].arrow_type, members[1].arrow_type)
         parts = dict(zip(("key", "value"), members))
         return Codec(
-            dict, exact, expected, lambda it: list(_expect(it, Mapping, expected).items()), dict, parts
+            dict, exact, expected, lambda it: list(_expect(it, Mapping, expected).items()), _dict, parts
         )
     exact = exact or pa.list_(pa.field("item", members[0].arrow_type))
     accepted = (list, tuple) if kind is list else (set, frozenset)
     write = functools.partial(_expect, accepted=accepted, expected=expected)
     return Codec(list, exact, expected, write, kind, {"item": members[0]})
+
+
+def _dict(pairs: list[Any]) -> dict[Any, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Mismatch("keys that differ", f"{len(pairs)} entries with {len(found)} keys")
+    return found
 
 
 def _inner_reader(data: Buffer, checks: IpcValidation = IpcValidation.FULL, known: Any = ()) -> IpcReader:
@@ -2130,7 +2183,8 @@ def _class_codec(annotation: Any, cls: Any, exact: pa.DataType | None, whole: bo
         return decode(base.encode(value)) if cls is Literal else ways[0](_expect(value, cls, expected))
 
     def decode(value: Any) -> Any:
-        _expect(value, holds, expected)
+        if type(value) is not holds:  # True is no 1
+            raise Mismatch(expected, got(value))
         if not members:
             try:
                 return ways[1](value)
@@ -2527,7 +2581,10 @@ class OutputCollector:
         if isinstance(batch, pa.Table):
             batch = batch_of_table(batch, "emit")
         batch = conform_batch(batch, self._wire, "emit", cast_values=False)
-        self.item = (batch, dict(pa.KeyValueMetadata(dict(metadata))) if metadata else None)
+        own = dict(pa.KeyValueMetadata(dict(metadata or {})))
+        if CALL_STATE_KEY in own or batch_kind(0, own) != "data":
+            raise ParameterError(f"emit: metadata {list(own)}: with keys of our own no client would see data")
+        self.item = (batch, own or None)
 
     def emit_arrays(self, arrays: Sequence[pa.Array], metadata: Mapping[str, str] | None = None) -> None:
         """Send columns, in the order of the output schema; raises as `emit`."""
@@ -3020,7 +3077,8 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
             if issubclass(cls, {True: ProducerState, False: ExchangeState, None: ()}[info.is_exchange]):
                 raise TypeError(f"the protocol says {info.kind}")
             for part in (cls, cls.CALL_STATE_TYPE or cls):
-                dataclass_codec(part)
+                if codec_for(part).dataclass is None:
+                    raise TypeError(f"CALL_STATE_TYPE: expected a dataclass, got {annotation_text(part)}")
             for hook in ("process", "produce", "exchange", "on_cancel", "rehydrate", "bind_call_state"):
                 _opened(getattr(cls, hook, cls.process))
     if mistakes:
@@ -4115,6 +4173,7 @@ class Call(CallRecord):
 
     stream: Stream[Any, Any] | None = None  # once `begin` returned one, or its cursor was read
     wires: StreamWires | None = None  # of the stream
+    call_state = b""  # what a stream that has begun remembers for good, encoded
     error: BaseException | None = None  # what ended it
     deadline: float | None = None  # of the turn that runs, in seconds of ``time.monotonic()``
     _context: CallContext | None = None  # not made for nothing: most methods do not ask for it
@@ -4266,6 +4325,11 @@ class Call(CallRecord):
             header = header_batch(self.bound.info, value.header)
             turn = Turn(wire, [*self.logs(wire), (header, None)], False)
         if value.call_state is not None:
+            kind = value.state.CALL_STATE_TYPE
+            if kind is None:
+                raise ParameterError(f"{where}: {type(value.state).__name__} has no CALL_STATE_TYPE")
+            encode = dataclass_codec(kind).to_bytes
+            self.call_state = located(f"{where}: Stream.call_state", encode, value.call_state)
             self.run(value.state.bind_call_state, value.call_state)
         self.stream = value
         self.wires = stream_wires(value.output_schema, value.input_schema)
@@ -7103,28 +7167,20 @@ class _PostedCall:
         if call.stream is None:
             return turn
         try:  # before anything runs: a stream that cannot go on does not start
-            sealed = {CALL_STATE_KEY: self._begin_stream(call.stream)}
+            sealed = {CALL_STATE_KEY: self._begin_stream()}
         except Exception as exc:
             turn = call.failed(exc)
             self._pieces += stream_pieces(turn.wire, turn.items)
             return turn
         return self._turns(sealed, () if call.stream.is_producer else None)
 
-    def _begin_stream(self, stream: Stream[Any, Any]) -> bytes:
+    def _begin_stream(self) -> bytes:
         """Set the fixed half of a stream, and return its token."""
-        kind = stream.state.CALL_STATE_TYPE
         call = self._call
-        call_state = b""
-        if stream.call_state is not None:
-            if kind is None or not isinstance(stream.call_state, kind):
-                wanted = getattr(kind, "__name__", "a CALL_STATE_TYPE, which is not set")
-                where = f"{type(stream.state).__name__}: Stream(call_state=...)"
-                raise ParameterError(f"{where}: expected {wanted}, got {got(stream.call_state)}")
-            call_state = stream.call_state.serialize_to_bytes()
         wires = cast("StreamWires", call.wires)
         limit = call.response_limit_bytes
-        self._half = FixedHalf(os.urandom(16), wires, call_state, call.stream_id, limit)
-        facts = [call_state, call.stream_id.encode(), str(limit or "").encode()]
+        self._half = FixedHalf(os.urandom(16), wires, call.call_state, call.stream_id, limit)
+        facts = [call.call_state, call.stream_id.encode(), str(limit or "").encode()]
         content = pack_parts([wires.output.message, wires.input.message, *facts])
         return self._app.sealer.seal(b"call", (*self._binding, self._half.call_id), content)
 
@@ -7145,21 +7201,27 @@ class _PostedCall:
         self._app.sealer.check_size(content)  # which sealing does too: but here a further turn may run first
         return content
 
+    def _state_in(self, content: bytes) -> Any:
+        _, index, fields = unpack_parts(content, 3)
+        kind: Any = self._bound.state_types[index[0]]
+        return kind.deserialize_from_bytes(fields, IpcValidation.NONE)  # the seal vouches for the bytes
+
     def _revive(self, content: bytes) -> None:
         """Have the call go on with the state that a cursor's *content* holds.
 
         Raises `TokenError` when the state fits its class no more, and what the state's own hooks raise.
         """
-        _, index, fields = unpack_parts(content, 3)
         half = self._half
         call = self._call
         call_state: Any = None
-        try:  # without validation: the seal vouches for the bytes
-            kind: Any = self._bound.state_types[index[0]]
-            state = kind.deserialize_from_bytes(fields, IpcValidation.NONE)
+        try:
+            state = self._state_in(content)
             if half.call_state:
-                call_state = kind.CALL_STATE_TYPE.deserialize_from_bytes(half.call_state, IpcValidation.NONE)
-        except (Refusal, IndexError, AttributeError) as exc:
+                codec = dataclass_codec(state.CALL_STATE_TYPE)
+                call_state = codec.from_bytes(half.call_state, IpcValidation.NONE)
+        except (Refusal, IndexError, TypeError) as exc:
+            if call.stream is not None:  # a turn in this request has left it so
+                raise
             raise TokenError(TOKEN_OUTDATED) from exc
         call.run(state.rehydrate, self._bound.service.implementation)
         if call_state is not None:
@@ -7243,6 +7305,7 @@ class _PostedCall:
                     break
                 self._revive(content)
             if not turn.finished:
+                self._state_in(content)  # what cannot be read back is refused here
                 sealed[STATE_KEY] = self._app.sealer.seal(b"state", self._binding, content)
                 item: Item = (wire.empty, sealed)
                 if (
