@@ -2775,20 +2775,17 @@ class RpcMethodInfo:
 
     def signature(self) -> str:
         """Return the Python signature without ``self``, as a person would write it."""
-        parts = [f"{name}: {annotation_text(kind)}" for name, kind in self.param_types.items()]
-        for at, name in enumerate(self.param_types):
-            if name in self.param_defaults:
-                parts[at] += f" = {default_text(self.param_defaults[name])}"
+        given = {name: f" = {default_text(value)}" for name, value in self.param_defaults.items()}
+        kinds = self.param_types.items()
+        parts = [f"{name}: {annotation_text(kind)}{given.get(name, '')}" for name, kind in kinds]
         return f"{self.name}({', '.join(parts)}) -> {_result_text(self.result_type)}"
 
     @functools.cached_property
     def request_metadata(self) -> dict[bytes, bytes]:
         """What the metadata of each request to this method begins with."""
-        told = {METHOD_KEY: self.name.encode(), REQUEST_VERSION_KEY: REQUEST_VERSION}
-        told[PROTOCOL_KEY] = self.protocol_name.encode()
-        if self.protocol_version:
-            told[PROTOCOL_VERSION_KEY] = self.protocol_version.encode()
-        return told
+        told = {METHOD_KEY: self.name, PROTOCOL_KEY: self.protocol_name}
+        told |= {PROTOCOL_VERSION_KEY: self.protocol_version} if self.protocol_version else {}
+        return {REQUEST_VERSION_KEY: REQUEST_VERSION, **{key: text.encode() for key, text in told.items()}}
 
     @functools.cached_property
     def request_templates(self) -> list[RowTemplate | None]:
