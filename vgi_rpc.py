@@ -681,10 +681,9 @@ class Message:
         frames = []
         try:
             text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
-            for at in traceback.extract_tb(exc.__traceback__)[-MAX_TRACEBACK_FRAMES:]:
-                frames.append(
-                    {"file": at.filename, "line": at.lineno, "function": at.name, "code": at.line or ""}
-                )
+            for f in traceback.extract_tb(exc.__traceback__)[-MAX_TRACEBACK_FRAMES:]:
+                frame = {"file": f.filename, "line": f.lineno, "function": f.name, "code": f.line or ""}
+                frames.append(frame)
         except BaseException:  # a broken __str__ in the chain; the error itself is still worth sending
             text = f"{type(exc).__name__}: <its traceback could not be formatted>\n"
         facts["traceback"] = sendable(text, MAX_TRACEBACK_CHARS, "\n… <traceback truncated>")
@@ -2236,9 +2235,8 @@ class RowCodec:
     def __init__(self, fields: Iterable[tuple[str, Codec]]) -> None:
         self.parts = dict(fields)
         self.names = tuple(self.parts)
-        self.schema = pa.schema(
-            [pa.field(name, it.arrow_type, it.nullable) for name, it in self.parts.items()]
-        )
+        members = [pa.field(name, part.arrow_type, part.nullable) for name, part in self.parts.items()]
+        self.schema = pa.schema(members)
 
     # Of its streams; the template writes and reads them without pyarrow, where its types are plain.
     wire = functools.cached_property(lambda self: WireSchema(self.schema))
@@ -3025,9 +3023,8 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
     if not isinstance(protocol, type) or isinstance(implementation, (type, types.CoroutineType, type(None))):
         given = (protocol, implementation)
         shown = [f"the class {x.__qualname__}" if isinstance(x, type) else f"a {got(x)}" for x in given]
-        raise TypeError(
-            f"expected a Protocol class and an instance that serves it, got {' and '.join(shown)}"
-        )
+        text = "expected a Protocol class and an instance that serves it, got"
+        raise TypeError(f"{text} {' and '.join(shown)}")
     service = HostedService(protocol, implementation)
     infos, of_protocol = read_protocol(protocol)
     mistakes = list(of_protocol)
@@ -3508,12 +3505,10 @@ def describe_service(service: HostedService) -> ProtocolDescription:
         kind = ""
         if info.method_type is MethodType.STREAM:
             kind = {True: "exchange", False: "producer", None: "unknown"}[bound.is_exchange]
-        data = [
-            s.serialize().to_pybytes() * bool(s.names or s.metadata) for s in described_schemas(info).values()
-        ]
-        told = MethodSummary(
-            name, info.method_type.value, info.has_return, info.header is not None, kind, *data
-        )
+        schemas = described_schemas(info).values()
+        data = [s.serialize().to_pybytes() * bool(s.names or s.metadata) for s in schemas]
+        has_header = info.header is not None
+        told = MethodSummary(name, info.method_type.value, info.has_return, has_header, kind, *data)
         told.idempotency = info.idempotency
         told.deprecated = info.deprecation is not None
         told.deprecation_message = info.deprecation or ""
