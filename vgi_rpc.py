@@ -8399,7 +8399,7 @@ def read_value(kind: str, text: str) -> Any:
         return text
     cast_to, least, most, wanted = _NUMBERS.get(kind, (float, 0, 0, kind))
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([KMG]?)(?:i?B)?", text, re.I | re.A)
-    if found and kind in _NUMBERS:
+    if found and kind in _NUMBERS and (kind == "SIZE" or not found[2]):
         number = float(found[1]) * 1024 ** "_KMG".index(found[2].upper() or "_")
         if least <= number <= most and cast_to(number) == number:
             return cast_to(number)
@@ -8423,7 +8423,10 @@ def read_options(parser: Any, table: str, words: list[str], twins: bool = False)
             twin = f"VGI_RPC_{flags[-1].lstrip('-').replace('-', '_').upper()}"
             text += f" [{twin}]"
             default = os.environ.get(twin) or default
-        settings: dict[str, Any] = {"action": "store_true", "default": default in ("1", "true", "yes")}
+        settings: dict[str, Any] = {
+            "action": "store_true",
+            "default": default.lower() in ("1", "true", "yes"),
+        }
         if kind:
             settings = {"metavar": kind.rstrip("?*+"), "default": default or None}
             settings.update(type=functools.partial(read_value, kind), **counts.get(kind[-1], {}))
@@ -8630,7 +8633,7 @@ def _service_of(target: str) -> RpcServer:
             found = found()
     except Exception as exc:
         last = traceback.extract_tb(exc.__traceback__)[-1]
-        own = last.filename == __file__ or "importlib" in last.filename
+        own = last.filename == __file__ or re.search("importlib|pkgutil", last.filename)
         where = f"{last.filename}:{last.lineno}: " * (not own)
         raise _CliError(f"{where}{type(exc).__name__}: {text_of(exc)}", wanted) from None
     if isinstance(found, RpcServer):
@@ -8701,6 +8704,8 @@ def _serve(args: Any) -> None:
     try:
         listen(server, args, bound, **options)
     except OSError as exc:
+        if exc.filename:  # of the access log
+            raise
         where = args.unix or args.tcp or f"{args.host}:{args.port}"
         hint = "if another server runs there: port 0 takes a free one"
         raise _CliError(f"cannot listen on {where}: {exc.strerror or exc}", hint, 3) from None
