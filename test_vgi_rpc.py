@@ -6756,6 +6756,21 @@ class EntryTests(TestCase):
                     with self.raises(Exception, "expected", repr(text.rpartition(":")[2])):
                         rpc.read_value(kind, text)
 
+    def test_what_is_left_open_at_the_end_of_a_program(self) -> None:
+        program = """
+            from test_vgi_rpc import WORKER, Service, ServiceImpl, rpc
+            pool = rpc.WorkerPool()
+            def use(connection):
+                with connection as proxy:
+                    yield proxy.add(1.0)
+            ways = (rpc.serve_pipe(Service, ServiceImpl()), rpc.connect(Service, WORKER), pool.connect(Service, WORKER))
+            left = [use(way) for way in ways]
+            print([next(each) for each in left])
+        """
+        command = [sys.executable, "-c", textwrap.dedent(program)]
+        done = subprocess.run(command, cwd=HERE, capture_output=True, timeout=WATCHDOG_SECONDS / 2)
+        self.assertEqual((done.stdout, done.stderr), (b"[3.0, 3.0, 3.0]\n", b""))
+
     def test_discovery_lines(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "s")
