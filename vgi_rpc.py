@@ -4725,7 +4725,7 @@ class _ByteServing:
         writer = IpcWriter(channel.write, wires.output)
         reader = None
         finished = False
-        tick = tick_bytes()  # as our own clients write it
+        tick = EMPTY.empty_message  # as our own clients write it
         while not finished:
             try:
                 reader = reader or self._reader((wires.input, EMPTY))
@@ -4742,11 +4742,6 @@ class _ByteServing:
             writer.write_all(turn.items, close=finished)
         if reader is None or not _read_over(reader):
             raise EOFError("where the next request begins is not known")
-
-
-@functools.cache
-def tick_bytes() -> bytes:
-    return stream_bytes(EMPTY, [(TICK, None)])[len(EMPTY.message) : -len(END_OF_STREAM)]
 
 
 def _read_over(reader: IpcReader) -> bool:
@@ -5272,7 +5267,7 @@ class _ByteSession(StreamSession):
             count = 1
         if count:
             item: Item = (given[0], self.options.turn_metadata(given[1]))
-            self._write([item if item[1] or item[0] is not TICK else tick_bytes()] * count)
+            self._write([item if item[1] or item[0] is not TICK else EMPTY.empty_message] * count)
             self._in_flight += count
         self._client.phase = ConnectionPhase.CALLING
         if not self._waiting:
