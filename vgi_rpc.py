@@ -4762,12 +4762,11 @@ def _read_over(reader: IpcReader) -> bool:
 # serves the next call; after anything else it is closed, and says so to every thread.
 #
 # A stream, as its client sees it:             A byte stream's connection:
-#   OPEN -- our input is at its end --> ENDING   IDLE, STREAMING -- something is about to be written --> CALLING
-#   ENDING -- both directions are ----> DONE     CALLING -- the answer to a call was read whole -------> IDLE
-#   any --- lost, or another call ----> CUT      CALLING -- the answer to a turn was read whole -------> STREAMING
-#                                                CALLING -- anything else, an interrupt included ------> CLOSED
+#   OPEN -- our input is at its end --> ENDING   READY ---- something is about to be written -----> CALLING
+#   ENDING -- both directions are ----> DONE     CALLING -- the answer to it was read whole ------> READY
+#   any --- lost, or another call ----> CUT      CALLING -- anything else, interrupts included ---> CLOSED
 StreamPhase = enum.Enum("StreamPhase", "OPEN ENDING DONE CUT")
-ConnectionPhase = enum.Enum("ConnectionPhase", "IDLE CALLING STREAMING CLOSED")
+ConnectionPhase = enum.Enum("ConnectionPhase", "READY CALLING CLOSED")
 _SLOW_TURN_SECONDS = 0.01  # of a producer
 _PRINTED = re.compile(rb"[\t\n\r\x1b -\xfe]{1,200}")  # text before an answer, which begins with FF
 
@@ -5052,7 +5051,7 @@ class ByteClient(ClientChannel):
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self.channel = transport.channel
-        self.phase = ConnectionPhase.IDLE
+        self.phase = ConnectionPhase.READY
         self.stream: _ByteSession | None = None  # the one that is open
         # An input stream was sent to a server that may have refused the call: it then takes that for a request.
         self._expects_orphan = False
@@ -5073,11 +5072,14 @@ class ByteClient(ClientChannel):
                 if not self._lock.acquire(timeout=options.timeout or -1):
                     raise DeadlineExceededError("no answer in time: other threads use the connection")
                 self._owner = me
-                if self.phase is ConnectionPhase.CALLING or self.phase is ConnectionPhase.CLOSED:
+                if self.phase is not ConnectionPhase.READY:
                     self._closed_because = self._closed_because or "a call was interrupted"
                     raise TransportError(f"the connection is closed: {self._closed_because}")
                 self.channel.deadline = deadline
-                return step(*arguments)
+                result = step(*arguments)
+                if self.phase is ConnectionPhase.CALLING:
+                    self.phase = ConnectionPhase.READY
+                return result
             except BaseException as exc:
                 if self._owner == me and self.phase is ConnectionPhase.CALLING:
                     raise self._lost(exc) from None  # else nothing was sent, or the answer was read whole
@@ -5133,16 +5135,14 @@ class ByteClient(ClientChannel):
             if info.header is not None:
                 header = self.read(None, request_id, options, info.header.row.wire)
                 self.stream.header_batch = only_batch(info, *header)
-            self.phase = ConnectionPhase.STREAMING
             return self.stream
         ready = read_result(info, *self.channel.received())
         if ready is not None:
             self.channel.at = ready[1]
             self._expects_orphan = False
-            self.phase = ConnectionPhase.IDLE
             return ready[0]
         batch = only_batch(info, *self.read(None, request_id, options, info.result.wire))
-        self.phase = ConnectionPhase.IDLE
+        self.phase = ConnectionPhase.READY
         return decode_result(info, batch)
 
     def _end_stream(self, why: str) -> None:
@@ -5180,7 +5180,7 @@ class ByteClient(ClientChannel):
                         self.stream.finish(read=False)
                         # A call that was begun reads our input to its end; one that was refused does not.
                         self._expects_orphan = opens
-                    self.phase = ConnectionPhase.IDLE
+                    self.phase = ConnectionPhase.READY
                     raise
             may_be_orphan = False
             reader = None
@@ -5244,7 +5244,6 @@ class _ByteSession(StreamSession):
                 raise
         self.phase = StreamPhase.DONE
         self._client.stream = None
-        self._client.phase = ConnectionPhase.IDLE
 
     def _end(self, cancels: bool) -> None:
         if not self.closed:
@@ -5283,7 +5282,6 @@ class _ByteSession(StreamSession):
             self._ahead = 1 if is_slow else min(2 * self._ahead, most, self.options.prefetch or most)
             self._in_flight -= 1
             self._waiting.append(reply_batch(self._reader, message))
-        self._client.phase = ConnectionPhase.STREAMING
 
 
 class RpcConnection(Generic[P]):
