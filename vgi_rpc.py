@@ -5051,7 +5051,7 @@ class ByteClient(ClientChannel):
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self.channel = transport.channel
-        self.phase = ConnectionPhase.READY
+        self.phase: Any = ConnectionPhase.READY
         self.stream: _ByteSession | None = None  # the one that is open
         # An input stream was sent to a server that may have refused the call: it then takes that for a request.
         self._expects_orphan = False
