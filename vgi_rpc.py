@@ -2746,8 +2746,8 @@ class RpcMethodInfo:
     header: DataclassCodec | None  # of the stream's header
     is_exchange: bool | None  # None where the annotation does not tell
     doc: str | None
-    param_docs: dict[str, str]  # the "Args:" of the docstring, by parameter
-    param_defaults: dict[str, Any]
+    param_docs: dict[str, str] = field(default_factory=dict)  # the "Args:" of the docstring, by parameter
+    param_defaults: dict[str, Any] = field(default_factory=dict)
     idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
     deprecation: str | None = None  # why the method should not be used any more
 
@@ -2935,22 +2935,15 @@ def _read_method(protocol: type, name: str, where: str) -> RpcMethodInfo:
     # The "Args:" of a Google docstring.
     block = re.search(r"^ *Args:\n((?:(?: +\S.*)?(?:\n|$))+)", doc or "", re.M)
     docs = re.split(r"^ {2,8}(\w+)(?: *\([^)]*\))?:", block[1], flags=re.M)[1:] if block else []
+    kind = MethodType.STREAM if states else MethodType.UNARY
+    params = RowCodec(codecs.items())
+    info = RpcMethodInfo(name, *_identity(protocol), kind, params, result, returned, header, is_exchange, doc)
+    info.param_docs = {param: " ".join(text.split()) for param, text in zip(docs[::2], docs[1::2])}
+    info.param_defaults = defaults
     marks = {**vars(plain), **vars(kept)}  # a staticmethod may be marked itself, or what is inside it
-    return RpcMethodInfo(
-        name,
-        *_identity(protocol),
-        method_type=MethodType.STREAM if states else MethodType.UNARY,
-        params=RowCodec(codecs.items()),
-        result=result,
-        result_type=returned,
-        header=header,
-        is_exchange=is_exchange,
-        doc=doc,
-        param_docs={param: " ".join(text.split()) for param, text in zip(docs[::2], docs[1::2])},
-        param_defaults=defaults,
-        idempotency=marks.get("__vgi_idempotency__", "unknown"),
-        deprecation=marks.get("__vgi_deprecated__"),
-    )
+    info.idempotency = marks.get("__vgi_idempotency__", "unknown")
+    info.deprecation = marks.get("__vgi_deprecated__")
+    return info
 
 
 @functools.lru_cache(maxsize=256)
