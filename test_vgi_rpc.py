@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import atexit
 import base64
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -1097,6 +1098,12 @@ class Worker:
         if self.process.poll() is None:
             self.process.kill()
         self.process.communicate()
+
+
+def at_once(count: int, work: Callable[[int], Any]) -> list[Any]:
+    """Call *work* in *count* threads with their numbers; return what it gave, or raise what it raised."""
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, range(count)))
 
 
 class TestCase(unittest.TestCase):
@@ -2577,10 +2584,7 @@ class TypeTests(TestCase):
 
     def test_many_threads_make_one_codec(self) -> None:
         cls = row_class(list[Box[int]])
-        found: list[Any] = []
-        threads = [threading.Thread(target=lambda: found.append(rpc.dataclass_codec(cls))) for _ in range(8)]
-        for step in (threading.Thread.start, threading.Thread.join):
-            list(map(step, threads))
+        found = at_once(8, lambda _: rpc.dataclass_codec(cls))
         self.assertEqual([codec.arrow_type for codec in found], [rpc.dataclass_codec(cls).arrow_type] * 8)
 
 
@@ -4593,18 +4597,12 @@ class PoolTests(TestCase):
 
     def test_many_threads(self) -> None:
         pool = self.pool(max_idle=2)
-        seen = []
 
-        def work() -> None:
-            for _ in range(5):
-                with pool.connect(Pooled, POOLED_WORKER) as proxy:
-                    seen.append(proxy.process_id())
+        def borrow(_: int) -> int:
+            with pool.connect(Pooled, POOLED_WORKER) as proxy:
+                return proxy.process_id()
 
-        threads = [threading.Thread(target=work) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        seen = list(itertools.chain(*at_once(3, lambda _: list(map(borrow, range(5))))))
         found = pool.metrics
         self.assertEqual((len(seen), found.borrows, found.returns, found.active), (15, 15, 15, 0))
         self.assertEqual((len(set(seen)), found.spawns - found.evictions_max), (found.spawns, found.idle))
@@ -7199,29 +7197,25 @@ class TransportContract:
 
     kind = ""
     templates = True
+    connect: Any
     proxy: Any
     log: list[Any]
     stack: contextlib.ExitStack
 
     @classmethod
-    def open(cls, stack: contextlib.ExitStack, **options: Any) -> Any:
-        """Return a proxy of `Service` with *options* of its connect function; *stack* closes what was opened."""
-        raise AssertionError("a transport opens its own connection")
+    def serve(cls) -> Any:
+        """Start a server; return what connects to it with options of the transport's connect function."""
 
     @classmethod
     def setUpClass(cls) -> None:
-        """Connect."""
         cls.log = []
         cls.stack = contextlib.ExitStack()
+        cls.addClassCleanup(cls.stack.close)  # type: ignore[attr-defined]
         if not cls.templates:
             cls.stack.enter_context(templates_off())
-        cls.proxy = cls.open(cls.stack, on_log=cls.log.append)
+        cls.connect = staticmethod(cls.serve())
+        cls.proxy = cls.stack.enter_context(cls.connect(on_log=cls.log.append))
         cls.proxy.add(1.0)  # a worker takes its time to start, which no test with a short timeout is about
-
-    @classmethod
-    def tearDownClass(cls) -> None:
-        """Disconnect."""
-        cls.stack.close()
 
     def setUp(self) -> None:
         """Each test begins without log lines, and ends on a connection that answers."""
@@ -7383,7 +7377,7 @@ class TransportContract:
         """A proxy of its own: a byte stream is over when an answer did not come in time."""
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)  # type: ignore[attr-defined]
-        return self.open(stack)
+        return stack.enter_context(self.connect())
 
     def test_time_is_allowed_for_each_turn(self) -> None:
         proxy = rpc.with_options(self.proxy, timeout=0.3)
@@ -7665,21 +7659,11 @@ class TransportContract:
             rpc.describe_protocol(self.proxy, "Nobody")
 
     def test_many_threads_share_a_proxy(self) -> None:
-        failures: list[BaseException] = []
-
         def work(number: int) -> None:
-            try:
-                for i in range(20):
-                    self.assertEqual(self.proxy.add(float(number), float(i)), number + float(i))
-            except BaseException as exc:
-                failures.append(exc)
+            for i in range(20):
+                self.assertEqual(self.proxy.add(float(number), float(i)), number + float(i))
 
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(failures, [])
+        at_once(6, work)
 
 
 class PipeTests(TransportContract, TestCase):
@@ -7688,8 +7672,8 @@ class PipeTests(TransportContract, TestCase):
     kind = "pipe"
 
     @classmethod
-    def open(cls, stack: contextlib.ExitStack, **options: Any) -> Any:
-        return stack.enter_context(rpc.serve_pipe(Service, ServiceImpl(), **options))
+    def serve(cls) -> Any:
+        return functools.partial(rpc.serve_pipe, Service, ServiceImpl())
 
 
 class SubprocessTests(TransportContract, TestCase):
@@ -7698,12 +7682,9 @@ class SubprocessTests(TransportContract, TestCase):
     kind = "pipe"
 
     @classmethod
-    def open(cls, stack: contextlib.ExitStack, **options: Any) -> Any:
-        command = WORKER
-        if not cls.templates:
-            command = [*WORKER, "--no-templates"]
-        connection = rpc.connect(Service, command, stderr=rpc.StderrMode.PIPE, **options)
-        return stack.enter_context(connection)
+    def serve(cls) -> Any:
+        command = [*WORKER, *["--no-templates"] * (not cls.templates)]
+        return functools.partial(rpc.connect, Service, command, stderr=rpc.StderrMode.PIPE)
 
     def test_what_a_method_prints_goes_to_stderr(self) -> None:
         seen = set()
@@ -7730,47 +7711,38 @@ class UnixTests(TransportContract, TestCase):
     """A Unix socket, one thread a connection."""
 
     kind = "unix"
-    path = ""
 
     @classmethod
-    def open(cls, stack: contextlib.ExitStack, **options: Any) -> Any:
-        if not cls.path:
-            folder = cls.stack.enter_context(tempfile.TemporaryDirectory())
-            cls.stack.callback(setattr, cls, "path", "")
-            (cls.path,) = in_thread(rpc.serve_unix, make_server(), os.path.join(folder, "s"), threaded=True)
-        return stack.enter_context(rpc.unix_connect(Service, cls.path, **options))
+    def serve(cls) -> Any:
+        folder = cls.stack.enter_context(tempfile.TemporaryDirectory())
+        (cls.path,) = in_thread(rpc.serve_unix, make_server(), os.path.join(folder, "s"), threaded=True)
+        return functools.partial(rpc.unix_connect, Service, cls.path)
 
     def test_only_the_owner_may_connect(self) -> None:
         self.assertEqual(os.stat(self.path).st_mode & 0o077, 0)
 
     def test_connections_are_served_side_by_side(self) -> None:
-        with rpc.unix_connect(Service, self.path) as one, rpc.unix_connect(Service, self.path) as two:
-            session = one.running()
-            self.assertEqual(sums(session, values(1.0)), [1.0])
-            self.assertEqual(two.add(1.0), 3.0)
-            self.assertEqual(sums(session, values(1.0)), [2.0])
+        session = self.another().running()
+        self.assertEqual(sums(session, values(1.0)), [1.0])
+        self.assertEqual(self.proxy.add(1.0), 3.0)
+        self.assertEqual(sums(session, values(1.0)), [2.0])
 
 
 class TcpTests(TransportContract, TestCase):
     """A TCP socket."""
 
     kind = "tcp"
-    port = 0
 
     @classmethod
-    def open(cls, stack: contextlib.ExitStack, **options: Any) -> Any:
-        if not cls.port:
-            cls.stack.callback(setattr, cls, "port", 0)
-            _, cls.port = in_thread(rpc.serve_tcp, make_server(), threaded=True)
-        return stack.enter_context(rpc.tcp_connect(Service, "127.0.0.1", cls.port, **options))
+    def serve(cls) -> Any:
+        _, cls.port = in_thread(rpc.serve_tcp, make_server(), threaded=True)
+        return functools.partial(rpc.tcp_connect, Service, "127.0.0.1", cls.port)
 
     def test_garbage_hurts_nobody_else(self) -> None:
         with socket.create_connection(("127.0.0.1", self.port), WATCHDOG_SECONDS) as raw:
             raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
             with raw.makefile("rb") as file:
-                answer = file.read()
-        self.assertIn("not an Arrow IPC stream", error_of(read_streams(answer)[0])["text"])
-        self.assertEqual(self.proxy.add(1.0), 3.0)
+                self.assertIn("not an Arrow IPC stream", error_of(read_stream(file))["text"])
 
 
 class HttpContract(TransportContract):
@@ -7854,52 +7826,41 @@ class HttpContract(TransportContract):
 class WsgiTests(HttpContract, TestCase):
     """A WSGI application behind `wsgiref.validate`."""
 
-    @classmethod
-    def open(cls, stack: contextlib.ExitStack, **options: Any) -> Any:
-        return stack.enter_context(rpc.http_connect(Service, client=cls.client(), **options))
+    client = staticmethod(wsgi_client)
 
     @classmethod
-    def client(cls) -> Any:
-        return wsgi_client()
+    def serve(cls) -> Any:
+        return functools.partial(rpc.http_connect, Service, client=cls.client())
 
 
 class FreshServerTests(WsgiTests):
     """Every turn is served by another server with the same key."""
 
-    @classmethod
-    def client(cls) -> Any:
-        return FreshServerClient()
+    client = FreshServerClient
 
 
 class ReplayTests(WsgiTests):
     """Every cursor is used twice and gives the same turn."""
 
-    @classmethod
-    def client(cls) -> Any:
-        return ReplayingClient(rpc.make_wsgi_app(make_server(), token_key=KEY))
+    client = staticmethod(lambda: ReplayingClient(rpc.make_wsgi_app(make_server(), token_key=KEY)))
 
 
-class SyncClientTests(HttpContract, TestCase):
+class SyncClientTests(WsgiTests):
     """The HTTP side without a socket, under a prefix, and nothing cached between turns."""
 
-    @classmethod
-    def open(cls, stack: contextlib.ExitStack, **options: Any) -> Any:
-        client = rpc.make_sync_client(make_server(), prefix="/some/where", call_state_cache_entries=0)
-        return stack.enter_context(rpc.http_connect(Service, client=client, **options))
+    client = staticmethod(
+        lambda: rpc.make_sync_client(make_server(), prefix="/some/where", call_state_cache_entries=0)
+    )
 
 
 class HttpTests(HttpContract, TestCase):
     """A real HTTP server and real connections."""
 
-    url = ""
-
     @classmethod
-    def open(cls, stack: contextlib.ExitStack, **options: Any) -> Any:
-        if not cls.url:
-            cls.stack.callback(setattr, cls, "url", "")
-            _, port = in_thread(rpc.serve_http, make_server(), token_key=KEY, prefix="/deep/path/")
-            cls.url = f"http://127.0.0.1:{port}/deep/path"
-        return stack.enter_context(rpc.http_connect(Service, cls.url, **options))
+    def serve(cls) -> Any:
+        _, port = in_thread(rpc.serve_http, make_server(), token_key=KEY, prefix="/deep/path/")
+        cls.url = f"http://127.0.0.1:{port}/deep/path"
+        return functools.partial(rpc.http_connect, Service, cls.url)
 
     def test_the_same_without_compression(self) -> None:
         with rpc.http_connect(Service, self.url, compression_level=None) as proxy:
@@ -7907,22 +7868,11 @@ class HttpTests(HttpContract, TestCase):
             self.assertTrue(proxy.echo_batch(batch).equals(batch))
 
     def test_exchanges_of_many_threads(self) -> None:
-        failures: list[BaseException] = []
+        def work(n: int) -> list[float]:
+            with self.proxy.running() as session:
+                return sums(session, *[values(float(n))] * 10)
 
-        def work(n: int) -> None:
-            try:
-                with self.proxy.running() as session:
-                    totals = sums(session, *[values(float(n))] * 10)
-                    self.assertEqual(totals, [n * (i + 1.0) for i in range(10)])
-            except BaseException as exc:
-                failures.append(exc)
-
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(failures, [])
+        self.assertEqual(at_once(8, work), [[n * (i + 1.0) for i in range(10)] for n in range(8)])
 
     def test_capabilities_and_description(self) -> None:
         found = rpc.http_capabilities(self.url)
@@ -7941,10 +7891,8 @@ class OpenerTests(HttpTests):
     """The same server, reached through a `urllib.request` opener: each call is one ``open``."""
 
     @classmethod
-    def open(cls, stack: contextlib.ExitStack, **options: Any) -> Any:
-        import urllib.request
-
-        return super().open(stack, opener=urllib.request.build_opener(), **options)
+    def serve(cls) -> Any:
+        return functools.partial(super().serve(), opener=urllib_opener())
 
 
 class RoundRobin(rpc.HttpSender):
@@ -8241,24 +8189,6 @@ MAX_LINES = 9_300  # of each of the two files
 MAX_BYTES = 470_000
 
 
-def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes below *node* but annotations, which are never evaluated, and what is for type checkers alone."""
-    yield node
-    for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns"):
-            continue
-        children = value
-        if not isinstance(value, list):
-            children = [value]
-        for child in children:
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-                children = child.orelse
-                for other in child.orelse:
-                    yield from run_time_nodes(other)
-            elif isinstance(child, ast.AST):
-                yield from run_time_nodes(child)
-
-
 def defined_names(statement: ast.stmt) -> list[str]:
     """The names that a top-level statement defines."""
     if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
@@ -8366,7 +8296,7 @@ class ModuleTests(TestCase):
 
     def test_imports(self) -> None:
         allowed = set(sys.stdlib_module_names) | {"pyarrow", "__future__"}
-        for node in run_time_nodes(self.tree):
+        for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
                 self.assertLessEqual({alias.name.partition(".")[0] for alias in node.names}, allowed)
             elif isinstance(node, ast.ImportFrom):
