@@ -6707,22 +6707,6 @@ USES: dict[str, tuple[Any, ...]] = {  # what is done with a function, the error,
     "no level": (lambda: rpc.make_sync_client(make_server(), compression_level=0), ValueError, "1 to 9 or None"),
     "an input for a producer": (lambda: Stream(TEXT, Once(), input_schema=TEXT), TypeError, "Once is a producer"),
 }  # fmt: skip
-COMMAND_LINES = [  # of run_server: words, exit status or text, what is printed
-    ("--help", 0, r"Serves Service(.|\n)*--tcp \[HOST:\]PORT"),
-    ("--htttp", 2, "--htttp"),
-    ("--http --port 99999", 2, "--port: expected a port, 0 to 65535, got '99999'"),
-    ("--tcp host", 2, "--tcp: expected a port, 0 to 65535, got 'host'"),
-    ("--http --unix /nowhere/x", 2, "--http, --unix: one at a time"),
-    ("--unix /nowhere/at/all", 1, "/nowhere/at/all.*No such file"),
-    ("--tcp 0 --access-log /nowhere/at/all", 1, "No such file.*/nowhere/at/all"),
-]
-VALUES: list[tuple[str, str, Any]] = [  # of options: what stands for them, text, value
-    ("[HOST:]PORT", "host:65535", ("host", 65_535)), ("[HOST:]PORT", "[::1]:80", ("::1", 80)),
-    ("[HOST:]PORT", ":0", ("127.0.0.1", 0)), ("N", "3", 3), ("SECONDS", "0.5", 0.5), ("SECONDS", "0", 0.0),
-    ("SIZE", "64M", 64 << 20), ("SIZE", "1.5kib", 1536), ("a|b", "b", "b"), ("FILE", "", ""),
-    *[("[HOST:]PORT", text, None) for text in ("", "host", "host:", "65536", "-1", "1e3", "١", "host:80x")],
-    ("N", "0", None), ("N", "1.5", None), ("SECONDS", "-1", None), ("SECONDS", "inf", None), ("SIZE", "1X", None), ("a|b", "c", None),
-]  # fmt: skip
 
 
 class EntryTests(TestCase):
@@ -6732,27 +6716,6 @@ class EntryTests(TestCase):
         for name, (use, kind, *parts) in USES.items():
             with self.subTest(name), self.raises(kind, *parts):
                 use()
-
-    def test_run_server_reads_its_command_line(self) -> None:
-        for words, status, said in COMMAND_LINES:
-            out = io.StringIO()
-            with (
-                self.subTest(words), mock.patch.object(sys, "argv", ["worker", *words.split()]),
-                contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), self.assertRaises(SystemExit) as caught,
-            ):  # fmt: skip
-                rpc.run_server(make_server())
-            code = caught.exception.code
-            self.assertRegex(f"{out.getvalue()}{code}", said)
-            self.assertEqual(status, code if isinstance(code, int) else 1)
-
-    def test_values_of_options(self) -> None:
-        for kind, text, wanted in VALUES:
-            with self.subTest(kind, text=text):
-                if wanted is not None:
-                    self.assertEqual(rpc.read_value(kind, text), wanted)
-                else:
-                    with self.raises(Exception, "expected", repr(text.rpartition(":")[2])):
-                        rpc.read_value(kind, text)
 
     def test_what_is_left_open_at_the_end_of_a_program(self) -> None:
         program = """
@@ -6768,24 +6731,6 @@ class EntryTests(TestCase):
         command = [sys.executable, "-c", textwrap.dedent(program)]
         done = subprocess.run(command, cwd=HERE, capture_output=True, timeout=WATCHDOG_SECONDS / 2)
         self.assertEqual((done.stdout, done.stderr), (b"[3.0, 3.0, 3.0]\n", b""))
-
-    def test_discovery_lines(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "s")
-            connects: list[tuple[str, str, Any]] = [
-                ("--http --port 0", r"PORT:\d+", lambda w: rpc.http_connect(Service, w.url)),
-                ("--tcp 0", r"TCP:127\.0\.0\.1:\d+", lambda w: rpc.tcp_connect(Service, "127.0.0.1", int(w.port))),
-                (f"--unix {path}", re.escape(f"UNIX:{path}"), lambda w: rpc.unix_connect(Service, path)),
-            ]  # fmt: skip
-            for words, line, connect in connects:
-                with self.subTest(words), Worker(*words.split()) as worker:
-                    self.assertRegex(worker.line, f"^{line}$")
-                    with connect(worker) as proxy:
-                        self.assertEqual(proxy.add(1.0), 3.0)
-                    self.assertEqual(worker.stop(), (0, ""))
-        for stdout in (None, mock.Mock(write=mock.Mock(side_effect=ValueError("closed")))):
-            with mock.patch.object(sys, "stdout", stdout):
-                rpc.announce("PORT", 1)
 
     def test_a_connection_without_with(self) -> None:
         client = rpc.make_sync_client(make_server(), prefix="deep/path")
@@ -6970,6 +6915,23 @@ FAILS: list[tuple[str, str, int, str]] = [  # arguments, stdin, exit code, what 
     ("serve --bearer-file no/such", "", 2, "no/such: No such file"),
     ("serve --token-key-file short.txt", "", 2, "at least 16 bytes|token_key"),
 ]  # fmt: skip
+COMMAND_LINES = [  # of run_server: words, exit status or text, what is printed
+    ("--help", 0, r"Serves Service(.|\n)*--tcp \[HOST:\]PORT"),
+    ("--htttp", 2, "--htttp"),
+    ("--http --port 99999", 2, "--port: expected a port, 0 to 65535, got '99999'"),
+    ("--tcp host", 2, "--tcp: expected a port, 0 to 65535, got 'host'"),
+    ("--http --unix /nowhere/x", 2, "--http, --unix: one at a time"),
+    ("--unix /nowhere/at/all", 3, "/nowhere/at/all.*No such file"),
+    ("--tcp 0 --access-log /nowhere/at/all", 2, "/nowhere/at/all: No such file"),
+    ("word", 2, "unrecognized arguments: word"),
+]
+VALUES: list[tuple[str, str, Any]] = [  # of options: what stands for them, text, value
+    ("[HOST:]PORT", "host:65535", ("host", 65_535)), ("[HOST:]PORT", "[::1]:80", ("::1", 80)),
+    ("[HOST:]PORT", ":0", ("127.0.0.1", 0)), ("N", "3", 3), ("SECONDS", "0.5", 0.5), ("SECONDS", "0", 0.0),
+    ("SIZE", "64M", 64 << 20), ("SIZE", "1.5kib", 1536), ("a|b", "b", "b"), ("FILE", "", ""),
+    *[("[HOST:]PORT", text, None) for text in ("", "host", "host:", "65536", "-1", "1e3", "١", "host:80x")],
+    ("N", "0", None), ("N", "1.5", None), ("SECONDS", "-1", None), ("SECONDS", "inf", None), ("SIZE", "1X", None), ("a|b", "c", None),
+]  # fmt: skip
 # What lies in the folder of the tests beside the application.
 FILES = {
     "app.py": APP, "a.json": '{"a": 1, "b": 5}', "b.txt": "7\n", "short.txt": "short\n", "a.bin": "\0\xff", "keys": "ann s3cret\n",
@@ -7121,6 +7083,44 @@ class CliTests(TestCase):
         self.addCleanup(child.communicate)
         self.addCleanup(child.kill)
         return child
+
+    def test_run_server_reads_its_command_line(self) -> None:
+        for words, status, said in COMMAND_LINES:
+            out = io.StringIO()
+            code: Any = 0
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                with mock.patch.object(sys, "argv", ["worker", *words.split()]):
+                    try:
+                        rpc.run_server(make_server())
+                    except SystemExit as exc:
+                        code = exc.code
+            with self.subTest(words):
+                self.assertRegex(out.getvalue(), said)
+                self.assertEqual(code, status)
+
+    def test_values_of_options(self) -> None:
+        for kind, text, wanted in VALUES:
+            with self.subTest(kind, text=text):
+                if wanted is not None:
+                    self.assertEqual(rpc._read_value(kind, text), wanted)
+                else:
+                    with self.raises(Exception, "expected", repr(text.rpartition(":")[2])):
+                        rpc._read_value(kind, text)
+
+    def test_discovery_lines(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "s")
+            connects: list[tuple[str, str, Any]] = [
+                ("--http --port 0", r"PORT:\d+", lambda w: rpc.http_connect(Service, w.url)),
+                ("--tcp 0", r"TCP:127\.0\.0\.1:\d+", lambda w: rpc.tcp_connect(Service, "127.0.0.1", int(w.port))),
+                (f"--unix {path}", re.escape(f"UNIX:{path}"), lambda w: rpc.unix_connect(Service, path)),
+            ]  # fmt: skip
+            for words, line, connect in connects:
+                with self.subTest(words), Worker(*words.split()) as worker:
+                    self.assertRegex(worker.line, f"^{line}$")
+                    with connect(worker) as proxy:
+                        self.assertEqual(proxy.add(1.0), 3.0)
+                    self.assertEqual(worker.stop(), (0, ""))
 
     def test_a_server_from_start_to_stop(self) -> None:
         options = "--port=0 --prefix=api --announce --bearer-file=keys --access-log=log"

@@ -8347,130 +8347,6 @@ def http_introspect(
         return introspect(channel, protocol=protocol)
 
 
-def announce(kind: str, *place: object) -> None:
-    """Print a discovery line (``PORT:…``, ``UNIX:…``, ``TCP:…``) for the program that started us."""
-    with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it: that stops no server
-        print(kind, *place, sep=":", flush=True)
-
-
-_NUMBERS: dict[
-    str, tuple[Any, int, int, str]
-] = {  # what stands for them in help: type, least, largest, in words
-    "N": (int, 1, 10**15, "a number above 0"),
-    "SIZE": (int, 1, 10**15, "a size such as 64M"),
-    "SECONDS": (float, 0, 10**9, "seconds"),
-    "PORT": (int, 0, 65_535, "a port, 0 to 65535"),
-}
-# What `run_server` and the command line take alike; see `read_options`.
-LISTENING = """\
---http | serve HTTP; prints PORT:<n>
---unix PATH | serve a Unix socket; prints UNIX:<path>
---tcp [HOST:]PORT | serve TCP; prints TCP:<host>:<port>
---host HOST := 127.0.0.1 | address for HTTP
---port PORT := 0 | port for HTTP; 0 takes a free one
---max-connections N := 512 | at most so many at a time
---idle-timeout SECONDS | end after so long without a connection
---access-log PATH | append a JSON line for each call; - is stderr
-"""
-
-
-def read_value(kind: str, text: str) -> Any:
-    """Read the value of an option, by what stands for it in help; argparse's own error says what is wrong with it."""
-    import argparse
-
-    if kind == "[HOST:]PORT":  # the host may stand in brackets, as IPv6 addresses do
-        host, _, port = text.rpartition(":")
-        return host.strip("[]") or "127.0.0.1", read_value("PORT", port)
-    if kind not in _NUMBERS and ("|" not in kind or text in kind.split("|")):
-        return text
-    cast_to, least, most, wanted = _NUMBERS.get(kind, (float, 0, 0, kind))
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([KMG]?)(?:i?B)?", text, re.I | re.A)
-    if found and kind in _NUMBERS and (kind == "SIZE" or not found[2]):
-        number = float(found[1]) * 1024 ** "_KMG".index(found[2].upper() or "_")
-        if least <= number <= most and cast_to(number) == number:
-            return cast_to(number)
-    raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
-
-
-def read_options(parser: Any, table: str, words: list[str], twins: bool = False) -> Any:
-    """Read a command line with an ``ArgumentParser`` and a *table*: ``-s,--long VALUE := default | help``, a line each.
-
-    ``VALUE?`` and ``VALUE*`` are nargs of a positional, ``VALUE+`` may be repeated, ``a|b`` takes one of these; without
-    a value it is a switch. With *twins* ``VGI_RPC_LONG`` in the environment goes before the default.
-    """
-    counts = {"?": {"nargs": "?"}, "*": {"nargs": "*"}, "+": {"action": "append"}}
-    for line in table.splitlines():
-        option, _, text = line.partition(" | ")
-        option, _, default = option.partition(" := ")
-        names, _, kind = option.partition(" ")
-        flags = names.split(",")
-        text += f" (default: {default})" * bool(default)
-        if twins:
-            twin = f"VGI_RPC_{flags[-1].lstrip('-').replace('-', '_').upper()}"
-            text += f" [{twin}]"
-            default = os.environ.get(twin) or default
-        settings: dict[str, Any] = {
-            "action": "store_true",
-            "default": default.lower() in ("1", "true", "yes"),
-        }
-        if kind:
-            settings = {"metavar": kind.rstrip("?*+"), "default": default or None}
-            settings.update(type=functools.partial(read_value, kind), **counts.get(kind[-1], {}))
-        parser.add_argument(*flags, help=text, **settings)
-    args = parser.parse_intermixed_args(words)
-    ways = [name for name in ("http", "stdio", "unix", "tcp") if getattr(args, name, None)]
-    if len(ways) > 1:
-        parser.error(f"--{', --'.join(ways)}: one at a time")
-    return args
-
-
-def listen(server: RpcServer, args: Any, told: Callable[..., None], **http: Any) -> None:
-    """Serve where a command line says, by default on stdin and stdout. *told* gets the parts of the discovery line.
-
-    *http* is more for `serve_http`. Raises `OSError` as the functions do that it calls.
-    """
-    more: dict[str, Any] = {"idle_timeout": args.idle_timeout, "max_connections": args.max_connections}
-    if args.access_log:
-        configure_access_log(args.access_log, server)
-    if args.http:
-        more.update(http, host=args.host, port=args.port)
-        serve_http(server, on_bound=lambda _, port: told("PORT", port), **more)
-    elif args.unix:
-        serve_unix(server, args.unix, threaded=True, on_bound=functools.partial(told, "UNIX"), **more)
-    elif args.tcp:
-        serve_tcp(server, *args.tcp, threaded=True, on_bound=functools.partial(told, "TCP"), **more)
-    else:
-        serve_stdio(server)
-
-
-def run_server(protocol_or_server: type | RpcServer, implementation: Any = None) -> None:
-    """Be a worker: the ``main`` of a program that serves, which reads the program's own command line.
-
-    Without arguments it serves stdin and stdout. ``--http [--host H] [--port N]``, ``--unix PATH`` and
-    ``--tcp [HOST:]PORT`` listen instead, and print ``PORT:<n>``, ``UNIX:<path>`` or ``TCP:<host>:<port>``. A
-    plain class serves as its own protocol; where no *implementation* is given, one is made.
-
-    Raises ``TypeError`` when the implementation does not fit, ``SystemExit`` for a wrong command line.
-    """
-    server = protocol_or_server
-    if not isinstance(server, RpcServer):
-        if implementation is None and isinstance(server, type) and not getattr(server, "_is_protocol", False):
-            implementation = server()
-        server = RpcServer(server, implementation)
-    elif implementation is not None:
-        raise TypeError("run_server: expected a server alone, got an implementation beside it")
-    if not sys.argv[1:]:  # a worker's start need not wait for argparse
-        serve_stdio(server)
-        return
-    import argparse
-
-    parser = argparse.ArgumentParser(description=f"Serves {server.protocol_name} (vgi_rpc {__version__}).")
-    try:
-        listen(server, read_options(parser, LISTENING, sys.argv[1:]), announce)
-    except OSError as exc:
-        raise SystemExit(f"{os.path.basename(sys.argv[0])}: {text_of(exc)}") from None
-
-
 # ============================================================================
 # 21. COMMAND LINE ..................................... uses 1-20
 # ============================================================================
@@ -8586,6 +8462,66 @@ def _report(exc: Exception, verbose: bool) -> int:
     return code
 
 
+# -- options
+
+_NUMBERS: dict[
+    str, tuple[Any, int, int, str]
+] = {  # what stands for them in help: type, least, largest, in words
+    "N": (int, 1, 10**15, "a number above 0"),
+    "SIZE": (int, 1, 10**15, "a size such as 64M"),
+    "SECONDS": (float, 0, 10**9, "seconds"),
+    "PORT": (int, 0, 65_535, "a port, 0 to 65535"),
+}
+
+
+def _read_value(kind: str, text: str) -> Any:
+    """Read the value of an option, by what stands for it in help; argparse's own error says what is wrong with it."""
+    import argparse
+
+    if kind == "[HOST:]PORT":  # the host may stand in brackets, as IPv6 addresses do
+        host, _, port = text.rpartition(":")
+        return host.strip("[]") or "127.0.0.1", _read_value("PORT", port)
+    if kind not in _NUMBERS and ("|" not in kind or text in kind.split("|")):
+        return text
+    cast_to, least, most, wanted = _NUMBERS.get(kind, (float, 0, 0, kind))
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([KMG]?)(?:i?B)?", text, re.I | re.A)
+    if found and kind in _NUMBERS and (kind == "SIZE" or not found[2]):
+        number = float(found[1]) * 1024 ** "_KMG".index(found[2].upper() or "_")
+        if least <= number <= most and cast_to(number) == number:
+            return cast_to(number)
+    raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+
+
+def _read_options(parser: Any, table: str, words: list[str], twins: bool = False) -> Any:
+    """Read a command line with an ``ArgumentParser`` and a *table*: ``-s,--long VALUE := default | help``, a line each.
+
+    ``VALUE?`` and ``VALUE*`` are nargs of a positional, ``VALUE+`` may be repeated, ``a|b`` takes one of these; without
+    a value it is a switch. With *twins* ``VGI_RPC_LONG`` in the environment goes before the default.
+    """
+    counts = {"?": {"nargs": "?"}, "*": {"nargs": "*"}, "+": {"action": "append"}}
+    for line in table.splitlines():
+        option, _, text = line.partition(" | ")
+        option, _, default = option.partition(" := ")
+        names, _, kind = option.partition(" ")
+        flags = names.split(",")
+        text += f" (default: {default})" * bool(default)
+        if twins:
+            twin = f"VGI_RPC_{flags[-1].lstrip('-').replace('-', '_').upper()}"
+            text += f" [{twin}]"
+            default = os.environ.get(twin) or default
+        settings: dict[str, Any] = {"action": "store_true"}
+        settings["default"] = default.lower() in ("1", "true", "yes")
+        if kind:
+            settings = {"metavar": kind.rstrip("?*+"), "default": default or None}
+            settings.update(type=functools.partial(_read_value, kind), **counts.get(kind[-1], {}))
+        parser.add_argument(*flags, help=text, **settings)
+    args = parser.parse_intermixed_args(words)
+    ways = [name for name in ("http", "stdio", "unix", "tcp") if getattr(args, name, None)]
+    if len(ways) > 1:
+        parser.error(f"--{', --'.join(ways)}: one at a time")
+    return args
+
+
 # -- serve
 
 
@@ -8648,10 +8584,12 @@ def _secrets(path: str) -> list[list[str]]:
 
 def _serve(args: Any) -> None:
     """Serve a class, over HTTP unless told otherwise."""
-    args.http = not (args.stdio or args.unix or args.tcp)
+    server = args.server
+    if server is None:
+        args.http = args.http or not (args.stdio or args.unix or args.tcp)
+        server = _service_of(args.target) if args.target else RpcServer(Demo, Demo())
     if args.bearer_file and not args.http:
         raise _CliError("--bearer-file is for HTTP")
-    server = _service_of(args.target) if args.target else RpcServer(Demo, Demo())
     server.include_tracebacks = server.include_tracebacks and not args.no_tracebacks
     if args.no_describe:
         server.services.pop(REFLECTION_PROTOCOL, None)
@@ -8671,6 +8609,8 @@ def _serve(args: Any) -> None:
         return
     if args.timeout is not None:
         options["request_deadline"] = args.timeout
+    if args.access_log:
+        configure_access_log(args.access_log, server)
 
     def bound(kind: str, *place: object) -> None:
         where = ":".join(map(str, [kind.lower(), *place]))
@@ -8683,15 +8623,24 @@ def _serve(args: Any) -> None:
         if not args.bearer_file and not re.match(r"unix:|(tcp:|http://)(localhost|127\.|::1|\[::1)", where):
             lines.append("warning: anybody who reaches this address can call; --bearer-file asks who it is")
         lines += [f"address    {where}", f"look       {_program()} describe {where}", "stop       Ctrl-C"]
-        _say("\n".join(lines))
-        if args.announce:
-            announce(kind, *place)
+        if args.server is None:
+            _say("\n".join(lines))
+        if args.server is not None or args.announce:
+            with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it: that stops no server
+                print(kind, *place, sep=":", flush=True)
 
+    more: dict[str, Any] = {"idle_timeout": args.idle_timeout, "max_connections": args.max_connections}
     try:
-        listen(server, args, bound, **options)
+        if args.http:
+            options.update(more, host=args.host, port=args.port)
+            serve_http(server, on_bound=lambda _, port: bound("PORT", port), **options)
+        elif args.unix:
+            serve_unix(server, args.unix, threaded=True, on_bound=functools.partial(bound, "UNIX"), **more)
+        elif args.tcp:
+            serve_tcp(server, *args.tcp, threaded=True, on_bound=functools.partial(bound, "TCP"), **more)
+        else:
+            serve_stdio(server)
     except OSError as exc:
-        if exc.filename:  # of the access log
-            raise
         where = args.unix or args.tcp or f"{args.host}:{args.port}"
         hint = "if another server runs there: port 0 takes a free one"
         raise _CliError(f"cannot listen on {where}: {exc.strerror or exc}", hint, 3) from None
@@ -9135,7 +9084,15 @@ parameters KEY=VALUE* | typed by the live schema; key:=json, key=@file, key.fiel
 """
 _SERVE = """\
 target TARGET? | module:Class, path/to/file.py:Class or module:factory(); default: a small demo
---stdio | serve stdin and stdout instead of HTTP
+--http | serve HTTP
+--stdio | serve stdin and stdout
+--unix PATH | serve a Unix socket
+--tcp [HOST:]PORT | serve TCP
+--host HOST := 127.0.0.1 | address for HTTP
+--port PORT := 8000 | port for HTTP; 0 takes a free one
+--max-connections N := 512 | at most so many at a time
+--idle-timeout SECONDS | end after so long without a connection
+--access-log PATH | append a JSON line for each call; - is stderr
 --prefix /PATH | serve HTTP under this path
 --token-key-file FILE | keys of the state tokens, one a line: the first signs, all verify
 --bearer-file FILE | ask for a bearer token; a line is TOKEN, or NAME TOKEN
@@ -9152,14 +9109,14 @@ target TARGET? | module:Class, path/to/file.py:Class or module:factory(); defaul
 --check | load the service, print what would be served, and exit
 """
 _COMMANDS: dict[str, tuple[Any, str]] = {
-    "serve": (_serve, _SERVE + LISTENING.replace("--port PORT := 0", "--port PORT := 8000")),
+    "serve": (_serve, _SERVE),
     "call": (_call, _CLIENT + _CALL),
     "describe": (_describe, _CLIENT),
     "selfcheck": (_selfcheck, ""),
 }
 
 
-def _parse(words: list[str]) -> tuple[Callable[[Any], int | None], Any]:
+def _parse(words: list[str], server: RpcServer | None) -> tuple[Callable[[Any], int | None], Any]:
     """Read the command line: what is to be run, and with which arguments."""
     import argparse
 
@@ -9174,24 +9131,30 @@ def _parse(words: list[str]) -> tuple[Callable[[Any], int | None], Any]:
         raise _CliError(f"no command {name!r}{suggest(name, _COMMANDS)}", f"there are {', '.join(_COMMANDS)}")
     run, table = _COMMANDS[name]
     program = f"{_program()} {name}"
+    about = run.__doc__
+    if server is not None:
+        table = table.partition("\n")[2].replace(":= 8000", ":= 0")
+        program = _program()
+        about = f"Serves {server.protocol_name} (vgi_rpc {__version__}), on stdin and stdout unless told otherwise."
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> typing.NoReturn:
             raise _CliError(message.removeprefix("argument "), f"{program} --help")
 
-    parser = Parser(program, description=run.__doc__, allow_abbrev=False)
-    return run, read_options(parser, table, words[1:], twins=name == "serve")
+    parser = Parser(program, description=about, allow_abbrev=False)
+    parser.set_defaults(server=server)
+    return run, _read_options(parser, table, words[1:], twins=name == "serve")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; *argv* is what stands behind the program's name."""
+def _run(words: list[str], server: RpcServer | None = None) -> int:
+    """Run a command line, *server* in the place of serve's target, and return the exit code."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, or a program without a console
             setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
     args = None
     code = 0
     try:
-        run, args = _parse(list(sys.argv[1:] if argv is None else argv))
+        run, args = _parse(words, server)
         code = run(args) or 0
     except SystemExit as exc:  # argparse has printed its help
         code = cast("int", exc.code)
@@ -9206,6 +9169,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError):  # it takes nothing any more: the interpreter's own last flush goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; *argv* is what stands behind the program's name."""
+    return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def run_server(protocol_or_server: type | RpcServer, implementation: Any = None) -> None:
+    """Be a worker: the ``main`` of a program that serves, which reads the program's own command line.
+
+    Without arguments it serves stdin and stdout. ``--http [--host H] [--port N]``, ``--unix PATH`` and
+    ``--tcp [HOST:]PORT`` listen instead, and print ``PORT:<n>``, ``UNIX:<path>`` or ``TCP:<host>:<port>``; further
+    options are those of ``serve``. A plain class serves as its own protocol; where no *implementation* is given, one
+    is made.
+
+    Raises ``TypeError`` when the implementation does not fit, ``SystemExit`` for a wrong command line.
+    """
+    server = protocol_or_server
+    if not isinstance(server, RpcServer):
+        if implementation is None and isinstance(server, type) and not getattr(server, "_is_protocol", False):
+            implementation = server()
+        server = RpcServer(server, implementation)
+    elif implementation is not None:
+        raise TypeError("run_server: expected a server alone, got an implementation beside it")
+    if not sys.argv[1:]:  # a worker's start need not wait for argparse
+        serve_stdio(server)
+    elif code := _run(["serve", *sys.argv[1:]], server):
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":
