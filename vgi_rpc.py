@@ -3426,8 +3426,8 @@ def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
 
 def described_schemas(info: RpcMethodInfo) -> dict[str, pa.Schema]:
     """``params``, ``result`` and ``header`` with all that is told of them; made once, kept at the method."""
-    kept: dict[str, pa.Schema] = vars(info).setdefault("described", {})
-    if not kept:
+    kept: dict[str, pa.Schema] | None = vars(info).get("described")
+    if kept is None:
         fields = _described_fields(info.params)
         for at, (name, codec) in enumerate(info.params.parts.items()):
             with contextlib.suppress(KeyError, Mismatch):  # there is none, or one that no caller may send
@@ -3435,9 +3435,12 @@ def described_schemas(info: RpcMethodInfo) -> dict[str, pa.Schema]:
                 fields[at] = fields[at].with_metadata({**fields[at].metadata, DEFAULT_KEY: default})
         facts = {DOC_KEY: text_of(info.doc or ""), SIGNATURE_KEY: info.signature()}
         facts[PARAM_DOCS_KEY] = json.dumps(info.param_docs)
-        kept["params"] = pa.schema(fields, metadata=facts)
-        kept["result"] = pa.schema(_described_fields(info.result))
+        kept = {
+            "params": pa.schema(fields, metadata=facts),
+            "result": pa.schema(_described_fields(info.result)),
+        }
         kept["header"] = pa.schema(_described_fields(info.header.row) if info.header else [])
+        vars(info)["described"] = kept  # whole, as other threads look at it
     return kept
 
 
