@@ -5047,7 +5047,7 @@ class ByteClient(ClientChannel):
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self.channel = transport.channel
-        self.phase: Any = ConnectionPhase.READY
+        self.phase = ConnectionPhase.READY
         self.stream: _ByteSession | None = None  # the one that is open
         # An input stream was sent to a server that may have refused the call: it then takes that for a request.
         self._expects_orphan = False
@@ -5068,13 +5068,12 @@ class ByteClient(ClientChannel):
                 if not self._lock.acquire(timeout=options.timeout or -1):
                     raise DeadlineExceededError("no answer in time: other threads use the connection")
                 self._owner = me
-                if self.phase is not ConnectionPhase.READY:
+                if self._closed_because or self.phase is not ConnectionPhase.READY:
                     self._closed_because = self._closed_because or "a call was interrupted"
                     raise TransportError(f"the connection is closed: {self._closed_because}")
                 self.channel.deadline = deadline
                 result = step(*arguments)
-                if self.phase is ConnectionPhase.CALLING:
-                    self.phase = ConnectionPhase.READY
+                self.phase = ConnectionPhase.READY
                 return result
             except BaseException as exc:
                 if self._owner == me and self.phase is ConnectionPhase.CALLING:
@@ -5193,7 +5192,6 @@ class ByteClient(ClientChannel):
         if self.stream is not None:
             self._end_stream("was ended with its connection")
         self._closed_because = "it was closed here"
-        self.phase = ConnectionPhase.CLOSED
         return not self._expects_orphan
 
     def close(self) -> None:
