@@ -1767,12 +1767,8 @@ class RowTemplate:
             else:
                 return None
             end += len(END_OF_STREAM)
-            is_whole = data.startswith(END_OF_STREAM, end - len(END_OF_STREAM))
-            return (
-                (row, values, end)
-                if is_whole and (proven or self.write(row, values) == data[at:end])
-                else None
-            )
+            is_so = proven or self.write(row, values) == data[at:end]
+            return (row, values, end) if is_so and data.startswith(END_OF_STREAM, end - 8) else None
         except _NOT_PLAIN:
             return None
 
