@@ -3748,12 +3748,15 @@ def watch_forks() -> None:
 
 
 def _is_ready(file: Any, writing: bool = False, seconds: float = 0.0) -> bool:
-    """Whether *file* can be read (or written) now or within *seconds*; `ValueError` if it is closed."""
-    if not hasattr(select, "poll"):
-        return any(select.select([] if writing else [file], [file] if writing else [], [], seconds))
-    waiting = select.poll()
-    waiting.register(file.fileno(), select.POLLOUT if writing else select.POLLIN)
-    return bool(waiting.poll(min(seconds, 1e6) * 1000))  # it counts milliseconds in an int
+    """Whether *file* can be read (or written) now or within *seconds*, or fails at once, as a closed one does."""
+    try:
+        if not hasattr(select, "poll"):
+            return any(select.select([] if writing else [file], [file] if writing else [], [], seconds))
+        waiting = select.poll()
+        waiting.register(file.fileno(), select.POLLOUT if writing else select.POLLIN)
+        return bool(waiting.poll(min(seconds, 1e6) * 1000))  # it counts milliseconds in an int
+    except ValueError:
+        return True
 
 
 class ByteChannel(ByteSource):
@@ -3804,7 +3807,7 @@ class ByteChannel(ByteSource):
         """Whether the other side has hung up, as far as it can be known."""
         try:  # the method of the plain class, as a TLS socket refuses to peek
             return _is_ready(self.source) and not socket.socket.recv(self.source, 1, socket.MSG_PEEK)
-        except (OSError, ValueError) as exc:  # ValueError: closed here
+        except OSError as exc:
             return not isinstance(exc, BlockingIOError)  # another thread took the byte
 
     def close(self) -> None:
@@ -3836,10 +3839,7 @@ class ByteChannel(ByteSource):
 
     def is_quiet(self) -> bool:
         """Whether the peer is there and has sent nothing that was not read."""
-        try:
-            return self.at == len(self._buffer) and not _is_ready(self.source)
-        except ValueError:  # closed here
-            return False
+        return self.at == len(self._buffer) and not _is_ready(self.source)
 
     def write(self, pieces: Sequence[Buffer]) -> None:
         """Write all of *pieces*, in order: small ones in one system call, large ones without copying them."""
@@ -4520,17 +4520,18 @@ class RpcServer:
 
         Raises `StatusError` (UNAVAILABLE) when one fails; the next request asks again.
         """
-        if kind not in self._started:
-            with self._lock:
-                for service in self.services.values():
-                    try:
-                        if kind not in self._started and hasattr(service.implementation, "on_serve_start"):
-                            service.implementation.on_serve_start(kind)
-                    except BaseException as exc:
-                        log_quietly(logging.ERROR, "on_serve_start(%s) of %s raised", kind, service.name)
-                        text = f"{service.name} could not start: {text_of(exc)}"
-                        raise StatusError(text, code=Code.UNAVAILABLE) from exc
-                self._started.add(kind)
+        if kind in self._started:
+            return
+        with self._lock:
+            for service in self.services.values():
+                try:
+                    if kind not in self._started and hasattr(service.implementation, "on_serve_start"):
+                        service.implementation.on_serve_start(kind)
+                except BaseException as exc:
+                    log_quietly(logging.ERROR, "on_serve_start(%s) of %s raised", kind, service.name)
+                    text = f"{service.name} could not start: {text_of(exc)}"
+                    raise StatusError(text, code=Code.UNAVAILABLE) from exc
+            self._started.add(kind)
 
     @property
     def running(self) -> int:
