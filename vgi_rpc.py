@@ -8814,11 +8814,7 @@ def _read_ndjson(text: bytes, schema: pa.Schema | None) -> pa.RecordBatch:
 
 def _cell(value: Any) -> str:
     """A value of `value_to_json` as a table shows it."""
-    if isinstance(value, dict):
-        return " ".join(f"{name}={_cell(part)}" for name, part in value.items())
-    if isinstance(value, float):
-        return f"{value:.10g}"
-    return value or "" if value is None or isinstance(value, str) else json_text(value)
+    return value if isinstance(value, str) else json_text(value)
 
 
 _ENDINGS = {"": "ndjson", ".ndjson": "ndjson", ".jsonl": "ndjson", ".json": "json", ".txt": "table"}
@@ -8869,11 +8865,11 @@ class _Output:
         """Write a stream's header. In Arrow it is a stream of its own: in ``FILE.header``, or in front on a pipe."""
         [row] = batch_rows(batch, described)
         if self.kind == "arrow":
-            with contextlib.ExitStack() as stack:
-                to = self._file
-                if self._path:
-                    to = stack.enter_context(open(f"{self._path}.header", "wb"))
-                to.write(stream_bytes(WireSchema(batch.schema), [(batch, None)]))
+            to: Any = contextlib.nullcontext(self._file)
+            if self._path:
+                to = open(f"{self._path}.header", "wb")
+            with to as file:
+                file.write(stream_bytes(WireSchema(batch.schema), [(batch, None)]))
         elif self.kind == "table":
             self._put(f"Header: {_cell(row)}\n")
         else:
@@ -9003,7 +8999,7 @@ def _call_stream(args: Any, connection: RpcConnection[Any], info: RpcMethodInfo,
 def _describe(args: Any) -> None:
     """Show what a server offers."""
     with _connected(args) as (connection, service, method):
-        told: dict[str, Any] = {"protocol_hash": service.protocol_hash, "server_id": service.server_id}
+        told = {"protocol_hash": service.protocol_hash, "server_id": service.server_id}
         if args.verbose and isinstance(connection._channel, HttpClient):
             told.update(connection._channel.capabilities(connection._options.deadline)._asdict())
     texts = [f"{service.protocol_name} {service.protocol_version}".rstrip()] * (method is None)
@@ -9114,46 +9110,45 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
 }
 
 
-def _parse(words: list[str], server: RpcServer | None) -> tuple[Callable[[Any], int | None], Any]:
-    """Read the command line: what is to be run, and with which arguments."""
-    import argparse
-
-    name = (words or ["--help"])[0]
-    if name == "--version":
-        return lambda _: print(_versions()), None
-    if name in ("--help", "-h"):
-        lines = [f"  {command:12}{run.__doc__}" for command, (run, _) in _COMMANDS.items()]
-        print("\n".join([f"usage: {_program()} COMMAND …", *lines, "COMMAND --help says what it takes."]))
-        return (lambda _: 2 * (not words)), None
-    if name not in _COMMANDS:
-        raise _CliError(f"no command {name!r}{suggest(name, _COMMANDS)}", f"there are {', '.join(_COMMANDS)}")
-    run, table = _COMMANDS[name]
-    program = f"{_program()} {name}"
-    about = run.__doc__
-    if server is not None:
-        table = table.partition("\n")[2].replace(":= 8000", ":= 0")
-        program = _program()
-        about = f"Serves {server.protocol_name} (vgi_rpc {__version__}), on stdin and stdout unless told otherwise."
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> typing.NoReturn:
-            raise _CliError(message.removeprefix("argument "), f"{program} --help")
-
-    parser = Parser(program, description=about, allow_abbrev=False)
-    parser.set_defaults(server=server)
-    return run, _read_options(parser, table, words[1:], twins=name == "serve")
-
-
 def _run(words: list[str], server: RpcServer | None = None) -> int:
     """Run a command line, *server* in the place of serve's target, and return the exit code."""
+    import argparse
+
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, or a program without a console
             setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
-    args = None
+    name = (words or ["--help"])[0]
+    program = _program() + f" {name}" * (server is None)
+    verbose = False
     code = 0
+
+    def refuse(message: str) -> typing.NoReturn:
+        raise _CliError(message.removeprefix("argument "), f"{program} --help")
+
     try:
-        run, args = _parse(words, server)
-        code = run(args) or 0
+        if name in ("--version", "--help", "-h"):
+            lines = [f"  {command:12}{run.__doc__}" for command, (run, _) in _COMMANDS.items()]
+            lines = [f"usage: {_program()} COMMAND …", *lines, "COMMAND --help says what it takes."]
+            print(_versions() if name == "--version" else "\n".join(lines))
+            code = 2 * (not words)
+        elif name not in _COMMANDS:
+            raise _CliError(
+                f"no command {name!r}{suggest(name, _COMMANDS)}", f"there are {', '.join(_COMMANDS)}"
+            )
+        else:
+            run, table = _COMMANDS[name]
+            about = run.__doc__
+            if server is not None:
+                table = table.partition("\n")[2].replace(":= 8000", ":= 0")
+                about = (
+                    f"Serves {server.protocol_name} (vgi_rpc {__version__}), by default on stdin and stdout."
+                )
+            parser: Any = argparse.ArgumentParser(program, description=about, allow_abbrev=False)
+            parser.error = refuse
+            parser.set_defaults(server=server, verbose=False)
+            args = _read_options(parser, table, words[1:], twins=name == "serve")
+            verbose = args.verbose
+            code = run(args) or 0
     except SystemExit as exc:  # argparse has printed its help
         code = cast("int", exc.code)
     except KeyboardInterrupt:
@@ -9161,7 +9156,7 @@ def _run(words: list[str], server: RpcServer | None = None) -> int:
     except BrokenPipeError:  # whoever read our stdout has had enough
         pass
     except (_CliError, RpcError, Refusal, OSError, ValueError, EOFError) as exc:
-        code = _report(exc, getattr(args, "verbose", False))
+        code = _report(exc, verbose)
     try:
         sys.stdout.flush()
     except (OSError, ValueError):  # it takes nothing any more: the interpreter's own last flush goes nowhere
