@@ -8585,7 +8585,9 @@ def _serve(args: Any) -> None:
     server = args.server
     if server is None:
         args.http = args.http or not (args.stdio or args.unix or args.tcp)
-        server = _service_of(args.target) if args.target else RpcServer(Demo, Demo())
+        server = RpcServer(Demo, Demo())
+        if args.target:
+            server = _service_of(args.target)
     if args.bearer_file and not args.http:
         raise _CliError("--bearer-file is for HTTP")
     server.include_tracebacks = server.include_tracebacks and not args.no_tracebacks
@@ -8814,7 +8816,9 @@ def _read_ndjson(text: bytes, schema: pa.Schema | None) -> pa.RecordBatch:
 
 def _cell(value: Any) -> str:
     """A value of `value_to_json` as a table shows it."""
-    return value if isinstance(value, str) else json_text(value)
+    if isinstance(value, str):
+        return value
+    return json_text(value)
 
 
 _ENDINGS = {"": "ndjson", ".ndjson": "ndjson", ".jsonl": "ndjson", ".json": "json", ".txt": "table"}
@@ -8900,7 +8904,7 @@ class _Output:
         elif batches and self.kind != "json":
             self.rows(shown if isinstance(shown, list) else [shown])
         else:
-            self._end = (_cell(shown) if self.kind == "table" else json_text(shown)) + "\n"
+            self._end = (json_text, _cell)[self.kind == "table"](shown) + "\n"
         self.close()
 
     def close(self) -> None:
@@ -9003,7 +9007,7 @@ def _describe(args: Any) -> None:
         if args.verbose and isinstance(connection._channel, HttpClient):
             told.update(connection._channel.capabilities(connection._options.deadline)._asdict())
     texts = [f"{service.protocol_name} {service.protocol_version}".rstrip()] * (method is None)
-    for each in [method] if method else service.methods.values():
+    for each in (method and [method]) or service.methods.values():
         lines = [f"{each.signature()}    {each.kind}"]
         lines += [f"    {line}".rstrip() for line in (each.doc or "").splitlines()]
         lines += [f"  deprecated: {each.deprecation}"] * (each.deprecation is not None)
@@ -9129,7 +9133,9 @@ def _run(words: list[str], server: RpcServer | None = None) -> int:
         if name in ("--version", "--help", "-h"):
             lines = [f"  {command:12}{run.__doc__}" for command, (run, _) in _COMMANDS.items()]
             lines = [f"usage: {_program()} COMMAND …", *lines, "COMMAND --help says what it takes."]
-            print(_versions() if name == "--version" else "\n".join(lines))
+            if name == "--version":
+                lines = [_versions()]
+            print("\n".join(lines))
             code = 2 * (not words)
         elif name not in _COMMANDS:
             raise _CliError(
