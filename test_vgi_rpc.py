@@ -7162,9 +7162,12 @@ class CliTests(TestCase):
         with zipfile.ZipFile("app.pyz", "w") as archive:
             archive.write(rpc.__file__, "vgi_rpc.py")
             archive.writestr("__main__.py", "import sys, vgi_rpc\nsys.exit(vgi_rpc.main())\n")
+        with zipfile.ZipFile("alone.pyz", "w") as archive:
+            archive.write(rpc.__file__, "__main__.py")
+        selfcheck = r"\npipe +ok\nworker +ok\nhttp +ok\n$"
         serve = "serve acme.service:Svc --check"
         for words, wanted in ((f"-m acme.vendor.rpc {serve}", r"^Svc: 2 methods"), (f"acme/vendor/rpc.py {serve}", r"^Svc: 2 methods"),
-                              ("app.pyz selfcheck", r"\npipe +ok\nworker +ok\nhttp +ok\n$")):  # fmt: skip
+                              ("app.pyz selfcheck", selfcheck), ("alone.pyz selfcheck", selfcheck)):  # fmt: skip
             out, said = self.start(*words.split()).communicate(timeout=WATCHDOG_SECONDS)
             self.assertEqual(said, b"", out)
             self.assertRegex(out.decode(), wanted)

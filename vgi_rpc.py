@@ -9033,12 +9033,13 @@ def _selfcheck(args: Any) -> int:
 
     place, file = os.path.split(os.path.abspath(__file__))  # the place may be a zip archive
     start = f"import sys; sys.path.insert(0, {place!r}); import {file[:-3]} as m; sys.exit(m.main())"
+    words = [place] if file == "__main__.py" else ["-c", start]
     bound: Any = concurrent.futures.Future()
     more = {"token_key": os.urandom(32), "on_bound": lambda _, port: bound.set_result(port)}
     threading.Thread(target=serve_http, args=[RpcServer(Demo, Demo())], kwargs=more, daemon=True).start()
     ways: dict[str, Callable[[], Any]] = {
         "pipe": lambda: serve_pipe(Demo, Demo()),
-        "worker": lambda: connect(Demo, [sys.executable, "-c", start, "serve", "--stdio"]),
+        "worker": lambda: connect(Demo, [sys.executable, *words, "serve", "--stdio"]),
         "http": lambda: http_connect(Demo, f"http://127.0.0.1:{bound.result(10)}"),
     }
     print(_versions())
