@@ -60,19 +60,8 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field, make_dataclass
-from typing import (
-    Annotated,
-    Any,
-    ClassVar,
-    Final,
-    Generic,
-    Literal,
-    NamedTuple,
-    NewType,
-    Optional,
-    Protocol,
-    TypeVar,
-)
+from typing import Annotated, Any, ClassVar, Final, Generic, Literal, NamedTuple, NewType, Optional
+from typing import Protocol, TypeVar
 from unittest import mock
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
@@ -80,23 +69,9 @@ from wsgiref.validate import validator
 import pyarrow as pa
 
 import vgi_rpc as rpc
-from vgi_rpc import (
-    AnnotatedBatch,
-    ArrowSerializableDataclass,
-    ArrowType,
-    AuthContext,
-    CallContext,
-    ExchangeState,
-    Level,
-    OutputCollector,
-    ProducerState,
-    RpcError,
-    RpcServer,
-    Stream,
-    StreamState,
-    Transient,
-    TransportError,
-)
+from vgi_rpc import AnnotatedBatch, ArrowSerializableDataclass, ArrowType, AuthContext, CallContext
+from vgi_rpc import ExchangeState, Level, OutputCollector, ProducerState, RpcError, RpcServer, Stream
+from vgi_rpc import StreamState, Transient, TransportError
 
 HERE = pathlib.Path(__file__).resolve().parent
 # A worker reads no more of this file than it needs: the whole takes longer to compile than many a test to run.
@@ -490,6 +465,30 @@ class Scaled(ExchangeState):
         out.emit_pydict({"value": values}, metadata={"turns": str(self.turns)})
 
 
+def raising(exc: BaseException) -> Any:
+    """A callable that raises."""
+    return mock.Mock(side_effect=exc)
+
+
+MISDEEDS: dict[str, Callable[[Any], Any]] = {  # what a turn does to its collector
+    "none": lambda out: None,
+    "finish": lambda out: out.finish(),
+    "twice": lambda out: [out.emit_pydict({"value": [n]}) for n in (1, 2)],
+    "type": lambda out: out.emit(pa.RecordBatch.from_pydict({"value": ["text"]})),
+    "names": lambda out: out.emit_pydict({"other": [1]}),
+    "after finish": lambda out: [out.finish(), out.emit_pydict({"value": [2]})],
+    "raise": lambda out: raising(LookupError("in the second turn"))(),
+    "exit": lambda out: sys.exit(3),
+    "state": lambda out: out.emit_pydict({"value": [2]}),
+    "cut": lambda out: out.emit_pydict({"value": [1.5]}),
+    "our key": lambda out: out.emit_pydict({"value": []}, {"vgi_rpc.location": "https://example.com"}),
+    "our keys": lambda out: out.emit_pydict(
+        {"value": []}, {"vgi_rpc.log_level": "", "vgi_rpc.log_message": ""}
+    ),
+    "unread": lambda out: out.emit_pydict({"value": [2]}),
+}
+
+
 @dataclass
 class Misbehaving(ProducerState):
     """Breaks the rule that *how* names, in its second turn."""
@@ -501,27 +500,10 @@ class Misbehaving(ProducerState):
         self.at += 1
         if self.at == 1:
             out.emit_pydict({"value": [1]})
-        elif self.how == "twice":
-            out.emit_pydict({"value": [1]})
-            out.emit_pydict({"value": [2]})
-        elif self.how == "type":
-            out.emit(pa.RecordBatch.from_pydict({"value": ["text"]}))
-        elif self.how == "names":
-            out.emit_pydict({"other": [1]})
-        elif self.how == "after finish":
-            out.finish()
-            out.emit_pydict({"value": [2]})
-        elif self.how == "raise":
-            raise LookupError("in the second turn")
-        elif self.how == "state":
+            return
+        if self.how == "state":
             self.at = "text"  # type: ignore[assignment]
-            out.emit_pydict({"value": [2]})
-        elif self.how == "cut":
-            out.emit_pydict({"value": [1.5]})
-        elif self.how == "our key":
-            out.emit_pydict({"value": []}, metadata={"vgi_rpc.location": "https://example.com"})
-        elif self.how == "unread":
-            out.emit_pydict({"value": [2]})
+        MISDEEDS[self.how](out)
 
     def __post_init__(self) -> None:
         if self.how == "unread" and self.at > 1:
@@ -535,14 +517,7 @@ class BadExchange(ExchangeState):
     how: str
 
     def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
-        if self.how == "finish":
-            out.finish()
-        elif self.how == "our keys":
-            out.emit_pydict({"value": []}, metadata={"vgi_rpc.log_level": "INFO", "vgi_rpc.log_message": ""})
-        elif self.how == "exit":
-            raise SystemExit(3)
-        elif self.how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        MISDEEDS[self.how](out)
 
 
 class BrokenText(Exception):
@@ -552,26 +527,15 @@ class BrokenText(Exception):
         raise RuntimeError("no text")
 
 
-def _raiser(exc: BaseException) -> Callable[[], Any]:
-    def fail() -> Any:
-        raise exc
-
-    return fail
-
-
-def _recursion() -> Any:
-    return _recursion()
-
-
 FAILURES: dict[str, Callable[[], Any]] = {
     "TypeError": lambda: len(3),  # type: ignore[arg-type]
     "KeyError": lambda: {}["x"],
     "SystemExit": lambda: sys.exit(7),
-    "KeyboardInterrupt": _raiser(KeyboardInterrupt()),
+    "KeyboardInterrupt": raising(KeyboardInterrupt()),
     "StopIteration": lambda: next(iter(())),
-    "RecursionError": _recursion,
-    "MemoryError": _raiser(MemoryError()),
-    "BrokenText": _raiser(BrokenText()),
+    "RecursionError": lambda: FAILURES["RecursionError"](),
+    "MemoryError": raising(MemoryError()),
+    "BrokenText": raising(BrokenText()),
 }
 
 
@@ -599,7 +563,6 @@ class Service(Echo, Protocol):
     def lie_none(self) -> None: ...
     def noisy(self) -> str: ...
     def process_id(self) -> int: ...
-    def kill(self) -> int: ...
     def cancels(self) -> list[int]: ...
     def context(self) -> dict[str, str]: ...
     def wait(self, seconds: float) -> int: ...
@@ -657,8 +620,7 @@ class ServiceImpl(Echo):
     def add(self, a: float, b: float = 2.0) -> float:
         return a + b
 
-    def nothing(self) -> None:
-        return None
+    def nothing(self) -> None: ...
 
     def optional(self, value: int | None = None) -> int | None:
         return value
@@ -696,10 +658,6 @@ class ServiceImpl(Echo):
 
     def process_id(self) -> int:
         return os.getpid()
-
-    def kill(self) -> int:
-        os.kill(os.getpid(), signal.SIGKILL)
-        return 0
 
     def context(self, ctx: CallContext) -> dict[str, str]:
         facts = {"method": ctx.method_name, "protocol": ctx.protocol_name, "kind": str(ctx.kind)}
@@ -4003,7 +3961,7 @@ class ServerCallTests(TestCase):
 
     def test_hooks(self) -> None:
         server = make_server()
-        broken = mock.Mock(on_dispatch_start=_raiser(SystemExit(1)), on_dispatch_end=_raiser(SystemExit(1)))
+        broken = mock.Mock(on_dispatch_start=raising(SystemExit(1)), on_dispatch_end=raising(SystemExit(1)))
         recorder = Recorder()
         server.add_hook(broken)
         server.add_hook(recorder)
@@ -4057,7 +4015,7 @@ class ServerCallTests(TestCase):
     def test_an_access_log_that_cannot_be_written(self) -> None:
         surrogate = AuthContext("d", True, "p\ud800")
         stream = io.StringIO()
-        for target in (stream, None, mock.Mock(write=_raiser(OSError("full")))):
+        for target in (stream, None, mock.Mock(write=raising(OSError("full")))):
             server = make_server()
             server.access_log = target
             call = self.call("fail", server, rpc.CallRecord(auth=surrogate))
@@ -7306,7 +7264,7 @@ class TransportContract:
         self.assertEqual(self.log, expected)
 
     def test_a_client_log_that_fails_ends_no_call(self) -> None:
-        noisy = rpc.with_options(self.proxy, on_log=_raiser(RuntimeError("a broken log")))
+        noisy = rpc.with_options(self.proxy, on_log=raising(RuntimeError("a broken log")))
         with self.assertLogs("vgi_rpc", "ERROR") as caught:
             self.assertEqual([noisy.logs(count=2), noisy.logs(count=1)], [2, 1])
         self.assertEqual(len(caught.records), 3)
