@@ -4589,10 +4589,8 @@ class RpcServer:
             line["error_type"] = facts["exception_type"]
             line["error_code"] = facts["error_code"]
             line["error_message"] = "(not logged: it may show values)" if shows else text_of(error)[:1000]
-        if record.stream_id:
-            line["stream_id"] = record.stream_id
-        if record.cancelled:  # else it is left out
-            line["cancelled"] = True
+        optional = {"stream_id": record.stream_id, "cancelled": record.cancelled}
+        line |= {name: value for name, value in optional.items() if value}
         if record.request_schema is not None:
             line["request_fields"] = [{"name": f.name, "type": str(f.type)} for f in record.request_schema]
             line["request_rows"] = record.request_rows
@@ -5209,7 +5207,6 @@ class _ByteSession(StreamSession):
         self._ahead = 1  # how many ticks to have in flight, as things go
 
     def _write(self, items: Sequence[Item], close: bool = False) -> None:
-        self._client.phase = ConnectionPhase.CALLING
         self._writer = self._writer or IpcWriter(self._client.channel.write, self._input or EMPTY)
         self._writer.write_all(items, close=close)
 
@@ -5255,11 +5252,11 @@ class _ByteSession(StreamSession):
                 count = self._ahead - unread
         elif not unread or given[1] is not None:
             count = 1
+        self._client.phase = ConnectionPhase.CALLING
         if count:
             item: Item = (given[0], self.options.turn_metadata(given[1]))
             self._write([item if item[1] or item[0] is not TICK else EMPTY.empty_message] * count)
             self._in_flight += count
-        self._client.phase = ConnectionPhase.CALLING
         if not self._waiting:
             started = time.monotonic()
             message = self._read()
