@@ -7049,10 +7049,6 @@ def _number(headers: Mapping[str, str], name: str, least: int, most: int) -> int
     return int(given)
 
 
-def _least(*limits: int | None) -> int | None:
-    return min(filter(None, limits), default=None)
-
-
 class _PostedCall:
     """One request to a method: a unary call, the start of a stream, its next turns, or a call in JSON."""
 
@@ -7072,7 +7068,7 @@ class _PostedCall:
         if "traceparent" in headers:
             traces = {name: headers[name] for name in _TRACE_HEADERS if name in headers}
         budget = _number(headers, ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET)
-        limit = _least(app.options.max_response_bytes, budget)
+        limit = min(filter(None, (app.options.max_response_bytes, budget)), default=None)
         self._caller = CallRecord(TransportKind.HTTP, auth, request.remote_addr, traces, request.gone, limit)
         # What a token is good for. An authenticated caller without a name is not the same as nobody.
         names = [bound.service.name, bound.info.name]
@@ -7222,7 +7218,8 @@ class _PostedCall:
         batch = reader.decode(message)
         if source.read(len(END_OF_STREAM) + 1) != END_OF_STREAM:
             raise ProtocolError("exchange: expected one batch and the end of the stream, got something else")
-        self._caller.response_limit_bytes = _least(self._caller.response_limit_bytes, half.limit)
+        limits = (self._caller.response_limit_bytes, half.limit)
+        self._caller.response_limit_bytes = min(filter(None, limits), default=None)
         call = self._open_call(metadata, stream_id=half.stream_id)
         try:
             self._revive(content)
@@ -7583,7 +7580,7 @@ class HttpConnection(_Handler):
         lines = "".join([f"{name}: {value}\r\n" for name, value in response.headers])
         head = (
             f"HTTP/1.1 {_status_line(response.status)}\r\n{'' if keep else _CLOSE}{lines}"
-            f"Date: {_http_date(int(time.time()))}\r\n{framing}\r\n"
+            f"Date: {self.date_time_string()}\r\n{framing}\r\n"
         ).encode("latin-1", "replace")
         if isinstance(pieces, list):
             self._write([head] if method == "HEAD" else [head, *pieces])
@@ -7598,13 +7595,6 @@ class HttpConnection(_Handler):
         self._reader.ends = None
         self._reader.allow(total_size(pieces))
         self._channel.write(pieces)
-
-
-@functools.lru_cache(maxsize=2)
-def _http_date(second: int) -> str:
-    from email.utils import formatdate  # http.server has loaded it
-
-    return formatdate(second, usegmt=True)
 
 
 def serve_http(
