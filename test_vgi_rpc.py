@@ -3816,6 +3816,19 @@ class ByteServingTests(TestCase):
                 (answer,) = read_streams(peer.hang_up())
                 self.assertEqual(error_of(answer)["type"], "IPCError")
 
+    def test_what_cannot_be_written_is_an_error(self) -> None:
+        many = {b"%d" % i: b"" for i in range(1000)}
+        with byte_proxy() as proxy:
+            with mock.patch.object(rpc.Call, "logs", lambda call, wire: [(wire.empty, many)]):
+                for use in (
+                    lambda: proxy.logs(2),
+                    lambda: list(proxy.count(3)),
+                    lambda: proxy.count_with_header(3),
+                ):
+                    with self.raises(RpcError, "metadata: expected at most 512 entries"):
+                        use()
+            self.assertEqual(proxy.add(1.0), 3.0)
+
     def test_transport_options(self) -> None:
         asked = {b"vgi_rpc.transport.shm": b"true", **request_metadata("__transport_options__", None)}
         server = make_server()

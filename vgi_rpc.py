@@ -4640,7 +4640,6 @@ class _ByteServing:
         self._orphan_expected = False
         request: Any = None
         reader = None
-        call = None
         try:
             ready = server.request_table.read(*self._channel.received(), server.limits.max_bytes)
             try:
@@ -4662,9 +4661,7 @@ class _ByteServing:
                     call = Call(server, bound, self._caller, request_id, request.metadata, request)
                     self._serve_call(call, request)
                     return True
-            except (Refusal, StatusError) as exc:
-                if call is not None:  # an answer that cannot be written
-                    raise
+            except (Refusal, StatusError) as exc:  # before the call, which raises neither
                 framed = ready is not None or (reader is not None and _read_over(reader))
                 if request is not None or not orphan_expected:
                     self._answer(exc, request)
@@ -4699,7 +4696,7 @@ class _ByteServing:
         try:
             turn = call.begin(lambda: request.arguments(call.bound.info))
             if turn.items:
-                IpcWriter(self._channel.write, turn.wire).write_all(turn.items, close=True)
+                self._write(IpcWriter(self._channel.write, turn.wire), call, turn, True)
             if call.wires is not None:
                 self._serve_turns(call, call.wires)
             else:
@@ -4709,6 +4706,18 @@ class _ByteServing:
             raise
         finally:
             call.end()
+
+    def _write(self, writer: IpcWriter, call: Call, turn: Turn, over: bool) -> bool:
+        """Write a turn, or the error that it cannot be written; return whether the stream is *over*."""
+        try:
+            writer.write_all(turn.items, close=over)
+        except Refusal as exc:
+            call.wires = None
+            item = self._server.error_item(exc, writer.wire, call.request_id)
+            writer.write_all([item], close=True)
+            call.error = exc
+            over = True
+        return over
 
     def _serve_turns(self, call: Call, wires: StreamWires) -> None:
         """Lockstep: a batch comes, a turn answers, until either side ends."""
@@ -4729,8 +4738,7 @@ class _ByteServing:
                 turn = Turn(wires.output, [], True) if item is None else call.turn(*item)
             except Refusal as exc:  # of the input: a turn raises nothing
                 turn = call.failed(exc, refused=True)
-            finished = turn.finished
-            writer.write_all(turn.items, close=finished)
+            finished = self._write(writer, call, turn, turn.finished)
         if reader is None or not _read_over(reader):
             raise EOFError("where the next request begins is not known")
 
