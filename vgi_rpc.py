@@ -1376,9 +1376,13 @@ def _conform(values: Any, column: pa.Field, where: str, cast_values: bool) -> pa
         problem = f" ({text_of(exc)})"
     if fitted is not None and (column.nullable or not fitted.null_count):
         return fitted
-    expected = f"{type_text(column.type)}{' without nulls' * (fitted is not None)}"
-    got = type_text(given.type) if isinstance(given, pa.Array) else type(values).__name__
-    got = "a null" if fitted is not None else got
+    expected = type_text(column.type)
+    got = type(values).__name__
+    if fitted is not None:
+        expected += " without nulls"
+        got = "a null"
+    elif isinstance(given, pa.Array):
+        got = type_text(given.type)
     raise ParameterError(f"{where}: column {column.name!r}: expected {expected}, got {got}{problem}")
 
 
