@@ -8461,9 +8461,8 @@ def _report(exc: Exception, verbose: bool) -> int:
 
 # -- options
 
-_NUMBERS: dict[
-    str, tuple[Any, int, int, str]
-] = {  # what stands for them in help: type, least, largest, in words
+# What stands for numbers in help: type, least, largest, in words.
+_NUMBERS: dict[str, tuple[Any, int, int, str]] = {
     "N": (int, 1, 10**15, "a number above 0"),
     "SIZE": (int, 1, 10**15, "a size such as 64M"),
     "SECONDS": (float, 0, 10**9, "seconds"),
