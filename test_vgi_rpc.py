@@ -6891,6 +6891,8 @@ FAILS: list[tuple[str, str, int, str]] = [  # arguments, stdin, exit code, what 
     ("serve raising.py:A", "", 2, "raising.py:2: RuntimeError: no database"),
     ("serve odd.py:A", "", 2, r"f\(\).*parameter 'a'"),
     ("serve --stdio --tcp 0", "", 2, "one at a time"),
+    ("serve --stdio --bearer-file keys", "", 2, "--bearer-file is for HTTP"),
+    ("call {unix} countdown start=1 --resume mark", "", 2, "--resume is for streams over HTTP"),
     ("serve --port 99999", "", 2, "--port: expected"),
     ("serve --port 8K", "", 2, "--port: expected a port"),
     ("serve --access-log /no/such/log", "", 2, "error: /no/such/log: No such file"),
@@ -7141,6 +7143,18 @@ class CliTests(TestCase):
             self.assertEqual(json.loads(child.stdout.readline())["count"], wanted)
         child.send_signal(signal.SIGINT)
         self.assertEqual((child.communicate(timeout=WATCHDOG_SECONDS), child.returncode), ((b"", b""), 130))
+
+    def test_text_in_pieces(self) -> None:
+        wanted = [{"a": "x\ny", "b": "1"}, {"a": None, "b": "2"}]
+        for text, is_csv in (
+            (b'\xef\xbb\xbfa,b\r\n"x\ny",1\n,2', True),
+            (b'{"a": "x\\ny", "b": 1}\n\n{"b": 2}', False),
+        ):
+            for size in (1, 7, 99):
+                pieces = [text[at : at + size] for at in range(0, len(text), size)]
+                file = mock.Mock(read1=mock.Mock(side_effect=[*pieces, b""]))
+                rows = [row for batch in rpc._text_batches(file, is_csv) for row in batch.to_pylist()]
+                self.assertEqual(rows, wanted)
 
     def test_copies_elsewhere(self) -> None:
         """A copy in a package is one module with what serves; one in an archive starts itself through that."""

@@ -6444,11 +6444,6 @@ def value_to_json(value: Any, member: pa.Field) -> Any:
     return getattr(value, "isoformat", value.__str__)()
 
 
-def batches_in(data: bytes) -> list[pa.RecordBatch]:
-    """The batches of an IPC stream inside of a value; raises `IPCError` and `EOFError`."""
-    return [batch for batch, _ in iter(IpcReader(ByteSource(data)).next, None)]
-
-
 def batch_rows(batch: pa.RecordBatch, described: pa.Schema | None = None) -> list[dict[str, Any]]:
     """The rows of *batch* as JSON has them; *described* has what reflection says of its fields, by name."""
     told = {member.name: member for member in described or batch.schema}
