@@ -833,33 +833,24 @@ class Reply(NamedTuple):
         return json.loads(self.body)
 
 
-def decode_body(body: bytes, coding: str) -> bytes:
-    """Undo a content coding."""
+def reply_of(status: int, headers: Any, body: bytes) -> Reply:
+    """An answer, its body decoded."""
+    answered = {k.lower(): v for k, v in headers}
+    coding = answered.get("x-vgi-content-encoding") or answered.get("content-encoding")
     if coding == "zstd":
-        return pa.CompressedInputStream(pa.BufferReader(body), "zstd").read()
-    if coding == "gzip":
-        return zlib.decompress(body, 31)
-    return body
+        body = pa.CompressedInputStream(pa.BufferReader(body), "zstd").read()
+    elif coding == "gzip":
+        body = zlib.decompress(body, 31)
+    return Reply(status, answered, body)
 
 
 class WsgiClient(rpc.HttpSender):
     """Calls a WSGI application through `wsgiref.validate`; it is also a ``client`` for `http_connect`."""
 
-    prefix = ""
-
     def __init__(self, app: Any) -> None:
         self.app = validator(app)
 
-    def send(
-        self,
-        method: str,
-        path: str,
-        headers: Any,
-        body: bytes,
-        deadline: Any = None,
-        limit: Any = None,
-        **more: Any,
-    ) -> Reply:
+    def send(self, method: str, path: str, headers: Any, body: Any, *_: Any, **more: Any) -> Reply:
         """Send one request; *more* goes into the WSGI environment."""
         path, _, query = path.partition("?")
         environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "SCRIPT_NAME": ""}
@@ -885,9 +876,7 @@ class WsgiClient(rpc.HttpSender):
         finally:
             result.close()
         status, given = seen[0]
-        answered = {k.lower(): v for k, v in given}
-        coding = answered.get("x-vgi-content-encoding") or answered.get("content-encoding") or ""
-        return Reply(int(status[:3]), answered, decode_body(whole, coding))
+        return reply_of(int(status[:3]), given, whole)
 
     def post(self, path: str, body: bytes, **headers: str) -> Reply:
         """Post Arrow; a keyword ``x_y`` is the header ``x-y``."""
@@ -901,9 +890,6 @@ class WsgiClient(rpc.HttpSender):
     def get(self, path: str, **headers: str) -> Reply:
         """Get a page or a JSON document."""
         return self.send("GET", path, [(k.replace("_", "-"), v) for k, v in headers.items()], b"")
-
-    def close(self) -> None:
-        """Nothing is kept."""
 
 
 def wsgi_client(server: RpcServer | None = None, **options: Any) -> WsgiClient:
@@ -930,10 +916,7 @@ class ReplayingClient(WsgiClient):
 
     def send(self, method: str, path: str, headers: Any, body: bytes, *rest: Any, **more: Any) -> Reply:
         reply = super().send(method, path, headers, body, *rest, **more)
-        again = path.endswith("/exchange") and b"vgi_rpc.cancel" not in (
-            body if isinstance(body, bytes) else b"".join(body)
-        )
-        if not again:
+        if not path.endswith("/exchange") or b"vgi_rpc.cancel" in b"".join(body):
             return reply
         second = super().send(method, path, headers, body, *rest, **more)
         shown = []
@@ -972,6 +955,12 @@ class RawStream:
         return reply
 
 
+def serve_and_close(server: RpcServer, transport: Any) -> None:
+    """Serve a byte stream to its end."""
+    with contextlib.closing(transport):
+        server.serve(transport)
+
+
 class BytePeer:
     """A served byte stream seen from the far end: raw bytes in, IPC streams out."""
 
@@ -980,15 +969,8 @@ class BytePeer:
         self.socket = near
         self.output = near.makefile("rb")
         transport = rpc.Transport(rpc.ByteChannel(far), rpc.TransportKind.PIPE)
-        self.thread = threading.Thread(target=self._serve, args=(server, transport), daemon=True)
+        self.thread = threading.Thread(target=serve_and_close, args=(server, transport), daemon=True)
         self.thread.start()
-
-    @staticmethod
-    def _serve(server: RpcServer, transport: Any) -> None:
-        try:
-            server.serve(transport)
-        finally:
-            transport.close()
 
     def send(self, data: bytes) -> None:
         """Send bytes."""
@@ -1073,30 +1055,13 @@ class TestCase(unittest.TestCase):
         faulthandler.dump_traceback_later(WATCHDOG_SECONDS, exit=True, file=sys.__stderr__)
         self.addCleanup(faulthandler.cancel_dump_traceback_later)
 
-    def raises(self, kind: Any, *parts: str) -> _Raises:
+    @contextlib.contextmanager
+    def raises(self, kind: Any, *parts: str) -> Iterator[Any]:
         """A context in which *kind* is raised, with every one of *parts* in its text."""
-        return _Raises(self, kind, parts)
-
-
-class _Raises:
-    def __init__(self, test: unittest.TestCase, kind: Any, parts: tuple[str, ...]) -> None:
-        self._test = test
-        self._kind = kind
-        self._parts = parts
-        self.exception: Any = None
-
-    def __enter__(self) -> _Raises:
-        return self
-
-    def __exit__(self, kind: Any, exc: Any, trace: Any) -> bool:
-        if exc is None:
-            self._test.fail(f"{self._kind} not raised")
-        if not isinstance(exc, self._kind):
-            return False
-        self.exception = exc
-        for part in self._parts:
-            self._test.assertIn(part, str(exc))
-        return True
+        with self.assertRaises(kind) as caught:
+            yield caught
+        for part in parts:
+            self.assertIn(part, str(caught.exception))
 
 
 def setUpModule() -> None:
@@ -4069,7 +4034,7 @@ class ServerCallTests(TestCase):
 def byte_proxy(server: RpcServer | None = None, **options: Any) -> Iterator[Any]:
     """A proxy of `Service` on a byte stream of its own, whose server runs in a thread."""
     near, far = rpc.make_pipe_pair()
-    thread = threading.Thread(target=BytePeer._serve, args=(server or make_server(), far), daemon=True)
+    thread = threading.Thread(target=serve_and_close, args=(server or make_server(), far), daemon=True)
     thread.start()
     with rpc.RpcConnection(Service, near, **options) as proxy:
         yield proxy
@@ -7877,22 +7842,15 @@ class OpenerTests(HttpTests):
 class RoundRobin(rpc.HttpSender):
     """A load balancer without stickiness, as a ``client`` for `http_connect`: each request goes to the next server."""
 
-    prefix = ""
-
     def __init__(self, *ports: Any) -> None:
         self.ports = itertools.cycle(map(int, ports))
 
-    def send(self, method: str, path: str, headers: Any, body: bytes, *_: Any) -> Reply:
+    def send(self, method: str, path: str, headers: Any, body: Any, *_: Any) -> Reply:
         connection = http.client.HTTPConnection("127.0.0.1", next(self.ports), timeout=WATCHDOG_SECONDS)
         with contextlib.closing(connection):
             connection.request(method, path, body, dict(headers))
             answer = connection.getresponse()
-            answered = {k.lower(): v for k, v in answer.getheaders()}
-            coding = answered.get("x-vgi-content-encoding") or answered.get("content-encoding") or ""
-            return Reply(answer.status, answered, decode_body(answer.read(), coding))
-
-    def close(self) -> None:
-        """Nothing is kept."""
+            return reply_of(answer.status, answer.getheaders(), answer.read())
 
 
 class TwoServersTests(TestCase):
