@@ -9068,7 +9068,7 @@ _CALL = """\
 parameters KEY=VALUE* | typed by the live schema; key:=json, key=@file, key.field=value
 -j,--json JSON | parameters as a JSON object; @file, or - for stdin
 -i,--input FILE | batches for an exchange: Arrow, NDJSON or CSV; - is stdin, read as it comes
---rows N | rows of the input per turn (default: Arrow's batches, 100 lines of text)
+--rows N | most rows of the input per turn (default: Arrow's batches, 100 lines of text)
 -f,--format auto|json|ndjson|table|arrow := auto | auto: a table on a terminal, else NDJSON
 -o,--output FILE | write the answer there; its ending may say the format
 --limit N | stop after so many rows
