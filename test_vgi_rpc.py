@@ -7882,6 +7882,7 @@ class ElsewhereTests(TestCase):
             import os, select, signal, socket, sys
             missing = [(select, 'POLLRDHUP'), (select, 'poll'), (select, 'epoll'), (os, 'readv'), (os, 'writev'), (os, 'fork')]
             missing += [(signal, 'pthread_kill'), (socket, 'AF_UNIX'), (os, 'register_at_fork'), (os, 'set_blocking')]
+            missing += [(signal, 'pthread_sigmask'), (select, 'PIPE_BUF'), (os, 'forkpty'), (os, 'posix_spawn')]
             pair = socket.socketpair
             def socketpair():
                 listening = socket.create_server(('127.0.0.1', 0))
