@@ -6665,6 +6665,14 @@ class EntryTests(TestCase):
                 use()
 
     def test_what_is_left_open_at_the_end_of_a_program(self) -> None:
+        with (
+            rpc.serve_pipe(Service, ServiceImpl()) as proxy,
+            mock.patch.object(sys, "is_finalizing", lambda: True),
+        ):
+            with self.raises(
+                TransportError, "the interpreter exits"
+            ):  # the thread that would answer is no more
+                proxy.add(1.0)
         program = """
             from test_vgi_rpc import WORKER, Service, ServiceImpl, rpc
             pool = rpc.WorkerPool()

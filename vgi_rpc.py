@@ -8189,7 +8189,7 @@ class _ServedPipe(Transport):
     def close(self, patience: float = WORKER_EXIT_SECONDS) -> None:
         """Close, and wait *patience* seconds for the method that is still running."""
         super().close()
-        if self._thread is not threading.current_thread() and not sys.is_finalizing():
+        if self._thread is not threading.current_thread():
             self._thread.join(patience)
 
 
