@@ -4022,11 +4022,8 @@ class SubprocessTransport(Transport):
     def close(self, patience: float = WORKER_EXIT_SECONDS) -> None:
         self.channel.close()
         if os.getpid() == self.process_id:  # else the worker is another process's child
-            for act, seconds in (
-                (self.proc.poll, patience),
-                (self.proc.terminate, 1.0),
-                (self.proc.kill, 10.0),
-            ):
+            steps = ((self.proc.poll, patience), (self.proc.terminate, 1.0), (self.proc.kill, 10.0))
+            for act, seconds in steps:
                 act()
                 if self._await_end(seconds) is not None:
                     break
