@@ -1591,6 +1591,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {  # and a part of what is said about it
 
 
 INSTANT = MOMENT.replace(tzinfo=UTC)
+MIDNIGHT = datetime.datetime(2024, 1, 2)
 TWO_NUMBERS = pa.struct([("a", pa.int64()), ("b", pa.int8())])
 CASTS: list[tuple[list[Any], pa.DataType, list[Any] | None]] = [  # values, the declared type, what arrives (None: refused)
     ([1.5], pa.decimal128(5, 2), [decimal.Decimal("1.50")]), ([1.005], pa.decimal128(5, 2), None),
@@ -1601,7 +1602,7 @@ CASTS: list[tuple[list[Any], pa.DataType, list[Any] | None]] = [  # values, the 
     ([True], pa.int64(), [1]), (["5", None], pa.int64(), [5, None]), (["2024-01-02"], pa.date32(), [MOMENT.date()]),
     ([MOMENT], pa.date32(), None), ([MOMENT], pa.time64("us"), None), ([MOMENT], pa.timestamp("s"), None),
     ([MOMENT], pa.timestamp("us", "UTC"), None), ([INSTANT], pa.timestamp("us"), None),
-    ([MOMENT.date()], pa.timestamp("s"), None),
+    ([MIDNIGHT], pa.date32(), [MOMENT.date()]), ([MOMENT.date()], pa.timestamp("s"), [MIDNIGHT]),
     ([INSTANT], pa.timestamp("us", "Asia/Tokyo"), [INSTANT]), ([[MOMENT]], pa.list_(pa.date32()), None),
     ([5], pa.timestamp("us"), None), ([5], pa.duration("s"), None), ([datetime.timedelta(1)], pa.int64(), None),
     ([{"a": 1, "b": 2}], TWO_NUMBERS, [{"a": 1, "b": 2}]), ([{"a": 1, "b": 2.5}], TWO_NUMBERS, None),
@@ -2582,6 +2583,8 @@ class StateTests(TestCase):
         for schema, method, given, parts in NOT_EMITTED:
             with self.subTest(parts=parts), self.raises(TypeError, *parts):
                 getattr(collector(schema), method)(given)
+        with self.raises(TypeError, "'value'", "expected int64", "got float64"):
+            collector().emit_pydict({"value": iter([1, 2.5])})
         for key in (STATE, CALL_STATE, rpc.LOCATION_KEY, rpc.SHM_OFFSET_KEY, b"mine"):
             with self.subTest(key), self.raises(TypeError, "emit: metadata"):
                 collector().emit_pydict({"value": []}, metadata={**LOG, key: b""})

@@ -1361,8 +1361,10 @@ def _conform(values: Any, column: pa.Field, where: str, cast_values: bool) -> pa
     problem = ""
     try:
         if not isinstance(values, pa.Array):
+            if not hasattr(values, "__len__"):
+                values = list(values)  # an iterator, which is read twice
             fitted = pa.array(values, column.type)
-            if isinstance(values, (list, tuple)) and not _is_exact(column.type, values):
+            if not _is_exact(column.type, values):
                 with contextlib.suppress(*ARROW_FAILURES):  # pairs make a map, but no type of their own
                     given = pa.array(values)
         elif values.type.equals(column.type):
@@ -1392,7 +1394,7 @@ def _is_exact(kind: pa.DataType, values: Sequence[Any]) -> bool:
     return plain or kind in (pa.float64(), pa.bool_(), pa.utf8(), pa.binary())
 
 
-_MOMENT = re.compile(r"(timestamp|date|time|duration)\d*\[\w+(, tz)?")
+_MOMENT = re.compile(r"(timestamp|date)?(time)?(duration)?\d*\[\w+(, tz)?")  # midnight may stand for its date
 
 
 def _is_kept(given: pa.Array, fitted: pa.Array) -> bool:
@@ -1413,7 +1415,8 @@ def _is_kept(given: pa.Array, fitted: pa.Array) -> bool:
         from pyarrow import compute
 
         return not pa.types.is_floating(before) or compute.is_inf(fitted) == compute.is_inf(given)
-    moments = [match and match.groups() for match in map(_MOMENT.match, (str(before), str(after)))]
+    found = map(_MOMENT.match, (str(before), str(after)))
+    moments = [match and [part is None for part in match.groups()] for match in found]
     return moments[0] == moments[1] and fitted.cast(before, safe=False) == given
 
 
