@@ -8613,8 +8613,6 @@ def _serve(args: Any) -> None:
         lines += [
             f"  {each.info.signature()}    {each.info.kind}" for each in server.primary.methods.values()
         ]
-        if not args.bearer_file and not re.match(r"unix:|(tcp:|http://)(localhost|127\.|::1|\[::1)", where):
-            lines.append("warning: anybody who reaches this address can call; --bearer-file asks who it is")
         lines += [f"address    {where}", f"look       {_program()} describe {where}", "stop       Ctrl-C"]
         if args.server is None:
             _say("\n".join(lines))
