@@ -2785,8 +2785,9 @@ class RpcMethodInfo:
     def request_metadata(self) -> dict[bytes, bytes]:
         """What the metadata of each request to this method begins with."""
         told = {METHOD_KEY: self.name, PROTOCOL_KEY: self.protocol_name}
-        told |= {PROTOCOL_VERSION_KEY: self.protocol_version} if self.protocol_version else {}
-        return {REQUEST_VERSION_KEY: REQUEST_VERSION, **{key: text.encode() for key, text in told.items()}}
+        told[PROTOCOL_VERSION_KEY] = self.protocol_version
+        texts = {key: text.encode() for key, text in told.items() if text}
+        return {REQUEST_VERSION_KEY: REQUEST_VERSION, **texts}
 
     @functools.cached_property
     def request_templates(self) -> list[RowTemplate | None]:
@@ -3571,24 +3572,25 @@ def _method_description(summary: MethodSummary, service: ProtocolSummary) -> Met
             source = ByteSource((member.metadata or {})[DEFAULT_KEY])
             batch, _ = cast("Any", IpcReader(source, IpcLimits(max_rows=1)).next())
             defaults[member.name] = RowCodec([(member.name, codec)]).from_batch(batch)[0]
-    is_stream = summary.method_type == MethodType.STREAM.value
-    kept: Any = types.SimpleNamespace(row=header, from_batch=lambda batch: batch)  # it stays a batch
-    method = MethodDescription(
-        summary.name,
-        service.protocol,
-        service.protocol_version,
-        method_type=MethodType.STREAM if is_stream else MethodType.UNARY,
-        params=params,
-        result=result if summary.has_return else RowCodec(()),
-        result_type="Stream" if is_stream else next(map(type_of, schemas["result"]), None),
-        header=kept if summary.has_header else None,
-        is_exchange={"exchange": True, "producer": False}.get(summary.stream_kind),
-        doc=told_text(schemas["params"], DOC_KEY),
-        param_docs=json_object(told_text(schemas["params"], PARAM_DOCS_KEY)),
-        param_defaults=defaults,
-        idempotency=summary.idempotency,
-        deprecation=summary.deprecation_message if summary.deprecated else None,
-    )
+    kind = MethodType.UNARY
+    returned = next(map(type_of, schemas["result"]), None)
+    if summary.method_type == "stream":
+        kind = MethodType.STREAM
+        returned = "Stream"
+    if not summary.has_return:
+        result = RowCodec(())
+    kept: Any = None
+    if summary.has_header:  # it stays a batch
+        kept = types.SimpleNamespace(row=header, from_batch=lambda batch: batch)
+    is_exchange = {"exchange": True, "producer": False}.get(summary.stream_kind)
+    ids = (summary.name, service.protocol, service.protocol_version)
+    doc = told_text(schemas["params"], DOC_KEY)
+    method = MethodDescription(*ids, kind, params, result, returned, kept, is_exchange, doc)
+    method.param_docs = json_object(told_text(schemas["params"], PARAM_DOCS_KEY))
+    method.param_defaults = defaults
+    method.idempotency = summary.idempotency
+    if summary.deprecated:
+        method.deprecation = summary.deprecation_message
     vars(method).update(described=schemas, made_from=(summary, service))
     return method
 
