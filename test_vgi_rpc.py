@@ -7034,9 +7034,9 @@ class CliTests(TestCase):
         rest = self.ok("call {demo} statistics -i x.csv --resume mark --rows 75").splitlines()
         self.assertEqual([*part.splitlines(), *rest[-1:]], whole.splitlines()[::2])
 
-    def start(self, *words: str, **more: Any) -> subprocess.Popen[bytes]:
+    def start(self, *words: str, program: str = sys.executable, **more: Any) -> subprocess.Popen[bytes]:
         more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
-        child = subprocess.Popen([sys.executable, *words], **more)
+        child = subprocess.Popen([program, *words], **more)
         self.addCleanup(child.communicate)
         self.addCleanup(child.kill)
         return child
@@ -7095,13 +7095,13 @@ class CliTests(TestCase):
         self.assertIn('"Plain.same ok"', pathlib.Path("log").read_text())
 
     def test_closed_and_full_standard_streams(self) -> None:
-        words = f"{sys.executable} {rpc.__file__} call {self.places['demo']} countdown start=9999"
-        for redirect in (">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "| head -n 1"):
-            with self.subTest(redirect):
-                done = subprocess.run(
-                    f"{words} {redirect}", shell=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-                )
-                self.assertNotRegex(done.stderr, b"Traceback|Exception")
+        python = f"PYTHONPATH={shlex.quote(str(HERE))} {shlex.quote(sys.executable)} -m vgi_rpc"
+        words = f"{python} call {self.places['demo']} countdown start="
+        uses = ("9 >&-", "9 2>&-", "9 <&- >&- 2>&-", "9 >/dev/full", "9 2>/dev/full", "9999 | head -n 1")
+        children = [self.start("-c", words + use, program="sh") for use in uses]
+        for use, child in zip(uses, children):
+            with self.subTest(use):
+                self.assertNotRegex(child.communicate(timeout=WATCHDOG_SECONDS)[1], b"Traceback|Exception")
 
     def test_a_pipe_is_read_as_it_comes(self) -> None:
         words = [rpc.__file__, "call", self.places["demo"], "statistics", "-i", "-"]
@@ -7136,9 +7136,11 @@ class CliTests(TestCase):
         selfcheck = r"\npipe +ok\nworker +ok\nhttp +ok\n$"
         serve = "serve acme.service:Svc --check"
         told = r"^Svc: 2 methods"
-        for words, wanted in ((f"-m acme.vendor.rpc {serve}", told), (f"acme/vendor/rpc.py {serve}", told),
-                              ("app.pyz selfcheck", selfcheck), ("alone.pyz selfcheck", selfcheck)):  # fmt: skip
-            out, said = self.start(*words.split()).communicate(timeout=WATCHDOG_SECONDS)
+        uses = {f"-m acme.vendor.rpc {serve}": told, f"acme/vendor/rpc.py {serve}": told,
+                "app.pyz selfcheck": selfcheck, "alone.pyz selfcheck": selfcheck}  # fmt: skip
+        children = [self.start(*words.split()) for words in uses]
+        for child, wanted in zip(children, uses.values()):
+            out, said = child.communicate(timeout=WATCHDOG_SECONDS)
             self.assertEqual(said, b"", out)
             self.assertRegex(out.decode(), wanted)
 
