@@ -1876,6 +1876,12 @@ class Codec(NamedTuple):
     dataclass: DataclassCodec | None = None
     annotation: Any = None
 
+    def may_refuse(self) -> bool:
+        """Whether what was encoded may be refused when it is decoded: by a ``__post_init__``, or as one key twice."""
+        own = self.dataclass is not None and self.dataclass.may_refuse
+        narrow = self.kind is dict and not self.parts["key"].plain
+        return own or narrow or any(part.may_refuse() for part in self.parts.values())
+
     def encode(self, value: Any, way: str = "encode") -> Any:
         """Encode, "decode", or "check" what is encoded: whether pyarrow takes each part, which `encode` leaves open."""
         if value is None and self.nullable:
@@ -2335,6 +2341,7 @@ class DataclassCodec:
             self._building.remove(mark)
         self.row = RowCodec(codecs)
         self.arrow_type = pa.struct(list(self.row.schema))
+        self.may_refuse = hasattr(self.cls, "__post_init__") or any(codec.may_refuse() for _, codec in codecs)
         self._all_names = {f.name for f in own}
         self._required = [f.name for f in fields if f.init and f.default is f.default_factory]  # both MISSING
         self._late = [f.name for f in fields if not f.init]  # set behind the constructor
@@ -7284,7 +7291,8 @@ class _PostedCall:
                     break
                 self._revive(content)
             if not turn.finished:
-                self._state_in(content)  # what cannot be read back is refused here
+                if dataclass_codec(type(cast("Any", call.stream).state)).may_refuse:
+                    self._state_in(content)  # what cannot be read back is refused here
                 sealed[STATE_KEY] = self._app.sealer.seal(b"state", self._binding, content)
                 item: Item = (wire.empty, sealed)
                 if (
