@@ -4197,8 +4197,9 @@ class Call(CallRecord):
         self.stream_id = stream_id
         self.http = {}
         self._messages: list[Message] = []
-        self._timeout = read_timeout(metadata) if TIMEOUT_KEY in metadata else None
-        if self._timeout is not None:
+        self._timeout = None
+        if TIMEOUT_KEY in metadata:
+            self._timeout = read_timeout(metadata)
             self._start_clock(self._timeout)
         if not stream_id and info.method_type is MethodType.STREAM:
             self.stream_id = os.urandom(16).hex()
@@ -4299,7 +4300,7 @@ class Call(CallRecord):
             return self.failed(exc)
 
     def _answered(self, wire: WireSchema, item: Item | None, over: bool) -> Turn:
-        items = self.logs(wire) if self._messages else []
+        items = self.logs(wire)
         if item is not None:
             items.append(item)
             if self._watched:
@@ -4342,7 +4343,8 @@ class Call(CallRecord):
         if metadata:
             if CANCEL_KEY in metadata:
                 return self.cancel()
-            timeout = timeout if TIMEOUT_KEY not in metadata else read_timeout(metadata)
+            if TIMEOUT_KEY in metadata:
+                timeout = read_timeout(metadata)
         self._start_clock(timeout)
         if self._watched:
             self.statistics.record("input", batch)
@@ -5077,7 +5079,7 @@ class ByteClient(ClientChannel):
         me = threading.get_ident()
         if self._owner == me:
             raise local_error("a call is running on this connection: on_log cannot make another one on it")
-        deadline = None if options.timeout is None else options.deadline
+        deadline = options.timeout and options.deadline
         # Left twice, as an interrupt may come while it is left: no way out may keep the lock.
         try:
             try:
