@@ -1194,14 +1194,6 @@ _FRONT = struct.Struct("<4siI7H2xiqIIHBxI")  # prefix, size; a Message's vtable 
 _PAIR = struct.Struct("<4HiIII")  # a KeyValue's vtable and table, the length of its key
 
 
-@functools.lru_cache(maxsize=256)
-def _key_bytes(key: bytes | str) -> bytes:
-    """Return a KeyValue table whose value stands behind it."""
-    data = key.encode() if isinstance(key, str) else key
-    size = len(data) + 4 & -4  # a text ends with a zero byte
-    return _PAIR.pack(8, 12, 4, 8, 8, 8, 8 + size, len(data)) + data.ljust(size, b"\0")
-
-
 def with_metadata(message: bytes, metadata: Mapping[Any, Any]) -> bytes:
     """Return a batch message that pyarrow serialised without metadata, with *metadata*.
 
@@ -1211,20 +1203,19 @@ def with_metadata(message: bytes, metadata: Mapping[Any, Any]) -> bytes:
     root = 8 + _U32(message, 8)[0]
     field = root + _U16(message, root - _I32(message, root)[0] + 8)[0]
     content = field + _U32(message, field)[0]
-    kept = (
-        min(content, content - _I32(message, content)[0]) & -8
-    )  # only the old Message table stands before it
+    # Before this, where that table or its vtable begins, stands only the old Message table.
+    kept = min(content, content - _I32(message, content)[0]) & -8
     body = 8 + _I32(message, 4)[0]
     at = 8 + 4 * len(metadata)  # from the vector's first element to the next table
     places: list[int] = []
     pairs: list[bytes] = []
-    for key, value in metadata.items():
-        table = _key_bytes(key)
-        value = value.encode() if isinstance(value, str) else value
-        size = len(value) + 4 & -4
+    for pair in metadata.items():
+        key, value = [text.encode() if isinstance(text, str) else text for text in pair]
+        size = len(key) + 4 & -4  # a text ends with a zero byte
         places.append(at - 4 * len(places))
-        pairs += (table, len(value).to_bytes(4, "little"), value.ljust(size, b"\0"))
-        at += len(table) + 4 + size
+        pairs += (_PAIR.pack(8, 12, 4, 8, 8, 8, 8 + size, len(key)), key.ljust(size, b"\0"))
+        pairs += (len(value).to_bytes(4, "little"), value.ljust(len(value) + 4 & -4, b"\0"))
+        at += _PAIR.size + size + 4 + len(pairs[-1])
     padding = bytes(-(at + _FRONT.size - 8) % 8)
     end = at + _FRONT.size - 8 + len(padding)
     facts = (16, len(message) - body, end + content - kept - 40, 8, 4, 3, len(places))
