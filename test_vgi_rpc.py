@@ -2,7 +2,7 @@
 """Tests of vgi_rpc; the sections carry the module's numbers.
 
 ``python -m unittest test_vgi_rpc`` runs all of them with nothing but pyarrow; README's dataframe block needs polars, duckdb
-and pandas, and is passed over without them.
+and pandas, and is passed over without them. Where all of them run, two processes share them; chosen ones run in one.
 """
 
 from __future__ import annotations
