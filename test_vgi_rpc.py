@@ -4564,7 +4564,7 @@ class ListenerTests(TestCase):
 
     def serve(self, **options: Any) -> threading.Thread:
         """Serve a Unix socket until nobody was connected for a moment."""
-        options.setdefault("idle_timeout", 0.2)
+        options.setdefault("idle_timeout", 0.4)
         bound = threading.Event()
         options["on_bound"] = lambda path: bound.set()
         server = options.pop("server", None) or make_server()
@@ -4581,9 +4581,9 @@ class ListenerTests(TestCase):
 
     def test_it_ends_when_nobody_is_connected(self) -> None:
         for threaded in (False, True):
-            thread = self.serve(threaded=threaded, idle_timeout=0.15)
+            thread = self.serve(threaded=threaded, idle_timeout=0.3)
             with self.connect() as proxy:
-                self.assertEqual(proxy.wait(0.3), 30)  # longer than it would be idle
+                self.assertEqual(proxy.wait(0.4), 40)  # longer than it would be idle
                 self.assertTrue(thread.is_alive())
             thread.join()
             self.assertEqual(os.listdir(self.folder), [])
@@ -4654,9 +4654,10 @@ class ListenerTests(TestCase):
 
     def test_paths_that_are_taken(self) -> None:
         self.serve()
-        with self.raises(OSError, repr(self.path), "Address already in use"):
-            rpc.serve_unix(make_server(), self.path)
-        with self.connect() as proxy:
+        with self.connect() as proxy:  # which keeps the server there
+            self.assertEqual(proxy.add(1.0), 3.0)
+            with self.raises(OSError, repr(self.path), "Address already in use"):
+                rpc.serve_unix(make_server(), self.path)
             self.assertEqual(proxy.add(1.0), 3.0)
         dead = os.path.join(self.folder, "dead")
         with socket.socket(socket.AF_UNIX) as old:
