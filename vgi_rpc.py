@@ -774,11 +774,8 @@ SCHEMA_MESSAGE = 1  # this and the next: MessageHeader of Arrow's format/Message
 DICTIONARY_MESSAGE = 2
 _PYTHON_FAILURES = (OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError)
 ARROW_FAILURES = (pa.ArrowException, *_PYTHON_FAILURES)  # what pyarrow raises on bad bytes or values
-_FOREIGN_FAILURES = (
-    struct.error,
-    StopIteration,
-    *ARROW_FAILURES,
-)  # what it or `FlatHead` raises on foreign bytes
+# What pyarrow, `struct` and `FlatHead` raise on bytes of a peer.
+_FOREIGN_FAILURES = (struct.error, StopIteration, *ARROW_FAILURES)
 
 
 class IpcValidation(enum.Enum):
@@ -1080,9 +1077,9 @@ class IpcReader:
             self._check_size("message", size)  # before anything is allocated
             self._unread = None
             try:
-                data = (
-                    _whole(self._source.read_after(raw, head.body_length), size) if size > len(raw) else raw
-                )
+                data = raw
+                if head.body_length:
+                    data = _whole(self._source.read_after(raw, head.body_length), size)
             except MemoryError:
                 raise IPCError(f"message: no memory for {size} bytes") from None
             self._unread = 0
@@ -2490,9 +2487,8 @@ class CallContext:
 
     auth: AuthContext  # who calls
     emit_client_log: ClientLog  # sends a Message to the client's on_log
-    transport_metadata: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # remote_addr, traceparent, tracestate
+    # What the transport tells of the caller: remote_addr, traceparent, tracestate.
+    transport_metadata: Mapping[str, Any] = field(default_factory=dict)
     _: dataclasses.KW_ONLY
     server_id: str = ""  # 12 hex characters, one per server
     method_name: str = ""
@@ -2885,7 +2881,7 @@ def _stream_parts(annotation: Any) -> tuple[list[Any], Any, bool | None]:
         return [], type(None), None
     state, header = typing.get_args(annotation)
     states = [state]
-    if typing.get_origin(state) in (Union, types.UnionType):
+    if typing.get_origin(state) in _UNIONS:
         states = list(typing.get_args(state))
     for base in (ExchangeState, ProducerState):
         if all(isinstance(cls, type) and issubclass(cls, base) for cls in states):
@@ -3437,10 +3433,8 @@ def described_schemas(info: RpcMethodInfo) -> dict[str, pa.Schema]:
                 fields[at] = fields[at].with_metadata({**fields[at].metadata, DEFAULT_KEY: default})
         facts = {DOC_KEY: text_of(info.doc or ""), SIGNATURE_KEY: info.signature()}
         facts[PARAM_DOCS_KEY] = json.dumps(info.param_docs)
-        kept = {
-            "params": pa.schema(fields, metadata=facts),
-            "result": pa.schema(_described_fields(info.result)),
-        }
+        kept = {"params": pa.schema(fields, metadata=facts)}
+        kept["result"] = pa.schema(_described_fields(info.result))
         kept["header"] = pa.schema(_described_fields(info.header.row) if info.header else [])
         vars(info)["described"] = kept  # whole, as other threads look at it
     return kept
@@ -3628,9 +3622,8 @@ def token_keys(given: bytes | str | Sequence[bytes]) -> list[bytes]:
     for at, key in enumerate(keys):
         if not isinstance(key, bytes):
             wanted = "bytes, a sequence of bytes, or text with keys separated by commas"
-            raise TypeError(
-                f"token_key: expected {wanted}, got {type(key).__name__} in {type(given).__name__}"
-            )
+            found = f"{type(key).__name__} in {type(given).__name__}"
+            raise TypeError(f"token_key: expected {wanted}, got {found}")
         if re.fullmatch(rb"[ -~]+\r?\n", key):  # not of random bytes, which may end so
             keys[at] = key.rstrip(b"\r\n")
     if not keys or min(map(len, keys)) < 16:
@@ -4492,9 +4485,8 @@ class RpcServer:
                 refusal.http_status = 400
                 raise refusal
             if name != path[1]:
-                raise ProtocolError(
-                    f"the path says method {path[1]!r}, the request says {name or 'none'!r:.100}"
-                )
+                shown = f"{name or 'none'!r:.100}"
+                raise ProtocolError(f"the path says method {path[1]!r}, the request says {shown}")
             protocol = path[0]
         if not protocol:
             text = f"the request has no 'vgi_rpc.protocol' key; this server hosts {list(self.services)}"
@@ -5749,7 +5741,7 @@ def _stop_signals(server: RpcServer, grace: float, listener: Any, ignored: int =
     is_outermost = not handlers_before
     try:
         watch_forks()
-        handlers_before.update(handlers_before or previous)
+        handlers_before.update(previous if is_outermost else {})
         for number in previous:
             signal.signal(number, on_signal)
         yield
@@ -5911,11 +5903,10 @@ def serve_tcp(
 # Law: what it does not allow is refused and never repaired, so that no proxy in front can read a message
 # differently than we do; and nothing is read or decoded beyond a limit that the caller gives.
 
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _TEXT = r"[^\x00-\x08\x0a-\x1f\x7f]*"
+_FIELD_LINE = rf"[!#$%&'*+.^_`|~0-9A-Za-z-]+:{_TEXT}\r\n"
 # No two neighbours match the same character: text that does not match costs no more than text that does.
-_HEAD = re.compile(rf"([^\x00-\x20\x7f]+) ([^\x00-\x20\x7f]+) ({_TEXT})\r\n((?:{_TOKEN}:{_TEXT}\r\n)*)\r\n")
-_FIELD_LINE = rf"{_TOKEN}:{_TEXT}\r\n"
+_HEAD = re.compile(rf"([^\x00-\x20\x7f]+) ([^\x00-\x20\x7f]+) ({_TEXT})\r\n((?:{_FIELD_LINE})*)\r\n")
 _FIELD = re.compile(r"([^:\r\n]+):[ \t]*((?:[^\r\n]*[^ \t\r\n])?)[ \t]*\r\n")  # in lines that are field lines
 _NO_HEAD = re.compile(rb"\A[^A-Za-z]|(?<!\r)\n")  # what can no longer become a head
 _CHUNK_LINE = rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{_TEXT})?\r\n".encode()
@@ -5935,7 +5926,7 @@ class HttpRequest:
     path: str  # as it came: not decoded, without the query
     headers: Mapping[str, str]  # by lower-case name; the values of a repeated one are joined by ", "
     remote_addr: str = ""
-    # Gives the body, of at most so many bytes, or a refusal.
+    # Gives the body, of at most so many bytes; raises a `Refusal`.
     read_body: Callable[[int], Buffer] = field(default_factory=lambda: lambda limit: b"")
     gone: Callable[[], bool] | None = None  # whether the client has left; None when that cannot be known
     multiprocess: bool = False  # whether the next request may come to another process
@@ -6689,12 +6680,9 @@ def _python_block(bound: BoundMethod, url: str, given: dict[str, Any], more: str
     own = import_name(__name__)
     protocol = bound.service.protocol
     block = f'with {own}.http_connect({protocol.__name__}, "{url}"{more}) as proxy:\n    {use}'
-    imports = {
-        "datetime.": "import datetime",
-        f"{own}.": f"import {own}",
-        "Decimal(": "from decimal import Decimal",
-    }
-    imports |= {"UUID(": "from uuid import UUID", "pa.": "import pyarrow as pa"}
+    imports = {"datetime.": "import datetime", f"{own}.": f"import {own}"}
+    imports |= {"Decimal(": "from decimal import Decimal", "UUID(": "from uuid import UUID"}
+    imports |= {"pa.": "import pyarrow as pa"}
     module = sys.modules[protocol.__module__]
     names = {name for name in re.findall(r"\b[A-Z]\w*", block) if hasattr(module, name)} - {"Decimal", "UUID"}
     lines = [line for word, line in imports.items() if word in block]
@@ -6871,10 +6859,8 @@ class HttpApp:
             key = os.environ.get("VGI_RPC_TOKEN_KEY") or None
         self.own_key = key is None  # one that no other process has
         if self.own_key:
-            text = "no token key: a random one is used; streams survive no restart, and no other process can go on"
-            logger.warning(
-                "%s with them; set VGI_RPC_TOKEN_KEY (or token_key=) to one secret everywhere", text
-            )
+            text = "no token key: a random one is used; no stream survives a restart or goes on in another process"
+            logger.warning("%s; set VGI_RPC_TOKEN_KEY (or token_key=) to one secret everywhere", text)
         self.sealer = TokenSealer(token_keys(key or os.urandom(32)), options.token_ttl)
         # An opened call token never changes. Strangers, whose tokens do not open, fill nothing here.
         self.open_half = functools.lru_cache(options.call_state_cache_entries)(self._open_half)
@@ -7091,9 +7077,9 @@ class _PostedCall:
         if not is_arrow(self._headers):
             return self._answer_json()
         if is_stream != bool(self._step):
-            wrong = (
-                "is a stream; post to its /init" if is_stream else f"is no stream; post without /{self._step}"
-            )
+            wrong = "is a stream; post to its /init"
+            if not is_stream:
+                wrong = f"is no stream; post without /{self._step}"
             raise ProtocolError(f"{self._bound.info.name}() {wrong}")
         if is_stream and self._request.multiprocess and self._app.own_key:
             text = "streams need one token key in all worker processes: set VGI_RPC_TOKEN_KEY or token_key="
@@ -7118,9 +7104,8 @@ class _PostedCall:
     def _open_call(self, metadata: Metadata, request: Request | None = None, stream_id: str = "") -> Call:
         """Begin a call, or go on with the stream *stream_id*; it is answered under the id that it has itself."""
         asked = self._request
-        own = (
-            clean_request_id(metadata_text(metadata, REQUEST_ID_KEY)) or asked.request_id or new_request_id()
-        )
+        own = clean_request_id(metadata_text(metadata, REQUEST_ID_KEY))
+        own = own or asked.request_id or new_request_id()
         asked.request_id = asked.request_id or own
         self._call = Call(self._app.server, self._bound, self._caller, own, metadata, request, stream_id)
         return self._call
@@ -7288,9 +7273,7 @@ class _PostedCall:
                     self._state_in(content)  # what cannot be read back is refused here
                 sealed[STATE_KEY] = self._app.sealer.seal(b"state", self._binding, content)
                 item: Item = (wire.empty, sealed)
-                if (
-                    given is not None and not is_producer
-                ):  # it rides on the data batch, also where that has no rows
+                if given and not is_producer:  # it rides on the data batch, also where that has no rows
                     item = items.pop()
                     if isinstance(item, bytes):
                         item = with_metadata(item, sealed)
@@ -7317,11 +7300,7 @@ class _PostedCall:
         public = self._headers.get("accept-encoding", "")[:1000]
         encoding, header, identity = choose_encoding(self._headers.get("x-vgi-accept-encoding"), public)
         level = self._app.options.compression_level
-        if (
-            encoding
-            and level is not None
-            and not (identity and not is_worth_packing(pieces, encoding, level))
-        ):
+        if encoding and level and not (identity and not is_worth_packing(pieces, encoding, level)):
             headers.append((header, encoding))
             pieces = [compress_body(pieces, encoding, level)]
         size = total_size(pieces)
@@ -7887,7 +7866,7 @@ class OpenerSender(HttpSender):
         except (OSError, ValueError, HTTPException) as exc:
             reason = getattr(exc, "reason", exc)
             if isinstance(reason, TimeoutError):
-                raise DeadlineExceededError("no answer within the time allowed") from None
+                raise DeadlineExceededError(_TOO_LATE) from None
             raise TransportError(f"no answer from {self._root}{self._way}: {failure_text(reason)}") from None
 
 
@@ -8613,9 +8592,8 @@ def _serve(args: Any) -> None:
         if kind == "PORT":
             where = f"http://{re.sub('(.*:.*)', '[' + args.host + ']', args.host)}:{place[0]}{prefix}"
         lines = [f"{server.protocol_name} served by vgi_rpc {__version__}"]
-        lines += [
-            f"  {each.info.signature()}    {each.info.kind}" for each in server.primary.methods.values()
-        ]
+        for info in server.methods.values():
+            lines.append(f"  {info.signature()}    {info.kind}")
         lines += [f"address    {where}", f"look       {_program()} describe {where}", "stop       Ctrl-C"]
         if args.server is None:
             _say("\n".join(lines))
@@ -8810,9 +8788,7 @@ def _read_ndjson(text: bytes, schema: pa.Schema | None) -> pa.RecordBatch:
 
 def _cell(value: Any) -> str:
     """A value of `value_to_json` as a table shows it."""
-    if isinstance(value, str):
-        return value
-    return json_text(value)
+    return value if isinstance(value, str) else json_text(value)
 
 
 _ENDINGS = {"": "ndjson", ".ndjson": "ndjson", ".jsonl": "ndjson", ".json": "json", ".txt": "table"}
@@ -9133,17 +9109,14 @@ def _run(words: list[str], server: RpcServer | None = None) -> int:
             print("\n".join(lines))
             code = 2 * (not words)
         elif name not in _COMMANDS:
-            raise _CliError(
-                f"no command {name!r}{suggest(name, _COMMANDS)}", f"there are {', '.join(_COMMANDS)}"
-            )
+            text = f"no command {name!r}{suggest(name, _COMMANDS)}"
+            raise _CliError(text, f"there are {', '.join(_COMMANDS)}")
         else:
             run, table = _COMMANDS[name]
             about = run.__doc__
             if server is not None:
                 table = table.partition("\n")[2].replace(":= 8000", ":= 0")
-                about = (
-                    f"Serves {server.protocol_name} (vgi_rpc {__version__}), by default on stdin and stdout."
-                )
+                about = f"Serves {server.protocol_name} (vgi_rpc {__version__}), by default on stdio."
             parser: Any = argparse.ArgumentParser(program, description=about, allow_abbrev=False)
             parser.error = refuse
             parser.set_defaults(server=server, verbose=False)
