@@ -1665,9 +1665,9 @@ class _Message:
         names: list[Any] = []
         for column, items in zip(self._columns, columns):
             column.write(items, nodes, buffers, names)
-        body, places = _body(buffers)
-        if len(body) > 4 * SMALL_BODY_BYTES:
+        if sum(map(len, buffers)) > 4 * SMALL_BODY_BYTES:
             raise NotPlain  # the ordinary way does not copy it
+        body, places = _body(buffers)
         longs = (self._nodes.pack(*nodes), self._places.pack(*places))
         return self._layout.fill([*values, len(body), nodes[0], *longs]) + body, names
 
