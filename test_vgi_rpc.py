@@ -6005,6 +6005,19 @@ class JsonCallTests(TestCase):
             reply = client.post_json(f"/Service/{method}", {})
             self.assertEqual((reply.status, reply.headers["content-type"]), (status, "application/json"))
 
+    def test_a_result_without_words_in_json_ends_its_call(self) -> None:
+        class Far:
+            def far(self) -> pa.RecordBatch:
+                return pa.RecordBatch.from_pydict({"x": pa.array([[10**7]], pa.list_(pa.date32()))})
+
+        server: Any = rpc.RpcServer(Far, Far())
+        with tempfile.TemporaryDirectory() as folder:
+            rpc.configure_access_log(path := os.path.join(folder, "log"), server)
+            self.assertEqual(wsgi_client(server).post_json("/Far/far", {}).status, 500)
+            server.access_log.close()
+            with open(path) as log:
+                self.assertEqual([json.loads(line)["method_type"] for line in log], ["unary"])
+
     def test_rows_that_nobody_reads_to_their_end(self) -> None:
         server = make_server()
         app = rpc.HttpApp(server, rpc.HttpOptions(token_key=KEY))
@@ -7581,7 +7594,8 @@ class TransportContract:
         self.assertEqual(set(methods), set(METHODS))
         self.assertEqual(rpc.describe_protocol(self.proxy, "Service").methods.keys(), methods.keys())
         count = methods["count_with_header"]
-        self.assertEqual((count.has_header, count.header_schema), (True, Header.ARROW_SCHEMA))
+        found = (count.has_header, count.header_type, count.header_schema)
+        self.assertEqual(found, (True, pa.RecordBatch, Header.ARROW_SCHEMA))
         # The Protocol's annotation decides the kind where it tells, else the implementation's state class.
         kinds = [methods[name].kind for name in ("count", "plain", "ticks", "running", "nested")]
         self.assertEqual(kinds, [*["producer"] * 3, *["exchange"] * 2])

@@ -3573,7 +3573,7 @@ def _method_description(summary: MethodSummary, service: ProtocolSummary) -> Met
         result = RowCodec(())
     kept: Any = None
     if summary.has_header:  # it stays a batch
-        kept = types.SimpleNamespace(row=header, from_batch=lambda batch: batch)
+        kept = types.SimpleNamespace(cls=pa.RecordBatch, row=header, from_batch=lambda batch: batch)
     is_exchange = {"exchange": True, "producer": False}.get(summary.stream_kind)
     ids = (summary.name, service.protocol, service.protocol_version)
     doc = told_text(schemas["params"], DOC_KEY)
@@ -5485,16 +5485,17 @@ class WorkerPool:
         self._start = functools.partial(SubprocessTransport, stderr=stderr, stderr_logger=stderr_logger)
         self._closed = False
         self._process = 0  # whose the workers are
+        self._locked()  # here, where no other thread asks for it
 
     def _locked(self) -> threading.Condition:
         """Return the lock, in a forked child one of its own: another thread may have held its parent's."""
         if self._process != os.getpid():
-            self._process = os.getpid()
             self._changed = threading.Condition()
             self._idle: dict[SubprocessTransport, float] = {}  # since when, the longest idle one first
             self._active: set[SubprocessTransport] = set()
             self._counts = dict.fromkeys(PoolMetrics._fields, 0)
             self._sweeper: threading.Thread | None = None  # sweeps while somebody is idle
+            self._process = os.getpid()  # last: who sees it finds all the others
         return self._changed
 
     @property
@@ -7340,10 +7341,13 @@ class _PostedCall:
                 next(rows)  # which says nothing yet: from here on, closing it ends the call
                 return HttpResponse(200, [("Content-Type", NDJSON_TYPE)], rows)
         elif turn.error is None:
-            response = json_response(200, {"result": result_to_json(info, _batch_of(turn))})
-            size = len(response.body)
-            if size > (call.response_limit_bytes or size):
-                turn = too_large(call, size, call.response_limit_bytes or 0)
+            try:
+                response = json_response(200, {"result": result_to_json(info, _batch_of(turn))})
+                size = len(response.body)
+                if size > (call.response_limit_bytes or size):
+                    turn = too_large(call, size, call.response_limit_bytes or 0)
+            except Exception as exc:  # a value that Python, and so JSON, does not have
+                turn = call.failed(exc)
         if turn.error is not None:
             response = json_response(http_status_of(turn.error), _said(call, turn.error))
         call.http.update(http_status=response.status, response_bytes=len(response.body))
