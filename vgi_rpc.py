@@ -5852,13 +5852,23 @@ def serve_unix(
                     os.unlink(path)
 
 
-def listen_tcp(host: str, port: int) -> socket.socket:
-    """Bind and listen; *port* 0 takes a free one, and ``::`` takes IPv4 too. Raises `OSError`."""
+LOOPBACK_HOST = r"localhost|127\.[0-9.]+|\[?::1\]?"
+
+
+def listen_tcp(host: str, port: int, asks: bool = False) -> socket.socket:
+    """Bind and listen; *port* 0 takes a free one, and ``::`` takes IPv4 too. Raises `OSError`.
+
+    Unless who calls is asked (*asks*), a warning tells of an address that other machines may reach.
+    """
     if not 0 <= port <= 65_535 or max(map(len, host.split("."))) > 63:
         raise OSError(errno.EINVAL, f"expected a host and a port of 0 to 65535, got {host!r:.100} and {port}")
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
     both = family is socket.AF_INET6 and socket.has_dualstack_ipv6()
-    return socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+    listening = socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+    if not asks and not re.fullmatch(LOOPBACK_HOST, host):
+        text = "listening on %s port %d without authentication: whoever reaches it may call"
+        logger.warning(text, host, listening.getsockname()[1])
+    return listening
 
 
 def address_text(address: Any) -> str:
@@ -5892,7 +5902,7 @@ def serve_tcp(
     tls_context: ssl.SSLContext | None = None,  # a server-side one, which alone can tell who calls
 ) -> None:
     """Serve on TCP until SIGTERM or SIGINT; as `serve_unix`. Raises `OSError` if the address cannot be bound."""
-    listening = listen_tcp(host, port)
+    listening = listen_tcp(host, port, bool(tls_context and tls_context.verify_mode))
     options = (threaded, max_connections, idle_timeout)
     _serve_bytes(server, listening, tls_context, options, on_bound, host, listening.getsockname()[1])
 
@@ -6843,7 +6853,6 @@ _DECIMAL = "0|[1-9][0-9]{0,15}"
 _JSON_CONTENT = r'(?i)application/json(?:\s*;\s*charset="?utf-8"?)?'
 _TRACE_HEADERS = tuple(key.decode() for key in TRACE_KEYS)
 _HOST_PORT = r"(?s)(.*?)(?::([0-9]*))?"
-_LOOPBACK = r"localhost|127\.[0-9.]+|\[?::1\]?"
 _FORWARDED = frozenset(("forwarded", *(f"x-forwarded-{what}" for what in ("for", "host", "prefix", "proto"))))
 
 
@@ -6934,7 +6943,11 @@ class HttpApp:
         if not host or "*" in hosts or not (hosts or self.loopback_port):
             return True
         name, port = cast("re.Match[str]", re.fullmatch(_HOST_PORT, host.lower())).groups()
-        if name in hosts or host.lower() in hosts or (self.loopback_port and re.fullmatch(_LOOPBACK, name)):
+        if (
+            name in hosts
+            or host.lower() in hosts
+            or (self.loopback_port and re.fullmatch(LOOPBACK_HOST, name))
+        ):
             return True
         # A page of the web whose name leads to this machine (DNS rebinding) can send any header, but its browser
         # dials our port, and must name it in Host. Who is sent on by a proxy, which says so, has dialled another.
@@ -7644,15 +7657,12 @@ def serve_http(
     import http.server  # by those alone who serve with it
 
     app = HttpApp(given.pop("server"), options := HttpServeOptions(**given))
-    listening = listen_tcp(host, port)
+    listening = listen_tcp(host, port, authenticate is not None)
     bound_port = listening.getsockname()[1]
     if tls_context is not None:
         app.scheme = "https"
-    if re.fullmatch(_LOOPBACK, host):
+    if re.fullmatch(LOOPBACK_HOST, host):
         app.loopback_port = bound_port
-    elif authenticate is None:
-        text = "serving HTTP on %s port %d without authentication: whoever reaches it may call it"
-        logger.warning(text, host, bound_port)
     base = http.server.BaseHTTPRequestHandler
     handler = type("Handler", (HttpConnection, base), {"app": app, "options": options})
     kind: Any = type("HttpListener", (ListenerMixin, http.server.ThreadingHTTPServer), {})
@@ -8461,10 +8471,11 @@ def _report(exc: Exception, verbose: bool) -> int:
 # -- options
 
 # What stands for numbers in help: type, least, largest, in words.
-_NUMBERS: dict[str, tuple[Any, int, int, str]] = {
+_NUMBERS: dict[str, tuple[Any, float, float, str]] = {
     "N": (int, 1, 10**15, "a number above 0"),
     "SIZE": (int, 1, 10**15, "a size such as 64M"),
-    "SECONDS": (float, 0, 10**9, "seconds"),
+    "SECONDS": (float, 1e-6, 10**9, "seconds above 0"),
+    "AGE": (float, 0, 10**9, "seconds, 0 for ever"),
     "PORT": (int, 0, 65_535, "a port, 0 to 65535"),
 }
 
@@ -8601,6 +8612,9 @@ def _serve(args: Any) -> None:
         callers = {words[-1]: AuthContext("bearer", True, [*words[:-1], "bearer"][0]) for words in lines}
         options["authenticate"] = bearer_authenticate_static(tokens=callers)
     prefix = HttpOptions(**options).prefix
+    token_keys(
+        options.get("token_key") or os.environ.get("VGI_RPC_TOKEN_KEY") or os.urandom(32)
+    )  # says what is wrong
     if args.check:
         print(describe_rpc(server.primary.protocol))
         return
@@ -9092,7 +9106,7 @@ target TARGET? | module:Class, path/to/file.py:Class or module:factory(); defaul
 --max-request-bytes SIZE | largest request, such as 64M
 --max-response-bytes SIZE | largest answer
 --timeout SECONDS | for reading one request, and for sending its answer
---token-ttl SECONDS | how long a state token is good for; 0 for ever
+--token-ttl AGE | how many seconds a state token is good for; 0 for ever
 --no-describe | no reflection and no pages
 --no-json | no calls in JSON
 --no-tracebacks | errors without the server's traceback
