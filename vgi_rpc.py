@@ -29,7 +29,7 @@ is registered outside of the file but the loggers ``vgi_rpc`` and ``vgi_rpc.*``.
 module:CalculatorImpl`` (or ``python -m package.vgi_rpc …``) serves a class over HTTP; ``--help`` tells more.
 
 ``VGI_RPC_TOKEN_KEY`` in the environment is the key of the tokens, at least 16 bytes; of several, separated by
-commas, the first one signs and all verify. The command line also reads the twins that ``serve --help`` names.
+commas, the first one signs and all verify. ``serve --help`` names the variables of the other options.
 
 The file is read from top to bottom: a section uses only sections with a smaller number.
 ``grep -n '^# [0-9]*\\. [A-Z]' vgi_rpc.py`` prints the contents.
@@ -127,7 +127,8 @@ wire_write = logging.getLogger("vgi_rpc.wire.write")
 # ============================================================================
 # 1. CONSTANTS ......................................... uses nothing
 # ============================================================================
-# Every key on the wire, header name and default limit, once. Peers of other languages depend on the spelling.
+# Every key on the wire, header name and default limit, once. The family, which is all ``vgi-rpc`` packages that
+# speak this protocol, in any language, depends on the spelling.
 
 REQUEST_VERSION = b"1"
 DESCRIBE_VERSION = "5"  # of the reflection answer, as the family numbers it
@@ -798,7 +799,7 @@ class AnnotatedBatch(NamedTuple):
         return cls(batch_from_pydict(data, schema, "from_pydict"))
 
     def release(self) -> None:
-        """Give back what the batch stands on: nothing, as batches own their memory."""
+        """Do nothing: batches own their memory. The family's have something to give back."""
 
 
 def batch_kind(num_rows: int, metadata: Metadata | None) -> str:
@@ -1014,7 +1015,7 @@ class IpcReader:
         self._validation = validation
         self._unread: int | None = None  # bytes of a body that were not read yet; None: nobody knows
         self.ended = False  # whether the end marker was read
-        self.dictionaries: dict[int, list[tuple[int, Buffer]]] = {}  # by id: what messages take, and they
+        self.dictionaries: dict[int, list[tuple[int, Buffer]]] = {}  # by id: decoded bytes, message
         self._dictionary_bytes = 0
         # Head, size, rows and metadata of the last message that is not compressed: the next often has another body only.
         self._last: tuple[bytes, int, int, dict[bytes, bytes]] = (b"", 0, 0, {})
@@ -1332,8 +1333,8 @@ def conform_batch(batch: Any, wire: WireSchema, where: str, *, cast_values: bool
         if cast_values and unique and sorted(batch.schema.names) == sorted(schema.names):
             batch = batch.select(schema.names)
         if batch.schema.names != schema.names:
-            got = schema_text(batch.schema)
-            raise ParameterError(f"{where}: expected columns {schema_text(schema)}, got {got}")
+            shown = schema_text(batch.schema)
+            raise ParameterError(f"{where}: expected columns {schema_text(schema)}, got {shown}")
         columns = [_conform(*pair, where, cast_values) for pair in zip(batch.columns, schema)]
         batch = pa.RecordBatch.from_arrays(columns, schema=schema)
     for i in wire.required:
@@ -1367,17 +1368,17 @@ def _conform(values: Any, column: pa.Field, where: str, cast_values: bool) -> pa
     if fitted is not None and (column.nullable or not fitted.null_count):
         return fitted
     expected = type_text(column.type)
-    got = type(values).__name__
+    came = type(values).__name__
     if fitted is not None:
         expected += " without nulls"
-        got = "a null"
+        came = "a null"
     elif isinstance(given, pa.Array):
-        got = type_text(given.type)
-    raise ParameterError(f"{where}: column {column.name!r}: expected {expected}, got {got}{problem}")
+        came = type_text(given.type)
+    raise ParameterError(f"{where}: column {column.name!r}: expected {expected}, got {came}{problem}")
 
 
 def _is_exact(kind: pa.DataType, values: Sequence[Any]) -> bool:
-    # To infer the type of values takes four times as long as to convert them.
+    """Whether `pa.array` cannot change *values* on the way to *kind*: to infer their type takes four times as long."""
     plain = pa.types.is_integer(kind) and {int, type(None)}.issuperset(map(type, values))
     return plain or kind in (pa.float64(), pa.bool_(), pa.utf8(), pa.binary())
 
@@ -1489,7 +1490,8 @@ class _Column:
         self.kind, self.code = _FLAT.get(kind, (list, ""))
         self.one = struct.Struct("<" + self.code).pack
         self.is_enum = (self.kind, self.code) == (str, "h")
-        # What pyarrow writes where a value is null. In a null struct an enum has an index without a name: not plain.
+        # What pyarrow writes where a value is null. In a null struct an enum has an index without a name: no value at
+        # all, for which the class `NotPlain` stands.
         self.filler: Any = NotPlain if self.is_enum else self.kind()
         if pa.types.is_map(kind):
             pairs = pa.struct([kind.key_field, kind.item_field])
@@ -1635,7 +1637,7 @@ class _Layout:
         return [parts[place] for place in self._places] if parts[::2] == self._parts[::2] else None
 
 
-class _Message:
+class _MessageTemplate:
     """The message of a dictionary or batch like *message*. Some metadata varies too: key -> length of the value."""
 
     def __init__(self, message: bytes, columns: Sequence[_Column], varying: Mapping[bytes, int]) -> None:
@@ -1713,8 +1715,8 @@ class RowTemplate:
         reader = IpcReader(ByteSource(examples[0][1]))
         message = bytes(cast("BatchMessage", reader.next_message()).data)
         kept = reader.dictionaries.values()
-        self._dictionaries = [_Message(bytes(data), _NAMES, {}) for [(_, data)] in kept]
-        self._batch = _Message(message, columns, varying)
+        self._dictionaries = [_MessageTemplate(bytes(data), _NAMES, {}) for [(_, data)] in kept]
+        self._batch = _MessageTemplate(message, columns, varying)
         for row, stream in examples:
             with contextlib.suppress(NotPlain):  # nulls may be refused, but nothing may be written wrongly
                 if self.write(row, values) != stream or self.read(stream) != (row, values, len(stream)):
@@ -1731,7 +1733,7 @@ class RowTemplate:
             if self._batch.numbers is not None and [*map(type, row)] == self._kinds:
                 return self._batch.numbers.fill([*values, *row])
             message, names = self._batch.write([[value] for value in row], values)
-            ahead = [_Message.write(*pair, ())[0] for pair in zip(self._dictionaries, ([it] for it in names))]
+            ahead = [one.write([used], ())[0] for one, used in zip(self._dictionaries, names)]
             return b"".join([*ahead, message])
         except _NOT_PLAIN as exc:
             raise NotPlain(str(exc)) from None
@@ -1839,9 +1841,8 @@ def located(where: str, convert: Callable[[Any], T], value: Any) -> T:
     try:
         return with_field("", convert, value)
     except Mismatch as exc:
-        exc.path = exc.path[1:]
-        if where.endswith(" "):  # the path begins with what is named: "f() argument " and "a[0]"
-            exc.path = exc.path[1:]
+        # Without the "." of the empty name, and behind a space without that of the field: "f() argument " and "a[0]".
+        exc.path = exc.path[1 + where.endswith(" ") :]
         raise ParameterError(f"{where}{exc}") from exc.__cause__
 
 
@@ -1871,7 +1872,7 @@ class Codec(NamedTuple):
         return own or narrow or any(part.may_refuse() for part in self.parts.values())
 
     def encode(self, value: Any, way: str = "encode") -> Any:
-        """Encode, "decode", or "check" what is encoded: whether pyarrow takes each part, which `encode` leaves open."""
+        """Encode *value*; or, by *way*, "decode" an encoded one, or "check" that pyarrow takes each part of it."""
         if value is None and self.nullable:
             return None
         if way == "encode":
@@ -1987,7 +1988,7 @@ def hints_of(owner: Any) -> dict[str, Any]:
     """Return the resolved annotations of a class or function; `TypeError` names it and what is not there."""
     for base in getattr(owner, "__mro__", ()):
         own = vars(base).get("__annotations__", {})
-        # Python 3.10 does not resolve the word alone.
+        # Python 3.10 does not resolve the word alone: the class itself gets what it stands for.
         own.update({name: ClassVar for name, hint in own.items() if hint in ("ClassVar", "typing.ClassVar")})
     try:
         return typing.get_type_hints(owner, include_extras=True)
@@ -2731,7 +2732,7 @@ class MethodType(enum.Enum):
 
 @dataclass(eq=False, repr=False)
 class RpcMethodInfo:
-    """One method of a Protocol; made by `rpc_methods`, and not changed."""
+    """One method of a Protocol. `rpc_methods` makes it once for all that use the class: do not change it."""
 
     name: str
     protocol_name: str  # the protocol's routing name
@@ -2843,7 +2844,7 @@ def _identity(protocol: Any) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _noting(mistakes: list[str], where: str) -> Iterator[None]:
+def _collecting(mistakes: list[str], where: str) -> Iterator[None]:
     """Keep what a `TypeError` says, behind *where*, so that one error tells all that is wrong with a service."""
     try:
         yield
@@ -2851,7 +2852,7 @@ def _noting(mistakes: list[str], where: str) -> Iterator[None]:
         mistakes.append(f"{where}{exc}")
 
 
-def _opened(function: Any) -> tuple[Any, inspect.Signature]:
+def _plain_function(function: Any) -> tuple[Any, inspect.Signature]:
     """Return what is inside of a bound method, lru_cache and the like, and its signature; `TypeError` if unfit."""
     plain = inspect.unwrap(getattr(function, "__func__", function), stop=inspect.isfunction)
     name = getattr(plain, "__name__", type(plain).__name__)
@@ -2895,7 +2896,7 @@ def _read_method(protocol: type, name: str, where: str) -> RpcMethodInfo:
     given: Any = kept
     if hasattr(kept, "__get__") and not isinstance(kept, functools.partial):  # which will have it one day
         given = kept.__get__(object(), protocol)  # as an instance gives it
-    plain, signature = _opened(given)
+    plain, signature = _plain_function(given)
     if not inspect.isfunction(plain):
         raise TypeError(f"expected a function, got {got(plain)}")
     hints = hints_of(plain)
@@ -2905,7 +2906,7 @@ def _read_method(protocol: type, name: str, where: str) -> RpcMethodInfo:
     for param, parameter in signature.parameters.items():
         if _is_context(param, hints.get(param)):
             continue
-        with _noting(mistakes, f"parameter {param!r}: "):
+        with _collecting(mistakes, f"parameter {param!r}: "):
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 raise TypeError(f"expected a named parameter, got {parameter.kind.description}")
             if param not in hints:
@@ -2918,7 +2919,7 @@ def _read_method(protocol: type, name: str, where: str) -> RpcMethodInfo:
     header = None
     returned = hints.get("return")
     states, header_type, is_exchange = _stream_parts(returned)
-    with _noting(mistakes, "result: "):
+    with _collecting(mistakes, "result: "):
         if returned is None:
             raise TypeError("no return annotation; write '-> None' if it returns nothing")
         if states and header_type is not type(None):
@@ -2957,7 +2958,7 @@ def read_protocol(protocol: type) -> tuple[Mapping[str, RpcMethodInfo], list[str
         is_type = isinstance(value, type) or typing.get_origin(value) or hasattr(value, "__supertype__")
         if callable(value) and not is_type and not name.startswith("_") and name != "on_serve_start":
             where = f"{protocol.__qualname__}.{name}(): "
-            with _noting(mistakes, where):
+            with _collecting(mistakes, where):
                 methods[name] = _read_method(protocol, name, where)
     return types.MappingProxyType(methods), mistakes
 
@@ -3020,7 +3021,7 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
     infos, of_protocol = read_protocol(protocol)
     mistakes = list(of_protocol)
     for name, info in infos.items():
-        with _noting(mistakes, f"{name}(): "):
+        with _collecting(mistakes, f"{name}(): "):
             service.methods[name] = _bind_method(info, service)
     if not infos and not mistakes:
         mistakes.append("there are no methods (a name with a leading '_' is not served)")
@@ -3035,12 +3036,12 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
     function: Any = getattr(service.implementation, info.name, None)
     if not callable(function):
         raise TypeError(f"expected a method, got {got(function)}")
-    plain, signature = _opened(function)
+    plain, signature = _plain_function(function)
     is_stream = info.method_type is MethodType.STREAM
     mistakes: list[str] = []
     hints: dict[str, Any] = {}
     # An implementation may annotate for its own eyes, but its states are found by its annotations alone.
-    with _noting(mistakes if is_stream else [], ""):
+    with _collecting(mistakes if is_stream else [], ""):
         hints = hints_of(plain)
     called = dict.fromkeys(info.param_types)
     context = None
@@ -3048,7 +3049,7 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
         if name == "ctx" or _is_context(name, hints.get(name)):
             context = name
             called[name] = None
-    with _noting(mistakes, f"called with {list(called)}: "):
+    with _collecting(mistakes, f"called with {list(called)}: "):
         signature.bind(**called)
     returned = hints.get("return", info.result_type)
     states, _, is_exchange = _stream_parts(returned)
@@ -3056,7 +3057,7 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
         wanted = _result_text(info.result_type)
         mistakes.append(f"returns {_result_text(returned)}, the protocol says {wanted}")
     for cls in states:  # it is written to a token, read back, and run
-        with _noting(mistakes, f"returns a Stream of {annotation_text(cls)}: "):
+        with _collecting(mistakes, f"returns a Stream of {annotation_text(cls)}: "):
             if not isinstance(cls, type) or not issubclass(cls, StreamState):
                 raise TypeError("expected a StreamState")
             if issubclass(cls, {True: ProducerState, False: ExchangeState, None: ()}[info.is_exchange]):
@@ -3065,7 +3066,7 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
                 if codec_for(part).dataclass is None:
                     raise TypeError(f"CALL_STATE_TYPE: expected a dataclass, got {annotation_text(part)}")
             for hook in ("process", "produce", "exchange", "on_cancel", "rehydrate", "bind_call_state"):
-                _opened(getattr(cls, hook, cls.process))
+                _plain_function(getattr(cls, hook, cls.process))
     if mistakes:
         raise TypeError(f"\n  - {info.name}(): ".join(mistakes))
     if info.is_exchange is not None:
@@ -3603,7 +3604,7 @@ def _method_description(summary: MethodSummary, service: ProtocolSummary) -> Met
 TOKEN_REFUSED = "state token refused: not issued by this service for this call; start the stream again"
 TOKEN_OUTDATED = "state token refused: issued by another version of the service; start the stream again"
 _FRAME = struct.Struct("<BBQQ")
-_VERSION = 3
+_TOKEN_VERSION = 3
 _MAC_TEXT_BYTES = 44
 _PACK_FROM_BYTES = 10_000  # base64 is read at 250 MB/s: what packing takes is less than what it spares
 
@@ -3654,7 +3655,7 @@ class TokenSealer:
             size = len(content)
             content = pa.compress(content, "zstd", asbytes=True)
         filler = -(_FRAME.size + len(content)) % 3
-        frame = _FRAME.pack(_VERSION, filler, int(self._clock() * 1000), size)
+        frame = _FRAME.pack(_TOKEN_VERSION, filler, int(self._clock() * 1000), size)
         text = binascii.b2a_base64(b"".join((frame, content, bytes(filler))), newline=False)
         return text + self._mac(self._keys[0], half, binding, text)
 
@@ -3673,7 +3674,7 @@ class TokenSealer:
         if not sum([hmac.compare_digest(own, mac) for own in macs]):
             raise TokenError(TOKEN_REFUSED)
         sealed = binascii.a2b_base64(text)
-        if sealed[0] != _VERSION:
+        if sealed[0] != _TOKEN_VERSION:
             raise TokenError(TOKEN_OUTDATED)
         _, filler, issued, size = _FRAME.unpack_from(sealed)
         age = self._clock() - issued / 1000
@@ -3689,6 +3690,7 @@ class TokenSealer:
     def _mac(key: bytes, half: bytes, binding: Sequence[bytes], text: bytes) -> bytes:
         import hmac
 
+        # A label of the MAC alone; what is sealed has `_TOKEN_VERSION`.
         message = b"".join((b"vgi_rpc.token.v2", pack_parts((half, *binding)), text))
         return binascii.b2a_base64(hmac.digest(key, message, "sha256"), newline=False)
 
@@ -3940,7 +3942,7 @@ def failure_text(exc: Any) -> str:
 
 @contextlib.contextmanager
 def opening(failure: str) -> Iterator[contextlib.ExitStack]:
-    """Turn what can go wrong while connecting into `TransportError`, and close then what the stack was given."""
+    """Turn what can go wrong while connecting, a wrong argument too, into `TransportError`; close then the stack."""
     with contextlib.ExitStack() as opened:
         try:
             yield opened
@@ -4102,7 +4104,7 @@ def log_quietly(level: int, text: str, *args: object, exc_info: Any = True) -> N
         logger.log(level, text, *args, exc_info=exc_info)
 
 
-def _tell(hook: Any, event: str, *facts: Any) -> Any:
+def _call_hook(hook: Any, event: str, *facts: Any) -> Any:
     try:
         return getattr(hook, event)(*facts)
     except BaseException:  # SystemExit too
@@ -4202,7 +4204,7 @@ class Call(CallRecord):
                 self.request_schema = info.params_schema
                 self.request_rows = self.statistics.input_rows = request.rows
                 self.statistics.input_batches = 1
-            self._tokens = [_tell(hook, "on_dispatch_start", self) for hook in server.hooks]
+            self._tokens = [_call_hook(hook, "on_dispatch_start", self) for hook in server.hooks]
 
     @property
     def stream_wire(self) -> WireSchema:
@@ -4364,7 +4366,7 @@ class Call(CallRecord):
         if self._watched:
             self.duration_ms = (time.monotonic() - self._started) * 1000
             for hook, token in zip(self.server.hooks, self._tokens):
-                _tell(hook, "on_dispatch_end", token, self, self.error)
+                _call_hook(hook, "on_dispatch_end", token, self, self.error)
             self.server.log_answer(self, self.error)
 
 
@@ -5381,16 +5383,16 @@ def _connection(target: Any, what: str) -> RpcConnection[Any]:
     return target
 
 
-_SAME: Any = object()  # an option that stays as it is
+_UNCHANGED: Any = object()  # an option that stays as it is
 
 
 def with_options(
     proxy: P,
     *,
-    timeout: float | None = _SAME,
-    on_log: ClientLog | None = _SAME,
-    ipc_validation: IpcValidation = _SAME,
-    prefetch: int | None = _SAME,
+    timeout: float | None = _UNCHANGED,
+    on_log: ClientLog | None = _UNCHANGED,
+    ipc_validation: IpcValidation = _UNCHANGED,
+    prefetch: int | None = _UNCHANGED,
 ) -> P:
     """Return a proxy on the same connection with other options; those that are not given stay as they are.
 
@@ -5400,7 +5402,7 @@ def with_options(
     given = {"timeout": timeout, "on_log": on_log, "ipc_validation": ipc_validation, "prefetch": prefetch}
     old = _connection(proxy, "with_options")
     new: RpcConnection[P] = RpcConnection(cast("ProtocolClass[P]", old._protocol), old._channel)
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not _SAME}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not _UNCHANGED}
     new._options = dataclasses.replace(old._options, **changes)
     return new.__enter__()
 
@@ -5965,8 +5967,8 @@ def http_refusal(status: int, text: str, code: Code = Code.INVALID_ARGUMENT) -> 
     return exc
 
 
-def body_too_large(limit: int, got: object, rule: str = "max_request_bytes") -> RequestTooLargeError:
-    return RequestTooLargeError(f"body: expected at most {limit} bytes ({rule}), got {got}")
+def body_too_large(limit: int, size: object, rule: str = "max_request_bytes") -> RequestTooLargeError:
+    return RequestTooLargeError(f"body: expected at most {limit} bytes ({rule}), got {size}")
 
 
 class HttpHead(NamedTuple):
@@ -6209,8 +6211,8 @@ def decompress_body(body: Buffer, encoding: str, limit: int) -> Buffer:
     try:
         with pa.CompressedInputStream(pa.BufferReader(body), encoding) as stream:
             # Not read(): pyarrow loses the bytes object that it has made when the data turn out to be bad.
-            while len(whole) <= limit and (got := stream.readinto(room)):
-                whole += room[:got]
+            while len(whole) <= limit and (count := stream.readinto(room)):
+                whole += room[:count]
     except ARROW_FAILURES as exc:
         raise IPCError(f"{encoding}: {text_of(exc)}") from None
     if not whole and len(body):
@@ -6622,7 +6624,7 @@ def page(title: str, body: str, root: str, status: int = 200) -> HttpResponse:
 def page_at(
     server: RpcServer, options: HttpOptions, request: HttpRequest, segments: list[str], scheme: str = "http"
 ) -> HttpResponse | None:
-    """A card of each method, closed at the root and open at ``describe``, else None; who calls has asked who asks."""
+    """A card of each method, closed at the root and open at ``describe``, else None. It asks for no credential."""
     if segments not in ([], [""], ["describe"]):
         return None
     host = request.get_header("host") or ""
@@ -7051,7 +7053,7 @@ class HttpApp:
         return response
 
 
-def _number(headers: Mapping[str, str], name: str, least: int, most: int) -> int | None:
+def _int_of(headers: Mapping[str, str], name: str, least: int, most: int) -> int | None:
     given = headers.get(name.lower())
     if given is None:
         return None
@@ -7078,7 +7080,7 @@ class _PostedCall:
         traces = {}
         if "traceparent" in headers:
             traces = {name: headers[name] for name in _TRACE_HEADERS if name in headers}
-        budget = _number(headers, ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET)
+        budget = _int_of(headers, ACCEPT_MAX_RESPONSE_BYTES_HEADER, MIN_RESPONSE_BUDGET, MAX_RESPONSE_BUDGET)
         limit = min(filter(None, (app.options.max_response_bytes, budget)), default=None)
         self._caller = CallRecord(TransportKind.HTTP, auth, request.remote_addr, traces, request.gone, limit)
 
@@ -7256,7 +7258,7 @@ class _PostedCall:
         limit = call.response_limit_bytes or sys.maxsize
         size = total_size(self._pieces)
         until = time.monotonic() + MAX_TURNS_SECONDS
-        left = min(_number(self._headers, MAX_TURNS_HEADER, 1, MAX_RESPONSE_BUDGET) or 1, MAX_TURNS)
+        left = min(_int_of(self._headers, MAX_TURNS_HEADER, 1, MAX_RESPONSE_BUDGET) or 1, MAX_TURNS)
         content = b""  # of the cursor after the last turn
         turn = Turn(wire, [], False)
         items: list[Item] = []  # which end the answer
@@ -7338,8 +7340,8 @@ class _PostedCall:
         if self._step or self._bound.is_exchange:
             text = f"{info.name}(): JSON has no batches; expected Content-Type: {ARROW_CONTENT_TYPE}"
             raise http_refusal(415, text, Code.UNIMPLEMENTED)
-        _number(self._headers, CONNECT_VERSION_HEADER, 1, 1)
-        milliseconds = _number(self._headers, CONNECT_TIMEOUT_HEADER, 0, 10**10 - 1)
+        _int_of(self._headers, CONNECT_VERSION_HEADER, 1, 1)
+        milliseconds = _int_of(self._headers, CONNECT_TIMEOUT_HEADER, 0, 10**10 - 1)
         metadata = {} if milliseconds is None else {TIMEOUT_KEY: b"%d" % milliseconds}
         body = self._read_body(options.max_request_bytes or JSON_MAX_REQUEST_BYTES)
         given = parse_json(body) if len(body) else {}
@@ -7362,7 +7364,7 @@ class _PostedCall:
             except Exception as exc:  # a value that Python, and so JSON, does not have
                 turn = call.failed(exc)
         if turn.error is not None:
-            response = json_response(http_status_of(turn.error), _said(call, turn.error))
+            response = json_response(http_status_of(turn.error), _call_error_json(call, turn.error))
         call.http.update(http_status=response.status, response_bytes=len(response.body))
         call.end()
         return response
@@ -7383,7 +7385,7 @@ def _json_rows(call: Call, rows: list[dict[str, Any]], turn: Turn) -> Iterator[b
                 if sent + len(lines) > limit:
                     turn = too_large(call, sent + len(lines), limit)
                 if turn.error is not None:
-                    lines = json_bytes({"__error__": _said(call, turn.error)})
+                    lines = json_bytes({"__error__": _call_error_json(call, turn.error)})
                 sent += len(lines)
                 if lines:
                     yield lines
@@ -7407,7 +7409,7 @@ def _rows_of(turn: Turn) -> list[dict[str, Any]]:
     return batch_rows(_batch_of(turn)) if turn.items else []
 
 
-def _said(call: Call, error: BaseException) -> dict[str, Any]:
+def _call_error_json(call: Call, error: BaseException) -> dict[str, Any]:
     """An error in JSON; what a method raised has its traceback, where the server shows it."""
     trace = ""
     if call.server.include_tracebacks and not isinstance(error, Refusal):
@@ -7505,7 +7507,7 @@ else:
     _Handler = object
 
 
-class HttpConnection(_Handler):
+class HttpHandler(_Handler):
     """One connection to `serve_http`: reads strictly, answers, and hangs up where the framing is in doubt."""
 
     app: HttpApp
@@ -7664,7 +7666,7 @@ def serve_http(
     if re.fullmatch(LOOPBACK_HOST, host):
         app.loopback_port = bound_port
     base = http.server.BaseHTTPRequestHandler
-    handler = type("Handler", (HttpConnection, base), {"app": app, "options": options})
+    handler = type("Handler", (HttpHandler, base), {"app": app, "options": options})
     kind: Any = type("HttpListener", (ListenerMixin, http.server.ThreadingHTTPServer), {})
     # Twice as many connections, so that health can be asked for when all are taken.
     listener = kind(listening, handler, server, True, 2 * max_connections, idle_timeout)
@@ -7683,7 +7685,7 @@ Pair: TypeAlias = tuple[str, str]
 Pairs: TypeAlias = tuple[Pair, ...]
 Pieces: TypeAlias = list[Buffer]
 When: TypeAlias = float | None  # of ``time.monotonic()``
-_RULE = "accepted_max_response_bytes"
+_BUDGET_OPTION = "accepted_max_response_bytes"
 _MAX_IDLE = 8  # connections that are kept between calls
 _MAX_INTERIM = 16  # 1xx answers before the one that counts
 _CONNECT_SECONDS = 10.0
@@ -7840,7 +7842,7 @@ class HttpConnections(HttpSender):
                 interim += 1
                 if interim > _MAX_INTERIM:
                     raise ProtocolError(f"more than {_MAX_INTERIM} interim answers")
-            whole = reader.body(framing, head.headers, most, _RULE)
+            whole = reader.body(framing, head.headers, most, _BUDGET_OPTION)
         except BaseException as exc:
             channel.close()
             if isinstance(exc, RequestTooLargeError) or not isinstance(exc, Refusal):
@@ -7890,7 +7892,7 @@ class OpenerSender(HttpSender):
                 while piece := response.read(SMALL_BODY_BYTES):
                     whole += piece
                     if len(whole) > most:
-                        raise body_too_large(most, "more", _RULE)
+                        raise body_too_large(most, "more", _BUDGET_OPTION)
                     if until is not None and time.monotonic() > until:
                         raise TimeoutError
                 found = {name.lower(): value for name, value in response.headers.items()}
@@ -7952,7 +7954,7 @@ class HttpClient(ClientChannel):
         budget = MAX_RESPONSE_BUDGET if max_response_bytes is None else max_response_bytes
         if not MIN_RESPONSE_BUDGET <= budget <= MAX_RESPONSE_BUDGET:
             wanted = f"{MIN_RESPONSE_BUDGET} to {MAX_RESPONSE_BUDGET}"
-            raise ValueError(f"{_RULE}: expected {wanted}, got {budget}")
+            raise ValueError(f"{_BUDGET_OPTION}: expected {wanted}, got {budget}")
         self._sender = sender
         self._prefix = prefix
         self._headers = headers
@@ -8301,12 +8303,12 @@ def http_connect(
         compression_level: 1 to 9; ``None`` neither compresses nor asks for compressed answers.
         accepted_max_response_bytes: Largest answer, decoded; a larger one is refused by the server or here.
     """
-    sender, path = _http_sender(base_url, prefix, client, opener, tls_context)
+    sender, path = _sender_and_path(base_url, prefix, client, opener, tls_context)
     channel = HttpClient(sender, path, headers, compression_level, accepted_max_response_bytes)
     return RpcConnection(protocol, channel, on_log, timeout=timeout, ipc_validation=ipc_validation)
 
 
-def _http_sender(
+def _sender_and_path(
     url: str | None,
     prefix: str | None,
     client: HttpSender | None,
@@ -8341,7 +8343,7 @@ def http_capabilities(
     base_url: str = "", *, prefix: str = "", client: HttpSender | None = None, timeout: float | None = None
 ) -> HttpServerCapabilities:
     """Ask a server's ``/health`` what it can do; raises `TransportError`."""
-    with contextlib.closing(HttpClient(*_http_sender(base_url, prefix, client))) as channel:
+    with contextlib.closing(HttpClient(*_sender_and_path(base_url, prefix, client))) as channel:
         return channel.capabilities(CallOptions(timeout=timeout).deadline)
 
 
@@ -8349,7 +8351,7 @@ def http_introspect(
     base_url: str = "", *, prefix: str = "", client: HttpSender | None = None, protocol: str | None = None
 ) -> ServiceDescription:
     """Return what a server says of *protocol*, by default its primary one; raises as `list_protocols`."""
-    with contextlib.closing(HttpClient(*_http_sender(base_url, prefix, client))) as channel:
+    with contextlib.closing(HttpClient(*_sender_and_path(base_url, prefix, client))) as channel:
         return introspect(channel, protocol=protocol)
 
 
@@ -8471,7 +8473,7 @@ def _report(exc: Exception, verbose: bool) -> int:
 # -- options
 
 # What stands for numbers in help: type, least, largest, in words.
-_NUMBERS: dict[str, tuple[Any, float, float, str]] = {
+_NUMBER_KINDS: dict[str, tuple[Any, float, float, str]] = {
     "N": (int, 1, 10**15, "a number above 0"),
     "SIZE": (int, 1, 10**15, "a size such as 64M"),
     "SECONDS": (float, 1e-6, 10**9, "seconds above 0"),
@@ -8487,11 +8489,11 @@ def _read_value(kind: str, text: str) -> Any:
     if kind == "[HOST:]PORT":  # the host may stand in brackets, as IPv6 addresses do
         host, _, port = text.rpartition(":")
         return host.strip("[]") or "127.0.0.1", _read_value("PORT", port)
-    if kind not in _NUMBERS and ("|" not in kind or text in kind.split("|")):
+    if kind not in _NUMBER_KINDS and ("|" not in kind or text in kind.split("|")):
         return text
-    cast_to, least, most, wanted = _NUMBERS.get(kind, (float, 0, 0, kind))
+    cast_to, least, most, wanted = _NUMBER_KINDS.get(kind, (float, 0, 0, kind))
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([KMG]?)(?:i?B)?", text, re.I | re.A)
-    if found and kind in _NUMBERS and (kind == "SIZE" or not found[2]):
+    if found and kind in _NUMBER_KINDS and (kind == "SIZE" or not found[2]):
         number = float(found[1]) * 1024 ** "_KMG".index(found[2].upper() or "_")
         if least <= number <= most and cast_to(number) == number:
             return cast_to(number)
@@ -9067,7 +9069,7 @@ def _selfcheck(args: Any) -> int:
     return failed
 
 
-# -- the commands, and the options of each (see `read_options`)
+# -- the commands, and the options of each (see `_read_options`)
 
 _CLIENT = """\
 where WHERE | http(s)://HOST[:PORT][/PREFIX], unix:PATH, tcp:HOST:PORT, or a command in quotes
