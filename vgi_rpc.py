@@ -208,6 +208,7 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 131_072  # request line or status line with all headers; holds a bearer token of 100 KB
 MAX_CONNECTIONS = 512  # of one listener at a time; each has a thread
+MAX_OPEN_TOKENS = 4_096  # call tokens that an HTTP server keeps opened
 MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
 
 # Limits of what we send.
@@ -226,6 +227,7 @@ TOKEN_TTL_SECONDS = 3_600.0
 TOKEN_CLOCK_SKEW_SECONDS = 60.0  # how far ahead of us another server's clock may run
 READ_TIMEOUT_SECONDS = 30.0  # HTTP: between two bytes of one request
 REQUEST_DEADLINE_SECONDS = 300.0  # HTTP: for the whole of one request, first byte to last
+KEEP_ALIVE_SECONDS = 75.0  # HTTP: between two requests of one connection
 DRAIN_GRACE_SECONDS = 30.0
 TLS_HANDSHAKE_SECONDS = 5.0
 REAP_SECONDS = 1.0  # how long a worker that died while idle in a pool may stay a zombie
@@ -2720,6 +2722,7 @@ class Stream(Generic[_S, _H], _ClientSide):
 
 
 REQUEST_ID_BYTES = 16  # hex characters of the ids that we make
+STREAM_KINDS: dict[bool | None, str] = {True: "exchange", False: "producer"}  # by `is_exchange`
 TIMEOUT_DIGITS = 15  # of a time limit in milliseconds, with leading zeros: row templates want one length
 
 
@@ -2767,7 +2770,7 @@ class RpcMethodInfo:
         """One word for people: ``unary``, ``producer``, ``exchange``; ``stream`` where nothing tells."""
         if self.method_type is MethodType.UNARY:
             return "unary"
-        return {True: "exchange", False: "producer", None: "stream"}[self.is_exchange]
+        return STREAM_KINDS.get(self.is_exchange, "stream")
 
     def signature(self) -> str:
         """Return the Python signature without ``self``, as a person would write it."""
@@ -3497,7 +3500,7 @@ def describe_service(service: HostedService) -> ProtocolDescription:
         info = bound.info
         kind = ""
         if info.method_type is MethodType.STREAM:
-            kind = {True: "exchange", False: "producer", None: "unknown"}[bound.is_exchange]
+            kind = STREAM_KINDS.get(bound.is_exchange, "unknown")
         schemas = described_schemas(info).values()
         data = [s.serialize().to_pybytes() * bool(s.names or s.metadata) for s in schemas]
         has_header = info.header is not None
@@ -5519,7 +5522,8 @@ class WorkerPool:
         timeout: float | None = None,
         ipc_validation: IpcValidation = IpcValidation.FULL,
     ) -> Iterator[P]:
-        """Give a proxy to a worker of that command; on leaving, an open stream is ended, and it goes back.
+        """Give a proxy to a worker of that command; on leaving, an open stream is ended, and it goes back. Entering
+        and leaving wait for the end of idle workers that are not wanted any more, at worst some seconds for each.
 
         Raises `TransportError` on entering, when the program cannot be started or the pool is closed.
         """
@@ -6224,7 +6228,7 @@ def decompress_body(body: Buffer, encoding: str, limit: int) -> Buffer:
 
 def coding_of(headers: Mapping[str, str]) -> str:
     """Return the coding of a body, by our private header first, empty for none; 415 if it is not ours."""
-    coding = headers.get("x-vgi-content-encoding") or headers.get("content-encoding")
+    coding = headers.get(CONTENT_ENCODING_HEADER.lower()) or headers.get("content-encoding")
     if not coding:
         return ""
     coding = coding.strip().lower()
@@ -6639,7 +6643,7 @@ def page_at(
         body += tag("h2", f"{service.name} {service.version}")
         for _, bound in sorted(service.methods.items()):
             info = bound.info
-            marks = [{True: "exchange", False: "producer"}.get(cast("bool", bound.is_exchange), info.kind)]
+            marks = [STREAM_KINDS.get(bound.is_exchange, info.kind)]
             marks += [info.idempotency] * (info.idempotency != "unknown")
             marks += [f"deprecated: {info.deprecation}"] * (info.deprecation is not None)
             summary = f"{tag('code', info.signature())} {tag('b', ', '.join(marks))}"
@@ -6792,7 +6796,7 @@ class HttpOptions:
     max_request_bytes: int | None = None  # largest body, encoded and decoded; else 256 MiB, of JSON 1 MiB
     max_response_bytes: int | None = None  # largest answer, decoded; None for any size
     compression_level: int | None = 1  # of answers in zstd and gzip, 1 to 9; None switches compression off
-    call_state_cache_entries: int = 4096  # opened call tokens kept in memory; 0 for none
+    call_state_cache_entries: int = MAX_OPEN_TOKENS  # opened call tokens kept in memory; 0 for none
     max_rows: int | None = None  # rows of one batch; None for what its bytes pay for
     pages: bool = True  # serve the pages for people (they need reflection as well)
     json: bool = True  # answer calls in JSON
@@ -6825,7 +6829,7 @@ class HttpServeOptions(HttpOptions):
     max_connections: int = MAX_CONNECTIONS  # at a time; as many again are answered 503, but for health
     read_timeout: float = READ_TIMEOUT_SECONDS  # for a head, and for each MiB of a body or an answer
     request_deadline: float = REQUEST_DEADLINE_SECONDS  # for one request as a whole, and for its answer
-    keep_alive_timeout: float = 75.0  # how long a connection is kept between two requests
+    keep_alive_timeout: float = KEEP_ALIVE_SECONDS  # how long a connection is kept between two requests
     drain_grace_seconds: float = DRAIN_GRACE_SECONDS  # how long calls may run on after SIGTERM or SIGINT
     idle_timeout: float | None = None  # without a connection for so long, it ends; None for never
     on_bound: Callable[[str, int], None] | None = None  # called with host and port once it accepts
@@ -6917,7 +6921,7 @@ class HttpApp:
         Whoever asks counts the request as running until its answer is out.
         """
         started = time.monotonic()
-        request.request_id = clean_request_id(request.headers.get("x-request-id", ""))
+        request.request_id = clean_request_id(request.headers.get(REQUEST_ID_HEADER.lower(), ""))
         try:
             if fault is not None:
                 raise fault
@@ -7320,7 +7324,9 @@ class _PostedCall:
         if turn.error is not None:
             headers.append((RPC_ERROR_HEADER, "true"))
         public = self._headers.get("accept-encoding", "")[:1000]
-        encoding, header, identity = choose_encoding(self._headers.get("x-vgi-accept-encoding"), public)
+        encoding, header, identity = choose_encoding(
+            self._headers.get(ACCEPT_ENCODING_HEADER.lower()), public
+        )
         level = self._app.options.compression_level
         if encoding and level and not (identity and not is_worth_packing(pieces, encoding, level)):
             headers.append((header, encoding))
@@ -7438,7 +7444,7 @@ def make_wsgi_app(
     max_request_bytes: int | None = None,
     max_response_bytes: int | None = None,
     compression_level: int | None = 1,
-    call_state_cache_entries: int = 4096,
+    call_state_cache_entries: int = MAX_OPEN_TOKENS,
     max_rows: int | None = None,
     pages: bool = True,
     json: bool = True,
@@ -7636,7 +7642,7 @@ def serve_http(
     max_request_bytes: int | None = None,
     max_response_bytes: int | None = None,
     compression_level: int | None = 1,
-    call_state_cache_entries: int = 4096,
+    call_state_cache_entries: int = MAX_OPEN_TOKENS,
     max_rows: int | None = None,
     pages: bool = True,
     json: bool = True,
@@ -7645,7 +7651,7 @@ def serve_http(
     max_connections: int = MAX_CONNECTIONS,
     read_timeout: float = READ_TIMEOUT_SECONDS,
     request_deadline: float = REQUEST_DEADLINE_SECONDS,
-    keep_alive_timeout: float = 75.0,
+    keep_alive_timeout: float = KEEP_ALIVE_SECONDS,
     drain_grace_seconds: float = DRAIN_GRACE_SECONDS,
     idle_timeout: float | None = None,
     on_bound: Callable[[str, int], None] | None = None,
