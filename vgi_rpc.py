@@ -208,7 +208,7 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 131_072  # request line or status line with all headers; holds a bearer token of 100 KB
 MAX_CONNECTIONS = 512  # of one listener at a time; each has a thread
-MAX_OPEN_TOKENS = 4_096  # call tokens that an HTTP server keeps opened
+MAX_OPEN_TOKENS = 4_096  # call tokens kept opened
 MAX_STATE_BYTES = 1 << 28  # decoded state in one token: 256 MiB
 
 # Limits of what we send.
@@ -1492,8 +1492,7 @@ class _Column:
         self.kind, self.code = _FLAT.get(kind, (list, ""))
         self.one = struct.Struct("<" + self.code).pack
         self.is_enum = (self.kind, self.code) == (str, "h")
-        # What pyarrow writes where a value is null. In a null struct an enum has an index without a name: no value at
-        # all, for which the class `NotPlain` stands.
+        # What pyarrow writes where a value is null. In a null struct an enum has an index without a name: `NotPlain`.
         self.filler: Any = NotPlain if self.is_enum else self.kind()
         if pa.types.is_map(kind):
             pairs = pa.struct([kind.key_field, kind.item_field])
@@ -1843,7 +1842,7 @@ def located(where: str, convert: Callable[[Any], T], value: Any) -> T:
     try:
         return with_field("", convert, value)
     except Mismatch as exc:
-        # Without the "." of the empty name, and behind a space without that of the field: "f() argument " and "a[0]".
+        # Without the "." of the empty name, and behind a space that of the field: "f() argument " and "a[0]".
         exc.path = exc.path[1 + where.endswith(" ") :]
         raise ParameterError(f"{where}{exc}") from exc.__cause__
 
@@ -2847,7 +2846,7 @@ def _identity(protocol: Any) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _collecting(mistakes: list[str], where: str) -> Iterator[None]:
+def _noting(mistakes: list[str], where: str) -> Iterator[None]:
     """Keep what a `TypeError` says, behind *where*, so that one error tells all that is wrong with a service."""
     try:
         yield
@@ -2909,7 +2908,7 @@ def _read_method(protocol: type, name: str, where: str) -> RpcMethodInfo:
     for param, parameter in signature.parameters.items():
         if _is_context(param, hints.get(param)):
             continue
-        with _collecting(mistakes, f"parameter {param!r}: "):
+        with _noting(mistakes, f"parameter {param!r}: "):
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 raise TypeError(f"expected a named parameter, got {parameter.kind.description}")
             if param not in hints:
@@ -2922,7 +2921,7 @@ def _read_method(protocol: type, name: str, where: str) -> RpcMethodInfo:
     header = None
     returned = hints.get("return")
     states, header_type, is_exchange = _stream_parts(returned)
-    with _collecting(mistakes, "result: "):
+    with _noting(mistakes, "result: "):
         if returned is None:
             raise TypeError("no return annotation; write '-> None' if it returns nothing")
         if states and header_type is not type(None):
@@ -2961,7 +2960,7 @@ def read_protocol(protocol: type) -> tuple[Mapping[str, RpcMethodInfo], list[str
         is_type = isinstance(value, type) or typing.get_origin(value) or hasattr(value, "__supertype__")
         if callable(value) and not is_type and not name.startswith("_") and name != "on_serve_start":
             where = f"{protocol.__qualname__}.{name}(): "
-            with _collecting(mistakes, where):
+            with _noting(mistakes, where):
                 methods[name] = _read_method(protocol, name, where)
     return types.MappingProxyType(methods), mistakes
 
@@ -3024,7 +3023,7 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
     infos, of_protocol = read_protocol(protocol)
     mistakes = list(of_protocol)
     for name, info in infos.items():
-        with _collecting(mistakes, f"{name}(): "):
+        with _noting(mistakes, f"{name}(): "):
             service.methods[name] = _bind_method(info, service)
     if not infos and not mistakes:
         mistakes.append("there are no methods (a name with a leading '_' is not served)")
@@ -3044,7 +3043,7 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
     mistakes: list[str] = []
     hints: dict[str, Any] = {}
     # An implementation may annotate for its own eyes, but its states are found by its annotations alone.
-    with _collecting(mistakes if is_stream else [], ""):
+    with _noting(mistakes if is_stream else [], ""):
         hints = hints_of(plain)
     called = dict.fromkeys(info.param_types)
     context = None
@@ -3052,7 +3051,7 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
         if name == "ctx" or _is_context(name, hints.get(name)):
             context = name
             called[name] = None
-    with _collecting(mistakes, f"called with {list(called)}: "):
+    with _noting(mistakes, f"called with {list(called)}: "):
         signature.bind(**called)
     returned = hints.get("return", info.result_type)
     states, _, is_exchange = _stream_parts(returned)
@@ -3060,7 +3059,7 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
         wanted = _result_text(info.result_type)
         mistakes.append(f"returns {_result_text(returned)}, the protocol says {wanted}")
     for cls in states:  # it is written to a token, read back, and run
-        with _collecting(mistakes, f"returns a Stream of {annotation_text(cls)}: "):
+        with _noting(mistakes, f"returns a Stream of {annotation_text(cls)}: "):
             if not isinstance(cls, type) or not issubclass(cls, StreamState):
                 raise TypeError("expected a StreamState")
             if issubclass(cls, {True: ProducerState, False: ExchangeState, None: ()}[info.is_exchange]):
@@ -4144,6 +4143,13 @@ class Turn(NamedTuple):
         """Status of an Arrow answer: 200 also for what a method raised."""
         return self.error.http_status if self.refused and isinstance(self.error, Refusal) else 200
 
+    def last_batch(self) -> pa.RecordBatch:
+        """Return the batch of the last item."""
+        item = self.items[-1]
+        if isinstance(item, bytes):
+            return ipc.read_record_batch(pa.py_buffer(item), self.wire.schema)
+        return item[0]
+
 
 _PLAIN_TICK = AnnotatedBatch(TICK)
 # Ours in the metadata of an input batch: they concern the call, and do not reach the state.
@@ -4292,11 +4298,10 @@ class Call(CallRecord):
         items = self.logs(wire)
         if item is not None:
             items.append(item)
-            if self._watched:
-                if isinstance(item, bytes):
-                    item = (ipc.read_record_batch(pa.py_buffer(item), wire.schema), None)
-                self.statistics.record("output", item[0])
-        return Turn(wire, items, over)
+        turn = Turn(wire, items, over)
+        if item is not None and self._watched:
+            self.statistics.record("output", turn.last_batch())
+        return turn
 
     def _begin_stream(self, value: Any) -> Turn:
         where = f"{self.method}() result"
@@ -4882,7 +4887,7 @@ class StreamSession:
         self._over = reason
 
     def _check_open(self) -> None:
-        if self.phase is StreamPhase.DONE or self.phase is StreamPhase.CUT:
+        if self.closed:
             raise local_error(f"the stream of {self.info.name}() {self._over}")
 
     def _check_kind(self, is_exchange: bool, use: str) -> None:
@@ -5386,16 +5391,16 @@ def _connection(target: Any, what: str) -> RpcConnection[Any]:
     return target
 
 
-_UNCHANGED: Any = object()  # an option that stays as it is
+_SAME: Any = object()  # an option that stays as it is
 
 
 def with_options(
     proxy: P,
     *,
-    timeout: float | None = _UNCHANGED,
-    on_log: ClientLog | None = _UNCHANGED,
-    ipc_validation: IpcValidation = _UNCHANGED,
-    prefetch: int | None = _UNCHANGED,
+    timeout: float | None = _SAME,
+    on_log: ClientLog | None = _SAME,
+    ipc_validation: IpcValidation = _SAME,
+    prefetch: int | None = _SAME,
 ) -> P:
     """Return a proxy on the same connection with other options; those that are not given stay as they are.
 
@@ -5405,7 +5410,7 @@ def with_options(
     given = {"timeout": timeout, "on_log": on_log, "ipc_validation": ipc_validation, "prefetch": prefetch}
     old = _connection(proxy, "with_options")
     new: RpcConnection[P] = RpcConnection(cast("ProtocolClass[P]", old._protocol), old._channel)
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not _UNCHANGED}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not _SAME}
     new._options = dataclasses.replace(old._options, **changes)
     return new.__enter__()
 
@@ -5522,8 +5527,8 @@ class WorkerPool:
         timeout: float | None = None,
         ipc_validation: IpcValidation = IpcValidation.FULL,
     ) -> Iterator[P]:
-        """Give a proxy to a worker of that command; on leaving, an open stream is ended, and it goes back. Entering
-        and leaving wait for the end of idle workers that are not wanted any more, at worst some seconds for each.
+        """Give a proxy to a worker of that command; on leaving, an open stream is ended, and it goes back. Both may
+        wait some seconds for idle workers that are to end.
 
         Raises `TransportError` on entering, when the program cannot be started or the pool is closed.
         """
@@ -7363,14 +7368,14 @@ class _PostedCall:
                 return HttpResponse(200, [("Content-Type", NDJSON_TYPE)], rows)
         elif turn.error is None:
             try:
-                response = json_response(200, {"result": result_to_json(info, _batch_of(turn))})
+                response = json_response(200, {"result": result_to_json(info, turn.last_batch())})
                 size = len(response.body)
                 if size > (call.response_limit_bytes or size):
                     turn = too_large(call, size, call.response_limit_bytes or 0)
             except Exception as exc:  # a value that Python, and so JSON, does not have
                 turn = call.failed(exc)
         if turn.error is not None:
-            response = json_response(http_status_of(turn.error), _call_error_json(call, turn.error))
+            response = json_response(http_status_of(turn.error), _error_json(call, turn.error))
         call.http.update(http_status=response.status, response_bytes=len(response.body))
         call.end()
         return response
@@ -7391,7 +7396,7 @@ def _json_rows(call: Call, rows: list[dict[str, Any]], turn: Turn) -> Iterator[b
                 if sent + len(lines) > limit:
                     turn = too_large(call, sent + len(lines), limit)
                 if turn.error is not None:
-                    lines = json_bytes({"__error__": _call_error_json(call, turn.error)})
+                    lines = json_bytes({"__error__": _error_json(call, turn.error)})
                 sent += len(lines)
                 if lines:
                     yield lines
@@ -7406,16 +7411,11 @@ def _json_rows(call: Call, rows: list[dict[str, Any]], turn: Turn) -> Iterator[b
         call.end()
 
 
-def _batch_of(turn: Turn) -> pa.RecordBatch:
-    item = turn.items[-1]
-    return ipc.read_record_batch(pa.py_buffer(item), turn.wire.schema) if isinstance(item, bytes) else item[0]
-
-
 def _rows_of(turn: Turn) -> list[dict[str, Any]]:
-    return batch_rows(_batch_of(turn)) if turn.items else []
+    return batch_rows(turn.last_batch()) if turn.items else []
 
 
-def _call_error_json(call: Call, error: BaseException) -> dict[str, Any]:
+def _error_json(call: Call, error: BaseException) -> dict[str, Any]:
     """An error in JSON; what a method raised has its traceback, where the server shows it."""
     trace = ""
     if call.server.include_tracebacks and not isinstance(error, Refusal):
