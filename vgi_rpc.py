@@ -5954,6 +5954,7 @@ class HttpRequest:
     multiprocess: bool = False  # whether the next request may come to another process
     mount: str = ""  # where a WSGI server has put the application: for links, `path` does not begin with it
     request_id: str = ""  # under which it is answered and logged, once that is known
+    scheme: str = ""  # of its URL, where a WSGI server tells it
 
     def get_header(self, name: str, default: str | None = None) -> str | None:
         """Return a header's value by its name in any case."""
@@ -6997,7 +6998,7 @@ class HttpApp:
         segments = path[len(prefix) + 1 :].split("/")
         if f"{path}/".startswith(f"{prefix}/") and "%" not in path:
             if reads and self.options.pages and self.server.describe_enabled:
-                shown = page_at(self.server, self.options, request, segments, scheme=self.scheme)
+                shown = page_at(self.server, self.options, request, segments, request.scheme or self.scheme)
                 if shown is not None:
                     return shown
             of_call = len(segments) > 1 and all(segments) and segments[2:] in ([], ["init"], ["exchange"])
@@ -7461,7 +7462,6 @@ def make_wsgi_app(
         if more or not callable(start_response):
             text = "an ASGI server needs an adapter, such as a2wsgi.WSGIMiddleware(app)"
             raise TypeError(f"this is a WSGI application; {text}")
-        app.scheme = environ.get("wsgi.url_scheme", "http")
         response = app(_request_from_environ(environ))
         body: Any = response.body
         if isinstance(body, bytes):
@@ -7498,6 +7498,7 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
     request = HttpRequest(environ["REQUEST_METHOD"], path, headers, environ.get("REMOTE_ADDR", ""), read_body)
     request.multiprocess = bool(environ.get("wsgi.multiprocess"))
     request.mount = environ.get("SCRIPT_NAME", "")
+    request.scheme = environ.get("wsgi.url_scheme", "")
     return request
 
 
