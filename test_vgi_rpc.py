@@ -4347,6 +4347,11 @@ class ConnectionTests(TestCase):
         self.assertLess(near.channel.source.fileno(), 0)
         far.close()
 
+    def test_what_a_notebook_shows(self) -> None:
+        with rpc.serve_pipe(Service, ServiceImpl()) as proxy:
+            self.assertLessEqual({"add", "plain", "close"}, set(dir(proxy)))
+            self.assertEqual(repr(proxy), "<proxy of Service over ByteClient>")
+
     def test_methods_of_any_name(self) -> None:
         class Names:
             def close(self, a: int) -> int:
@@ -6574,6 +6579,25 @@ class HttpStreamTests(TestCase):
         proxy = rpc.http_connect(Service, client=Client()).__enter__()
         return getattr(proxy, method)(*([9] * (method == "plain"))), bodies, inputs
 
+    def test_a_stream_goes_on_behind_a_server_that_drains(self) -> None:
+        servers = [make_server(), make_server()]
+        clients = [rpc.make_sync_client(server, token_key=KEY) for server in servers]
+        client = rpc.HttpSender()
+        client.send = lambda *asked: clients[servers[0].draining].send(*asked)
+        with rpc.http_connect(Service, client=client) as proxy:
+            session = proxy.plain(limit=3)
+            self.assertEqual(session.tick().batch.to_pydict(), {"value": [0]})
+            for server in servers:
+                server.draining = True
+            for _ in range(2):
+                with self.assertRaises(RpcError) as caught:
+                    session.tick()
+                self.assertEqual(caught.exception.error_kind, "server_draining")
+            servers[1].draining = False
+            again = rpc.resume(proxy, "plain", session.token())
+            for stream in (session, again):
+                self.assertEqual([b.batch.column(0).to_pylist() for b in stream], [[1], [2]])
+
     def test_producers(self) -> None:
         both = self.both
         later = [([1], None), ([], None), ([2], None), ([], {STATE: b"s"})]
@@ -6861,7 +6885,7 @@ FAILS: list[tuple[str, str, int, str]] = [  # arguments, stdin, exit code, what 
     ("call {demo} Nope.add", "", 1, r"hosted: .*\]\n$"),
     ("call tcp:h:99999 add", "", 3, "cannot connect to h:99999"),
     ("call {demo} countdown start=3 pause=9 --timeout 0.3", "", 5, "deadline|no answer|DeadlineExceeded"),
-    ("call {demo} countdown start=3 --resume mark -o x.parquet", "", 2, "x.parquet: no kind of file"),
+    ("call {demo} countdown start=3 --resume mark -o x.parquet", "", 2, "x.parquet: expected an ending of .ndjson"),
     ("call {demo} add a=1 --rows 0", "", 2, "--rows: expected a number above 0, got '0'"),
     ("call localhost:1 add", "", 2, "expected a URL.*\nhint: http://localhost:1"),
     ("call http://127.0.0.1:1 add", "", 3, "cannot connect.*\nhint: is the server running"),
@@ -7023,7 +7047,7 @@ class CliTests(TestCase):
         for name, new in (("t.arrows", pa.ipc.new_stream), ("t.arrow", pa.ipc.new_file)):
             with pa.OSFile(name, "wb") as f, new(f, table.schema) as writer:
                 writer.write_table(table, 2)
-            for more, counts in (("", [1, 3]), ("--rows 1", [1, 1, 2, 3])):
+            for more, counts in (("", [1, 3]), ("--rows 1", [1, 1, 2, 3]), ("--rows 3", [2, 3])):
                 lines = self.ok(f"call {{demo}} statistics -i {name} {more}").splitlines()
                 self.assertEqual([json.loads(line)["count"] for line in lines], counts)
 

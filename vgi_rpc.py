@@ -5377,8 +5377,11 @@ class RpcConnection(Generic[P]):
     def __exit__(self, *exc: object) -> None:
         RpcConnection.close(self)
 
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._methods]
+
     def __repr__(self) -> str:
-        over = type(self._opened or self._transport).__name__
+        over = type(self._opened).__name__ if self._opened else "a connection to be opened"
         return f"<proxy of {self._protocol.__qualname__} over {over}>"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -6699,7 +6702,7 @@ def _python_block(bound: BoundMethod, url: str, given: dict[str, Any], more: str
     call = f"proxy.{info.name}({', '.join(f'{name}={_source(values[name])}' for name in given)})"
     use = f"print({call})"
     if bound.is_exchange:
-        use = f'with {call} as session:\n        print(session.exchange({{"column": [1, 2]}}).batch)'
+        use = f'with {call} as session:\n        print(session.exchange({{"value": [1.5]}}).batch)  # the columns of your input'
     elif info.method_type is MethodType.STREAM:
         use = f"for answer in {call}:\n        print(answer.batch)"
     own = import_name(__name__)
@@ -7842,7 +7845,7 @@ class HttpConnections(HttpSender):
             while status < 200:
                 raw = reader.head()
                 if not raw:
-                    hint = " (if it speaks TLS, connect to https://)" * (self._tls is None)
+                    hint = " (if it speaks TLS, connect to https://)" * (self._tls is None and verb == "HEAD")
                     raise TransportError(f"{authority} closed the connection without an answer{hint}")
                 head = parse_http_head(raw)
                 status, framing = check_answer_head(head, verb)
@@ -8134,10 +8137,10 @@ class _HttpSession(StreamSession):
             try:
                 self._post(batch, turns)
             except BaseException as exc:
-                if isinstance(exc, RpcError) and was_answer(exc):
-                    self.phase = StreamPhase.DONE
-                else:
+                if not isinstance(exc, RpcError) or not was_answer(exc):
                     self._cut(f"was cut off: {text_of(exc)}")
+                elif exc.error_kind != ServerDrainingError.error_kind:  # after that another server may go on
+                    self.phase = StreamPhase.DONE
                 raise
 
     def token(self) -> bytes:
@@ -8461,7 +8464,7 @@ def _report(exc: Exception, verbose: bool) -> int:
         code = 1
         if exc.code is Code.DEADLINE_EXCEEDED:
             code = 5
-        elif isinstance(exc, TransportError):
+        elif isinstance(exc, TransportError) or exc.error_kind == ServerDrainingError.error_kind:
             code = 3
         elif refused or "VersionError" in exc.error_type:
             code = 4
@@ -8762,6 +8765,8 @@ def _input_batches(args: Any, skip: int) -> Iterator[tuple[pa.RecordBatch, int]]
             source.read_after = lambda head, size: head + file.read(size)  # type: ignore[method-assign]
             batches = (batch for batch, _ in iter(IpcReader(source).next, None))
             size = args.rows or sys.maxsize
+        if args.rows:
+            batches = _joined(batches, args.rows)
         rows = 0
         for batch in batches:
             for at in range(0, max(batch.num_rows, 1), size):
@@ -8769,6 +8774,19 @@ def _input_batches(args: Any, skip: int) -> Iterator[tuple[pa.RecordBatch, int]]
                 rows += part.num_rows
                 if rows > skip or not part.num_rows:
                     yield part.slice(max(0, part.num_rows + skip - rows)), rows
+
+
+def _joined(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches that are multiples of *size*, but for the last one."""
+    held: list[pa.RecordBatch] = []
+    for batch in itertools.chain(batches, [None]):
+        held += [batch] * (batch is not None)
+        rows = sum(each.num_rows for each in held)
+        if held and (batch is None or rows >= size):
+            whole = batch_of_table(pa.Table.from_batches(held), "input")
+            end = rows if batch is None else rows - rows % size
+            yield whole.slice(0, end)
+            held = [whole.slice(end)] * (rows > end)
 
 
 def _text_batches(file: Any, is_csv: bool) -> Iterator[pa.RecordBatch]:
@@ -8850,7 +8868,10 @@ class _Output:
         if args.format == "auto":
             self.kind = "table" if terminal else _ENDINGS.get(os.path.splitext(args.output or "")[1])
         if self.kind is None:
-            raise _CliError(f"-o {args.output}: no kind of file that is written here", "-f says another one")
+            raise _CliError(
+                f"-o {args.output}: expected an ending of {', '.join(filter(None, _ENDINGS))}",
+                "-f says the format",
+            )
         if self.kind == "arrow" and (terminal or (adds and os.path.exists(args.output or ""))):
             raise _CliError("-f arrow: neither for a terminal nor to be added to a file", "-o A_NEW_FILE")
         self._path = args.output
@@ -9033,7 +9054,12 @@ def _describe(args: Any) -> None:
                 lines += [f"  {title}", *(f"    {name:{width}}  {kind}" for name, kind, _ in rows)]
         texts.append("\n".join([*lines, f"  {_usage_of(each)}"]))
     if args.verbose:
-        texts.append("\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in told.items()))
+        texts.append(
+            "\n".join(
+                f"{name.replace('_', ' ')}: {'not told' if value is None else value}"
+                for name, value in told.items()
+            )
+        )
     print("\n\n".join(texts))
 
 
