@@ -3775,6 +3775,7 @@ class ByteChannel(ByteSource):
         self.deadline: float | None = None  # ``time.monotonic()`` seconds at which reads and writes give up
         self.ended = False  # whether the peer has closed its side
         self.source = connected
+        self.writer = connected
         self._read_into = getattr(connected, "recv_into", None) or connected.readinto
         self._send: Any = getattr(connected, "send", None)
         self._timeout: float | None = -1.0  # of the socket; not known
@@ -3797,11 +3798,13 @@ class ByteChannel(ByteSource):
             self.source.settimeout(self._timeout)
         return data
 
-    def _io(self, operation: Callable[[Any], int], data: memoryview, writing: bool = False) -> int:
+    def _io(self, operation: Callable[[Any], int | None], data: memoryview, writing: bool = False) -> int:
         try:
             if self.deadline is not None or self._timeout is not None:
                 data = self._allowed(data, writing)
-            return operation(data[:_MAX_IO_BYTES])
+            while (count := operation(data[:_MAX_IO_BYTES])) is None:  # of a file that does not block
+                _is_ready(self.writer if writing else self.source, writing, 1.0)
+            return count
         except (OSError, ValueError) as exc:  # ValueError: it was closed here
             if isinstance(exc, TimeoutError) and exc.errno is None:  # one with a number is the network's
                 raise DeadlineExceededError(_TOO_LATE) from None
@@ -4392,6 +4395,13 @@ def configure_access_log(path: str, server: RpcServer) -> None:
     server.access_log = sys.stderr if path == "-" else open(path, "a")
 
 
+def check_limits(**limits: int | None) -> None:
+    """Raise ``ValueError`` for an option that is neither a positive integer nor None."""
+    for name, value in limits.items():
+        if value is not None and (type(value) is not int or value <= 0):
+            raise ValueError(f"{name}: expected a positive integer or None, got {value!r}")
+
+
 class RpcServer:
     """Hosts one or more protocols; any number of transports and threads may serve it at the same time.
 
@@ -4414,6 +4424,7 @@ class RpcServer:
         max_request_bytes: int | None = None,  # of a message on byte streams; HTTP has an option of its own
         max_rows: int | None = None,  # of one batch on byte streams
     ) -> None:
+        check_limits(max_request_bytes=max_request_bytes, max_rows=max_rows)
         self.limits = IpcLimits(max_request_bytes, max_rows)
         self.server_id = server_id or os.urandom(6).hex()
         self.server_version = server_version
@@ -5325,12 +5336,16 @@ class RpcConnection(Generic[P]):
         """Return the channel; the first time, dial."""
         with self._lock:
             if self._opened is None:
-                transport = self._transport() if callable(self._transport) else self._transport
+                dial = self._transport
+                transport = dial() if callable(dial) else dial
                 if isinstance(transport, Transport):
                     transport = ByteClient(transport)
                 if not isinstance(transport, ClientChannel):
                     raise TypeError(f"expected a transport, got {got(transport)}")
                 self._opened = transport
+                if self._transport is not dial:  # another thread has closed it meanwhile
+                    RpcConnection.close(self)
+                    self._transport()  # type: ignore[operator]
             return self._opened
 
     @property
@@ -6820,10 +6835,8 @@ class HttpOptions:
             names = getattr(self, name) or ()
             names = names.split(",") if isinstance(names, str) else names
             setattr(self, name, [entry.strip() for entry in names])
-        for name in ("max_request_bytes", "max_response_bytes", "max_rows"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value <= 0):
-                raise ValueError(f"{name}: expected a positive integer or None, got {value!r}")
+        names = ("max_request_bytes", "max_response_bytes", "max_rows")
+        check_limits(**{name: getattr(self, name) for name in names})
         if self.compression_level not in (None, *range(1, 10)):
             raise ValueError(f"compression_level: expected 1 to 9 or None, got {self.compression_level!r}")
 
@@ -7396,7 +7409,11 @@ def _json_rows(call: Call, rows: list[dict[str, Any]], turn: Turn) -> Iterator[b
         with call.server:  # it counts as running until the rows are out
             yield b""
             while True:
-                lines = b"".join(map(json_bytes, rows + _rows_of(turn)))
+                lines = b""
+                try:
+                    lines = b"".join(map(json_bytes, rows + _rows_of(turn)))
+                except Exception as exc:  # a value that Python does not hold
+                    turn = call.failed(exc)
                 if sent + len(lines) > limit:
                     turn = too_large(call, sent + len(lines), limit)
                 if turn.error is not None:
