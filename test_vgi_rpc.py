@@ -318,7 +318,7 @@ class Plain(ProducerState):
             return
         if self.pause:
             time.sleep(self.pause)
-        out.emit_pydict({"value": [self.at] * self.rows[self.at % len(self.rows)]})
+        out.emit_pydict({"value": [self.at] * min(self.rows[self.at % len(self.rows)], 1_000_000)})
         self.at += 1
 
 
