@@ -346,7 +346,10 @@ def large_batch(size: int = 2_362_232_013) -> None:
     numbers = pa.Array.from_buffers(pa.float64(), size // 8, [None, data])
     batch = pa.RecordBatch.from_arrays([numbers], schema=tests.VALUE)
     with rpc.connect(Large, [sys.executable, __file__, "worker"]) as proxy, proxy.same() as session:
-        expect(session.exchange(batch).batch.equals(batch), True)
+        answer = session.exchange(batch).batch
+        expect(
+            answer.column(0).view(pa.int64()).equals(batch.column(0).view(pa.int64())), True
+        )  # NaN among them
     print(f"a batch of {batch.nbytes:,} bytes over a pipe and back: {time.monotonic() - started:.1f} s")
 
 
