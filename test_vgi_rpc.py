@@ -4377,6 +4377,21 @@ class ConnectionTests(TestCase):
             self.assertEqual(proxy.echo_str("x" * 1_000_000), "x" * 1_000_000)
             thread.join()  # which has served one request
 
+    def test_threads_that_use_a_pool_first_at_once(self) -> None:
+        for _ in range(100):
+            pool = rpc.WorkerPool()
+            gate = threading.Barrier(4)
+            found: list[int] = []
+            asking = [
+                threading.Thread(target=lambda p=pool, g=gate: (g.wait(), found.append(p.idle_count)))
+                for _ in range(4)
+            ]
+            for thread in asking:
+                thread.start()
+            for thread in asking:
+                thread.join()
+            self.assertEqual(found, [0] * 4)
+
     def test_methods_of_any_name(self) -> None:
         class Names:
             def close(self, a: int) -> int:
@@ -5744,6 +5759,42 @@ def clock(seconds: float) -> Any:
     return mock.patch.object(rpc, "TokenSealer", late)
 
 
+@dataclass
+class UnreadMoment(ProducerState):
+    """In UTC, in which it is read back, Python does not have this moment."""
+
+    at: Annotated[datetime.datetime, ArrowType(pa.timestamp("us", tz="UTC"))] = datetime.datetime(
+        1, 1, 1, tzinfo=datetime.timezone(datetime.timedelta(hours=5))
+    )
+
+    def produce(self, out: OutputCollector, ctx: CallContext) -> None:
+        out.emit_pydict({"value": [1]})
+
+
+@dataclass
+class UnreadDefault(UnreadMoment):
+    """What does not travel has a default that can be had once."""
+
+    at: Annotated[Any, Transient()] = field(default_factory=[1].pop)
+
+
+@dataclass
+class UnreadAttribute(UnreadMoment):
+    """Takes its attribute in the first instance alone."""
+
+    at: list[int] = field(default_factory=list)
+    made: ClassVar[list[Any]] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.made and self not in [self.made[0]]:
+            raise ValueError("no second one")
+        self.made.append(self)
+        object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
 class HttpTokenTests(TestCase):
     """Streams held by their tokens."""
 
@@ -5882,6 +5933,22 @@ class HttpTokenTests(TestCase):
             self.assertEqual(reply.status, 400)
         reply = client.post("/Service/running/exchange", ipc_bytes(VALUE, (empty, stream.tokens)) + b"x")
         self.assertEqual(reply.status, 400)
+
+    def test_states_that_are_written_but_not_read_back(self) -> None:
+        class Unread:
+            def moment(self) -> Stream[UnreadMoment]:
+                return Stream(INTEGERS, UnreadMoment())
+
+            def default(self) -> Stream[UnreadDefault]:
+                return Stream(INTEGERS, UnreadDefault())
+
+            def attribute(self) -> Stream[UnreadAttribute]:
+                return Stream(INTEGERS, UnreadAttribute())
+
+        with rpc.http_connect(Unread, client=rpc.make_sync_client(rpc.RpcServer(Unread, Unread()))) as proxy:
+            for name in ("moment", "default", "attribute"):
+                with self.subTest(name), self.raises(RpcError, "TypeError: Unread"):
+                    getattr(proxy, name)().tick()
 
     @mock.patch.object(rpc, "MAX_TURNS_SECONDS", 60.0)  # a busy machine ends an answer no sooner
     def test_several_turns(self) -> None:

@@ -1866,11 +1866,11 @@ class Codec(NamedTuple):
     dataclass: DataclassCodec | None = None
     annotation: Any = None
 
-    def may_refuse(self) -> bool:
-        """Whether what was encoded may be refused when it is decoded: by a ``__post_init__``, or as one key twice."""
-        own = self.dataclass is not None and self.dataclass.may_refuse
-        narrow = self.kind is dict and not self.parts["key"].plain
-        return own or narrow or any(part.may_refuse() for part in self.parts.values())
+    def is_read_back(self) -> bool:
+        """Whether what was encoded is sure to be decoded: plain types, dataclasses that run no code."""
+        if self.dataclass is not None:
+            return self.dataclass.is_read_back
+        return bool(self.plain or self.parts) and all(part.is_read_back() for part in self.parts.values())
 
     def encode(self, value: Any, way: str = "encode") -> Any:
         """Encode *value*; or, by *way*, "decode" an encoded one, or "check" that pyarrow takes each part of it."""
@@ -2331,7 +2331,10 @@ class DataclassCodec:
             self._building.remove(mark)
         self.row = RowCodec(codecs)
         self.arrow_type = pa.struct(list(self.row.schema))
-        self.may_refuse = hasattr(self.cls, "__post_init__") or any(codec.may_refuse() for _, codec in codecs)
+        runs = [f for f in own if f not in fields and f.default_factory is not dataclasses.MISSING]
+        hooks = ("__post_init__", "__setattr__", "__new__")
+        runs += [n for n in hooks if getattr(self.cls, n, None) is not getattr(object, n, None)]
+        self.is_read_back = not runs and all(codec.is_read_back() for _, codec in codecs)
         self._all_names = {f.name for f in own}
         self._required = [f.name for f in fields if f.init and f.default is f.default_factory]  # both MISSING
         self._late = [f.name for f in fields if not f.init]  # set behind the constructor
@@ -5343,7 +5346,7 @@ class RpcConnection(Generic[P]):
                 if not isinstance(transport, ClientChannel):
                     raise TypeError(f"expected a transport, got {got(transport)}")
                 self._opened = transport
-                if self._transport is not dial:  # another thread has closed it meanwhile
+                if self._transport is not dial:  # closed meanwhile
                     RpcConnection.close(self)
                     self._transport()  # type: ignore[operator]
             return self._opened
@@ -5396,7 +5399,7 @@ class RpcConnection(Generic[P]):
         return [*super().__dir__(), *self._methods]
 
     def __repr__(self) -> str:
-        over = type(self._opened).__name__ if self._opened else "a connection to be opened"
+        over = type(self._opened).__name__ if self._opened else "no connection yet"
         return f"<proxy of {self._protocol.__qualname__} over {over}>"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -5634,6 +5637,7 @@ class WorkerPool:
 # process that set the handlers alone, after the running calls or its grace.
 
 _BACKLOG = 512  # connections that the system holds for us until we accept them
+LOOPBACK_HOST = r"localhost|127\.[0-9.]+|\[?::1\]?"
 _POLL_SECONDS = 0.1  # how soon an idle listener notices that it should stop; its rest after a refusal, too
 
 _Server: Any = object  # socketserver's, which is not loaded before something listens
@@ -5881,13 +5885,10 @@ def serve_unix(
                     os.unlink(path)
 
 
-LOOPBACK_HOST = r"localhost|127\.[0-9.]+|\[?::1\]?"
-
-
 def listen_tcp(host: str, port: int, asks: bool = False) -> socket.socket:
     """Bind and listen; *port* 0 takes a free one, and ``::`` takes IPv4 too. Raises `OSError`.
 
-    Unless who calls is asked (*asks*), a warning tells of an address that other machines may reach.
+    *asks* tells that callers are authenticated; else a warning tells of an open address.
     """
     if not 0 <= port <= 65_535 or max(map(len, host.split("."))) > 63:
         raise OSError(errno.EINVAL, f"expected a host and a port of 0 to 65535, got {host!r:.100} and {port}")
@@ -5895,8 +5896,7 @@ def listen_tcp(host: str, port: int, asks: bool = False) -> socket.socket:
     both = family is socket.AF_INET6 and socket.has_dualstack_ipv6()
     listening = socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
     if not asks and not re.fullmatch(LOOPBACK_HOST, host):
-        text = "listening on %s port %d without authentication: whoever reaches it may call"
-        logger.warning(text, host, listening.getsockname()[1])
+        logger.warning("listening on %s without authentication: whoever reaches it may call", host)
     return listening
 
 
@@ -7317,8 +7317,8 @@ class _PostedCall:
                     break
                 self._revive(content)
             if not turn.finished:
-                if dataclass_codec(type(cast("Any", call.stream).state)).may_refuse:
-                    self._state_in(content)  # what cannot be read back is refused here
+                if not dataclass_codec(type(cast("Any", call.stream).state)).is_read_back:
+                    self._state_in(content)  # else refused here
                 sealed[STATE_KEY] = self._app.sealer.seal(b"state", self._binding, content)
                 item: Item = (wire.empty, sealed)
                 if given and not is_producer:  # it rides on the data batch, also where that has no rows
@@ -8794,7 +8794,7 @@ def _input_batches(args: Any, skip: int) -> Iterator[tuple[pa.RecordBatch, int]]
 
 
 def _joined(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.RecordBatch]:
-    """The same rows in batches that are multiples of *size*, but for the last one."""
+    """Batches of multiples of *size* rows, and then the rest."""
     held: list[pa.RecordBatch] = []
     for batch in itertools.chain(batches, [None]):
         held += [batch] * (batch is not None)
