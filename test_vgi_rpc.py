@@ -3265,6 +3265,11 @@ class ReflectionTests(TestCase):
         named = query.field("named").type.item_field
         found = [rpc.type_of(member) for member in (*window, result, named, query.field("first"))]
         self.assertEqual(found, ["date", "Color", "list[Color]", "list[Window]", "Window", "Window | None"])
+        shown = list(rpc.described_rows(params))
+        default = "Window(start=date(2024, 1, 31), color=Color.BLUE, colors=[])"
+        self.assertIn(("window", f"Window = {default}", "From and to."), shown)
+        self.assertIn(("  color", "Color (RED, BLUE) = Color.BLUE", Color.__doc__), shown)
+        self.assertIn(("colors", "list[Color] (RED, BLUE) = [Color.RED]", ""), shown)
         nested = window.field("colors").type.value_field
         for color in (window.field("color"), nested, result.type.value_field.type[1], named.type[1]):
             self.assertEqual(rpc.told_text(color, rpc.ENUM_KEY).split(), ["RED", "BLUE"])
@@ -5242,7 +5247,7 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("at", '"2024-01-01T00:00:00Z"', ": expected timestamp[us] without a zone"),
     ("zoned", '"2024-01-01T00:00:00"', ": expected timestamp[s, tz=Europe/Berlin]"),
     ("span", '"1 day"', ": expected duration[us]"),
-    ("raw", '"AA"', ": expected binary"),
+    ("raw", '"AA"', ": expected bytes"), ("points", '"1"', ': expected list[Point], got "1"'),
     ("color", '"PINK"', ": expected Color (RED, BLUE), got 'PINK'"),
     ("table", '{"a": []}', "['a']: expected int64, got \"a\""),
     ("table", '{"1": ["a", 2]}', "[1][1]: expected utf8, got 2"),
@@ -6960,6 +6965,7 @@ CALLS: list[tuple[str, str, str]] = [
     ("{app} pay m=12345678901234.1234 raw=AAH/ key=-Infinity", "", '"12345678901234.1234 b\'\\\\x00\\\\x01\\\\xff\' -inf"\n'),
     ("{app} pay m:=12345678901234.1234 raw=@a.bin", "", '"12345678901234.1234 b\'\\\\x00\\\\xff\' inf"\n'),
     ("{app} mean window.start=2024-01-31", "", '{"start": "2024-01-31", "unit": "C", "tags": []}\n'),
+    ("{app} mean window=@window.json", "", '{"start": "2024-01-31", "unit": "F", "tags": []}\n'),
     ("{app} mean 'window:={{\"start\": \"2024-01-31\"}}' window.unit=F window.tags='[\"a\"]' -f json", "",
      '{"start": "2024-01-31", "unit": "F", "tags": ["a"]}\n'),
     ("{app} mean 'window={{\"start\": \"2024-01-31\"}}' -f table", "",
@@ -6988,7 +6994,7 @@ FAILS: list[tuple[str, str, int, str]] = [  # arguments, stdin, exit code, what 
     ("call {app} echo -i -", '{"code": "a"}\n[1]\n', 2, "expected a JSON object for each row"),
     ("call {app} echo -i -", 'code,m,x\na,1\n', 2, "Expected 3 columns, got 2"),
     ("call {app} mean window.start=2024-02-30", "", 2, 'parameter window.start: expected date32'),
-    ("call {app} mean 'window:=[1]'", "", 2, r"parameter window: expected struct<.*, got \[1\]"),
+    ("call {app} mean 'window:=[1]'", "", 2, r"parameter window: expected Window, got \[1\]"),
     ("call {app} echo -i -", '[{"code": "a"}]', 2, "expected a JSON object for each row"),
     ("call {app} echo -i -", "ARROW1", 2, "^error: "),
     ("call {demo} add a=1 -H 'a b: c'", "", 2, "header 'a b': expected a name"),
@@ -7010,7 +7016,7 @@ FAILS: list[tuple[str, str, int, str]] = [  # arguments, stdin, exit code, what 
     ("serve app", "", 2, "try app:NAME\nhint: a target is module:Class"),
     ("serve nowhere.py:A", "", 2, "FileNotFoundError"),
     ("serve app:make", "", 2, "app:make is a function"),
-    ("serve app:Calculator", "", 2, "TypeError: Protocols cannot be instantiated"),
+    ("serve app:Calculator", "", 2, "a Protocol says what there is; name the class that implements it"),
     ("serve app:Needy", "", 2, "TypeError: .*factor"),
     ("serve raising.py:A", "", 2, "raising.py:2: RuntimeError: no database"),
     ("serve odd.py:A", "", 2, r"f\(\).*parameter 'a'"),
@@ -7019,7 +7025,7 @@ FAILS: list[tuple[str, str, int, str]] = [  # arguments, stdin, exit code, what 
     ("call {app} shout text=a -v", "", 0, r'^\[WARN\] shouting\n"A"\n$'),
     ("call {app} fail text=no -v", "", 1, "no\nTraceback"),
     ("describe {app} mean", "", 0, r"^mean\(window: Window, at: datetime = datetime\(2024, 1, 1, 0, 0\)\) -> Window    unary\n"
-     r"    Mean temperature\.\n(.|\n)*      start  date\n      unit   Unit\n      tags   list\[str\]\n"
+     r"    Mean temperature\.\n(.|\n)*      start  date\n      unit   Unit \(C, F\) = Unit\.C\n(.|\n)*"
      r"  usage: .* mean 'window:=\{\"start\": \"2024-01-31\".* \[at=2024-01-01T00:00:00\]\n$"),
     ("describe {app} -v", "", 0, r"^Plain\n\necho\(\) -> Stream\[Echo\]    exchange\n(.|\n)*\nserver id: "),
     ("describe {app} men", "", 2, "did you mean 'mean'"),
@@ -7060,7 +7066,8 @@ VALUES: list[tuple[str, str, Any]] = [  # of options: what stands for them, text
 ]  # fmt: skip
 # What lies in the folder of the tests beside the application.
 FILES = {
-    "app.py": APP, "a.json": '{"a": 1, "b": 5}', "b.txt": "7\n", "short.txt": "short\n", "a.bin": "\0\xff",
+    "app.py": APP, "window.json": '{"start": "2024-01-31", "unit": "F"}',
+    "a.json": '{"a": 1, "b": 5}', "b.txt": "7\n", "short.txt": "short\n", "a.bin": "\0\xff",
     "keys": "ann s3cret\n",
     "raising.py": "x = 1\nraise RuntimeError('no database')\n", "odd.py": "class A:\n    def f(self, a: complex) -> int: ...\n",
     "acme/__init__.py": "", "acme/vendor/__init__.py": "", "acme/service.py":
@@ -8264,8 +8271,8 @@ class StreamingTests(TestCase):
 SOURCE = pathlib.Path(rpc.__file__)
 README = HERE / "README.md"
 BANNER = re.compile(r"^# (\d+)\. ([A-Z][A-Z0-9, -]*[A-Z]) \.{3,} uses (nothing|[\d, -]+)$", re.M)
-MAX_LINES = 9_260  # of each of the two files
-MAX_BYTES = 464_000
+MAX_LINES = 9_280  # of each of the two files
+MAX_BYTES = 466_000
 
 
 def defined_names(statement: ast.stmt) -> list[str]:

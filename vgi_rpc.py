@@ -164,7 +164,10 @@ PARAM_DOCS_KEY = b"vgi_rpc.param_docs"
 TYPE_KEY = b"vgi_rpc.type"  # of a field: its type as a person writes it
 STRUCT_KEY = b"vgi_rpc.struct"  # of a binary field: the schema of the dataclass inside, serialised
 ENUM_KEY = b"vgi_rpc.enum"  # of a field: the names of the enum's members, one a line
-DEFAULT_KEY = b"vgi_rpc.default"  # of a field: its default, an IPC stream of one value
+DEFAULT_KEY = b"vgi_rpc.default"  # of a parameter: its default, an IPC stream of one value
+DEFAULT_TEXT_KEY = (
+    b"vgi_rpc.default_text"  # of a parameter or a dataclass's field: its default as a person writes it
+)
 
 RESERVED_PROTOCOL_PREFIX = "vgi_rpc."
 REFLECTION_PROTOCOL = "vgi_rpc.Reflection.v1"
@@ -2338,6 +2341,7 @@ class DataclassCodec:
         self._all_names = {f.name for f in own}
         self._required = [f.name for f in fields if f.init and f.default is f.default_factory]  # both MISSING
         self._late = [f.name for f in fields if not f.init]  # set behind the constructor
+        self.defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
     def to_dict(self, instance: Any) -> dict[str, Any]:
         """Return the values of the fields that travel; refuses an instance that holds more than they tell."""
@@ -2801,9 +2805,8 @@ def default_text(value: object) -> str:
     """Return a default as a person would write it: ``Unit.C``, ``datetime(2024, 1, 31, 0, 0)``."""
     if isinstance(value, enum.Enum):
         return f"{type(value).__name__}.{value.name}"
-    if type(value) is list:
-        return f"[{', '.join(map(default_text, value))}]"
-    return re.sub(r"\bdatetime\.(?=[a-z]+\()|[\w.]+\.<locals>\.", "", repr(value))
+    text = re.sub(r"\bdatetime\.(?=[a-z]+\()|[\w.]+\.<locals>\.", "", repr(value))
+    return re.sub(r"<([\w.]+): [^<>]*>", r"\1", text)  # members of enums inside
 
 
 def _result_text(annotation: Any) -> str:
@@ -3032,6 +3035,8 @@ def bind_implementation(protocol: type, implementation: Any) -> HostedService:
         mistakes.append("there are no methods (a name with a leading '_' is not served)")
     if mistakes:
         what = f"{type(implementation).__qualname__} does not implement {service.name}:"
+        if type(implementation) is protocol:
+            what = f"{protocol.__qualname__} cannot be served:"
         raise TypeError("\n  - ".join([what, *mistakes]))
     return service
 
@@ -3432,7 +3437,7 @@ def described_schemas(info: RpcMethodInfo) -> dict[str, pa.Schema]:
     """``params``, ``result`` and ``header`` with all that is told of them; made once, kept at the method."""
     kept: dict[str, pa.Schema] | None = vars(info).get("described")
     if kept is None:
-        fields = _described_fields(info.params)
+        fields = _described_fields(info.params, info.param_defaults)
         for at, (name, codec) in enumerate(info.params.parts.items()):
             with contextlib.suppress(KeyError, Mismatch):  # there is none, or one that no caller may send
                 default = RowCodec([("default", codec)]).to_bytes([info.param_defaults[name]])
@@ -3440,14 +3445,20 @@ def described_schemas(info: RpcMethodInfo) -> dict[str, pa.Schema]:
         facts = {DOC_KEY: text_of(info.doc or ""), SIGNATURE_KEY: info.signature()}
         facts[PARAM_DOCS_KEY] = json.dumps(info.param_docs)
         kept = {"params": pa.schema(fields, metadata=facts)}
-        kept["result"] = pa.schema(_described_fields(info.result))
-        kept["header"] = pa.schema(_described_fields(info.header.row) if info.header else [])
+        kept["result"] = pa.schema(_described_fields(info.result, {}))
+        header = info.header and _described_fields(info.header.row, info.header.defaults)
+        kept["header"] = pa.schema(header or [])
         vars(info)["described"] = kept  # whole, as other threads look at it
     return kept
 
 
-def _described_fields(row: RowCodec) -> list[pa.Field]:
-    return list(map(_described_field, row.schema, row.parts.values()))
+def _described_fields(row: RowCodec, defaults: Mapping[str, Any]) -> list[pa.Field]:
+    fields = list(map(_described_field, row.schema, row.parts.values()))
+    for at, name in enumerate(row.names):
+        if name in defaults:
+            default = text_of(default_text(defaults[name]))
+            fields[at] = fields[at].with_metadata({**fields[at].metadata, DEFAULT_TEXT_KEY: default})
+    return fields
 
 
 def _described_field(member: pa.Field, codec: Codec) -> pa.Field:
@@ -3458,7 +3469,7 @@ def _described_field(member: pa.Field, codec: Codec) -> pa.Field:
     parts = codec.parts.values()
     if codec.dataclass is not None:
         cls = codec.dataclass.cls
-        fields = _described_fields(codec.dataclass.row)
+        fields = _described_fields(codec.dataclass.row, codec.dataclass.defaults)
         if pa.types.is_struct(kind):
             kind = pa.struct(fields)
         else:
@@ -6354,7 +6365,9 @@ def value_from_json(value: Any, member: pa.Field, step: str = "") -> Any:
         raise exc.under(step) from None
     except ARROW_FAILURES:
         pass  # said below in the words of the type
-    raise Mismatch(type_text(kind), f"{json.dumps(value, default=float):.60}").under(step)
+    is_written = pa.types.is_nested(kind) or str(kind) == "binary"  # there Arrow's type says less
+    expected = type_of(member) if is_written else type_text(kind)
+    raise Mismatch(expected, f"{json.dumps(value, default=float):.60}").under(step)
 
 
 def _stream_from_json(value: Any, member: pa.Field) -> bytes:
@@ -6370,7 +6383,7 @@ def _stream_from_json(value: Any, member: pa.Field) -> bytes:
     described = struct_schema(member)
     if described is not None:
         kind = pa.struct(list(described))
-        row = value_from_json(value, pa.field("", kind))
+        row = value_from_json(value, member.with_type(kind))
         batch = pa.RecordBatch.from_struct_array(pa.array([row], present(kind, row)))
     elif "Schema" in type_of(member):
         schema = pa.schema([(name, pa.type_for_alias(alias)) for name, alias in value.items()])
@@ -6545,19 +6558,17 @@ def members_of(member: pa.Field) -> list[pa.Field]:
     return list(struct_schema(member) or ())
 
 
-def described_rows(
-    info: RpcMethodInfo, members: Iterable[pa.Field], indent: str = ""
-) -> Iterator[tuple[str, str, str]]:
-    """(name, type, doc) of described fields of a method, each before what is nested in it, which is indented."""
+def described_rows(members: Iterable[pa.Field], indent: str = "") -> Iterator[tuple[str, str, str]]:
+    """(name, type with members and default, doc) of described fields, each before what is nested in it, which is indented."""
+    docs = json_object(told_text(members, PARAM_DOCS_KEY)) if isinstance(members, pa.Schema) else {}
     for member in members:
-        kind = type_of(member)
-        doc = told_text(member, DOC_KEY)
-        if not indent:
-            doc = info.param_docs.get(member.name, doc)
-            if member.name in info.param_defaults:
-                kind += f" = {default_text(info.param_defaults[member.name])}"
-        yield indent + member.name, kind, doc
-        yield from described_rows(info, members_of(member), indent + "  ")
+        shown = type_of(member)
+        if names := told_text(getattr(member.type, "value_field", member), ENUM_KEY):
+            shown += f" ({', '.join(names.splitlines())})"
+        if default := told_text(member, DEFAULT_TEXT_KEY):
+            shown += f" = {default}"
+        yield indent + member.name, shown, text_of(docs.get(member.name) or told_text(member, DOC_KEY))
+        yield from described_rows(members_of(member), indent + "  ")
 
 
 def example_of(member: pa.Field) -> Any:
@@ -6692,7 +6703,7 @@ def _method_card(bound: BoundMethod, url: str, options: HttpOptions) -> str:
     card = tag("pre", info.doc) * ("\n" in (info.doc or ""))
     for title, key in (("Parameters", "params"), ("Header", "header"), ("Result", "result")):
         rows = ""
-        for name, kind, doc in described_rows(info, schemas[key]):
+        for name, kind, doc in described_rows(schemas[key]):
             rows += f"<tr><td>{tag('code', name)}<td>{tag('code', kind)}{tag('td', doc)}"
         if rows:
             card += f"<h4>{title}</h4><table>{rows}</table>"
@@ -8586,6 +8597,8 @@ def _service_of(target: str) -> RpcServer:
         if package:  # as if it had been imported, this module is an attribute of its package
             setattr(importlib.import_module(package), stem, sys.modules[__name__])
         found: Any = pkgutil.resolve_name(f"{path}:{name.removesuffix('()')}")
+        if getattr(found, "_is_protocol", False):
+            raise TypeError("a Protocol says what there is; name the class that implements it")
         if name.endswith("()") or isinstance(found, type):
             found = found()
     except Exception as exc:
@@ -8754,8 +8767,11 @@ def _given(args: Any, method: MethodDescription) -> Any:
         if not equals or not isinstance(inside, dict):
             raise _CliError(f"parameter {word!r}: expected key=value or key:=json", _usage_of(method))
         data = content(text)
-        kinds = [member.type for member in members if member.name == last]
-        inside[last] = parse_json(data, word) if name.endswith(":") else json_of_word(data, *kinds[:1])
+        members = [member for member in members if member.name == last]
+        if any(map(members_of, members)) and data[:1] in ("{", b"{"):
+            name = "json:"  # of a dataclass; else a file has what bytes are
+        kinds = [member.type for member in members]
+        inside[last] = parse_json(data, word) if name.endswith(":") else json_of_word(data, *kinds)
     return given
 
 
@@ -9065,10 +9081,11 @@ def _describe(args: Any) -> None:
         lines += [f"    {line}".rstrip() for line in (each.doc or "").splitlines()]
         lines += [f"  deprecated: {each.deprecation}"] * (each.deprecation is not None)
         for title, schema in described_schemas(each).items():
-            rows = list(described_rows(each, schema))
-            if len(rows) > len(schema) or (title == "header" and rows):
-                width = max(len(name) for name, _, _ in rows)
-                lines += [f"  {title}", *(f"    {name:{width}}  {kind}" for name, kind, _ in rows)]
+            rows = list(described_rows(schema))
+            if len(rows) > len(schema) or title == "header" or any(" (" in kind for _, kind, _ in rows):
+                width = max((len(name) for name, _, _ in rows), default=0)
+                lines += [f"  {title}"] * bool(rows)
+                lines += [f"    {name:{width}}  {kind}" for name, kind, _ in rows]
         texts.append("\n".join([*lines, f"  {_usage_of(each)}"]))
     if args.verbose:
         texts.append(
