@@ -1524,7 +1524,7 @@ NULLS = ipc_bytes(pa.schema([("n", pa.null())]))[:-8]
 OLD = {"pairs": ([b"ARROW:experimental_compression", b"zstd"],)}
 STREAMS = {
     "no batch": ipc_bytes(VALUE),
-    "no columns": ipc_bytes(rpc.EMPTY_SCHEMA, (rpc.TICK, {b"k": b"v"})),
+    "no columns": ipc_bytes(rpc.EMPTY.schema, (rpc.TICK, {b"k": b"v"})),
     "two batches": ipc_bytes(VALUE, (NUMBERS, {b"k": b"\xff"}), NUMBERS.slice(1)),
     "no rows": ipc_bytes(TEXT, (column(pa.array([], pa.utf8()), "value"), {b"a": b"", b"": b"b"})),
     "dictionary": ipc_bytes(COLORS.schema, COLORS, COLORS.slice(1)),
@@ -8271,8 +8271,8 @@ class StreamingTests(TestCase):
 SOURCE = pathlib.Path(rpc.__file__)
 README = HERE / "README.md"
 BANNER = re.compile(r"^# (\d+)\. ([A-Z][A-Z0-9, -]*[A-Z]) \.{3,} uses (nothing|[\d, -]+)$", re.M)
-MAX_LINES = 9_280  # of each of the two files
-MAX_BYTES = 466_000
+MAX_LINES = 9_303  # of each of the two files
+MAX_BYTES = 466_950
 
 
 def defined_names(statement: ast.stmt) -> list[str]:
@@ -8392,10 +8392,11 @@ class ModuleTests(TestCase):
             before = set(sys.modules)
             import vgi_rpc
             heavy = {"http", "http.client", "http.server", "urllib.request", "socketserver", "ssl", "argparse", "email",
-                     "subprocess", "csv", "difflib", "multiprocessing", "asyncio", "html"}
+                     "subprocess", "csv", "difflib", "json", "base64", "multiprocessing", "asyncio", "html"}
             print(sorted(heavy & (set(sys.modules) - before)), threading.active_count())
         """
         self.assertEqual(self.run_python(program, SOURCE.parent).strip(), "[] 1")
+        self.assertEqual(rpc.EMPTY.message, pa.schema([]).serialize())  # which importing does not ask for
 
     def test_readme_blocks(self) -> None:
         blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)

@@ -37,7 +37,6 @@ The file is read from top to bottom: a section uses only sections with a smaller
 
 from __future__ import annotations
 
-import base64
 import binascii
 import contextlib
 import contextvars
@@ -52,7 +51,6 @@ import functools
 import inspect
 import io
 import itertools
-import json
 import logging
 import operator
 import os
@@ -237,7 +235,6 @@ REAP_SECONDS = 1.0  # how long a worker that died while idle in a pool may stay 
 WORKER_EXIT_SECONDS = 5.0  # how long a worker may take to leave after its stdin closed
 
 SMALL_BODY_BYTES = 65_536  # below: one bytes object; above: read in place, written without copying
-EMPTY_SCHEMA = pa.schema([])
 
 
 # ============================================================================
@@ -579,6 +576,20 @@ def text_of(value: object) -> str:
     return sendable(text, MAX_ERROR_MESSAGE_CHARS, "… <truncated>")
 
 
+def to_json(value: Any, **options: Any) -> str:
+    """``json.dumps``: who needs `json` loads it, here and below, as that takes 2 ms."""
+    import json
+
+    return json.dumps(value, **options)
+
+
+def from_json(text: str | bytes, **options: Any) -> Any:
+    """``json.loads``."""
+    import json
+
+    return json.loads(text, **options)
+
+
 def suggest(name: str, candidates: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for a near miss, else nothing."""
     import difflib
@@ -602,7 +613,7 @@ def error_facts(exc: BaseException) -> dict[str, Any]:
         facts["error_kind"] = sendable(kind, MAX_ERROR_KIND_CHARS)
     with contextlib.suppress(Exception):
         told = _details_to_json(details or ())
-        if told and len(json.dumps(told, allow_nan=False)) <= MAX_ERROR_DETAILS_BYTES:
+        if told and len(to_json(told, allow_nan=False)) <= MAX_ERROR_DETAILS_BYTES:
             facts["error_details"] = told
     return facts
 
@@ -623,7 +634,7 @@ def error_as_json(exc: BaseException, *, request_id: str = "", trace: str = "") 
     told = {"code": facts["error_code"].lower().replace("cancelled", "canceled")}
     told |= {"message": facts["exception_message"], "type": facts["exception_type"], "details": []}
     for detail in facts.get("error_details", ()):
-        value = base64.b64encode(json.dumps(detail).encode()).decode().rstrip("=")
+        value = binascii.b2a_base64(to_json(detail).encode(), newline=False).decode().rstrip("=")
         told["details"].append({"type": detail["@type"], "value": value, "debug": detail})
     told |= {"kind": facts.get("error_kind"), "request_id": request_id, "traceback": trace}
     return {name: value for name, value in told.items() if value or name == "message"}
@@ -707,14 +718,14 @@ def message_metadata(message: Message, server_id: str, request_id: str) -> dict[
     facts: dict[bytes, Any] = {SERVER_ID_KEY: server_id, REQUEST_ID_KEY: request_id}
     if extra:
         try:
-            facts[LOG_EXTRA_KEY] = json.dumps(extra, default=text_of)
+            facts[LOG_EXTRA_KEY] = to_json(extra, default=text_of)
         except (TypeError, ValueError, RecursionError):  # keys that are no text, or a list that holds itself
-            facts[LOG_EXTRA_KEY] = json.dumps({key: text_of(value) for key, value in extra.items()})
+            facts[LOG_EXTRA_KEY] = to_json({key: text_of(value) for key, value in extra.items()})
     if message.level is Level.EXCEPTION:
         facts[ERROR_CODE_KEY] = extra.get("error_code") or Code.UNKNOWN
         facts[ERROR_KIND_KEY] = extra.get("error_kind")
         if details := extra.get("error_details"):
-            facts[ERROR_DETAILS_KEY] = json.dumps(details, default=text_of)
+            facts[ERROR_DETAILS_KEY] = to_json(details, default=text_of)
     facts = {key: fact for key, fact in facts.items() if fact}
     facts.update({LOG_LEVEL_KEY: message.level.value, LOG_MESSAGE_KEY: message.message})
     return {key: str(fact).encode("utf-8", "backslashreplace") for key, fact in facts.items()}
@@ -723,7 +734,7 @@ def message_metadata(message: Message, server_id: str, request_id: str) -> dict[
 def json_object(data: bytes | str | None) -> dict[str, Any]:
     """Parse *data* as a JSON object; anything else is an empty one: it comes from a peer and only informs."""
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(data or b"")
+        value = from_json(data or b"")
         if isinstance(value, dict):
             return value
     return {}
@@ -759,7 +770,7 @@ def error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
     error.error_kind = metadata_text(metadata, ERROR_KIND_KEY, extra.get("error_kind"))
     details = extra.get("error_details")
     with contextlib.suppress(KeyError, ValueError, RecursionError):
-        details = json.loads(metadata[ERROR_DETAILS_KEY])
+        details = from_json(metadata[ERROR_DETAILS_KEY])
     if isinstance(details, list):
         error.error_details = [detail for detail in details if isinstance(detail, dict)]
     return error
@@ -958,9 +969,10 @@ class FlatHead:
 class WireSchema:
     """A schema with what its streams need; safe between threads. Cheaper to keep than to make."""
 
-    def __init__(self, schema: pa.Schema | bytes) -> None:
-        # With its encapsulated message each of its streams begins.
-        self.message: bytes = schema if isinstance(schema, bytes) else schema.serialize().to_pybytes()
+    def __init__(self, schema: pa.Schema | bytes, message: bytes = b"") -> None:
+        if not message:
+            message = schema if isinstance(schema, bytes) else schema.serialize().to_pybytes()
+        self.message = message  # encapsulated: with it each of its streams begins
         head = FlatHead(self.message)
         if head.kind != SCHEMA_MESSAGE or head.body_length:
             raise IPCError(f"expected a schema message first, got message type {head.kind}")
@@ -986,7 +998,9 @@ class WireSchema:
         return cast("bytes", self.empty.serialize().to_pybytes())
 
 
-EMPTY = WireSchema(EMPTY_SCHEMA)
+# As pyarrow writes it, whose memory pool takes 4 MiB at its first use; to import this file is none.
+_EMPTY = "/////zAAAAAQAAAAAAAKAAwABgAFAAgACgAAAAABBAAMAAAACAAIAAAABAAIAAAABAAAAAAAAAA="
+EMPTY = WireSchema(pa.schema([]), binascii.a2b_base64(_EMPTY))
 TICK: pa.RecordBatch = EMPTY.empty
 _read_schema = functools.lru_cache(maxsize=64)(WireSchema)  # by message; strangers fill it
 
@@ -1073,7 +1087,7 @@ class IpcReader:
             data: Any = received[at : at + size]
             if len(data) == size and data[: len(raw)] == raw:
                 self._source.at = at + size
-                return BatchMessage(rows, metadata.copy(), data)
+                return BatchMessage(rows, metadata, data)
         while raw := self._read_head():
             head = FlatHead(raw)
             self._unread = head.body_length
@@ -1237,6 +1251,11 @@ class _Pieces(list[Any]):
     write = list.append
 
 
+def batch_of(item: Item, wire: WireSchema) -> pa.RecordBatch:
+    """Return the batch of an item."""
+    return ipc.read_record_batch(item, wire.schema) if isinstance(item, bytes) else item[0]
+
+
 class IpcWriter:
     """Writes one Arrow IPC stream: each call hands whole messages, a list of buffers, to *write* at once.
 
@@ -1247,7 +1266,7 @@ class IpcWriter:
         self.wire = wire
         self._write = write
         self._begun = False
-        self._file = _Pieces()
+        self._file: list[Buffer] = _Pieces()
         self._writer: Any = None  # pyarrow's: kept, as it knows which dictionaries it has sent
 
     def write_all(self, items: Iterable[Item] = (), *, close: bool = False) -> None:
@@ -1268,29 +1287,30 @@ class IpcWriter:
     def _messages(self, batch: pa.RecordBatch, metadata: Mapping[Any, Any]) -> list[Buffer]:
         """Return the messages of one batch. pyarrow's writer, which is slow, makes those of dictionaries and large ones."""
         most = MAX_METADATA_BYTES // 2
-        if len(metadata) > MAX_HEAD_ENTRIES or sum(map(len, metadata.values())) > most:
+        if metadata and (len(metadata) > MAX_HEAD_ENTRIES or sum(map(len, metadata.values())) > most):
             raise ParameterError(f"metadata: expected at most {MAX_HEAD_ENTRIES} entries and {most} bytes")
         wire = self.wire
+        pieces = self._file
         schema_left = 0
-        self._file.clear()
         try:
             is_plain = not wire.dictionaries and batch.schema.equals(wire.schema)
             if is_plain and batch.get_total_buffer_size() <= SMALL_BODY_BYTES:
                 message = batch.serialize().to_pybytes() if batch.num_rows else wire.empty_message
-                self._file.append(with_metadata(message, metadata) if metadata else message)
+                pieces = [with_metadata(message, metadata) if metadata else message]
             else:
+                pieces.clear()
                 if self._writer is None:
-                    self._writer = ipc.RecordBatchStreamWriter(self._file, wire.schema, options=_OPTIONS)
+                    self._writer = ipc.RecordBatchStreamWriter(pieces, wire.schema, options=_OPTIONS)
                     schema_left = len(wire.message)  # it writes that again with its first batch
                 self._writer.write_batch(batch, custom_metadata=metadata or None)
         except ARROW_FAILURES as exc:
             raise IPCError(f"a batch cannot be written: {text_of(exc)}") from None
         while schema_left > 0:
-            schema_left -= len(self._file.pop(0))
+            schema_left -= len(pieces.pop(0))
         if wire_write.isEnabledFor(logging.DEBUG):
-            facts = (batch.num_rows, total_size(self._file), list(metadata), wire.schema)
+            facts = (batch.num_rows, total_size(pieces), list(metadata), wire.schema)
             wire_write.debug("%d rows, %d bytes, metadata %s: %s", *facts)
-        return self._file.copy()
+        return pieces
 
 
 def stream_pieces(wire: WireSchema, items: Iterable[Item]) -> list[Buffer]:
@@ -1324,12 +1344,22 @@ def schema_text(schema: pa.Schema) -> str:
     return f"({', '.join(columns)})"
 
 
+def batch_of_table(table: pa.Table, where: str) -> pa.RecordBatch:
+    """Return all rows of *table* as one batch; `ParameterError` when one batch cannot hold them."""
+    batches = table.combine_chunks().to_batches() or [WireSchema(table.schema).empty]
+    if len(batches) != 1:  # a column of text or bytes counts its bytes with 32 bits, if it is no large one
+        raise ParameterError(f"{where}: a table of {table.nbytes} bytes is too large for one batch; slice it")
+    return batches[0]
+
+
 def conform_batch(batch: Any, wire: WireSchema, where: str, *, cast_values: bool) -> pa.RecordBatch:
     """Return *batch* under a schema: same names in the same order, no null where none is allowed.
 
     With *cast_values* columns go by name, and types may differ where a cast keeps the values. `ParameterError` says
     what was expected and what came.
     """
+    if isinstance(batch, pa.Table):
+        batch = batch_of_table(batch, where)
     if not isinstance(batch, pa.RecordBatch):
         raise ParameterError(f"{where}: expected a pyarrow.RecordBatch, got {type(batch).__name__}")
     schema = wire.schema
@@ -1388,7 +1418,7 @@ def _is_exact(kind: pa.DataType, values: Sequence[Any]) -> bool:
     return plain or kind in (pa.float64(), pa.bool_(), pa.utf8(), pa.binary())
 
 
-_MOMENT = re.compile(r"(timestamp|date)?(time)?(duration)?\d*\[\w+(, tz)?")  # midnight may stand for its date
+_MOMENT = r"(timestamp|date)?(time)?(duration)?\d*\[\w+(, tz)?"  # midnight may stand for its date
 
 
 def _is_kept(given: pa.Array, fitted: pa.Array) -> bool:
@@ -1409,7 +1439,7 @@ def _is_kept(given: pa.Array, fitted: pa.Array) -> bool:
         from pyarrow import compute
 
         return not pa.types.is_floating(before) or compute.is_inf(fitted) == compute.is_inf(given)
-    found = map(_MOMENT.match, (str(before), str(after)))
+    found = [re.match(_MOMENT, str(kind)) for kind in (before, after)]
     moments = [match and [part is None for part in match.groups()] for match in found]
     return moments[0] == moments[1] and fitted.cast(before, safe=False) == given
 
@@ -1615,30 +1645,29 @@ _NAMES = [_Column(pa.field("", pa.utf8(), nullable=False))]
 
 
 class _Layout:
-    """Bytes that differ from *example* only in holes, (start, `struct` code): one call reads or writes them all."""
+    """Bytes that differ from *example* only in holes, (start, `struct` code): one call reads or writes them all, in order."""
 
-    def __init__(self, example: bytes, holes: Sequence[tuple[int, str]]) -> None:
-        self.size = at = len(example)
+    def __init__(self, example: bytes, holes: Iterable[tuple[int, str]]) -> None:
+        self.size = len(example)
+        at = 0
         codes = ""
-        for start, code in sorted(holes, reverse=True):
-            end = start + struct.calcsize("<" + code)
-            codes = f"{code}{at - end}s{codes}"
-            at = start
-        self._struct = struct.Struct(f"<{at}s{codes}")
+        for start, code in sorted(holes):
+            codes += f"{start - at}s{code}"
+            at = start + struct.calcsize("<" + code)
+        self._struct = struct.Struct(f"<{codes}{self.size - at}s")
         self._parts = self._struct.unpack(example)
-        self._places = [2 * sorted(holes).index(hole) + 1 for hole in holes]
+        self._fixed = self._parts[::2]
 
-    def fill(self, values: Iterable[Any]) -> bytes:
+    def fill(self, values: Sequence[Any]) -> bytes:
         """Return the bytes with these values in the holes."""
         parts = [*self._parts]
-        for place, value in zip(self._places, values):
-            parts[place] = value
+        parts[1::2] = values
         return self._struct.pack(*parts)
 
     def match(self, data: bytes, at: int) -> list[Any] | None:
         """Return what stands in the holes; ``None`` when the other bytes are not these."""
         parts = self._struct.unpack_from(data, at)
-        return [parts[place] for place in self._places] if parts[::2] == self._parts[::2] else None
+        return [*parts[1::2]] if parts[::2] == self._fixed else None
 
 
 class _MessageTemplate:
@@ -1653,16 +1682,18 @@ class _MessageTemplate:
         holes = [(texts[key], f"{size}s") for key, size in varying.items()]
         self._columns = columns
         self._is_doubtful = any(column.is_doubtful for column in columns)
-        self.numbers: _Layout | None = None  # of the whole message, where nothing but numbers differs
+        self.numbers: Any = None  # the holes of the whole message, if nothing but numbers differs
         # A float32 may be a NaN of another form. Each number has eight bytes of the body.
         if all(column.kind in (int, float) and column.code != "f" for column in columns):
-            numbers = [(head.absent + 8 * i, column.code) for i, column in enumerate(columns)]
-            self.numbers = _Layout(message, holes + numbers)
+            self.numbers = holes + [(head.absent + 8 * i, column.code) for i, column in enumerate(columns)]
         if columns:
             spans = [head.vector(field, 16, MAX_BUFFERS) for field in vectors]
             self._nodes, self._places = [struct.Struct(f"<{(end - start) // 8}q") for start, end in spans]
             holes += [(head.length, "q"), (rows, "q"), *[(start, f"{end - start}s") for start, end in spans]]
             self._layout = _Layout(message[: head.absent], holes)
+            # In which order the holes stand, and where the values of each stand then.
+            self._order = sorted(range(len(holes)), key=holes.__getitem__)
+            self._found_at = sorted(range(len(holes)), key=self._order.__getitem__)
 
     def write(self, columns: Sequence[Any], values: Sequence[bytes]) -> tuple[bytes, list[list[str]]]:
         """Return the message of these columns, and the names of each enum in them."""
@@ -1675,14 +1706,15 @@ class _MessageTemplate:
             raise NotPlain  # the ordinary way does not copy it
         body, places = _body(buffers)
         longs = (self._nodes.pack(*nodes), self._places.pack(*places))
-        return self._layout.fill([*values, len(body), nodes[0], *longs]) + body, names
+        given = [*values, len(body), nodes[0], *longs]
+        return self._layout.fill([given[at] for at in self._order]) + body, names
 
     def read(self, data: bytes, at: int, names: list[Any]) -> tuple[list[Any], list[bytes], int, bool]:
         """Read a message: columns, metadata values, where it ends, whether `write` would surely write it so."""
         found = self._layout.match(data, at)
         if found is None:
             raise NotPlain
-        *values, size, rows, packed_nodes, packed_places = found
+        *values, size, rows, packed_nodes, packed_places = [found[place] for place in self._found_at]
         nodes = [*reversed(self._nodes.unpack(packed_nodes))]
         places = [*self._places.unpack(packed_places)]
         start = at + self._layout.size
@@ -1721,52 +1753,51 @@ class RowTemplate:
         kept = reader.dictionaries.values()
         self._dictionaries = [_MessageTemplate(bytes(data), _NAMES, {}) for [(_, data)] in kept]
         self._batch = _MessageTemplate(message, columns, varying)
+        self._stream: _Layout | None = None  # of the whole stream, where nothing but numbers differs
+        if self._batch.numbers is not None:
+            start = len(wire.message)
+            self._stream = _Layout(examples[0][1], [(start + at, code) for at, code in self._batch.numbers])
         for row, stream in examples:
             with contextlib.suppress(NotPlain):  # nulls may be refused, but nothing may be written wrongly
                 if self.write(row, values) != stream or self.read(stream) != (row, values, len(stream)):
                     raise ValueError(f"a row of {schema_text(schema)} is not written as expected")
 
     def message(self, row: Sequence[Any], values: Sequence[bytes] = ()) -> bytes:
-        """Return the message of the batch (behind those of its dictionaries), an item of a longer stream.
-
-        *values* are those of `varying`. `NotPlain` for what the ordinary way must write.
-        """
-        if len(row) != len(self._kinds) or [*map(len, values)] != self._lengths:
-            raise NotPlain
-        try:
-            if self._batch.numbers is not None and [*map(type, row)] == self._kinds:
-                return self._batch.numbers.fill([*values, *row])
-            message, names = self._batch.write([[value] for value in row], values)
-            ahead = [one.write([used], ())[0] for one, used in zip(self._dictionaries, names)]
-            return b"".join([*ahead, message])
-        except _NOT_PLAIN as exc:
-            raise NotPlain(str(exc)) from None
+        """Return the message of the batch (behind those of its dictionaries), an item of a longer stream; as `write`."""
+        return self.write(row, values)[len(self.schema_message) : -len(END_OF_STREAM)]
 
     def write(self, row: Sequence[Any], values: Sequence[bytes] = ()) -> bytes:
-        """Return the whole stream; as `message`."""
-        return b"".join([self.schema_message, self.message(row, values), END_OF_STREAM])
+        """Return the whole stream; *values* are those of `varying`. `NotPlain` for what the ordinary way must write."""
+        if [*map(len, values)] != self._lengths:
+            raise NotPlain
+        try:
+            if self._stream is not None and [*map(type, row)] == self._kinds:
+                return self._stream.fill([*values, *row])
+            if len(row) != len(self._kinds):
+                raise NotPlain
+            message, names = self._batch.write([[value] for value in row], values)
+            ahead = [one.write([used], ())[0] for one, used in zip(self._dictionaries, names)]
+            return b"".join([self.schema_message, *ahead, message, END_OF_STREAM])
+        except _NOT_PLAIN as exc:
+            raise NotPlain(str(exc)) from None
 
     def read(self, data: bytes, at: int = 0) -> tuple[list[Any], list[bytes], int] | None:
         """Read a stream at *at*: its row, the values of `varying`, where it ends. ``None``: not written by `write`."""
         if not data.startswith(self.schema_message, at):
             return None
-        end = at + len(self.schema_message)
-        numbers = self._batch.numbers
-        proven = True
         try:
-            found = numbers.match(data, end) if numbers else None
-            if numbers and found is not None:
-                values, row = found[: len(self._lengths)], found[len(self._lengths) :]
-                end += numbers.size
-            elif self._kinds:
-                names = []
-                for dictionary in self._dictionaries:
-                    [column], _, end, _ = dictionary.read(data, end, [])
-                    names.append(column)
-                columns, values, end, proven = self._batch.read(data, end, names)
-                row = [value for [value] in columns]
-            else:
+            if self._stream is not None and (found := self._stream.match(data, at)) is not None:
+                count = len(self._lengths)
+                return found[count:], found[:count], at + self._stream.size
+            if not self._kinds:
                 return None
+            end = at + len(self.schema_message)
+            names = []
+            for dictionary in self._dictionaries:
+                [column], _, end, _ = dictionary.read(data, end, [])
+                names.append(column)
+            columns, values, end, proven = self._batch.read(data, end, names)
+            row = [value for [value] in columns]
             end += len(END_OF_STREAM)
             is_so = proven or self.write(row, values) == data[at:end]
             return (row, values, end) if is_so and data.startswith(END_OF_STREAM, end - 8) else None
@@ -2237,6 +2268,7 @@ class RowCodec:
     def __init__(self, fields: Iterable[tuple[str, Codec]]) -> None:
         self.parts = dict(fields)
         self.names = tuple(self.parts)
+        self._plain = [part.plain for part in self.parts.values()]
         members = [pa.field(name, part.arrow_type, part.nullable) for name, part in self.parts.items()]
         self.schema = pa.schema(members)
 
@@ -2246,6 +2278,9 @@ class RowCodec:
 
     def encode(self, values: Iterable[Any], way: str = "encode") -> list[Any]:
         """Return one encoded value for each name, which row templates and `to_batch` take."""
+        values = [*values]
+        if all(map(frozenset.__contains__, self._plain, map(type, values))):
+            return values  # a call with small values needs no longer way
         return list(_by_name(self.parts, dict(zip(self.parts, values)), way).values())
 
     def decode(self, encoded: Iterable[Any]) -> list[Any]:
@@ -2566,10 +2601,8 @@ class OutputCollector:
         """The data batch of this turn, once it was emitted."""
         if self.item is None:
             return None
-        if isinstance(self.item, bytes):  # of a template
-            stream = self._wire.message + self.item + END_OF_STREAM
-            return AnnotatedBatch(ipc.open_stream(stream).read_next_batch())
-        return AnnotatedBatch(self.item[0], self.item[1] and pa.KeyValueMetadata(self.item[1]))
+        own = None if isinstance(self.item, bytes) else self.item[1]
+        return AnnotatedBatch(batch_of(self.item, self._wire), own and pa.KeyValueMetadata(own))
 
     def emit(self, batch: pa.RecordBatch | pa.Table, metadata: Mapping[str, str] | None = None) -> None:
         """Send *batch*, any rows x the columns of the output schema; a table is sent as one batch.
@@ -2582,13 +2615,11 @@ class OutputCollector:
             raise RuntimeError("emit after finish(): a finished stream sends nothing more")
         if self.item is not None:
             raise RuntimeError("emit called twice in one turn: a turn sends exactly one data batch")
-        if isinstance(batch, pa.Table):
-            batch = batch_of_table(batch, "emit")
         batch = conform_batch(batch, self._wire, "emit", cast_values=False)
-        own = dict(pa.KeyValueMetadata(dict(metadata or {})))
-        if CALL_STATE_KEY in own or batch_kind(0, own) != "data":
+        own = dict(pa.KeyValueMetadata(dict(metadata))) if metadata else None
+        if own and (CALL_STATE_KEY in own or batch_kind(0, own) != "data"):
             raise ParameterError(f"emit: metadata {list(own)}: with keys of our own no client would see data")
-        self.item = (batch, own or None)
+        self.item = (batch, own)
 
     def emit_arrays(self, arrays: Sequence[pa.Array], metadata: Mapping[str, str] | None = None) -> None:
         """Send columns, in the order of the output schema; raises as `emit`."""
@@ -2626,14 +2657,6 @@ class OutputCollector:
         if self.item is None and not self.finished:
             may_finish = " or call finish()" * self._producer_mode
             raise RuntimeError(f"nothing emitted: each turn must emit exactly one data batch{may_finish}")
-
-
-def batch_of_table(table: pa.Table, where: str) -> pa.RecordBatch:
-    """Return all rows of *table* as one batch; `ParameterError` when one batch cannot hold them."""
-    batches = table.combine_chunks().to_batches() or [WireSchema(table.schema).empty]
-    if len(batches) != 1:  # a column of text or bytes counts its bytes with 32 bits, if it is no large one
-        raise ParameterError(f"{where}: a table of {table.nbytes} bytes is too large for one batch; slice it")
-    return batches[0]
 
 
 class StreamState(ArrowSerializableDataclass):
@@ -2709,7 +2732,7 @@ class Stream(Generic[_S, _H], _ClientSide):
         if isinstance(self.state, ProducerState) and len(self.input_schema):
             raise TypeError(f"Stream: input_schema is for an exchange, and {name} is a producer")
 
-    @property
+    @functools.cached_property
     def is_producer(self) -> bool:
         """Whether turns run on ticks: nothing comes in, and the state is not an exchange's."""
         return not len(self.input_schema) and not isinstance(self.state, ExchangeState)
@@ -3095,6 +3118,8 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
 def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """Return one value per parameter, in order, with defaults; `ParameterError` where the call does not fit."""
     names = info.params.names
+    if not args and kwargs.keys() == info.params.parts.keys():
+        return [kwargs[name] for name in names]
     if len(args) > len(names):
         raise ParameterError(f"{info.name}() takes {len(names)} arguments {list(names)}, got {len(args)}")
     for name in kwargs:
@@ -3427,7 +3452,7 @@ def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
             ]
         methods.append(method)
     facts = {"protocol": protocol, "methods": methods}
-    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = to_json(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     import hashlib
 
     return hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + text.encode()).hexdigest()
@@ -3443,7 +3468,7 @@ def described_schemas(info: RpcMethodInfo) -> dict[str, pa.Schema]:
                 default = RowCodec([("default", codec)]).to_bytes([info.param_defaults[name]])
                 fields[at] = fields[at].with_metadata({**fields[at].metadata, DEFAULT_KEY: default})
         facts = {DOC_KEY: text_of(info.doc or ""), SIGNATURE_KEY: info.signature()}
-        facts[PARAM_DOCS_KEY] = json.dumps(info.param_docs)
+        facts[PARAM_DOCS_KEY] = to_json(info.param_docs)
         kept = {"params": pa.schema(fields, metadata=facts)}
         kept["result"] = pa.schema(_described_fields(info.result, {}))
         header = info.header and _described_fields(info.header.row, info.header.defaults)
@@ -3569,7 +3594,7 @@ def _method_description(summary: MethodSummary, service: ProtocolSummary) -> Met
     rows = []
     for what in ("params", "result", "header"):
         data = getattr(summary, f"{what}_schema_ipc")
-        schemas[what] = IpcReader(ByteSource(data)).schema if data else EMPTY_SCHEMA
+        schemas[what] = IpcReader(ByteSource(data)).schema if data else EMPTY.schema
         kinds = [Annotated[object, ArrowType(m.type, m.nullable)] for m in schemas[what]]
         codecs = [codec_for(kind)._replace(annotation=type_of(m)) for m, kind in zip(schemas[what], kinds)]
         rows.append(RowCodec(zip(schemas[what].names, codecs)))
@@ -3738,6 +3763,7 @@ _MAX_IO_BYTES = 1 << 30  # per system call: some systems, and TLS, refuse 2 GiB 
 _TOO_LATE = "no answer within the time allowed"
 open_files: weakref.WeakSet[Any] = weakref.WeakSet()  # of connections and listeners
 handlers_before: dict[int, Any] = {}  # who handled the signals that we handle now
+this_process = [os.getpid()]  # its id, for which each call would have to ask the system several times
 
 
 @functools.cache  # at the first connection
@@ -3753,6 +3779,7 @@ def watch_forks() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, masks.mask)
 
     def after_in_child() -> None:
+        this_process[0] = os.getpid()
         for file in list(open_files):  # a copy keeps open what its owner has closed: a worker would not leave
             with contextlib.suppress(OSError):
                 file.close()
@@ -3803,7 +3830,7 @@ class ByteChannel(ByteSource):
             raise DeadlineExceededError(_TOO_LATE)
         return left
 
-    def _allowed(self, data: memoryview, writing: bool) -> memoryview:
+    def _allowed(self, data: Buffer, writing: bool) -> Buffer:
         """See to it that the next system call ends by the deadline; return what of *data* it may be given."""
         left = None if self.deadline is None else self._seconds_left()
         # About right will do, as the clock is looked at each time: to set it takes a system call.
@@ -3812,7 +3839,7 @@ class ByteChannel(ByteSource):
             self.source.settimeout(self._timeout)
         return data
 
-    def _io(self, operation: Callable[[Any], int | None], data: memoryview, writing: bool = False) -> int:
+    def _io(self, operation: Callable[[Any], int | None], data: Buffer, writing: bool = False) -> int:
         try:
             if self.deadline is not None or self._timeout is not None:
                 data = self._allowed(data, writing)
@@ -3864,15 +3891,15 @@ class ByteChannel(ByteSource):
 
     def write(self, pieces: Sequence[Buffer]) -> None:
         """Write all of *pieces*, in order: small ones in one system call, large ones without copying them."""
-        if total_size(pieces) <= SMALL_BODY_BYTES:
+        if len(pieces) > 1 and total_size(pieces) <= SMALL_BODY_BYTES:
             pieces = [b"".join(pieces)]
-        else:
+        elif len(pieces) > 1:
             runs = itertools.groupby(pieces, lambda piece: len(piece) > SMALL_BODY_BYTES)
             pieces = [piece for is_large, run in runs for piece in (run if is_large else [b"".join(run)])]
         for piece in pieces:
-            left = memoryview(piece)
-            while left:
-                left = left[self._io(self._send, left, True) :]
+            sent = self._io(self._send, piece, True)
+            while sent < len(piece):
+                sent += self._io(self._send, memoryview(piece)[sent:], True)
 
 
 class FdChannel(ByteChannel):
@@ -3885,7 +3912,7 @@ class FdChannel(ByteChannel):
         self._send = writer.write
         self._timeout = None
 
-    def _allowed(self, data: memoryview, writing: bool) -> memoryview:
+    def _allowed(self, data: Buffer, writing: bool) -> Buffer:
         file = self.writer if writing else self.source
         while not _is_ready(file, writing, self._seconds_left()):
             pass
@@ -3913,11 +3940,11 @@ class Transport:
         self.channel = channel
         self.kind = kind
         self.remote_addr = remote_addr
-        self.process_id = os.getpid()  # of the process that opened it
+        self.process_id = this_process[0]  # of the process that opened it
 
     def check_process(self) -> None:
         """Raise `TransportError` in another process than the one that opened the connection."""
-        if os.getpid() != self.process_id:
+        if this_process[0] != self.process_id:
             raise TransportError("the connection belongs to the process that opened it; connect again here")
 
     def obituary(self) -> str:
@@ -4162,10 +4189,7 @@ class Turn(NamedTuple):
 
     def last_batch(self) -> pa.RecordBatch:
         """Return the batch of the last item."""
-        item = self.items[-1]
-        if isinstance(item, bytes):
-            return ipc.read_record_batch(pa.py_buffer(item), self.wire.schema)
-        return item[0]
+        return batch_of(self.items[-1], self.wire)
 
 
 _PLAIN_TICK = AnnotatedBatch(TICK)
@@ -4258,12 +4282,12 @@ class Call(CallRecord):
     def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run the application's code as the caller's; raises what it does, and when it took longer than allowed."""
         token = current_auth_var.set(self.auth)
-        process = os.getpid()
+        process = this_process[0]
         try:
             result = function(*args, **kwargs)
         finally:
             current_auth_var.reset(token)
-            if os.getpid() != process:  # a child that was forked there and has left: it serves nobody
+            if this_process[0] != process:  # a child that was forked there and has left: it serves nobody
                 status = getattr(sys.exc_info()[1], "code", sys.exc_info()[1])
                 os._exit(status if isinstance(status, int) else status is not None)
         if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -4312,7 +4336,7 @@ class Call(CallRecord):
             return self.failed(exc)
 
     def _answered(self, wire: WireSchema, item: Item | None, over: bool) -> Turn:
-        items = self.logs(wire)
+        items = self.logs(wire) if self._messages else []
         if item is not None:
             items.append(item)
         turn = Turn(wire, items, over)
@@ -4439,6 +4463,7 @@ class RpcServer:
         max_rows: int | None = None,  # of one batch on byte streams
     ) -> None:
         check_limits(max_request_bytes=max_request_bytes, max_rows=max_rows)
+        watch_forks()
         self.limits = IpcLimits(max_request_bytes, max_rows)
         self.server_id = server_id or os.urandom(6).hex()
         self.server_version = server_version
@@ -4627,7 +4652,7 @@ class RpcServer:
         if record.request_schema is not None:
             line["request_fields"] = [{"name": f.name, "type": str(f.type)} for f in record.request_schema]
             line["request_rows"] = record.request_rows
-        text = json.dumps(line, default=text_of)  # in ASCII: a lone surrogate is an escape like any other
+        text = to_json(line, default=text_of)  # in ASCII: a lone surrogate is an escape like any other
         try:
             with self._lock:
                 print(text, file=self.access_log, flush=True)
@@ -4800,7 +4825,7 @@ def _read_over(reader: IpcReader) -> bool:
 StreamPhase = enum.Enum("StreamPhase", "OPEN ENDING DONE CUT")
 ConnectionPhase = enum.Enum("ConnectionPhase", "READY CALLING CLOSED")
 _SLOW_TURN_SECONDS = 0.01  # of a producer
-_PRINTED = re.compile(rb"[\t\n\r\x1b -\xfe]{1,200}")  # text before an answer, which begins with FF
+_PRINTED = rb"[\t\n\r\x1b -\xfe]{1,200}"  # text before an answer, which begins with FF
 
 
 @dataclass(eq=False, repr=False)
@@ -4992,9 +5017,7 @@ class StreamSession:
             raise local_error("exchange() on a stream that was asked for batches ahead, as by iteration")
         where = f"{self.info.name}() exchange"
         batch = input.batch if isinstance(input, AnnotatedBatch) else input
-        if isinstance(batch, pa.Table):
-            batch = batch_of_table(batch, where)
-        elif not isinstance(batch, pa.RecordBatch):
+        if not isinstance(batch, (pa.RecordBatch, pa.Table)):
             if not isinstance(batch, Mapping):
                 expected = "expected a batch, table or {column: values}"
                 raise ParameterError(f"{where}: {expected}, got {got(batch)}")
@@ -5101,7 +5124,7 @@ class ByteClient(ClientChannel):
         # Left twice, as an interrupt may come while it is left: no way out may keep the lock.
         try:
             try:
-                if not self._lock.acquire(timeout=options.timeout or -1):
+                if not self._lock.acquire(True, options.timeout or -1):
                     raise DeadlineExceededError("no answer in time: other threads use the connection")
                 self._owner = me
                 if self._closed_because or self.phase is not ConnectionPhase.READY:
@@ -5193,7 +5216,8 @@ class ByteClient(ClientChannel):
         self._expects_orphan = False
         while True:
             if reader is None:
-                printed = _PRINTED.match(*self.channel.received())
+                data, at = self.channel.received()
+                printed = re.match(_PRINTED, data[at : at + 200])
                 if printed:
                     text = printed[0].decode("utf-8", "replace").strip()
                     who = f"{self.transport.peer} prints to the channel"
@@ -6326,7 +6350,7 @@ def parse_json(data: str | Buffer, where: str = "request", **numbers: Callable[[
     try:
         text = data if isinstance(data, str) else str(data, "utf-8")
         hooks: dict[str, Any] = {"parse_float": exact_number, "parse_constant": exact_number, **numbers}
-        return json.loads(text, object_pairs_hook=unique, **hooks)
+        return from_json(text, object_pairs_hook=unique, **hooks)
     except (ValueError, RecursionError) as exc:
         raise ProtocolError(f"{where}: not JSON: {text_of(exc)}") from None
 
@@ -6367,7 +6391,7 @@ def value_from_json(value: Any, member: pa.Field, step: str = "") -> Any:
         pass  # said below in the words of the type
     is_written = pa.types.is_nested(kind) or str(kind) == "binary"  # there Arrow's type says less
     expected = type_of(member) if is_written else type_text(kind)
-    raise Mismatch(expected, f"{json.dumps(value, default=float):.60}").under(step)
+    raise Mismatch(expected, f"{to_json(value, default=float):.60}").under(step)
 
 
 def _stream_from_json(value: Any, member: pa.Field) -> bytes:
@@ -6390,7 +6414,7 @@ def _stream_from_json(value: Any, member: pa.Field) -> bytes:
         return cast("bytes", schema.serialize().to_pybytes())
     else:  # pyarrow guesses the types, also those of a dataclass that the server does not describe
         rows = [value] if isinstance(value, dict) else value
-        batch = pa.RecordBatch.from_pylist(json.loads(json.dumps(rows, default=float)))
+        batch = pa.RecordBatch.from_pylist(from_json(to_json(rows, default=float)))
     return stream_bytes(WireSchema(batch.schema), [(batch, None)])
 
 
@@ -6399,7 +6423,7 @@ def json_of_word(word: str | bytes, kind: pa.DataType = pa.utf8()) -> Any:
     is_binary = re.match("(large_|fixed_size_)?binary", str(kind))
     if isinstance(word, bytes):
         if is_binary:
-            return base64.b64encode(word).decode()
+            return binascii.b2a_base64(word, newline=False).decode()
         word = word.decode("utf-8", "replace").rstrip("\r\n")
     if re.match("(large_)?string|dictionary", str(kind)) or (is_binary and word[:1] not in ("{", "[")):
         return word
@@ -6449,6 +6473,8 @@ def _read_leaf(cls: Any, value: Any) -> Any:
         microseconds = exact.to_integral_exact(exact_number(str(value).removesuffix("s")) * 1_000_000)
         return datetime.timedelta(microseconds=int(microseconds))
     if cls is bytes:
+        import base64
+
         is_uuid = len(value) == 36 and value.count("-") == 4  # base64 has no "-"
         return uuid.UUID(value).bytes if is_uuid else base64.b64decode(value, validate=True)
     # RFC 3339, of which these classes know less before Python 3.11.
@@ -6470,7 +6496,7 @@ def value_to_json(value: Any, member: pa.Field) -> Any:
         if type_of(member).startswith("UUID"):
             return str(uuid.UUID(bytes=value))
         if members is None and "RecordBatch" not in type_of(member):
-            return base64.b64encode(value).decode()
+            return binascii.b2a_base64(value, newline=False).decode()
         batches = iter(IpcReader(ByteSource(value)).next, None)
         rows = [row for batch, _ in batches for row in batch_rows(batch, members)]
         return rows if members is None else rows[0]
@@ -6510,9 +6536,9 @@ def batch_rows(batch: pa.RecordBatch, described: pa.Schema | None = None) -> lis
 def json_text(value: Any) -> str:
     """*value* as one line of JSON; NaN in somebody's details, which JSON does not have, is null."""
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=text_of)
+        return to_json(value, ensure_ascii=False, allow_nan=False, default=text_of)
     except ValueError:
-        return json_text(json.loads(json.dumps(value, default=text_of), parse_constant=lambda name: None))
+        return json_text(from_json(to_json(value, default=text_of), parse_constant=lambda name: None))
 
 
 def json_bytes(value: Any) -> bytes:
@@ -6647,7 +6673,7 @@ def page(title: str, body: str, root: str, status: int = 200) -> HttpResponse:
     """A page; *body* is HTML, *root* the relative link to where the service begins."""
     import hashlib
 
-    digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+    digest = binascii.b2a_base64(hashlib.sha256(_STYLE.encode()).digest(), newline=False).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     headers = [("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store")]
     headers += [("Content-Security-Policy", policy), ("X-Content-Type-Options", "nosniff")]
@@ -8182,7 +8208,7 @@ class _HttpSession(StreamSession):
         if cursor is None or self.phase is StreamPhase.DONE:
             raise local_error(f"the stream of {self.info.name}() is over: nothing to resume")
         facts = {"method": self.info.name, "state": cursor.decode("latin-1"), "skip": skip}
-        return json.dumps({**facts, "call": self._call_token.decode("latin-1")}).encode()
+        return to_json({**facts, "call": self._call_token.decode("latin-1")}).encode()
 
     def seek_to_token(self, token: bytes) -> None:
         facts = json_object(token)
