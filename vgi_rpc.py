@@ -38,7 +38,6 @@ The file is read from top to bottom: a section uses only sections with a smaller
 from __future__ import annotations
 
 import binascii
-import contextlib
 import contextvars
 import copy
 import copyreg
@@ -47,7 +46,6 @@ import datetime
 import decimal
 import enum
 import errno
-import functools
 import inspect
 import io
 import itertools
@@ -69,7 +67,9 @@ import uuid
 import weakref
 from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache, partial, update_wrapper
 from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, Union
 from typing import cast
 
@@ -123,8 +123,7 @@ wire_write = logging.getLogger("vgi_rpc.wire.write")
 
 
 # ============================================================================
-# 1. CONSTANTS ......................................... uses nothing
-# ============================================================================
+# 1. CONSTANTS ... uses nothing
 # Every key on the wire, header name and default limit, once. The family, which is all ``vgi-rpc`` packages that
 # speak this protocol, in any language, depends on the spelling.
 
@@ -163,9 +162,7 @@ TYPE_KEY = b"vgi_rpc.type"  # of a field: its type as a person writes it
 STRUCT_KEY = b"vgi_rpc.struct"  # of a binary field: the schema of the dataclass inside, serialised
 ENUM_KEY = b"vgi_rpc.enum"  # of a field: the names of the enum's members, one a line
 DEFAULT_KEY = b"vgi_rpc.default"  # of a parameter: its default, an IPC stream of one value
-DEFAULT_TEXT_KEY = (
-    b"vgi_rpc.default_text"  # of a parameter or a dataclass's field: its default as a person writes it
-)
+DEFAULT_TEXT_KEY = b"vgi_rpc.default_text"  # of a parameter or field: its default as a person writes it
 
 RESERVED_PROTOCOL_PREFIX = "vgi_rpc."
 REFLECTION_PROTOCOL = "vgi_rpc.Reflection.v1"
@@ -223,23 +220,23 @@ MAX_TURNS = 1_024  # turns of a producer in one HTTP answer, within the bytes an
 MAX_TURNS_BYTES = 8 << 20  # four times the speed of 1 MiB where a batch has as much
 MAX_TURNS_SECONDS = 0.05  # a slow producer is answered turn by turn, and a server that drains is done soon
 
-# Seconds.
+# Seconds; `HttpServeOptions` explains those of HTTP.
 TOKEN_TTL_SECONDS = 3_600.0
 TOKEN_CLOCK_SKEW_SECONDS = 60.0  # how far ahead of us another server's clock may run
-READ_TIMEOUT_SECONDS = 30.0  # HTTP: between two bytes of one request
-REQUEST_DEADLINE_SECONDS = 300.0  # HTTP: for the whole of one request, first byte to last
-KEEP_ALIVE_SECONDS = 75.0  # HTTP: between two requests of one connection
+READ_TIMEOUT_SECONDS = 30.0
+REQUEST_DEADLINE_SECONDS = 300.0
+KEEP_ALIVE_SECONDS = 75.0
 DRAIN_GRACE_SECONDS = 30.0
 TLS_HANDSHAKE_SECONDS = 5.0
 REAP_SECONDS = 1.0  # how long a worker that died while idle in a pool may stay a zombie
 WORKER_EXIT_SECONDS = 5.0  # how long a worker may take to leave after its stdin closed
 
+Time: TypeAlias = float | None  # of ``time.monotonic()``, in seconds: a deadline; None for never
 SMALL_BODY_BYTES = 65_536  # below: one bytes object; above: read in place, written without copying
 
 
 # ============================================================================
-# 2. ERRORS ............................................ uses 1
-# ============================================================================
+# 2. ERRORS ... uses 1
 # Every exception of this file, its code, kind and HTTP status; those of other libraries reach no user.
 #
 #   RpcError                         what a client sees: the other side's error, or (LocalError) one noticed here
@@ -333,8 +330,8 @@ LocalizedMessage.__doc__ = "The error for an end user, in the language that *loc
 
 _DETAIL_ITEMS: dict[Any, Any] = {BadRequest: FieldViolation, PreconditionFailure: PreconditionViolation}
 _DETAIL_ITEMS |= {QuotaFailure: QuotaViolation, Help: HelpLink}
-_DETAIL_KINDS: list[Any] = [ErrorInfo, RetryInfo, ResourceInfo, LocalizedMessage, *_DETAIL_ITEMS]
-_DETAILS = {f"vgi_rpc.{kind.__name__}": kind for kind in _DETAIL_KINDS}
+_DETAIL_TYPES: list[Any] = [ErrorInfo, RetryInfo, ResourceInfo, LocalizedMessage, *_DETAIL_ITEMS]
+_DETAILS = {f"vgi_rpc.{cls.__name__}": cls for cls in _DETAIL_TYPES}
 
 
 def _details_to_json(details: Iterable[Any]) -> list[dict[str, Any]]:
@@ -342,7 +339,7 @@ def _details_to_json(details: Iterable[Any]) -> list[dict[str, Any]]:
     objects: dict[str, dict[str, Any]] = {}
     for detail in details:
         obj: Any = detail
-        if type(detail) in _DETAIL_KINDS:
+        if type(detail) in _DETAIL_TYPES:
             obj = {"@type": f"vgi_rpc.{type(detail).__name__}", **detail._asdict()}
             if type(detail) in _DETAIL_ITEMS:
                 obj[detail._fields[0]] = [item._asdict() for item in detail[0]]
@@ -357,12 +354,12 @@ def _details_to_json(details: Iterable[Any]) -> list[dict[str, Any]]:
     return list(objects.values())
 
 
-def _detail_of(kind: Any, obj: Any) -> Any:
+def _detail_of(cls: Any, obj: Any) -> Any:
     """Read a detail or an item of one, less what is not known here; `TypeError` when a member is missing."""
-    members = {name: obj[name] for name in kind._fields if name in obj}
-    for name in members if kind in _DETAIL_ITEMS else ():
-        members[name] = tuple(_detail_of(_DETAIL_ITEMS[kind], item) for item in members[name])
-    return kind(**members)
+    members = {name: obj[name] for name in cls._fields if name in obj}
+    for name in members if cls in _DETAIL_ITEMS else ():
+        members[name] = tuple(_detail_of(_DETAIL_ITEMS[cls], item) for item in members[name])
+    return cls(**members)
 
 
 class _Error(Exception):
@@ -392,10 +389,10 @@ class StatusError(_Error):
         self.error_details = _details_to_json(details)
 
 
-def _reader(kind: type[T]) -> Callable[[RpcError], T | None]:
+def _reader(cls: type[T]) -> Callable[[RpcError], T | None]:
     def read(self: RpcError) -> T | None:
         """Return the detail of this kind, if there is one."""
-        return next((detail for detail in self.details() if isinstance(detail, kind)), None)
+        return next((detail for detail in self.details() if isinstance(detail, cls)), None)
 
     return read
 
@@ -428,7 +425,7 @@ class RpcError(_Error):
         """Return the details of the catalogue as their types; others stay JSON objects."""
         typed: list[Any] = list(self.error_details)
         for at, obj in enumerate(typed):
-            with contextlib.suppress(KeyError, TypeError):  # not of the catalogue, or not what it says
+            with suppress(KeyError, TypeError):  # not of the catalogue, or not what it says
                 typed[at] = _detail_of(_DETAILS[obj["@type"]], obj)
         return typed
 
@@ -453,9 +450,9 @@ class LocalError(RpcError):
     error_code: str = Code.UNAVAILABLE
 
     def __init__(self, message: str, *, remote_traceback: str = "", request_id: str = "") -> None:
-        kind = type(self)
-        text = message.removeprefix(f"{kind.__name__}: ")
-        super().__init__(kind.__name__, text, remote_traceback, request_id, str(kind.error_code))
+        cls = type(self)
+        text = message.removeprefix(f"{cls.__name__}: ")
+        super().__init__(cls.__name__, text, remote_traceback, request_id, str(cls.error_code))
 
     def __str__(self) -> str:  # Python and whoever reports an error put the name of the class in front
         return self.error_message
@@ -598,51 +595,48 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def error_facts(exc: BaseException) -> dict[str, Any]:
+def error_fields(exc: BaseException) -> dict[str, Any]:
     """What is told of any exception: type, text and code; kind and details where any may travel."""
-    facts: dict[str, Any] = {"exception_type": type(exc).__name__, "exception_message": text_of(exc)}
+    fields: dict[str, Any] = {"exception_type": type(exc).__name__, "exception_message": text_of(exc)}
     if isinstance(exc, ParameterError):
-        facts["exception_type"] = "TypeError"
+        fields["exception_type"] = "TypeError"
     code = kind = details = None
-    with contextlib.suppress(BaseException):  # whatever an application's exception does when looked at
+    with suppress(BaseException):  # whatever an application's exception does when looked at
         code = getattr(exc, "error_code", None)
         kind = getattr(exc, "error_kind", None)
         details = getattr(exc, "error_details", None)
-    facts["error_code"] = Code.__members__.get(text_of(code), Code.UNKNOWN).value
+    fields["error_code"] = Code.__members__.get(text_of(code), Code.UNKNOWN).value
     if isinstance(kind, str) and kind:
-        facts["error_kind"] = sendable(kind, MAX_ERROR_KIND_CHARS)
-    with contextlib.suppress(Exception):
-        told = _details_to_json(details or ())
-        if told and len(to_json(told, allow_nan=False)) <= MAX_ERROR_DETAILS_BYTES:
-            facts["error_details"] = told
-    return facts
+        fields["error_kind"] = sendable(kind, MAX_ERROR_KIND_CHARS)
+    with suppress(Exception):
+        objects = _details_to_json(details or ())
+        if objects and len(to_json(objects, allow_nan=False)) <= MAX_ERROR_DETAILS_BYTES:
+            fields["error_details"] = objects
+    return fields
 
 
 def http_status_of(exc: BaseException) -> int:
     """The HTTP status of an error that is answered in JSON, by Connect's table."""
     if isinstance(exc, Refusal) and not isinstance(exc, ResponseTooLargeError):
         return exc.http_status
-    return Code(error_facts(exc)["error_code"]).http_status
+    return Code(error_fields(exc)["error_code"]).http_status
 
 
 def error_as_json(exc: BaseException, *, request_id: str = "", trace: str = "") -> dict[str, Any]:
     """Return the one JSON object that an error has: Connect's code, message and details, and what we add.
-
-    A detail has Connect's ``value`` (base64 of its JSON, for want of protobuf), and itself as ``debug``.
-    """
-    facts = error_facts(exc)
-    told = {"code": facts["error_code"].lower().replace("cancelled", "canceled")}
-    told |= {"message": facts["exception_message"], "type": facts["exception_type"], "details": []}
-    for detail in facts.get("error_details", ()):
+    A detail has Connect's ``value`` (base64 of its JSON, for want of protobuf), and itself as ``debug``."""
+    fields = error_fields(exc)
+    obj = {"code": fields["error_code"].lower().replace("cancelled", "canceled")}
+    obj |= {"message": fields["exception_message"], "type": fields["exception_type"], "details": []}
+    for detail in fields.get("error_details", ()):
         value = binascii.b2a_base64(to_json(detail).encode(), newline=False).decode().rstrip("=")
-        told["details"].append({"type": detail["@type"], "value": value, "debug": detail})
-    told |= {"kind": facts.get("error_kind"), "request_id": request_id, "traceback": trace}
-    return {name: value for name, value in told.items() if value or name == "message"}
+        obj["details"].append({"type": detail["@type"], "value": value, "debug": detail})
+    obj |= {"kind": fields.get("error_kind"), "request_id": request_id, "traceback": trace}
+    return {name: value for name, value in obj.items() if value or name == "message"}
 
 
 # ============================================================================
-# 3. LOG MESSAGES ...................................... uses 1-2
-# ============================================================================
+# 3. LOG MESSAGES ... uses 1-2
 # A log line or an error as it travels: level, text, extra. An error is a message of level EXCEPTION.
 # The metadata of a message is the only form in which an exception leaves a process.
 
@@ -691,49 +685,49 @@ class Message:
     @classmethod
     def from_exception(cls, exc: BaseException, *, include_traceback: bool = True) -> Message:
         """Describe an exception, whatever its own methods do, with its code, kind, details and traceback."""
-        facts = error_facts(exc)
-        shown = f"{facts['exception_type']}: {facts['exception_message']}"
+        extra = error_fields(exc)
+        text = f"{extra['exception_type']}: {extra['exception_message']}"
         if not include_traceback:
-            return cls(Level.EXCEPTION, shown, **facts)
+            return cls(Level.EXCEPTION, text, **extra)
         frames = []
         try:
-            text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
+            trace = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
             for f in traceback.extract_tb(exc.__traceback__)[-MAX_TRACEBACK_FRAMES:]:
                 frame = {"file": f.filename, "line": f.lineno, "function": f.name, "code": f.line or ""}
                 frames.append(frame)
         except BaseException:  # a broken __str__ in the chain; the error itself is still worth sending
-            text = f"{type(exc).__name__}: <its traceback could not be formatted>\n"
-        facts["traceback"] = sendable(text, MAX_TRACEBACK_CHARS, "\n… <traceback truncated>")
-        facts["frames"] = frames
+            trace = f"{type(exc).__name__}: <its traceback could not be formatted>\n"
+        extra["traceback"] = sendable(trace, MAX_TRACEBACK_CHARS, "\n… <traceback truncated>")
+        extra["frames"] = frames
         for name in ("cause", "context"):
             other = getattr(exc, f"__{name}__")
             if other is not None:
-                facts[name] = f"{type(other).__name__}: {text_of(other)}"
-        return cls(Level.EXCEPTION, shown, **facts)
+                extra[name] = f"{type(other).__name__}: {text_of(other)}"
+        return cls(Level.EXCEPTION, text, **extra)
 
 
 def message_metadata(message: Message, server_id: str, request_id: str) -> dict[bytes, bytes]:
     """A message as metadata of a zero-row batch; an error's code, kind and details stand there twice."""
     extra = message.extra or {}
-    facts: dict[bytes, Any] = {SERVER_ID_KEY: server_id, REQUEST_ID_KEY: request_id}
+    metadata: dict[bytes, Any] = {SERVER_ID_KEY: server_id, REQUEST_ID_KEY: request_id}
     if extra:
         try:
-            facts[LOG_EXTRA_KEY] = to_json(extra, default=text_of)
+            metadata[LOG_EXTRA_KEY] = to_json(extra, default=text_of)
         except (TypeError, ValueError, RecursionError):  # keys that are no text, or a list that holds itself
-            facts[LOG_EXTRA_KEY] = to_json({key: text_of(value) for key, value in extra.items()})
+            metadata[LOG_EXTRA_KEY] = to_json({key: text_of(value) for key, value in extra.items()})
     if message.level is Level.EXCEPTION:
-        facts[ERROR_CODE_KEY] = extra.get("error_code") or Code.UNKNOWN
-        facts[ERROR_KIND_KEY] = extra.get("error_kind")
+        metadata[ERROR_CODE_KEY] = extra.get("error_code") or Code.UNKNOWN
+        metadata[ERROR_KIND_KEY] = extra.get("error_kind")
         if details := extra.get("error_details"):
-            facts[ERROR_DETAILS_KEY] = to_json(details, default=text_of)
-    facts = {key: fact for key, fact in facts.items() if fact}
-    facts.update({LOG_LEVEL_KEY: message.level.value, LOG_MESSAGE_KEY: message.message})
-    return {key: str(fact).encode("utf-8", "backslashreplace") for key, fact in facts.items()}
+            metadata[ERROR_DETAILS_KEY] = to_json(details, default=text_of)
+    metadata = {key: value for key, value in metadata.items() if value}
+    metadata.update({LOG_LEVEL_KEY: message.level.value, LOG_MESSAGE_KEY: message.message})
+    return {key: str(value).encode("utf-8", "backslashreplace") for key, value in metadata.items()}
 
 
 def json_object(data: bytes | str | None) -> dict[str, Any]:
     """Parse *data* as a JSON object; anything else is an empty one: it comes from a peer and only informs."""
-    with contextlib.suppress(ValueError, RecursionError):
+    with suppress(ValueError, RecursionError):
         value = from_json(data or b"")
         if isinstance(value, dict):
             return value
@@ -769,7 +763,7 @@ def error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
         error = DeadlineExceededError(text, remote_traceback=trace, request_id=request_id)
     error.error_kind = metadata_text(metadata, ERROR_KIND_KEY, extra.get("error_kind"))
     details = extra.get("error_details")
-    with contextlib.suppress(KeyError, ValueError, RecursionError):
+    with suppress(KeyError, ValueError, RecursionError):
         details = from_json(metadata[ERROR_DETAILS_KEY])
     if isinstance(details, list):
         error.error_details = [detail for detail in details if isinstance(detail, dict)]
@@ -777,8 +771,7 @@ def error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
 
 
 # ============================================================================
-# 4. BATCHES ........................................... uses 1-3
-# ============================================================================
+# 4. BATCHES ... uses 1-3
 # Arrow IPC streams in and out, message by message.
 # Law: nothing foreign reaches pyarrow's decoder before its head was read and its sizes were found plausible, and what
 # pyarrow raises leaves as one of our errors. What a head names many times is counted each time.
@@ -986,13 +979,13 @@ class WireSchema:
         self.names = self.schema.names
         self.required = [i for i, column in enumerate(self.schema) if not column.nullable]
 
-    @functools.cached_property
+    @cached_property
     def empty(self) -> pa.RecordBatch:
         """The batch of 0 rows that carries logs, errors, ticks and tokens."""
         columns = [pa.nulls(0, kind) for kind in self.schema.types]
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
-    @functools.cached_property
+    @cached_property
     def empty_message(self) -> bytes:
         """The message of that batch; not for a schema with dictionaries, which go ahead of it."""
         return cast("bytes", self.empty.serialize().to_pybytes())
@@ -1002,7 +995,7 @@ class WireSchema:
 _EMPTY = "/////zAAAAAQAAAAAAAKAAwABgAFAAgACgAAAAABBAAMAAAACAAIAAAABAAIAAAABAAAAAAAAAA="
 EMPTY = WireSchema(pa.schema([]), binascii.a2b_base64(_EMPTY))
 TICK: pa.RecordBatch = EMPTY.empty
-_read_schema = functools.lru_cache(maxsize=64)(WireSchema)  # by message; strangers fill it
+_read_schema = lru_cache(maxsize=64)(WireSchema)  # by message; strangers fill it
 
 
 class BatchMessage(NamedTuple):
@@ -1258,9 +1251,7 @@ def batch_of(item: Item, wire: WireSchema) -> pa.RecordBatch:
 
 class IpcWriter:
     """Writes one Arrow IPC stream: each call hands whole messages, a list of buffers, to *write* at once.
-
-    Not for use by several threads. The sink stays open and belongs to the caller; what it raises passes through.
-    """
+    Not for use by several threads. The sink stays open and belongs to the caller; what it raises passes through."""
 
     def __init__(self, write: Callable[[list[Buffer]], object], wire: WireSchema) -> None:
         self.wire = wire
@@ -1354,10 +1345,8 @@ def batch_of_table(table: pa.Table, where: str) -> pa.RecordBatch:
 
 def conform_batch(batch: Any, wire: WireSchema, where: str, *, cast_values: bool) -> pa.RecordBatch:
     """Return *batch* under a schema: same names in the same order, no null where none is allowed.
-
     With *cast_values* columns go by name, and types may differ where a cast keeps the values. `ParameterError` says
-    what was expected and what came.
-    """
+    what was expected and what came."""
     if isinstance(batch, pa.Table):
         batch = batch_of_table(batch, where)
     if not isinstance(batch, pa.RecordBatch):
@@ -1389,7 +1378,7 @@ def _conform(values: Any, column: pa.Field, where: str, cast_values: bool) -> pa
                 values = list(values)  # an iterator, which is read twice
             fitted = pa.array(values, column.type)
             if not _is_exact(column.type, values):
-                with contextlib.suppress(*ARROW_FAILURES):  # pairs make a map, but no type of their own
+                with suppress(*ARROW_FAILURES):  # pairs make a map, but no type of their own
                     given = pa.array(values)
         elif values.type.equals(column.type):
             fitted = values
@@ -1421,11 +1410,15 @@ def _is_exact(kind: pa.DataType, values: Sequence[Any]) -> bool:
 _MOMENT = r"(timestamp|date)?(time)?(duration)?\d*\[\w+(, tz)?"  # midnight may stand for its date
 
 
+def _moment_parts(arrow_type: pa.DataType) -> list[bool] | None:
+    """Which of date, time of day, length and zone a type of moments lacks; ``None`` for other types."""
+    match = re.match(_MOMENT, str(arrow_type))
+    return match and [part is None for part in match.groups()]
+
+
 def _is_kept(given: pa.Array, fitted: pa.Array) -> bool:
     """Tell whether values are what they were, but for the rounding that a type of floats declares; text may be read.
-
-    pyarrow finds it safe to cut a fraction or hours off, to drop zones and members, and to take 5 for a moment.
-    """
+    pyarrow finds it safe to cut a fraction or hours off, to drop zones and members, and to take 5 for a moment."""
     before = given.type
     after = fitted.type
     if before == after or re.match("null|(large_)?string", str(before)):
@@ -1439,9 +1432,7 @@ def _is_kept(given: pa.Array, fitted: pa.Array) -> bool:
         from pyarrow import compute
 
         return not pa.types.is_floating(before) or compute.is_inf(fitted) == compute.is_inf(given)
-    found = [re.match(_MOMENT, str(kind)) for kind in (before, after)]
-    moments = [match and [part is None for part in match.groups()] for match in found]
-    return moments[0] == moments[1] and fitted.cast(before, safe=False) == given
+    return _moment_parts(before) == _moment_parts(after) and fitted.cast(before, safe=False) == given
 
 
 def _is_shared(values: pa.Array) -> bool:
@@ -1467,8 +1458,7 @@ def batch_from_pydict(data: Mapping[str, Any], schema: pa.Schema | None, where: 
 
 
 # ============================================================================
-# 5. ROW TEMPLATES ..................................... uses 1-4
-# ============================================================================
+# 5. ROW TEMPLATES ... uses 1-4
 # Streams of one row without pyarrow, whose calls cost more than a small message is worth: a template is made of a stream
 # that section 4 wrote for an example row. Law: `read` accepts only what `write` would have written. All else goes the
 # ordinary way, with the same result.
@@ -1544,9 +1534,7 @@ class _Column:
 
     def write(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
         """Append what the values become, in the order of Arrow's walk over columns, or raise one of the failures above.
-
-        *nodes* are (length, null count), flat; *names*, of each enum, those in the dictionary message ahead.
-        """
+        *nodes* are (length, null count), flat; *names*, of each enum, those in the dictionary message ahead."""
         nulls = 0
         bitmap = b""
         kinds = set(map(type, values))
@@ -1758,7 +1746,7 @@ class RowTemplate:
             start = len(wire.message)
             self._stream = _Layout(examples[0][1], [(start + at, code) for at, code in self._batch.numbers])
         for row, stream in examples:
-            with contextlib.suppress(NotPlain):  # nulls may be refused, but nothing may be written wrongly
+            with suppress(NotPlain):  # nulls may be refused, but nothing may be written wrongly
                 if self.write(row, values) != stream or self.read(stream) != (row, values, len(stream)):
                     raise ValueError(f"a row of {schema_text(schema)} is not written as expected")
 
@@ -1809,14 +1797,13 @@ def row_template(
     schema: pa.Schema, metadata: Metadata | None = None, varying: Mapping[bytes, int] | None = None
 ) -> RowTemplate | None:
     """Return the template of these streams; ``None`` when the schema is not plain."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return RowTemplate(schema, metadata or {}, varying or {})
     return None
 
 
 # ============================================================================
-# 6. TYPES ............................................. uses 1-5
-# ============================================================================
+# 6. TYPES ... uses 1-5
 # Annotation -> codec: the Arrow type, how a Python value is encoded for it, and how it comes back.
 # Law: what arrives is what was sent, or it is refused before it is sent. pyarrow converts with loss where types
 # differ, so what it gives back is compared, unless the Python type is exactly that of the Arrow type. What does not
@@ -1906,39 +1893,60 @@ class Codec(NamedTuple):
             return self.dataclass.is_read_back
         return bool(self.plain or self.parts) and all(part.is_read_back() for part in self.parts.values())
 
-    def encode(self, value: Any, way: str = "encode") -> Any:
-        """Encode *value*; or, by *way*, "decode" an encoded one, or "check" that pyarrow takes each part of it."""
+    def encode(self, value: Any) -> Any:
+        """Return what travels for *value*."""
         if value is None and self.nullable:
             return None
-        if way == "encode":
-            value = self.write(value)
-        elif self.parts:
-            _expect(value, dict if self.kind is Mapping else list, self.expected)
-        if type(value) in self.plain and way != "check":
+        value = self.write(value)
+        if type(value) in self.plain:
             return value
-        if self.kind is list:
-            value = self.parts["item"]._each(value, range(len(value)), way)
-        elif self.kind is dict:
-            keys = [key for key, _ in value]
-            values = self.parts["value"]._each([item for _, item in value], keys, way)
-            value = list(zip(self.parts["key"]._each(keys, keys, way), values))
-        elif self.kind is Mapping:
-            value = _by_name(self.parts, value, way)
-        elif self.kind is not None and (way != "decode" or type(value) is not self.kind):
-            value = self._held(value)
-        return self.read(value) if way == "decode" else value
+        if self.kind in (list, dict, Mapping):
+            return self._members(value, Codec.encode)
+        return value if self.kind is None else self._held(value)
 
-    def _each(self, values: Any, steps: Sequence[Any], way: str) -> list[Any]:
-        """Convert the members of a container; a mismatch says at which of *steps*."""
+    def decode(self, encoded: Any) -> Any:
+        """Return the Python value that *encoded* stands for."""
+        if (encoded is None and self.nullable) or type(encoded) in self.plain:
+            return encoded
+        if self.kind in (list, dict, Mapping):
+            _expect(encoded, dict if self.kind is Mapping else list, self.expected)
+            encoded = self._members(encoded, Codec.decode)
+        elif self.kind is not None and type(encoded) is not self.kind:
+            encoded = self._held(encoded)
+        return self.read(encoded)
+
+    def of_encoded(self) -> Codec:
+        """Return the codec of what this one encodes to: it changes nothing, and has pyarrow try each part."""
+        parts = {name: part.of_encoded() for name, part in self.parts.items()}
+        return Codec(self.kind, self.arrow_type, self.expected, parts=parts, nullable=self.nullable)
+
+    def _members(self, value: Any, convert: Callable[..., Any]) -> Any:
+        """Convert, by their codecs, the items of a list, the pairs of a map or the members of a struct."""
+        if self.kind is list:
+            return self.parts["item"]._each(value, range(len(value)), convert)
+        if self.kind is Mapping:  # what there is of them
+            members = {}
+            for name, member in value.items():
+                part = self.parts.get(name)
+                if part is not None:
+                    is_plain = type(member) in part.plain
+                    members[name] = member if is_plain else with_field(name, partial(convert, part), member)
+            return members
+        keys = [key for key, _ in value]
+        values = self.parts["value"]._each([item for _, item in value], keys, convert)
+        return list(zip(self.parts["key"]._each(keys, keys, convert), values))
+
+    def _each(self, values: Any, steps: Sequence[Any], convert: Callable[..., Any]) -> list[Any]:
+        """Convert values of this codec; a mismatch says at which of *steps* of their container."""
         kinds = list(map(type, values))
         # To count one type takes half as long as to collect them all.
         alike = kinds and kinds[0] in self.plain and kinds.count(kinds[0]) == len(kinds)
-        if (alike or self.plain.issuperset(kinds)) and way != "check":
+        if alike or self.plain.issuperset(kinds):
             return values if type(values) is list else list(values)
         out: list[Any] = []
         try:
             for value in values:
-                out.append(self.encode(value, way))
+                out.append(convert(self, value))
         except Mismatch as exc:
             raise exc.under(f"[{steps[len(out)]!r:.40}]") from None
         return out
@@ -1984,22 +1992,10 @@ class Codec(NamedTuple):
             array = pa.array([encoded], kind)
             array.validate(full=kind.num_fields > 0)
         except ARROW_FAILURES:
-            self.encode(encoded, "check")
+            self.of_encoded().encode(encoded)  # which says what does not fit
             # Under a null struct pyarrow writes index 0, also into an empty dictionary; readers refuse that.
             array = pa.array([encoded, _filled(kind)], kind).slice(0, 1)
         return array
-
-
-def _by_name(parts: Mapping[str, Codec], values: Mapping[str, Any], way: str) -> dict[str, Any]:
-    """Convert what there is of the members of a struct or a row."""
-    out = {}
-    for name, value in values.items():
-        part = parts.get(name)
-        if part is not None:
-            if type(value) not in part.plain or way == "check":
-                value = with_field(name, functools.partial(part.encode, way=way), value)
-            out[name] = value
-    return out
 
 
 def _filled(kind: pa.DataType) -> Any:
@@ -2122,7 +2118,7 @@ def _scalar_codec(annotation: Any, kind: Any, exact: pa.DataType | None) -> Code
     except Mismatch:
         raise TypeError(f"{annotation_text(annotation)} does not go into {codec.expected}") from None
     if type(held) is not kind:  # another number, or a moment of pandas: equal after the way back, too
-        return codec._replace(read=functools.partial(codec_for(kind, natural).encode, way="decode"))
+        return codec._replace(read=codec_for(kind, natural).decode)
     if re.match(r"time(stamp|64)\[us", str(exact)):
         return codec._replace(zoned=zoned)
     return codec if re.search(_NARROW, str(exact)) else codec._replace(plain=frozenset({kind}))
@@ -2147,7 +2143,7 @@ def _container_codec(annotation: Any, kind: Any, exact: pa.DataType | None) -> C
         )
     exact = exact or pa.list_(pa.field("item", members[0].arrow_type))
     accepted = (list, tuple) if kind is list else (set, frozenset)
-    write = functools.partial(_expect, accepted=accepted, expected=expected)
+    write = partial(_expect, accepted=accepted, expected=expected)
     return Codec(list, exact, expected, write, kind, {"item": members[0]})
 
 
@@ -2178,55 +2174,68 @@ _IN_BYTES: dict[Any, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
 
 def _class_codec(annotation: Any, cls: Any, exact: pa.DataType | None, whole: bool) -> Codec:
     """Literal, Enum, dataclass, and what travels as bytes: record batch, schema, UUID, dataclass as parameter."""
+    if cls is Literal or issubclass(cls, enum.Enum):
+        return _named_codec(annotation, cls, exact)
+    if issubclass(cls, ArrowSerializableDataclass) or dataclasses.is_dataclass(cls):
+        # Box[int] cannot be hashed where it holds Annotated[int, {...}].
+        inner = dataclass_codec(cls) if annotation is cls else DataclassCodec(annotation)
+        if exact == inner.arrow_type or (exact is None and not whole):
+            codec = Codec(Mapping, inner.arrow_type, inner.name, inner.to_dict, inner.build, inner.row.parts)
+        else:
+            codec = _bytes_codec(annotation, cls, exact, inner.to_bytes, inner.from_bytes)
+        return codec._replace(dataclass=inner)
+    if cls not in _IN_BYTES:
+        raise _no_mapping(annotation)
+    if cls is uuid.UUID and exact is None:
+        exact = pa.binary(16)
+    return _bytes_codec(annotation, cls, exact, *_IN_BYTES[cls])
+
+
+def _named_codec(annotation: Any, cls: Any, exact: pa.DataType | None) -> Codec:
+    """A Literal or an Enum, for whose members their texts, ints or names travel."""
     expected = annotation_text(annotation)
-    holds: Any = bytes
-    ways: Any = (operator.attrgetter("_name_"), None)  # .name may be another thing of an Enum's own
-    known: DataclassCodec | None = None
-    members: Mapping[Any, Any] = {}
+    encoded_type: type = str
     if cls is Literal:
         members = {member: member for member in typing.get_args(annotation) if member is not None}
         kinds = set(map(type, typing.get_args(annotation))) - {type(None)}
         if kinds not in ({str}, {int}):
             raise TypeError(f"{expected}: Literal takes texts or ints, all of one kind; or use an Enum")
-        holds = kinds.pop()
+        encoded_type = kinds.pop()
         expected = " or ".join(map(repr, members))
-    elif issubclass(cls, enum.Enum):
+    else:
         if issubclass(cls, enum.Flag):
             raise TypeError(f"{expected}: a Flag is not an Enum of single members; use int")
         members = cls.__members__
-        holds = str
         exact = pa.dictionary(pa.int16(), pa.utf8()) if exact is None else exact
         expected = f"{expected} ({', '.join(list(members)[:8])}{', …' * (len(members) > 8)})"
-    elif issubclass(cls, ArrowSerializableDataclass) or dataclasses.is_dataclass(cls):
-        # Box[int] cannot be hashed where it holds Annotated[int, {...}].
-        known = dataclass_codec(cls) if annotation is cls else DataclassCodec(annotation)
-        if exact == known.arrow_type or (exact is None and not whole):
-            codec = Codec(Mapping, known.arrow_type, expected, known.to_dict, known.build, known.row.parts)
-            return codec._replace(dataclass=known)
-        ways = (known.to_bytes, known.from_bytes)
-    elif cls in _IN_BYTES:
-        ways = _IN_BYTES[cls]
-        exact = pa.binary(16) if cls is uuid.UUID and exact is None else exact
-    else:
-        raise _no_mapping(annotation)
-    base = _scalar_codec(annotation, holds, exact)
+    base = _scalar_codec(annotation, encoded_type, exact)
 
     def encode(value: Any) -> Any:
-        return decode(base.encode(value)) if cls is Literal else ways[0](_expect(value, cls, expected))
+        # .name may be another thing of an Enum's own.
+        return decode(base.encode(value)) if cls is Literal else _expect(value, cls, expected)._name_
 
-    def decode(value: Any) -> Any:
-        if type(value) is not holds:  # True is no 1
-            raise Mismatch(expected, got(value))
-        if not members:
-            try:
-                return ways[1](value)
-            except (IPCError, RequestTooLargeError) as exc:
-                raise Mismatch("an Arrow IPC stream", text_of(exc)) from None
-        if value not in members:
-            raise Mismatch(expected, f"{value!r:.60}{suggest(str(value), map(str, members))}")
-        return members[value]
+    def decode(encoded: Any) -> Any:
+        if type(encoded) is not encoded_type:  # True is no 1
+            raise Mismatch(expected, got(encoded))
+        if encoded not in members:
+            raise Mismatch(expected, f"{encoded!r:.60}{suggest(str(encoded), map(str, members))}")
+        return members[encoded]
 
-    return Codec(None, base.arrow_type, expected, encode, decode, dataclass=known)
+    return Codec(None, base.arrow_type, expected, encode, decode)
+
+
+def _bytes_codec(annotation: Any, cls: type, exact: pa.DataType | None, write: Any, read: Any) -> Codec:
+    """What *write* makes bytes of, and *read* reads from them."""
+    expected = annotation_text(annotation)
+
+    def decode(encoded: Any) -> Any:
+        try:
+            return read(_expect(encoded, bytes, expected))
+        except (IPCError, RequestTooLargeError) as exc:
+            raise Mismatch("an Arrow IPC stream", text_of(exc)) from None
+
+    arrow_type = _scalar_codec(annotation, bytes, exact).arrow_type
+    return Codec(None, arrow_type, expected, lambda value: write(_expect(value, cls, expected)), decode)
 
 
 _INSTEAD = {  # what would work, by the names of types that have no mapping
@@ -2271,21 +2280,24 @@ class RowCodec:
         self._plain = [part.plain for part in self.parts.values()]
         members = [pa.field(name, part.arrow_type, part.nullable) for name, part in self.parts.items()]
         self.schema = pa.schema(members)
+        self._struct = Codec(Mapping, pa.struct(members), "", parts=self.parts)
 
     # Of its streams; the template writes and reads them without pyarrow, where its types are plain.
-    wire = functools.cached_property(lambda self: WireSchema(self.schema))
-    template = functools.cached_property(lambda self: row_template(self.schema))
+    wire = cached_property(lambda self: WireSchema(self.schema))
+    template = cached_property(lambda self: row_template(self.schema))
 
-    def encode(self, values: Iterable[Any], way: str = "encode") -> list[Any]:
+    def encode(self, values: Iterable[Any]) -> list[Any]:
         """Return one encoded value for each name, which row templates and `to_batch` take."""
-        values = [*values]
-        if all(map(frozenset.__contains__, self._plain, map(type, values))):
-            return values  # a call with small values needs no longer way
-        return list(_by_name(self.parts, dict(zip(self.parts, values)), way).values())
+        return self._converted([*values], Codec.encode)
 
     def decode(self, encoded: Iterable[Any]) -> list[Any]:
         """Return the Python values of one encoded row."""
-        return self.encode(encoded, "decode")
+        return self._converted([*encoded], Codec.decode)
+
+    def _converted(self, values: list[Any], convert: Callable[..., Any]) -> list[Any]:
+        if all(map(frozenset.__contains__, self._plain, map(type, values))):
+            return values  # a call with small values needs no longer way
+        return list(self._struct._members(dict(zip(self.parts, values)), convert).values())
 
     def to_batch(self, encoded: Iterable[Any]) -> pa.RecordBatch:
         """Return the batch of one encoded row; integers out of range and lone surrogates are found here."""
@@ -2297,7 +2309,7 @@ class RowCodec:
         """Return the stream of one row."""
         row = self.encode(values)
         if self.template is not None:
-            with contextlib.suppress(ValueError):  # a value that is not plain, or does not fit
+            with suppress(ValueError):  # a value that is not plain, or does not fit
                 return self.template.write(row)
         return stream_bytes(self.wire, [(self.to_batch(row), None)])
 
@@ -2344,39 +2356,50 @@ class DataclassCodec:
         own = getattr(self.cls, "__dataclass_fields__", {}) and dataclasses.fields(self.cls)
         marks = {f.name: map(type, getattr(hints[f.name], "__metadata__", ())) for f in own}
         fields = [f for f in own if Transient not in marks[f.name]]
+        self._check_decorated(hints)
+        try:
+            inspect.signature(self.cls).bind(**{f.name: None for f in fields if f.init})
+        except TypeError as exc:
+            needed = "what does not travel (Transient, InitVar) needs a default to be read back to"
+            raise TypeError(f"{self.name}: {needed}: {exc}") from None
+        codecs = self._codecs(annotation, {f.name: hints[f.name] for f in fields})
+        self.row = RowCodec(codecs.items())
+        self.arrow_type = pa.struct(list(self.row.schema))
+        factories = [f for f in own if f not in fields and f.default_factory is not dataclasses.MISSING]
+        hooks = ("__post_init__", "__setattr__", "__new__")
+        own_hooks = [n for n in hooks if getattr(self.cls, n, None) is not getattr(object, n, None)]
+        self.is_read_back = not (factories or own_hooks) and all(
+            codec.is_read_back() for codec in codecs.values()
+        )
+        self._all_names = {f.name for f in own}
+        self._required = [f.name for f in fields if f.init and f.default is f.default_factory]  # both MISSING
+        self._late = [f.name for f in fields if not f.init]  # set behind the constructor
+        self.defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+
+    def _check_decorated(self, hints: Mapping[str, Any]) -> None:
+        """Refuse a class with annotations, or a base with an ``__init__``, that @dataclass did not see."""
         lost = [n for n in inspect.get_annotations(self.cls) if "typing.ClassVar" not in str(hints[n])]
         owner = next(base for base in self.cls.__mro__ if "__init__" in vars(base))
         for cls, parts in ((self.cls, lost), (owner, ["an __init__ of its own"] * (owner is not object))):
             if parts and "__dataclass_fields__" not in vars(cls):
                 text = f"{cls.__qualname__} has {', '.join(parts)}"
                 raise TypeError(f"{text}, but is not decorated with @dataclass")
-        try:
-            inspect.signature(self.cls).bind(**{f.name: None for f in fields if f.init})
-        except TypeError as exc:
-            needed = "what does not travel (Transient, InitVar) needs a default to be read back to"
-            raise TypeError(f"{self.name}: {needed}: {exc}") from None
+
+    def _codecs(self, annotation: Any, hints: Mapping[str, Any]) -> dict[str, Codec]:
+        """Return the codecs of fields; `TypeError` names the field that has none, or a class inside itself."""
         mark = (threading.get_ident(), annotation)
         if mark in self._building:
             raise TypeError(f"{self.name} contains itself; an Arrow struct has a fixed depth")
         self._building.append(mark)
-        codecs = []
+        codecs = {}
         try:
-            for f in fields:
-                codecs.append((f.name, codec_for(hints[f.name])))
+            for name, hint in hints.items():
+                codecs[name] = codec_for(hint)
+            return codecs
         except TypeError as exc:
-            raise TypeError(f"{self.cls.__qualname__}.{f.name}: {exc}") from None
+            raise TypeError(f"{self.cls.__qualname__}.{name}: {exc}") from None
         finally:
             self._building.remove(mark)
-        self.row = RowCodec(codecs)
-        self.arrow_type = pa.struct(list(self.row.schema))
-        runs = [f for f in own if f not in fields and f.default_factory is not dataclasses.MISSING]
-        hooks = ("__post_init__", "__setattr__", "__new__")
-        runs += [n for n in hooks if getattr(self.cls, n, None) is not getattr(object, n, None)]
-        self.is_read_back = not runs and all(codec.is_read_back() for _, codec in codecs)
-        self._all_names = {f.name for f in own}
-        self._required = [f.name for f in fields if f.init and f.default is f.default_factory]  # both MISSING
-        self._late = [f.name for f in fields if not f.init]  # set behind the constructor
-        self.defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
     def to_dict(self, instance: Any) -> dict[str, Any]:
         """Return the values of the fields that travel; refuses an instance that holds more than they tell."""
@@ -2428,7 +2451,7 @@ class DataclassCodec:
         return instance
 
 
-dataclass_codec: Callable[[Any], DataclassCodec] = functools.cache(DataclassCodec)
+dataclass_codec: Callable[[Any], DataclassCodec] = cache(DataclassCodec)
 
 
 class _SchemaDescriptor:
@@ -2461,7 +2484,7 @@ class ArrowSerializableDataclass:
         cls: type[T], data: bytes, ipc_validation: IpcValidation = IpcValidation.FULL
     ) -> T:
         """Read what `serialize_to_bytes` wrote; `IPCError` when it is no Arrow IPC stream."""
-        read = functools.partial(dataclass_codec(cls).from_bytes, validation=ipc_validation)
+        read = partial(dataclass_codec(cls).from_bytes, validation=ipc_validation)
         return cast("T", located(cls.__name__, read, data))
 
     @classmethod
@@ -2471,8 +2494,7 @@ class ArrowSerializableDataclass:
 
 
 # ============================================================================
-# 7. STREAM STATE ...................................... uses 1-6
-# ============================================================================
+# 7. STREAM STATE ... uses 1-6
 # What the author of a method holds in hand: the context of a call, the collector of one turn, the state that
 # lives on between turns. Law: nothing here knows a transport; what is known of a call is in its CallContext.
 
@@ -2732,7 +2754,7 @@ class Stream(Generic[_S, _H], _ClientSide):
         if isinstance(self.state, ProducerState) and len(self.input_schema):
             raise TypeError(f"Stream: input_schema is for an exchange, and {name} is a producer")
 
-    @functools.cached_property
+    @cached_property
     def is_producer(self) -> bool:
         """Whether turns run on ticks: nothing comes in, and the state is not an exchange's."""
         return not len(self.input_schema) and not isinstance(self.state, ExchangeState)
@@ -2744,8 +2766,7 @@ class Stream(Generic[_S, _H], _ClientSide):
 
 
 # ============================================================================
-# 8. METHODS ........................................... uses 1-7
-# ============================================================================
+# 8. METHODS ... uses 1-7
 # A Protocol class read once: every method with its schemas and codecs, and an implementation checked against
 # it. Law: whatever is wrong with a service is said when its server is made, all of it in one error.
 
@@ -2780,6 +2801,7 @@ class RpcMethodInfo:
     param_defaults: dict[str, Any] = field(default_factory=dict)
     idempotency: str = "unknown"  # or "idempotent" or "no_side_effects"
     deprecation: str | None = None  # why the method should not be used any more
+    described: Mapping[str, pa.Schema] | None = None  # what `described_schemas` has made
 
     params_schema = property(operator.attrgetter("params.schema"))  # of batches of one row
     result_schema = property(operator.attrgetter("result.schema"))
@@ -2803,20 +2825,20 @@ class RpcMethodInfo:
 
     def signature(self) -> str:
         """Return the Python signature without ``self``, as a person would write it."""
-        given = {name: f" = {default_text(value)}" for name, value in self.param_defaults.items()}
-        kinds = self.param_types.items()
-        parts = [f"{name}: {annotation_text(kind)}{given.get(name, '')}" for name, kind in kinds]
+        defaults = {name: f" = {default_text(value)}" for name, value in self.param_defaults.items()}
+        hints = self.param_types.items()
+        parts = [f"{name}: {annotation_text(hint)}{defaults.get(name, '')}" for name, hint in hints]
         return f"{self.name}({', '.join(parts)}) -> {_result_text(self.result_type)}"
 
-    @functools.cached_property
+    @cached_property
     def request_metadata(self) -> dict[bytes, bytes]:
         """What the metadata of each request to this method begins with."""
-        told = {METHOD_KEY: self.name, PROTOCOL_KEY: self.protocol_name}
-        told[PROTOCOL_VERSION_KEY] = self.protocol_version
-        texts = {key: text.encode() for key, text in told.items() if text}
-        return {REQUEST_VERSION_KEY: REQUEST_VERSION, **texts}
+        texts = {METHOD_KEY: self.name, PROTOCOL_KEY: self.protocol_name}
+        texts[PROTOCOL_VERSION_KEY] = self.protocol_version
+        metadata = {key: text.encode() for key, text in texts.items() if text}
+        return {REQUEST_VERSION_KEY: REQUEST_VERSION, **metadata}
 
-    @functools.cached_property
+    @cached_property
     def request_templates(self) -> list[RowTemplate | None]:
         """What writes and reads requests without pyarrow: those without a time limit, and those with one."""
         untimed = {REQUEST_ID_KEY: REQUEST_ID_BYTES}
@@ -2874,7 +2896,7 @@ def _identity(protocol: Any) -> tuple[str, str]:
     return name, version
 
 
-@contextlib.contextmanager
+@contextmanager
 def _noting(mistakes: list[str], where: str) -> Iterator[None]:
     """Keep what a `TypeError` says, behind *where*, so that one error tells all that is wrong with a service."""
     try:
@@ -2923,11 +2945,11 @@ def _stream_parts(annotation: Any) -> tuple[list[Any], Any, bool | None]:
 
 def _read_method(protocol: type, name: str, where: str) -> RpcMethodInfo:
     """Return a method of a Protocol; one `TypeError` tells all that is wrong with it, each but the first at *where*."""
-    kept = inspect.getattr_static(protocol, name)
-    given: Any = kept
-    if hasattr(kept, "__get__") and not isinstance(kept, functools.partial):  # which will have it one day
-        given = kept.__get__(object(), protocol)  # as an instance gives it
-    plain, signature = _plain_function(given)
+    declared = inspect.getattr_static(protocol, name)
+    function: Any = declared
+    if hasattr(declared, "__get__") and not isinstance(declared, partial):  # it will have one
+        function = declared.__get__(object(), protocol)  # as an instance gives it
+    plain, signature = _plain_function(function)
     if not inspect.isfunction(plain):
         raise TypeError(f"expected a function, got {got(plain)}")
     hints = hints_of(plain)
@@ -2965,18 +2987,20 @@ def _read_method(protocol: type, name: str, where: str) -> RpcMethodInfo:
     # The "Args:" of a Google docstring.
     block = re.search(r"^ *Args:\n((?:(?: +\S.*)?(?:\n|$))+)", doc or "", re.M)
     docs = re.split(r"^ {2,8}(\w+)(?: *\([^)]*\))?:", block[1], flags=re.M)[1:] if block else []
-    kind = MethodType.STREAM if states else MethodType.UNARY
+    method_type = MethodType.STREAM if states else MethodType.UNARY
     params = RowCodec(codecs.items())
-    info = RpcMethodInfo(name, *_identity(protocol), kind, params, result, returned, header, is_exchange, doc)
+    info = RpcMethodInfo(
+        name, *_identity(protocol), method_type, params, result, returned, header, is_exchange, doc
+    )
     info.param_docs = {param: " ".join(text.split()) for param, text in zip(docs[::2], docs[1::2])}
     info.param_defaults = defaults
-    marks = {**vars(plain), **vars(kept)}  # a staticmethod may be marked itself, or what is inside it
+    marks = {**vars(plain), **vars(declared)}  # a staticmethod may be marked itself, or what is inside it
     info.idempotency = marks.get("__vgi_idempotency__", "unknown")
     info.deprecation = marks.get("__vgi_deprecated__")
     return info
 
 
-@functools.lru_cache(maxsize=256)
+@lru_cache(maxsize=256)
 def read_protocol(protocol: type) -> tuple[Mapping[str, RpcMethodInfo], list[str]]:
     """Return the methods of a class that are right, by name, and what is wrong with the others."""
     foreign = ("builtins", "typing", "typing_extensions", "abc")
@@ -3044,10 +3068,10 @@ class BoundMethod(NamedTuple):
 def bind_implementation(protocol: type, implementation: Any) -> HostedService:
     """Check *implementation* against *protocol* and bind its methods; raises as `rpc_methods`, for both together."""
     if not isinstance(protocol, type) or isinstance(implementation, (type, types.CoroutineType, type(None))):
-        given = (protocol, implementation)
-        shown = [f"the class {x.__qualname__}" if isinstance(x, type) else f"a {got(x)}" for x in given]
+        both = (protocol, implementation)
+        received = [f"the class {x.__qualname__}" if isinstance(x, type) else f"a {got(x)}" for x in both]
         text = "expected a Protocol class and an instance that serves it, got"
-        raise TypeError(f"{text} {' and '.join(shown)}")
+        raise TypeError(f"{text} {' and '.join(received)}")
     service = HostedService(protocol, implementation)
     infos, of_protocol = read_protocol(protocol)
     mistakes = list(of_protocol)
@@ -3087,8 +3111,8 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
     returned = hints.get("return", info.result_type)
     states, _, is_exchange = _stream_parts(returned)
     if bool(states) != is_stream:
-        wanted = _result_text(info.result_type)
-        mistakes.append(f"returns {_result_text(returned)}, the protocol says {wanted}")
+        expected = _result_text(info.result_type)
+        mistakes.append(f"returns {_result_text(returned)}, the protocol says {expected}")
     for cls in states:  # it is written to a token, read back, and run
         with _noting(mistakes, f"returns a Stream of {annotation_text(cls)}: "):
             if not isinstance(cls, type) or not issubclass(cls, StreamState):
@@ -3109,8 +3133,7 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
 
 
 # ============================================================================
-# 9. REQUESTS AND RESULTS .............................. uses 1-8
-# ============================================================================
+# 9. REQUESTS AND RESULTS ... uses 1-8
 # A call's arguments to a request stream and back, a result to its batch and back.
 # Law: a request's schema equals the method's, name for name, type for type, before a single value is decoded.
 
@@ -3203,25 +3226,23 @@ class Request(NamedTuple):
 
     def arguments(self, info: RpcMethodInfo) -> dict[str, Any]:
         """Check the request against a method and decode its parameters.
-
         Raises `ParameterError` for parameters not as declared, `ProtocolError` when there is not exactly one row,
-        `IPCError` when its bytes are damaged.
-        """
-        wanted = info.params_schema
-        given = self.wire.schema
-        if self.wire is not info.params.wire and not given.equals(wanted):
-            extra = [name for name in given.names if name not in wanted.names]
-            missing = [name for name in wanted.names if name not in given.names]
+        `IPCError` when its bytes are damaged."""
+        expected = info.params_schema
+        received = self.wire.schema
+        if self.wire is not info.params.wire and not received.equals(expected):
+            extra = [name for name in received.names if name not in expected.names]
+            missing = [name for name in expected.names if name not in received.names]
             reason = "the order of the parameters differs, or one stands twice"
             if extra:
-                reason = f"no parameter {', '.join(map(repr, extra[:8]))}{suggest(extra[0], wanted.names)}"
+                reason = f"no parameter {', '.join(map(repr, extra[:8]))}{suggest(extra[0], expected.names)}"
             elif missing:
                 reason = f"missing {', '.join(map(repr, missing))}"
-            elif given.names == wanted.names:
-                pair = next(pair for pair in zip(wanted, given) if not pair[0].equals(pair[1]))
-                expected, came = (schema_text([column])[1:-1] for column in pair)
-                reason = f"parameter {pair[0].name!r}: expected {expected}, got {came}"
-            where = f"{info.name}(): expected {schema_text(wanted)}, got {schema_text(given)[:2000]}"
+            elif received.names == expected.names:
+                pair = next(pair for pair in zip(expected, received) if not pair[0].equals(pair[1]))
+                texts = [schema_text([column])[1:-1] for column in pair]
+                reason = f"parameter {pair[0].name!r}: expected {texts[0]}, got {texts[1]}"
+            where = f"{info.name}(): expected {schema_text(expected)}, got {schema_text(received)[:2000]}"
             raise ParameterError(f"{where}: {reason}")
         if not info.params.names:
             return {}
@@ -3233,9 +3254,7 @@ class Request(NamedTuple):
 
 def read_request(reader: IpcReader) -> Request:
     """Read a request: one batch, of a stream that ends behind it.
-
-    Raises `IPCError` for bytes that are none, `ProtocolError` when the reader stands behind a second batch.
-    """
+    Raises `IPCError` for bytes that are none, `ProtocolError` when the reader stands behind a second batch."""
     message = reader.next_message()
     if message is None:
         raise IPCError("request: expected one batch, got a schema and no batch")
@@ -3253,9 +3272,7 @@ def read_request(reader: IpcReader) -> Request:
 
 class RequestTable:
     """Tells by their bytes for which of a server's methods requests of our own clients are. Safe between threads.
-
-    It holds the methods' templates, and nothing that a peer decides.
-    """
+    It holds the methods' templates, and nothing that a peer decides."""
 
     def __init__(self) -> None:
         self._methods: dict[bytes, dict[RowTemplate, BoundMethod]] = {}  # by schema message and template
@@ -3270,16 +3287,14 @@ class RequestTable:
         self, data: bytes, at: int = 0, limit: int | None = None
     ) -> tuple[BoundMethod, Request, int] | None:
         """Read the request that begins at *at*; return its method, the request and where it ends.
-
-        ``None`` when it is longer than *limit* bytes or not as our clients write it: then `read_request` decides.
-        """
+        ``None`` when it is longer than *limit* bytes or not as our clients write it: then `read_request` decides."""
         schema_message = data[at : at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")]
         for template, bound in tuple(self._methods.get(schema_message, {}).items()):
-            found = template.read(data, at)
-            if found is not None and (limit is None or found[2] - at <= limit):
-                row, values, end = found
-                told = dict(zip((REQUEST_ID_KEY, TIMEOUT_KEY), values))
-                metadata = {**bound.info.request_metadata, **told}
+            match = template.read(data, at)
+            if match is not None and (limit is None or match[2] - at <= limit):
+                row, values, end = match
+                varying = dict(zip((REQUEST_ID_KEY, TIMEOUT_KEY), values))
+                metadata = {**bound.info.request_metadata, **varying}
                 decode = operator.methodcaller("decode", row)
                 return bound, Request(bound.info.params.wire, min(1, len(row)), metadata, decode), end
         return None
@@ -3287,9 +3302,7 @@ class RequestTable:
 
 def result_item(info: RpcMethodInfo, value: Any, *, plain: bool = True) -> Item:
     """Encode a unary result: 1 row x 1 column, or 0 x 0 for ``-> None``; *plain* lets a template write it.
-
-    `ParameterError` for a value not as declared.
-    """
+    `ParameterError` for a value not as declared."""
     where = f"{info.name}() "
     if value is not None and not info.has_return:
         raise ParameterError(f"{where}result: declared to return None, got {got(value)}")
@@ -3304,14 +3317,12 @@ def result_item(info: RpcMethodInfo, value: Any, *, plain: bool = True) -> Item:
 
 def read_result(info: RpcMethodInfo, data: bytes, at: int = 0) -> tuple[Any, int] | None:
     """Read the answer that begins at *at*, if it is a result alone; return the value and where it ends.
-
-    ``None`` when it is not, not there to its end, or not as declared: then it goes the ordinary way.
-    """
-    found = info.result.template and info.result.template.read(data, at)
-    if not found:
+    ``None`` when it is not, not there to its end, or not as declared: then it goes the ordinary way."""
+    match = info.result.template and info.result.template.read(data, at)
+    if not match:
         return None
     try:
-        return (info.result.decode(found[0]) or [None])[0], found[2]
+        return (info.result.decode(match[0]) or [None])[0], match[2]
     except Exception:  # the ordinary way raises it, once the answer was read to its end
         return None
 
@@ -3321,9 +3332,9 @@ def decode_result(info: RpcMethodInfo, batch: pa.RecordBatch) -> Any:
     if not info.has_return:
         return None
     if batch.num_rows != 1 or batch.schema.names != ["result"]:
-        shown = f"{batch.num_rows} rows of {schema_text(batch.schema)}"
-        wanted = schema_text(info.result_schema)
-        raise ParameterError(f"{info.name}() result: expected 1 row of {wanted}, got {shown}")
+        received = f"{batch.num_rows} rows of {schema_text(batch.schema)}"
+        expected = schema_text(info.result_schema)
+        raise ParameterError(f"{info.name}() result: expected 1 row of {expected}, got {received}")
     return located(f"{info.name}() ", info.result.from_batch, batch)[0]
 
 
@@ -3336,8 +3347,7 @@ def header_batch(info: RpcMethodInfo, header: Any) -> pa.RecordBatch:
 
 
 # ============================================================================
-# 10. REFLECTION ....................................... uses 1-9
-# ============================================================================
+# 10. REFLECTION ... uses 1-9
 # What a server says of itself: the reflection protocol, its dataclasses, the protocol hash.
 # Field names, their order and the tokens of the hash are the family's; a change here is a change of the wire.
 # What reflection has no field for (docs, defaults, what is inside of a binary parameter) travels in the
@@ -3408,29 +3418,32 @@ _LEAF_TOKEN = (  # of types without children
 )
 
 
-def _type_token(kind: pa.DataType) -> str:
+def _type_token(arrow_type: pa.DataType) -> str:
     """The spelling of a type in the protocol hash; `TypeError` for a type that has none."""
-    if isinstance(kind, pa.BaseExtensionType):
-        return f"extension({kind.extension_name})<{_type_token(kind.storage_type)}>"
-    name = str(kind).partition("<")[0]
+    if isinstance(arrow_type, pa.BaseExtensionType):
+        return f"extension({arrow_type.extension_name})<{_type_token(arrow_type.storage_type)}>"
+    name = str(arrow_type).partition("<")[0]
     more = ""
     if name == "dictionary":
-        members = [("index", kind.index_type), ("value", kind.value_type)]
-        more = ",ordered" * kind.ordered
+        members = [("index", arrow_type.index_type), ("value", arrow_type.value_type)]
+        more = ",ordered" * arrow_type.ordered
     elif name == "map":
-        members = [("key", kind.key_type), ("value" + "?" * kind.item_field.nullable, kind.item_type)]
-        more = ",keys_sorted" * kind.keys_sorted
+        members = [
+            ("key", arrow_type.key_type),
+            ("value" + "?" * arrow_type.item_field.nullable, arrow_type.item_type),
+        ]
+        more = ",keys_sorted" * arrow_type.keys_sorted
     elif name == "struct":
-        members = [(member.name + "?" * member.nullable, member.type) for member in kind]
+        members = [(member.name + "?" * member.nullable, member.type) for member in arrow_type]
     elif name in ("list", "large_list", "fixed_size_list"):
-        members = [("item" + "?" * kind.value_field.nullable, kind.value_type)]
+        members = [("item" + "?" * arrow_type.value_field.nullable, arrow_type.value_type)]
         if name == "fixed_size_list":
-            name = f"{name}({kind.list_size})"
+            name = f"{name}({arrow_type.list_size})"
     else:
-        text = re.sub(r"(?<=^date..)\[.*", "", type_text(kind)).replace("large_string", "large_utf8")
+        text = re.sub(r"(?<=^date..)\[.*", "", type_text(arrow_type)).replace("large_string", "large_utf8")
         text = text.translate(str.maketrans("[]", "()", " "))
         if not re.fullmatch(_LEAF_TOKEN, text):
-            raise TypeError(f"the protocol hash has no token for {kind}")
+            raise TypeError(f"the protocol hash has no token for {arrow_type}")
         return text
     return f"{name}<{','.join(f'{part}:{_type_token(inner)}' for part, inner in members)}{more}>"
 
@@ -3451,30 +3464,30 @@ def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
                 {"name": f.name, "nullable": f.nullable, "type": _type_token(f.type)} for f in schema
             ]
         methods.append(method)
-    facts = {"protocol": protocol, "methods": methods}
-    text = to_json(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    listed = {"protocol": protocol, "methods": methods}
+    text = to_json(listed, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     import hashlib
 
     return hashlib.sha256(b"vgi_rpc.protocol_hash.v1|" + text.encode()).hexdigest()
 
 
-def described_schemas(info: RpcMethodInfo) -> dict[str, pa.Schema]:
+def described_schemas(info: RpcMethodInfo) -> Mapping[str, pa.Schema]:
     """``params``, ``result`` and ``header`` with all that is told of them; made once, kept at the method."""
-    kept: dict[str, pa.Schema] | None = vars(info).get("described")
-    if kept is None:
+    if info.described is None:
         fields = _described_fields(info.params, info.param_defaults)
         for at, (name, codec) in enumerate(info.params.parts.items()):
-            with contextlib.suppress(KeyError, Mismatch):  # there is none, or one that no caller may send
+            with suppress(KeyError, Mismatch):  # there is none, or one that no caller may send
                 default = RowCodec([("default", codec)]).to_bytes([info.param_defaults[name]])
                 fields[at] = fields[at].with_metadata({**fields[at].metadata, DEFAULT_KEY: default})
-        facts = {DOC_KEY: text_of(info.doc or ""), SIGNATURE_KEY: info.signature()}
-        facts[PARAM_DOCS_KEY] = to_json(info.param_docs)
-        kept = {"params": pa.schema(fields, metadata=facts)}
-        kept["result"] = pa.schema(_described_fields(info.result, {}))
+        docs = {DOC_KEY: text_of(info.doc or ""), SIGNATURE_KEY: info.signature()}
+        docs[PARAM_DOCS_KEY] = to_json(info.param_docs)
         header = info.header and _described_fields(info.header.row, info.header.defaults)
-        kept["header"] = pa.schema(header or [])
-        vars(info)["described"] = kept  # whole, as other threads look at it
-    return kept
+        info.described = {  # whole, as other threads look at it
+            "params": pa.schema(fields, metadata=docs),
+            "result": pa.schema(_described_fields(info.result, {})),
+            "header": pa.schema(header or []),
+        }
+    return info.described
 
 
 def _described_fields(row: RowCodec, defaults: Mapping[str, Any]) -> list[pa.Field]:
@@ -3488,45 +3501,46 @@ def _described_fields(row: RowCodec, defaults: Mapping[str, Any]) -> list[pa.Fie
 
 def _described_field(member: pa.Field, codec: Codec) -> pa.Field:
     """A field with what its annotation tells; fields inside its type likewise."""
-    facts: dict[bytes, Any] = {TYPE_KEY: annotation_text(codec.annotation)}
+    metadata: dict[bytes, Any] = {TYPE_KEY: annotation_text(codec.annotation)}
     cls: Any = unwrapped(codec.annotation)[0]
-    kind = member.type
+    arrow_type = member.type
     parts = codec.parts.values()
     if codec.dataclass is not None:
         cls = codec.dataclass.cls
         fields = _described_fields(codec.dataclass.row, codec.dataclass.defaults)
-        if pa.types.is_struct(kind):
-            kind = pa.struct(fields)
+        if pa.types.is_struct(arrow_type):
+            arrow_type = pa.struct(fields)
         else:
-            facts[STRUCT_KEY] = pa.schema(fields).serialize().to_pybytes()
+            metadata[STRUCT_KEY] = pa.schema(fields).serialize().to_pybytes()
     elif isinstance(cls, type) and issubclass(cls, enum.Enum):
-        facts[ENUM_KEY] = "\n".join(cls.__members__)
-    elif pa.types.is_map(kind) and parts:
-        inner = map(_described_field, (kind.key_field, kind.item_field), parts)
-        kind = pa.map_(*inner, keys_sorted=kind.keys_sorted)
-    elif pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        metadata[ENUM_KEY] = "\n".join(cls.__members__)
+    elif pa.types.is_map(arrow_type) and parts:
+        inner = map(_described_field, (arrow_type.key_field, arrow_type.item_field), parts)
+        arrow_type = pa.map_(*inner, keys_sorted=arrow_type.keys_sorted)
+    elif pa.types.is_list(arrow_type) or pa.types.is_fixed_size_list(arrow_type):
         for item in parts:
-            kind = pa.list_(_described_field(kind.value_field, item), getattr(kind, "list_size", -1))
-    if codec.dataclass is not None or ENUM_KEY in facts:
+            size = getattr(arrow_type, "list_size", -1)
+            arrow_type = pa.list_(_described_field(arrow_type.value_field, item), size)
+    if codec.dataclass is not None or ENUM_KEY in metadata:
         doc = vars(cls).get("__doc__") or ""
         if doc != "An enumeration." and not doc.startswith(f"{cls.__name__}("):  # by Python, not by a person
-            facts[DOC_KEY] = text_of(inspect.cleandoc(doc))
-    return member.with_type(kind).with_metadata(facts)
+            metadata[DOC_KEY] = text_of(inspect.cleandoc(doc))
+    return member.with_type(arrow_type).with_metadata(metadata)
 
 
-def told_text(member: pa.Field | pa.Schema, key: bytes) -> str:
+def described_text(member: pa.Field | pa.Schema, key: bytes) -> str:
     """What the metadata of a described field or schema says under *key*; empty where it says nothing."""
-    return str((member.metadata or {}).get(key, b""), "utf-8", "replace")
+    return metadata_text(member.metadata or {}, key)
 
 
 def type_of(member: pa.Field) -> str:
     """The type of a described field as a person writes it, else its Arrow type."""
-    return told_text(member, TYPE_KEY) or type_text(member.type)
+    return described_text(member, TYPE_KEY) or type_text(member.type)
 
 
 def struct_schema(member: pa.Field) -> pa.Schema | None:
     """The schema of the dataclass in a described binary field; ``None`` where none is told."""
-    with contextlib.suppress(EOFError, IPCError):
+    with suppress(EOFError, IPCError):
         return IpcReader(ByteSource((member.metadata or {}).get(STRUCT_KEY, b""))).schema
     return None
 
@@ -3536,18 +3550,47 @@ def describe_service(service: HostedService) -> ProtocolDescription:
     methods = []
     for name, bound in sorted(service.methods.items()):
         info = bound.info
-        kind = ""
+        stream_kind = ""
         if info.method_type is MethodType.STREAM:
-            kind = STREAM_KINDS.get(bound.is_exchange, "unknown")
+            stream_kind = STREAM_KINDS.get(bound.is_exchange, "unknown")
         schemas = described_schemas(info).values()
         data = [s.serialize().to_pybytes() * bool(s.names or s.metadata) for s in schemas]
         has_header = info.header is not None
-        told = MethodSummary(name, info.method_type.value, info.has_return, has_header, kind, *data)
-        told.idempotency = info.idempotency
-        told.deprecated = info.deprecation is not None
-        told.deprecation_message = info.deprecation or ""
-        methods.append(told)
+        summary = MethodSummary(name, info.method_type.value, info.has_return, has_header, stream_kind, *data)
+        summary.idempotency = info.idempotency
+        summary.deprecated = info.deprecation is not None
+        summary.deprecation_message = info.deprecation or ""
+        methods.append(summary)
     return ProtocolDescription(service.name, service.version, service.hash, methods=methods)
+
+
+def _row_described(schema: pa.Schema) -> RowCodec:
+    """The codecs of a described schema, by its Arrow types."""
+    codecs = [codec_for(Annotated[object, ArrowType(member.type, member.nullable)]) for member in schema]
+    named = [codec._replace(annotation=type_of(member)) for codec, member in zip(codecs, schema)]
+    return RowCodec(zip(schema.names, named))
+
+
+def _described_defaults(schema: pa.Schema, params: RowCodec) -> Iterator[tuple[str, Any]]:
+    """The defaults of parameters. One that cannot be read is left out."""
+    for member, codec in zip(schema, params.parts.values()):
+        # TypeError and LookupError where it is no stream of one value.
+        with suppress(IPCError, EOFError, RequestTooLargeError, TypeError, LookupError):
+            source = ByteSource((member.metadata or {})[DEFAULT_KEY])
+            batch, _ = cast("Any", IpcReader(source, IpcLimits(max_rows=1)).next())
+            yield member.name, RowCodec([(member.name, codec)]).from_batch(batch)[0]
+
+
+class _BatchHeader(DataclassCodec):
+    """The header of a stream whose dataclass is not here: it stays a batch."""
+
+    cls = pa.RecordBatch
+
+    def __init__(self, row: RowCodec) -> None:
+        self.row = row
+
+    def from_batch(self, batch: pa.RecordBatch) -> Any:
+        return batch
 
 
 class MethodDescription(RpcMethodInfo):
@@ -3557,6 +3600,30 @@ class MethodDescription(RpcMethodInfo):
     other values, an enum's member by its name. Docs and defaults are told by our own servers only.
     """
 
+    def __init__(self, summary: MethodSummary, service: ProtocolSummary) -> None:
+        self._made_from = (summary, service)
+        ipc_schemas = (summary.params_schema_ipc, summary.result_schema_ipc, summary.header_schema_ipc)
+        schemas = [IpcReader(ByteSource(data)).schema if data else EMPTY.schema for data in ipc_schemas]
+        params, result, header = map(_row_described, schemas)
+        names = (summary.name, service.protocol, service.protocol_version)
+        method_type = MethodType.UNARY
+        returned = next(map(type_of, schemas[1]), None)
+        if summary.method_type == "stream":
+            method_type = MethodType.STREAM
+            returned = "Stream"
+        if not summary.has_return:
+            result = RowCodec(())
+        codec = _BatchHeader(header) if summary.has_header else None
+        is_exchange = {"exchange": True, "producer": False}.get(summary.stream_kind)
+        doc = described_text(schemas[0], DOC_KEY)
+        super().__init__(*names, method_type, params, result, returned, codec, is_exchange, doc)
+        self.described = dict(zip(("params", "result", "header"), schemas))
+        self.param_docs = json_object(described_text(schemas[0], PARAM_DOCS_KEY))
+        self.param_defaults = dict(_described_defaults(schemas[0], params))
+        self.idempotency = summary.idempotency
+        if summary.deprecated:
+            self.deprecation = summary.deprecation_message
+
     params_schema = property(lambda self: described_schemas(self)["params"])
     result_schema = property(lambda self: described_schemas(self)["result"])
     header_schema = property(lambda self: described_schemas(self)["header"] if self.has_header else None)
@@ -3564,10 +3631,10 @@ class MethodDescription(RpcMethodInfo):
 
     def signature(self) -> str:
         """Return the signature as the server tells it, else with Arrow's types."""
-        return told_text(self.params_schema, SIGNATURE_KEY) or super().signature()
+        return described_text(self.params_schema, SIGNATURE_KEY) or super().signature()
 
     def __reduce__(self) -> Any:
-        return _method_description, vars(self)["made_from"]
+        return type(self), self._made_from
 
 
 class ServiceDescription(NamedTuple):
@@ -3584,54 +3651,13 @@ class ServiceDescription(NamedTuple):
 
 def service_description(listed: ProtocolList, answer: ProtocolDescription) -> ServiceDescription:
     """Return what a client shows of a server's two answers; raises `IPCError` for a broken schema."""
-    methods = {summary.name: _method_description(summary, answer) for summary in answer.methods}
+    methods = {summary.name: MethodDescription(summary, answer) for summary in answer.methods}
     ids = (answer.protocol, listed.request_version, DESCRIBE_VERSION, answer.protocol_hash, listed.server_id)
     return ServiceDescription(*ids, methods, answer.protocol_version)
 
 
-def _method_description(summary: MethodSummary, service: ProtocolSummary) -> MethodDescription:
-    schemas = {}
-    rows = []
-    for what in ("params", "result", "header"):
-        data = getattr(summary, f"{what}_schema_ipc")
-        schemas[what] = IpcReader(ByteSource(data)).schema if data else EMPTY.schema
-        kinds = [Annotated[object, ArrowType(m.type, m.nullable)] for m in schemas[what]]
-        codecs = [codec_for(kind)._replace(annotation=type_of(m)) for m, kind in zip(schemas[what], kinds)]
-        rows.append(RowCodec(zip(schemas[what].names, codecs)))
-    params, result, header = rows
-    defaults = {}
-    for member, codec in zip(schemas["params"], params.parts.values()):
-        # One that cannot be read is left out: TypeError and LookupError where it is no stream of one value.
-        with contextlib.suppress(IPCError, EOFError, RequestTooLargeError, TypeError, LookupError):
-            source = ByteSource((member.metadata or {})[DEFAULT_KEY])
-            batch, _ = cast("Any", IpcReader(source, IpcLimits(max_rows=1)).next())
-            defaults[member.name] = RowCodec([(member.name, codec)]).from_batch(batch)[0]
-    kind = MethodType.UNARY
-    returned = next(map(type_of, schemas["result"]), None)
-    if summary.method_type == "stream":
-        kind = MethodType.STREAM
-        returned = "Stream"
-    if not summary.has_return:
-        result = RowCodec(())
-    kept: Any = None
-    if summary.has_header:  # it stays a batch
-        kept = types.SimpleNamespace(cls=pa.RecordBatch, row=header, from_batch=lambda batch: batch)
-    is_exchange = {"exchange": True, "producer": False}.get(summary.stream_kind)
-    ids = (summary.name, service.protocol, service.protocol_version)
-    doc = told_text(schemas["params"], DOC_KEY)
-    method = MethodDescription(*ids, kind, params, result, returned, kept, is_exchange, doc)
-    method.param_docs = json_object(told_text(schemas["params"], PARAM_DOCS_KEY))
-    method.param_defaults = defaults
-    method.idempotency = summary.idempotency
-    if summary.deprecated:
-        method.deprecation = summary.deprecation_message
-    vars(method).update(described=schemas, made_from=(summary, service))
-    return method
-
-
 # ============================================================================
-# 11. TOKENS ........................................... uses 1-10
-# ============================================================================
+# 11. TOKENS ... uses 1-10
 # Seals a stream's state so that only this service's own can come back: HMAC-SHA256 over
 # half, binding, time and content. It is signed, not encrypted: a client can read what is inside. Law: nothing
 # of a token is looked at before its seal was found good; every fault of a seal has the same answer.
@@ -3752,8 +3778,7 @@ def unpack_parts(data: bytes, count: int) -> list[bytes]:
 
 
 # ============================================================================
-# 12. BYTE CHANNELS .................................... uses 1-11
-# ============================================================================
+# 12. BYTE CHANNELS ... uses 1-11
 # Sockets and pipes as channels of bytes, and the worker processes behind some of them. Law: a short read or write is
 # continued; a failure leaves as TransportError, a deadline as DeadlineExceededError; a connection belongs to the
 # process that opened it.
@@ -3766,7 +3791,7 @@ handlers_before: dict[int, Any] = {}  # who handled the signals that we handle n
 this_process = [os.getpid()]  # its id, for which each call would have to ask the system several times
 
 
-@functools.cache  # at the first connection
+@cache  # at the first connection
 def watch_forks() -> None:
     """Have a forked child begin without our files and our signal handlers."""
     masks = threading.local()
@@ -3781,7 +3806,7 @@ def watch_forks() -> None:
     def after_in_child() -> None:
         this_process[0] = os.getpid()
         for file in list(open_files):  # a copy keeps open what its owner has closed: a worker would not leave
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 file.close()
         for number, handler in handlers_before.items():
             signal.signal(number, handler)
@@ -3813,7 +3838,7 @@ class ByteChannel(ByteSource):
 
     def __init__(self, connected: Any) -> None:
         super().__init__()
-        self.deadline: float | None = None  # ``time.monotonic()`` seconds at which reads and writes give up
+        self.deadline: Time = None  # at which reads and writes give up
         self.ended = False  # whether the peer has closed its side
         self.source = connected
         self.writer = connected
@@ -3860,7 +3885,7 @@ class ByteChannel(ByteSource):
 
     def close(self) -> None:
         """Close both directions; may be called twice."""
-        with contextlib.suppress(OSError), self.source:
+        with suppress(OSError), self.source:
             self.source.shutdown(socket.SHUT_RDWR)  # which wakes a thread that waits in it; closing does not
 
     def _fill(self) -> bool:
@@ -3986,14 +4011,17 @@ def failure_text(exc: Any) -> str:
     return text
 
 
-@contextlib.contextmanager
-def opening(failure: str) -> Iterator[contextlib.ExitStack]:
-    """Turn what can go wrong while connecting, a wrong argument too, into `TransportError`; close then the stack."""
-    with contextlib.ExitStack() as opened:
+@contextmanager
+def opening(failure: str) -> Iterator[ExitStack]:
+    """Turn what the system refuses while connecting into `TransportError`; after any failure close the stack.
+    A wrong argument stays a `TypeError` or `ValueError`: no second try would help."""
+    with ExitStack() as opened:
         try:
             yield opened
-        except (OSError, ValueError, OverflowError, RuntimeError, IndexError, TypeError) as exc:
+        except (OSError, RuntimeError) as exc:  # RuntimeError: no thread for it
             raise TransportError(f"{failure}: {failure_text(exc)}") from None
+        except (ValueError, OverflowError) as exc:
+            raise ValueError(f"{failure}: {text_of(exc)}") from None
         opened.pop_all()
 
 
@@ -4001,7 +4029,7 @@ class SubprocessTransport(Transport):
     """Starts a worker, without a shell, and talks to it over its stdin and stdout.
 
     *stderr_logger* is for ``StderrMode.PIPE``; default ``vgi_rpc.worker``. Raises `TransportError` when the program
-    cannot be started, `TypeError` when *cmd*, program and arguments, is one string.
+    cannot be started, `TypeError` when *cmd*, program and arguments, is one string or empty.
     """
 
     def __init__(
@@ -4009,7 +4037,7 @@ class SubprocessTransport(Transport):
     ) -> None:
         import subprocess
 
-        if isinstance(cmd, (str, bytes)):
+        if isinstance(cmd, (str, bytes)) or not cmd:
             raise ParameterError(f"cmd: expected a list of texts, got {cmd!r}; shlex.split makes one of it")
         self._timed_out = subprocess.TimeoutExpired  # nothing can be imported while the interpreter exits
         self.command = list(cmd)
@@ -4035,8 +4063,8 @@ class SubprocessTransport(Transport):
 
     def _forward_stderr(self) -> None:
         source = cast("io.BufferedReader", self.proc.stderr)
-        with contextlib.suppress(OSError, ValueError), source:
-            for line in iter(functools.partial(source.readline, _RECEIVE_BYTES), b""):
+        with suppress(OSError, ValueError), source:
+            for line in iter(partial(source.readline, _RECEIVE_BYTES), b""):
                 text = line.decode("utf-8", "replace").rstrip()
                 self._lines.append(text)
                 if self._log is not None:
@@ -4046,7 +4074,7 @@ class SubprocessTransport(Transport):
 
     def _await_end(self, seconds: float) -> int | None:
         """Wait for the worker's end, and for its last words; return its exit status."""
-        with contextlib.suppress(self._timed_out):
+        with suppress(self._timed_out):
             self.proc.wait(seconds)
             if self._pump.ident is not None:
                 self._pump.join(1.0)  # not for ever: a grandchild may hold the worker's stderr open
@@ -4085,11 +4113,11 @@ def connect_unix_socket(path: str, timeout: float | None = None) -> Transport:
 def connect_tcp_socket(
     host: str, port: int, timeout: float | None = None, tls_context: Any = None, server_hostname: str = ""
 ) -> Transport:
-    """Connect to host and port; *timeout* in seconds. Raises `TransportError`.
-
-    With an `ssl.SSLContext` over TLS; the certificate must be for *server_hostname*, by default for *host*.
-    """
+    """Connect to host and port; *timeout* in seconds. Raises `TransportError`, `ValueError` for what is neither.
+    With an `ssl.SSLContext` over TLS; the certificate must be for *server_hostname*, by default for *host*."""
     with opening(f"cannot connect to {host}:{port}") as opened:
+        if not 0 <= int(port) <= 65_535:
+            raise ValueError("expected a port of 0 to 65535")
         connected = opened.enter_context(socket.create_connection((host, port), timeout=timeout))
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls_context is not None:
@@ -4099,8 +4127,7 @@ def connect_tcp_socket(
 
 
 # ============================================================================
-# 13. SERVER CORE ...................................... uses 1-12
-# ============================================================================
+# 13. SERVER CORE ... uses 1-12
 # resolve -> begin -> turn -> end, for every transport: a byte stream, an HTTP request and its JSON door are thin shells
 # around a `Call`. The rules of a turn (logs before data, one data batch, its deadline, cancel, the error batch, an
 # answer that is too large) stand in Call and nowhere else. Law: a turn never raises what the method raised, it returns
@@ -4146,7 +4173,7 @@ class DispatchHook(Protocol):
 
 def log_quietly(level: int, text: str, *args: object, exc_info: Any = True) -> None:
     """Log; a handler of the application's that fails must end neither the call nor the server."""
-    with contextlib.suppress(Exception):
+    with suppress(Exception):
         logger.log(level, text, *args, exc_info=exc_info)
 
 
@@ -4165,7 +4192,7 @@ class StreamWires(NamedTuple):
     template: RowTemplate | None  # of output batches of one row
 
 
-@functools.lru_cache(maxsize=256)  # a template takes as long as several turns
+@lru_cache(maxsize=256)  # a template takes as long as several turns
 def stream_wires(output: pa.Schema, input: pa.Schema) -> StreamWires:
     """Return the schemas of a stream, with the row template of what it sends."""
     input_wire = WireSchema(input) if len(input) else EMPTY
@@ -4208,7 +4235,7 @@ class Call(CallRecord):
     wires: StreamWires | None = None  # of the stream
     call_state = b""  # what a stream that has begun remembers for good, encoded
     error: BaseException | None = None  # what ended it
-    deadline: float | None = None  # of the turn that runs, in seconds of ``time.monotonic()``
+    deadline: Time = None  # of the turn that runs
     _context: CallContext | None = None  # not made for nothing: most methods do not ask for it
 
     def __init__(
@@ -4302,9 +4329,7 @@ class Call(CallRecord):
 
     def failed(self, exc: BaseException, *, refused: bool = False) -> Turn:
         """Return the turn that ends the call with *exc*, behind the log lines so far.
-
-        *refused* tells an error that the method is not to blame for: over HTTP it has a status of its own.
-        """
+        *refused* tells an error that the method is not to blame for: over HTTP it has a status of its own."""
         self.error = exc
         if not refused and not isinstance(exc, StatusError):
             log_quietly(logging.DEBUG, "%s() raised", self.method, exc_info=exc)
@@ -4505,7 +4530,7 @@ class RpcServer:
         """What reflection answers to ``describe``."""
         return describe_service(self.service(protocol))
 
-    @functools.cached_property
+    @cached_property
     def request_schemas(self) -> Mapping[bytes, WireSchema]:
         """The schemas that requests may have, by schema message: what an `IpcReader` of requests expects."""
         wires = [bound.info.params.wire for s in self.services.values() for bound in s.methods.values()]
@@ -4530,10 +4555,8 @@ class RpcServer:
 
     def resolve(self, request: Request, path: tuple[str, str] | None = None) -> BoundMethod:
         """Find the method that a request asks for; *path* is (protocol, method) where a URL names them, too.
-
         Raises `VersionError` when the wire's or the protocol's version is absent or not ours, `ProtocolError` when
-        protocol or method is absent, not here, or not the path's.
-        """
+        protocol or method is absent, not here, or not the path's."""
         version = request.metadata.get(REQUEST_VERSION_KEY, b"none")
         if version != REQUEST_VERSION:
             raise VersionError(f"vgi_rpc.request_version: expected {REQUEST_VERSION!r}, got {version!r:.60}")
@@ -4575,9 +4598,7 @@ class RpcServer:
 
     def start(self, kind: TransportKind) -> None:
         """Call the implementations' ``on_serve_start`` once per kind of transport.
-
-        Raises `StatusError` (UNAVAILABLE) when one fails; the next request asks again.
-        """
+        Raises `StatusError` (UNAVAILABLE) when one fails; the next request asks again."""
         if kind in self._started:
             return
         with self._lock:
@@ -4641,7 +4662,7 @@ class RpcServer:
             **vars(record.statistics),
         }
         if error is not None:
-            facts = error_facts(error)
+            facts = error_fields(error)
             # The text of these shows what came instead of what was expected: the caller's data.
             shows = isinstance(error, (ParameterError, IPCError))
             line["error_type"] = facts["exception_type"]
@@ -4687,15 +4708,15 @@ class _ByteServing:
         self._channel = transport.channel
         gone = transport.channel.peer_gone
         self._caller = CallRecord(transport.kind, auth, transport.remote_addr, gone=gone)
-        # After a refusal the client may still send the input stream of the stream it had asked for. It has no
-        # method key, so it cannot be a request, and is passed over.
-        self._orphan_expected = False
+        # An orphan is an input stream whose call was refused: the client had begun to send it, or does not know yet.
+        # It has no method key, so it cannot be a request; one that may come is passed over.
+        self._orphan_possible = False
 
     def serve_next(self) -> bool:
         """Serve one request; ``False`` when the connection is at its end."""
         server = self._server
-        orphan_expected = self._orphan_expected
-        self._orphan_expected = False
+        orphan_possible = self._orphan_possible
+        self._orphan_possible = False
         request: Any = None
         reader = None
         try:
@@ -4707,7 +4728,7 @@ class _ByteServing:
                     reader = self._reader(server.request_schemas)
                     request = read_request(reader)
                     keys = request.metadata.keys()
-                    if orphan_expected and METHOD_KEY not in keys and REQUEST_VERSION_KEY not in keys:
+                    if orphan_possible and METHOD_KEY not in keys and REQUEST_VERSION_KEY not in keys:
                         return True
                     if request.metadata.get(METHOD_KEY) == TRANSPORT_OPTIONS_METHOD.encode():
                         self._answer(None, request)
@@ -4721,9 +4742,9 @@ class _ByteServing:
                     return True
             except (Refusal, StatusError) as exc:  # before the call, which raises neither
                 framed = ready is not None or (reader is not None and _read_over(reader))
-                if request is not None or not orphan_expected:
+                if request is not None or not orphan_possible:
                     self._answer(exc, request)
-                    self._orphan_expected = True
+                    self._orphan_possible = True
                 return framed
         except (EOFError, TransportError):
             return False
@@ -4758,7 +4779,7 @@ class _ByteServing:
             if call.wires is not None:
                 self._serve_turns(call, call.wires)
             else:
-                self._orphan_expected = bool(call.stream_id)
+                self._orphan_possible = bool(call.stream_id)
         except (EOFError, TransportError) as exc:  # the client went away
             call.error = call.error or exc
             raise
@@ -4812,8 +4833,7 @@ def _read_over(reader: IpcReader) -> bool:
 
 
 # ============================================================================
-# 14. CLIENT ........................................... uses 1-13
-# ============================================================================
+# 14. CLIENT ... uses 1-13
 # One proxy and one StreamSession over a small interface with two implementations: byte streams here, HTTP in 19.
 # Law: an argument that does not fit fails before a byte is sent. After an answer, an error included, the connection
 # serves the next call; after anything else it is closed, and says so to every thread.
@@ -4844,8 +4864,8 @@ class CallOptions:
             raise ValueError(f"timeout: expected seconds above 0, or None for no limit, got {self.timeout!r}")
 
     @property
-    def deadline(self) -> float | None:
-        """When a call or turn that begins now must have ended, in seconds of ``time.monotonic()``."""
+    def deadline(self) -> Time:
+        """When a call or turn that begins now must have ended."""
         return None if self.timeout is None else time.monotonic() + self.timeout
 
     def turn_metadata(self, given: Metadata | None) -> dict[bytes, bytes]:
@@ -4861,9 +4881,7 @@ def local_error(text: str) -> RpcError:
 
 def next_reply(reader: IpcReader, options: CallOptions) -> BatchMessage | None:
     """Read on to an answer's next batch of data or tokens, ``None`` at the end; log lines go to ``on_log``.
-
-    Raises the `RpcError` that the answer is, with the reader behind its batch; `IPCError` for what is no answer.
-    """
+    Raises the `RpcError` that the answer is, with the reader behind its batch; `IPCError` for what is no answer."""
     while True:
         message = reader.next_message()
         if message is None or not message.metadata:
@@ -4946,7 +4964,7 @@ class StreamSession:
             kind = "an exchange: call exchange(batch)" if known else "a producer without input: iterate"
             raise ParameterError(f"{self.info.name}() is {kind} instead of {use}")
 
-    @functools.cached_property
+    @cached_property
     def header(self) -> Any:
         """The header, ``None`` when the method declares none; `TypeError` if it is not what the method declares."""
         if self.header_batch is None or self.info.header is None:
@@ -5054,9 +5072,9 @@ class StreamSession:
     def next_with_token(self, custom_metadata: Any = None) -> tuple[AnnotatedBatch | None, bytes | None]:
         """Ask a producer for one batch; return it with the `token` behind it. ``None`` stands for what there is not."""
         answer = token = None
-        with contextlib.suppress(StopIteration):
+        with suppress(StopIteration):
             answer = None if self.closed else self.tick(custom_metadata)
-        with contextlib.suppress(RpcError):
+        with suppress(RpcError):
             token = self.token()
         return answer, token
 
@@ -5108,8 +5126,7 @@ class ByteClient(ClientChannel):
         self.channel = transport.channel
         self.phase = ConnectionPhase.READY
         self.stream: _ByteSession | None = None  # the one that is open
-        # An input stream was sent to a server that may have refused the call: it then takes that for a request.
-        self._expects_orphan = False
+        self._orphan_possible = False  # what was sent last may be an orphan (section 13), and have an answer
         self._closed_because = ""
         self._lock = threading.RLock()  # since only this kind knows whether it is ours, see `_leave`
         self._owner = 0  # the thread that holds it
@@ -5193,7 +5210,7 @@ class ByteClient(ClientChannel):
         ready = read_result(info, *self.channel.received())
         if ready is not None:
             self.channel.at = ready[1]
-            self._expects_orphan = False
+            self._orphan_possible = False
             return ready[0]
         batch = only_batch(info, *self.read(None, request_id, options, info.result.wire))
         self.phase = ConnectionPhase.READY
@@ -5207,13 +5224,11 @@ class ByteClient(ClientChannel):
     def read(
         self, reader: IpcReader | None, request_id: str, options: CallOptions, *expected: WireSchema
     ) -> tuple[IpcReader, BatchMessage | None]:
-        """Read on to the next batch of an answer; without *reader* it is opened, and one to an orphan passed over.
-
-        Raises the `RpcError` that the answer is, which was then read to its end and has ended the stream.
-        """
+        """Read on to the next batch of an answer; without *reader* it is opened, and that to an orphan passed over.
+        Raises the `RpcError` that the answer is, which was then read to its end and has ended the stream."""
         opens = reader is None
-        may_be_orphan = self._expects_orphan
-        self._expects_orphan = False
+        orphan_possible = self._orphan_possible
+        self._orphan_possible = False
         while True:
             if reader is None:
                 data, at = self.channel.received()
@@ -5230,20 +5245,20 @@ class ByteClient(ClientChannel):
                 if not was_answer(exc):
                     raise
                 reader.read_to_end()
-                if not may_be_orphan or exc.request_id in ("", request_id):
+                if not orphan_possible or exc.request_id in ("", request_id):
                     if self.stream is not None:
                         self.stream.finish(read=False)
                         # A call that was begun reads our input to its end; one that was refused does not.
-                        self._expects_orphan = opens
+                        self._orphan_possible = opens
                     self.phase = ConnectionPhase.READY
                     raise
-            may_be_orphan = False
+            orphan_possible = False
             reader = None
 
     def release(self) -> bool:
         """End an open stream and refuse further calls; return whether the transport may serve another client."""
         fit = False
-        with contextlib.suppress(RpcError):
+        with suppress(RpcError):
             fit = self.own(CallOptions(timeout=1.0), self._retire)
         self._closed_because = self._closed_because or "it was closed here"
         return fit
@@ -5252,7 +5267,7 @@ class ByteClient(ClientChannel):
         if self.stream is not None:
             self._end_stream("was ended with its connection")
         self._closed_because = "it was closed here"
-        return not self._expects_orphan
+        return not self._orphan_possible
 
     def close(self) -> None:
         self.release()
@@ -5406,7 +5421,7 @@ class RpcConnection(Generic[P]):
         declared = getattr(self._protocol, name)
         signature = inspect.signature(declared)
         own = [signature.parameters[parameter] for parameter in info.param_types]
-        functools.update_wrapper(method, declared)
+        update_wrapper(method, declared)
         method.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
         self.__dict__[name] = method  # where Python finds it from now on
         return method
@@ -5548,7 +5563,7 @@ class WorkerPool:
             raise ValueError(f"idle_timeout: expected seconds above 0, got {idle_timeout!r}")
         self.max_idle = max_idle
         self.idle_timeout = idle_timeout
-        self._start = functools.partial(SubprocessTransport, stderr=stderr, stderr_logger=stderr_logger)
+        self._start = partial(SubprocessTransport, stderr=stderr, stderr_logger=stderr_logger)
         self._closed = False
         self._process = 0  # whose the workers are
         self._locked()  # here, where no other thread asks for it
@@ -5573,7 +5588,7 @@ class WorkerPool:
     idle_count = property(operator.attrgetter("metrics.idle"), doc="How many workers wait.")
     active_count = property(operator.attrgetter("metrics.active"), doc="How many workers serve a connection.")
 
-    @contextlib.contextmanager
+    @contextmanager
     def connect(
         self,
         protocol: ProtocolClass[P],
@@ -5603,9 +5618,8 @@ class WorkerPool:
             self._active.add(worker)
         client = ByteClient(worker)
         try:
-            yield RpcConnection(
-                protocol, client, on_log, timeout=timeout, ipc_validation=ipc_validation
-            ).__enter__()
+            proxy = RpcConnection(protocol, client, on_log, timeout=timeout, ipc_validation=ipc_validation)
+            yield proxy.__enter__()
         finally:
             self._give_back(worker, client.release() and not sys.is_finalizing())
 
@@ -5665,8 +5679,7 @@ class WorkerPool:
 
 
 # ============================================================================
-# 15. LISTENERS ........................................ uses 1-14
-# ============================================================================
+# 15. LISTENERS ... uses 1-14
 # Who gives byte streams to the loop of section 13 (stdin and stdout, Unix sockets, TCP), and what a listening server
 # needs, HTTP as well. Law: nothing that accept, memory or threads refuse ends a listener. A signal ends a server in the
 # process that set the handlers alone, after the running calls or its grace.
@@ -5711,12 +5724,10 @@ class ListenerMixin(_Server):  # type: ignore[misc]
 
     def run(self, grace: float, on_bound: Any, *where: Any) -> None:
         """Serve until SIGTERM, SIGINT or the idle time, then close, and hang up on the connections that are left.
-
         After a signal it takes *grace* seconds at most; who connects meanwhile gets a refusal, not silence. *on_bound* is
-        called with *where* once signals are handled: who is told of it may stop us.
-        """
+        called with *where* once signals are handled: who is told of it may stop us."""
         try:
-            with contextlib.closing(self.socket), _stop_signals(self.rpc, grace, self):
+            with closing(self.socket), _stop_signals(self.rpc, grace, self):
                 if on_bound is not None:
                     on_bound(*where)
                 while self.rpc.running or not self.stopping:
@@ -5728,7 +5739,7 @@ class ListenerMixin(_Server):  # type: ignore[misc]
                         self._complain(exc)
         finally:
             for connected in list(self.connections.values()):
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     connected.shutdown(socket.SHUT_RDWR)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -5773,7 +5784,7 @@ class ListenerMixin(_Server):  # type: ignore[misc]
         log_quietly(level, "the handler of a connection from %s raised", address_text(client_address))
 
 
-@contextlib.contextmanager
+@contextmanager
 def _stop_signals(server: RpcServer, grace: float, listener: Any, ignored: int = 0) -> Iterator[None]:
     """Have SIGTERM and SIGINT end what is inside: an idle server at once, else after the running calls.
 
@@ -5850,13 +5861,13 @@ def serve_stdio(server: RpcServer) -> None:
             server.serve(Transport(channel, TransportKind.PIPE))
     finally:
         _flush_stdout()
-        with contextlib.suppress(OSError, ValueError):  # closed, in a forked child
+        with suppress(OSError, ValueError):  # closed, in a forked child
             os.dup2(channel.writer.fileno(), 1)
         channel.close()
 
 
 def _flush_stdout() -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none at all
+    with suppress(OSError, ValueError, AttributeError):  # closed, or none at all
         sys.stdout.flush()
 
 
@@ -5873,7 +5884,7 @@ def _serve_bytes(
                 kind = TransportKind.TCP
                 request = set_up_tcp(self, request, tls_context)
             transport = Transport(ByteChannel(request), kind, peer or f"unix:{self.server_address}")
-            with contextlib.closing(transport):
+            with closing(transport):
                 server.serve(transport)
 
     ByteListener(listening, None, server, *options).run(DRAIN_GRACE_SECONDS, on_bound, *where)
@@ -5898,7 +5909,7 @@ def serve_unix(
     with socket.socket(getattr(socket, "AF_UNIX", -2)) as listening:  # -2: no such family
         old = os.umask(0o177)
         try:
-            with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+            with suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
                 probe.settimeout(1.0)
                 is_socket = stat.S_ISSOCK(os.stat(path).st_mode)  # ValueError: a NUL, where bind would stop
                 if is_socket and probe.connect_ex(path) == errno.ECONNREFUSED:  # nobody listens there
@@ -5915,16 +5926,14 @@ def serve_unix(
             options = (threaded, max_connections, idle_timeout)
             _serve_bytes(server, listening, None, options, on_bound, path)
         finally:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 if os.stat(path).st_ino == made:
                     os.unlink(path)
 
 
 def listen_tcp(host: str, port: int, asks: bool = False) -> socket.socket:
     """Bind and listen; *port* 0 takes a free one, and ``::`` takes IPv4 too. Raises `OSError`.
-
-    *asks* tells that callers are authenticated; else a warning tells of an open address.
-    """
+    *asks* tells that callers are authenticated; else a warning tells of an open address."""
     if not 0 <= port <= 65_535 or max(map(len, host.split("."))) > 63:
         raise OSError(errno.EINVAL, f"expected a host and a port of 0 to 65535, got {host!r:.100} and {port}")
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
@@ -5942,10 +5951,8 @@ def address_text(address: Any) -> str:
 
 def set_up_tcp(listener: ListenerMixin, connected: socket.socket, tls_context: Any) -> socket.socket:
     """Set up an accepted connection and return what to use: with TLS another socket, which the caller closes.
-
     The handshake runs here, in the connection's own thread, so that a slow client stops nobody else. Raises `OSError`
-    when it fails or takes longer than `TLS_HANDSHAKE_SECONDS`.
-    """
+    when it fails or takes longer than `TLS_HANDSHAKE_SECONDS`."""
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if tls_context is not None:
         connected.settimeout(TLS_HANDSHAKE_SECONDS)
@@ -5972,8 +5979,7 @@ def serve_tcp(
 
 
 # ============================================================================
-# 16. HTTP MESSAGES .................................... uses 1-12
-# ============================================================================
+# 16. HTTP MESSAGES ... uses 1-12
 # One grammar for both sides (RFC 9110, RFC 9112): heads, lengths, chunks, codings of bodies.
 # Law: what it does not allow is refused and never repaired, so that no proxy in front can read a message
 # differently than we do; and nothing is read or decoded beyond a limit that the caller gives.
@@ -6075,9 +6081,7 @@ def is_arrow(headers: Mapping[str, str]) -> bool:
 
 def check_request_head(head: HttpHead) -> tuple[str, str]:
     """Check what RFC 9112 asks of a request; raises `ProtocolError` with the broken rule's HTTP status.
-
-    Returns path (without the query, not decoded) and host: of a target in absolute form, else of the header.
-    """
+    Returns path (without the query, not decoded) and host: of a target in absolute form, else of the header."""
     (method, target, version), headers = head
     host = headers.get("host")
     coding = headers.get("transfer-encoding")
@@ -6117,9 +6121,7 @@ def check_request_head(head: HttpHead) -> tuple[str, str]:
 
 def check_answer_head(head: HttpHead, method: str) -> tuple[int, str]:
     """Check what RFC 9112 asks of an answer to *method*; raises `ProtocolError`.
-
-    Returns the status and how the body is framed: ``"none"``, ``"sized"``, ``"chunked"`` or ``"to close"``.
-    """
+    Returns the status and how the body is framed: ``"none"``, ``"sized"``, ``"chunked"`` or ``"to close"``."""
     (version, status, _), headers = head
     coding = headers.get("transfer-encoding")
     sized = "content-length" in headers
@@ -6157,14 +6159,14 @@ class HttpReader:
         self._patience = patience
         self._longest = longest
         self._here = 0  # bytes that have been received already
-        self.ends: float | None = None  # when time is up for the message that has begun; None for a new one
+        self.deadline: Time = None  # of the message that has begun; None for a new one
 
     def allow(self, size: int) -> None:
         """Set the channel's deadline for the next *size* bytes of a message, which come or go."""
         if self._patience is not None:
             now = time.monotonic()
-            self.ends = self.ends or now + self._longest
-            self._channel.deadline = min(self.ends, now + self._patience * (1 + size / (1 << 20)))
+            self.deadline = self.deadline or now + self._longest
+            self._channel.deadline = min(self.deadline, now + self._patience * (1 + size / (1 << 20)))
 
     def _until(self, mark: bytes, most: int, wrong: re.Pattern[bytes] | None = None) -> bytes:
         """Bytes to *mark* and with it; without it at the end, after *most*, and when they match *wrong*."""
@@ -6245,7 +6247,7 @@ class HttpReader:
         raise ProtocolError(f"chunk: expected at most {MAX_HEADERS} trailers")
 
 
-@functools.cache
+@cache
 def supported_encodings() -> tuple[str, ...]:
     """Return the body codings that this machine can read and write, best first."""
     return tuple(name for name in ("zstd", "gzip") if pa.Codec.is_available(name))
@@ -6297,7 +6299,7 @@ def coding_of(headers: Mapping[str, str]) -> str:
     return coding.removeprefix("identity")
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
     """Choose the coding of an answer by the client's own order, in which ``q=0`` and ``identity`` first mean none.
 
@@ -6316,8 +6318,7 @@ def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
 
 
 # ============================================================================
-# 17. JSON AND PAGES ................................... uses 1-16
-# ============================================================================
+# 17. JSON AND PAGES ... uses 1-16
 # What people and their tools see of a service: values as JSON, errors as JSON, pages of HTML.
 # Law: one conversion leads from JSON to values of an Arrow field, and one back. The JSON door, the command line
 # and the pages use these two, so that a value means the same in all of them. What a page shows is escaped.
@@ -6338,9 +6339,7 @@ def exact_number(text: str) -> decimal.Decimal:
 
 def parse_json(data: str | Buffer, where: str = "request", **numbers: Callable[[str], Any]) -> Any:
     """Parse strictly by RFC 8259, fractions and exponents to `decimal.Decimal`; `ProtocolError` for anything else.
-
-    *numbers* are other readers of them: ``parse_int``, ``parse_float``.
-    """
+    *numbers* are other readers of them: ``parse_int``, ``parse_float``."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
@@ -6427,7 +6426,7 @@ def json_of_word(word: str | bytes, kind: pa.DataType = pa.utf8()) -> Any:
         word = word.decode("utf-8", "replace").rstrip("\r\n")
     if re.match("(large_)?string|dictionary", str(kind)) or (is_binary and word[:1] not in ("{", "[")):
         return word
-    with contextlib.suppress(ProtocolError):
+    with suppress(ProtocolError):
         return parse_json(word)
     return word
 
@@ -6448,7 +6447,7 @@ _LEAVES: list[tuple[str, type, Any]] = [
 ]
 
 
-@functools.lru_cache(maxsize=256)
+@lru_cache(maxsize=256)
 def _leaf(kind: pa.DataType) -> tuple[Any, Any, Codec]:
     if pa.types.is_dictionary(kind):
         return _leaf(kind.value_type)
@@ -6561,7 +6560,7 @@ def arguments_from_json(info: RpcMethodInfo, given: Any) -> list[Any]:
     for member, codec, value in zip(described_schemas(info)["params"], info.params.parts.values(), values):
         convert: Callable[[Any], Any] = codec.encode
         if member.name in given:
-            convert = functools.partial(value_from_json, member=member)
+            convert = partial(value_from_json, member=member)
         row.append(located(f"{where}{member.name}", convert, value))
     if row:  # what is out of range, and texts that Arrow cannot say
         located(where, info.params.to_batch, row)
@@ -6586,21 +6585,21 @@ def members_of(member: pa.Field) -> list[pa.Field]:
 
 def described_rows(members: Iterable[pa.Field], indent: str = "") -> Iterator[tuple[str, str, str]]:
     """(name, type with members and default, doc) of described fields, each before what is nested in it, which is indented."""
-    docs = json_object(told_text(members, PARAM_DOCS_KEY)) if isinstance(members, pa.Schema) else {}
+    docs = json_object(described_text(members, PARAM_DOCS_KEY)) if isinstance(members, pa.Schema) else {}
     for member in members:
-        shown = type_of(member)
-        if names := told_text(getattr(member.type, "value_field", member), ENUM_KEY):
-            shown += f" ({', '.join(names.splitlines())})"
-        if default := told_text(member, DEFAULT_TEXT_KEY):
-            shown += f" = {default}"
-        yield indent + member.name, shown, text_of(docs.get(member.name) or told_text(member, DOC_KEY))
+        text = type_of(member)
+        if names := described_text(getattr(member.type, "value_field", member), ENUM_KEY):
+            text += f" ({', '.join(names.splitlines())})"
+        if default := described_text(member, DEFAULT_TEXT_KEY):
+            text += f" = {default}"
+        yield indent + member.name, text, text_of(docs.get(member.name) or described_text(member, DOC_KEY))
         yield from described_rows(members_of(member), indent + "  ")
 
 
 def example_of(member: pa.Field) -> Any:
     """A value in JSON that a described field takes."""
     kind = getattr(member.type, "storage_type", member.type)
-    names = told_text(member, ENUM_KEY).splitlines()
+    names = described_text(member, ENUM_KEY).splitlines()
     if names:
         return names[0]
     if pa.types.is_map(kind):
@@ -6779,8 +6778,7 @@ def _source(value: Any) -> str:
 
 
 # ============================================================================
-# 18. HTTP SERVING ..................................... uses 1-17
-# ============================================================================
+# 18. HTTP SERVING ... uses 1-17
 # One function leads from a request to its answer (`HttpApp.respond`): for WSGI, for http.server and for tests
 # without a socket. Laws: it never raises; who may not call learns nothing; a stream's state lives in its two
 # tokens and nowhere else, and every turn runs on a state that was read back.
@@ -6940,7 +6938,7 @@ class HttpApp:
             logger.warning("%s; set VGI_RPC_TOKEN_KEY (or token_key=) to one secret everywhere", text)
         self.sealer = TokenSealer(token_keys(key or os.urandom(32)), options.token_ttl)
         # An opened call token never changes. Strangers, whose tokens do not open, fill nothing here.
-        self.open_half = functools.lru_cache(options.call_state_cache_entries)(self._open_half)
+        self.open_half = lru_cache(options.call_state_cache_entries)(self._open_half)
         self.max_request_bytes = options.max_request_bytes or SERVER_MAX_REQUEST_BYTES
         self.limits = IpcLimits(self.max_request_bytes, options.max_rows)
         # One look-up leads from a path, prefix and all, to its method. What is not here is a page or refused.
@@ -6976,9 +6974,7 @@ class HttpApp:
 
     def respond(self, request: HttpRequest, fault: Exception | None = None) -> HttpResponse:
         """Answer *request*, with a refusal if there is a *fault* in it; never raises.
-
-        Whoever asks counts the request as running until its answer is out.
-        """
+        Whoever asks counts the request as running until its answer is out."""
         started = time.monotonic()
         request.request_id = clean_request_id(request.headers.get(REQUEST_ID_HEADER.lower(), ""))
         try:
@@ -7147,7 +7143,7 @@ class _PostedCall:
         limit = min(filter(None, (app.options.max_response_bytes, budget)), default=None)
         self._caller = CallRecord(TransportKind.HTTP, auth, request.remote_addr, traces, request.gone, limit)
 
-    @functools.cached_property
+    @cached_property
     def _binding(self) -> tuple[bytes, ...]:
         """What a token is good for. An authenticated caller without a name is not the same as nobody."""
         auth = self._caller.auth
@@ -7234,9 +7230,7 @@ class _PostedCall:
 
     def _content(self) -> bytes:
         """Return what the cursor of the present state seals; a refusal names what cannot be written.
-
-        It holds the id of the call, the class of the state and its bytes.
-        """
+        It holds the id of the call, the class of the state and its bytes."""
         state = cast("Stream[Any, Any]", self._call.stream).state
         kinds = self._bound.state_types
         if type(state) not in kinds:
@@ -7256,9 +7250,7 @@ class _PostedCall:
 
     def _revive(self, content: bytes) -> None:
         """Have the call go on with the state that a cursor's *content* holds.
-
-        Raises `TokenError` when the state fits its class no more, and what the state's own hooks raise.
-        """
+        Raises `TokenError` when the state fits its class no more, and what the state's own hooks raise."""
         half = self._half
         call = self._call
         call_state: Any = None
@@ -7320,7 +7312,7 @@ class _PostedCall:
         writer = IpcWriter(self._pieces.extend, wire)
         limit = call.response_limit_bytes or sys.maxsize
         size = total_size(self._pieces)
-        until = time.monotonic() + MAX_TURNS_SECONDS
+        deadline = time.monotonic() + MAX_TURNS_SECONDS
         left = min(_int_of(self._headers, MAX_TURNS_HEADER, 1, MAX_RESPONSE_BUDGET) or 1, MAX_TURNS)
         content = b""  # of the cursor after the last turn
         turn = Turn(wire, [], False)
@@ -7350,7 +7342,7 @@ class _PostedCall:
                     break
                 left -= 1
                 full = size > min(MAX_TURNS_BYTES, limit - 2 * room)
-                if turn.finished or full or not left or time.monotonic() > until or call.server.draining:
+                if turn.finished or full or not left or time.monotonic() > deadline or call.server.draining:
                     break
                 self._revive(content)
             if not turn.finished:
@@ -7383,9 +7375,8 @@ class _PostedCall:
         if turn.error is not None:
             headers.append((RPC_ERROR_HEADER, "true"))
         public = self._headers.get("accept-encoding", "")[:1000]
-        encoding, header, identity = choose_encoding(
-            self._headers.get(ACCEPT_ENCODING_HEADER.lower()), public
-        )
+        private = self._headers.get(ACCEPT_ENCODING_HEADER.lower())
+        encoding, header, identity = choose_encoding(private, public)
         level = self._app.options.compression_level
         if encoding and level and not (identity and not is_worth_packing(pieces, encoding, level)):
             headers.append((header, encoding))
@@ -7437,9 +7428,7 @@ class _PostedCall:
 
 def _json_rows(call: Call, rows: list[dict[str, Any]], turn: Turn) -> Iterator[bytes]:
     """Yield nothing, and then *rows* and, from *turn* on, those of a producer as lines of JSON, made as they are sent.
-
-    A turn that fails is a last line ``{"__error__": …}``. The call ends with it.
-    """
+    A turn that fails is a last line ``{"__error__": …}``. The call ends with it."""
     sent = 0
     limit = call.response_limit_bytes or sys.maxsize
     try:
@@ -7484,7 +7473,7 @@ def _error_json(call: Call, error: BaseException) -> dict[str, Any]:
 # -- WSGI
 
 
-@functools.cache
+@cache
 def _status_line(status: int) -> str:
     from http import HTTPStatus  # whoever serves HTTP has loaded it
 
@@ -7595,14 +7584,14 @@ class HttpHandler(_Handler):
         """Serve one request, and decide whether the connection goes on."""
         self.close_connection = True
         try:
-            self._reader.ends = None
+            self._reader.deadline = None
             self._channel.deadline = time.monotonic() + self._wait
             self._wait = self.options.keep_alive_timeout
             self.close_connection = not self._serve()
         except LocalError as exc:  # the client has left, or does neither send nor read
             log_quietly(logging.DEBUG, "connection from %s: %s", self._remote, exc, exc_info=False)
         if self._unread:
-            with contextlib.suppress(OSError, LocalError):
+            with suppress(OSError, LocalError):
                 # Read on for a moment before hanging up: closing on unread bytes resets the connection.
                 self.request.shutdown(socket.SHUT_WR)
                 self._channel.deadline = time.monotonic() + _LINGER_SECONDS
@@ -7624,7 +7613,7 @@ class HttpHandler(_Handler):
             path, host = check_request_head(head)
             method, _, version = head.start
             headers = {**head.headers, "host": host}
-            body = functools.partial(self._read_body, headers, version)
+            body = partial(self._read_body, headers, version)
             request = HttpRequest(method, path, headers, self._remote, body, self._channel.peer_gone)
             self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
             closes = "connection" in headers and header_has(headers, "connection", "close")
@@ -7664,7 +7653,7 @@ class HttpHandler(_Handler):
         if isinstance(pieces, list):
             self._write([head] if method == "HEAD" else [head, *pieces])
             return
-        with contextlib.closing(body):
+        with closing(body):
             self._write([head])
             for piece in body:
                 self._write([b"%x\r\n" % len(piece), piece, b"\r\n"] if framing else [piece])
@@ -7675,12 +7664,12 @@ class HttpHandler(_Handler):
         left = cast("float", self._channel.deadline) - time.monotonic()
         # A small answer has what is left of the wait for its request: setting a timeout is a system call.
         if size > SMALL_BODY_BYTES or left < self._patience:
-            self._reader.ends = None
+            self._reader.deadline = None
             self._reader.allow(size)
         self._channel.write(pieces)
 
 
-@functools.lru_cache(maxsize=2)  # made anew it takes 3 % of a small call
+@lru_cache(maxsize=2)  # made anew it takes 3 % of a small call
 def _http_date(second: int) -> str:
     from email.utils import formatdate  # http.server has loaded it
 
@@ -7738,8 +7727,7 @@ def serve_http(
 
 
 # ============================================================================
-# 19. HTTP CLIENT ...................................... uses 1-18
-# ============================================================================
+# 19. HTTP CLIENT ... uses 1-18
 # The HTTP side of the client: what a server can do, one request and its answer by three senders, and streams by tokens.
 # Law: a call is sent once, never retried behind the caller's back; what a server sends is bounded before it is kept;
 # an answer that came in the server's place (a proxy's, a gateway's) is said to be one.
@@ -7747,8 +7735,7 @@ def serve_http(
 Headers: TypeAlias = Mapping[str, str] | Callable[[], Mapping[str, str]]
 Pair: TypeAlias = tuple[str, str]
 Pairs: TypeAlias = tuple[Pair, ...]
-Pieces: TypeAlias = list[Buffer]
-When: TypeAlias = float | None  # of ``time.monotonic()``
+Body: TypeAlias = list[Buffer]
 _BUDGET_OPTION = "accepted_max_response_bytes"
 _MAX_IDLE = 8  # connections that are kept between calls
 _MAX_INTERIM = 16  # 1xx answers before the one that counts
@@ -7804,9 +7791,9 @@ class HttpSender:
 
     prefix = ""  # path that belongs to the server itself
 
-    def send(self, verb: str, path: str, headers: Pairs, body: Pieces, until: When, most: int) -> HttpReply:
+    def send(self, verb: str, path: str, headers: Pairs, body: Body, deadline: Time, most: int) -> HttpReply:
         """Send a request and return the answer, of at most *most* bytes, else `RequestTooLargeError`. `TransportError`
-        when none comes, or one that is not HTTP; `DeadlineExceededError` when it is not there at the time *until*."""
+        when none comes, or one that is not HTTP; `DeadlineExceededError` when it is not there at the *deadline*."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -7839,7 +7826,7 @@ class HttpTarget(NamedTuple):
         return f"{host}:{self.port}".removesuffix({"http": ":80", "https": ":443"}[self.scheme])
 
 
-@functools.lru_cache(maxsize=64)  # a client sends the same few heads again and again
+@lru_cache(maxsize=64)  # a client sends the same few heads again and again
 def _head(authority: str, verb: str, path: str, headers: Pairs) -> bytes:
     lines = [f"{verb} {path} HTTP/1.1", f"Host: {authority}"]
     lines += [f"{name}: {value}" for name, value in headers]
@@ -7863,10 +7850,10 @@ class HttpConnections(HttpSender):
         self._idle: list[ByteChannel] = []
         self._closed = False
 
-    def _connection(self, deadline: When) -> ByteChannel:
+    def _connection(self, deadline: Time) -> ByteChannel:
         """Take a kept connection; one that was closed, or on which something came unasked, is closed here too."""
         while self._idle:
-            with contextlib.suppress(IndexError):  # another thread took the last one
+            with suppress(IndexError):  # another thread took the last one
                 channel = self._idle.pop()
                 if channel.is_quiet():
                     return channel
@@ -7876,36 +7863,35 @@ class HttpConnections(HttpSender):
             timeout = min(timeout, max(0.001, deadline - time.monotonic()))
         return connect_tcp_socket(self._target.host, self._target.port, timeout, self._tls).channel
 
-    def send(self, verb: str, path: str, headers: Pairs, body: Pieces, until: When, most: int) -> HttpReply:
+    def send(self, verb: str, path: str, headers: Pairs, body: Body, deadline: Time, most: int) -> HttpReply:
         authority = self._target.authority
         length = b"Content-Length: %d\r\n\r\n" % total_size(body) if verb == "POST" else b"\r\n"
         request = [_head(authority, verb, path, headers) + length, *body]
         if self._closed:
             raise TransportError("the connection is closed: it was closed here")
-        channel = self._connection(until)
-        channel.deadline = until
+        channel = self._connection(deadline)
+        channel.deadline = deadline
         try:
             # Who refuses a large body may have answered before hanging up.
-            with contextlib.suppress(TransportError):
+            with suppress(TransportError):
                 channel.write(request)
-            with contextlib.suppress(TransportError):  # of a reset, behind which is the end
+            with suppress(TransportError):  # of a reset, behind which is the end
                 channel.received()
             data, at = channel.received()
             if data.startswith(b"\x15\x03", at):  # an alert of TLS
                 raise TransportError(f"{authority} speaks TLS: connect to https://")
             reader = HttpReader(channel)
-            status = 100
-            interim = 0
-            while status < 200:
+            for _ in range(_MAX_INTERIM + 1):
                 raw = reader.head()
                 if not raw:
                     hint = " (if it speaks TLS, connect to https://)" * (self._tls is None and verb == "HEAD")
                     raise TransportError(f"{authority} closed the connection without an answer{hint}")
                 head = parse_http_head(raw)
                 status, framing = check_answer_head(head, verb)
-                interim += 1
-                if interim > _MAX_INTERIM:
-                    raise ProtocolError(f"more than {_MAX_INTERIM} interim answers")
+                if status >= 200:
+                    break
+            else:
+                raise ProtocolError(f"more than {_MAX_INTERIM} interim answers")
             whole = reader.body(framing, head.headers, most, _BUDGET_OPTION)
         except BaseException as exc:
             channel.close()
@@ -7914,16 +7900,19 @@ class HttpConnections(HttpSender):
             fault = "closed the connection within an answer" if channel.ended else "speaks no HTTP"
             raise TransportError(f"{authority} {fault}: {text_of(exc)}") from None
         is_last = framing == "to close" or head.start[0] != "HTTP/1.1" or len(self._idle) >= _MAX_IDLE
-        if is_last or self._closed or header_has(head.headers, "connection", "close"):
+        if is_last or header_has(head.headers, "connection", "close"):
             channel.close()
         else:
             self._idle.append(channel)
+            if self._closed:  # meanwhile, by another thread
+                self.close()
         return HttpReply(status, head.headers, whole).decoded(most)
 
     def close(self) -> None:
         self._closed = True
-        while self._idle:
-            self._idle.pop().close()
+        with suppress(IndexError):  # none is left
+            while True:
+                self._idle.pop().close()
 
 
 class OpenerSender(HttpSender):
@@ -7935,14 +7924,15 @@ class OpenerSender(HttpSender):
         self._root = f"{target.scheme}://{target.authority}"
         self._way = way  # for error texts
 
-    def send(self, verb: str, path: str, headers: Pairs, body: Pieces, until: When, most: int) -> HttpReply:
+    def send(self, verb: str, path: str, headers: Pairs, body: Body, deadline: Time, most: int) -> HttpReply:
         from http.client import HTTPException
         from urllib.error import HTTPError
         from urllib.request import Request
 
+        _head(self._root, verb, path, headers)  # which refuses what is no header
         data = b"".join(body) if verb == "POST" else None
         request = Request(self._root + path, data, dict(headers), method=verb)
-        timeout = None if until is None else max(0.001, until - time.monotonic())
+        timeout = None if deadline is None else max(0.001, deadline - time.monotonic())
         whole = bytearray()
         try:
             try:
@@ -7957,7 +7947,7 @@ class OpenerSender(HttpSender):
                     whole += piece
                     if len(whole) > most:
                         raise body_too_large(most, "more", _BUDGET_OPTION)
-                    if until is not None and time.monotonic() > until:
+                    if deadline is not None and time.monotonic() > deadline:
                         raise TimeoutError
                 found = {name.lower(): value for name, value in response.headers.items()}
                 return HttpReply(response.status, found, bytes(whole)).decoded(most)
@@ -7992,7 +7982,7 @@ class SyncClient(HttpSender):
         self.app = app
         self.prefix = app.options.prefix
 
-    def send(self, verb: str, path: str, headers: Pairs, body: Pieces, until: When, most: int) -> HttpReply:
+    def send(self, verb: str, path: str, headers: Pairs, body: Body, deadline: Time, most: int) -> HttpReply:
         def read_body(limit: int) -> bytes:
             content_length(str(total_size(body)), limit)
             return b"".join(body)
@@ -8032,11 +8022,11 @@ class HttpClient(ClientChannel):
             (ACCEPT_MAX_RESPONSE_BYTES_HEADER, str(budget)),
         )
 
-    def _send(self, verb: str, path: str, headers: Pairs, body: Pieces, until: When, most: int) -> HttpReply:
+    def _send(self, verb: str, path: str, headers: Pairs, body: Body, deadline: Time, most: int) -> HttpReply:
         given = self._headers() if callable(self._headers) else self._headers
         headers += tuple((given or {}).items())
         try:
-            reply = self._sender.send(verb, self._prefix + path, headers, body, until, most)
+            reply = self._sender.send(verb, self._prefix + path, headers, body, deadline, most)
         except RequestTooLargeError as exc:
             text = f"the answer exceeds what this client accepts: {exc}"
             raise RpcError("ResponseTooLargeError", text, "", error_code=Code.RESOURCE_EXHAUSTED) from None
@@ -8049,7 +8039,7 @@ class HttpClient(ClientChannel):
             raise AuthenticationError(f"{reason.value}: {facts.get('detail') or 'HTTP 401'}", reason=reason)
         return reply
 
-    def capabilities(self, deadline: When = None) -> HttpServerCapabilities:
+    def capabilities(self, deadline: Time = None) -> HttpServerCapabilities:
         """Ask ``HEAD /health``, once, what the server can do; raises `TransportError`, `AuthenticationError`."""
         if self._capabilities is None:
             reply = self._send("HEAD", "/health", (), [], deadline, MAX_HEAD_BYTES)
@@ -8057,10 +8047,10 @@ class HttpClient(ClientChannel):
             self._capabilities = HttpServerCapabilities.from_headers(answered)
         return self._capabilities
 
-    def post(self, path: str, body: Pieces, until: When, read: Callable[[Buffer], T], *headers: Pair) -> T:
+    def post(self, path: str, body: Body, deadline: Time, read: Callable[[Buffer], T], *headers: Pair) -> T:
         """Post Arrow, and return what *read* makes of the answer. Raises `AuthenticationError` for a 401, `TransportError`
         when no answer comes or one that is not Arrow, `RpcError` when body or answer are larger than server or budget allow."""
-        server = self.capabilities(until)
+        server = self.capabilities(deadline)
         coding = next((name for name in supported_encodings() if name in server.supported_encodings), "")
         if self._level is not None and coding and is_worth_packing(body, coding, self._level):
             body = [compress_body(body, coding, self._level)]
@@ -8070,7 +8060,7 @@ class HttpClient(ClientChannel):
         if most is not None and size > most:
             text = f"the server takes requests of at most {most} bytes, this one has {size}"
             raise RpcError("RequestTooLargeError", text, "", error_code=Code.RESOURCE_EXHAUSTED)
-        reply = self._send("POST", path, self._fixed + headers, body, until, self._budget)
+        reply = self._send("POST", path, self._fixed + headers, body, deadline, self._budget)
         kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != ARROW_CONTENT_TYPE or 300 <= reply.status < 400:
             raise _not_an_answer(reply, self._prefix + path, kind)
@@ -8238,8 +8228,7 @@ class _HttpSession(StreamSession):
 
 
 # ============================================================================
-# 20. ENTRY POINTS ..................................... uses 1-19
-# ============================================================================
+# 20. ENTRY POINTS ... uses 1-19
 # What most programs call. Each connect function returns an `RpcConnection`: `with connection as proxy` gives
 # the typed proxy and closes it on leaving; without `with`, the connection has the methods itself, and `close`.
 # Nobody there: a `TransportError`, over HTTP from the first call. Keywords mean the same everywhere:
@@ -8252,11 +8241,11 @@ class _ServedPipe(Transport):
 
     def __init__(self, server: RpcServer) -> None:
         def serve() -> None:
-            with contextlib.closing(far):
+            with closing(far):
                 server.serve(far)
 
         with opening("cannot serve a pipe") as opened:
-            near, far = [opened.enter_context(contextlib.closing(end)) for end in make_pipe_pair()]
+            near, far = [opened.enter_context(closing(end)) for end in make_pipe_pair()]
             super().__init__(near.channel, near.kind)
             self._thread = threading.Thread(target=serve, daemon=True, name="vgi_rpc serve_pipe")
             self._thread.start()
@@ -8304,7 +8293,7 @@ def connect(
 
     *stderr* says where its standard error goes; with ``StderrMode.PIPE``, line by line to *stderr_logger*.
     """
-    worker = functools.partial(SubprocessTransport, cmd, stderr=stderr, stderr_logger=stderr_logger)
+    worker = partial(SubprocessTransport, cmd, stderr=stderr, stderr_logger=stderr_logger)
     return RpcConnection(protocol, worker, on_log, timeout=timeout, ipc_validation=ipc_validation)
 
 
@@ -8317,7 +8306,7 @@ def unix_connect(
     ipc_validation: IpcValidation = IpcValidation.FULL,
 ) -> RpcConnection[P]:
     """Connect to a Unix socket."""
-    dial = functools.partial(connect_unix_socket, path, timeout)
+    dial = partial(connect_unix_socket, path, timeout)
     return RpcConnection(protocol, dial, on_log, timeout=timeout, ipc_validation=ipc_validation)
 
 
@@ -8337,7 +8326,7 @@ def tcp_connect(
 
     The server must have the certificate of *server_hostname*, by default of *host*.
     """
-    dial = functools.partial(connect_tcp_socket, host, port, connect_timeout, tls_context, server_hostname)
+    dial = partial(connect_tcp_socket, host, port, connect_timeout, tls_context, server_hostname)
     return RpcConnection(protocol, dial, on_log, timeout=timeout, ipc_validation=ipc_validation)
 
 
@@ -8373,11 +8362,7 @@ def http_connect(
 
 
 def _sender_and_path(
-    url: str | None,
-    prefix: str | None,
-    client: HttpSender | None,
-    opener: Any = None,
-    tls_context: Any = None,
+    url: Any, prefix: str | None, client: Any, opener: Any = None, tls_context: Any = None
 ) -> tuple[HttpSender, str]:
     """What `HttpClient` begins with: how requests get to the server, and the path in front of each."""
     if client is not None:
@@ -8407,7 +8392,7 @@ def http_capabilities(
     base_url: str = "", *, prefix: str = "", client: HttpSender | None = None, timeout: float | None = None
 ) -> HttpServerCapabilities:
     """Ask a server's ``/health`` what it can do; raises `TransportError`."""
-    with contextlib.closing(HttpClient(*_sender_and_path(base_url, prefix, client))) as channel:
+    with closing(HttpClient(*_sender_and_path(base_url, prefix, client))) as channel:
         return channel.capabilities(CallOptions(timeout=timeout).deadline)
 
 
@@ -8415,13 +8400,12 @@ def http_introspect(
     base_url: str = "", *, prefix: str = "", client: HttpSender | None = None, protocol: str | None = None
 ) -> ServiceDescription:
     """Return what a server says of *protocol*, by default its primary one; raises as `list_protocols`."""
-    with contextlib.closing(HttpClient(*_sender_and_path(base_url, prefix, client))) as channel:
+    with closing(HttpClient(*_sender_and_path(base_url, prefix, client))) as channel:
         return introspect(channel, protocol=protocol)
 
 
 # ============================================================================
-# 21. COMMAND LINE ..................................... uses 1-20
-# ============================================================================
+# 21. COMMAND LINE ... uses 1-20
 # `python vgi_rpc.py COMMAND`: answers go to stdout, everything said about them to stderr; stdin is read only where
 # `-` stands. Law: nothing of this section runs on import; a failure is one line, a hint and an exit code: 1 the server
 # answered with an error, 2 the command line or a file is wrong, 3 no server was reached, 4 it refused the caller,
@@ -8487,11 +8471,16 @@ class Demo:
 
 
 class _CliError(Exception):
-    """``_CliError(text, hint, exit code)`` ends a command; the last two may be left out."""
+    """Ends a command."""
+
+    def __init__(self, text: str, hint: str = "", exit_code: int = 2) -> None:
+        super().__init__(text)
+        self.hint = hint
+        self.exit_code = exit_code
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a stderr that is closed or full ends nothing
+    with suppress(OSError, ValueError):  # a stderr that is closed or full ends nothing
         print(text, file=sys.stderr, flush=True)
 
 
@@ -8510,7 +8499,8 @@ def _report(exc: Exception, verbose: bool) -> int:
     hint = ""
     code = 2
     if isinstance(exc, _CliError):
-        text, hint, code = exc.args + ("", 2)[len(exc.args) - 1 :]
+        hint = exc.hint
+        code = exc.exit_code
     elif isinstance(exc, OSError):
         text = ": ".join(str(part) for part in (exc.filename, exc.strerror or exc) if part)
     elif isinstance(exc, RpcError):
@@ -8537,7 +8527,7 @@ def _report(exc: Exception, verbose: bool) -> int:
 # -- options
 
 # What stands for numbers in help: type, least, largest, in words.
-_NUMBER_KINDS: dict[str, tuple[Any, float, float, str]] = {
+_NUMBERS: dict[str, tuple[Any, float, float, str]] = {
     "N": (int, 1, 10**15, "a number above 0"),
     "SIZE": (int, 1, 10**15, "a size such as 64M"),
     "SECONDS": (float, 1e-6, 10**9, "seconds above 0"),
@@ -8546,22 +8536,22 @@ _NUMBER_KINDS: dict[str, tuple[Any, float, float, str]] = {
 }
 
 
-def _read_value(kind: str, text: str) -> Any:
+def _read_value(metavar: str, text: str) -> Any:
     """Read the value of an option, by what stands for it in help; argparse's own error says what is wrong with it."""
     import argparse
 
-    if kind == "[HOST:]PORT":  # the host may stand in brackets, as IPv6 addresses do
+    if metavar == "[HOST:]PORT":  # the host may stand in brackets, as IPv6 addresses do
         host, _, port = text.rpartition(":")
         return host.strip("[]") or "127.0.0.1", _read_value("PORT", port)
-    if kind not in _NUMBER_KINDS and ("|" not in kind or text in kind.split("|")):
+    if metavar not in _NUMBERS and ("|" not in metavar or text in metavar.split("|")):
         return text
-    cast_to, least, most, wanted = _NUMBER_KINDS.get(kind, (float, 0, 0, kind))
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([KMG]?)(?:i?B)?", text, re.I | re.A)
-    if found and kind in _NUMBER_KINDS and (kind == "SIZE" or not found[2]):
-        number = float(found[1]) * 1024 ** "_KMG".index(found[2].upper() or "_")
+    cast_to, least, most, expected = _NUMBERS.get(metavar, (float, 0, 0, metavar))
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([KMG]?)(?:i?B)?", text, re.I | re.A)
+    if match and metavar in _NUMBERS and (metavar == "SIZE" or not match[2]):
+        number = float(match[1]) * 1024 ** "_KMG".index(match[2].upper() or "_")
         if least <= number <= most and cast_to(number) == number:
             return cast_to(number)
-    raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
 
 def _read_options(parser: Any, table: str, words: list[str], twins: bool = False) -> Any:
@@ -8574,7 +8564,7 @@ def _read_options(parser: Any, table: str, words: list[str], twins: bool = False
     for line in table.splitlines():
         option, _, text = line.partition(" | ")
         option, _, default = option.partition(" := ")
-        names, _, kind = option.partition(" ")
+        names, _, metavar = option.partition(" ")
         flags = names.split(",")
         text += f" (default: {default})" * bool(default)
         if twins:
@@ -8583,9 +8573,9 @@ def _read_options(parser: Any, table: str, words: list[str], twins: bool = False
             default = os.environ.get(twin) or default
         settings: dict[str, Any] = {"action": "store_true"}
         settings["default"] = default.lower() in ("1", "true", "yes")
-        if kind:
-            settings = {"metavar": kind.rstrip("?*+"), "default": default or None}
-            settings.update(type=functools.partial(_read_value, kind), **counts.get(kind[-1], {}))
+        if metavar:
+            settings = {"metavar": metavar.rstrip("?*+"), "default": default or None}
+            settings.update(type=partial(_read_value, metavar), **counts.get(metavar[-1], {}))
         parser.add_argument(*flags, help=text, **settings)
     args = parser.parse_intermixed_args(words)
     ways = [name for name in ("http", "stdio", "unix", "tcp") if getattr(args, name, None)]
@@ -8622,27 +8612,27 @@ def _service_of(target: str) -> RpcServer:
         sys.path.insert(0, folder)
         if package:  # as if it had been imported, this module is an attribute of its package
             setattr(importlib.import_module(package), stem, sys.modules[__name__])
-        found: Any = pkgutil.resolve_name(f"{path}:{name.removesuffix('()')}")
-        if getattr(found, "_is_protocol", False):
+        loaded: Any = pkgutil.resolve_name(f"{path}:{name.removesuffix('()')}")
+        if getattr(loaded, "_is_protocol", False):
             raise TypeError("a Protocol says what there is; name the class that implements it")
-        if name.endswith("()") or isinstance(found, type):
-            found = found()
+        if name.endswith("()") or isinstance(loaded, type):
+            loaded = loaded()
     except Exception as exc:
         last = traceback.extract_tb(exc.__traceback__)[-1]
         own = last.filename == __file__ or re.search("importlib|pkgutil", last.filename)
         where = f"{last.filename}:{last.lineno}: " * (not own)
         raise _CliError(f"{where}{type(exc).__name__}: {text_of(exc)}", wanted) from None
-    if isinstance(found, RpcServer):
-        return found
-    if inspect.isroutine(found):
+    if isinstance(loaded, RpcServer):
+        return loaded
+    if inspect.isroutine(loaded):
         raise _CliError(f"{target} is a function", "name the class, or write module:make()")
-    cls = type(found)
+    cls = type(loaded)
     around: list[Any] = [*cls.__mro__[1:], *vars(sys.modules[cls.__module__]).values()]
     around = [each for each in around if isinstance(each, type) and getattr(each, "_is_protocol", False)]
     fitting = [each for each in around if set() < names(each) <= names(cls)]
     fitting.sort(key=lambda each: not cls.__name__.startswith(each.__name__))
     try:
-        return RpcServer([*fitting, cls][0], found)
+        return RpcServer([*fitting, cls][0], loaded)
     except TypeError as exc:
         raise _CliError(text_of(exc)) from None
 
@@ -8680,9 +8670,8 @@ def _serve(args: Any) -> None:
         callers = {words[-1]: AuthContext("bearer", True, [*words[:-1], "bearer"][0]) for words in lines}
         options["authenticate"] = bearer_authenticate_static(tokens=callers)
     prefix = HttpOptions(**options).prefix
-    token_keys(
-        options.get("token_key") or os.environ.get("VGI_RPC_TOKEN_KEY") or os.urandom(32)
-    )  # says what is wrong
+    # Says what is wrong with it.
+    token_keys(options.get("token_key") or os.environ.get("VGI_RPC_TOKEN_KEY") or os.urandom(32))
     if args.check:
         print(describe_rpc(server.primary.protocol))
         return
@@ -8691,9 +8680,9 @@ def _serve(args: Any) -> None:
     if args.access_log:
         configure_access_log(args.access_log, server)
 
-    def bound(kind: str, *place: object) -> None:
-        where = ":".join(map(str, [kind.lower(), *place]))
-        if kind == "PORT":
+    def bound(label: str, *place: object) -> None:
+        where = ":".join(map(str, [label.lower(), *place]))
+        if label == "PORT":
             where = f"http://{re.sub('(.*:.*)', '[' + args.host + ']', args.host)}:{place[0]}{prefix}"
         lines = [f"{server.protocol_name} served by vgi_rpc {__version__}"]
         for info in server.methods.values():
@@ -8702,8 +8691,8 @@ def _serve(args: Any) -> None:
         if args.server is None:
             _say("\n".join(lines))
         if args.server is not None or args.announce:
-            with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it: that stops no server
-                print(kind, *place, sep=":", flush=True)
+            with suppress(OSError, ValueError):  # closed, or nobody reads it: that stops no server
+                print(label, *place, sep=":", flush=True)
 
     more: dict[str, Any] = {"idle_timeout": args.idle_timeout, "max_connections": args.max_connections}
     try:
@@ -8711,9 +8700,9 @@ def _serve(args: Any) -> None:
             options.update(more, host=args.host, port=args.port)
             serve_http(server, on_bound=lambda _, port: bound("PORT", port), **options)
         elif args.unix:
-            serve_unix(server, args.unix, threaded=True, on_bound=functools.partial(bound, "UNIX"), **more)
+            serve_unix(server, args.unix, threaded=True, on_bound=partial(bound, "UNIX"), **more)
         elif args.tcp:
-            serve_tcp(server, *args.tcp, threaded=True, on_bound=functools.partial(bound, "TCP"), **more)
+            serve_tcp(server, *args.tcp, threaded=True, on_bound=partial(bound, "TCP"), **more)
         else:
             serve_stdio(server)
     except OSError as exc:
@@ -8725,7 +8714,7 @@ def _serve(args: Any) -> None:
 # -- call: where to, and with which arguments
 
 
-@contextlib.contextmanager
+@contextmanager
 def _connected(args: Any) -> Iterator[tuple[RpcConnection[Any], ServiceDescription, Any]]:
     """Connect to WHERE, and ask what the server says of its service, and of the method if one is named."""
     import shlex
@@ -8734,18 +8723,18 @@ def _connected(args: Any) -> Iterator[tuple[RpcConnection[Any], ServiceDescripti
     headers = {name.strip(): value.strip() for name, _, value in parts}
     if args.bearer_file:
         headers["Authorization"] = f"Bearer {_secrets(args.bearer_file)[0][-1]}"
-    kind, _, rest = args.where.partition(":")
+    scheme, _, rest = args.where.partition(":")
     options: dict[str, Any] = {"timeout": args.timeout}
     if args.verbose:
         options["on_log"] = lambda log: _say(f"[{log.level.value}] {log.message}")
     connection: RpcConnection[Any]
-    if kind.lower() in ("http", "https"):
+    if scheme.lower() in ("http", "https"):
         connection = http_connect(Reflection, args.where, headers=headers, **options)
     elif headers:
         raise _CliError("-H and --bearer-file are for HTTP")
-    elif kind == "unix":
+    elif scheme == "unix":
         connection = unix_connect(Reflection, rest, **options)
-    elif kind == "tcp" and re.fullmatch("(.*:)?[0-9]{1,5}", rest):
+    elif scheme == "tcp" and re.fullmatch("(.*:)?[0-9]{1,5}", rest):
         host, _, port = rest.rpartition(":")
         connection = tcp_connect(Reflection, host.strip("[]") or "127.0.0.1", int(port), **options)
     elif not args.where or re.fullmatch(r"[\w.-]+:[\w:.]+(/.*)?", args.where):
@@ -8772,7 +8761,7 @@ def _usage_of(method: MethodDescription) -> str:
     return " ".join(words + ["-i FILE"] * bool(method.is_exchange))
 
 
-def _given(args: Any, method: MethodDescription) -> Any:
+def _arguments(args: Any, method: MethodDescription) -> Any:
     """What ``-j`` and ``k=v | k:=json | k=@file | k.field=v`` give, as one JSON object."""
 
     def content(text: str) -> str | bytes:
@@ -8781,11 +8770,11 @@ def _given(args: Any, method: MethodDescription) -> Any:
         with open(text[1:], "rb") as file:
             return file.read()
 
-    given = parse_json(sys.stdin.buffer.read() if args.json == "-" else content(args.json or "{}"), "-j")
+    arguments = parse_json(sys.stdin.buffer.read() if args.json == "-" else content(args.json or "{}"), "-j")
     for word in args.parameters:
         name, equals, text = word.partition("=")
         *outer, last = name.removesuffix(":").split(".")
-        inside = given
+        inside = arguments
         members = list(method.params_schema)
         for step in outer:
             inside = inside.setdefault(step, {}) if isinstance(inside, dict) else None
@@ -8798,18 +8787,28 @@ def _given(args: Any, method: MethodDescription) -> Any:
             name = "json:"  # of a dataclass; else a file has what bytes are
         kinds = [member.type for member in members]
         inside[last] = parse_json(data, word) if name.endswith(":") else json_of_word(data, *kinds)
-    return given
+    return arguments
 
 
 # -- call: what an exchange is given
 
 
+class _FileSource(ByteSource):
+    def __init__(self, file: Any) -> None:
+        super().__init__()
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        return cast("bytes", self._file.read(size))
+
+    def read_after(self, head: bytes, size: int) -> Buffer:
+        return head + self.read(size)
+
+
 def _input_batches(args: Any, skip: int) -> Iterator[tuple[pa.RecordBatch, int]]:
     """The batches of an Arrow, NDJSON or CSV file, told apart by its first bytes; ``-`` is read as it comes.
-
-    Without the first *skip* rows; each with the number of rows up to its end.
-    """
-    opened: Any = contextlib.nullcontext(sys.stdin.buffer)
+    Without the first *skip* rows; each with the number of rows up to its end."""
+    opened: Any = nullcontext(sys.stdin.buffer)
     if args.input != "-":
         opened = open(args.input, "rb")
     with opened as file:
@@ -8819,10 +8818,7 @@ def _input_batches(args: Any, skip: int) -> Iterator[tuple[pa.RecordBatch, int]]
         if first == b"ARROW1":
             file.read(8)  # this format is a stream between two magic words (Columnar.rst, "IPC File Format")
         if first == b"ARROW1" or first[:4] == END_OF_STREAM[:4]:
-            source = ByteSource()
-            source.read = file.read  # type: ignore[method-assign]
-            source.read_after = lambda head, size: head + file.read(size)  # type: ignore[method-assign]
-            batches = (batch for batch, _ in iter(IpcReader(source).next, None))
+            batches = (batch for batch, _ in iter(IpcReader(_FileSource(file)).next, None))
             size = args.rows or sys.maxsize
         if args.rows:
             batches = _joined(batches, args.rows)
@@ -8850,13 +8846,11 @@ def _joined(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.RecordB
 
 def _text_batches(file: Any, is_csv: bool) -> Iterator[pa.RecordBatch]:
     """Batches of CSV or NDJSON, of as many rows as a read brings.
-
     Numbers stay texts, as all of CSV does: the server casts them to the types that it declares, which nobody else knows,
-    and no digit is lost.
-    """
+    and no digit is lost."""
     schema = None
     rest = b""
-    for data in itertools.chain(iter(functools.partial(file.read1, 1 << 20), b""), [b""]):
+    for data in itertools.chain(iter(partial(file.read1, 1 << 20), b""), [b""]):
         rest += data or b"\n"
         end = rest.rfind(b"\n") + 1
         while data and is_csv and rest.count(b'"', 0, end) % 2:  # within a cell
@@ -8923,22 +8917,20 @@ class _Output:
     def __init__(self, args: Any) -> None:
         terminal = not args.output and sys.stdout.isatty()
         adds = bool(args.resume and os.path.exists(args.resume))
-        self.kind = args.format
+        self.format = args.format
         if args.format == "auto":
-            self.kind = "table" if terminal else _ENDINGS.get(os.path.splitext(args.output or "")[1])
-        if self.kind is None:
-            raise _CliError(
-                f"-o {args.output}: expected an ending of {', '.join(filter(None, _ENDINGS))}",
-                "-f says the format",
-            )
-        if self.kind == "arrow" and (terminal or (adds and os.path.exists(args.output or ""))):
+            self.format = "table" if terminal else _ENDINGS.get(os.path.splitext(args.output or "")[1])
+        if self.format is None:
+            text = f"-o {args.output}: expected an ending of {', '.join(filter(None, _ENDINGS))}"
+            raise _CliError(text, "-f says the format")
+        if self.format == "arrow" and (terminal or (adds and os.path.exists(args.output or ""))):
             raise _CliError("-f arrow: neither for a terminal nor to be added to a file", "-o A_NEW_FILE")
         self._path = args.output
         self._file: Any = sys.stdout.buffer
         if args.output:
             self._file = open(args.output, "wa"[adds] + "b")
         self._begun = False  # whether there was a row
-        self._end = "[]\n" * (self.kind == "json")
+        self._end = "[]\n" * (self.format == "json")
         self._arrow: IpcWriter | None = None
 
     def _put(self, text: str) -> None:
@@ -8949,10 +8941,10 @@ class _Output:
         """Write rows of JSON values: as lines, as part of one array, or as cells of a least width."""
         text = ""
         for row in rows:
-            if self.kind == "table":
+            if self.format == "table":
                 lines = [list(row)] * (not self._begun) + [list(map(_cell, row.values()))]
                 text += "".join("  ".join(f"{cell:12}" for cell in cells).rstrip() + "\n" for cells in lines)
-            elif self.kind == "json":
+            elif self.format == "json":
                 text += ("[\n", ",\n")[self._begun] + json_text(row)
                 self._end = "\n]\n"
             else:
@@ -8963,20 +8955,20 @@ class _Output:
     def header(self, batch: pa.RecordBatch, described: pa.Schema) -> None:
         """Write a stream's header. In Arrow it is a stream of its own: in ``FILE.header``, or in front on a pipe."""
         [row] = batch_rows(batch, described)
-        if self.kind == "arrow":
-            to: Any = contextlib.nullcontext(self._file)
+        if self.format == "arrow":
+            to: Any = nullcontext(self._file)
             if self._path:
                 to = open(f"{self._path}.header", "wb")
             with to as file:
                 file.write(stream_bytes(WireSchema(batch.schema), [(batch, None)]))
-        elif self.kind == "table":
+        elif self.format == "table":
             self._put(f"Header: {_cell(row)}\n")
         else:
             self.rows([{"__header__": row}])
 
     def batch(self, batch: pa.RecordBatch, metadata: Any = None) -> None:
         """Write the rows of a batch."""
-        if self.kind == "arrow":
+        if self.format == "arrow":
             self._arrow = self._arrow or IpcWriter(self._file.writelines, WireSchema(batch.schema))
             self._arrow.write_all([(batch, metadata)])
             self._file.flush()
@@ -8986,20 +8978,20 @@ class _Output:
     def value(self, value: Any, info: RpcMethodInfo) -> None:
         """Write a unary result; a dataclass or a record batch, which is a stream inside of bytes, as rows."""
         whole = info.result.to_batch(info.result.encode([value][: info.has_return]))
-        shown = result_to_json(info, whole)
+        value_json = result_to_json(info, whole)
         batches = []
         if isinstance(value, bytes) and value[:4] == END_OF_STREAM[:4]:
-            with contextlib.suppress(IPCError, EOFError):
+            with suppress(IPCError, EOFError):
                 batches = [batch for batch, _ in iter(IpcReader(ByteSource(value)).next, None)]
-        if batches and isinstance(shown, str):  # a server that does not tell what is inside
-            shown = [row for batch in batches for row in batch_rows(batch)]
-        if self.kind == "arrow":
+        if batches and isinstance(value_json, str):  # a server that does not tell what is inside
+            value_json = [row for batch in batches for row in batch_rows(batch)]
+        if self.format == "arrow":
             for batch in batches or [whole]:
                 self.batch(batch)
-        elif batches and self.kind != "json":
-            self.rows(shown if isinstance(shown, list) else [shown])
+        elif batches and self.format != "json":
+            self.rows(value_json if isinstance(value_json, list) else [value_json])
         else:
-            self._end = (json_text, _cell)[self.kind == "table"](shown) + "\n"
+            self._end = (json_text, _cell)[self.format == "table"](value_json) + "\n"
         self.close()
 
     def close(self) -> None:
@@ -9025,21 +9017,19 @@ def _call(args: Any) -> None:
         if args.resume and not (is_stream and isinstance(connection._channel, HttpClient)):
             raise _CliError("--resume is for streams over HTTP: elsewhere the state ends with the connection")
         try:
-            given = _given(args, method)
+            arguments = _arguments(args, method)
             if is_stream:
-                _call_stream(args, connection, method, given)
+                _call_stream(args, connection, method, arguments)
             else:
-                row = arguments_from_json(method, given)
+                row = arguments_from_json(method, arguments)
                 _Output(args).value(connection._channel.call(method, row, connection._options), method)
         except (ParameterError, ProtocolError) as exc:
             raise _CliError(text_of(exc), _usage_of(method)) from None
 
 
-def _call_stream(args: Any, connection: RpcConnection[Any], info: RpcMethodInfo, given: Any) -> None:
+def _call_stream(args: Any, connection: RpcConnection[Any], info: RpcMethodInfo, arguments: Any) -> None:
     """Start a stream, or go on with the one that ``--resume FILE`` remembers, and write each answer as it comes.
-
-    The file holds the method, how many rows of the input were answered, and the token behind them.
-    """
+    The file holds the method, how many rows of the input were answered, and the token behind them."""
     method = f"{info.protocol_name}.{info.name}"
     mark: dict[str, Any] = {}
     if args.resume and os.path.exists(args.resume):
@@ -9051,8 +9041,8 @@ def _call_stream(args: Any, connection: RpcConnection[Any], info: RpcMethodInfo,
     if mark:
         opened = channel.resume(info, mark["token"].encode(), connection._options)
     else:
-        opened = channel.call(info, arguments_from_json(info, given), connection._options)
-    show: Any = functools.partial(print, "\r\x1b[K", sep="", end="", file=sys.stderr, flush=True)
+        opened = channel.call(info, arguments_from_json(info, arguments), connection._options)
+    show: Any = partial(print, "\r\x1b[K", sep="", end="", file=sys.stderr, flush=True)
     if not sys.stderr.isatty():
         show = str
     turn = written = 0
@@ -9073,12 +9063,12 @@ def _call_stream(args: Any, connection: RpcConnection[Any], info: RpcMethodInfo,
             turn += 1
             written += batch.num_rows
             if args.resume and not session.closed:
-                with contextlib.suppress(RpcError):  # there is no token behind the last batch
+                with suppress(RpcError):  # there is no token behind the last batch
                     mark = {"method": method, "rows": rows, "token": session.token().decode()}
                     # All so far was written. The old file stays until the new one is whole; it is its owner's alone.
                     descriptor = os.open(f"{args.resume}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-                    with open(descriptor, "wb") as kept:
-                        kept.write(json_bytes(mark))
+                    with open(descriptor, "wb") as new:
+                        new.write(json_bytes(mark))
                     os.replace(f"{args.resume}.new", args.resume)
             show(f"{turn} batches, {written} rows")
             if args.limit is not None and written >= args.limit:
@@ -9086,7 +9076,7 @@ def _call_stream(args: Any, connection: RpcConnection[Any], info: RpcMethodInfo,
         else:
             if args.resume and os.path.exists(args.resume):
                 os.unlink(args.resume)
-            if not turn and output.kind == "arrow":  # a stream without rows has a schema too
+            if not turn and output.format == "arrow":  # a stream without rows has a schema too
                 output.batch(pa.RecordBatch.from_pylist([], session.schema))
         show("")
         output.close()
@@ -9098,9 +9088,9 @@ def _call_stream(args: Any, connection: RpcConnection[Any], info: RpcMethodInfo,
 def _describe(args: Any) -> None:
     """Show what a server offers."""
     with _connected(args) as (connection, service, method):
-        told = {"protocol_hash": service.protocol_hash, "server_id": service.server_id}
+        ids = {"protocol_hash": service.protocol_hash, "server_id": service.server_id}
         if args.verbose and isinstance(connection._channel, HttpClient):
-            told.update(connection._channel.capabilities(connection._options.deadline)._asdict())
+            ids.update(connection._channel.capabilities(connection._options.deadline)._asdict())
     texts = [f"{service.protocol_name} {service.protocol_version}".rstrip()] * (method is None)
     for each in (method and [method]) or service.methods.values():
         lines = [f"{each.signature()}    {each.kind}"]
@@ -9108,18 +9098,14 @@ def _describe(args: Any) -> None:
         lines += [f"  deprecated: {each.deprecation}"] * (each.deprecation is not None)
         for title, schema in described_schemas(each).items():
             rows = list(described_rows(schema))
-            if len(rows) > len(schema) or title == "header" or any(" (" in kind for _, kind, _ in rows):
+            if len(rows) > len(schema) or title == "header" or any(" (" in typed for _, typed, _ in rows):
                 width = max((len(name) for name, _, _ in rows), default=0)
                 lines += [f"  {title}"] * bool(rows)
-                lines += [f"    {name:{width}}  {kind}" for name, kind, _ in rows]
+                lines += [f"    {name:{width}}  {typed}" for name, typed, _ in rows]
         texts.append("\n".join([*lines, f"  {_usage_of(each)}"]))
     if args.verbose:
-        texts.append(
-            "\n".join(
-                f"{name.replace('_', ' ')}: {'not told' if value is None else value}"
-                for name, value in told.items()
-            )
-        )
+        told = {name.replace("_", " "): "not told" if value is None else value for name, value in ids.items()}
+        texts.append("\n".join(f"{name}: {value}" for name, value in told.items()))
     print("\n\n".join(texts))
 
 
@@ -9149,12 +9135,12 @@ def _selfcheck(args: Any) -> int:
         text = "ok"
         try:
             with way() as proxy:
-                found = [proxy.add(a=2.0), *proxy.countdown(start=2).to_table().column("n").to_pylist()]
+                results = [proxy.add(a=2.0), *proxy.countdown(start=2).to_table().column("n").to_pylist()]
                 with proxy.statistics() as session:
                     answers = [session.exchange({"value": [1.0, None, 3.0]}).batch for _ in range(2)]
-            found += answers[1].to_pylist()
-            if found != [3.0, 2, 1, 0, {"count": 4, "mean": 2.0}]:
-                raise ValueError(f"wrong answers: {found}")
+            results += answers[1].to_pylist()
+            if results != [3.0, 2, 1, 0, {"count": 4, "mean": 2.0}]:
+                raise ValueError(f"wrong answers: {results}")
         except Exception as exc:
             failed = 1
             text = f"FAILED {type(exc).__name__}: {text_of(exc)}"
