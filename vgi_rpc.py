@@ -154,7 +154,7 @@ SHM_OFFSET_KEY = b"vgi_rpc.shm_offset"
 STATE_KEY = b"vgi_rpc.stream_state#b64"  # the cursor: the advancing state
 CALL_STATE_KEY = b"vgi_rpc.call_state#b64"  # the call token: the fixed half
 
-# Metadata of the schemas that our reflection answers with. Other peers pass over it.
+# Metadata of the schemas that our reflection answers with (section 10).
 DOC_KEY = b"vgi_rpc.doc"  # of a method's parameters, or of the class of one field
 SIGNATURE_KEY = b"vgi_rpc.signature"  # of a method's parameters
 PARAM_DOCS_KEY = b"vgi_rpc.param_docs"
@@ -853,11 +853,6 @@ class ByteSource:
         if self.at == len(self._buffer):
             self._fill()
         return self._buffer, self.at
-
-    @property
-    def left(self) -> int:
-        """How many of the bytes in the buffer are still to be read."""
-        return len(self._buffer) - self.at
 
 
 class IpcLimits(NamedTuple):
@@ -1921,7 +1916,7 @@ class Codec(NamedTuple):
         return Codec(self.kind, self.arrow_type, self.expected, parts=parts, nullable=self.nullable)
 
     def _members(self, value: Any, convert: Callable[..., Any]) -> Any:
-        """Convert, by their codecs, the items of a list, the pairs of a map or the members of a struct."""
+        """Convert what is in a list, a map or a struct, by its codec."""
         if self.kind is list:
             return self.parts["item"]._each(value, range(len(value)), convert)
         if self.kind is Mapping:  # what there is of them
@@ -1937,7 +1932,7 @@ class Codec(NamedTuple):
         return list(zip(self.parts["key"]._each(keys, keys, convert), values))
 
     def _each(self, values: Any, steps: Sequence[Any], convert: Callable[..., Any]) -> list[Any]:
-        """Convert values of this codec; a mismatch says at which of *steps* of their container."""
+        """Convert values of this codec; a mismatch says at which of *steps*."""
         kinds = list(map(type, values))
         # To count one type takes half as long as to collect them all.
         alike = kinds and kinds[0] in self.plain and kinds.count(kinds[0]) == len(kinds)
@@ -1992,7 +1987,7 @@ class Codec(NamedTuple):
             array = pa.array([encoded], kind)
             array.validate(full=kind.num_fields > 0)
         except ARROW_FAILURES:
-            self.of_encoded().encode(encoded)  # which says what does not fit
+            self.of_encoded().encode(encoded)
             # Under a null struct pyarrow writes index 0, also into an empty dictionary; readers refuse that.
             array = pa.array([encoded, _filled(kind)], kind).slice(0, 1)
         return array
@@ -2386,7 +2381,7 @@ class DataclassCodec:
                 raise TypeError(f"{text}, but is not decorated with @dataclass")
 
     def _codecs(self, annotation: Any, hints: Mapping[str, Any]) -> dict[str, Codec]:
-        """Return the codecs of fields; `TypeError` names the field that has none, or a class inside itself."""
+        """Return the codecs of fields; `TypeError` names the one without, or a class inside itself."""
         mark = (threading.get_ident(), annotation)
         if mark in self._building:
             raise TypeError(f"{self.name} contains itself; an Arrow struct has a fixed depth")
@@ -4014,7 +4009,7 @@ def failure_text(exc: Any) -> str:
 @contextmanager
 def opening(failure: str) -> Iterator[ExitStack]:
     """Turn what the system refuses while connecting into `TransportError`; after any failure close the stack.
-    A wrong argument stays a `TypeError` or `ValueError`: no second try would help."""
+    What a wrong argument raises stays what it is."""
     with ExitStack() as opened:
         try:
             yield opened
@@ -7201,8 +7196,8 @@ class _PostedCall:
         else:
             source = ByteSource(body)
             request = read_request(self._reader(source, server.request_schemas))
-            if source.left:
-                raise IPCError(f"request: {source.left} bytes after the end of the stream")
+            if source.at < len(body):
+                raise IPCError(f"request: {len(body) - source.at} bytes after the end of the stream")
             server.resolve(request, (info.protocol_name, info.name))
         call = self._open_call(request.metadata, request)
         turn = call.begin(lambda: request.arguments(info))
@@ -7575,7 +7570,7 @@ class HttpHandler(_Handler):
         self._patience = _OVER_CAP_SECONDS if self._over_cap else self.options.read_timeout
         self._wait = self._patience  # for the next request
         self._reader = HttpReader(self._channel, self._patience, self.options.request_deadline)
-        self._unread = False  # whether there is a body that must not be taken for the next request
+        self._unread = False  # whether there is a body, not to be taken for the next request: then it closes
 
     def finish(self) -> None:
         self.request.close()
@@ -7607,7 +7602,6 @@ class HttpHandler(_Handler):
             raw = self._reader.head()
             if not raw:
                 return False
-            # A body that a refusal leaves unread must not be read as the next request: then the connection closes.
             self._unread = True
             head = parse_http_head(raw)
             path, host = check_request_head(head)
