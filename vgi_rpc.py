@@ -122,7 +122,7 @@ wire_read = logging.getLogger("vgi_rpc.wire.read")  # shapes of what comes and g
 wire_write = logging.getLogger("vgi_rpc.wire.write")
 
 
-# ============================================================================
+# ======================================
 # 1. CONSTANTS ... uses nothing
 # Every key on the wire, header name and default limit, once. The family, which is all ``vgi-rpc`` packages that
 # speak this protocol, in any language, depends on the spelling.
@@ -235,7 +235,7 @@ Time: TypeAlias = float | None  # of ``time.monotonic()``, in seconds: a deadlin
 SMALL_BODY_BYTES = 65_536  # below: one bytes object; above: read in place, written without copying
 
 
-# ============================================================================
+# ======================================
 # 2. ERRORS ... uses 1
 # Every exception of this file, its code, kind and HTTP status; those of other libraries reach no user.
 #
@@ -635,7 +635,7 @@ def error_as_json(exc: BaseException, *, request_id: str = "", trace: str = "") 
     return {name: value for name, value in obj.items() if value or name == "message"}
 
 
-# ============================================================================
+# ======================================
 # 3. LOG MESSAGES ... uses 1-2
 # A log line or an error as it travels: level, text, extra. An error is a message of level EXCEPTION.
 # The metadata of a message is the only form in which an exception leaves a process.
@@ -770,7 +770,7 @@ def error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
     return error
 
 
-# ============================================================================
+# ======================================
 # 4. BATCHES ... uses 1-3
 # Arrow IPC streams in and out, message by message.
 # Law: nothing foreign reaches pyarrow's decoder before its head was read and its sizes were found plausible, and what
@@ -780,8 +780,9 @@ Buffer: TypeAlias = bytes | memoryview | pa.Buffer
 Metadata: TypeAlias = Mapping[bytes, bytes]
 Item: TypeAlias = tuple[pa.RecordBatch, Metadata | None] | bytes  # bytes: a batch message, ready to be sent
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-SCHEMA_MESSAGE = 1  # this and the next: MessageHeader of Arrow's format/Message.fbs
+SCHEMA_MESSAGE = 1  # these three: MessageHeader of Arrow's format/Message.fbs
 DICTIONARY_MESSAGE = 2
+BATCH_MESSAGE = 3
 _PYTHON_FAILURES = (OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError)
 ARROW_FAILURES = (pa.ArrowException, *_PYTHON_FAILURES)  # what pyarrow raises on bad bytes or values
 # What pyarrow, `struct` and `FlatHead` raise on bytes of a peer.
@@ -1195,21 +1196,26 @@ def _whole(data: Buffer, size: int) -> Any:
     return data
 
 
-_FRONT = struct.Struct("<4siI7H2xiqIIHBxI")  # prefix, size; a Message's vtable and table; the number of pairs
-_PAIR = struct.Struct("<4HiIII")  # a KeyValue's vtable and table, the length of its key
+# A table begins with the way back to its vtable: both sizes, then at which byte of the table its fields stand, those of
+# a Message (format/Message.fbs): version, header_type, header, bodyLength, custom_metadata; of a KeyValue: key, value.
+# All other references lead forward, from where they stand: that of the header from 8 + 20 + 12.
+_MESSAGE = struct.pack(
+    "<I7H2xi", 20, 14, 24, 20, 22, 12, 4, 16, 16
+)  # reference to its table, vtable, way back
+_KEY_VALUE = struct.pack("<4Hi", 8, 12, 4, 8, 8)
+_FRONT = struct.Struct(f"<4si{len(_MESSAGE)}sqIIHBxI")  # prefix, size; Message's fields; how many pairs
+_PAIR = struct.Struct(f"<{len(_KEY_VALUE)}sIII")  # KeyValue's fields, the length of the key
+_V5 = 4
 
 
 def with_metadata(message: bytes, metadata: Mapping[Any, Any]) -> bytes:
     """Return a batch message that pyarrow serialised without metadata, with *metadata*.
-
-    References in a flatbuffer lead forward, but for those to vtables. So what its Message table refers to can stay as
-    it is behind another Message table, if its bytes stay at multiples of 8.
-    """
-    root = 8 + _U32(message, 8)[0]
-    field = root + _U16(message, root - _I32(message, root)[0] + 8)[0]
-    content = field + _U32(message, field)[0]
-    # Before this, where that table or its vtable begins, stands only the old Message table.
-    kept = min(content, content - _I32(message, content)[0]) & -8
+    What its Message table refers to can stay as it is behind another one, if its bytes stay at multiples of 8."""
+    table = 8 + _U32(message, 8)[0]
+    header = table + _U16(message, table - _I32(message, table)[0] + 8)[0]
+    batch = header + _U32(message, header)[0]
+    # Before this, where the RecordBatch or its vtable begins, stands only the old Message table.
+    rest = min(batch, batch - _I32(message, batch)[0]) & -8
     body = 8 + _I32(message, 4)[0]
     at = 8 + 4 * len(metadata)  # from the vector's first element to the next table
     places: list[int] = []
@@ -1218,15 +1224,15 @@ def with_metadata(message: bytes, metadata: Mapping[Any, Any]) -> bytes:
         key, value = [text.encode() if isinstance(text, str) else text for text in pair]
         size = len(key) + 4 & -4  # a text ends with a zero byte
         places.append(at - 4 * len(places))
-        pairs += (_PAIR.pack(8, 12, 4, 8, 8, 8, 8 + size, len(key)), key.ljust(size, b"\0"))
+        pairs += (_PAIR.pack(_KEY_VALUE, 8, 8 + size, len(key)), key.ljust(size, b"\0"))
         pairs += (len(value).to_bytes(4, "little"), value.ljust(len(value) + 4 & -4, b"\0"))
         at += _PAIR.size + size + 4 + len(pairs[-1])
     padding = bytes(-(at + _FRONT.size - 8) % 8)
     end = at + _FRONT.size - 8 + len(padding)
-    facts = (16, len(message) - body, end + content - kept - 40, 8, 4, 3, len(places))
-    front = _FRONT.pack(message[:4], end + body - kept - 8, 20, 14, 24, 20, 22, 12, 4, 16, *facts)
+    fields = (len(message) - body, end + batch - rest - 40, 8, _V5, BATCH_MESSAGE)
+    front = _FRONT.pack(message[:4], end + body - rest - 8, _MESSAGE, *fields, len(places))
     front += struct.pack(f"<{len(places)}I", *places)
-    return b"".join([front, *pairs, padding, message[kept:]])
+    return b"".join([front, *pairs, padding, message[rest:]])
 
 
 _OPTIONS = ipc.IpcWriteOptions()
@@ -1452,7 +1458,7 @@ def batch_from_pydict(data: Mapping[str, Any], schema: pa.Schema | None, where: 
         raise ParameterError(f"{where}: {text_of(exc)}") from None
 
 
-# ============================================================================
+# ======================================
 # 5. ROW TEMPLATES ... uses 1-4
 # Streams of one row without pyarrow, whose calls cost more than a small message is worth: a template is made of a stream
 # that section 4 wrote for an example row. Law: `read` accepts only what `write` would have written. All else goes the
@@ -1797,7 +1803,7 @@ def row_template(
     return None
 
 
-# ============================================================================
+# ======================================
 # 6. TYPES ... uses 1-5
 # Annotation -> codec: the Arrow type, how a Python value is encoded for it, and how it comes back.
 # Law: what arrives is what was sent, or it is refused before it is sent. pyarrow converts with loss where types
@@ -2488,7 +2494,7 @@ class ArrowSerializableDataclass:
         return cast("T", located(cls.__name__, dataclass_codec(cls).from_batch, batch))
 
 
-# ============================================================================
+# ======================================
 # 7. STREAM STATE ... uses 1-6
 # What the author of a method holds in hand: the context of a call, the collector of one turn, the state that
 # lives on between turns. Law: nothing here knows a transport; what is known of a call is in its CallContext.
@@ -2760,7 +2766,7 @@ class Stream(Generic[_S, _H], _ClientSide):
             return super().__class_getitem__(parts if isinstance(parts, tuple) else (parts, None))
 
 
-# ============================================================================
+# ======================================
 # 8. METHODS ... uses 1-7
 # A Protocol class read once: every method with its schemas and codecs, and an implementation checked against
 # it. Law: whatever is wrong with a service is said when its server is made, all of it in one error.
@@ -3127,7 +3133,7 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
     return BoundMethod(info, service, function, context, concrete, is_exchange)
 
 
-# ============================================================================
+# ======================================
 # 9. REQUESTS AND RESULTS ... uses 1-8
 # A call's arguments to a request stream and back, a result to its batch and back.
 # Law: a request's schema equals the method's, name for name, type for type, before a single value is decoded.
@@ -3341,7 +3347,7 @@ def header_batch(info: RpcMethodInfo, header: Any) -> pa.RecordBatch:
     return located(where, codec.row.to_batch, row)
 
 
-# ============================================================================
+# ======================================
 # 10. REFLECTION ... uses 1-9
 # What a server says of itself: the reflection protocol, its dataclasses, the protocol hash.
 # Field names, their order and the tokens of the hash are the family's; a change here is a change of the wire.
@@ -3651,7 +3657,7 @@ def service_description(listed: ProtocolList, answer: ProtocolDescription) -> Se
     return ServiceDescription(*ids, methods, answer.protocol_version)
 
 
-# ============================================================================
+# ======================================
 # 11. TOKENS ... uses 1-10
 # Seals a stream's state so that only this service's own can come back: HMAC-SHA256 over
 # half, binding, time and content. It is signed, not encrypted: a client can read what is inside. Law: nothing
@@ -3671,22 +3677,22 @@ _MAC_TEXT_BYTES = 44
 _PACK_FROM_BYTES = 10_000  # base64 is read at 250 MB/s: what packing takes is less than what it spares
 
 
-def token_keys(given: bytes | str | Sequence[bytes]) -> list[bytes]:
+def token_keys(option: bytes | str | Sequence[bytes]) -> list[bytes]:
     """Read the option ``token_key``: the first key signs, all of them verify.
 
     A line end behind a key, which an editor leaves there, is no part of it. Raises ``TypeError`` for what is
     neither bytes, nor a sequence of them, nor text, and ``ValueError`` for no key or one under 16 bytes.
     """
-    keys: list[Any] = [given]
-    if isinstance(given, str):
-        keys = [key.strip().encode() for key in given.split(",") if key.strip()]
-    elif isinstance(given, Iterable) and not isinstance(given, bytes):
-        keys = list(given)
+    keys: list[Any] = [option]
+    if isinstance(option, str):
+        keys = [key.strip().encode() for key in option.split(",") if key.strip()]
+    elif isinstance(option, Iterable) and not isinstance(option, bytes):
+        keys = list(option)
     for at, key in enumerate(keys):
         if not isinstance(key, bytes):
-            wanted = "bytes, a sequence of bytes, or text with keys separated by commas"
-            found = f"{type(key).__name__} in {type(given).__name__}"
-            raise TypeError(f"token_key: expected {wanted}, got {found}")
+            expected = "bytes, a sequence of bytes, or text with keys separated by commas"
+            received = f"{type(key).__name__} in {type(option).__name__}"
+            raise TypeError(f"token_key: expected {expected}, got {received}")
         if re.fullmatch(rb"[ -~]+\r?\n", key):  # not of random bytes, which may end so
             keys[at] = key.rstrip(b"\r\n")
     if not keys or min(map(len, keys)) < 16:
@@ -3772,7 +3778,7 @@ def unpack_parts(data: bytes, count: int) -> list[bytes]:
     return [data[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
-# ============================================================================
+# ======================================
 # 12. BYTE CHANNELS ... uses 1-11
 # Sockets and pipes as channels of bytes, and the worker processes behind some of them. Law: a short read or write is
 # continued; a failure leaves as TransportError, a deadline as DeadlineExceededError; a connection belongs to the
@@ -4121,7 +4127,7 @@ def connect_tcp_socket(
         return Transport(ByteChannel(connected), TransportKind.TCP, f"{host}:{port}")
 
 
-# ============================================================================
+# ======================================
 # 13. SERVER CORE ... uses 1-12
 # resolve -> begin -> turn -> end, for every transport: a byte stream, an HTTP request and its JSON door are thin shells
 # around a `Call`. The rules of a turn (logs before data, one data batch, its deadline, cancel, the error batch, an
@@ -4827,7 +4833,7 @@ def _read_over(reader: IpcReader) -> bool:
         return False
 
 
-# ============================================================================
+# ======================================
 # 14. CLIENT ... uses 1-13
 # One proxy and one StreamSession over a small interface with two implementations: byte streams here, HTTP in 19.
 # Law: an argument that does not fit fails before a byte is sent. After an answer, an error included, the connection
@@ -5673,7 +5679,7 @@ class WorkerPool:
         self.close()
 
 
-# ============================================================================
+# ======================================
 # 15. LISTENERS ... uses 1-14
 # Who gives byte streams to the loop of section 13 (stdin and stdout, Unix sockets, TCP), and what a listening server
 # needs, HTTP as well. Law: nothing that accept, memory or threads refuse ends a listener. A signal ends a server in the
@@ -5973,7 +5979,7 @@ def serve_tcp(
     _serve_bytes(server, listening, tls_context, options, on_bound, host, listening.getsockname()[1])
 
 
-# ============================================================================
+# ======================================
 # 16. HTTP MESSAGES ... uses 1-12
 # One grammar for both sides (RFC 9110, RFC 9112): heads, lengths, chunks, codings of bodies.
 # Law: what it does not allow is refused and never repaired, so that no proxy in front can read a message
@@ -6097,7 +6103,7 @@ def check_request_head(head: HttpHead) -> tuple[str, str]:
     is_other = not is_old and version != "HTTP/1.1"
     status = 505 if is_other and re.fullmatch(r"HTTP/[0-9](\.[0-9])?", version) else 400
     is_method = method.isascii() and method.isalpha() and method.isupper()
-    for broken, code, text, shown in (
+    for broken, code, text, received in (
         (is_other, status, "expected HTTP/1.1, got", version),
         (not is_method, 400, "not a method:", method),
         (len(target) > _MAX_LINE_BYTES, 414, "the request target exceeds so many bytes:", _MAX_LINE_BYTES),
@@ -6110,7 +6116,7 @@ def check_request_head(head: HttpHead) -> tuple[str, str]:
         (forgotten, 411, "POST of Arrow requires a Content-Length", None),
     ):
         if broken:
-            raise http_refusal(code, f"{text} {shown!r:.80}" if shown is not None else text)
+            raise http_refusal(code, f"{text} {received!r:.80}" if received is not None else text)
     return path, host or ""
 
 
@@ -6171,12 +6177,12 @@ class HttpReader:
             before = len(whole)
             whole += data[at:]
             end = whole.find(mark, max(0, before - len(mark) + 1)) + len(mark)
-            found = end >= len(mark)  # nearly always at once
-            end = end if found else len(whole)
+            is_here = end >= len(mark)  # nearly always at once
+            end = end if is_here else len(whole)
             self._channel.at = at + end - before
             self._here = len(whole) - end
-            hopeless = not found and wrong and wrong.search(whole, max(0, before - 1))
-            if found or at == len(data) or end > most or hopeless:
+            hopeless = not is_here and wrong and wrong.search(whole, max(0, before - 1))
+            if is_here or at == len(data) or end > most or hopeless:
                 return whole[:end]
             self.allow(0)
 
@@ -6312,7 +6318,7 @@ def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
     return chosen, "Content-Encoding" if in_public else CONTENT_ENCODING_HEADER, "identity" in names
 
 
-# ============================================================================
+# ======================================
 # 17. JSON AND PAGES ... uses 1-16
 # What people and their tools see of a service: values as JSON, errors as JSON, pages of HTML.
 # Law: one conversion leads from JSON to values of an Arrow field, and one back. The JSON door, the command line
@@ -6358,51 +6364,52 @@ def value_from_json(value: Any, member: pa.Field, step: str = "") -> Any:
     out stays out. Null fits every type here, and the ranges of integers are not looked at. Raises `Mismatch`, with
     *step* in front of its path.
     """
-    kind = getattr(member.type, "storage_type", member.type)
+    arrow_type = getattr(member.type, "storage_type", member.type)
     try:
         if value is None:
             return None
-        if pa.types.is_struct(kind) and isinstance(value, dict):
-            members = {part.name: part for part in kind}
+        if pa.types.is_struct(arrow_type) and isinstance(value, dict):
+            members = {part.name: part for part in arrow_type}
             for name in value.keys() - members:
                 raise Mismatch(f"one of {', '.join(members)}", f"{name!r:.60}{suggest(name, members)}")
             return {name: value_from_json(part, members[name], f".{name}") for name, part in value.items()}
-        if pa.types.is_map(kind):
+        if pa.types.is_map(arrow_type):
             if isinstance(value, dict):  # its keys are words as on the command line
-                value = [(json_of_word(key, kind.key_type), part) for key, part in value.items()]
+                value = [(json_of_word(key, arrow_type.key_type), part) for key, part in value.items()]
             steps = [(f"[{key!r:.40}]", key, part) for key, part in value]
-            keys = [value_from_json(key, kind.key_field, at) for at, key, _ in steps]
-            return list(zip(keys, [value_from_json(part, kind.item_field, at) for at, _, part in steps]))
-        if hasattr(kind, "value_field") and isinstance(value, list):
-            return [value_from_json(part, kind.value_field, f"[{i}]") for i, part in enumerate(value)]
-        if isinstance(value, (dict, list)) and str(kind).endswith("binary"):
+            keys = [value_from_json(key, arrow_type.key_field, at) for at, key, _ in steps]
+            values = [value_from_json(part, arrow_type.item_field, at) for at, _, part in steps]
+            return list(zip(keys, values))
+        if hasattr(arrow_type, "value_field") and isinstance(value, list):
+            return [value_from_json(part, arrow_type.value_field, f"[{i}]") for i, part in enumerate(value)]
+        if isinstance(value, (dict, list)) and str(arrow_type).endswith("binary"):
             return _stream_from_json(value, member)
-        cls, _, codec = _leaf(kind)
+        cls, _, codec = _leaf(arrow_type)
         return codec.encode(_read_leaf(cls, value))
     except Mismatch as exc:
         raise exc.under(step) from None
     except ARROW_FAILURES:
         pass  # said below in the words of the type
-    is_written = pa.types.is_nested(kind) or str(kind) == "binary"  # there Arrow's type says less
-    expected = type_of(member) if is_written else type_text(kind)
+    is_written = pa.types.is_nested(arrow_type) or str(arrow_type) == "binary"  # there Arrow's type says less
+    expected = type_of(member) if is_written else type_text(arrow_type)
     raise Mismatch(expected, f"{to_json(value, default=float):.60}").under(step)
 
 
 def _stream_from_json(value: Any, member: pa.Field) -> bytes:
     """What a binary parameter holds: a dataclass or a schema from an object, a record batch from an array of rows."""
 
-    def present(kind: pa.DataType, row: Any) -> pa.DataType:
+    def present(arrow_type: pa.DataType, row: Any) -> pa.DataType:
         # Members that an object leaves out are no columns: whoever reads them by name fills in the defaults.
         if not isinstance(row, dict):
-            return kind
-        members = [part for part in kind if part.name in row]
+            return arrow_type
+        members = [part for part in arrow_type if part.name in row]
         return pa.struct([part.with_type(present(part.type, row[part.name])) for part in members])
 
     described = struct_schema(member)
     if described is not None:
-        kind = pa.struct(list(described))
-        row = value_from_json(value, member.with_type(kind))
-        batch = pa.RecordBatch.from_struct_array(pa.array([row], present(kind, row)))
+        arrow_type = pa.struct(list(described))
+        row = value_from_json(value, member.with_type(arrow_type))
+        batch = pa.RecordBatch.from_struct_array(pa.array([row], present(arrow_type, row)))
     elif "Schema" in type_of(member):
         schema = pa.schema([(name, pa.type_for_alias(alias)) for name, alias in value.items()])
         return cast("bytes", schema.serialize().to_pybytes())
@@ -6412,14 +6419,14 @@ def _stream_from_json(value: Any, member: pa.Field) -> bytes:
     return stream_bytes(WireSchema(batch.schema), [(batch, None)])
 
 
-def json_of_word(word: str | bytes, kind: pa.DataType = pa.utf8()) -> Any:
-    """What a word, the content of a file or a key is in JSON for *kind*; text where nothing else fits."""
-    is_binary = re.match("(large_|fixed_size_)?binary", str(kind))
+def json_of_word(word: str | bytes, arrow_type: pa.DataType = pa.utf8()) -> Any:
+    """What a word, the content of a file or a key is in JSON for *arrow_type*; text where nothing else fits."""
+    is_binary = re.match("(large_|fixed_size_)?binary", str(arrow_type))
     if isinstance(word, bytes):
         if is_binary:
             return binascii.b2a_base64(word, newline=False).decode()
         word = word.decode("utf-8", "replace").rstrip("\r\n")
-    if re.match("(large_)?string|dictionary", str(kind)) or (is_binary and word[:1] not in ("{", "[")):
+    if re.match("(large_)?string|dictionary", str(arrow_type)) or (is_binary and word[:1] not in ("{", "[")):
         return word
     with suppress(ProtocolError):
         return parse_json(word)
@@ -6443,12 +6450,12 @@ _LEAVES: list[tuple[str, type, Any]] = [
 
 
 @lru_cache(maxsize=256)
-def _leaf(kind: pa.DataType) -> tuple[Any, Any, Codec]:
-    if pa.types.is_dictionary(kind):
-        return _leaf(kind.value_type)
+def _leaf(arrow_type: pa.DataType) -> tuple[Any, Any, Codec]:
+    if pa.types.is_dictionary(arrow_type):
+        return _leaf(arrow_type.value_type)
     for pattern, cls, example in _LEAVES:
-        if re.match(pattern, str(kind)):
-            return cls, example, codec_for(Annotated[object, ArrowType(kind)])
+        if re.match(pattern, str(arrow_type)):
+            return cls, example, codec_for(Annotated[object, ArrowType(arrow_type)])
     raise ValueError
 
 
@@ -6480,7 +6487,7 @@ def _read_leaf(cls: Any, value: Any) -> Any:
 
 def value_to_json(value: Any, member: pa.Field) -> Any:
     """Convert what ``to_pylist`` or a codec gives for *member* to JSON; the way back of `value_from_json`."""
-    kind = getattr(member.type, "storage_type", member.type)
+    arrow_type = getattr(member.type, "storage_type", member.type)
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -6494,17 +6501,17 @@ def value_to_json(value: Any, member: pa.Field) -> Any:
         batches = iter(IpcReader(ByteSource(value)).next, None)
         rows = [row for batch, _ in batches for row in batch_rows(batch, members)]
         return rows if members is None else rows[0]
-    if pa.types.is_map(kind):  # an object whose keys are words, or pairs where keys are nested or stand twice
+    if pa.types.is_map(arrow_type):  # an object whose keys are words; pairs where they are nested or twice
         pairs = value.items() if isinstance(value, dict) else value
-        keys = [value_to_json(key, kind.key_field) for key, _ in pairs]
-        parts = [value_to_json(part, kind.item_field) for _, part in pairs]
+        keys = [value_to_json(key, arrow_type.key_field) for key, _ in pairs]
+        parts = [value_to_json(part, arrow_type.item_field) for _, part in pairs]
         words = [key if isinstance(key, str) else json_text(key) for key in keys]
-        nested = pa.types.is_nested(kind.key_type) or len(set(words)) < len(words)
+        nested = pa.types.is_nested(arrow_type.key_type) or len(set(words)) < len(words)
         return list(map(list, zip(keys, parts))) if nested else dict(zip(words, parts))
     if isinstance(value, dict):
-        return {part.name: value_to_json(value[part.name], part) for part in kind if part.name in value}
+        return {part.name: value_to_json(value[part.name], part) for part in arrow_type if part.name in value}
     if isinstance(value, list):
-        return [value_to_json(part, kind.value_field) for part in value]
+        return [value_to_json(part, arrow_type.value_field) for part in value]
     if isinstance(value, datetime.timedelta):
         value = decimal.Decimal(value // datetime.timedelta(microseconds=1)).scaleb(-6).normalize()
         return f"{value:f}s"
@@ -6515,7 +6522,7 @@ def value_to_json(value: Any, member: pa.Field) -> Any:
 
 def batch_rows(batch: pa.RecordBatch, described: pa.Schema | None = None) -> list[dict[str, Any]]:
     """The rows of *batch* as JSON has them; *described* has what reflection says of its fields, by name."""
-    told = {member.name: member for member in described or batch.schema}
+    members = {member.name: member for member in described or batch.schema}
     rows: list[dict[str, Any]] = [{} for _ in range(batch.num_rows)]
     for member, column in zip(batch.schema, batch.columns):
         try:
@@ -6523,7 +6530,7 @@ def batch_rows(batch: pa.RecordBatch, described: pa.Schema | None = None) -> lis
         except (ValueError, OverflowError):  # nanoseconds, or a year that Python does not have
             values = column.cast(pa.utf8()).to_pylist()
         for row, value in zip(rows, values):
-            row[member.name] = value_to_json(value, told.get(member.name, member))
+            row[member.name] = value_to_json(value, members.get(member.name, member))
     return rows
 
 
@@ -6545,16 +6552,17 @@ def json_response(status: int, value: Any, headers: Iterable[tuple[str, str]] = 
     return HttpResponse(status, [("Content-Type", JSON_TYPE), *headers], json_bytes(value))
 
 
-def arguments_from_json(info: RpcMethodInfo, given: Any) -> list[Any]:
+def arguments_from_json(info: RpcMethodInfo, arguments: Any) -> list[Any]:
     """Read the arguments of a call from a JSON object: encoded values in order; `ParameterError` says what is wrong."""
-    if not isinstance(given, dict):
-        raise ParameterError(f"{info.name}(): expected an object of parameters, got {json_text(given):.60}")
+    if not isinstance(arguments, dict):
+        received = json_text(arguments)
+        raise ParameterError(f"{info.name}(): expected an object of parameters, got {received:.60}")
     row = []
     where = f"{info.name}() parameter "
-    values = bind_arguments(info, (), given)  # says which names are unknown or missing, and fills in defaults
+    values = bind_arguments(info, (), arguments)  # refuses unknown and missing names, fills in defaults
     for member, codec, value in zip(described_schemas(info)["params"], info.params.parts.values(), values):
         convert: Callable[[Any], Any] = codec.encode
-        if member.name in given:
+        if member.name in arguments:
             convert = partial(value_from_json, member=member)
         row.append(located(f"{where}{member.name}", convert, value))
     if row:  # what is out of range, and texts that Arrow cannot say
@@ -6593,20 +6601,20 @@ def described_rows(members: Iterable[pa.Field], indent: str = "") -> Iterator[tu
 
 def example_of(member: pa.Field) -> Any:
     """A value in JSON that a described field takes."""
-    kind = getattr(member.type, "storage_type", member.type)
+    arrow_type = getattr(member.type, "storage_type", member.type)
     names = described_text(member, ENUM_KEY).splitlines()
     if names:
         return names[0]
-    if pa.types.is_map(kind):
-        return {"1" if pa.types.is_integer(kind.key_type) else "key": example_of(kind.item_field)}
-    if pa.types.is_nested(kind) and hasattr(kind, "value_field"):
-        return [example_of(kind.value_field)] * getattr(kind, "list_size", 1)
+    if pa.types.is_map(arrow_type):
+        return {"1" if pa.types.is_integer(arrow_type.key_type) else "key": example_of(arrow_type.item_field)}
+    if pa.types.is_nested(arrow_type) and hasattr(arrow_type, "value_field"):
+        return [example_of(arrow_type.value_field)] * getattr(arrow_type, "list_size", 1)
     if members_of(member):
         return {part.name: example_of(part) for part in members_of(member)}
-    if pa.types.is_fixed_size_binary(kind):
-        return value_to_json(bytes(kind.byte_width), member)
-    told = {"RecordBatch": [{"x": 1.5}], "Schema": {"x": "float64"}}
-    return told.get(type_of(member).partition(" ")[0].removeprefix("pa."), _leaf(kind)[1])
+    if pa.types.is_fixed_size_binary(arrow_type):
+        return value_to_json(bytes(arrow_type.byte_width), member)
+    examples = {"RecordBatch": [{"x": 1.5}], "Schema": {"x": "float64"}}
+    return examples.get(type_of(member).partition(" ")[0].removeprefix("pa."), _leaf(arrow_type)[1])
 
 
 def example_words(members: Iterable[pa.Field], defaults: Mapping[str, Any]) -> dict[str, str]:
@@ -6692,7 +6700,7 @@ def page_at(
     if request.get_header("x-forwarded-proto") == "https":
         scheme = "https"
     url = f"{scheme}://{host}{request.mount}{options.prefix}"
-    shown = " open" * (segments == ["describe"])
+    opened = " open" * (segments == ["describe"])
     body = ""
     for service in server.services.values():
         body += tag("h2", f"{service.name} {service.version}")
@@ -6704,13 +6712,13 @@ def page_at(
             summary = f"{tag('code', info.signature())} {tag('b', ', '.join(marks))}"
             summary += tag("small", (info.doc or "").partition("\n")[0])
             # Names, so there is nothing to escape in what is linked to.
-            body += f'<details id="{service.name}.{info.name}"{shown}><summary>{summary}</summary>'
+            body += f'<details id="{service.name}.{info.name}"{opened}><summary>{summary}</summary>'
             body += f"{_method_card(bound, url, options)}</details>"
-    facts = ["Health: " + ("ok", "draining, takes no calls")[server.draining]]
-    facts.append(f"requests of at most {options.max_request_bytes or SERVER_MAX_REQUEST_BYTES:,} bytes")
-    facts.append(f"vgi_rpc {__version__}, Python {sys.version.split()[0]}, pyarrow {pa.__version__}")
-    facts.append(f"server {server.server_id} {server.server_version}, protocol hash {server.protocol_hash}")
-    body += tag("h2", "This server") + tag("small", "; ".join(facts))
+    lines = ["Health: " + ("ok", "draining, takes no calls")[server.draining]]
+    lines.append(f"requests of at most {options.max_request_bytes or SERVER_MAX_REQUEST_BYTES:,} bytes")
+    lines.append(f"vgi_rpc {__version__}, Python {sys.version.split()[0]}, pyarrow {pa.__version__}")
+    lines.append(f"server {server.server_id} {server.server_version}, protocol hash {server.protocol_hash}")
+    body += tag("h2", "This server") + tag("small", "; ".join(lines))
     return page(server.protocol_name, body, root_of(request.path, options.prefix))
 
 
@@ -6723,29 +6731,31 @@ def _method_card(bound: BoundMethod, url: str, options: HttpOptions) -> str:
     card = tag("pre", info.doc) * ("\n" in (info.doc or ""))
     for title, key in (("Parameters", "params"), ("Header", "header"), ("Result", "result")):
         rows = ""
-        for name, kind, doc in described_rows(schemas[key]):
-            rows += f"<tr><td>{tag('code', name)}<td>{tag('code', kind)}{tag('td', doc)}"
+        for name, typed, doc in described_rows(schemas[key]):
+            rows += f"<tr><td>{tag('code', name)}<td>{tag('code', typed)}{tag('td', doc)}"
         if rows:
             card += f"<h4>{title}</h4><table>{rows}</table>"
     asks = options.authenticate is not None
     needed = [member for member in schemas["params"] if member.name not in info.param_defaults]
-    given = {member.name: example_of(member) for member in needed}
+    arguments = {member.name: example_of(member) for member in needed}
     words = [f"python {os.path.basename(__file__)} call {url} {info.protocol_name}.{info.name}"]
     words += [*example_words(needed, {}).values(), *["-i FILE"] * bool(bound.is_exchange)]
     lines = {"Command line": " ".join(words + ["--bearer-file FILE"] * asks)}
     if options.json and not bound.is_exchange:
         bearer = ' -H "Authorization: Bearer $TOKEN"' * asks
         head = f"curl {url}/{info.protocol_name}/{info.name} -H 'Content-Type: {JSON_TYPE}'{bearer}"
-        lines["curl"] = f"{head} -d {shlex.quote(json_text(given))}"
-    lines["Python"] = _python_block(bound, url, given, ', headers={"Authorization": "Bearer TOKEN"}' * asks)
+        lines["curl"] = f"{head} -d {shlex.quote(json_text(arguments))}"
+    lines["Python"] = _python_block(
+        bound, url, arguments, ', headers={"Authorization": "Bearer TOKEN"}' * asks
+    )
     return card + "".join(tag("h4", title) + tag("pre", line) for title, line in lines.items())
 
 
-def _python_block(bound: BoundMethod, url: str, given: dict[str, Any], more: str) -> str:
-    """Lines of Python that call a method with the arguments *given* in JSON, imports and all."""
+def _python_block(bound: BoundMethod, url: str, arguments: dict[str, Any], more: str) -> str:
+    """Lines of Python that call a method with the arguments *arguments* in JSON, imports and all."""
     info = bound.info
-    values = decode_arguments(info, arguments_from_json(info, given))
-    call = f"proxy.{info.name}({', '.join(f'{name}={_source(values[name])}' for name in given)})"
+    values = decode_arguments(info, arguments_from_json(info, arguments))
+    call = f"proxy.{info.name}({', '.join(f'{name}={_source(values[name])}' for name in arguments)})"
     use = f"print({call})"
     if bound.is_exchange:
         use = f'with {call} as session:\n        print(session.exchange({{"value": [1.5]}}).batch)  # the columns of your input'
@@ -6772,7 +6782,7 @@ def _source(value: Any) -> str:
     return re.sub(r"<([\w.]+): [^>]*>", r"\1", repr(value))  # the members of enums
 
 
-# ============================================================================
+# ======================================
 # 18. HTTP SERVING ... uses 1-17
 # One function leads from a request to its answer (`HttpApp.respond`): for WSGI, for http.server and for tests
 # without a socket. Laws: it never raises; who may not call learns nothing; a stream's state lives in its two
@@ -7720,7 +7730,7 @@ def serve_http(
     listener.run(drain_grace_seconds, on_bound, host, bound_port)
 
 
-# ============================================================================
+# ======================================
 # 19. HTTP CLIENT ... uses 1-18
 # The HTTP side of the client: what a server can do, one request and its answer by three senders, and streams by tokens.
 # Law: a call is sent once, never retried behind the caller's back; what a server sends is bounded before it is kept;
@@ -8221,7 +8231,7 @@ class _HttpSession(StreamSession):
                 logger.debug("cancel of %s: %s", self.info.name, exc)
 
 
-# ============================================================================
+# ======================================
 # 20. ENTRY POINTS ... uses 1-19
 # What most programs call. Each connect function returns an `RpcConnection`: `with connection as proxy` gives
 # the typed proxy and closes it on leaving; without `with`, the connection has the methods itself, and `close`.
@@ -8398,7 +8408,7 @@ def http_introspect(
         return introspect(channel, protocol=protocol)
 
 
-# ============================================================================
+# ======================================
 # 21. COMMAND LINE ... uses 1-20
 # `python vgi_rpc.py COMMAND`: answers go to stdout, everything said about them to stderr; stdin is read only where
 # `-` stands. Law: nothing of this section runs on import; a failure is one line, a hint and an exit code: 1 the server
