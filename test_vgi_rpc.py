@@ -1794,7 +1794,7 @@ class BatchTests(TestCase):
             *((0, {rpc.LOCATION_KEY: b"", STATE: b""}, "location"), (0, {rpc.SHM_OFFSET_KEY: b""}, "shm")),
             (0, {STATE: b""}, "token"),
         ):
-            self.assertEqual(rpc.batch_kind(rows, metadata), kind, metadata)
+            self.assertEqual(rpc.batch_role(rows, metadata), kind, metadata)
 
     def test_conform_batch(self) -> None:
         strict = pa.field("c", pa.int64(), nullable=False)

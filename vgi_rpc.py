@@ -812,7 +812,7 @@ class AnnotatedBatch(NamedTuple):
         """Do nothing: batches own their memory. The family's have something to give back."""
 
 
-def batch_kind(num_rows: int, metadata: Metadata | None) -> str:
+def batch_role(num_rows: int, metadata: Metadata | None) -> str:
     """Return data, log, error, location, shm or token; whether a token is data too, an exchange's reader knows."""
     if num_rows or not metadata:
         return "data"
@@ -2640,7 +2640,7 @@ class OutputCollector:
             raise RuntimeError("emit called twice in one turn: a turn sends exactly one data batch")
         batch = conform_batch(batch, self._wire, "emit", cast_values=False)
         own = dict(pa.KeyValueMetadata(dict(metadata))) if metadata else None
-        if own and (CALL_STATE_KEY in own or batch_kind(0, own) != "data"):
+        if own and (CALL_STATE_KEY in own or batch_role(0, own) != "data"):
             raise ParameterError(f"emit: metadata {list(own)}: with keys of our own no client would see data")
         self.item = (batch, own)
 
@@ -4178,9 +4178,9 @@ def log_quietly(level: int, text: str, *args: object, exc_info: Any = True) -> N
         logger.log(level, text, *args, exc_info=exc_info)
 
 
-def _call_hook(hook: Any, event: str, *facts: Any) -> Any:
+def _call_hook(hook: Any, event: str, *arguments: Any) -> Any:
     try:
-        return getattr(hook, event)(*facts)
+        return getattr(hook, event)(*arguments)
     except BaseException:  # SystemExit too
         return log_quietly(logging.ERROR, "%s of %r raised", event, hook)
 
@@ -4268,10 +4268,10 @@ class Call(CallRecord):
         if not stream_id and info.method_type is MethodType.STREAM:
             self.stream_id = os.urandom(16).hex()
         if self.remote_addr or TRACE_KEYS[0] in metadata:
-            facts = {key.decode(): metadata_text(metadata, key) for key in TRACE_KEYS if key in metadata}
+            extra = {key.decode(): metadata_text(metadata, key) for key in TRACE_KEYS if key in metadata}
             if self.remote_addr:
-                facts["remote_addr"] = self.remote_addr
-            self.transport_metadata = {**self.transport_metadata, **facts}
+                extra["remote_addr"] = self.remote_addr
+            self.transport_metadata = {**self.transport_metadata, **extra}
         self._watched = bool(server.hooks or server.access_log)
         if self._watched:
             self._started = time.monotonic()
@@ -4295,11 +4295,11 @@ class Call(CallRecord):
     def context(self) -> CallContext:
         """What the method may ask."""
         if self._context is None:
-            facts: dict[str, Any] = {"method_name": self.method, "protocol_name": self.protocol}
-            facts |= {"server_id": self.server.server_id, "implementation": self.bound.service.implementation}
-            for name in ("kind", "request_id", "response_limit_bytes", "gone"):
-                facts[name] = getattr(self, name)
-            self._context = CallContext(self.auth, self._messages.append, self.transport_metadata, **facts)
+            names = ("kind", "request_id", "response_limit_bytes", "gone")
+            fields: dict[str, Any] = {name: getattr(self, name) for name in names}
+            fields.update(method_name=self.method, protocol_name=self.protocol)
+            fields.update(server_id=self.server.server_id, implementation=self.bound.service.implementation)
+            self._context = CallContext(self.auth, self._messages.append, self.transport_metadata, **fields)
         self._context.deadline = self.deadline
         return self._context
 
@@ -4374,20 +4374,20 @@ class Call(CallRecord):
         where = f"{self.method}() result"
         if not isinstance(value, Stream):
             raise ParameterError(f"{where}: expected a Stream, got {got(value)}")
-        for part, kind in (("state", StreamState), ("output_schema", pa.Schema), ("input_schema", pa.Schema)):
-            given = getattr(value, part)
-            if not isinstance(given, kind):
-                raise ParameterError(f"{where}: Stream.{part}: expected a {kind.__name__}, got {got(given)}")
+        for part, cls in (("state", StreamState), ("output_schema", pa.Schema), ("input_schema", pa.Schema)):
+            member = getattr(value, part)
+            if not isinstance(member, cls):
+                raise ParameterError(f"{where}: Stream.{part}: expected a {cls.__name__}, got {got(member)}")
         turn = Turn(EMPTY, [], False)
         if self.bound.info.header is not None:
             wire = self.bound.info.header.row.wire
             header = header_batch(self.bound.info, value.header)
             turn = Turn(wire, [*self.logs(wire), (header, None)], False)
         if value.call_state is not None:
-            kind = value.state.CALL_STATE_TYPE
-            if kind is None:
+            cls = value.state.CALL_STATE_TYPE
+            if cls is None:
                 raise ParameterError(f"{where}: {type(value.state).__name__} has no CALL_STATE_TYPE")
-            encode = dataclass_codec(kind).to_bytes
+            encode = dataclass_codec(cls).to_bytes
             self.call_state = located(f"{where}: Stream.call_state", encode, value.call_state)
             self.run(value.state.bind_call_state, value.call_state)
         self.stream = value
@@ -4399,7 +4399,7 @@ class Call(CallRecord):
         stream: Any = self.stream
         wires: Any = self.wires
         timeout = self._timeout
-        given = _PLAIN_TICK
+        received = _PLAIN_TICK
         is_producer = stream.is_producer
         if metadata:
             if CANCEL_KEY in metadata:
@@ -4415,9 +4415,9 @@ class Call(CallRecord):
             if not is_producer:
                 batch = conform_batch(batch, wires.input, f"{self.method}() input", cast_values=True)
             if metadata or batch is not TICK:
-                shown = {key: value for key, value in (metadata or {}).items() if key not in _OWN_KEYS}
-                given = AnnotatedBatch(batch, pa.KeyValueMetadata(shown) if shown else None)
-            self.run(stream.state.process, given, out, self.context)
+                visible = {key: value for key, value in (metadata or {}).items() if key not in _OWN_KEYS}
+                received = AnnotatedBatch(batch, pa.KeyValueMetadata(visible) if visible else None)
+            self.run(stream.state.process, received, out, self.context)
             out.validate()
         except BaseException as exc:  # as in begin
             self._messages += out.messages
@@ -4549,8 +4549,8 @@ class RpcServer:
     def method(self, service: HostedService, name: str) -> BoundMethod:
         """Return a method of a hosted protocol; `MethodNotImplementedError` lists those there are."""
         if name not in service.methods:
-            shown = name if len(name) <= 255 and name.isprintable() else "…"
-            text = f"{service.name} has no method {shown!r}{suggest(shown, service.methods)}"
+            safe = name if len(name) <= 255 and name.isprintable() else "…"
+            text = f"{service.name} has no method {safe!r}{suggest(safe, service.methods)}"
             raise MethodNotImplementedError(f"{text}; it has {sorted(service.methods)}")
         return service.methods[name]
 
@@ -4569,8 +4569,8 @@ class RpcServer:
                 refusal.http_status = 400
                 raise refusal
             if name != path[1]:
-                shown = f"{name or 'none'!r:.100}"
-                raise ProtocolError(f"the path says method {path[1]!r}, the request says {shown}")
+                received = f"{name or 'none'!r:.100}"
+                raise ProtocolError(f"the path says method {path[1]!r}, the request says {received}")
             protocol = path[0]
         if not protocol:
             text = f"the request has no 'vgi_rpc.protocol' key; this server hosts {list(self.services)}"
@@ -4663,11 +4663,11 @@ class RpcServer:
             **vars(record.statistics),
         }
         if error is not None:
-            facts = error_fields(error)
+            fields = error_fields(error)
             # The text of these shows what came instead of what was expected: the caller's data.
             shows = isinstance(error, (ParameterError, IPCError))
-            line["error_type"] = facts["exception_type"]
-            line["error_code"] = facts["error_code"]
+            line["error_type"] = fields["exception_type"]
+            line["error_code"] = fields["error_code"]
             line["error_message"] = "(not logged: it may show values)" if shows else text_of(error)[:1000]
         optional = {"stream_id": record.stream_id, "cancelled": record.cancelled}
         line |= {name: value for name, value in optional.items() if value}
@@ -4869,10 +4869,10 @@ class CallOptions:
         """When a call or turn that begins now must have ended."""
         return None if self.timeout is None else time.monotonic() + self.timeout
 
-    def turn_metadata(self, given: Metadata | None) -> dict[bytes, bytes]:
-        """Return the metadata of a turn's input: what was *given*, and how long the turn may take."""
+    def turn_metadata(self, metadata: Metadata | None) -> dict[bytes, bytes]:
+        """Return the metadata of a turn's input: *metadata*, and how long the turn may take."""
         own = {} if self.timeout is None else {TIMEOUT_KEY: b"%d" % max(1, int(self.timeout * 1000))}
-        return {**given, **own} if given else own
+        return {**metadata, **own} if metadata else own
 
 
 def local_error(text: str) -> RpcError:
@@ -4887,12 +4887,12 @@ def next_reply(reader: IpcReader, options: CallOptions) -> BatchMessage | None:
         message = reader.next_message()
         if message is None or not message.metadata:
             return message
-        kind = batch_kind(message.rows, message.metadata)
-        if kind == "data" or kind == "token":
+        role = batch_role(message.rows, message.metadata)
+        if role == "data" or role == "token":
             return message
-        if kind == "error":
+        if role == "error":
             raise error_from_metadata(message.metadata)
-        if kind != "log":
+        if role != "log":
             raise IPCError("the answer points to external storage or shared memory, which is not read here")
         try:
             if options.on_log is not None:
@@ -4913,8 +4913,8 @@ def only_batch(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage | N
 def reply_batch(reader: IpcReader, message: BatchMessage) -> AnnotatedBatch:
     """Decode a batch of an answer, without the state tokens."""
     batch = reader.decode(message)
-    shown = {k: value for k, value in message.metadata.items() if k not in (STATE_KEY, CALL_STATE_KEY)}
-    return AnnotatedBatch(batch, pa.KeyValueMetadata(shown)) if shown else AnnotatedBatch(batch)
+    visible = {k: value for k, value in message.metadata.items() if k not in (STATE_KEY, CALL_STATE_KEY)}
+    return AnnotatedBatch(batch, pa.KeyValueMetadata(visible)) if visible else AnnotatedBatch(batch)
 
 
 class StreamSession:
@@ -4937,15 +4937,15 @@ class StreamSession:
         self._waiting: deque[AnnotatedBatch] = deque()  # batches that came and were not handed out
         self._in_flight = 0  # inputs whose answers were not read
 
-    def _fetch(self, given: tuple[pa.RecordBatch, Any] | None) -> None:
+    def _fetch(self, sent: tuple[pa.RecordBatch, Any] | None) -> None:
         """Send an input and its metadata, or (``None``) a tick that others may follow; what is answered waits."""
         raise NotImplementedError
 
     def _end(self, cancels: bool) -> None:
         raise NotImplementedError
 
-    def _turn(self, given: tuple[pa.RecordBatch, Any] | None) -> AnnotatedBatch | None:
-        self._fetch(given)
+    def _turn(self, sent: tuple[pa.RecordBatch, Any] | None) -> AnnotatedBatch | None:
+        self._fetch(sent)
         if self._waiting:
             return self._waiting.popleft()
         self.phase = StreamPhase.DONE
@@ -4960,10 +4960,10 @@ class StreamSession:
             raise local_error(f"the stream of {self.info.name}() {self._over}")
 
     def _check_kind(self, is_exchange: bool, use: str) -> None:
-        known = self._input is not None or self.info.is_exchange
-        if known is not None and known is not is_exchange:
-            kind = "an exchange: call exchange(batch)" if known else "a producer without input: iterate"
-            raise ParameterError(f"{self.info.name}() is {kind} instead of {use}")
+        takes_input = self._input is not None or self.info.is_exchange
+        if takes_input is not None and takes_input is not is_exchange:
+            text = "an exchange: call exchange(batch)" if takes_input else "a producer without input: iterate"
+            raise ParameterError(f"{self.info.name}() is {text} instead of {use}")
 
     @cached_property
     def header(self) -> Any:
@@ -5054,8 +5054,8 @@ class StreamSession:
         a reader of the answers, without metadata. Each turn runs when its answer is read, the first one at once. The
         stream stays open, unless there is no input and only closing it tells its schema. Raises as `exchange`."""
         self._check_kind(True, "exchange_all()")
-        given = batches.to_batches() if isinstance(batches, pa.Table) else batches
-        answers = (self.exchange(batch).batch for batch in given)
+        inputs = batches.to_batches() if isinstance(batches, pa.Table) else batches
+        answers = (self.exchange(batch).batch for batch in inputs)
         for first in answers:
             return pa.RecordBatchReader.from_batches(first.schema, itertools.chain([first], answers))
         if self._schema is None:
@@ -5318,24 +5318,24 @@ class _ByteSession(StreamSession):
         if not self.closed:
             self._client.own(self.options, self.finish, cancels)
 
-    def _fetch(self, given: tuple[pa.RecordBatch, Any] | None) -> None:
-        self._client.own(self.options, self._ask, given)
+    def _fetch(self, sent: tuple[pa.RecordBatch, Any] | None) -> None:
+        self._client.own(self.options, self._ask, sent)
 
-    def _ask(self, given: tuple[pa.RecordBatch, Any] | None) -> None:
+    def _ask(self, sent: tuple[pa.RecordBatch, Any] | None) -> None:
         self._check_open()
         unread = self._in_flight + len(self._waiting)
         count = 0
-        if given is None:
+        if sent is None:
             # The server may block on writing while we do not read, but we never do while it does not: all the ticks
             # that can be unread (MAX_PREFETCH) fit many times over into the smallest buffer between two processes.
-            given = (TICK, None)
+            sent = (TICK, None)
             if 2 * unread <= self._ahead:
                 count = self._ahead - unread
-        elif not unread or given[1] is not None:
+        elif not unread or sent[1] is not None:
             count = 1
         self._client.phase = ConnectionPhase.CALLING
         if count:
-            item: Item = (given[0], self.options.turn_metadata(given[1]))
+            item: Item = (sent[0], self.options.turn_metadata(sent[1]))
             self._write([item if item[1] or item[0] is not TICK else EMPTY.empty_message] * count)
             self._in_flight += count
         if not self._waiting:
@@ -5479,10 +5479,10 @@ def with_options(
     *timeout* is seconds per call or turn, ``None`` for no limit; *on_log* takes the server's log lines; *prefetch* is
     how many turns iteration asks for at a time, 1 for lockstep; *ipc_validation* is how much of an answer is checked.
     """
-    given = {"timeout": timeout, "on_log": on_log, "ipc_validation": ipc_validation, "prefetch": prefetch}
+    options = {"timeout": timeout, "on_log": on_log, "ipc_validation": ipc_validation, "prefetch": prefetch}
     old = _connection(proxy, "with_options")
     new: RpcConnection[P] = RpcConnection(cast("ProtocolClass[P]", old._protocol), old._channel)
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not _SAME}
+    changes: dict[str, Any] = {name: value for name, value in options.items() if value is not _SAME}
     new._options = dataclasses.replace(old._options, **changes)
     return new.__enter__()
 
@@ -5493,11 +5493,11 @@ def resume(proxy: Any, method: str, token: bytes) -> StreamSession:
     Raises `RpcError` when *method* is not a stream of the proxy, or *token* not one of its tokens. Whether the server
     takes it shows at the next turn.
     """
-    found = _connection(proxy, "resume")
-    info = found._methods.get(method)
+    connection = _connection(proxy, "resume")
+    info = connection._methods.get(method)
     if info is None or info.method_type is not MethodType.STREAM:
-        raise local_error(f"resume: {method!r} is not a stream of {found._protocol.__qualname__}")
-    return found._channel.resume(info, token, found._options)
+        raise local_error(f"resume: {method!r} is not a stream of {connection._protocol.__qualname__}")
+    return connection._channel.resume(info, token, connection._options)
 
 
 def list_protocols(target: Any) -> list[ProtocolSummary]:
@@ -8148,7 +8148,7 @@ class _HttpSession(StreamSession):
         while message := next_reply(reader, self.options):
             self._call_token = message.metadata.get(CALL_STATE_KEY, self._call_token)
             cursor = message.metadata.get(STATE_KEY, cursor)
-            if batch_kind(message.rows, message.metadata) == "token":
+            if batch_role(message.rows, message.metadata) == "token":
                 token = message
             else:
                 batches.append(reply_batch(reader, message))
@@ -8176,10 +8176,10 @@ class _HttpSession(StreamSession):
         pieces = stream_pieces(wire, [(batch, metadata)])
         self._client.post(path, pieces, deadline, lambda body: self._take(ByteSource(body)), *headers)
 
-    def _fetch(self, given: tuple[pa.RecordBatch, Any] | None) -> None:
+    def _fetch(self, sent: tuple[pa.RecordBatch, Any] | None) -> None:
         self._check_open()
-        turns = 1 if given else self.options.prefetch or MAX_TURNS
-        batch, metadata = given or (TICK, None)
+        turns = 1 if sent else self.options.prefetch or MAX_TURNS
+        batch, metadata = sent or (TICK, None)
         self._metadata = metadata or self._metadata
         if not self._waiting and self._cursor is not None:
             try:
