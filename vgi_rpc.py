@@ -71,7 +71,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial, update_wrapper
 from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, Union
-from typing import cast
+from typing import cast, get_args, get_origin
 
 import pyarrow as pa
 from pyarrow import ipc
@@ -220,7 +220,7 @@ MAX_TURNS = 1_024  # turns of a producer in one HTTP answer, within the bytes an
 MAX_TURNS_BYTES = 8 << 20  # four times the speed of 1 MiB where a batch has as much
 MAX_TURNS_SECONDS = 0.05  # a slow producer is answered turn by turn, and a server that drains is done soon
 
-# Seconds; `HttpServeOptions` explains those of HTTP.
+# Seconds; see `HttpServeOptions` for those of HTTP.
 TOKEN_TTL_SECONDS = 3_600.0
 TOKEN_CLOCK_SKEW_SECONDS = 60.0  # how far ahead of us another server's clock may run
 READ_TIMEOUT_SECONDS = 30.0
@@ -1199,9 +1199,7 @@ def _whole(data: Buffer, size: int) -> Any:
 # A table begins with the way back to its vtable: both sizes, then at which byte of the table its fields stand, those of
 # a Message (format/Message.fbs): version, header_type, header, bodyLength, custom_metadata; of a KeyValue: key, value.
 # All other references lead forward, from where they stand: that of the header from 8 + 20 + 12.
-_MESSAGE = struct.pack(
-    "<I7H2xi", 20, 14, 24, 20, 22, 12, 4, 16, 16
-)  # reference to its table, vtable, way back
+_MESSAGE = struct.pack("<I7H2xi", 20, 14, 24, 20, 22, 12, 4, 16, 16)  # reference to the table, vtable, way
 _KEY_VALUE = struct.pack("<4Hi", 8, 12, 4, 8, 8)
 _FRONT = struct.Struct(f"<4si{len(_MESSAGE)}sqIIHBxI")  # prefix, size; Message's fields; how many pairs
 _PAIR = struct.Struct(f"<{len(_KEY_VALUE)}sIII")  # KeyValue's fields, the length of the key
@@ -2031,8 +2029,8 @@ def hints_of(owner: Any) -> dict[str, Any]:
 
 def unwrapped(annotation: Any) -> tuple[Any, pa.DataType | None, bool | None]:
     """Return an annotation without Optional, Annotated, Final and aliases; its Arrow type; whether None fits."""
-    origin = typing.get_origin(annotation)
-    rest = [member for member in typing.get_args(annotation) if member is not type(None)]
+    origin = get_origin(annotation)
+    rest = [member for member in get_args(annotation) if member is not type(None)]
     inner = getattr(annotation, "__supertype__", getattr(annotation, "__value__", None))
     if origin is Annotated:
         inner = annotation.__origin__
@@ -2053,8 +2051,8 @@ _UNIONS = (Union, types.UnionType)
 
 def annotation_text(annotation: Any) -> str:
     """Return an annotation as a person writes it: ``list[int]``, ``date | None``, ``Decimal(20, 4)``."""
-    origin = typing.get_origin(annotation)
-    words = [repr(it) if origin is Literal else annotation_text(it) for it in typing.get_args(annotation)]
+    origin = get_origin(annotation)
+    words = [repr(it) if origin is Literal else annotation_text(it) for it in get_args(annotation)]
     if origin in _UNIONS:
         return " | ".join(sorted(words, key="None".__eq__))  # None comes last, the others stay in their order
     if origin is Annotated:
@@ -2082,8 +2080,8 @@ def codec_for(annotation: Any, exact: pa.DataType | None = None, *, whole: bool 
     """
     bare, named, nullable = unwrapped(annotation)
     exact = named if exact is None else exact
-    kind = typing.get_origin(bare) or bare
-    arguments = typing.get_args(bare)
+    kind = get_origin(bare) or bare
+    arguments = get_args(bare)
     loose = kind in (object, Any) or (kind in (list, dict) and not arguments)
     if exact is not None and (loose or (kind is dict and pa.types.is_struct(exact))):
         codec = Codec(object, exact, type_text(exact))
@@ -2132,7 +2130,7 @@ def _container_codec(annotation: Any, kind: Any, exact: pa.DataType | None) -> C
         if not hasattr(exact, "key_type" if kind is dict else "value_type"):
             raise TypeError(f"{annotation_text(annotation)} does not go into {type_text(exact)}")
         inner = [exact.key_type, exact.item_type] if kind is dict else [exact.value_type]
-    members = list(map(codec_for, typing.get_args(annotation), inner))
+    members = list(map(codec_for, get_args(annotation), inner))
     expected = f"{kind.__name__} of {' to '.join(member.expected for member in members)}"
     if kind is dict:
         if members[0].nullable:
@@ -2197,8 +2195,8 @@ def _named_codec(annotation: Any, cls: Any, exact: pa.DataType | None) -> Codec:
     expected = annotation_text(annotation)
     encoded_type: type = str
     if cls is Literal:
-        members = {member: member for member in typing.get_args(annotation) if member is not None}
-        kinds = set(map(type, typing.get_args(annotation))) - {type(None)}
+        members = {member: member for member in get_args(annotation) if member is not None}
+        kinds = set(map(type, get_args(annotation))) - {type(None)}
         if kinds not in ({str}, {int}):
             raise TypeError(f"{expected}: Literal takes texts or ints, all of one kind; or use an Enum")
         encoded_type = kinds.pop()
@@ -2259,7 +2257,7 @@ _INSTEAD = {  # what would work, by the names of types that have no mapping
 
 def _no_mapping(annotation: Any) -> TypeError:
     """Say what would work in place of an annotation: by its name, by what it nearly is, or all there is."""
-    cls = typing.get_origin(annotation) or annotation
+    cls = get_origin(annotation) or annotation
     names = {getattr(cls, "__name__", str(cls)), type(annotation).__name__}
     bases = [base.__name__ for base in getattr(cls, "__mro__", ()) if base in _SCALARS]
     instead = "str, bytes, int, float, bool, date, time, datetime, timedelta, UUID, Literal, Enum, list, dict"
@@ -2325,19 +2323,19 @@ class RowCodec:
 
 def _field_annotations(annotation: Any) -> dict[str, Any]:
     """Return the resolved annotations of a dataclass and its bases, with types in place of type variables."""
-    cls = typing.get_origin(annotation) or annotation
+    cls = get_origin(annotation) or annotation
     found: dict[str, Any] = {}
     for base in reversed(vars(cls).get("__orig_bases__", cls.__bases__)):
         found.update(_field_annotations(base))
     own = inspect.get_annotations(cls)
     if own:
         found.update({name: hint for name, hint in hints_of(cls).items() if name in own})
-    variables = dict(zip(getattr(cls, "__parameters__", ()), typing.get_args(annotation)))
+    variables = dict(zip(getattr(cls, "__parameters__", ()), get_args(annotation)))
     for name, hint in found.items():
         parameters = getattr(hint, "__parameters__", ())
         if isinstance(hint, TypeVar):
             found[name] = variables.get(hint, hint)
-        elif parameters and typing.get_origin(hint) is not None:
+        elif parameters and get_origin(hint) is not None:
             found[name] = hint[tuple(variables.get(one, one) for one in parameters)]
     return found
 
@@ -2351,7 +2349,7 @@ class DataclassCodec:
     _building: ClassVar[list[tuple[int, Any]]] = []  # in which threads which classes' codecs are being made
 
     def __init__(self, annotation: Any) -> None:
-        self.cls = typing.get_origin(annotation) or annotation
+        self.cls = get_origin(annotation) or annotation
         self.name = annotation_text(annotation)
         hints = _field_annotations(annotation)
         own = getattr(self.cls, "__dataclass_fields__", {}) and dataclasses.fields(self.cls)
@@ -2932,12 +2930,12 @@ def _stream_parts(annotation: Any) -> tuple[list[Any], Any, bool | None]:
     """``Stream[S | T, H]`` -> ([S, T], H, whether they are exchanges); no states where it is no stream."""
     if annotation is Stream:
         return [StreamState], type(None), None
-    if typing.get_origin(annotation) is not Stream:
+    if get_origin(annotation) is not Stream:
         return [], type(None), None
-    state, header = typing.get_args(annotation)
+    state, header = get_args(annotation)
     states = [state]
-    if typing.get_origin(state) in _UNIONS:
-        states = list(typing.get_args(state))
+    if get_origin(state) in _UNIONS:
+        states = list(get_args(state))
     for base in (ExchangeState, ProducerState):
         if all(isinstance(cls, type) and issubclass(cls, base) for cls in states):
             return states, header, base is ExchangeState
@@ -3011,7 +3009,7 @@ def read_protocol(protocol: type) -> tuple[Mapping[str, RpcMethodInfo], list[str
     for name in dict.fromkeys(name for base in bases for name in vars(base)):
         value = getattr(protocol, name, None)
         # Nested classes and annotations that are kept as attributes can be called, too.
-        is_type = isinstance(value, type) or typing.get_origin(value) or hasattr(value, "__supertype__")
+        is_type = isinstance(value, type) or get_origin(value) or hasattr(value, "__supertype__")
         if callable(value) and not is_type and not name.startswith("_") and name != "on_serve_start":
             where = f"{protocol.__qualname__}.{name}(): "
             with _noting(mistakes, where):
@@ -3680,8 +3678,8 @@ _PACK_FROM_BYTES = 10_000  # base64 is read at 250 MB/s: what packing takes is l
 def token_keys(option: bytes | str | Sequence[bytes]) -> list[bytes]:
     """Read the option ``token_key``: the first key signs, all of them verify.
 
-    A line end behind a key, which an editor leaves there, is no part of it. Raises ``TypeError`` for what is
-    neither bytes, nor a sequence of them, nor text, and ``ValueError`` for no key or one under 16 bytes.
+    A line end behind a key, which an editor leaves there, is no part of it. Raises ``TypeError`` for what is no
+    bytes, sequence of them or text, ``ValueError`` for no key or one under 16 bytes.
     """
     keys: list[Any] = [option]
     if isinstance(option, str):
@@ -6745,9 +6743,8 @@ def _method_card(bound: BoundMethod, url: str, options: HttpOptions) -> str:
         bearer = ' -H "Authorization: Bearer $TOKEN"' * asks
         head = f"curl {url}/{info.protocol_name}/{info.name} -H 'Content-Type: {JSON_TYPE}'{bearer}"
         lines["curl"] = f"{head} -d {shlex.quote(json_text(arguments))}"
-    lines["Python"] = _python_block(
-        bound, url, arguments, ', headers={"Authorization": "Bearer TOKEN"}' * asks
-    )
+    bearer = ', headers={"Authorization": "Bearer TOKEN"}' * asks
+    lines["Python"] = _python_block(bound, url, arguments, bearer)
     return card + "".join(tag("h4", title) + tag("pre", line) for title, line in lines.items())
 
 
@@ -6859,7 +6856,7 @@ class HttpOptions:
     cors_origins: str | Iterable[str] | None = None  # origins whose pages may call, "*" for all
     max_request_bytes: int | None = None  # largest body, encoded and decoded; else 256 MiB, of JSON 1 MiB
     max_response_bytes: int | None = None  # largest answer, decoded; None for any size
-    compression_level: int | None = 1  # of answers in zstd and gzip, 1 to 9; None switches compression off
+    compression_level: int | None = 1  # of answers in zstd and gzip, 1 to 9; None for no compression
     call_state_cache_entries: int = MAX_OPEN_TOKENS  # opened call tokens kept in memory; 0 for none
     max_rows: int | None = None  # rows of one batch; None for what its bytes pay for
     pages: bool = True  # serve the pages for people (they need reflection as well)
@@ -6887,13 +6884,13 @@ class HttpServeOptions(HttpOptions):
 
     host: str = "127.0.0.1"
     port: int = 0  # 0 takes a free one
-    tls_context: Any = None  # server-side context of the standard library's ssl; None for plain HTTP
+    tls_context: Any = None  # server-side ssl.SSLContext; None for plain HTTP
     max_connections: int = MAX_CONNECTIONS  # at a time; as many again are answered 503, but for health
     read_timeout: float = READ_TIMEOUT_SECONDS  # for a head, and for each MiB of a body or an answer
     request_deadline: float = REQUEST_DEADLINE_SECONDS  # for one request as a whole, and for its answer
-    keep_alive_timeout: float = KEEP_ALIVE_SECONDS  # how long a connection is kept between two requests
-    drain_grace_seconds: float = DRAIN_GRACE_SECONDS  # how long calls may run on after SIGTERM or SIGINT
-    idle_timeout: float | None = None  # without a connection for so long, it ends; None for never
+    keep_alive_timeout: float = KEEP_ALIVE_SECONDS  # between two requests of a connection
+    drain_grace_seconds: float = DRAIN_GRACE_SECONDS  # for running calls after SIGTERM or SIGINT
+    idle_timeout: float | None = None  # without a connection, then it ends; None for never
     on_bound: Callable[[str, int], None] | None = None  # called with host and port once it accepts
 
 
@@ -6954,14 +6951,14 @@ class HttpApp:
                     self._routes[f"{options.prefix}/{service.name}/{name}{step}"] = bound, step[1:]
         self._hosts = frozenset(host.lower() for host in options.allowed_hosts or ())
         codings = supported_encodings() if options.compression_level is not None else ()
-        told = {  # by every answer; nothing of a feature that is off
+        headers = {  # by every answer; nothing of a feature that is off
             SUPPORTED_ENCODINGS_HEADER: ", ".join(codings),
             EXTERNALIZATION_HEADER: "false",
             ACCEPT_MAX_RESPONSE_BYTES_SUPPORT_HEADER: "true",
             MAX_REQUEST_BYTES_HEADER: options.max_request_bytes,
             MAX_RESPONSE_BYTES_HEADER: options.max_response_bytes,
         }
-        self.capabilities = [(name, str(value)) for name, value in told.items() if value is not None]
+        self.capabilities = [(name, str(value)) for name, value in headers.items() if value is not None]
 
     def _open_half(self, binding: tuple[bytes, ...], call_id: bytes, token: bytes) -> FixedHalf:
         content = self.sealer.open(b"call", (*binding, call_id), token, aged=False)
@@ -7027,9 +7024,9 @@ class HttpApp:
         if not self._is_for_us(host, request.headers):
             text = f"Host {host[:255]!r} is not served here; the option allowed_hosts (--allowed-hosts) adds names"
             raise http_refusal(421, text, Code.PERMISSION_DENIED)
-        found = self._routes.get(path)
-        if found is not None and method == "POST":
-            return _PostedCall(self, request, *found).answer()
+        route = self._routes.get(path)
+        if route is not None and method == "POST":
+            return _PostedCall(self, request, *route).answer()
         if method == "OPTIONS":
             headers = [("Content-Type", "text/plain"), ("Allow", "GET, HEAD, POST, OPTIONS")]
             if self.options.cors_origins and "access-control-request-method" in request.headers:
@@ -7047,14 +7044,15 @@ class HttpApp:
             said |= {"server_id": self.server.server_id, "protocol": self.server.protocol_name}
             return json_response(200, said, [("Cache-Control", "no-store")])
         self.authenticate(request)  # before anything that tells which names there are
-        if found is not None:
+        if route is not None:
             raise http_refusal(405, "expected POST", Code.UNIMPLEMENTED)
         segments = path[len(prefix) + 1 :].split("/")
         if f"{path}/".startswith(f"{prefix}/") and "%" not in path:
             if reads and self.options.pages and self.server.describe_enabled:
-                shown = page_at(self.server, self.options, request, segments, request.scheme or self.scheme)
-                if shown is not None:
-                    return shown
+                scheme = request.scheme or self.scheme
+                response = page_at(self.server, self.options, request, segments, scheme)
+                if response is not None:
+                    return response
             of_call = len(segments) > 1 and all(segments) and segments[2:] in ([], ["init"], ["exchange"])
             if method == "POST" and of_call:
                 self.server.method(self.server.service(segments[0]), segments[1])  # says what there is
@@ -7118,12 +7116,12 @@ class HttpApp:
 
 
 def _int_of(headers: Mapping[str, str], name: str, least: int, most: int) -> int | None:
-    given = headers.get(name.lower())
-    if given is None:
+    text = headers.get(name.lower())
+    if text is None:
         return None
-    if not re.fullmatch(_DECIMAL, given) or not least <= int(given) <= most:
-        raise ProtocolError(f"{name}: expected one decimal from {least} to {most}, got {given[:40]!r}")
-    return int(given)
+    if not re.fullmatch(_DECIMAL, text) or not least <= int(text) <= most:
+        raise ProtocolError(f"{name}: expected one decimal from {least} to {most}, got {text[:40]!r}")
+    return int(text)
 
 
 class _PostedCall:
@@ -7506,8 +7504,8 @@ def make_wsgi_app(
 
     Raises ``ValueError`` and ``TypeError`` for an option that is out of range.
     """
-    given = locals()
-    app = HttpApp(given.pop("server"), HttpOptions(**given))
+    options = locals()
+    app = HttpApp(options.pop("server"), HttpOptions(**options))
 
     def wsgi(environ: dict[str, Any], start_response: Any = None, *more: Any) -> Iterable[bytes]:
         if more or not callable(start_response):
@@ -7525,9 +7523,9 @@ def make_wsgi_app(
 
 
 def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
-    given = {key[5:]: value for key, value in environ.items() if key.startswith("HTTP_")}
-    given.update({key: environ[key] for key in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(key)})
-    headers = {key.replace("_", "-").lower(): value for key, value in given.items()}
+    variables = {key[5:]: value for key, value in environ.items() if key.startswith("HTTP_")}
+    variables.update({key: environ[key] for key in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(key)})
+    headers = {key.replace("_", "-").lower(): value for key, value in variables.items()}
     path = environ.get("PATH_INFO", "")
     raw = (environ.get("RAW_URI") or environ.get("REQUEST_URI") or "").partition("?")[0]
     if "%" in raw and not raw.endswith(path):
@@ -7712,10 +7710,10 @@ def serve_http(
     *port* 0 takes a free one. Raises ``OSError`` when the address cannot be bound, ``ValueError`` and
     ``TypeError`` for an option that is out of range.
     """
-    given = locals()
+    options = locals()
     import http.server  # by those alone who serve with it
 
-    app = HttpApp(given.pop("server"), options := HttpServeOptions(**given))
+    app = HttpApp(options.pop("server"), HttpServeOptions(**options))
     listening = listen_tcp(host, port, authenticate is not None)
     bound_port = listening.getsockname()[1]
     if tls_context is not None:
@@ -7723,10 +7721,10 @@ def serve_http(
     if re.fullmatch(LOOPBACK_HOST, host):
         app.loopback_port = bound_port
     base = http.server.BaseHTTPRequestHandler
-    handler = type("Handler", (HttpHandler, base), {"app": app, "options": options})
-    kind: Any = type("HttpListener", (ListenerMixin, http.server.ThreadingHTTPServer), {})
+    handler = type("Handler", (HttpHandler, base), {"app": app, "options": app.options})
+    listener_class: Any = type("HttpListener", (ListenerMixin, http.server.ThreadingHTTPServer), {})
     # Twice as many connections, so that health can be asked for when all are taken.
-    listener = kind(listening, handler, server, True, 2 * max_connections, idle_timeout)
+    listener = listener_class(listening, handler, server, True, 2 * max_connections, idle_timeout)
     listener.run(drain_grace_seconds, on_bound, host, bound_port)
 
 
@@ -7766,16 +7764,16 @@ class HttpServerCapabilities(NamedTuple):
     @classmethod
     def from_headers(cls, headers: Mapping[str, str]) -> HttpServerCapabilities:
         """Read them from headers by lower-case name; what cannot be read counts as absent."""
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         for name, default in cls._field_defaults.items():
             text = headers.get(f"vgi-{name.replace('_', '-')}", "")
             if isinstance(default, bool):
-                found[name] = text == "true"
+                fields[name] = text == "true"
             elif isinstance(default, tuple):
-                found[name] = tuple(re.findall(r"[^\s,]+", text))
+                fields[name] = tuple(re.findall(r"[^\s,]+", text))
             elif re.fullmatch("[0-9]{1,18}", text):
-                found[name] = int(text)
-        return cls(**found)
+                fields[name] = int(text)
+        return cls(**fields)
 
 
 class HttpReply(NamedTuple):
@@ -7817,8 +7815,8 @@ class HttpTarget(NamedTuple):
         """Read a base URL; raises ``ValueError``."""
         match = re.fullmatch(_BASE_URL, url)
         if match is None or int(match[3] or 0) > 65_535 or not url.isascii():
-            shown = re.sub("//[^/]*@", "//…@", url)
-            raise ValueError(f"base URL: expected http(s)://host[:port][/prefix], got {shown!r}")
+            safe = re.sub("//[^/]*@", "//…@", url)
+            raise ValueError(f"base URL: expected http(s)://host[:port][/prefix], got {safe!r}")
         scheme = match[1].lower()
         port = int(match[3] or {"http": 80, "https": 443}[scheme])
         return cls(scheme, match[2].strip("[]"), port, match[4].rstrip("/"))
@@ -7953,8 +7951,8 @@ class OpenerSender(HttpSender):
                         raise body_too_large(most, "more", _BUDGET_OPTION)
                     if deadline is not None and time.monotonic() > deadline:
                         raise TimeoutError
-                found = {name.lower(): value for name, value in response.headers.items()}
-                return HttpReply(response.status, found, bytes(whole)).decoded(most)
+                answered = {name.lower(): value for name, value in response.headers.items()}
+                return HttpReply(response.status, answered, bytes(whole)).decoded(most)
         except (OSError, ValueError, HTTPException) as exc:
             reason = getattr(exc, "reason", exc)
             if isinstance(reason, TimeoutError):
@@ -7974,8 +7972,8 @@ def http_sender(target: HttpTarget, tls_context: ssl.SSLContext | None = None) -
             opener.add_handler(request.ProxyHandler())
             opener.add_handler(request.HTTPHandler())
             opener.add_handler(request.HTTPSHandler(context=tls_context))
-            shown = proxy.rpartition("@")[2].rpartition("/")[2]
-            return OpenerSender(opener, target, f" through the proxy of the environment, {shown}")
+            safe = proxy.rpartition("@")[2].rpartition("/")[2]
+            return OpenerSender(opener, target, f" through the proxy of the environment, {safe}")
     return HttpConnections(target, tls_context)
 
 
@@ -7994,8 +7992,8 @@ class SyncClient(HttpSender):
         lowered = {name.lower(): value for name, value in headers}
         response = self.app(HttpRequest(verb, path, lowered, "sync", read_body))
         whole = response.body if isinstance(response.body, bytes) else b"".join(response.body)
-        found = {name.lower(): value for name, value in response.headers}
-        return HttpReply(response.status, found, whole).decoded(most)
+        answered = {name.lower(): value for name, value in response.headers}
+        return HttpReply(response.status, answered, whole).decoded(most)
 
 
 class HttpClient(ClientChannel):
@@ -8065,9 +8063,9 @@ class HttpClient(ClientChannel):
             text = f"the server takes requests of at most {most} bytes, this one has {size}"
             raise RpcError("RequestTooLargeError", text, "", error_code=Code.RESOURCE_EXHAUSTED)
         reply = self._send("POST", path, self._fixed + headers, body, deadline, self._budget)
-        kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != ARROW_CONTENT_TYPE or 300 <= reply.status < 400:
-            raise _not_an_answer(reply, self._prefix + path, kind)
+        content_type = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != ARROW_CONTENT_TYPE or 300 <= reply.status < 400:
+            raise _not_an_answer(reply, self._prefix + path, content_type)
         try:
             return read(reply.body)
         except EOFError:
@@ -8102,11 +8100,11 @@ class HttpClient(ClientChannel):
         self._sender.close()
 
 
-def _not_an_answer(reply: HttpReply, path: str, kind: str) -> TransportError:
+def _not_an_answer(reply: HttpReply, path: str, content_type: str) -> TransportError:
     """Return the error for an answer that is somebody else's, or the server's to a URL that is not its own."""
     where = reply.headers.get("location", "")
     said = bytes(memoryview(reply.body)[:500]).decode("utf-8", "replace").strip()
-    text = f"expected Arrow, got HTTP {reply.status} {kind or 'without a type'}: {said}"
+    text = f"expected Arrow, got HTTP {reply.status} {content_type or 'without a type'}: {said}"
     if where and reply.status // 100 == 3:
         text = f"the server redirects {path} to {where[:200]!r}; connect there instead"
     elif reply.status == 404:
@@ -8201,20 +8199,20 @@ class _HttpSession(StreamSession):
                 raise local_error("no token yet: read what came with the start of the stream first")
         if cursor is None or self.phase is StreamPhase.DONE:
             raise local_error(f"the stream of {self.info.name}() is over: nothing to resume")
-        facts = {"method": self.info.name, "state": cursor.decode("latin-1"), "skip": skip}
-        return to_json({**facts, "call": self._call_token.decode("latin-1")}).encode()
+        fields = {"method": self.info.name, "state": cursor.decode("latin-1"), "skip": skip}
+        return to_json({**fields, "call": self._call_token.decode("latin-1")}).encode()
 
     def seek_to_token(self, token: bytes) -> None:
-        facts = json_object(token)
-        found = [type(facts.get(key)) for key in ("state", "call", "skip")]
-        if facts.get("method") != self.info.name or found != [str, str, int]:
+        fields = json_object(token)
+        classes = [type(fields.get(key)) for key in ("state", "call", "skip")]
+        if fields.get("method") != self.info.name or classes != [str, str, int]:
             raise local_error(f"resume: expected a token of {self.info.name}(), as session.token() gives it")
         self.phase = StreamPhase.OPEN
         self._schema = None
         self._waiting.clear()
-        self._cursor = facts["state"].encode("latin-1", "replace")
-        self._call_token = facts["call"].encode("latin-1", "replace")
-        for _ in range(facts["skip"]):
+        self._cursor = fields["state"].encode("latin-1", "replace")
+        self._call_token = fields["call"].encode("latin-1", "replace")
+        for _ in range(fields["skip"]):
             if self._turn(None) is None:
                 break
 
@@ -8449,7 +8447,7 @@ class StatisticsState(ExchangeState):
     total: float = 0.0
 
     def exchange(self, input: AnnotatedBatch, out: OutputCollector, ctx: CallContext) -> None:
-        """Take a batch and answer with the statistics."""
+        """Answer a batch with the statistics."""
         values = input.batch.column("value").drop_null().to_pylist()
         self.count += len(values)
         self.total += sum(values)
@@ -8674,7 +8672,6 @@ def _serve(args: Any) -> None:
         callers = {words[-1]: AuthContext("bearer", True, [*words[:-1], "bearer"][0]) for words in lines}
         options["authenticate"] = bearer_authenticate_static(tokens=callers)
     prefix = HttpOptions(**options).prefix
-    # Says what is wrong with it.
     token_keys(options.get("token_key") or os.environ.get("VGI_RPC_TOKEN_KEY") or os.urandom(32))
     if args.check:
         print(describe_rpc(server.primary.protocol))
@@ -8850,8 +8847,7 @@ def _joined(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.RecordB
 
 def _text_batches(file: Any, is_csv: bool) -> Iterator[pa.RecordBatch]:
     """Batches of CSV or NDJSON, of as many rows as a read brings.
-    Numbers stay texts, as all of CSV does: the server casts them to the types that it declares, which nobody else knows,
-    and no digit is lost."""
+    Numbers stay texts, as all of CSV: the server, which alone knows the types, casts them, and no digit is lost."""
     schema = None
     rest = b""
     for data in itertools.chain(iter(partial(file.read1, 1 << 20), b""), [b""]):
@@ -9281,7 +9277,7 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
         server = RpcServer(server, implementation)
     elif implementation is not None:
         raise TypeError("run_server: expected a server alone, got an implementation beside it")
-    if not sys.argv[1:]:  # a worker's start need not wait for argparse
+    if not sys.argv[1:]:  # a worker's start waits for no argparse
         serve_stdio(server)
     elif code := _run(["serve", *sys.argv[1:]], server):
         raise SystemExit(code)
