@@ -2546,6 +2546,12 @@ NOT_EMITTED: list[tuple[pa.Schema, str, Any, tuple[str, ...]]] = [  # and parts 
     (INTEGERS, "emit_pydict", {"value": [1], "more": [2]}, ("'value'", "'more'")),
     *[(INTEGERS, "emit_pydict", wrong, ("'value'", str([*wrong]))) for wrong in ({}, {"other": [1]})],
     (VALUE, "emit_pydict", {"value": [2**53 + 1]}, ("'value'", "9007199254740993")),
+    (
+        REQUIRED,
+        "emit",
+        pa.RecordBatch.from_arrays([pa.array([1, None])], schema=REQUIRED),
+        ("'value'", "null"),
+    ),
     *[(REQUIRED, "emit_pydict", {"value": wrong}, ("'value'", "null")) for wrong in ([None], [1, None])],
 ]
 
@@ -2576,7 +2582,10 @@ class StateTests(TestCase):
                     out.validate()
                     self.assertEqual((sent(out)[0].to_pydict(), sent(out)[1]), ({"value": expected}, {}))
                     self.assertEqual(out.data_batch.batch, sent(out)[0])
-                    self.assertEqual(isinstance(out.item, bytes), template and expected in ([8], [None]))
+                    is_ready = not isinstance(given, pa.Table) and expected and None not in expected
+                    self.assertEqual(
+                        isinstance(out.item, bytes), bool(is_ready or (template and expected == [None]))
+                    )
 
     def test_what_does_not_fit_the_schema(self) -> None:
         for schema, method, given, parts in NOT_EMITTED:
@@ -3892,7 +3901,7 @@ class ServerCallTests(TestCase):
         clock = [1000.0]
         with mock.patch.object(rpc.time, "monotonic", lambda: clock[0]):
             call = self.call("plain", timeout=5.0)
-            call.begin(lambda: {"limit": 9, "rows": [1], "pause": 0.0})
+            call.begin(lambda info: {"limit": 9, "rows": [1], "pause": 0.0})
             for timeout in (None, 2.0, None, 7.0):
                 clock[0] += 100.0
                 turn = call.turn(rpc.TICK, timeout and {b"vgi_rpc.timeout_ms": b"%d" % (1000 * timeout)})
@@ -3927,7 +3936,7 @@ class ServerCallTests(TestCase):
                 raise SystemExit(1)
 
         call = self.call("running", timeout=9.0)
-        call.begin(lambda: {"label": "x"})
+        call.begin(lambda info: {"label": "x"})
         call.stream.state = Cancelled("x")
         turns = [call.cancel() for _ in range(3)]
         self.assertEqual(len(calls), 1)
@@ -3941,7 +3950,7 @@ class ServerCallTests(TestCase):
         metadata = {b"traceparent": b"00-ab", b"tracestate": b"\xff", b"other": b"x"}
         caller = rpc.CallRecord(rpc.TransportKind.TCP, auth, "1.2.3.4:5", {"more": 1}, lambda: True, 99)
         call = self.call("context", caller=caller, metadata=metadata)
-        call.begin(dict)
+        call.begin(lambda info: {})
         context = call.context
         expected = {"more": 1, "traceparent": "00-ab", "tracestate": "\ufffd", "remote_addr": "1.2.3.4:5"}
         self.assertEqual(context.transport_metadata, expected)
@@ -4008,7 +4017,7 @@ class ServerCallTests(TestCase):
             server = make_server()
             server.access_log = target
             call = self.call("fail", server, rpc.CallRecord(auth=surrogate))
-            call.begin(lambda: {"how": "BrokenText"})
+            call.begin(lambda info: {"how": "BrokenText"})
             call.end()
         line = json.loads(stream.getvalue())
         self.assertEqual((line["principal"], line["error_type"]), ("p\ud800", "BrokenText"))
@@ -8278,8 +8287,8 @@ class StreamingTests(TestCase):
 SOURCE = pathlib.Path(rpc.__file__)
 README = HERE / "README.md"
 BANNER = re.compile(r"^# (\d+)\. ([A-Z][A-Z0-9, -]*[A-Z]) \.{3,} uses (nothing|[\d, -]+)$", re.M)
-MAX_LINES = 9_303  # of each of the two files
-MAX_BYTES = 466_950
+MAX_LINES = 9_331  # of each of the two files
+MAX_BYTES = 469_400
 
 
 def defined_names(statement: ast.stmt) -> list[str]:
