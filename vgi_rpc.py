@@ -122,7 +122,7 @@ wire_read = logging.getLogger("vgi_rpc.wire.read")  # shapes of what comes and g
 wire_write = logging.getLogger("vgi_rpc.wire.write")
 
 
-# ======================================
+# ====================
 # 1. CONSTANTS ... uses nothing
 # Every key on the wire, header name and default limit, once. The family, which is all ``vgi-rpc`` packages that
 # speak this protocol, in any language, depends on the spelling.
@@ -235,7 +235,7 @@ Time: TypeAlias = float | None  # of ``time.monotonic()``, in seconds: a deadlin
 SMALL_BODY_BYTES = 65_536  # below: one bytes object; above: read in place, written without copying
 
 
-# ======================================
+# ====================
 # 2. ERRORS ... uses 1
 # Every exception of this file, its code, kind and HTTP status; those of other libraries reach no user.
 #
@@ -635,7 +635,7 @@ def error_as_json(exc: BaseException, *, request_id: str = "", trace: str = "") 
     return {name: value for name, value in obj.items() if value or name == "message"}
 
 
-# ======================================
+# ====================
 # 3. LOG MESSAGES ... uses 1-2
 # A log line or an error as it travels: level, text, extra. An error is a message of level EXCEPTION.
 # The metadata of a message is the only form in which an exception leaves a process.
@@ -770,7 +770,7 @@ def error_from_metadata(metadata: Mapping[bytes, bytes]) -> RpcError:
     return error
 
 
-# ======================================
+# ====================
 # 4. BATCHES ... uses 1-3
 # Arrow IPC streams in and out, message by message.
 # Law: nothing foreign reaches pyarrow's decoder before its head was read and its sizes were found plausible, and what
@@ -819,8 +819,8 @@ def batch_role(num_rows: int, metadata: Metadata | None) -> str:
         return "data"
     if LOG_LEVEL_KEY in metadata and LOG_MESSAGE_KEY in metadata:
         return "error" if metadata[LOG_LEVEL_KEY] == b"EXCEPTION" else "log"
-    kinds = {LOCATION_KEY: "location", SHM_OFFSET_KEY: "shm", STATE_KEY: "token"}
-    return next((kind for key, kind in kinds.items() if key in metadata), "data")
+    roles = {LOCATION_KEY: "location", SHM_OFFSET_KEY: "shm", STATE_KEY: "token"}
+    return next((role for key, role in roles.items() if key in metadata), "data")
 
 
 class ByteSource:
@@ -929,11 +929,11 @@ class FlatHead:
 
     def pairs(self, field: int) -> dict[bytes, bytes]:
         """Return a vector of key-value tables."""
-        found = {}
+        pairs = {}
         for pair in self.tables(field, MAX_HEAD_ENTRIES):
             key, value = self.table(pair, 2)
-            found[self.text(key)] = self.text(value)
-        return found
+            pairs[self.text(key)] = self.text(value)
+        return pairs
 
     def dictionaries(self) -> int:
         """Return how many fields of a schema, at any depth, are dictionaries; refuse what would cost too much."""
@@ -942,15 +942,15 @@ class FlatHead:
             raise IPCError("schema: expected little-endian numbers, got big-endian ones")
         self.pairs(metadata)
         dictionaries = 0
-        found = [(1, column) for column in self.tables(columns, MAX_COLUMNS)]
-        for level, column in found:  # which grows
-            name, _, kind, parameters, dictionary, children, metadata = self.table(column, 7)
+        fields = [(1, column) for column in self.tables(columns, MAX_COLUMNS)]
+        for level, column in fields:  # which grows
+            name, _, type_id, parameters, dictionary, children, metadata = self.table(column, 7)
             self.text(name).decode()  # fails here, not at some later look at the schema
-            if self.data[kind] in (10, 14):  # a timestamp has the text of its zone, a union a list of codes
+            if self.data[type_id] in (10, 14):  # a timestamp has a zone's text, a union a list of codes
                 self.text(self.table(parameters, 2)[1]).decode()
             self.pairs(metadata)
             dictionaries += dictionary != self.absent
-            found += [(level + 1, child) for child in self.tables(children, MAX_COLUMNS)]
+            fields += [(level + 1, child) for child in self.tables(children, MAX_COLUMNS)]
             if level > MAX_NESTING:
                 raise IPCError(f"schema: expected at most {MAX_NESTING} levels of nesting")
         return dictionaries
@@ -979,7 +979,7 @@ class WireSchema:
     @cached_property
     def empty(self) -> pa.RecordBatch:
         """The batch of 0 rows that carries logs, errors, ticks and tokens."""
-        columns = [pa.nulls(0, kind) for kind in self.schema.types]
+        columns = [pa.nulls(0, arrow_type) for arrow_type in self.schema.types]
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
     @cached_property
@@ -1351,9 +1351,9 @@ def total_size(pieces: Iterable[Buffer]) -> int:
 _TYPE_SPELLING = {"double": "float64", "halffloat": "float16", "float": "float32", "string": "utf8"}
 
 
-def type_text(kind: pa.DataType) -> str:
+def type_text(arrow_type: pa.DataType) -> str:
     """Return an Arrow type as pyarrow's constructors spell it: ``float64``, where its own text says ``double``."""
-    return re.sub(r"\b(double|halffloat|float|string)\b", lambda match: _TYPE_SPELLING[match[1]], str(kind))
+    return re.sub(r"\b(double|halffloat|float|string)\b", lambda m: _TYPE_SPELLING[m[1]], str(arrow_type))
 
 
 def schema_text(schema: pa.Schema) -> str:
@@ -1384,8 +1384,8 @@ def conform_batch(batch: Any, wire: WireSchema, where: str, *, cast_values: bool
         if cast_values and unique and sorted(batch.schema.names) == sorted(schema.names):
             batch = batch.select(schema.names)
         if batch.schema.names != schema.names:
-            shown = schema_text(batch.schema)
-            raise ParameterError(f"{where}: expected columns {schema_text(schema)}, got {shown}")
+            received = schema_text(batch.schema)
+            raise ParameterError(f"{where}: expected columns {schema_text(schema)}, got {received}")
         columns = [_conform(*pair, where, cast_values) for pair in zip(batch.columns, schema)]
         batch = pa.RecordBatch.from_arrays(columns, schema=schema)
     for i in wire.required:
@@ -1396,7 +1396,7 @@ def conform_batch(batch: Any, wire: WireSchema, where: str, *, cast_values: bool
 
 def _conform(values: Any, column: pa.Field, where: str, cast_values: bool) -> pa.Array:
     """Return *values*, an array or what makes one, as the array of a column."""
-    given = values
+    received = values
     fitted = None
     problem = ""
     try:
@@ -1406,12 +1406,12 @@ def _conform(values: Any, column: pa.Field, where: str, cast_values: bool) -> pa
             fitted = pa.array(values, column.type)
             if not _is_exact(column.type, values):
                 with suppress(*ARROW_FAILURES):  # pairs make a map, but no type of their own
-                    given = pa.array(values)
+                    received = pa.array(values)
         elif values.type.equals(column.type):
             fitted = values
         elif cast_values and not _is_shared(values):
             fitted = values.cast(column.type, safe=True)
-        if fitted is not None and isinstance(given, pa.Array) and not _is_kept(given, fitted):
+        if fitted is not None and isinstance(received, pa.Array) and not _is_kept(received, fitted):
             raise ValueError("values would be changed")
     except ARROW_FAILURES as exc:
         fitted = None
@@ -1419,19 +1419,19 @@ def _conform(values: Any, column: pa.Field, where: str, cast_values: bool) -> pa
     if fitted is not None and (column.nullable or not fitted.null_count):
         return fitted
     expected = type_text(column.type)
-    came = type(values).__name__
+    got_text = type(values).__name__
     if fitted is not None:
         expected += " without nulls"
-        came = "a null"
-    elif isinstance(given, pa.Array):
-        came = type_text(given.type)
-    raise ParameterError(f"{where}: column {column.name!r}: expected {expected}, got {came}{problem}")
+        got_text = "a null"
+    elif isinstance(received, pa.Array):
+        got_text = type_text(received.type)
+    raise ParameterError(f"{where}: column {column.name!r}: expected {expected}, got {got_text}{problem}")
 
 
-def _is_exact(kind: pa.DataType, values: Sequence[Any]) -> bool:
-    """Whether `pa.array` cannot change *values* on the way to *kind*: to infer their type takes four times as long."""
-    plain = pa.types.is_integer(kind) and {int, type(None)}.issuperset(map(type, values))
-    return plain or kind in (pa.float64(), pa.bool_(), pa.utf8(), pa.binary())
+def _is_exact(arrow_type: pa.DataType, values: Sequence[Any]) -> bool:
+    """Whether `pa.array` cannot change *values* on the way to *arrow_type*: to infer their type takes four times as long."""
+    plain = pa.types.is_integer(arrow_type) and {int, type(None)}.issuperset(map(type, values))
+    return plain or arrow_type in (pa.float64(), pa.bool_(), pa.utf8(), pa.binary())
 
 
 _MOMENT = r"(timestamp|date)?(time)?(duration)?\d*\[\w+(, tz)?"  # midnight may stand for its date
@@ -1443,23 +1443,23 @@ def _moment_parts(arrow_type: pa.DataType) -> list[bool] | None:
     return match and [part is None for part in match.groups()]
 
 
-def _is_kept(given: pa.Array, fitted: pa.Array) -> bool:
+def _is_kept(values: pa.Array, fitted: pa.Array) -> bool:
     """Tell whether values are what they were, but for the rounding that a type of floats declares; text may be read.
     pyarrow finds it safe to cut a fraction or hours off, to drop zones and members, and to take 5 for a moment."""
-    before = given.type
+    before = values.type
     after = fitted.type
     if before == after or re.match("null|(large_)?string", str(before)):
         return True
     if pa.types.is_struct(before) and pa.types.is_struct(after):
-        pairs = [(given.field(part.name), after.get_field_index(part.name)) for part in before]
+        pairs = [(values.field(part.name), after.get_field_index(part.name)) for part in before]
         return all(at >= 0 and _is_kept(part, fitted.field(at)) for part, at in pairs)
-    if pa.types.is_nested(before) and hasattr(given, "flatten") and hasattr(fitted, "flatten"):
-        return _is_kept(given.flatten(), fitted.flatten())
+    if pa.types.is_nested(before) and hasattr(values, "flatten") and hasattr(fitted, "flatten"):
+        return _is_kept(values.flatten(), fitted.flatten())
     if pa.types.is_floating(after):
         from pyarrow import compute
 
-        return not pa.types.is_floating(before) or compute.is_inf(fitted) == compute.is_inf(given)
-    return _moment_parts(before) == _moment_parts(after) and fitted.cast(before, safe=False) == given
+        return not pa.types.is_floating(before) or compute.is_inf(fitted) == compute.is_inf(values)
+    return _moment_parts(before) == _moment_parts(after) and fitted.cast(before, safe=False) == values
 
 
 def _is_shared(values: pa.Array) -> bool:
@@ -1484,7 +1484,7 @@ def batch_from_pydict(data: Mapping[str, Any], schema: pa.Schema | None, where: 
         raise ParameterError(f"{where}: {text_of(exc)}") from None
 
 
-# ======================================
+# ====================
 # 5. ROW TEMPLATES ... uses 1-4
 # Streams of one row without pyarrow, whose calls cost more than a small message is worth: a template is made of a stream
 # that section 4 wrote for an example row. Law: `read` accepts only what `write` would have written. All else goes the
@@ -1492,7 +1492,7 @@ def batch_from_pydict(data: Mapping[str, Any], schema: pa.Schema | None, where: 
 
 _INTEGERS = (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
 # By type: the exact Python type of encoded values, and what `struct` calls the numbers in its buffer.
-_FLAT: dict[pa.DataType, tuple[type, str]] = {kind: (int, code) for kind, code in zip(_INTEGERS, "bhiqBHIQ")}
+_FLAT: dict[pa.DataType, tuple[type, str]] = {it: (int, code) for it, code in zip(_INTEGERS, "bhiqBHIQ")}
 _FLAT |= {pa.float64(): (float, "d"), pa.float32(): (float, "f"), pa.bool_(): (bool, "")}
 _FLAT |= {pa.utf8(): (str, ""), pa.binary(): (bytes, ""), pa.dictionary(pa.int16(), pa.utf8()): (str, "h")}
 
@@ -1535,26 +1535,27 @@ class _Column:
     """Writes and reads columns of one type. Values are what codecs encode to, of exactly one Python type, or None."""
 
     def __init__(self, column: pa.Field, of_structs: type = dict) -> None:
-        kind = column.type
+        arrow_type = column.type
         self.nullable = column.nullable
         self.children: dict[Any, _Column] = {}  # of a struct by name, of the pairs in a map by number
         self.item: _Column | None = None  # of a list or map
-        self.kind, self.code = _FLAT.get(kind, (list, ""))
+        self.kind, self.code = _FLAT.get(arrow_type, (list, ""))
         self.one = struct.Struct("<" + self.code).pack
         self.is_enum = (self.kind, self.code) == (str, "h")
         # What pyarrow writes where a value is null. In a null struct an enum has an index without a name: `NotPlain`.
         self.filler: Any = NotPlain if self.is_enum else self.kind()
-        if pa.types.is_map(kind):
-            pairs = pa.struct([kind.key_field, kind.item_field])
+        if pa.types.is_map(arrow_type):
+            pairs = pa.struct([arrow_type.key_field, arrow_type.item_field])
             self.item = _Column(pa.field("", pairs, nullable=False), tuple)
-        elif pa.types.is_list(kind):
-            self.item = _Column(kind.value_field)
-        elif pa.types.is_struct(kind) and kind.num_fields:
+        elif pa.types.is_list(arrow_type):
+            self.item = _Column(arrow_type.value_field)
+        elif pa.types.is_struct(arrow_type) and arrow_type.num_fields:
             self.kind = of_structs
-            self.children = {i if of_structs is tuple else f.name: _Column(f) for i, f in enumerate(kind)}
+            keys = itertools.count() if of_structs is tuple else [f.name for f in arrow_type]
+            self.children = dict(zip(keys, map(_Column, arrow_type)))
             self.filler = {name: child.filler for name, child in self.children.items()}
-        if kind not in _FLAT and not self.item and len(self.children) < max(kind.num_fields, 1):
-            raise NotPlain(f"{type_text(kind)} is not plain, or has two fields of one name")
+        if arrow_type not in _FLAT and not self.item and len(self.children) < max(arrow_type.num_fields, 1):
+            raise NotPlain(f"{type_text(arrow_type)} is not plain, or has two fields of one name")
         # Bits behind the last one, a NaN of another form: whether they would be written is seen by writing them.
         inner = [self.item] if self.item else self.children.values()
         self.is_doubtful: bool = self.kind is bool or self.code == "f" or any(c.is_doubtful for c in inner)
@@ -1765,8 +1766,8 @@ class RowTemplate:
             examples.append((row, stream_bytes(wire, [(batch, {**metadata, **dict(zip(varying, values))})])))
         reader = IpcReader(ByteSource(examples[0][1]))
         message = bytes(cast("BatchMessage", reader.next_message()).data)
-        kept = reader.dictionaries.values()
-        self._dictionaries = [_MessageTemplate(bytes(data), _NAMES, {}) for [(_, data)] in kept]
+        messages = reader.dictionaries.values()
+        self._dictionaries = [_MessageTemplate(bytes(data), _NAMES, {}) for [(_, data)] in messages]
         self._batch = _MessageTemplate(message, columns, varying)
         self._stream: _Layout | None = None  # of the whole stream, where nothing but numbers differs
         if self._batch.numbers is not None:
@@ -1829,7 +1830,7 @@ def row_template(
     return None
 
 
-# ======================================
+# ====================
 # 6. TYPES ... uses 1-5
 # Annotation -> codec: the Arrow type, how a Python value is encoded for it, and how it comes back.
 # Law: what arrives is what was sent, or it is refused before it is sent. pyarrow converts with loss where types
@@ -1965,10 +1966,10 @@ class Codec(NamedTuple):
 
     def _each(self, values: Any, steps: Sequence[Any], convert: Callable[..., Any]) -> list[Any]:
         """Convert values of this codec; a mismatch says at which of *steps*."""
-        kinds = list(map(type, values))
+        classes = list(map(type, values))
         # To count one type takes half as long as to collect them all.
-        alike = kinds and kinds[0] in self.plain and kinds.count(kinds[0]) == len(kinds)
-        if alike or self.plain.issuperset(kinds):
+        alike = classes and classes[0] in self.plain and classes.count(classes[0]) == len(classes)
+        if alike or self.plain.issuperset(classes):
             return values if type(values) is list else list(values)
         out: list[Any] = []
         try:
@@ -2001,39 +2002,40 @@ class Codec(NamedTuple):
             and (is_rounded or is_instant or held == value)
         ):
             return value if type(value) is type(held) is datetime.datetime else held  # not in another zone
-        shown = got(value)
+        received = got(value)
         if not isinstance(value, (str, bytes, type(None))):
-            shown = f"{shown} {value!s:.60}"
+            received = f"{received} {value!s:.60}"
         zone = ""
         if has_zone and not getattr(self.arrow_type, "tz", None):
             zone = " without a zone (Annotated[datetime, ArrowType(pa.timestamp('us', tz='UTC'))] has one)"
-        raise Mismatch(f"{self.expected}{zone}", f"{shown} ({reason})")
+        raise Mismatch(f"{self.expected}{zone}", f"{received} ({reason})")
 
     def to_array(self, encoded: Any) -> pa.Array:
         """Return the column of one encoded value."""
-        kind = self.arrow_type
-        if type(encoded) is bytes and SMALL_BODY_BYTES < len(encoded) < 1 << 31 and pa.types.is_binary(kind):
+        arrow_type = self.arrow_type
+        is_bytes = type(encoded) is bytes and pa.types.is_binary(arrow_type)
+        if is_bytes and SMALL_BODY_BYTES < len(encoded) < 1 << 31:
             offsets = pa.py_buffer(struct.pack("<ii", 0, len(encoded)))
-            return pa.Array.from_buffers(kind, 1, [None, offsets, pa.py_buffer(encoded)])  # not copied
+            return pa.Array.from_buffers(arrow_type, 1, [None, offsets, pa.py_buffer(encoded)])  # not copied
         try:
-            array = pa.array([encoded], kind)
-            array.validate(full=kind.num_fields > 0)
+            array = pa.array([encoded], arrow_type)
+            array.validate(full=arrow_type.num_fields > 0)
         except ARROW_FAILURES:
             self.of_encoded().encode(encoded)
             # Under a null struct pyarrow writes index 0, also into an empty dictionary; readers refuse that.
-            array = pa.array([encoded, _filled(kind)], kind).slice(0, 1)
+            array = pa.array([encoded, _filled(arrow_type)], arrow_type).slice(0, 1)
         return array
 
 
-def _filled(kind: pa.DataType) -> Any:
-    """Return an encoded value that puts an entry into every dictionary of texts in *kind*."""
-    if pa.types.is_map(kind):
-        return [(_filled(kind.key_type), _filled(kind.item_type))]
-    if pa.types.is_struct(kind):
-        return {member.name: _filled(member.type) for member in kind}
-    if pa.types.is_nested(kind):
-        return [_filled(kind.value_type)] * getattr(kind, "list_size", 1)
-    return 0 if pa.types.is_integer(kind) else ""
+def _filled(arrow_type: pa.DataType) -> Any:
+    """Return an encoded value that puts an entry into every dictionary of texts in *arrow_type*."""
+    if pa.types.is_map(arrow_type):
+        return [(_filled(arrow_type.key_type), _filled(arrow_type.item_type))]
+    if pa.types.is_struct(arrow_type):
+        return {member.name: _filled(member.type) for member in arrow_type}
+    if pa.types.is_nested(arrow_type):
+        return [_filled(arrow_type.value_type)] * getattr(arrow_type, "list_size", 1)
+    return 0 if pa.types.is_integer(arrow_type) else ""
 
 
 _DAY = datetime.datetime(2000, 1, 1)
@@ -2108,19 +2110,19 @@ def codec_for(annotation: Any, exact: pa.DataType | None = None, *, whole: bool 
     """
     bare, named, nullable = unwrapped(annotation)
     exact = named if exact is None else exact
-    kind = get_origin(bare) or bare
+    cls = get_origin(bare) or bare
     arguments = get_args(bare)
-    loose = kind in (object, Any) or (kind in (list, dict) and not arguments)
-    if exact is not None and (loose or (kind is dict and pa.types.is_struct(exact))):
+    loose = cls in (object, Any) or (cls in (list, dict) and not arguments)
+    if exact is not None and (loose or (cls is dict and pa.types.is_struct(exact))):
         codec = Codec(object, exact, type_text(exact))
         if pa.types.is_map(exact):
             codec = codec._replace(write=lambda it: list(_expect(it, Mapping, "dict").items()), read=_dict)
-    elif kind in (list, set, frozenset, dict) and arguments:
-        codec = _container_codec(bare, kind, exact)
-    elif kind in _SCALARS and (exact is not None or kind is not decimal.Decimal):
-        codec = _scalar_codec(bare, kind, exact)
-    elif kind is Literal or isinstance(kind, type):
-        codec = _class_codec(bare, kind, exact, whole)
+    elif cls in (list, set, frozenset, dict) and arguments:
+        codec = _container_codec(bare, cls, exact)
+    elif cls in _SCALARS and (exact is not None or cls is not decimal.Decimal):
+        codec = _scalar_codec(bare, cls, exact)
+    elif cls is Literal or isinstance(cls, type):
+        codec = _class_codec(bare, cls, exact, whole)
         nullable = nullable or None in arguments
     else:
         raise _no_mapping(bare)
@@ -2129,38 +2131,38 @@ def codec_for(annotation: Any, exact: pa.DataType | None = None, *, whole: bool 
     return codec._replace(annotation=annotation)
 
 
-def _scalar_codec(annotation: Any, kind: Any, exact: pa.DataType | None) -> Codec:
-    example: Any = _SCALARS[kind]
+def _scalar_codec(annotation: Any, cls: Any, exact: pa.DataType | None) -> Codec:
+    example: Any = _SCALARS[cls]
     exact = pa.scalar(example).type if exact is None else exact
     zoned = getattr(exact, "tz", None) is not None
     natural = None
     if pa.types.is_fixed_size_binary(exact):
         example = bytes(exact.byte_width)
-    if kind is datetime.datetime and zoned:
+    if cls is datetime.datetime and zoned:
         example = example.astimezone(datetime.timezone.utc)
         natural = pa.timestamp("us", exact.tz)
-    codec = Codec(kind, exact, type_text(exact))
+    codec = Codec(cls, exact, type_text(exact))
     try:
         held = codec._held(example)
     except Mismatch:
         raise TypeError(f"{annotation_text(annotation)} does not go into {codec.expected}") from None
-    if type(held) is not kind:  # another number, or a moment of pandas: equal after the way back, too
-        return codec._replace(read=codec_for(kind, natural).decode)
+    if type(held) is not cls:  # another number, or a moment of pandas: equal after the way back, too
+        return codec._replace(read=codec_for(cls, natural).decode)
     if re.match(r"time(stamp|64)\[us", str(exact)):
         return codec._replace(zoned=zoned)
-    return codec if re.search(_NARROW, str(exact)) else codec._replace(plain=frozenset({kind}))
+    return codec if re.search(_NARROW, str(exact)) else codec._replace(plain=frozenset({cls}))
 
 
-def _container_codec(annotation: Any, kind: Any, exact: pa.DataType | None) -> Codec:
+def _container_codec(annotation: Any, cls: Any, exact: pa.DataType | None) -> Codec:
     """list (which takes a tuple too), set, frozenset, and dict over a map."""
     inner: list[Any] = [None, None]
     if exact is not None:
-        if not hasattr(exact, "key_type" if kind is dict else "value_type"):
+        if not hasattr(exact, "key_type" if cls is dict else "value_type"):
             raise TypeError(f"{annotation_text(annotation)} does not go into {type_text(exact)}")
-        inner = [exact.key_type, exact.item_type] if kind is dict else [exact.value_type]
+        inner = [exact.key_type, exact.item_type] if cls is dict else [exact.value_type]
     members = list(map(codec_for, get_args(annotation), inner))
-    expected = f"{kind.__name__} of {' to '.join(member.expected for member in members)}"
-    if kind is dict:
+    expected = f"{cls.__name__} of {' to '.join(member.expected for member in members)}"
+    if cls is dict:
         if members[0].nullable:
             raise TypeError(f"{expected}: in Arrow a key is never None; use dict[K, V]")
         exact = exact or pa.map_(members[0].arrow_type, members[1].arrow_type)
@@ -2169,16 +2171,16 @@ def _container_codec(annotation: Any, kind: Any, exact: pa.DataType | None) -> C
             dict, exact, expected, lambda it: list(_expect(it, Mapping, expected).items()), _dict, parts
         )
     exact = exact or pa.list_(pa.field("item", members[0].arrow_type))
-    accepted = (list, tuple) if kind is list else (set, frozenset)
+    accepted = (list, tuple) if cls is list else (set, frozenset)
     write = partial(_expect, accepted=accepted, expected=expected)
-    return Codec(list, exact, expected, write, kind, {"item": members[0]})
+    return Codec(list, exact, expected, write, cls, {"item": members[0]})
 
 
 def _dict(pairs: list[Any]) -> dict[Any, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise Mismatch("keys that differ", f"{len(pairs)} entries with {len(found)} keys")
-    return found
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        raise Mismatch("keys that differ", f"{len(pairs)} entries with {len(unique)} keys")
+    return unique
 
 
 def _inner_reader(data: Buffer, checks: IpcValidation = IpcValidation.FULL, known: Any = ()) -> IpcReader:
@@ -2224,10 +2226,10 @@ def _named_codec(annotation: Any, cls: Any, exact: pa.DataType | None) -> Codec:
     encoded_type: type = str
     if cls is Literal:
         members = {member: member for member in get_args(annotation) if member is not None}
-        kinds = set(map(type, get_args(annotation))) - {type(None)}
-        if kinds not in ({str}, {int}):
+        classes = set(map(type, get_args(annotation))) - {type(None)}
+        if classes not in ({str}, {int}):
             raise TypeError(f"{expected}: Literal takes texts or ints, all of one kind; or use an Enum")
-        encoded_type = kinds.pop()
+        encoded_type = classes.pop()
         expected = " or ".join(map(repr, members))
     else:
         if issubclass(cls, enum.Flag):
@@ -2352,20 +2354,20 @@ class RowCodec:
 def _field_annotations(annotation: Any) -> dict[str, Any]:
     """Return the resolved annotations of a dataclass and its bases, with types in place of type variables."""
     cls = get_origin(annotation) or annotation
-    found: dict[str, Any] = {}
+    hints: dict[str, Any] = {}
     for base in reversed(vars(cls).get("__orig_bases__", cls.__bases__)):
-        found.update(_field_annotations(base))
+        hints.update(_field_annotations(base))
     own = inspect.get_annotations(cls)
     if own:
-        found.update({name: hint for name, hint in hints_of(cls).items() if name in own})
+        hints.update({name: hint for name, hint in hints_of(cls).items() if name in own})
     variables = dict(zip(getattr(cls, "__parameters__", ()), get_args(annotation)))
-    for name, hint in found.items():
+    for name, hint in hints.items():
         parameters = getattr(hint, "__parameters__", ())
         if isinstance(hint, TypeVar):
-            found[name] = variables.get(hint, hint)
+            hints[name] = variables.get(hint, hint)
         elif parameters and get_origin(hint) is not None:
-            found[name] = hint[tuple(variables.get(one, one) for one in parameters)]
-    return found
+            hints[name] = hint[tuple(variables.get(one, one) for one in parameters)]
+    return hints
 
 
 class DataclassCodec:
@@ -2448,9 +2450,9 @@ class DataclassCodec:
         """Decode an IPC stream of one row, or of none; raises `IPCError` when it is no such stream."""
         data = bytes(data)
         row = self.row
-        found = row.template and row.template.read(data)
-        if found:
-            return self.build(dict(zip(row.names, row.decode(found[0]))))
+        ready = row.template and row.template.read(data)
+        if ready:
+            return self.build(dict(zip(row.names, row.decode(ready[0]))))
         # Another schema is fine, too: of a newer or an older version of the class.
         known = [row.wire] * data.startswith(row.wire.message)
         item = data and _inner_reader(data, validation, known).next()
@@ -2520,7 +2522,7 @@ class ArrowSerializableDataclass:
         return cast("T", located(cls.__name__, dataclass_codec(cls).from_batch, batch))
 
 
-# ======================================
+# ====================
 # 7. STREAM STATE ... uses 1-6
 # What the author of a method holds in hand: the context of a call, the collector of one turn, the state that
 # lives on between turns. Law: nothing here knows a transport; what is known of a call is in its CallContext.
@@ -2795,7 +2797,7 @@ class Stream(Generic[_S, _H], _ClientSide):
             return super().__class_getitem__(parts if isinstance(parts, tuple) else (parts, None))
 
 
-# ======================================
+# ====================
 # 8. METHODS ... uses 1-7
 # A Protocol class read once: every method with its schemas and codecs, and an implementation checked against
 # it. Law: whatever is wrong with a service is said when its server is made, all of it in one error.
@@ -3162,7 +3164,7 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
     return BoundMethod(info, service, function, context, concrete, is_exchange)
 
 
-# ======================================
+# ====================
 # 9. REQUESTS AND RESULTS ... uses 1-8
 # A call's arguments to a request stream and back, a result to its batch and back.
 # Law: a request's schema equals the method's, name for name, type for type, before a single value is decoded.
@@ -3382,7 +3384,7 @@ def header_batch(info: RpcMethodInfo, header: Any) -> pa.RecordBatch:
     return located(where, codec.row.to_batch, row)
 
 
-# ======================================
+# ====================
 # 10. REFLECTION ... uses 1-9
 # What a server says of itself: the reflection protocol, its dataclasses, the protocol hash.
 # Field names, their order and the tokens of the hash are the family's; a change here is a change of the wire.
@@ -3692,7 +3694,7 @@ def service_description(listed: ProtocolList, answer: ProtocolDescription) -> Se
     return ServiceDescription(*ids, methods, answer.protocol_version)
 
 
-# ======================================
+# ====================
 # 11. TOKENS ... uses 1-10
 # Seals a stream's state so that only this service's own can come back: HMAC-SHA256 over
 # half, binding, time and content. It is signed, not encrypted: a client can read what is inside. Law: nothing
@@ -3813,7 +3815,7 @@ def unpack_parts(data: bytes, count: int) -> list[bytes]:
     return [data[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
-# ======================================
+# ====================
 # 12. BYTE CHANNELS ... uses 1-11
 # Sockets and pipes as channels of bytes, and the worker processes behind some of them. Law: a short read or write is
 # continued; a failure leaves as TransportError, a deadline as DeadlineExceededError; a connection belongs to the
@@ -4162,7 +4164,7 @@ def connect_tcp_socket(
         return Transport(ByteChannel(connected), TransportKind.TCP, f"{host}:{port}")
 
 
-# ======================================
+# ====================
 # 13. SERVER CORE ... uses 1-12
 # resolve -> begin -> turn -> end, for every transport: a byte stream, an HTTP request and its JSON door are thin shells
 # around a `Call`. The rules of a turn (logs before data, one data batch, its deadline, cancel, the error batch, an
@@ -4872,7 +4874,7 @@ def _read_over(reader: IpcReader) -> bool:
         return False
 
 
-# ======================================
+# ====================
 # 14. CLIENT ... uses 1-13
 # One proxy and one StreamSession over a small interface with two implementations: byte streams here, HTTP in 19.
 # Law: an argument that does not fit fails before a byte is sent. After an answer, an error included, the connection
@@ -5719,7 +5721,7 @@ class WorkerPool:
         self.close()
 
 
-# ======================================
+# ====================
 # 15. LISTENERS ... uses 1-14
 # Who gives byte streams to the loop of section 13 (stdin and stdout, Unix sockets, TCP), and what a listening server
 # needs, HTTP as well. Law: nothing that accept, memory or threads refuse ends a listener. A signal ends a server in the
@@ -6019,7 +6021,7 @@ def serve_tcp(
     _serve_bytes(server, listening, tls_context, options, on_bound, host, listening.getsockname()[1])
 
 
-# ======================================
+# ====================
 # 16. HTTP MESSAGES ... uses 1-12
 # One grammar for both sides (RFC 9110, RFC 9112): heads, lengths, chunks, codings of bodies.
 # Law: what it does not allow is refused and never repaired, so that no proxy in front can read a message
@@ -6358,7 +6360,7 @@ def choose_encoding(private: str | None, public: str) -> tuple[str, str, bool]:
     return chosen, "Content-Encoding" if in_public else CONTENT_ENCODING_HEADER, "identity" in names
 
 
-# ======================================
+# ====================
 # 17. JSON AND PAGES ... uses 1-16
 # What people and their tools see of a service: values as JSON, errors as JSON, pages of HTML.
 # Law: one conversion leads from JSON to values of an Arrow field, and one back. The JSON door, the command line
@@ -6821,7 +6823,7 @@ def _source(value: Any) -> str:
     return re.sub(r"<([\w.]+): [^>]*>", r"\1", repr(value))  # the members of enums
 
 
-# ======================================
+# ====================
 # 18. HTTP SERVING ... uses 1-17
 # One function leads from a request to its answer (`HttpApp.respond`): for WSGI, for http.server and for tests
 # without a socket. Laws: it never raises; who may not call learns nothing; a stream's state lives in its two
@@ -7770,7 +7772,7 @@ def serve_http(
     listener.run(drain_grace_seconds, on_bound, host, bound_port)
 
 
-# ======================================
+# ====================
 # 19. HTTP CLIENT ... uses 1-18
 # The HTTP side of the client: what a server can do, one request and its answer by three senders, and streams by tokens.
 # Law: a call is sent once, never retried behind the caller's back; what a server sends is bounded before it is kept;
@@ -8271,7 +8273,7 @@ class _HttpSession(StreamSession):
                 logger.debug("cancel of %s: %s", self.info.name, exc)
 
 
-# ======================================
+# ====================
 # 20. ENTRY POINTS ... uses 1-19
 # What most programs call. Each connect function returns an `RpcConnection`: `with connection as proxy` gives
 # the typed proxy and closes it on leaving; without `with`, the connection has the methods itself, and `close`.
@@ -8448,7 +8450,7 @@ def http_introspect(
         return introspect(channel, protocol=protocol)
 
 
-# ======================================
+# ====================
 # 21. COMMAND LINE ... uses 1-20
 # `python vgi_rpc.py COMMAND`: answers go to stdout, everything said about them to stderr; stdin is read only where
 # `-` stands. Law: nothing of this section runs on import; a failure is one line, a hint and an exit code: 1 the server
