@@ -3281,12 +3281,10 @@ class ReflectionTests(TestCase):
         self.assertIn(("colors", "list[Color] (RED, BLUE) = [Color.RED]", ""), shown)
         nested = window.field("colors").type.value_field
         for color in (window.field("color"), nested, result.type.value_field.type[1], named.type[1]):
-            self.assertEqual(rpc.described_text(color, rpc.ENUM_KEY).split(), ["RED", "BLUE"])
-        docs = [rpc.described_text(params.field(name), rpc.DOC_KEY) for name in ("window", "color", "key")]
+            self.assertEqual(rpc.field_text(color, rpc.ENUM_KEY).split(), ["RED", "BLUE"])
+        docs = [rpc.field_text(params.field(name), rpc.DOC_KEY) for name in ("window", "color", "key")]
         self.assertEqual(docs, ["From and to.", Color.__doc__, ""])
-        self.assertEqual(
-            rpc.described_text(self.methods["ask"].params_schema.field("query"), rpc.DOC_KEY), ""
-        )
+        self.assertEqual(rpc.field_text(self.methods["ask"].params_schema.field("query"), rpc.DOC_KEY), "")
         header: Any = self.methods["stream"].header_schema
         self.assertEqual((header, rpc.type_of(header.field(0))), (Header.ARROW_SCHEMA, "int"))
         self.assertFalse(any(member.metadata for member in self.infos["price"].params_schema))
@@ -8287,7 +8285,7 @@ class StreamingTests(TestCase):
 SOURCE = pathlib.Path(rpc.__file__)
 README = HERE / "README.md"
 BANNER = re.compile(r"^# (\d+)\. ([A-Z][A-Z0-9, -]*[A-Z]) \.{3,} uses (nothing|[\d, -]+)$", re.M)
-MAX_LINES = 9_331  # of each of the two files
+MAX_LINES = 9_392  # of each of the two files
 MAX_BYTES = 469_400
 
 

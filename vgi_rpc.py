@@ -624,7 +624,9 @@ def http_status_of(exc: BaseException) -> int:
 
 def error_as_json(exc: BaseException, *, request_id: str = "", trace: str = "") -> dict[str, Any]:
     """Return the one JSON object that an error has: Connect's code, message and details, and what we add.
-    A detail has Connect's ``value`` (base64 of its JSON, for want of protobuf), and itself as ``debug``."""
+
+    A detail has Connect's ``value`` (base64 of its JSON, for want of protobuf), and itself as ``debug``.
+    """
     fields = error_fields(exc)
     obj = {"code": fields["error_code"].lower().replace("cancelled", "canceled")}
     obj |= {"message": fields["exception_message"], "type": fields["exception_type"], "details": []}
@@ -1235,7 +1237,9 @@ _V5 = 4
 
 def with_metadata(message: bytes, metadata: Mapping[Any, Any]) -> bytes:
     """Return a batch message that pyarrow serialised without metadata, with *metadata*.
-    What its Message table refers to can stay as it is behind another one, if its bytes stay at multiples of 8."""
+
+    What its Message table refers to can stay as it is behind another one, if its bytes stay at multiples of 8.
+    """
     table = 8 + _U32(message, 8)[0]
     header = table + _U16(message, table - _I32(message, table)[0] + 8)[0]
     batch = header + _U32(message, header)[0]
@@ -1278,7 +1282,9 @@ def batch_of(item: Item, wire: WireSchema) -> pa.RecordBatch:
 
 class IpcWriter:
     """Writes one Arrow IPC stream: each call hands whole messages, a list of buffers, to *write* at once.
-    Not for use by several threads. The sink stays open and belongs to the caller; what it raises passes through."""
+
+    Not for use by several threads. The sink stays open and belongs to the caller; what it raises passes through.
+    """
 
     def __init__(self, write: Callable[[list[Buffer]], object], wire: WireSchema) -> None:
         self.wire = wire
@@ -1372,8 +1378,10 @@ def batch_of_table(table: pa.Table, where: str) -> pa.RecordBatch:
 
 def conform_batch(batch: Any, wire: WireSchema, where: str, *, cast_values: bool) -> pa.RecordBatch:
     """Return *batch* under a schema: same names in the same order, no null where none is allowed.
+
     With *cast_values* columns go by name, and types may differ where a cast keeps the values. `ParameterError` says
-    what was expected and what came."""
+    what was expected and what came.
+    """
     if isinstance(batch, pa.Table):
         batch = batch_of_table(batch, where)
     if not isinstance(batch, pa.RecordBatch):
@@ -1445,7 +1453,9 @@ def _moment_parts(arrow_type: pa.DataType) -> list[bool] | None:
 
 def _is_kept(values: pa.Array, fitted: pa.Array) -> bool:
     """Tell whether values are what they were, but for the rounding that a type of floats declares; text may be read.
-    pyarrow finds it safe to cut a fraction or hours off, to drop zones and members, and to take 5 for a moment."""
+
+    pyarrow finds it safe to cut a fraction or hours off, to drop zones and members, and to take 5 for a moment.
+    """
     before = values.type
     after = fitted.type
     if before == after or re.match("null|(large_)?string", str(before)):
@@ -1562,7 +1572,9 @@ class _Column:
 
     def write(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
         """Append what the values become, in the order of Arrow's walk over columns, or raise one of the failures above.
-        *nodes* are (length, null count), flat; *names*, of each enum, those in the dictionary message ahead."""
+
+        *nodes* are (length, null count), flat; *names*, of each enum, those in the dictionary message ahead.
+        """
         nulls = 0
         bitmap = b""
         kinds = set(map(type, values))
@@ -3258,8 +3270,10 @@ class Request(NamedTuple):
 
     def arguments(self, info: RpcMethodInfo) -> dict[str, Any]:
         """Check the request against a method and decode its parameters.
+
         Raises `ParameterError` for parameters not as declared, `ProtocolError` when there is not exactly one row,
-        `IPCError` when its bytes are damaged."""
+        `IPCError` when its bytes are damaged.
+        """
         expected = info.params_schema
         received = self.wire.schema
         if self.wire is not info.params.wire and not received.equals(expected):
@@ -3286,7 +3300,9 @@ class Request(NamedTuple):
 
 def read_request(reader: IpcReader) -> Request:
     """Read a request: one batch, of a stream that ends behind it.
-    Raises `IPCError` for bytes that are none, `ProtocolError` when the reader stands behind a second batch."""
+
+    Raises `IPCError` for bytes that are none, `ProtocolError` when the reader stands behind a second batch.
+    """
     message = reader.next_message()
     if message is None:
         raise IPCError("request: expected one batch, got a schema and no batch")
@@ -3304,7 +3320,9 @@ def read_request(reader: IpcReader) -> Request:
 
 class RequestTable:
     """Tells by their bytes for which of a server's methods requests of our own clients are. Safe between threads.
-    It holds the methods' templates, and nothing that a peer decides."""
+
+    It holds the methods' templates, and nothing that a peer decides.
+    """
 
     def __init__(self) -> None:
         self._methods: dict[bytes, dict[RowTemplate, BoundMethod]] = {}  # by schema message and template
@@ -3323,7 +3341,9 @@ class RequestTable:
         self, data: bytes, at: int = 0, limit: int | None = None
     ) -> tuple[BoundMethod, Request, int] | None:
         """Read the request that begins at *at*; return its method, the request and where it ends.
-        ``None`` when it is longer than *limit* bytes or not as our clients write it: then `read_request` decides."""
+
+        ``None`` when it is longer than *limit* bytes or not as our clients write it: then `read_request` decides.
+        """
         schema_message = data[at : at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")]
         for template, bound in self._methods.get(schema_message, {}).items():
             match = template.read(data, at)
@@ -3340,7 +3360,9 @@ class RequestTable:
 
 def result_item(info: RpcMethodInfo, value: Any, *, plain: bool = True) -> Item:
     """Encode a unary result: 1 row x 1 column, or 0 x 0 for ``-> None``; *plain* lets a template write it.
-    `ParameterError` for a value not as declared."""
+
+    `ParameterError` for a value not as declared.
+    """
     where = f"{info.name}() "
     if value is not None and not info.result.names:
         raise ParameterError(f"{where}result: declared to return None, got {got(value)}")
@@ -3355,7 +3377,9 @@ def result_item(info: RpcMethodInfo, value: Any, *, plain: bool = True) -> Item:
 
 def read_result(info: RpcMethodInfo, data: bytes, at: int = 0) -> tuple[Any, int] | None:
     """Read the answer that begins at *at*, if it is a result alone; return the value and where it ends.
-    ``None`` when it is not, not there to its end, or not as declared: then it goes the ordinary way."""
+
+    ``None`` when it is not, not there to its end, or not as declared: then it goes the ordinary way.
+    """
     match = info.result.template and info.result.template.read(data, at)
     if not match:
         return None
@@ -3466,10 +3490,8 @@ def _type_token(arrow_type: pa.DataType) -> str:
         members = [("index", arrow_type.index_type), ("value", arrow_type.value_type)]
         more = ",ordered" * arrow_type.ordered
     elif name == "map":
-        members = [
-            ("key", arrow_type.key_type),
-            ("value" + "?" * arrow_type.item_field.nullable, arrow_type.item_type),
-        ]
+        value = "value" + "?" * arrow_type.item_field.nullable
+        members = [("key", arrow_type.key_type), (value, arrow_type.item_type)]
         more = ",keys_sorted" * arrow_type.keys_sorted
     elif name == "struct":
         members = [(member.name + "?" * member.nullable, member.type) for member in arrow_type]
@@ -3566,14 +3588,14 @@ def _described_field(member: pa.Field, codec: Codec) -> pa.Field:
     return member.with_type(arrow_type).with_metadata(metadata)
 
 
-def described_text(member: pa.Field | pa.Schema, key: bytes) -> str:
+def field_text(member: pa.Field | pa.Schema, key: bytes) -> str:
     """What the metadata of a described field or schema says under *key*; empty where it says nothing."""
     return metadata_text(member.metadata or {}, key)
 
 
 def type_of(member: pa.Field) -> str:
     """The type of a described field as a person writes it, else its Arrow type."""
-    return described_text(member, TYPE_KEY) or type_text(member.type)
+    return field_text(member, TYPE_KEY) or type_text(member.type)
 
 
 def struct_schema(member: pa.Field) -> pa.Schema | None:
@@ -3610,7 +3632,7 @@ def _row_described(schema: pa.Schema) -> RowCodec:
 
 
 def _described_defaults(schema: pa.Schema, params: RowCodec) -> Iterator[tuple[str, Any]]:
-    """The defaults of parameters. One that cannot be read is left out."""
+    """Yield the defaults that can be read."""
     for member, codec in zip(schema, params.parts.values()):
         # TypeError and LookupError where it is no stream of one value.
         with suppress(IPCError, EOFError, RequestTooLargeError, TypeError, LookupError):
@@ -3653,10 +3675,10 @@ class MethodDescription(RpcMethodInfo):
             result = RowCodec(())
         codec = _BatchHeader(header) if summary.has_header else None
         is_exchange = {"exchange": True, "producer": False}.get(summary.stream_kind)
-        doc = described_text(schemas[0], DOC_KEY)
+        doc = field_text(schemas[0], DOC_KEY)
         super().__init__(*names, method_type, params, result, returned, codec, is_exchange, doc)
         self.described = dict(zip(("params", "result", "header"), schemas))
-        self.param_docs = json_object(described_text(schemas[0], PARAM_DOCS_KEY))
+        self.param_docs = json_object(field_text(schemas[0], PARAM_DOCS_KEY))
         self.param_defaults = dict(_described_defaults(schemas[0], params))
         self.idempotency = summary.idempotency
         if summary.deprecated:
@@ -3669,7 +3691,7 @@ class MethodDescription(RpcMethodInfo):
 
     def signature(self) -> str:
         """Return the signature as the server tells it, else with Arrow's types."""
-        return described_text(self.params_schema, SIGNATURE_KEY) or super().signature()
+        return field_text(self.params_schema, SIGNATURE_KEY) or super().signature()
 
     def __reduce__(self) -> Any:
         return type(self), self._made_from
@@ -4052,7 +4074,9 @@ def failure_text(exc: Any) -> str:
 @contextmanager
 def opening(failure: str) -> Iterator[ExitStack]:
     """Turn what the system refuses while connecting into `TransportError`; after any failure close the stack.
-    What a wrong argument raises stays what it is."""
+
+    What a wrong argument raises stays what it is.
+    """
     with ExitStack() as opened:
         try:
             yield opened
@@ -4152,7 +4176,9 @@ def connect_tcp_socket(
     host: str, port: int, timeout: float | None = None, tls_context: Any = None, server_hostname: str = ""
 ) -> Transport:
     """Connect to host and port; *timeout* in seconds. Raises `TransportError`, `ValueError` for what is neither.
-    With an `ssl.SSLContext` over TLS; the certificate must be for *server_hostname*, by default for *host*."""
+
+    With an `ssl.SSLContext` over TLS; the certificate must be for *server_hostname*, by default for *host*.
+    """
     with opening(f"cannot connect to {host}:{port}") as opened:
         if not 0 <= int(port) <= 65_535:
             raise ValueError("expected a port of 0 to 65535")
@@ -4367,7 +4393,9 @@ class Call(CallRecord):
 
     def failed(self, exc: BaseException, *, refused: bool = False) -> Turn:
         """Return the turn that ends the call with *exc*, behind the log lines so far.
-        *refused* tells an error that the method is not to blame for: over HTTP it has a status of its own."""
+
+        *refused* tells an error that the method is not to blame for: over HTTP it has a status of its own.
+        """
         self.error = exc
         if not refused and not isinstance(exc, StatusError):
             log_quietly(logging.DEBUG, "%s() raised", self.method, exc_info=exc)
@@ -4595,8 +4623,10 @@ class RpcServer:
 
     def resolve(self, request: Request, path: tuple[str, str] | None = None) -> BoundMethod:
         """Find the method that a request asks for; *path* is (protocol, method) where a URL names them, too.
+
         Raises `VersionError` when the wire's or the protocol's version is absent or not ours, `ProtocolError` when
-        protocol or method is absent, not here, or not the path's."""
+        protocol or method is absent, not here, or not the path's.
+        """
         version = request.metadata.get(REQUEST_VERSION_KEY, b"none")
         if version != REQUEST_VERSION:
             raise VersionError(f"vgi_rpc.request_version: expected {REQUEST_VERSION!r}, got {version!r:.60}")
@@ -4638,7 +4668,9 @@ class RpcServer:
 
     def start(self, kind: TransportKind) -> None:
         """Call the implementations' ``on_serve_start`` once per kind of transport.
-        Raises `StatusError` (UNAVAILABLE) when one fails; the next request asks again."""
+
+        Raises `StatusError` (UNAVAILABLE) when one fails; the next request asks again.
+        """
         if kind in self._started:
             return
         with self._lock:
@@ -4795,12 +4827,10 @@ class _ByteServing:
     def _answer(self, error: BaseException | None, request: Request | None) -> None:
         """Answer a request that does not become a call: a refusal, or ``__transport_options__``."""
         metadata: Metadata = {} if request is None else request.metadata
-        record = dataclasses.replace(
-            self._caller,
-            request_id=(request and request.request_id) or new_request_id(),
-            protocol=metadata_text(metadata, PROTOCOL_KEY)[:255],
-            method=metadata_text(metadata, METHOD_KEY)[:255],
-        )
+        record = copy.copy(self._caller)
+        record.request_id = (request and request.request_id) or new_request_id()
+        record.protocol = metadata_text(metadata, PROTOCOL_KEY)[:255]
+        record.method = metadata_text(metadata, METHOD_KEY)[:255]
         server_id = self._server.server_id.encode()
         options = {SHM_KEY: b"false", REQUEST_VERSION_KEY: REQUEST_VERSION, SERVER_ID_KEY: server_id}
         item: Item = (TICK, options)  # shared memory is not offered
@@ -4923,7 +4953,9 @@ def local_error(text: str) -> RpcError:
 
 def next_reply(reader: IpcReader, options: CallOptions) -> BatchMessage | None:
     """Read on to an answer's next batch of data or tokens, ``None`` at the end; log lines go to ``on_log``.
-    Raises the `RpcError` that the answer is, with the reader behind its batch; `IPCError` for what is no answer."""
+
+    Raises the `RpcError` that the answer is, with the reader behind its batch; `IPCError` for what is no answer.
+    """
     while True:
         message = reader.next_message()
         if message is None or not message.metadata:
@@ -5169,7 +5201,7 @@ class ByteClient(ClientChannel):
         self.channel = transport.channel
         self.phase = ConnectionPhase.READY
         self.stream: _ByteSession | None = None  # the one that is open
-        self._orphan_possible = False  # what was sent last may be an orphan (section 13), and have an answer
+        self._orphan_possible = False  # what was sent last may be an orphan (section 13)
         self._closed_because = ""
         self._lock = threading.RLock()  # since only this kind knows whether it is ours, see `_leave`
         self._owner = 0  # the thread that holds it
@@ -5268,7 +5300,9 @@ class ByteClient(ClientChannel):
         self, reader: IpcReader | None, request_id: str, options: CallOptions, *expected: WireSchema
     ) -> tuple[IpcReader, BatchMessage | None]:
         """Read on to the next batch of an answer; without *reader* it is opened, and that to an orphan passed over.
-        Raises the `RpcError` that the answer is, which was then read to its end and has ended the stream."""
+
+        Raises the `RpcError` that the answer is, which was then read to its end and has ended the stream.
+        """
         opens = reader is None
         orphan_possible = self._orphan_possible
         self._orphan_possible = False
@@ -5767,8 +5801,10 @@ class ListenerMixin(_Server):  # type: ignore[misc]
 
     def run(self, grace: float, on_bound: Any, *where: Any) -> None:
         """Serve until SIGTERM, SIGINT or the idle time, then close, and hang up on the connections that are left.
+
         After a signal it takes *grace* seconds at most; who connects meanwhile gets a refusal, not silence. *on_bound* is
-        called with *where* once signals are handled: who is told of it may stop us."""
+        called with *where* once signals are handled: who is told of it may stop us.
+        """
         try:
             with closing(self.socket), _stop_signals(self.rpc, grace, self):
                 if on_bound is not None:
@@ -5976,7 +6012,9 @@ def serve_unix(
 
 def listen_tcp(host: str, port: int, asks: bool = False) -> socket.socket:
     """Bind and listen; *port* 0 takes a free one, and ``::`` takes IPv4 too. Raises `OSError`.
-    *asks* tells that callers are authenticated; else a warning tells of an open address."""
+
+    *asks* tells that callers are authenticated; else a warning tells of an open address.
+    """
     if not 0 <= port <= 65_535 or max(map(len, host.split("."))) > 63:
         raise OSError(errno.EINVAL, f"expected a host and a port of 0 to 65535, got {host!r:.100} and {port}")
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
@@ -5994,8 +6032,10 @@ def address_text(address: Any) -> str:
 
 def set_up_tcp(listener: ListenerMixin, connected: socket.socket, tls_context: Any) -> socket.socket:
     """Set up an accepted connection and return what to use: with TLS another socket, which the caller closes.
+
     The handshake runs here, in the connection's own thread, so that a slow client stops nobody else. Raises `OSError`
-    when it fails or takes longer than `TLS_HANDSHAKE_SECONDS`."""
+    when it fails or takes longer than `TLS_HANDSHAKE_SECONDS`.
+    """
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if tls_context is not None:
         connected.settimeout(TLS_HANDSHAKE_SECONDS)
@@ -6124,7 +6164,9 @@ def is_arrow(headers: Mapping[str, str]) -> bool:
 
 def check_request_head(head: HttpHead) -> tuple[str, str]:
     """Check what RFC 9112 asks of a request; raises `ProtocolError` with the broken rule's HTTP status.
-    Returns path (without the query, not decoded) and host: of a target in absolute form, else of the header."""
+
+    Returns path (without the query, not decoded) and host: of a target in absolute form, else of the header.
+    """
     (method, target, version), headers = head
     host = headers.get("host")
     coding = headers.get("transfer-encoding")
@@ -6164,7 +6206,9 @@ def check_request_head(head: HttpHead) -> tuple[str, str]:
 
 def check_answer_head(head: HttpHead, method: str) -> tuple[int, str]:
     """Check what RFC 9112 asks of an answer to *method*; raises `ProtocolError`.
-    Returns the status and how the body is framed: ``"none"``, ``"sized"``, ``"chunked"`` or ``"to close"``."""
+
+    Returns the status and how the body is framed: ``"none"``, ``"sized"``, ``"chunked"`` or ``"to close"``.
+    """
     (version, status, _), headers = head
     coding = headers.get("transfer-encoding")
     sized = "content-length" in headers
@@ -6382,7 +6426,9 @@ def exact_number(text: str) -> decimal.Decimal:
 
 def parse_json(data: str | Buffer, where: str = "request", **numbers: Callable[[str], Any]) -> Any:
     """Parse strictly by RFC 8259, fractions and exponents to `decimal.Decimal`; `ProtocolError` for anything else.
-    *numbers* are other readers of them: ``parse_int``, ``parse_float``."""
+
+    *numbers* are other readers of them: ``parse_int``, ``parse_float``.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
@@ -6630,21 +6676,21 @@ def members_of(member: pa.Field) -> list[pa.Field]:
 
 def described_rows(members: Iterable[pa.Field], indent: str = "") -> Iterator[tuple[str, str, str]]:
     """(name, type with members and default, doc) of described fields, each before what is nested in it, which is indented."""
-    docs = json_object(described_text(members, PARAM_DOCS_KEY)) if isinstance(members, pa.Schema) else {}
+    docs = json_object(field_text(members, PARAM_DOCS_KEY)) if isinstance(members, pa.Schema) else {}
     for member in members:
         text = type_of(member)
-        if names := described_text(getattr(member.type, "value_field", member), ENUM_KEY):
+        if names := field_text(getattr(member.type, "value_field", member), ENUM_KEY):
             text += f" ({', '.join(names.splitlines())})"
-        if default := described_text(member, DEFAULT_TEXT_KEY):
+        if default := field_text(member, DEFAULT_TEXT_KEY):
             text += f" = {default}"
-        yield indent + member.name, text, text_of(docs.get(member.name) or described_text(member, DOC_KEY))
+        yield indent + member.name, text, text_of(docs.get(member.name) or field_text(member, DOC_KEY))
         yield from described_rows(members_of(member), indent + "  ")
 
 
 def example_of(member: pa.Field) -> Any:
     """A value in JSON that a described field takes."""
     arrow_type = getattr(member.type, "storage_type", member.type)
-    names = described_text(member, ENUM_KEY).splitlines()
+    names = field_text(member, ENUM_KEY).splitlines()
     if names:
         return names[0]
     if pa.types.is_map(arrow_type):
@@ -7020,7 +7066,9 @@ class HttpApp:
 
     def respond(self, request: HttpRequest, fault: Exception | None = None) -> HttpResponse:
         """Answer *request*, with a refusal if there is a *fault* in it; never raises.
-        Whoever asks counts the request as running until its answer is out."""
+
+        Whoever asks counts the request as running until its answer is out.
+        """
         started = time.monotonic()
         request.request_id = clean_request_id(request.headers.get(REQUEST_ID_HEADER.lower(), ""))
         try:
@@ -7277,7 +7325,9 @@ class _PostedCall:
 
     def _content(self) -> bytes:
         """Return what the cursor of the present state seals; a refusal names what cannot be written.
-        It holds the id of the call, the class of the state and its bytes."""
+
+        It holds the id of the call, the class of the state and its bytes.
+        """
         state = cast("Stream[Any, Any]", self._call.stream).state
         kinds = self._bound.state_types
         if type(state) not in kinds:
@@ -7297,7 +7347,9 @@ class _PostedCall:
 
     def _revive(self, content: bytes) -> None:
         """Have the call go on with the state that a cursor's *content* holds.
-        Raises `TokenError` when the state fits its class no more, and what the state's own hooks raise."""
+
+        Raises `TokenError` when the state fits its class no more, and what the state's own hooks raise.
+        """
         half = self._half
         call = self._call
         call_state: Any = None
@@ -7475,7 +7527,9 @@ class _PostedCall:
 
 def _json_rows(call: Call, rows: list[dict[str, Any]], turn: Turn) -> Iterator[bytes]:
     """Yield nothing, and then *rows* and, from *turn* on, those of a producer as lines of JSON, made as they are sent.
-    A turn that fails is a last line ``{"__error__": …}``. The call ends with it."""
+
+    A turn that fails is a last line ``{"__error__": …}``. The call ends with it.
+    """
     sent = 0
     limit = call.response_limit_bytes or sys.maxsize
     try:
@@ -7567,9 +7621,9 @@ def make_wsgi_app(
 
 
 def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
-    variables = {key[5:]: value for key, value in environ.items() if key.startswith("HTTP_")}
-    variables.update({key: environ[key] for key in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(key)})
-    headers = {key.replace("_", "-").lower(): value for key, value in variables.items()}
+    named = {key[5:]: value for key, value in environ.items() if key.startswith("HTTP_")}
+    named.update({key: environ[key] for key in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(key)})
+    headers = {key.replace("_", "-").lower(): value for key, value in named.items()}
     path = environ.get("PATH_INFO", "")
     raw = (environ.get("RAW_URI") or environ.get("REQUEST_URI") or "").partition("?")[0]
     if "%" in raw and not raw.endswith(path):
@@ -7766,9 +7820,9 @@ def serve_http(
         app.loopback_port = bound_port
     base = http.server.BaseHTTPRequestHandler
     handler = type("Handler", (HttpHandler, base), {"app": app, "options": app.options})
-    listener_class: Any = type("HttpListener", (ListenerMixin, http.server.ThreadingHTTPServer), {})
+    Listener: Any = type("HttpListener", (ListenerMixin, http.server.ThreadingHTTPServer), {})
     # Twice as many connections, so that health can be asked for when all are taken.
-    listener = listener_class(listening, handler, server, True, 2 * max_connections, idle_timeout)
+    listener = Listener(listening, handler, server, True, 2 * max_connections, idle_timeout)
     listener.run(drain_grace_seconds, on_bound, host, bound_port)
 
 
@@ -8275,10 +8329,9 @@ class _HttpSession(StreamSession):
 
 # ====================
 # 20. ENTRY POINTS ... uses 1-19
-# What most programs call. Each connect function returns an `RpcConnection`: `with connection as proxy` gives
-# the typed proxy and closes it on leaving; without `with`, the connection has the methods itself, and `close`.
-# Nobody there: a `TransportError`, over HTTP from the first call. Keywords mean the same everywhere:
-# `on_log` takes the server's log lines, `timeout` is seconds for each call or turn (None for no limit),
+# What most programs call. Each connect function returns an `RpcConnection`: a proxy to be closed. Nobody there is a
+# `TransportError`, over HTTP from the first call, a wrong argument a `TypeError` or `ValueError`. Keywords mean the same
+# everywhere: `on_log` takes the server's log lines, `timeout` is seconds for each call or turn (None for no limit),
 # `ipc_validation` says how much of each answer is checked.
 
 
@@ -8852,7 +8905,9 @@ class _FileSource(ByteSource):
 
 def _input_batches(args: Any, skip: int) -> Iterator[tuple[pa.RecordBatch, int]]:
     """The batches of an Arrow, NDJSON or CSV file, told apart by its first bytes; ``-`` is read as it comes.
-    Without the first *skip* rows; each with the number of rows up to its end."""
+
+    Without the first *skip* rows; each with the number of rows up to its end.
+    """
     opened: Any = nullcontext(sys.stdin.buffer)
     if args.input != "-":
         opened = open(args.input, "rb")
@@ -8891,7 +8946,9 @@ def _joined(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.RecordB
 
 def _text_batches(file: Any, is_csv: bool) -> Iterator[pa.RecordBatch]:
     """Batches of CSV or NDJSON, of as many rows as a read brings.
-    Numbers stay texts, as all of CSV: the server, which alone knows the types, casts them, and no digit is lost."""
+
+    Numbers stay texts, as all of CSV: the server, which alone knows the types, casts them, and no digit is lost.
+    """
     schema = None
     rest = b""
     for data in itertools.chain(iter(partial(file.read1, 1 << 20), b""), [b""]):
@@ -9073,7 +9130,9 @@ def _call(args: Any) -> None:
 
 def _call_stream(args: Any, connection: RpcConnection[Any], info: RpcMethodInfo, arguments: Any) -> None:
     """Start a stream, or go on with the one that ``--resume FILE`` remembers, and write each answer as it comes.
-    The file holds the method, how many rows of the input were answered, and the token behind them."""
+
+    The file holds the method, how many rows of the input were answered, and the token behind them.
+    """
     method = f"{info.protocol_name}.{info.name}"
     mark: dict[str, Any] = {}
     if args.resume and os.path.exists(args.resume):
