@@ -1786,6 +1786,31 @@ class BatchTests(TestCase):
             with self.subTest(part), self.raises((rpc.ParameterError, rpc.IPCError), part):
                 rpc.stream_bytes(wire, [(batch, metadata)])
 
+    def test_nulls_are_found_in_the_message_of_a_small_batch(self) -> None:
+        texts = pa.struct([("t", pa.utf8()), ("n", pa.int8())])
+        examples: list[tuple[pa.DataType, Any]] = [(pa.int64(), 1), (pa.utf8(), "x"), (pa.bool_(), True)]
+        examples += [
+            (pa.list_(pa.int8()), [1]),
+            (texts, {"t": "x", "n": 1}),
+            (pa.map_(pa.utf8(), pa.int8()), [("k", 1)]),
+        ]
+        for kind, value in [*examples, (pa.null(), None)]:
+            for more in ([], [None]):
+                column = pa.array([value, value, *more], kind)
+                batch = pa.RecordBatch.from_arrays(
+                    [pa.nulls(len(column), pa.int8()).fill_null(0), column], ["a", "b"]
+                )
+                with self.subTest(kind=kind, more=more):
+                    wire = rpc.WireSchema(batch.schema)
+                    message = wire.small_message(batch)
+                    self.assertEqual(pa.ipc.read_record_batch(message, batch.schema), batch)
+                    self.assertEqual(wire.plain_message(batch), None if column.null_count else message)
+                    self.assertIsNone(wire.plain_message(batch.slice(0, 0)))
+                    reader = rpc.IpcReader(rpc.ByteSource(wire.message + message))
+                    self.assertEqual(reader.next_message().has_nulls, bool(column.null_count))
+        inside = pa.RecordBatch.from_arrays([pa.array([[1, None]])], ["l"])
+        self.assertIsNone(rpc.WireSchema(inside.schema).plain_message(inside))
+
     def test_kinds_of_batches(self) -> None:
         for rows, metadata, kind in (
             *((0, None, "data"), (0, {b"mine": b""}, "data"), (1, LOG, "data"), (0, LOG, "log")),
