@@ -5966,7 +5966,7 @@ def _stop_signals(server: RpcServer, grace: float, listener: Any, ignored: int =
             waiting = True
             if listener is not None:
                 listener.stopping = True
-            # Not threading.Thread, whose start takes a lock that this very thread may hold at this moment.
+            # Not threading.Thread, whose start takes a lock that this very thread may hold.
             _thread.start_new_thread(end_of_grace, ())
 
     previous = {int(n): signal.getsignal(n) or signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGINT)}
@@ -7479,69 +7479,75 @@ class _PostedCall:
             return turn
         return self._turns({}, (batch, metadata))
 
-    def _turns(self, sealed: dict[bytes, bytes], given: tuple[Any, ...] | None) -> Turn:
-        """Run a turn on *given*, of a producer several if the client takes them; with None an exchange only begins.
+    def _turns(self, sealed: dict[bytes, bytes], turn_input: tuple[Any, ...] | None) -> Turn:
+        """Run a turn on *turn_input*, of a producer several if the client takes them; with None an exchange only begins.
 
-        Returns the last one. The output stream ends with the fresh cursor beside the tokens *sealed*. Each further turn
-        runs on a state that was read back: where an answer ends makes no difference to what comes next.
+        Returns the last one. The output stream ends with the fresh cursor beside the tokens *sealed*.
         """
-        call = self._call
+        call: Any = self._call
         wire = self._half.wires.output
-        is_producer = cast("Stream[Any, Any]", call.stream).is_producer
         writer = IpcWriter(self._pieces.extend, wire)
-        limit = call.response_limit_bytes or sys.maxsize
-        size = total_size(self._pieces)
-        deadline = time.monotonic() + MAX_TURNS_SECONDS
-        left = min(_int_of(self._headers, MAX_TURNS_HEADER, 1, MAX_RESPONSE_BUDGET) or 1, MAX_TURNS)
-        content = b""  # of the cursor after the last turn
         turn = Turn(wire, [], False)
         items: list[Item] = []  # which end the answer
         try:
-            if given is None:
+            if turn_input is None:
                 items = call.logs(wire)
                 content = self._content()
-            while given is not None:
-                before = content
-                mark = len(self._pieces)
-                turn = call.turn(*given)
+            elif call.stream.is_producer:
+                turn, content = self._produce(writer, turn_input, len(sealed.get(CALL_STATE_KEY, b"")))
+            else:
+                turn = call.turn(*turn_input)
+                items = turn.items
                 content = b"" if turn.finished else self._content()
-                if not is_producer:
-                    items = turn.items
-                    break
-                writer.write_all(turn.items)
-                size += total_size(self._pieces[mark:])
-                # What the batch that ends the answer takes, with the tokens in it.
-                room = 4_096 + 2 * len(content) + len(sealed.get(CALL_STATE_KEY, b""))
-                if before and size + room > limit:
-                    # The turn is not lost: it is run again, from the cursor before it, by the next request.
-                    del self._pieces[mark:]
-                    call.error = None
-                    turn = Turn(wire, [], False)
-                    content = before
-                    break
-                left -= 1
-                full = size > min(MAX_TURNS_BYTES, limit - 2 * room)
-                if turn.finished or full or not left or time.monotonic() > deadline or call.server.draining:
-                    break
-                self._revive(content)
             if not turn.finished:
-                if not dataclass_codec(type(cast("Any", call.stream).state)).is_read_back:
+                if not dataclass_codec(type(call.stream.state)).is_read_back:
                     self._state_in(content)  # else refused here
                 sealed[STATE_KEY] = self._app.sealer.seal(b"state", self._binding, content)
                 self._token_bytes = len(sealed[STATE_KEY])
-                item: Item = (wire.empty, sealed)
-                if given and not is_producer:  # it rides on the data batch, also where that has no rows
-                    item = items.pop()
-                    if isinstance(item, bytes):
-                        item = with_metadata(item, sealed)
-                    else:
-                        item = item[0], {**(item[1] or {}), **sealed}
+                # That of an exchange rides on the data batch of its turn, also where that has no rows.
+                item: Item = items.pop() if items and turn.items else (wire.empty, None)
+                if isinstance(item, bytes):
+                    item = with_metadata(item, sealed)
+                else:
+                    item = item[0], {**(item[1] or {}), **sealed}
                 items.append(item)
         except BaseException as exc:  # the state cannot be written or sealed, or its own hooks raised
             turn = call.failed(exc)
             items = turn.items
         writer.write_all(items, close=True)
         return turn
+
+    def _produce(self, writer: IpcWriter, tick: tuple[Any, ...], token_bytes: int) -> tuple[Turn, bytes]:
+        """Run and write turns of a producer, as many as the client takes and have room beside a call token.
+
+        Returns the last one, and the content of the cursor behind it. Each further turn runs on a state that was read
+        back: where an answer ends makes no difference to what comes next.
+        """
+        call = self._call
+        limit = call.response_limit_bytes or sys.maxsize
+        size = total_size(self._pieces)
+        deadline = time.monotonic() + MAX_TURNS_SECONDS
+        left = min(_int_of(self._headers, MAX_TURNS_HEADER, 1, MAX_RESPONSE_BUDGET) or 1, MAX_TURNS)
+        content = b""
+        while True:
+            before = content
+            mark = len(self._pieces)
+            turn = call.turn(*tick)
+            content = b"" if turn.finished else self._content()
+            writer.write_all(turn.items)
+            size += total_size(self._pieces[mark:])
+            # What the batch that ends the answer takes, with the tokens in it.
+            room = 4_096 + 2 * len(content) + token_bytes
+            if before and size + room > limit:
+                # The turn is not lost: it is run again, from the cursor before it, by the next request.
+                del self._pieces[mark:]
+                call.error = None
+                return Turn(writer.wire, [], False), before
+            left -= 1
+            full = size > min(MAX_TURNS_BYTES, limit - 2 * room)
+            if turn.finished or full or not left or time.monotonic() > deadline or call.server.draining:
+                return turn, content
+            self._revive(content)
 
     def _response(self, turn: Turn, request_bytes: int) -> HttpResponse:
         """Put the answer's bytes, whose last turn is *turn*, into a response: budget first, then coding."""
@@ -7615,7 +7621,7 @@ def _json_rows(call: Call, rows: list[dict[str, Any]], turn: Turn) -> Iterator[b
     sent = 0
     limit = call.response_limit_bytes or sys.maxsize
     try:
-        with call.server:  # it counts as running until the rows are out
+        with call.server:  # until the rows are out
             yield b""
             while True:
                 lines = b""
@@ -7709,7 +7715,7 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
     path = environ.get("PATH_INFO", "")
     raw = (environ.get("RAW_URI") or environ.get("REQUEST_URI") or "").partition("?")[0]
     if "%" in raw and not raw.endswith(path):
-        path += "%"  # something in it was encoded, which no name of ours needs: it is answered as not there
+        path += "%"  # it was encoded, which no name of ours needs: so it is not there
 
     def read_body(limit: int) -> bytes:
         length = headers.get("content-length")
@@ -7734,7 +7740,7 @@ def _request_from_environ(environ: dict[str, Any]) -> HttpRequest:
 # -- http.server
 
 
-_OVER_CAP_SECONDS = 1.0  # a connection beyond the cap may ask for health, if it does so soon
+_OVER_CAP_SECONDS = 1.0  # in which a connection beyond the cap may ask for health
 _LINGER_SECONDS = 1.0
 _CLOSE = "Connection: close\r\n"
 if typing.TYPE_CHECKING:
@@ -7805,7 +7811,7 @@ class HttpHandler(_Handler):
                 fault = http_refusal(503, text, Code.UNAVAILABLE)
         except ProtocolError as exc:  # of the head: where this request ends is not known
             fault = exc
-        with self.app.server:  # until the answer is out: a server that drains must not exit before
+        with self.app.server:  # until the answer is out
             response = self.app.respond(request, fault)
             keep = keep and not (self._unread or self._over_cap or self.app.server.draining)
             self._send(response, request.method, version, keep)
@@ -7903,7 +7909,7 @@ def serve_http(
     base = http.server.BaseHTTPRequestHandler
     handler = type("Handler", (HttpHandler, base), {"app": app, "options": app.options})
     Listener: Any = type("HttpListener", (ListenerMixin, http.server.ThreadingHTTPServer), {})
-    # Twice as many connections, so that health can be asked for when all are taken.
+    # Twice as many, who may ask for health.
     listener = Listener(listening, handler, server, True, 2 * max_connections, idle_timeout)
     listener.run(drain_grace_seconds, on_bound, host, bound_port)
 
@@ -7924,7 +7930,7 @@ _MAX_IDLE = 8  # connections that are kept between calls
 _MAX_INTERIM = 16  # 1xx answers before the one that counts
 _CONNECT_SECONDS = 10.0
 _BASE_URL = r"(?ai)(https?)://(\[[0-9A-F:.]+\]|[^][\s/?#@:]+)(?::([0-9]{1,5}))?((?:/[^\s?#]*)?)"
-# How gRPC maps what a gateway answers in the server's place; of these, only UNAVAILABLE is worth a second try.
+# How gRPC maps what a gateway answers in the server's place.
 _GATEWAY_CODES = dict.fromkeys((408, 429, 502, 503, 504), Code.UNAVAILABLE)
 _GATEWAY_CODES |= {2: Code.INTERNAL, 3: Code.UNIMPLEMENTED, 400: Code.INTERNAL}  # 2xx, 3xx
 _GATEWAY_CODES |= {403: Code.PERMISSION_DENIED, 404: Code.UNIMPLEMENTED, 413: Code.RESOURCE_EXHAUSTED}
@@ -9437,7 +9443,7 @@ def _run(words: list[str], server: RpcServer | None = None) -> int:
         code = _report(exc, verbose)
     try:
         sys.stdout.flush()
-    except (OSError, ValueError):  # it takes nothing any more: the interpreter's own last flush goes nowhere
+    except (OSError, ValueError):  # full or closed: the interpreter's own last flush goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
@@ -9471,6 +9477,6 @@ def run_server(protocol_or_server: type | RpcServer, implementation: Any = None)
 
 
 if __name__ == "__main__":
-    # A served module that imports this file must see these very classes, and not a second copy of them.
+    # A served module that imports this file must see these very classes, not a second copy.
     sys.modules.setdefault(import_name(__name__), sys.modules["__main__"])
     sys.exit(main())
