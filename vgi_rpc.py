@@ -782,6 +782,7 @@ Buffer: TypeAlias = bytes | memoryview | pa.Buffer
 Metadata: TypeAlias = Mapping[bytes, bytes]
 # Bytes: a batch message, ready to be sent. In a tuple it is one of `WireSchema.plain_message`.
 Item: TypeAlias = tuple[pa.RecordBatch | bytes, Metadata | None] | bytes
+_SHAPE = "%s rows, %d bytes, metadata %s: %s"
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 SCHEMA_MESSAGE = 1  # these three: MessageHeader of Arrow's format/Message.fbs
 DICTIONARY_MESSAGE = 2
@@ -886,12 +887,12 @@ class FlatHead:
         self.absent = len(head)
         self._left = 65_536 + 4 * self.absent  # some writers share equal texts
         try:
-            version, kind, self.content, self.length, self.entries = self.table(8, 5)  # behind the prefix
-            self.kind = self.data[kind]
+            version, type_at, self.content, self.length, self.entries = self.table(8, 5)  # behind the prefix
+            self.type = self.data[type_at]
             self.body_length = _I64(self.data, self.length)[0]
             self.metadata = self.pairs(self.entries)
-            if _U16(self.data, version)[0] not in (3, 4) or not 1 <= self.kind <= 3 or self.body_length < 0:
-                raise ValueError(f"not of metadata version 4 or 5, or of type {self.kind}")
+            if _U16(self.data, version)[0] not in (3, 4) or not 1 <= self.type <= 3 or self.body_length < 0:
+                raise ValueError(f"not of metadata version 4 or 5, or of type {self.type}")
         except _FOREIGN_FAILURES as exc:
             raise IPCError(f"not an Arrow IPC message: {text_of(exc)}") from None
 
@@ -966,8 +967,8 @@ class WireSchema:
             message = schema if isinstance(schema, bytes) else schema.serialize().to_pybytes()
         self.message = message  # encapsulated: with it each of its streams begins
         head = FlatHead(self.message)
-        if head.kind != SCHEMA_MESSAGE or head.body_length:
-            raise IPCError(f"expected a schema message first, got message type {head.kind}")
+        if head.type != SCHEMA_MESSAGE or head.body_length:
+            raise IPCError(f"expected a schema message first, got message type {head.type}")
         try:
             self.dictionaries = head.dictionaries()
             self.schema: pa.Schema = schema
@@ -1106,7 +1107,7 @@ class IpcReader:
         while raw := self._read_head():
             head = FlatHead(raw)
             self._unread = head.body_length
-            if head.kind == SCHEMA_MESSAGE:
+            if head.type == SCHEMA_MESSAGE:
                 raise IPCError("expected a batch, got a second schema message")
             size = len(raw) + head.body_length
             self._check_size("message", size)  # before anything is allocated
@@ -1119,7 +1120,7 @@ class IpcReader:
                 raise IPCError(f"message: no memory for {size} bytes") from None
             self._unread = 0
             try:
-                if head.kind == DICTIONARY_MESSAGE:
+                if head.type == DICTIONARY_MESSAGE:
                     self._keep_dictionary(head, data)
                     continue
                 rows, _, is_compressed, has_nulls = self._measure(head, head.content, data)
@@ -1129,8 +1130,7 @@ class IpcReader:
             if not is_compressed and size <= SMALL_BODY_BYTES:
                 self._last = (raw, size, message)
             if wire_read.isEnabledFor(logging.DEBUG):
-                facts = (rows, size, list(head.metadata), self.schema)
-                wire_read.debug("%d rows, %d bytes, metadata %s: %s", *facts)
+                wire_read.debug(_SHAPE, rows, size, list(head.metadata), self.schema)
             return message
         return None
 
@@ -1172,16 +1172,16 @@ class IpcReader:
         number_at, batch, is_delta = head.table(head.content, 3)
         number = _I64(head.data, number_at)[0]
         size = head.absent + self._measure(head, batch, data)[1]
-        kept = self.dictionaries.setdefault(number, [])
+        messages = self.dictionaries.setdefault(number, [])
         if not head.data[is_delta]:
-            self._dictionary_bytes -= sum(before for before, _ in kept)
-            kept.clear()
-        kept.append((size, data))
+            self._dictionary_bytes -= sum(before for before, _ in messages)
+            messages.clear()
+        messages.append((size, data))
         self._dictionary_bytes += size
         self._check_size("dictionaries", self._dictionary_bytes, FREE_DECODED_BYTES)
         if len(self.dictionaries) > self.wire.dictionaries:
             raise IPCError(f"dictionary {number}: the schema has {self.wire.dictionaries} dictionaries")
-        if len(kept) > MAX_DICTIONARY_MESSAGES:
+        if len(messages) > MAX_DICTIONARY_MESSAGES:
             raise RequestTooLargeError(f"dictionary {number}: more than {MAX_DICTIONARY_MESSAGES} messages")
 
     def decode(self, message: BatchMessage) -> pa.RecordBatch:
@@ -1193,8 +1193,8 @@ class IpcReader:
                 batch = ipc.read_record_batch(message.data, self.schema)
             elif not self._expected or self.schema in [wire.schema for wire in self._expected.values()]:
                 # pyarrow keeps dictionaries only in a stream of its own.
-                kept = [data for messages in self.dictionaries.values() for _, data in messages]
-                batch = ipc.open_stream(b"".join([self.wire.message, *kept, message.data])).read_next_batch()
+                ahead = [data for messages in self.dictionaries.values() for _, data in messages]
+                batch = ipc.open_stream(b"".join([self.wire.message, *ahead, message.data])).read_next_batch()
             else:
                 raise IPCError(f"the batch: dictionaries that are not expected, {schema_text(self.schema)}")
             if self._validation is not IpcValidation.NONE:
@@ -1332,8 +1332,7 @@ class IpcWriter:
             schema_left -= len(pieces.pop(0))
         if wire_write.isEnabledFor(logging.DEBUG):
             rows = getattr(batch, "num_rows", "some")
-            facts = (rows, total_size(pieces), list(metadata), wire.schema)
-            wire_write.debug("%s rows, %d bytes, metadata %s: %s", *facts)
+            wire_write.debug(_SHAPE, rows, total_size(pieces), list(metadata), wire.schema)
         return pieces
 
 
@@ -1577,11 +1576,11 @@ class _Column:
         """
         nulls = 0
         bitmap = b""
-        kinds = list(map(type, values))
-        count = len(kinds)
-        if kinds.count(self.kind) < count:
-            nulls = kinds.count(type(None))
-            if not self.nullable or kinds.count(self.kind) + nulls < count:
+        classes = list(map(type, values))
+        count = len(classes)
+        if classes.count(self.kind) < count:
+            nulls = classes.count(type(None))
+            if not self.nullable or classes.count(self.kind) + nulls < count:
                 raise NotPlain
             bitmap = _pack_bits([value is not None for value in values])
             values = [self.filler if value is None else value for value in values]
@@ -1704,7 +1703,7 @@ class _MessageTemplate:
 
     def __init__(self, message: bytes, columns: Sequence[_Column], varying: Mapping[bytes, int]) -> None:
         head = FlatHead(message[: 8 + int.from_bytes(message[4:8], "little")])
-        content = head.table(head.content, 2)[1] if head.kind == DICTIONARY_MESSAGE else head.content
+        content = head.table(head.content, 2)[1] if head.type == DICTIONARY_MESSAGE else head.content
         rows, *vectors = head.table(content, 3)
         fields = [head.table(pair, 2) for pair in head.tables(head.entries, MAX_HEAD_ENTRIES)]
         texts = {head.text(key): head.vector(value, 1, head.absent)[0] for key, value in fields}
@@ -1722,7 +1721,7 @@ class _MessageTemplate:
             self._layout = _Layout(message[: head.absent], holes)
             # In which order the holes stand, and where the values of each stand then.
             self._order = sorted(range(len(holes)), key=holes.__getitem__)
-            self._found_at = sorted(range(len(holes)), key=self._order.__getitem__)
+            self._holes_at = sorted(range(len(holes)), key=self._order.__getitem__)
 
     def write(self, columns: Sequence[Any], values: Sequence[bytes]) -> tuple[bytes, list[list[str]]]:
         """Return the message of these columns, and the names of each enum in them."""
@@ -1735,15 +1734,15 @@ class _MessageTemplate:
             raise NotPlain  # the ordinary way does not copy it
         body, places = _body(buffers)
         longs = (self._nodes.pack(*nodes), self._places.pack(*places))
-        given = [*values, len(body), nodes[0], *longs]
-        return self._layout.fill([given[at] for at in self._order]) + body, names
+        filled = [*values, len(body), nodes[0], *longs]
+        return self._layout.fill([filled[at] for at in self._order]) + body, names
 
     def read(self, data: bytes, at: int, names: list[Any]) -> tuple[list[Any], list[bytes], int, bool]:
         """Read a message: columns, metadata values, where it ends, whether `write` would surely write it so."""
-        found = self._layout.match(data, at)
-        if found is None:
+        holes = self._layout.match(data, at)
+        if holes is None:
             raise NotPlain
-        *values, size, rows, packed_nodes, packed_places = [found[place] for place in self._found_at]
+        *values, size, rows, packed_nodes, packed_places = [holes[place] for place in self._holes_at]
         nodes = [*reversed(self._nodes.unpack(packed_nodes))]
         places = [*self._places.unpack(packed_places)]
         start = at + self._layout.size
@@ -1815,9 +1814,9 @@ class RowTemplate:
         if not data.startswith(self.schema_message, at):
             return None
         try:
-            if self._stream is not None and (found := self._stream.match(data, at)) is not None:
+            if self._stream is not None and (holes := self._stream.match(data, at)) is not None:
                 count = len(self._lengths)
-                return found[count:], found[:count], at + self._stream.size
+                return holes[count:], holes[:count], at + self._stream.size
             if not self._kinds:
                 return None
             end = at + len(self.schema_message)
@@ -2488,17 +2487,17 @@ class DataclassCodec:
         entries = []
         pieces = [b""]
         for name, value in self.to_dict(instance).items():
-            kind, code = self._packed_as[name]
-            values: Any = value if kind is list else [value]
+            cls, code = self._packed_as[name]
+            values: Any = value if cls is list else [value]
             if value is None and self.row.parts[name].nullable:
                 code = ""
                 values = []
-            elif type(value) is not kind:
+            elif type(value) is not cls:
                 raise NotPlain
-            elif kind is list:
+            elif cls is list:
                 code = f"{len(value)}{code}"
-                kinds = list(map(type, value))
-                if kinds.count(self.row.parts[name].parts["item"].kind) < len(kinds):
+                classes = list(map(type, value))
+                if classes.count(self.row.parts[name].parts["item"].kind) < len(classes):
                     raise NotPlain
             elif code in "us":
                 values = [value.encode() if code == "u" else value]
@@ -7397,8 +7396,8 @@ class _PostedCall:
         wires = cast("StreamWires", call.wires)
         limit = call.response_limit_bytes
         self._half = FixedHalf(os.urandom(_CALL_ID_BYTES), wires, call.call_state, call.stream_id, limit)
-        facts = [call.call_state, call.stream_id.encode(), str(limit or "").encode()]
-        content = pack_parts([wires.output.message, wires.input.message, *facts])
+        rest = [call.call_state, call.stream_id.encode(), str(limit or "").encode()]
+        content = pack_parts([wires.output.message, wires.input.message, *rest])
         return self._app.sealer.seal(b"call", (*self._binding, self._half.call_id), content)
 
     def _content(self) -> bytes:
@@ -7407,22 +7406,22 @@ class _PostedCall:
         It holds the id of the call, the class of the state and its bytes.
         """
         state = cast("Stream[Any, Any]", self._call.stream).state
-        kinds = self._bound.state_types
-        if type(state) not in kinds:
-            names = ", ".join(kind.__name__ for kind in kinds) or "no concrete class"
+        classes = self._bound.state_types
+        if type(state) not in classes:
+            names = ", ".join(cls.__name__ for cls in classes) or "no concrete class"
             text = f"{names} (the implementation's return annotation), got {type(state).__name__}"
             text += "; over HTTP the state is read back as the annotated class"
             raise ParameterError(f"{self._bound.info.name}() state: expected {text}")
-        index = bytes([kinds.index(type(state))])
+        index = bytes([classes.index(type(state))])
         pack = dataclass_codec(type(state)).pack
         content = self._half.call_id + index + located(type(state).__name__, pack, state)
         self._app.sealer.check_size(content)  # which sealing does too: but here a further turn may run first
         return content
 
     def _state_in(self, content: bytes) -> Any:
-        kind: Any = self._bound.state_types[content[_CALL_ID_BYTES]]
+        cls: Any = self._bound.state_types[content[_CALL_ID_BYTES]]
         # The seal vouches for the bytes.
-        return located(kind.__name__, dataclass_codec(kind).unpack, content[_CALL_ID_BYTES + 1 :])
+        return located(cls.__name__, dataclass_codec(cls).unpack, content[_CALL_ID_BYTES + 1 :])
 
     def _revive(self, content: bytes) -> None:
         """Have the call go on with the state that a cursor's *content* holds.
@@ -7587,9 +7586,9 @@ class _PostedCall:
         milliseconds = _int_of(self._headers, CONNECT_TIMEOUT_HEADER, 0, 10**10 - 1)
         metadata = {} if milliseconds is None else {TIMEOUT_KEY: b"%d" % milliseconds}
         body = self._read_body(options.max_request_bytes or JSON_MAX_REQUEST_BYTES)
-        given = parse_json(body) if len(body) else {}
+        arguments = parse_json(body) if len(body) else {}
         call = self._open_call(metadata)
-        turn = call.begin(lambda info: decode_arguments(info, arguments_from_json(info, given)))
+        turn = call.begin(lambda info: decode_arguments(info, arguments_from_json(info, arguments)))
         call.http.update(http_status=200, request_bytes=len(body))
         if call.stream is not None:
             header = [{"__header__": row} for row in _rows_of(turn)]
@@ -8212,8 +8211,8 @@ class HttpClient(ClientChannel):
         )
 
     def _send(self, verb: str, path: str, headers: Pairs, body: Body, deadline: Time, most: int) -> HttpReply:
-        given = self._headers() if callable(self._headers) else self._headers
-        headers += tuple((given or {}).items())
+        own = self._headers() if callable(self._headers) else self._headers
+        headers += tuple((own or {}).items())
         try:
             reply = self._sender.send(verb, self._prefix + path, headers, body, deadline, most)
         except RequestTooLargeError as exc:
@@ -8222,10 +8221,10 @@ class HttpClient(ClientChannel):
         except Refusal as exc:
             raise TransportError(f"the answer does not decode: {exc}") from None
         if reply.status == 401:  # its reason is in the body, else in a header
-            facts = json_object(bytes(memoryview(reply.body)[:65_536]))
-            named = facts.get("reason") or reply.headers.get(AUTH_REASON_HEADER.lower())
+            fields = json_object(bytes(memoryview(reply.body)[:65_536]))
+            named = fields.get("reason") or reply.headers.get(AUTH_REASON_HEADER.lower())
             reason = next((known for known in AuthReason if known.value == named), AuthReason.UNAUTHORIZED)
-            raise AuthenticationError(f"{reason.value}: {facts.get('detail') or 'HTTP 401'}", reason=reason)
+            raise AuthenticationError(f"{reason.value}: {fields.get('detail') or 'HTTP 401'}", reason=reason)
         return reply
 
     def capabilities(self, deadline: Time = None) -> HttpServerCapabilities:
