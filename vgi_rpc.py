@@ -977,6 +977,7 @@ class WireSchema:
         except _FOREIGN_FAILURES as exc:
             raise IPCError(f"the schema: {text_of(exc)}") from None
         self.names = self.schema.names
+        self.hides_nulls = pa.null() in self.schema.types  # in a column of nothing else
         self.required = [i for i, column in enumerate(self.schema) if not column.nullable]
 
     @cached_property
@@ -1164,8 +1165,7 @@ class IpcReader:
         most = self._limits.max_rows
         if most is not None and rows > most:
             raise RequestTooLargeError(f"expected at most {most} rows in a batch, got {rows}")
-        # The nulls of a column of them need not be told.
-        return rows, decoded, is_compressed, any(lengths[1::2]) or pa.null() in self.schema.types
+        return rows, decoded, is_compressed, self.wire.hides_nulls or any(lengths[1::2])
 
     def _keep_dictionary(self, head: FlatHead, data: Buffer) -> None:
         """Keep a dictionary message for the batches that come, in place of those that it replaces."""
@@ -2481,8 +2481,8 @@ class DataclassCodec:
     def _packed(self, instance: Any) -> bytes:
         """Pack values of the exact types of their fields: `ValueError` or `struct.error` for others.
 
-        A line says name and format of each field, as `struct` writes it (u: text); the values follow. Producers over
-        HTTP run 1.3 to 2 times as fast so: their states are written and read for each turn.
+        A line says name and format of each field, as `struct` has it (u: text); the values follow. Producers over HTTP
+        run 1.3 to 2 times as fast so: a state is written and read for each turn.
         """
         entries = []
         pieces = [b""]
@@ -6421,7 +6421,7 @@ def compress_body(pieces: Sequence[Buffer], encoding: str, level: int) -> bytes:
 def is_worth_packing(pieces: Sequence[Buffer], encoding: str, level: int, token_bytes: int = 0) -> bool:
     """Whether a body becomes a good deal smaller, by the look of its largest piece, and is not short anyway.
 
-    Of tokens, which were packed themselves, nothing is expected: to look at one took 5 % of a turn.
+    Of tokens, packed themselves, nothing is expected: to look at one took 5 % of a turn.
     """
     if total_size(pieces) - token_bytes < COMPRESS_BODY_FROM:
         return False
