@@ -6673,6 +6673,15 @@ class KeptConnectionTests(TestCase):
                 with self.raises(TransportError, "it was closed here"):
                     proxy.add(1.0)
 
+    def test_a_client_that_is_closed_during_a_call_keeps_no_connection(self) -> None:
+        with BadHttpServer(http_answer(THREE), keep=True) as server:
+            with rpc.http_connect(Service, server.url) as proxy:
+                proxy.add(1.0)
+                sender = proxy._channel._sender
+                with mock.patch.object(rpc, "header_has", lambda *_: sender.close()):
+                    self.assertEqual(proxy.add(1.0), 3.0)
+                self.assertEqual(sender._idle, [])
+
     def test_an_interrupt_closes_the_connection(self) -> None:
         import warnings
 
