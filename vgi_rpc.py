@@ -2487,17 +2487,17 @@ class DataclassCodec:
         entries = []
         pieces = [b""]
         for name, value in self.to_dict(instance).items():
+            part = self.row.parts[name]
             cls, code = self._packed_as[name]
             values: Any = value if cls is list else [value]
-            if value is None and self.row.parts[name].nullable:
+            if value is None and part.nullable:
                 code = ""
                 values = []
             elif type(value) is not cls:
                 raise NotPlain
             elif cls is list:
                 code = f"{len(value)}{code}"
-                classes = list(map(type, value))
-                if classes.count(self.row.parts[name].parts["item"].kind) < len(classes):
+                if list(map(type, value)).count(part.parts["item"].kind) < len(value):
                     raise NotPlain
             elif code in "us":
                 values = [value.encode() if code == "u" else value]
@@ -2525,9 +2525,8 @@ class DataclassCodec:
                 value = value.decode()
             part = self.row.parts.get(name)
             if part is not None:
-                if self._packed_as[name] != (type(value), code[-1:]):  # a null, or of another type once
-                    value = with_field(name, part.decode, value)
-                members[name] = value
+                is_same = self._packed_as[name] == (type(value), code[-1:])  # no null, and no other type once
+                members[name] = value if is_same else with_field(name, part.decode, value)
         return self.build(members)
 
     def from_bytes(self, data: Buffer, validation: IpcValidation = IpcValidation.FULL) -> Any:
