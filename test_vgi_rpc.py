@@ -8359,8 +8359,8 @@ class StreamingTests(TestCase):
 SOURCE = pathlib.Path(rpc.__file__)
 README = HERE / "README.md"
 BANNER = re.compile(r"^# (\d+)\. ([A-Z][A-Z0-9, -]*[A-Z]) \.{3,} uses (nothing|[\d, -]+)$", re.M)
-MAX_LINES = 9_481  # of each of the two files
-MAX_BYTES = 473_556
+MAX_LINES = 9_472  # of each of the two files
+MAX_BYTES = 473_474
 
 
 def defined_names(statement: ast.stmt) -> list[str]:

@@ -3948,14 +3948,14 @@ def watch_forks() -> None:
         os.register_at_fork(before=before, after_in_parent=after, after_in_child=after_in_child)
 
 
-def _is_ready(file: Any, writing: bool = False, seconds: float = 0.0) -> bool:
-    """Whether *file* can be read (or written) now or within *seconds*, or fails at once, as a closed one does."""
+def _is_ready(file: Any, writing: bool = False, timeout: float = 0.0) -> bool:
+    """Whether *file* can be read (or written) now or within *timeout*, or fails at once, as a closed one does."""
     try:
         if not hasattr(select, "poll"):
-            return any(select.select([] if writing else [file], [file] if writing else [], [], seconds))
+            return any(select.select([] if writing else [file], [file] if writing else [], [], timeout))
         waiting = select.poll()
         waiting.register(file.fileno(), select.POLLOUT if writing else select.POLLIN)
-        return bool(waiting.poll(min(seconds, 1e6) * 1000))  # it counts milliseconds in an int
+        return bool(waiting.poll(min(timeout, 1e6) * 1000))  # it counts milliseconds in an int
     except ValueError:
         return True
 
@@ -4205,10 +4205,10 @@ class SubprocessTransport(Transport):
                 elif sys.stderr is not None:  # a program may have none
                     print(text, file=sys.stderr, flush=True)
 
-    def _await_end(self, seconds: float) -> int | None:
+    def _await_end(self, timeout: float) -> int | None:
         """Wait for the worker's end, and for its last words; return its exit status."""
         with suppress(self._timed_out):
-            self.proc.wait(seconds)
+            self.proc.wait(timeout)
             if self._pump.ident is not None:
                 self._pump.join(1.0)  # not for ever: a grandchild may hold the worker's stderr open
         return self.proc.returncode
@@ -4228,9 +4228,9 @@ class SubprocessTransport(Transport):
         self.channel.close()
         if os.getpid() == self.process_id:  # else the worker is another process's child
             steps = ((self.proc.poll, patience), (self.proc.terminate, 1.0), (self.proc.kill, 10.0))
-            for act, seconds in steps:
+            for act, timeout in steps:
                 act()
-                if self._await_end(seconds) is not None:
+                if self._await_end(timeout) is not None:
                     break
 
 
@@ -4788,22 +4788,13 @@ class RpcServer:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
         status = "ok" if error is None and record.http.get("http_status", 200) < 400 else "error"
         names = ("protocol", "protocol_hash", "method", "method_type", "remote_addr", "request_id")
-        line: dict[str, Any] = {
-            "timestamp": now[:-6] + "Z",
-            "level": "INFO",
-            "logger": "vgi_rpc.access",
-            **{name: getattr(record, name) for name in names},
-            "server_id": self.server_id,
-            "status": status,
-            "error_type": "",
-            "message": f"{record.protocol}.{record.method} {status}",
-            "principal": record.auth.principal or "",
-            "auth_domain": record.auth.domain or "",
-            "authenticated": record.auth.authenticated,
-            "duration_ms": round(record.duration_ms, 3),
-            **record.http,
-            **vars(record.statistics),
-        }
+        line: dict[str, Any] = {"timestamp": now[:-6] + "Z", "level": "INFO", "logger": "vgi_rpc.access"}
+        line |= {name: getattr(record, name) for name in names}
+        line |= {"server_id": self.server_id, "status": status, "error_type": ""}
+        line["message"] = f"{record.protocol}.{record.method} {status}"
+        line |= {"principal": record.auth.principal or "", "auth_domain": record.auth.domain or ""}
+        line |= {"authenticated": record.auth.authenticated, "duration_ms": round(record.duration_ms, 3)}
+        line |= {**record.http, **vars(record.statistics)}
         if error is not None:
             fields = error_fields(error)
             # The text of these shows what came instead of what was expected: the caller's data.
