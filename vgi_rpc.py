@@ -2420,9 +2420,8 @@ class DataclassCodec:
         factories = [f for f in own if f not in fields and f.default_factory is not dataclasses.MISSING]
         hooks = ("__post_init__", "__setattr__", "__new__")
         own_hooks = [n for n in hooks if getattr(self.cls, n, None) is not getattr(object, n, None)]
-        self.is_read_back = not (factories or own_hooks) and all(
-            codec.is_read_back() for codec in codecs.values()
-        )
+        runs_code = bool(factories or own_hooks)
+        self.is_read_back = not runs_code and all(codec.is_read_back() for codec in codecs.values())
         self._all_names = {f.name for f in own}
         self._required = [f.name for f in fields if f.init and f.default is f.default_factory]  # both MISSING
         self._late = [f.name for f in fields if not f.init]  # set behind the constructor
@@ -3104,9 +3103,8 @@ def _read_method(protocol: type, name: str, where: str) -> RpcMethodInfo:
     docs = re.split(r"^ {2,8}(\w+)(?: *\([^)]*\))?:", block[1], flags=re.M)[1:] if block else []
     method_type = MethodType.STREAM if states else MethodType.UNARY
     params = RowCodec(codecs.items())
-    info = RpcMethodInfo(
-        name, *_identity(protocol), method_type, params, result, returned, header, is_exchange, doc
-    )
+    names = (name, *_identity(protocol))
+    info = RpcMethodInfo(*names, method_type, params, result, returned, header, is_exchange, doc)
     info.param_docs = {param: " ".join(text.split()) for param, text in zip(docs[::2], docs[1::2])}
     info.param_defaults = defaults
     marks = {**vars(plain), **vars(declared)}  # a staticmethod may be marked itself, or what is inside it
@@ -7882,8 +7880,8 @@ def serve_http(
 ) -> None:
     """Serve over HTTP/1.1 until SIGTERM or SIGINT; see `HttpOptions` and `HttpServeOptions` for the keywords.
 
-    *port* 0 takes a free one. Raises ``OSError`` when the address cannot be bound, ``ValueError`` and
-    ``TypeError`` for an option that is out of range.
+    Raises ``OSError`` when the address cannot be bound, ``ValueError`` and ``TypeError`` for an option that is out
+    of range.
     """
     options = locals()
     import http.server  # by those alone who serve with it
