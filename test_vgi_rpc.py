@@ -8359,8 +8359,8 @@ class StreamingTests(TestCase):
 SOURCE = pathlib.Path(rpc.__file__)
 README = HERE / "README.md"
 BANNER = re.compile(r"^# (\d+)\. ([A-Z][A-Z0-9, -]*[A-Z]) \.{3,} uses (nothing|[\d, -]+)$", re.M)
-MAX_LINES = 9_469  # of each of the two files
-MAX_BYTES = 473_432
+MAX_LINES = 9_460  # of each of the two files
+MAX_BYTES = 473_150
 
 
 def defined_names(statement: ast.stmt) -> list[str]:

@@ -3400,11 +3400,7 @@ class RequestTable:
         """Recognise requests to a method from now on; may be called again."""
         for template in bound.info.request_templates:
             if template is not None:
-                others = self._methods.get(template.schema_message, {})
-                self._methods[template.schema_message] = {
-                    **others,
-                    template: bound,
-                }  # anew, for those who read it
+                self._methods.setdefault(template.schema_message, {})[template] = bound
 
     def read(
         self, data: bytes, at: int = 0, limit: int | None = None
@@ -3414,29 +3410,24 @@ class RequestTable:
         ``None`` when it is longer than *limit* bytes or not as our clients write it: then `read_request` decides.
         """
         schema_message = data[at : at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")]
-        for template, bound in self._methods.get(schema_message, {}).items():
+        for template, bound in tuple(self._methods.get(schema_message, {}).items()):
             match = template.read(data, at)
             if match is not None and (limit is None or match[2] - at <= limit):
                 row, values, end = match
-                info = bound.info
-                metadata = {**info.request_metadata, REQUEST_ID_KEY: values[0]}
-                if len(values) > 1:
-                    metadata[TIMEOUT_KEY] = values[1]
+                varying = zip((REQUEST_ID_KEY, TIMEOUT_KEY), values)
+                metadata = {**bound.info.request_metadata, **dict(varying)}
                 decode = operator.methodcaller("decode", row)
-                return bound, Request(info.params.wire, min(1, len(row)), metadata, decode), end
+                return bound, Request(bound.info.params.wire, min(1, len(row)), metadata, decode), end
         return None
 
 
-def result_item(info: RpcMethodInfo, value: Any, *, plain: bool = True) -> Item:
-    """Encode a unary result: 1 row x 1 column, or 0 x 0 for ``-> None``; *plain* lets a template write it.
-
-    `ParameterError` for a value not as declared.
-    """
+def result_item(info: RpcMethodInfo, value: Any) -> Item:
+    """Encode a unary result: 1 row x 1 column, or 0 x 0 for ``-> None``; `ParameterError` for one not as declared."""
     where = f"{info.name}() "
     if value is not None and not info.result.names:
         raise ParameterError(f"{where}result: declared to return None, got {got(value)}")
     row = located(where, info.result.encode, [value])
-    if plain and info.result.template is not None:
+    if info.result.template is not None:
         try:
             return info.result.template.message(row)
         except ValueError:
