@@ -7424,7 +7424,9 @@ class _PostedCall:
         if call_state is not None:
             call.run(state.bind_call_state, call_state)
         output, input_, _ = half.wires
-        call.stream = Stream(output.schema, state, input_.schema, call_state=call_state)
+        call.stream = call.stream or Stream(output.schema, state, input_.schema)
+        call.stream.state = state
+        call.stream.call_state = call_state
         call.wires = half.wires
 
     def _go_on(self, body: Buffer) -> Turn:
