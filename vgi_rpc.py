@@ -6400,7 +6400,7 @@ def compress_body(pieces: Sequence[Buffer], encoding: str, level: int) -> bytes:
 def is_worth_packing(pieces: Sequence[Buffer], encoding: str, level: int, token_bytes: int = 0) -> bool:
     """Whether a body becomes a good deal smaller, by the look of its largest piece, and is not short anyway.
 
-    Of tokens, packed themselves, nothing is expected: to look at one took 5 % of a turn.
+    Of tokens nothing is expected: to look at one took 5 % of a turn.
     """
     if total_size(pieces) - token_bytes < COMPRESS_BODY_FROM:
         return False
@@ -7425,8 +7425,7 @@ class _PostedCall:
             call.run(state.bind_call_state, call_state)
         output, input_, _ = half.wires
         call.stream = call.stream or Stream(output.schema, state, input_.schema)
-        call.stream.state = state
-        call.stream.call_state = call_state
+        vars(call.stream).update(state=state, call_state=call_state)
         call.wires = half.wires
 
     def _go_on(self, body: Buffer) -> Turn:
