@@ -7286,7 +7286,7 @@ class _PostedCall:
         self._bound = bound
         self._step = step
         self._pieces: list[Buffer] = []  # of the answer, before it is encoded
-        self._token_bytes = 0  # how many of them are tokens
+        self._tokens = 0  # bytes of tokens in them
         traces = {}
         if "traceparent" in headers:
             traces = {name: headers[name] for name in _TRACE_HEADERS if name in headers}
@@ -7482,7 +7482,7 @@ class _PostedCall:
                 if not dataclass_codec(type(call.stream.state)).is_read_back:
                     self._state_in(content)  # else refused here
                 sealed[STATE_KEY] = self._app.sealer.seal(b"state", self._binding, content)
-                self._token_bytes = len(sealed[STATE_KEY])
+                self._tokens = len(sealed[STATE_KEY])
                 # That of an exchange rides on the data batch of its turn, also where that has no rows.
                 item: Item = items.pop() if items and turn.items else (wire.empty, None)
                 if isinstance(item, bytes):
@@ -7543,8 +7543,7 @@ class _PostedCall:
         private = self._headers.get(ACCEPT_ENCODING_HEADER.lower())
         encoding, header, identity = choose_encoding(private, public)
         level = self._app.options.compression_level
-        tokens = self._token_bytes
-        if encoding and level and not (identity and not is_worth_packing(pieces, encoding, level, tokens)):
+        if encoding and level and (not identity or is_worth_packing(pieces, encoding, level, self._tokens)):
             headers.append((header, encoding))
             pieces = [compress_body(pieces, encoding, level)]
         size = total_size(pieces)
