@@ -1846,8 +1846,7 @@ def row_template(
 # 6. TYPES ... uses 1-5
 # Annotation -> codec: the Arrow type, how a Python value is encoded for it, and how it comes back.
 # Law: what arrives is what was sent, or it is refused before it is sent. pyarrow converts with loss where types
-# differ, so what it gives back is compared, unless the Python type is exactly that of the Arrow type. What does not
-# fit is a Mismatch, and each container on the way out adds its part of the path: `Order.lines[0].price: expected …`.
+# differ, so what it gives back is compared, unless the Python type is exactly that of the Arrow type.
 
 
 class ArrowType(NamedTuple):
@@ -1862,7 +1861,7 @@ class Transient:
 
 
 class Mismatch(ParameterError):
-    """``Mismatch(expected, got)``: a value does not fit its codec. Containers put their step in front of `path`."""
+    """``Mismatch(expected, got)``: a value does not fit its codec. Containers put their step in front of `path`: `a.b[0]`."""
 
     path = ""
 
@@ -3900,8 +3899,7 @@ def unpack_parts(data: bytes, count: int) -> list[bytes]:
 # ====================
 # 12. BYTE CHANNELS ... uses 1-11
 # Sockets and pipes as channels of bytes, and the worker processes behind some of them. Law: a short read or write is
-# continued; a failure leaves as TransportError, a deadline as DeadlineExceededError; a connection belongs to the
-# process that opened it.
+# continued; a connection belongs to the process that opened it.
 
 _RECEIVE_BYTES = 65_536
 _MAX_IO_BYTES = 1 << 30  # per system call: some systems, and TLS, refuse 2 GiB and more
@@ -4269,7 +4267,7 @@ class CallRecord:
     auth: AuthContext = ANONYMOUS  # who calls
     remote_addr: str = ""  # peer address, empty for pipes
     transport_metadata: dict[str, Any] = field(default_factory=dict)  # traceparent, tracestate, remote_addr …
-    gone: Callable[[], bool] | None = None  # whether the client has left; None when that cannot be known
+    gone: Callable[[], bool] | None = None  # as in `CallContext`
     response_limit_bytes: int | None = None  # what the caller accepts as one answer
     protocol: str = ""  # routing name
     method: str = ""
@@ -5822,9 +5820,8 @@ _Server: Any = object  # socketserver's, which is not loaded before something li
 class ListenerMixin(_Server):  # type: ignore[misc]
     """What a `socketserver.TCPServer` with threads needs to be a server: a cap, idle time, an orderly end.
 
-    *listening* is bound, and owned from here on; *rpc* tells whose running calls are waited for at the end. Without
-    *threaded* connections are served one after the other, and no more than *most* at a time: further ones wait.
-    It ends after *idle* seconds without a connection.
+    *listening* is bound, and owned from here on; *rpc* tells whose running calls are waited for at the end. The others
+    are options of `serve_unix`.
     """
 
     daemon_threads = True
@@ -6143,7 +6140,7 @@ class HttpRequest:
     remote_addr: str = ""
     # Gives the body, of at most so many bytes; raises a `Refusal`.
     read_body: Callable[[int], Buffer] = field(default_factory=lambda: lambda limit: b"")
-    gone: Callable[[], bool] | None = None  # whether the client has left; None when that cannot be known
+    gone: Callable[[], bool] | None = None  # as in `CallContext`
     multiprocess: bool = False  # whether the next request may come to another process
     mount: str = ""  # where a WSGI server has put the application: for links, `path` does not begin with it
     request_id: str = ""  # under which it is answered and logged, once that is known
@@ -7361,13 +7358,7 @@ class _PostedCall:
             self._pieces = stream_pieces(turn.wire, turn.items)
         if call.stream is None:
             return turn
-        try:  # before anything runs: a stream that cannot go on does not start
-            sealed = {CALL_STATE_KEY: self._begin_stream()}
-        except Exception as exc:
-            turn = call.failed(exc)
-            self._pieces += stream_pieces(turn.wire, turn.items)
-            return turn
-        return self._turns(sealed, () if call.stream.is_producer else None)
+        return self._turns(() if call.stream.is_producer else None, begins=True)
 
     def _begin_stream(self) -> bytes:
         """Set the fixed half of a stream, and return its token."""
@@ -7456,19 +7447,22 @@ class _PostedCall:
             turn = call.failed(exc, refused=isinstance(exc, TokenError))
             self._pieces = stream_pieces(turn.wire, turn.items)
             return turn
-        return self._turns({}, (batch, metadata))
+        return self._turns((batch, metadata))
 
-    def _turns(self, sealed: dict[bytes, bytes], turn_input: tuple[Any, ...] | None) -> Turn:
+    def _turns(self, turn_input: tuple[Any, ...] | None, begins: bool = False) -> Turn:
         """Run a turn on *turn_input*, of a producer several if the client takes them; with None an exchange only begins.
 
-        Returns the last one. The output stream ends with the fresh cursor beside the tokens *sealed*.
+        Returns the last one. The output stream ends with the fresh cursor, beside the call token if the stream *begins*.
         """
         call: Any = self._call
-        wire = self._half.wires.output
+        wire = call.wires.output
         writer = IpcWriter(self._pieces.extend, wire)
         turn = Turn(wire, [], False)
         items: list[Item] = []  # which end the answer
+        sealed = {}
         try:
+            if begins:  # before anything runs: a stream that cannot go on does not start
+                sealed[CALL_STATE_KEY] = self._begin_stream()
             if turn_input is None:
                 items = call.logs(wire)
                 content = self._content()
@@ -7499,8 +7493,7 @@ class _PostedCall:
     def _produce(self, writer: IpcWriter, tick: tuple[Any, ...], token_bytes: int) -> tuple[Turn, bytes]:
         """Run and write turns of a producer, as many as the client takes and have room beside a call token.
 
-        Returns the last one, and the content of the cursor behind it. Each further turn runs on a state that was read
-        back: where an answer ends makes no difference to what comes next.
+        Returns the last one, and the content of the cursor behind it.
         """
         call = self._call
         limit = call.response_limit_bytes or sys.maxsize
