@@ -8391,9 +8391,8 @@ class _HttpSession(StreamSession):
 # ====================
 # 20. ENTRY POINTS ... uses 1-19
 # What most programs call. Each connect function returns an `RpcConnection`: a proxy to be closed. Nobody there is a
-# `TransportError`, over HTTP from the first call, a wrong argument a `TypeError` or `ValueError`. Keywords mean the same
-# everywhere: `on_log` takes the server's log lines, `timeout` is seconds for each call or turn (None for no limit),
-# `ipc_validation` says how much of each answer is checked.
+# `TransportError`, over HTTP from the first call, a wrong argument a `TypeError` or `ValueError`. Keywords are those of
+# `with_options`.
 
 
 class _ServedPipe(Transport):
