@@ -2397,8 +2397,6 @@ class TypeTests(TestCase):
         cls = row_class(annotation)
         data = cls(sent).serialize_to_bytes()
         self.check(cls.deserialize_from_bytes(data), cls(arrives))
-        codec = rpc.dataclass_codec(cls)
-        self.check(codec.unpack(codec.pack(cls(sent))), cls(arrives))
         [(batch, _)] = read_stream(io.BytesIO(data))
         batch.validate(full=True)
         self.check(cls.deserialize_from_batch(batch), cls(arrives))
@@ -2428,8 +2426,6 @@ class TypeTests(TestCase):
             inner = [part.replace("f() argument value", "Row.value") for part in parts]
             with self.subTest("field", annotation=annotation, value=value), self.raises(TypeError, *inner):
                 row_class(annotation)(value).serialize_to_bytes()
-            with self.subTest("packed", value=value), self.assertRaises(TypeError):
-                rpc.dataclass_codec(row_class(annotation)).pack(row_class(annotation)(value))
 
     def test_annotations_without_a_mapping(self) -> None:
         for annotation, parts in UNMAPPED_ANNOTATIONS:
@@ -2494,42 +2490,6 @@ class TypeTests(TestCase):
         late.made = [8]
         self.assertEqual(Late.deserialize_from_bytes(late.serialize_to_bytes()), late)
         self.assertEqual(Late.deserialize_from_batch(pa.RecordBatch.from_pydict({"given": [4]})), Late(4))
-
-    def test_packed_by_another_version(self) -> None:
-        def pack(annotation: Any, value: Any) -> bytes:
-            cls = row_class(annotation)
-            return rpc.dataclass_codec(cls).pack(cls(value))
-
-        def unpack(annotation: Any, data: bytes) -> Any:
-            return rpc.dataclass_codec(row_class(annotation)).unpack(data).value
-
-        for before, after, value in (
-            (int, int | None, 3),
-            (int, float, 3),
-            (str | None, str, "ü"),
-            (float, float, -0.0),
-        ):
-            self.check(unpack(after, pack(before, value)), after(value) if after is float else value)
-        for before, after, value in (
-            (int, str, 3),
-            (int, list[int], 3),
-            (list[int], int, [3]),
-            (list[int], list[str], [3]),
-            (list[bool], list[int], [True]),
-            (str, bytes, "x"),
-            (str | None, str, None),
-        ):
-            with self.subTest(before, after=after), self.raises(rpc.Mismatch, ".value", ": expected"):
-                unpack(after, pack(before, value))
-        self.assertLess(len(pack(list[float], [0.5] * 100)), 820)
-        both: Any = make_dataclass(
-            "Both", [("value", int), ("more", int, 4)], bases=(ArrowSerializableDataclass,)
-        )
-        self.assertEqual(rpc.dataclass_codec(both).unpack(pack(int, 3)), both(3))
-        self.assertEqual(unpack(int, rpc.dataclass_codec(both).pack(both(5, 6))), 5)
-        for data in (b"", b"\n", b"x", b"value\n", b"value:d\n1234567", b"value:zz\n", b"\xfe\n"):
-            with self.subTest(data), self.raises(TypeError, "Row"):
-                rpc.located("Row", rpc.dataclass_codec(row_class(int)).unpack, data)
 
     def test_nothing_means_a_row_of_defaults(self) -> None:
         cls: Any = make_dataclass("Row", [("a", int, 3)], bases=(ArrowSerializableDataclass,))

@@ -1759,14 +1759,18 @@ class _MessageTemplate:
 class RowTemplate:
     """Streams of one row whose metadata differs in *varying* alone: key -> length of its value in bytes.
 
-    Rows hold encoded values, as codecs make them; without columns there is no row. Safe between threads. `ValueError`:
-    a column that is not plain, or section 4 writes other bytes than this would.
+    Rows hold encoded values, as codecs make them; without columns there is no row. In lists of the columns *whole*
+    no item is null. Safe between threads. `ValueError`: a column that is not plain, or section 4 writes other bytes.
     """
 
-    def __init__(self, schema: pa.Schema, metadata: Metadata, varying: Mapping[bytes, int]) -> None:
+    def __init__(
+        self, schema: pa.Schema, metadata: Metadata, varying: Mapping[bytes, int], whole: Iterable[int] = ()
+    ) -> None:
         wire = WireSchema(schema)
         self.schema_message = wire.message
         columns = [_Column(column) for column in schema]
+        for i in whole:
+            cast("_Column", columns[i].item).nullable = False
         self._kinds = [column.kind for column in columns]
         self._lengths = [*varying.values()]
         values = [b"x" * length for length in self._lengths]
@@ -1834,11 +1838,15 @@ class RowTemplate:
 
 
 def row_template(
-    schema: pa.Schema, metadata: Metadata | None = None, varying: Mapping[bytes, int] | None = None
+    schema: pa.Schema,
+    metadata: Metadata | None = None,
+    varying: Mapping[bytes, int] | None = None,
+    *,
+    whole: Iterable[int] = (),
 ) -> RowTemplate | None:
     """Return the template of these streams; ``None`` when the schema is not plain."""
     with suppress(ValueError):
-        return RowTemplate(schema, metadata or {}, varying or {})
+        return RowTemplate(schema, metadata or {}, varying or {}, whole)
     return None
 
 
@@ -1955,15 +1963,10 @@ class Codec(NamedTuple):
         return self.read(encoded)
 
     @property
-    def packed_as(self) -> tuple[Any, str]:
-        """How `DataclassCodec.pack` writes values of this codec: (list, code) for those of its items; no code: not."""
-        code = ""
-        item = self.parts.get("item")
-        if item is not None and item.plain and not item.nullable and self.read is list:
-            code = item.packed_as[1].strip("us")
-        elif self.plain and self.arrow_type in _FLAT:
-            code = _FLAT[self.arrow_type][1] or {bool: "?", str: "u"}.get(self.kind, "s")
-        return self.kind, code
+    def seen(self) -> frozenset[type]:
+        """The type of lists whose items a row template looks at as this codec would."""
+        plain = self.kind is list and self.read is list and self.parts["item"].plain
+        return frozenset({list} if plain else ())
 
     def of_encoded(self) -> Codec:
         """Return the codec of what this one encodes to: it changes nothing, and has pyarrow try each part."""
@@ -2329,24 +2332,34 @@ class RowCodec:
         self.parts = dict(fields)
         self.names = tuple(self.parts)
         self._plain = [part.plain for part in self.parts.values()]
+        # Where a template looks at each item of a list of plain values, this need not: it took a tenth of a turn.
+        self._seen = [part.plain | part.seen for part in self.parts.values()]
         members = [pa.field(name, part.arrow_type, part.nullable) for name, part in self.parts.items()]
         self.schema = pa.schema(members)
         self._struct = Codec(Mapping, pa.struct(members), "", parts=self.parts)
 
     # Of its streams; the template writes and reads them without pyarrow, where its types are plain.
     wire = cached_property(lambda self: WireSchema(self.schema))
-    template = cached_property(lambda self: row_template(self.schema))
+
+    @cached_property
+    def template(self) -> RowTemplate | None:
+        whole = [
+            i for i, part in enumerate(self.parts.values()) if part.seen and not part.parts["item"].nullable
+        ]
+        return row_template(self.schema, whole=whole)
 
     def encode(self, values: Iterable[Any]) -> list[Any]:
         """Return one encoded value for each name, which row templates and `to_batch` take."""
-        return self._converted([*values], Codec.encode)
+        return self._converted([*values], Codec.encode, self._plain)
 
     def decode(self, encoded: Iterable[Any]) -> list[Any]:
         """Return the Python values of one encoded row."""
-        return self._converted([*encoded], Codec.decode)
+        return self._converted([*encoded], Codec.decode, self._plain)
 
-    def _converted(self, values: list[Any], convert: Callable[..., Any]) -> list[Any]:
-        if all(map(frozenset.__contains__, self._plain, map(type, values))):
+    def _converted(
+        self, values: list[Any], convert: Callable[..., Any], plain: list[frozenset[type]]
+    ) -> list[Any]:
+        if all(map(frozenset.__contains__, plain, map(type, values))):
             return values  # a call with small values needs no longer way
         return list(self._struct._members(dict(zip(self.parts, values)), convert).values())
 
@@ -2358,11 +2371,17 @@ class RowCodec:
 
     def to_bytes(self, values: Iterable[Any]) -> bytes:
         """Return the stream of one row."""
-        row = self.encode(values)
+        values = [*values]
         if self.template is not None:
+            row = self._converted(values, Codec.encode, self._seen)
             with suppress(ValueError):  # a value that is not plain, or does not fit
                 return self.template.write(row)
-        return stream_bytes(self.wire, [(self.to_batch(row), None)])
+        return stream_bytes(self.wire, [(self.to_batch(self.encode(values)), None)])
+
+    def from_template(self, data: bytes) -> list[Any] | None:
+        """Return the Python values of the stream of one row; ``None`` where the template does not read it."""
+        row = None if self.template is None else self.template.read(data)
+        return None if row is None else self._converted(row[0], Codec.decode, self._seen)
 
     def from_batch(self, batch: pa.RecordBatch) -> list[Any]:
         """Return the Python values of a batch of one row, column by column."""
@@ -2425,8 +2444,6 @@ class DataclassCodec:
         self._required = [f.name for f in fields if f.init and f.default is f.default_factory]  # both MISSING
         self._late = [f.name for f in fields if not f.init]  # set behind the constructor
         self.defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-        self._packed_as = {name: codec.packed_as for name, codec in codecs.items()}
-        self._is_packed = all(code for _, code in self._packed_as.values())
 
     def _check_decorated(self, hints: Mapping[str, Any]) -> None:
         """Refuse a class with annotations, or a base with an ``__init__``, that @dataclass did not see."""
@@ -2469,71 +2486,13 @@ class DataclassCodec:
         """Encode as an IPC stream of 1 row x len(names) columns."""
         return self.row.to_bytes(self.to_dict(instance).values())
 
-    def pack(self, instance: Any) -> bytes:
-        """Encode for ourselves: what `unpack` reads. Raises as `to_bytes`."""
-        if self._is_packed:
-            with suppress(ValueError, struct.error):  # then what follows words the error
-                return self._packed(instance)
-        return self.to_bytes(instance)
-
-    def _packed(self, instance: Any) -> bytes:
-        """Pack values of the exact types of their fields: `ValueError` or `struct.error` for others.
-
-        A line says name and format of each field, as `struct` has it (u: text); the values follow. Producers over HTTP
-        run 1.3 to 2 times as fast so: a state is written and read for each turn.
-        """
-        entries = []
-        pieces = [b""]
-        for name, value in self.to_dict(instance).items():
-            part = self.row.parts[name]
-            cls, code = self._packed_as[name]
-            values: Any = value if cls is list else [value]
-            if value is None and part.nullable:
-                code = ""
-                values = []
-            elif type(value) is not cls:
-                raise NotPlain
-            elif cls is list:
-                code = f"{len(value)}{code}"
-                if list(map(type, value)).count(part.parts["item"].kind) < len(value):
-                    raise NotPlain
-            elif code in "us":
-                values = [value.encode() if code == "u" else value]
-                code = f"{len(values[0])}{code}"
-            entries.append(f"{name}:{code}")
-            pieces.append(struct.pack("<" + code.replace("u", "s"), *values))
-        pieces[0] = f"{','.join(entries)}\n".encode()
-        return b"".join(pieces)
-
-    def unpack(self, data: bytes) -> Any:
-        """Decode what `pack` wrote, by another version of the class, too; raises as `from_bytes`, and as `struct`."""
-        if data.startswith(END_OF_STREAM[:4]):
-            return self.from_bytes(data, IpcValidation.NONE)
-        line, _, packed = data.partition(b"\n")
-        members = {}
-        at = 0
-        for entry in line.decode().split(","):
-            name, _, code = entry.partition(":")
-            layout = "<" + code.replace("u", "s")
-            value: Any = list(struct.unpack_from(layout, packed, at))
-            at += struct.calcsize(layout)
-            if len(code) < 2 or code[-1] in "us":
-                value = value[0] if value else None
-            if code[-1:] == "u":
-                value = value.decode()
-            part = self.row.parts.get(name)
-            if part is not None:
-                is_same = self._packed_as[name] == (type(value), code[-1:])  # no null, and no other type once
-                members[name] = value if is_same else with_field(name, part.decode, value)
-        return self.build(members)
-
     def from_bytes(self, data: Buffer, validation: IpcValidation = IpcValidation.FULL) -> Any:
         """Decode an IPC stream of one row, or of none; raises `IPCError` when it is no such stream."""
         data = bytes(data)
         row = self.row
-        ready = row.template and row.template.read(data)
-        if ready:
-            return self.build(dict(zip(row.names, row.decode(ready[0]))))
+        values = row.from_template(data)
+        if values is not None:
+            return self.build(dict(zip(row.names, values)))
         # Another schema is fine, too: of a newer or an older version of the class.
         known = [row.wire] * data.startswith(row.wire.message)
         item = data and _inner_reader(data, validation, known).next()
@@ -7383,15 +7342,14 @@ class _PostedCall:
             text += "; over HTTP the state is read back as the annotated class"
             raise ParameterError(f"{self._bound.info.name}() state: expected {text}")
         index = bytes([classes.index(type(state))])
-        pack = dataclass_codec(type(state)).pack
-        content = self._half.call_id + index + located(type(state).__name__, pack, state)
+        content = self._half.call_id + index + cast("bytes", state.serialize_to_bytes())
         self._app.sealer.check_size(content)  # which sealing does too: but here a further turn may run first
         return content
 
     def _state_in(self, content: bytes) -> Any:
         cls: Any = self._bound.state_types[content[_CALL_ID_BYTES]]
-        # The seal vouches for the bytes.
-        return located(cls.__name__, dataclass_codec(cls).unpack, content[_CALL_ID_BYTES + 1 :])
+        fields = content[_CALL_ID_BYTES + 1 :]
+        return cls.deserialize_from_bytes(fields, IpcValidation.NONE)  # the seal vouches for the bytes
 
     def _revive(self, content: bytes) -> None:
         """Have the call go on with the state that a cursor's *content* holds.
