@@ -2021,11 +2021,8 @@ class Codec(NamedTuple):
         # that comes twice.
         is_instant = has_zone and getattr(held, "tzinfo", None) and not held - value
         is_rounded = isinstance(held, float) and isinstance(value, float) and abs(held) != float("inf")
-        if (
-            held is not None
-            and isinstance(held, bool) >= isinstance(value, bool)
-            and (is_rounded or is_instant or held == value)
-        ):
+        is_same = held is not None and (is_rounded or is_instant or held == value)
+        if is_same and isinstance(held, bool) >= isinstance(value, bool):
             return value if type(value) is type(held) is datetime.datetime else held  # not in another zone
         received = got(value)
         if not isinstance(value, (str, bytes, type(None))):
@@ -7109,11 +7106,8 @@ class HttpApp:
         if not host or "*" in hosts or not (hosts or self.loopback_port):
             return True
         name, port = cast("re.Match[str]", re.fullmatch(_HOST_PORT, host.lower())).groups()
-        if (
-            name in hosts
-            or host.lower() in hosts
-            or (self.loopback_port and re.fullmatch(LOOPBACK_HOST, name))
-        ):
+        is_local = self.loopback_port and re.fullmatch(LOOPBACK_HOST, name)
+        if is_local or name in hosts or host.lower() in hosts:
             return True
         # A page of the web whose name leads to this machine (DNS rebinding) can send any header, but its browser
         # dials our port, and must name it in Host. Who is sent on by a proxy, which says so, has dialled another.
