@@ -1549,7 +1549,7 @@ class _Column:
         self.children: dict[Any, _Column] = {}  # of a struct by name, of the pairs in a map by number
         self.item: _Column | None = None  # of a list or map
         self.kind, self.code = _FLAT.get(arrow_type, (list, ""))
-        self.one = struct.Struct("<" + self.code).pack
+        self.one = struct.Struct("<" + self.code)
         self.is_enum = (self.kind, self.code) == (str, "h")
         # What pyarrow writes where a value is null. In a null struct an enum has an index without a name: `NotPlain`.
         self.filler: Any = NotPlain if self.is_enum else self.kind()
@@ -1601,8 +1601,8 @@ class _Column:
                 names.append(used)
                 places = {name: place for place, name in enumerate(used)}
                 values = [places.get(value, 0) for value in values]
-            packed = self.one(*values) if count == 1 else struct.pack(f"<{count}{self.code}", *values)
-            buffers += (bitmap, packed)
+            layout = self.one if count == 1 else struct.Struct(f"<{count}{self.code}")
+            buffers += (bitmap, layout.pack(*values))
         else:
             if self.kind is str:
                 values = [value.encode() for value in values]
@@ -1624,16 +1624,15 @@ class _Column:
         bitmap = buffers.pop()
         if not is_whole or bool(nodes.pop()) != bool(bitmap) or (bitmap and not self.nullable):
             raise NotPlain
-        values: Any
+        values: list[Any]
         if self.children:
-            values = zip(*[child.read(count, nodes, buffers, names) for child in self.children.values()])
-            values = list(values) if self.kind is tuple else [dict(zip(self.children, row)) for row in values]
+            rows = zip(*[child.read(count, nodes, buffers, names) for child in self.children.values()])
+            values = [*rows] if self.kind is tuple else [dict(zip(self.children, row)) for row in rows]
         elif self.kind is bool:
             values = _unpack_bits(buffers.pop(), count)
         elif self.code:
-            values = memoryview(buffers.pop()).cast(cast("Any", self.code)).tolist()
-            if len(values) != count:
-                raise NotPlain
+            layout = self.one if count == 1 else struct.Struct(f"<{count}{self.code}")
+            values = [*layout.unpack(buffers.pop())]
             if self.is_enum:
                 used = names.pop()
                 values = [used[place] for place in values]
@@ -1654,7 +1653,7 @@ class _Column:
                 values = [value.decode() for value in values]
         if bitmap:
             values = [value if bit else None for value, bit in zip(values, _unpack_bits(bitmap, count))]
-        return cast("list[Any]", values)
+        return values
 
     def example(self, size: int) -> Any:
         """Return an example: for size 1 an everyday one, for 3 a longer one with nulls in it, for 0 the emptiest."""
