@@ -3303,6 +3303,7 @@ class ReflectionTests(TestCase):
         default = "Window(start=date(2024, 1, 31), color=Color.BLUE, colors=[])"
         self.assertIn(("window", f"Window = {default}", "From and to."), shown)
         self.assertIn(("  color", "Color (RED, BLUE) = Color.BLUE", Color.__doc__), shown)
+        self.assertIn(("  colors", "list[Color] (RED, BLUE) = []", ""), shown)
         self.assertIn(("colors", "list[Color] (RED, BLUE) = [Color.RED]", ""), shown)
         nested = window.field("colors").type.value_field
         for color in (window.field("color"), nested, result.type.value_field.type[1], named.type[1]):
@@ -8319,8 +8320,8 @@ class StreamingTests(TestCase):
 SOURCE = pathlib.Path(rpc.__file__)
 README = HERE / "README.md"
 BANNER = re.compile(r"^# (\d+)\. ([A-Z][A-Z0-9, -]*[A-Z]) \.{3,} uses (nothing|[\d, -]+)$", re.M)
-MAX_LINES = 9_460  # of each of the two files
-MAX_BYTES = 473_150
+MAX_LINES = 9_410  # of each of the two files
+MAX_BYTES = 470_500
 
 
 def defined_names(statement: ast.stmt) -> list[str]:

@@ -2440,6 +2440,8 @@ class DataclassCodec:
         self._required = [f.name for f in fields if f.init and f.default is f.default_factory]  # both MISSING
         self._late = [f.name for f in fields if not f.init]  # set behind the constructor
         self.defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        empty = [f for f in fields if f.default_factory in (list, dict, set)]
+        self.defaults |= {f.name: cast("Any", f.default_factory)() for f in empty}
 
     def _check_decorated(self, hints: Mapping[str, Any]) -> None:
         """Refuse a class with annotations, or a base with an ``__init__``, that @dataclass did not see."""
