@@ -3681,6 +3681,17 @@ class WorkerProcessTests(TestCase):
         os.close(hold)
         os.waitpid(child, 0)
 
+    def test_a_child_forked_before_the_first_connection_ends_its_worker(self) -> None:
+        program = (
+            "import os, sys, vgi_rpc\n"
+            "if os.fork():\n    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+            f"transport = vgi_rpc.SubprocessTransport({WORKER!r})\n"
+            "transport.close()\n"
+            "os._exit(transport.proc.returncode is None)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], cwd=HERE, timeout=WATCHDOG_SECONDS)
+        self.assertEqual(done.returncode, 0)
+
 
 # ============================================================================
 # 13. SERVER CORE

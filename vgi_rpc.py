@@ -3869,6 +3869,7 @@ this_process = [os.getpid()]  # its id, for which each call would have to ask th
 @cache  # at the first connection
 def watch_forks() -> None:
     """Have a forked child begin without our files and our signal handlers."""
+    this_process[0] = os.getpid()  # a child that was forked before the first connection begins here
     masks = threading.local()
 
     def before() -> None:  # a signal that comes before the child runs would be lost to the system's handlers
