@@ -3249,6 +3249,20 @@ class ReflectionTests(TestCase):
         self.service = described(self.answer)
         self.methods = self.service.methods
 
+    def test_default_of_odd_classes(self) -> None:
+        class Odd(enum.Enum):
+            A = 1
+            name = property(lambda self: self.label)  # type: ignore[assignment]
+
+        class Mute(str):
+            def __repr__(self) -> str:
+                raise ValueError
+
+        def call(odd=Odd.A, text=Mute("a")): ...
+
+        shown = [rpc.default_text(default) for default in call.__defaults__ or ()]
+        self.assertEqual(shown, ["Odd.A", "…"])
+
     def test_the_hash_of_a_known_protocol(self) -> None:
         class Known(Protocol):
             def add(self, a: int, b: float | None) -> list[int]:
@@ -7126,7 +7140,7 @@ VALUES: list[tuple[str, str, Any]] = [  # of options: what stands for them, text
 ]  # fmt: skip
 # What lies in the folder of the tests beside the application.
 FILES = {
-    "app.py": APP, "window.json": '{"start": "2024-01-31", "unit": "F"}',
+    "app.py": APP, "window.json": '\n {"start": "2024-01-31", "unit": "F"}',
     "a.json": '{"a": 1, "b": 5}', "b.txt": "7\n", "short.txt": "short\n", "a.bin": "\0\xff",
     "keys": "ann s3cret\n",
     "raising.py": "x = 1\nraise RuntimeError('no database')\n", "odd.py": "class A:\n    def f(self, a: complex) -> int: ...\n",

@@ -2919,8 +2919,11 @@ class RpcMethodInfo:
 def default_text(value: object) -> str:
     """Return a default as a person would write it: ``Unit.C``, ``datetime(2024, 1, 31, 0, 0)``."""
     if isinstance(value, enum.Enum):
-        return f"{type(value).__name__}.{value.name}"
-    text = re.sub(r"\bdatetime\.(?=[a-z]+\()|[\w.]+\.<locals>\.", "", repr(value))
+        return f"{type(value).__name__}.{value._name_}"  # .name may be another thing of its own
+    text = "…"
+    with suppress(Exception):  # a __repr__ may raise anything: that hides no service
+        text = repr(value)
+    text = re.sub(r"\bdatetime\.(?=[a-z]+\()|[\w.]+\.<locals>\.", "", text)
     return re.sub(r"<([\w.]+): [^<>]*>", r"\1", text)  # members of enums inside
 
 
@@ -8895,7 +8898,7 @@ def _arguments(args: Any, method: MethodDescription) -> Any:
             raise _CliError(f"parameter {word!r}: expected key=value or key:=json", _usage_of(method))
         data = content(text)
         members = [member for member in members if member.name == last]
-        if any(map(members_of, members)) and data[:1] in ("{", b"{"):
+        if any(map(members_of, members)) and data.lstrip()[:1] in ("{", b"{"):
             name = "json:"  # of a dataclass; else a file has what bytes are
         kinds = [member.type for member in members]
         inside[last] = parse_json(data, word) if name.endswith(":") else json_of_word(data, *kinds)
