@@ -5855,6 +5855,17 @@ class UnreadAttribute(UnreadMoment):
         return self is other
 
 
+@dataclass
+class UnreadBytes(UnreadMoment):
+    """Cannot read what it writes."""
+
+    at: int = 0
+
+    @classmethod
+    def deserialize_from_bytes(cls, data: bytes, ipc_validation: Any = None) -> Any:
+        raise TypeError("Unread: no such bytes")
+
+
 class HttpTokenTests(TestCase):
     """Streams held by their tokens."""
 
@@ -6005,8 +6016,11 @@ class HttpTokenTests(TestCase):
             def attribute(self) -> Stream[UnreadAttribute]:
                 return Stream(INTEGERS, UnreadAttribute())
 
+            def bytes(self) -> Stream[UnreadBytes]:
+                return Stream(INTEGERS, UnreadBytes())
+
         with rpc.http_connect(Unread, client=rpc.make_sync_client(rpc.RpcServer(Unread, Unread()))) as proxy:
-            for name in ("moment", "default", "attribute"):
+            for name in ("moment", "default", "attribute", "bytes"):
                 with self.subTest(name), self.raises(RpcError, "TypeError: Unread"):
                     getattr(proxy, name)().tick()
 
@@ -8345,8 +8359,8 @@ class StreamingTests(TestCase):
 SOURCE = pathlib.Path(rpc.__file__)
 README = HERE / "README.md"
 BANNER = re.compile(r"^# (\d+)\. ([A-Z][A-Z0-9, -]*[A-Z]) \.{3,} uses (nothing|[\d, -]+)$", re.M)
-MAX_LINES = 9_410  # of each of the two files
-MAX_BYTES = 470_500
+MAX_LINES = 9_415  # of each of the two files
+MAX_BYTES = 470_900
 
 
 def defined_names(statement: ast.stmt) -> list[str]:

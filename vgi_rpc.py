@@ -2434,6 +2434,10 @@ class DataclassCodec:
         factories = [f for f in own if f not in fields and f.default_factory is not dataclasses.MISSING]
         hooks = ("__post_init__", "__setattr__", "__new__")
         own_hooks = [n for n in hooks if getattr(self.cls, n, None) is not getattr(object, n, None)]
+        bases = [vars(base) for base in self.cls.__mro__ if base is not ArrowSerializableDataclass]
+        own_hooks += [
+            n for n in ("serialize_to_bytes", "deserialize_from_bytes") if any(n in base for base in bases)
+        ]
         runs_code = bool(factories or own_hooks)
         self.is_read_back = not runs_code and all(codec.is_read_back() for codec in codecs.values())
         self._all_names = {f.name for f in own}
