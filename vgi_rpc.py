@@ -977,7 +977,8 @@ class WireSchema:
         except _FOREIGN_FAILURES as exc:
             raise IPCError(f"the schema: {text_of(exc)}") from None
         self.names = self.schema.names
-        self.hides_nulls = pa.null() in self.schema.types  # in a column of nothing else
+        # In a column of nothing else.
+        self.hides_nulls = pa.null() in [getattr(kind, "storage_type", kind) for kind in self.schema.types]
         self.required = [i for i, column in enumerate(self.schema) if not column.nullable]
 
     @cached_property
@@ -1772,7 +1773,7 @@ class RowTemplate:
             cast("_Column", columns[i].item).nullable = False
         self._kinds = [column.kind for column in columns]
         self._lengths = [*varying.values()]
-        values = [b"x" * length for length in self._lengths]
+        values = [b"%c" % (97 + i) * length for i, length in enumerate(self._lengths)]
         examples = []
         for size in (1, 3, 0):
             row = [column.example(size) for column in columns]
@@ -3577,7 +3578,7 @@ def _described_fields(row: RowCodec, defaults: Mapping[str, Any]) -> list[pa.Fie
     fields = list(map(_described_field, row.schema, row.parts.values()))
     for at, name in enumerate(row.names):
         if name in defaults:
-            default = text_of(default_text(defaults[name]))
+            default = sendable(text_of(default_text(defaults[name])), 200)
             fields[at] = fields[at].with_metadata({**fields[at].metadata, DEFAULT_TEXT_KEY: default})
     return fields
 
