@@ -4196,6 +4196,12 @@ def connect_unix_socket(path: str, timeout: float | None = None) -> Transport:
         return Transport(ByteChannel(connected), TransportKind.UNIX, f"unix:{path}")
 
 
+def check_tls_context(context: Any) -> None:
+    """Raise `TypeError` for what is no `ssl.SSLContext`, such as a file's name."""
+    if context is not None and not hasattr(context, "wrap_socket"):
+        raise TypeError(f"tls_context: expected an ssl.SSLContext, got {got(context)}")
+
+
 def connect_tcp_socket(
     host: str, port: int, timeout: float | None = None, tls_context: Any = None, server_hostname: str = ""
 ) -> Transport:
@@ -4203,6 +4209,7 @@ def connect_tcp_socket(
 
     With an `ssl.SSLContext` over TLS; the certificate must be for *server_hostname*, by default for *host*.
     """
+    check_tls_context(tls_context)
     with opening(f"cannot connect to {host}:{port}") as opened:
         if not 0 <= int(port) <= 65_535:
             raise ValueError("expected a port of 0 to 65535")
@@ -5143,6 +5150,8 @@ class StreamSession:
         a reader of the answers, without metadata. Each turn runs when its answer is read, the first one at once. The
         stream stays open, unless there is no input and only closing it tells its schema. Raises as `exchange`."""
         self._check_kind(True, "exchange_all()")
+        if isinstance(batches, (AnnotatedBatch, pa.RecordBatch, Mapping)):
+            raise ParameterError(f"exchange_all(): expected an iterable of batches, got one {got(batches)}")
         inputs = batches.to_batches() if isinstance(batches, pa.Table) else batches
         answers = (self.exchange(batch).batch for batch in inputs)
         for first in answers:
@@ -6070,6 +6079,7 @@ def serve_tcp(
     tls_context: ssl.SSLContext | None = None,  # a server-side one, which alone can tell who calls
 ) -> None:
     """Serve on TCP until SIGTERM or SIGINT; as `serve_unix`. Raises `OSError` if the address cannot be bound."""
+    check_tls_context(tls_context)
     listening = listen_tcp(host, port, bool(tls_context and tls_context.verify_mode))
     options = (threaded, max_connections, idle_timeout)
     _serve_bytes(server, listening, tls_context, options, on_bound, host, listening.getsockname()[1])
@@ -7832,6 +7842,7 @@ def serve_http(
     options = locals()
     import http.server  # by those alone who serve with it
 
+    check_tls_context(tls_context)
     app = HttpApp(options.pop("server"), HttpServeOptions(**options))
     listening = listen_tcp(host, port, authenticate is not None)
     bound_port = listening.getsockname()[1]
@@ -8494,9 +8505,12 @@ def _sender_and_path(
         raise ValueError("expected a base URL or a client")
     target = HttpTarget.parse("/".join(filter(None, (str(url).rstrip("/"), (prefix or "").strip("/")))))
     if opener is None:
+        check_tls_context(tls_context)
         return http_sender(target, tls_context), target.prefix
     if tls_context is not None:
         raise ValueError("an opener has its own tls_context: give it to its HTTPSHandler(context=...)")
+    if not hasattr(opener, "open"):
+        raise TypeError(f"opener: expected a urllib.request.OpenerDirector, got {got(opener)}")
     return OpenerSender(opener, target), target.prefix
 
 
