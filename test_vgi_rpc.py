@@ -4387,6 +4387,23 @@ class SessionTests(TestCase):
                 seen = [session.tick({b"a": b"b"}), session.tick()]
                 self.assertEqual(numbers(seen), [["{}"], ['{"a": "b"}']])
 
+    def test_what_only_http_has_and_what_does_not_mix(self) -> None:
+        with byte_proxy() as proxy, proxy.count(9) as session:
+            answer, token = session.next_with_token()
+            self.assertEqual((numbers([answer]), token), ([[0]], None))
+            for use in (
+                session.token,
+                lambda: session.seek_to_token(b""),
+                lambda: rpc.resume(proxy, "count", b""),
+            ):
+                with self.raises(RpcError, "only streams over HTTP can be resumed"):
+                    use()
+            ahead = iter(session)
+            self.assertEqual(numbers([next(ahead), next(ahead)]), [[1], [2]])
+            with self.raises(RpcError, "exchange() on a stream that was asked for batches ahead"):
+                session.exchange({"value": [1]})
+            self.assertEqual(numbers(ahead), [[i] for i in range(3, 9)])
+
 
 class ConnectionTests(TestCase):
     """`RpcConnection` and the proxy that it gives."""
