@@ -3320,6 +3320,11 @@ class ReflectionTests(TestCase):
         self.assertIn(("window", f"Window = {default}", "From and to."), shown)
         self.assertIn(("  color", "Color (RED, BLUE) = Color.BLUE", Color.__doc__), shown)
         self.assertIn(("  colors", "list[Color] (RED, BLUE) = []", ""), shown)
+        same = made("Same", "def h(self, total: int = 9) -> Stream[StreamState, Header]: ...")
+        schemas = rpc.described_schemas(rpc.rpc_methods(same)["h"])
+        for what, text in (("params", "int = 9"), ("header", "int")):
+            first, *_ = rpc.described_rows(schemas[what])
+            self.assertEqual(first, ("total", text, ""))
         self.assertIn(("colors", "list[Color] (RED, BLUE) = [Color.RED]", ""), shown)
         nested = window.field("colors").type.value_field
         for color in (window.field("color"), nested, result.type.value_field.type[1], named.type[1]):
@@ -7138,7 +7143,8 @@ FAILS: list[tuple[str, str, int, str]] = [  # arguments, stdin, exit code, what 
     ("call {app} shout text=a -v", "", 0, r'^\[WARN\] shouting\n"A"\n$'),
     ("call {app} fail text=no -v", "", 1, "no\nTraceback"),
     ("describe {app} mean", "", 0, r"^mean\(window: Window, at: datetime = datetime\(2024, 1, 1, 0, 0\)\) -> Window    unary\n"
-     r"    Mean temperature\.\n(.|\n)*      start  date\n      unit   Unit \(C, F\) = Unit\.C\n(.|\n)*"
+     r"    Mean temperature\.\n(.|\n)*      start  date\n"
+     r"      unit   Unit \(C, F\) = Unit\.C\n      tags   list\[str\] = \[\]\n"
      r"  usage: .* mean 'window:=\{\"start\": \"2024-01-31\".* \[at=2024-01-01T00:00:00\]\n$"),
     ("describe {app} -v", "", 0, r"^Plain\n\necho\(\) -> Stream\[Echo\]    exchange\n(.|\n)*\nserver id: "),
     ("describe {app} men", "", 2, "did you mean 'mean'"),
