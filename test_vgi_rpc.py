@@ -8393,8 +8393,8 @@ class StreamingTests(TestCase):
 SOURCE = pathlib.Path(rpc.__file__)
 README = HERE / "README.md"
 BANNER = re.compile(r"^# (\d+)\. ([A-Z][A-Z0-9, -]*[A-Z]) \.{3,} uses (nothing|[\d, -]+)$", re.M)
-MAX_LINES = 9_430  # of each of the two files
-MAX_BYTES = 471_700
+MAX_LINES = 9_480  # of each of the two files
+MAX_BYTES = 476_000
 
 
 def defined_names(statement: ast.stmt) -> list[str]:
