@@ -189,6 +189,11 @@ TYPES: dict[str, Case] = {
     "dict_dict": Case(
         dict[str, dict[str, int]], pa.map_(pa.utf8(), pa.map_(pa.utf8(), pa.int64())), ({"a": {"b": 1}}, {})
     ),
+    "dict_date": Case(
+        dict[datetime.date, Literal[-1, 2]],
+        pa.map_(pa.date32(), pa.int64()),
+        ({datetime.date(2024, 2, 29): 2},),
+    ),
     "enum": Case(Color, ENUM, (Color.RED, Color.BLUE)),
     "list_enum": Case(list[Color], pa.list_(ENUM), ([], [Color.BLUE, Color.RED, Color.BLUE])),
     "dict_enum": Case(dict[str, Color], pa.map_(pa.utf8(), ENUM), ({"a": Color.BLUE}, {})),
@@ -5294,8 +5299,28 @@ class People:
     def count(self, n: int) -> Stream[Plain, Header]:
         return Stream(INTEGERS, Plain(n), header=Header(n))
 
+    def level(self, level: Literal["it's low", "high"]) -> str:
+        return level
+
     def sums(self) -> Stream[Running]:
         return Stream(RUNNING, Running("r"), input_schema=VALUE)
+
+
+@dataclass(frozen=True)
+class Choice(ArrowSerializableDataclass):
+    """Has a check of its own."""
+
+    least: int
+
+    def __post_init__(self) -> None:
+        if self.least < 5:
+            raise ValueError("too few")
+
+
+class Choosy:
+    """Takes a dataclass that refuses most values."""
+
+    def pick(self, choice: Choice) -> None: ...
 
 
 MANY = {
@@ -5351,6 +5376,11 @@ class JsonValueTests(TestCase):
         for name, case in TYPES.items():
             info = infos[f"echo_{name}"]
             told = description.methods[f"echo_{name}"]
+            for each in (info, told):
+                example = {"value": rpc.example_of(rpc.described_schemas(each)["params"].field(0))}
+                rpc.decode_arguments(
+                    info, rpc.arguments_from_json(each, example)
+                )  # which raises where it is none
             for value in case.values:
                 with self.subTest(name, value=value):
                     batch = info.result.to_batch(info.result.encode([value]))
@@ -5415,10 +5445,18 @@ class JsonValueTests(TestCase):
 class PagesTests(TestCase):
     """Pages for people: links, escaping, what can be pasted."""
 
-    def page(self, path: str, status: int = 200, host: str = "h:1", token: str = "", **options: Any) -> str:
-        """A page of `People`; it loads and runs nothing."""
+    def page(
+        self,
+        path: str,
+        status: int = 200,
+        host: str = "h:1",
+        token: str = "",
+        P: Any = People,
+        **options: Any,
+    ) -> str:
+        """A page of *P*; it loads and runs nothing."""
         headers = {"Accept": "text/html", "Host": host, "Authorization": f"Bearer {token}"}
-        reply = wsgi_client(RpcServer(People, People()), **options).get(path, **headers)
+        reply = wsgi_client(RpcServer(P, P()), **options).get(path, **headers)
         self.assertEqual(reply.status, status, reply.body)
         text = reply.body.decode()
         style = re.search(r"<style>(.*?)</style>", text, re.S)[1]
@@ -5457,6 +5495,10 @@ class PagesTests(TestCase):
                      "Frozen, with an enum and a default.", "float = 2.0", rpc.__version__, pa.__version__):  # fmt: skip
             self.assertIn(text, words)
         self.assertNotIn("curl", self.page("/describe", json=False))
+        words = html.unescape(
+            self.page("/describe", P=Choosy)
+        )  # whose class takes no example that it is shown
+        self.assertIn("print(proxy.pick(choice={'least': 1}))", words)
 
     def test_what_can_be_pasted_works(self) -> None:
         client = wsgi_client(RpcServer(People, People()))
@@ -5473,7 +5515,7 @@ class PagesTests(TestCase):
                 near = mock.patch.object(rpc, "http_connect", lambda P, url: rpc.serve_pipe(P, People()))
                 with near, contextlib.redirect_stdout(io.StringIO()):
                     exec(compile(text, "block", "exec"), {})
-        self.assertEqual(names, ["add", "batch", "count", "day", "many"])
+        self.assertEqual(names, ["add", "batch", "count", "day", "level", "many"])
 
     def test_who_may_see_them(self) -> None:
         check = rpc.bearer_authenticate_static(tokens={"secret": AuthContext("t", True, "me")})

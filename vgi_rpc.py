@@ -6560,7 +6560,7 @@ _LEAVES: list[tuple[str, type, Any]] = [
     ("time[36]", datetime.time, "12:30:00"),
     ("timestamp.*tz", datetime.datetime, "2024-01-31T12:30:00Z"),
     ("timestamp", datetime.datetime, "2024-01-31T12:30:00"),
-    ("duration", datetime.timedelta, "1.5s"),
+    ("duration", datetime.timedelta, "60s"),
 ]
 
 
@@ -6720,8 +6720,11 @@ def example_of(member: pa.Field) -> Any:
     names = field_text(member, ENUM_KEY).splitlines()
     if names:
         return names[0]
+    if literal := re.match(r"""Literal\[(['"]?)(.*?)\1[],]""", type_of(member)):
+        return json_of_word(literal[2], arrow_type)
     if pa.types.is_map(arrow_type):
-        return {"1" if pa.types.is_integer(arrow_type.key_type) else "key": example_of(arrow_type.item_field)}
+        key = example_of(arrow_type.key_field)
+        return {key if isinstance(key, str) else json_text(key): example_of(arrow_type.item_field)}
     if pa.types.is_nested(arrow_type) and hasattr(arrow_type, "value_field"):
         return [example_of(arrow_type.value_field)] * getattr(arrow_type, "list_size", 1)
     if members_of(member):
@@ -6868,7 +6871,9 @@ def _method_card(bound: BoundMethod, url: str, options: HttpOptions) -> str:
 def _python_block(bound: BoundMethod, url: str, arguments: dict[str, Any], more: str) -> str:
     """Lines of Python that call a method with the arguments *arguments* in JSON, imports and all."""
     info = bound.info
-    values = decode_arguments(info, arguments_from_json(info, arguments))
+    values = arguments
+    with suppress(ParameterError):  # of a class of the application's, which has its own checks
+        values = decode_arguments(info, arguments_from_json(info, arguments))
     call = f"proxy.{info.name}({', '.join(f'{name}={_source(values[name])}' for name in arguments)})"
     use = f"print({call})"
     if bound.is_exchange:
