@@ -5296,8 +5296,12 @@ class People:
     def batch(self, rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         return rows
 
-    def count(self, n: int) -> Stream[Plain, Header]:
-        return Stream(INTEGERS, Plain(n), header=Header(n))
+    def count(self, n: int) -> Stream[Plain, Dated]:
+        return Stream(
+            INTEGERS,
+            Plain(n),
+            header=Dated(datetime.date(2024, 1, 31), decimal.Decimal(n), key=uuid.UUID(int=n)),
+        )
 
     def level(self, level: Literal["it's low", "high"]) -> str:
         return level
@@ -5351,6 +5355,7 @@ GIVEN: list[tuple[str, str, Any]] = [
     ("at", '"2024-01-01T00:00:00Z"', ": expected timestamp[us] without a zone"),
     ("zoned", '"2024-01-01T00:00:00"', ": expected timestamp[s, tz=Europe/Berlin]"),
     ("span", '"1 day"', ": expected duration[us]"),
+    ("key", '"nope"', ': expected UUID, got "nope"'),
     ("raw", '"AA"', ": expected bytes"), ("points", '"1"', ': expected list[Point], got "1"'),
     ("color", '"PINK"', ": expected Color (RED, BLUE), got 'PINK'"),
     ("table", '{"a": []}', "['a']: expected int64, got \"a\""),
@@ -6247,6 +6252,9 @@ class JsonCallTests(TestCase):
         self.assertEqual(lines("plain", {"limit": 0}), [])
         header = {"__header__": {"total": 1, "text": "counting"}}
         self.assertEqual(lines("count_with_header", {"limit": 1}), [header, {"value": 0}])
+        body = wsgi_client(RpcServer(People, People())).post_json("/People/count", {"n": 1}).body
+        header = json.loads(body.splitlines()[0])["__header__"]
+        self.assertEqual((header["key"], header["price"]), (str(uuid.UUID(int=1)), "1.0000"))
         *rows, error = lines("misbehaving", {"how": "raise"})
         self.assertEqual((rows, error["__error__"]["code"]), ([{"value": 1}], "unknown"))
         *rows, error = lines("plain", {"limit": 20_000, "rows": [100]}, vgi_accept_max_response_bytes="65536")

@@ -6502,10 +6502,13 @@ def value_from_json(value: Any, member: pa.Field, step: str = "") -> Any:
         cls, _, codec = _leaf(arrow_type)
         return codec.encode(_read_leaf(cls, value))
     except Mismatch as exc:
-        raise exc.under(step) from None
+        if not pa.types.is_fixed_size_binary(
+            arrow_type
+        ):  # of another length, which is not what a caller wrote
+            raise exc.under(step) from None
     except ARROW_FAILURES:
         pass  # said below in the words of the type
-    is_written = pa.types.is_nested(arrow_type) or str(arrow_type) == "binary"  # there Arrow's type says less
+    is_written = pa.types.is_nested(arrow_type) or "binary" in str(arrow_type)  # there Arrow's type says less
     expected = type_of(member) if is_written else type_text(arrow_type)
     raise Mismatch(expected, f"{to_json(value, default=float):.60}").under(step)
 
@@ -7540,7 +7543,7 @@ class _PostedCall:
         turn = call.begin(lambda info: decode_arguments(info, arguments_from_json(info, arguments)))
         call.http.update(http_status=200, request_bytes=len(body))
         if call.stream is not None:
-            header = [{"__header__": row} for row in _rows_of(turn)]
+            header = [{"__header__": row} for row in _rows_of(turn, described_schemas(info)["header"])]
             turn = call.turn()  # whose error decides the status
             if turn.error is None:
                 rows = _json_rows(call, header, turn)
@@ -7595,8 +7598,8 @@ def _json_rows(call: Call, rows: list[dict[str, Any]], turn: Turn) -> Iterator[b
         call.end()
 
 
-def _rows_of(turn: Turn) -> list[dict[str, Any]]:
-    return batch_rows(turn.last_batch()) if turn.items else []
+def _rows_of(turn: Turn, described: pa.Schema | None = None) -> list[dict[str, Any]]:
+    return batch_rows(turn.last_batch(), described) if turn.items else []
 
 
 def _error_json(call: Call, error: BaseException) -> dict[str, Any]:
