@@ -1013,7 +1013,8 @@ def in_thread(serve: Any, server: RpcServer, *args: Any, **options: Any) -> tupl
 
     keywords = {**options, "on_bound": on_bound}
     threading.Thread(target=serve, args=(server, *args), kwargs=keywords, daemon=True).start()
-    assert ready.wait(WATCHDOG_SECONDS)
+    if not ready.wait(WATCHDOG_SECONDS):
+        raise AssertionError("nothing listens")
     return tuple(bound)
 
 
@@ -1042,6 +1043,13 @@ class Worker:
         if self.process.poll() is None:
             self.process.kill()
         self.process.communicate()
+
+
+def fork() -> int:
+    """Fork. Python warns of it where threads run; what the children of these tests do is safe there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def at_once(count: int, work: Callable[[int], Any]) -> list[Any]:
@@ -2065,7 +2073,8 @@ class RowTemplateTests(TestCase):
                 honest = ordinary_bytes(schema, [value])
                 self.assertNotEqual(honest, data)
                 self.assertIsNotNone(template.read(honest))
-                self.assertIsNone(template.read(data))
+                read = template.read(data)  # Python 3.14 keeps each form of NaN
+                self.assertTrue(read is None or template.write(read[0]) == data)
                 self.assertEqual(repr(shown_row(data)), repr(shown_row(honest)))
 
     def test_values_that_are_not_plain(self) -> None:
@@ -3592,7 +3601,7 @@ class ChannelTests(TestCase):
             transport = rpc.Transport(channel, rpc.TransportKind.PIPE)
             transport.check_process()
             uses: Any = (transport.check_process, lambda: channel.read(1), lambda: channel.write([b"x"]))
-            child = os.fork()
+            child = fork()
             if not child:
                 said = 0
                 for use in uses:
@@ -3696,7 +3705,7 @@ class WorkerProcessTests(TestCase):
         with rpc.connect(Service, WORKER, stderr=rpc.StderrMode.DEVNULL) as proxy:
             proxy.add(1.0)
             alive, hold = os.pipe()
-            child = os.fork()
+            child = fork()
             if not child:
                 os.close(hold)
                 os.read(alive, 1)
@@ -4649,8 +4658,8 @@ class PoolTests(TestCase):
             borrowed = pool.connect(Pooled, POOLED_WORKER)
             borrowed.__enter__()
         reader, writer = os.pipe()
-        warnings.simplefilter("ignore")  # of forks beside threads, and of what the child has of its parent
-        child = os.fork()
+        warnings.simplefilter("ignore")  # of what the child has of its parent
+        child = fork()
         if child == 0:
             try:
                 found = list(pool.metrics)
@@ -4725,15 +4734,15 @@ class ListenerTests(TestCase):
     def test_a_forked_child_does_not_listen(self) -> None:
         statuses = []
 
-        def fork(*where: Any) -> None:
-            child = os.fork()
+        def bound(*where: Any) -> None:
+            child = fork()
             if not child:
                 os._exit(1 + listening.fileno())
             statuses.append(os.waitpid(child, 0)[1])
 
         with rpc.listen_tcp("127.0.0.1", 0) as listening:
             with mock.patch.object(rpc, "listen_tcp", return_value=listening):
-                rpc.serve_tcp(make_server(), idle_timeout=0.0, on_bound=fork)
+                rpc.serve_tcp(make_server(), idle_timeout=0.0, on_bound=bound)
         self.assertEqual(statuses, [0])
 
     def test_further_connections_wait(self) -> None:
@@ -6312,6 +6321,10 @@ class RawHttp:
         with contextlib.suppress(ConnectionError):
             self.socket.sendall(data)
 
+    def blank_line(self) -> None:
+        line = self.file.readline()
+        assert line == b"\r\n", line
+
     def answer(self, head_only: bool = False) -> Reply:
         """Read one answer; its framing must be right."""
         version, status, _ = self.file.readline().decode("latin-1").split(" ", 2)
@@ -6325,8 +6338,8 @@ class RawHttp:
         if "transfer-encoding" in headers:
             while size := int(self.file.readline(), 16):
                 body += self.file.read(size)
-                assert self.file.readline() == b"\r\n"
-            assert self.file.readline() == b"\r\n"
+                self.blank_line()
+            self.blank_line()
         elif not head_only:
             body = self.file.read(int(headers.get("content-length", "-1")))  # or to the end
         return Reply(int(status), headers, body)
@@ -7461,7 +7474,10 @@ class CliTests(TestCase):
         selfcheck = r"\npipe +ok\nworker +ok\nhttp +ok\n$"
         serve = "serve acme.service:Svc --check"
         told = r"^Svc: 2 methods"
+        shown = r"^countdown\(start: int(.|\n)*usage: .* countdown start=1"  # though there are no docstrings
         uses = {f"-m acme.vendor.rpc {serve}": told, f"acme/vendor/rpc.py {serve}": told,
+                "-OO -bb app.pyz selfcheck": selfcheck, "-OO -bb acme/vendor/rpc.py --help": "^usage",
+                f"-OO -bb acme/vendor/rpc.py describe {self.places['demo']} countdown": shown,
                 "app.pyz selfcheck": selfcheck, "alone.pyz selfcheck": selfcheck}  # fmt: skip
         children = [self.start(*words.split()) for words in uses]
         for child, wanted in zip(children, uses.values()):

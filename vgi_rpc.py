@@ -567,7 +567,7 @@ def sendable(text: str, limit: int, mark: str = "…") -> str:
 def text_of(value: object) -> str:
     """``str(value)``, bounded and valid UTF-8, also when its ``__str__`` is broken."""
     try:
-        text = str(value)
+        text = repr(value) if isinstance(value, bytes) else str(value)  # which `python -bb` does not take
     except BaseException as exc:  # it may be an exception that a method raised, and must not end the server
         text = f"<{type(value).__name__}: its __str__ raised {type(exc).__name__}>"
     return sendable(text, MAX_ERROR_MESSAGE_CHARS, "… <truncated>")
@@ -2014,14 +2014,17 @@ class Codec(NamedTuple):
         held: Any = None
         try:
             held = pa.array([value], self.arrow_type)[0].as_py()
-            reason = f"it would arrive as {held!s:.60}"
+            reason = f"it would arrive as {text_of(held):.60}"
         except ARROW_FAILURES as exc:
             reason = f"{text_of(exc):.200}"
         # Whoever declares a narrow float wants it rounded; NaN is equal to nothing, and no two zones in the hour
         # that comes twice.
         is_instant = has_zone and getattr(held, "tzinfo", None) and not held - value
         is_rounded = isinstance(held, float) and isinstance(value, float) and abs(held) != float("inf")
-        is_same = held is not None and (is_rounded or is_instant or held == value)
+        is_text = isinstance(held, bytes) and isinstance(
+            value, str
+        )  # `python -bb` compares the two with nothing
+        is_same = held is not None and not is_text and (is_rounded or is_instant or held == value)
         if is_same and isinstance(held, bool) >= isinstance(value, bool):
             return value if type(value) is type(held) is datetime.datetime else held  # not in another zone
         received = got(value)
@@ -2985,7 +2988,11 @@ def _noting(mistakes: list[str], where: str) -> Iterator[None]:
 
 def _plain_function(function: Any) -> tuple[Any, inspect.Signature]:
     """Return what is inside of a bound method, lru_cache and the like, and its signature; `TypeError` if unfit."""
-    plain = inspect.unwrap(getattr(function, "__func__", function), stop=inspect.isfunction)
+
+    def is_plain(each: Any) -> bool:
+        return inspect.isfunction(each) or hasattr(each, "register")
+
+    plain = inspect.unwrap(getattr(function, "__func__", function), stop=is_plain)
     name = getattr(plain, "__name__", type(plain).__name__)
     for code in (plain, plain.__call__):
         if inspect.iscoroutinefunction(code) or inspect.isasyncgenfunction(code):
@@ -3606,8 +3613,9 @@ def _described_field(member: pa.Field, codec: Codec) -> pa.Field:
             size = getattr(arrow_type, "list_size", -1)
             arrow_type = pa.list_(_described_field(arrow_type.value_field, item), size)
     if codec.dataclass is not None or ENUM_KEY in metadata:
-        doc = vars(cls).get("__doc__") or ""
-        if doc != "An enumeration." and not doc.startswith(f"{cls.__name__}("):  # by Python, not by a person
+        doc = vars(cls).get("__doc__")
+        by_python = doc == "An enumeration." or str(doc).partition("(")[0] == cls.__name__
+        if isinstance(doc, str) and not by_python:
             metadata[DOC_KEY] = text_of(inspect.cleandoc(doc))
     return member.with_type(arrow_type).with_metadata(metadata)
 
@@ -4111,6 +4119,12 @@ def opening(failure: str) -> Iterator[ExitStack]:
         opened.pop_all()
 
 
+def join_thread(thread: threading.Thread, timeout: float) -> None:
+    """Wait for a thread's end, unless it never began, is this one, or the interpreter is about to exit."""
+    with suppress(RuntimeError):  # which Python says of the three
+        thread.join(timeout)
+
+
 class SubprocessTransport(Transport):
     """Starts a worker, without a shell, and talks to it over its stdin and stdout.
 
@@ -4162,8 +4176,7 @@ class SubprocessTransport(Transport):
         """Wait for the worker's end, and for its last words; return its exit status."""
         with suppress(self._timed_out):
             self.proc.wait(timeout)
-            if self._pump.ident is not None:
-                self._pump.join(1.0)  # not for ever: a grandchild may hold the worker's stderr open
+            join_thread(self._pump, 1.0)  # not for ever: a grandchild may hold the worker's stderr open
         return self.proc.returncode
 
     def obituary(self) -> str:
@@ -8398,8 +8411,7 @@ class _ServedPipe(Transport):
     def close(self, patience: float = WORKER_EXIT_SECONDS) -> None:
         """Close, and wait *patience* seconds for the method that is still running."""
         super().close()
-        if self._thread is not threading.current_thread():
-            self._thread.join(patience)
+        join_thread(self._thread, patience)
 
 
 def serve_pipe(
@@ -8925,7 +8937,8 @@ def _arguments(args: Any, method: MethodDescription) -> Any:
             raise _CliError(f"parameter {word!r}: expected key=value or key:=json", _usage_of(method))
         data = content(text)
         members = [member for member in members if member.name == last]
-        if any(map(members_of, members)) and data.lstrip()[:1] in ("{", b"{"):
+        brace: Any = "{" if isinstance(data, str) else b"{"
+        if any(map(members_of, members)) and data.lstrip()[:1] == brace:
             name = "json:"  # of a dataclass; else a file has what bytes are
         kinds = [member.type for member in members]
         inside[last] = parse_json(data, word) if name.endswith(":") else json_of_word(data, *kinds)
