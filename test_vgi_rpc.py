@@ -8609,7 +8609,8 @@ class ModuleTests(TestCase):
             for name, block in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", text, re.M | re.S):
                 pathlib.Path(folder, name).write_text(block.replace("8000", str(port)), encoding="utf-8")
             self.run_python("import service; service.app", folder)
-            command = [sys.executable, "server.py"]
+            [command] = re.findall(r"`python (vgi_rpc\.py serve server:.*?)`", text)
+            command = [sys.executable, *command.split(), "--port", str(port)]
             with subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL) as server:
                 self.addCleanup(server.kill)
                 while server.poll() is None:
