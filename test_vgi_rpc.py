@@ -4447,7 +4447,9 @@ class ConnectionTests(TestCase):
 
     def test_what_a_notebook_shows(self) -> None:
         with rpc.serve_pipe(Service, ServiceImpl()) as proxy:
+            proxy.add(1.0)
             self.assertLessEqual({"add", "plain", "close"}, set(dir(proxy)))
+            self.assertEqual(len(dir(proxy)), len(set(dir(proxy))))
             self.assertEqual(repr(proxy), "<proxy of Service over ByteClient>")
 
     def test_closed_while_it_is_dialled(self) -> None:
@@ -7185,11 +7187,14 @@ FAILS: list[tuple[str, str, int, str]] = [  # arguments, stdin, exit code, what 
     ("call {demo} countdown start=3 --resume mark -o x.parquet", "", 2, "x.parquet: expected an ending of .ndjson"),
     ("call {demo} add a=1 --rows 0", "", 2, "--rows: expected a number above 0, got '0'"),
     ("call localhost:1 add", "", 2, "expected a URL.*\nhint: http://localhost:1"),
+    ("call tcp:localhost add", "", 2, "or a command\n$"),
     ("call http://127.0.0.1:1 add", "", 3, "cannot connect.*\nhint: is the server running"),
     ("call unix:/no/such add", "", 3, "cannot connect"),
     ("call no-such-program add", "", 3, "no-such-program"),
     ("call unix:/no/such add -H 'A: b'", "", 2, "are for HTTP"),
     ("call {locked} add", "", 4, "missing_credential.*\nhint: send credentials"),
+    ("call {demo} vgi_rpc.Reflection.v1.list_protocols -f table", "", 0,
+     r"^server_id     server_version  request_version  protocols\n\w{12}  .{14}  1                \["),
     ("serve --check", "", 0, "^Demo: 3 methods"),
     ("serve app.py:CalculatorImpl --check", "", 0, "^Calculator: 1 methods"),
     ("serve 'app:make()' --check", "", 0, "^Calculator: 1 methods"),

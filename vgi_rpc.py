@@ -5560,7 +5560,7 @@ class RpcConnection(Generic[P]):
         RpcConnection.close(self)
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self._methods]
+        return sorted({*super().__dir__(), *self._methods})
 
     def __repr__(self) -> str:
         over = type(self._opened).__name__ if self._opened else "no connection yet"
@@ -6489,8 +6489,7 @@ def value_from_json(value: Any, member: pa.Field, step: str = "") -> Any:
     Bytes come from base64, times and dates from RFC 3339 text, durations from seconds (1.5 or "1.5s"), decimals from
     numbers or text, enums from names, maps from objects or arrays of pairs, NaN and the infinities from text. A
     binary field that holds a dataclass, as reflection describes it, takes an object. A member that an object leaves
-    out stays out. Null fits every type here, and the ranges of integers are not looked at. Raises `Mismatch`, with
-    *step* in front of its path.
+    out stays out. Here null fits every type, and any integer its type. Raises `Mismatch`, *step* in front of its path.
     """
     arrow_type = getattr(member.type, "storage_type", member.type)
     try:
@@ -6562,6 +6561,11 @@ def json_of_word(word: str | bytes, arrow_type: pa.DataType = pa.utf8()) -> Any:
     with suppress(ProtocolError):
         return parse_json(word)
     return word
+
+
+def word_of(value: Any) -> str:
+    """A value of `value_to_json` as a word; the way back of `json_of_word`."""
+    return value if isinstance(value, str) else json_text(value)
 
 
 # Arrow types without members; the classes of their values; examples in JSON.
@@ -6636,7 +6640,7 @@ def value_to_json(value: Any, member: pa.Field) -> Any:
         pairs = value.items() if isinstance(value, dict) else value
         keys = [value_to_json(key, arrow_type.key_field) for key, _ in pairs]
         parts = [value_to_json(part, arrow_type.item_field) for _, part in pairs]
-        words = [key if isinstance(key, str) else json_text(key) for key in keys]
+        words = list(map(word_of, keys))
         nested = pa.types.is_nested(arrow_type.key_type) or len(set(words)) < len(words)
         return list(map(list, zip(keys, parts))) if nested else dict(zip(words, parts))
     if isinstance(value, dict):
@@ -6733,14 +6737,12 @@ def described_rows(members: Iterable[pa.Field], indent: str = "") -> Iterator[tu
 def example_of(member: pa.Field) -> Any:
     """A value in JSON that a described field takes."""
     arrow_type = getattr(member.type, "storage_type", member.type)
-    names = field_text(member, ENUM_KEY).splitlines()
-    if names:
-        return names[0]
+    if names := field_text(member, ENUM_KEY):
+        return names.splitlines()[0]
     if literal := re.match(r"""Literal\[(['"]?)(.*?)\1[],]""", type_of(member)):
         return json_of_word(literal[2], arrow_type)
     if pa.types.is_map(arrow_type):
-        key = example_of(arrow_type.key_field)
-        return {key if isinstance(key, str) else json_text(key): example_of(arrow_type.item_field)}
+        return {word_of(example_of(arrow_type.key_field)): example_of(arrow_type.item_field)}
     if pa.types.is_nested(arrow_type) and hasattr(arrow_type, "value_field"):
         return [example_of(arrow_type.value_field)] * getattr(arrow_type, "list_size", 1)
     if members_of(member):
@@ -6760,9 +6762,7 @@ def example_words(members: Iterable[pa.Field], defaults: Mapping[str, Any]) -> d
         default = member.name in defaults
         value = value_to_json(defaults[member.name], member) if default else example_of(member)
         colon = ":" * (value is None or isinstance(value, (dict, list)))
-        if not isinstance(value, str):
-            value = json_text(value)
-        words[member.name] = shlex.quote(f"{member.name}{colon}={value}")
+        words[member.name] = shlex.quote(f"{member.name}{colon}={word_of(value)}")
     return words
 
 
@@ -6902,10 +6902,10 @@ def _python_block(bound: BoundMethod, url: str, arguments: dict[str, Any], more:
     imports = {"datetime.": "import datetime", f"{own}.": f"import {own}"}
     imports |= {"Decimal(": "from decimal import Decimal", "UUID(": "from uuid import UUID"}
     imports |= {"pa.": "import pyarrow as pa"}
-    module = sys.modules[protocol.__module__]
-    names = {name for name in re.findall(r"\b[A-Z]\w*", block) if hasattr(module, name)} - {"Decimal", "UUID"}
+    known = vars(sys.modules[protocol.__module__]).keys() - {"Decimal", "UUID"}
+    names = sorted(known.intersection(re.findall(r"\b[A-Z]\w*", block)))
     lines = [line for word, line in imports.items() if word in block]
-    lines.append(f"from {import_name(protocol.__module__)} import {', '.join(sorted(names))}\n\n{block}")
+    lines.append(f"from {import_name(protocol.__module__)} import {', '.join(names)}\n\n{block}")
     return "\n".join(lines)
 
 
@@ -7188,8 +7188,7 @@ class HttpApp:
         if f"{path}/".startswith(f"{prefix}/") and "%" not in path:
             if reads and self.options.pages and self.server.describe_enabled:
                 scheme = request.scheme or self.scheme
-                response = page_at(self.server, self.options, request, segments, scheme)
-                if response is not None:
+                if response := page_at(self.server, self.options, request, segments, scheme):
                     return response
             of_call = len(segments) > 1 and all(segments) and segments[2:] in ([], ["init"], ["exchange"])
             if method == "POST" and of_call:
@@ -8893,7 +8892,7 @@ def _connected(args: Any) -> Iterator[tuple[RpcConnection[Any], ServiceDescripti
         connection = tcp_connect(Reflection, host.strip("[]") or "127.0.0.1", int(port), **options)
     elif not args.where or re.fullmatch(r"[\w.-]+:[\w:.]+(/.*)?", args.where):
         text = f"WHERE {args.where!r}: expected a URL, unix:PATH, tcp:HOST:PORT or a command"
-        raise _CliError(text, f"http://{args.where}?")
+        raise _CliError(text, f"http://{args.where}?" * (scheme != "tcp"))
     else:
         stderr = StderrMode.INHERIT if args.verbose else StderrMode.PIPE
         connection = connect(Reflection, shlex.split(args.where), stderr=stderr, **options)
@@ -8965,9 +8964,7 @@ def _input_batches(args: Any, skip: int) -> Iterator[tuple[pa.RecordBatch, int]]
 
     Without the first *skip* rows; each with the number of rows up to its end.
     """
-    opened: Any = nullcontext(sys.stdin.buffer)
-    if args.input != "-":
-        opened = open(args.input, "rb")
+    opened: Any = nullcontext(sys.stdin.buffer) if args.input == "-" else open(args.input, "rb")
     with opened as file:
         first = file.peek(8)[:6]
         batches = _text_batches(file, is_csv=first.lstrip()[:1] not in (b"{", b"["))
@@ -9060,11 +9057,6 @@ def _read_ndjson(text: bytes, schema: pa.Schema | None) -> pa.RecordBatch:
 # -- call: what comes back
 
 
-def _cell(value: Any) -> str:
-    """A value of `value_to_json` as a table shows it."""
-    return value if isinstance(value, str) else json_text(value)
-
-
 _ENDINGS = {"": "ndjson", ".ndjson": "ndjson", ".jsonl": "ndjson", ".json": "json", ".txt": "table"}
 _ENDINGS |= {".table": "table", ".arrow": "arrow", ".arrows": "arrow"}
 
@@ -9100,8 +9092,9 @@ class _Output:
         text = ""
         for row in rows:
             if self.format == "table":
-                lines = [list(row)] * (not self._begun) + [list(map(_cell, row.values()))]
-                text += "".join("  ".join(f"{cell:12}" for cell in cells).rstrip() + "\n" for cells in lines)
+                lines = [list(row)] * (not self._begun) + [list(map(word_of, row.values()))]
+                widths = [max(12, len(name)) for name in row]
+                text += "".join("  ".join(map(str.ljust, cells, widths)).rstrip() + "\n" for cells in lines)
             elif self.format == "json":
                 text += ("[\n", ",\n")[self._begun] + json_text(row)
                 self._end = "\n]\n"
@@ -9114,13 +9107,11 @@ class _Output:
         """Write a stream's header. In Arrow it is a stream of its own: in ``FILE.header``, or in front on a pipe."""
         [row] = batch_rows(batch, described)
         if self.format == "arrow":
-            to: Any = nullcontext(self._file)
-            if self._path:
-                to = open(f"{self._path}.header", "wb")
+            to: Any = open(f"{self._path}.header", "wb") if self._path else nullcontext(self._file)
             with to as file:
                 file.write(stream_bytes(WireSchema(batch.schema), [(batch, None)]))
         elif self.format == "table":
-            self._put(f"Header: {_cell(row)}\n")
+            self._put(f"Header: {word_of(row)}\n")
         else:
             self.rows([{"__header__": row}])
 
@@ -9149,15 +9140,14 @@ class _Output:
         elif batches and self.format != "json":
             self.rows(value_json if isinstance(value_json, list) else [value_json])
         else:
-            self._end = (json_text, _cell)[self.format == "table"](value_json) + "\n"
+            self._end = (json_text, word_of)[self.format == "table"](value_json) + "\n"
         self.close()
 
     def close(self) -> None:
         """End what needs an end: an array of rows, a stream, a file."""
-        self._put(self._end)
         if self._arrow is not None:
             self._arrow.write_all(close=True)
-        self._file.flush()
+        self._put(self._end)
         if self._path:
             self._file.close()
 
