@@ -1022,7 +1022,8 @@ TICK: pa.RecordBatch = EMPTY.empty
 _read_schema = lru_cache(maxsize=64)(WireSchema)  # by message; strangers fill it
 
 
-class BatchMessage(NamedTuple):
+@dataclass(eq=False, slots=True)
+class BatchMessage:
     """A batch that was not decoded yet."""
 
     rows: int
@@ -1093,7 +1094,9 @@ class IpcReader:
     def next(self) -> tuple[pa.RecordBatch, dict[bytes, bytes]] | None:
         """Read the next batch and its metadata; ``None`` at the end marker."""
         message = self.next_message()
-        return message and (self.decode(message), message.metadata)
+        if message is None:
+            return None
+        return self.decode(message), message.metadata
 
     def next_message(self) -> BatchMessage | None:
         """Read the next batch's message without decoding it; ``None`` at the end marker."""
@@ -1337,14 +1340,16 @@ class IpcWriter:
         return pieces
 
 
-def stream_pieces(wire: WireSchema, items: Iterable[Item]) -> list[Buffer]:
+def stream_pieces(wire: WireSchema, items: Sequence[Item]) -> list[Buffer]:
     """Return one whole IPC stream in pieces; those of large bodies are not copied."""
+    if len(items) == 1 and isinstance(items[0], bytes):  # the answer to most calls
+        return [wire.message + items[0] + END_OF_STREAM]
     pieces: list[Buffer] = []
     IpcWriter(pieces.extend, wire).write_all(items, close=True)
     return pieces
 
 
-def stream_bytes(wire: WireSchema, items: Iterable[Item]) -> bytes:
+def stream_bytes(wire: WireSchema, items: Sequence[Item]) -> bytes:
     """Return one whole IPC stream."""
     return b"".join(stream_pieces(wire, items))
 
@@ -1780,6 +1785,7 @@ class RowTemplate:
             arrays = [pa.array([value], column.type) for value, column in zip(row, schema)]
             batch = pa.RecordBatch.from_arrays(arrays, schema=schema) if row else wire.empty
             examples.append((row, stream_bytes(wire, [(batch, {**metadata, **dict(zip(varying, values))})])))
+        self.opening = examples[0][1][: len(wire.message) + 8]  # with the size of the head behind the schema
         reader = IpcReader(ByteSource(examples[0][1]))
         message = bytes(cast("BatchMessage", reader.next_message()).data)
         messages = reader.dictionaries.values()
@@ -1800,7 +1806,7 @@ class RowTemplate:
 
     def write(self, row: Sequence[Any], values: Sequence[bytes] = ()) -> bytes:
         """Return the whole stream; *values* are those of `varying`. `NotPlain` for what the ordinary way must write."""
-        if [*map(len, values)] != self._lengths:
+        if (values or self._lengths) and [*map(len, values)] != self._lengths:
             raise NotPlain
         try:
             if self._stream is not None and [*map(type, row)] == self._kinds:
@@ -1815,13 +1821,11 @@ class RowTemplate:
 
     def read(self, data: bytes, at: int = 0) -> tuple[list[Any], list[bytes], int] | None:
         """Read a stream at *at*: its row, the values of `varying`, where it ends. ``None``: not written by `write`."""
-        if not data.startswith(self.schema_message, at):
-            return None
         try:
             if self._stream is not None and (holes := self._stream.match(data, at)) is not None:
                 count = len(self._lengths)
                 return holes[count:], holes[:count], at + self._stream.size
-            if not self._kinds:
+            if not self._kinds or not data.startswith(self.schema_message, at):
                 return None
             end = at + len(self.schema_message)
             names = []
@@ -2332,6 +2336,9 @@ class RowCodec:
         self.parts = dict(fields)
         self.names = tuple(self.parts)
         self._plain = [part.plain for part in self.parts.values()]
+        self._kinds = [_FLAT.get(part.arrow_type, (object, ""))[0] for part in self.parts.values()]
+        # Whether a row that a template has read is what `decode` would return: all of its columns are plain.
+        self.is_flat = all(map(frozenset.__contains__, self._plain, self._kinds))
         # Where a template looks at each item of a list of plain values, this need not: it took a tenth of a turn.
         self._seen = [part.plain | part.seen for part in self.parts.values()]
         members = [pa.field(name, part.arrow_type, part.nullable) for name, part in self.parts.items()]
@@ -2348,6 +2355,10 @@ class RowCodec:
         ]
         return row_template(self.schema, whole=whole)
 
+    def is_plain(self, values: Iterable[Any]) -> bool:
+        """Whether `encode` would return *values*: those of most small calls, which need no longer way."""
+        return self.is_flat and [*map(type, values)] == self._kinds
+
     def encode(self, values: Iterable[Any]) -> list[Any]:
         """Return one encoded value for each name, which row templates and `to_batch` take."""
         return self._converted([*values], Codec.encode, self._plain)
@@ -2360,7 +2371,7 @@ class RowCodec:
         self, values: list[Any], convert: Callable[..., Any], plain: list[frozenset[type]]
     ) -> list[Any]:
         if all(map(frozenset.__contains__, plain, map(type, values))):
-            return values  # a call with small values needs no longer way
+            return values  # small values need no longer way
         return list(self._struct._members(dict(zip(self.parts, values)), convert).values())
 
     def to_batch(self, encoded: Iterable[Any]) -> pa.RecordBatch:
@@ -3225,8 +3236,8 @@ def _bind_method(info: RpcMethodInfo, service: HostedService) -> BoundMethod:
 def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """Return one value per parameter, in order, with defaults; `ParameterError` where the call does not fit."""
     names = info.params.names
-    if not args and kwargs.keys() == info.params.parts.keys():
-        return [kwargs[name] for name in names]
+    if len(args) <= len(names) and tuple(kwargs) == names[len(args) :]:  # all of them, in order
+        return [*args, *kwargs.values()]
     if len(args) > len(names):
         raise ParameterError(f"{info.name}() takes {len(names)} arguments {list(names)}, got {len(args)}")
     for name in kwargs:
@@ -3242,8 +3253,10 @@ def bind_arguments(info: RpcMethodInfo, args: Sequence[Any], kwargs: Mapping[str
         raise ParameterError(f"{info.name}() is missing argument {exc}; it is {info.signature()}") from None
 
 
-def encode_arguments(info: RpcMethodInfo, values: Sequence[Any]) -> list[Any]:
+def encode_arguments(info: RpcMethodInfo, values: list[Any]) -> list[Any]:
     """Encode the values of `bind_arguments`; a `ParameterError` gives the path to what does not fit."""
+    if info.params.is_plain(values):
+        return values
     return located(f"{info.name}() argument ", info.params.encode, values)
 
 
@@ -3256,18 +3269,19 @@ def request_pieces(
     info: RpcMethodInfo, row: list[Any], request_id: str, timeout: float | None
 ) -> list[Buffer]:
     """Return the bytes of a whole request: *row* as `encode_arguments` gives it, *timeout* in seconds."""
-    varying = {REQUEST_ID_KEY: request_id.encode()}
+    varying = [request_id.encode()]
     if timeout is not None:
         milliseconds = min(max(1, int(timeout * 1000)), 10**TIMEOUT_DIGITS - 1)
-        varying[TIMEOUT_KEY] = b"%0*d" % (TIMEOUT_DIGITS, milliseconds)
+        varying.append(b"%0*d" % (TIMEOUT_DIGITS, milliseconds))
     template = info.request_templates[timeout is not None]
     if template is not None:
         try:
-            return [template.write(row, list(varying.values()))]
+            return [template.write(row, varying)]
         except ValueError:
             pass  # a large or unusual value: pyarrow writes it, or words the error
     batch = located(f"{info.name}() argument ", info.params.to_batch, row)
-    return stream_pieces(info.params.wire, [(batch, {**info.request_metadata, **varying})])
+    metadata = {**info.request_metadata, **dict(zip((REQUEST_ID_KEY, TIMEOUT_KEY), varying))}
+    return stream_pieces(info.params.wire, [(batch, metadata)])
 
 
 def new_request_id() -> str:
@@ -3287,13 +3301,15 @@ def read_timeout(metadata: Metadata) -> float | None:
     return int(value) / 1000 if value.isdigit() and len(value) <= TIMEOUT_DIGITS else None
 
 
-class Request(NamedTuple):
+@dataclass(eq=False, slots=True)
+class Request:
     """One request as it came: its metadata is read, its schema is known, its values are not decoded yet."""
 
     wire: WireSchema
     rows: int
     metadata: Mapping[bytes, bytes]
     decode: Callable[[RowCodec], list[Any]]  # by the codec of the method's parameters
+    row: Sequence[Any] | None = None  # what it decodes, where the method's template has read it
 
     def text(self, key: bytes) -> str | None:
         """Return a metadata value as text, ``None`` when absent; `ProtocolError` when it is not UTF-8."""
@@ -3314,6 +3330,8 @@ class Request(NamedTuple):
         Raises `ParameterError` for parameters not as declared, `ProtocolError` when there is not exactly one row,
         `IPCError` when its bytes are damaged.
         """
+        if self.row is not None and info.params.is_flat:
+            return dict(zip(info.params.names, self.row))
         expected = info.params_schema
         received = self.wire.schema
         if self.wire is not info.params.wire and not received.equals(expected):
@@ -3365,13 +3383,15 @@ class RequestTable:
     """
 
     def __init__(self) -> None:
-        self._methods: dict[bytes, dict[RowTemplate, BoundMethod]] = {}  # by schema message and template
+        # By schema message, and the prefix of the next: with a time limit or another name its head has another size.
+        self._methods: dict[bytes, dict[RowTemplate, BoundMethod]] = {}
 
     def add(self, bound: BoundMethod) -> None:
         """Recognise requests to a method from now on; may be called again."""
         for template in bound.info.request_templates:
             if template is not None:
-                self._methods.setdefault(template.schema_message, {})[template] = bound
+                others = self._methods.get(template.opening, {})
+                self._methods[template.opening] = {**others, template: bound}  # whole, as others look at it
 
     def read(
         self, data: bytes, at: int = 0, limit: int | None = None
@@ -3380,30 +3400,31 @@ class RequestTable:
 
         ``None`` when it is longer than *limit* bytes or not as our clients write it: then `read_request` decides.
         """
-        schema_message = data[at : at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")]
-        for template, bound in tuple(self._methods.get(schema_message, {}).items()):
+        opening = data[at : at + 16 + int.from_bytes(data[at + 4 : at + 8], "little")]
+        for template, bound in self._methods.get(opening, {}).items():
             match = template.read(data, at)
             if match is not None and (limit is None or match[2] - at <= limit):
                 row, values, end = match
-                varying = zip((REQUEST_ID_KEY, TIMEOUT_KEY), values)
-                metadata = {**bound.info.request_metadata, **dict(varying)}
+                metadata = dict(bound.info.request_metadata)
+                metadata.update(zip((REQUEST_ID_KEY, TIMEOUT_KEY), values))
                 decode = operator.methodcaller("decode", row)
-                return bound, Request(bound.info.params.wire, min(1, len(row)), metadata, decode), end
+                return bound, Request(bound.info.params.wire, min(1, len(row)), metadata, decode, row), end
         return None
 
 
 def result_item(info: RpcMethodInfo, value: Any) -> Item:
     """Encode a unary result: 1 row x 1 column, or 0 x 0 for ``-> None``; `ParameterError` for one not as declared."""
-    where = f"{info.name}() "
     if value is not None and not info.result.names:
-        raise ParameterError(f"{where}result: declared to return None, got {got(value)}")
-    row = located(where, info.result.encode, [value])
+        raise ParameterError(f"{info.name}() result: declared to return None, got {got(value)}")
+    row = [value]
+    if not info.result.is_plain(row):
+        row = located(f"{info.name}() ", info.result.encode, row)
     if info.result.template is not None:
         try:
             return info.result.template.message(row)
         except ValueError:
             pass  # as in request_pieces
-    return located(where, info.result.to_batch, row), None
+    return located(f"{info.name}() ", info.result.to_batch, row), None
 
 
 def read_result(info: RpcMethodInfo, data: bytes, at: int = 0) -> tuple[Any, int] | None:
@@ -3414,8 +3435,11 @@ def read_result(info: RpcMethodInfo, data: bytes, at: int = 0) -> tuple[Any, int
     match = info.result.template and info.result.template.read(data, at)
     if not match:
         return None
+    row, _, end = match
     try:
-        return (info.result.decode(match[0]) or [None])[0], match[2]
+        if not info.result.is_flat:
+            row = info.result.decode(row)
+        return (row or [None])[0], end
     except Exception:  # the ordinary way raises it, once the answer was read to its end
         return None
 
@@ -3934,10 +3958,10 @@ class ByteChannel(ByteSource):
         self.ended = False  # whether the peer has closed its side
         self.source = connected
         self.writer = connected
+        self._receive = getattr(connected, "recv", None) or connected.read
         self._read_into = getattr(connected, "recv_into", None) or connected.readinto
         self._send: Any = getattr(connected, "send", None)
         self._timeout: float | None = -1.0  # of the socket; not known
-        self._space = memoryview(bytearray(_RECEIVE_BYTES))
         watch_forks()
         open_files.add(connected)
 
@@ -3947,7 +3971,7 @@ class ByteChannel(ByteSource):
             raise DeadlineExceededError(_TOO_LATE)
         return left
 
-    def _allowed(self, data: Buffer, writing: bool) -> Buffer:
+    def _allowed(self, data: Any, writing: bool) -> Any:
         """See to it that the next system call ends by the deadline; return what of *data* it may be given."""
         left = None if self.deadline is None else self._seconds_left()
         # About right will do, as the clock is looked at each time: to set it takes a system call.
@@ -3956,13 +3980,13 @@ class ByteChannel(ByteSource):
             self.source.settimeout(self._timeout)
         return data
 
-    def _io(self, operation: Callable[[Any], int | None], data: Buffer, writing: bool = False) -> int:
+    def _io(self, operation: Callable[[Any], T | None], data: Any, writing: bool = False) -> T:
         try:
             if self.deadline is not None or self._timeout is not None:
                 data = self._allowed(data, writing)
-            while (count := operation(data[:_MAX_IO_BYTES])) is None:  # of a file that does not block
+            while (result := operation(data)) is None:  # of a file that does not block
                 _is_ready(self.writer if writing else self.source, writing, 1.0)
-            return count
+            return result
         except (OSError, ValueError) as exc:  # ValueError: it was closed here
             if isinstance(exc, TimeoutError) and exc.errno is None:  # one with a number is the network's
                 raise DeadlineExceededError(_TOO_LATE) from None
@@ -3981,10 +4005,10 @@ class ByteChannel(ByteSource):
             self.source.shutdown(socket.SHUT_RDWR)  # which wakes a thread that waits in it; closing does not
 
     def _fill(self) -> bool:
-        count = self._io(self._read_into, self._space)
-        self._buffer = self._buffer[self.at :] + self._space[:count]
+        received = self._io(self._receive, _RECEIVE_BYTES)
+        self._buffer = self._buffer[self.at :] + received
         self.at = 0
-        self.ended = not count
+        self.ended = not received
         return not self.ended
 
     def read_after(self, head: bytes, size: int) -> Buffer:
@@ -3997,7 +4021,7 @@ class ByteChannel(ByteSource):
         view[: len(start)] = start
         filled = len(start)
         while filled < len(view) and not self.ended:
-            count = self._io(self._read_into, view[filled:])
+            count = self._io(self._read_into, view[filled : filled + _MAX_IO_BYTES])
             self.ended = not count
             filled += count
         return whole.slice(0, filled)
@@ -4014,9 +4038,9 @@ class ByteChannel(ByteSource):
             runs = itertools.groupby(pieces, lambda piece: len(piece) > SMALL_BODY_BYTES)
             pieces = [piece for is_large, run in runs for piece in (run if is_large else [b"".join(run)])]
         for piece in pieces:
-            sent = self._io(self._send, piece, True)
+            sent = self._io(self._send, piece[:_MAX_IO_BYTES], True)
             while sent < len(piece):
-                sent += self._io(self._send, memoryview(piece)[sent:], True)
+                sent += self._io(self._send, memoryview(piece)[sent : sent + _MAX_IO_BYTES], True)
 
 
 class FdChannel(ByteChannel):
@@ -4029,7 +4053,7 @@ class FdChannel(ByteChannel):
         self._send = writer.write
         self._timeout = None
 
-    def _allowed(self, data: Buffer, writing: bool) -> Buffer:
+    def _allowed(self, data: Any, writing: bool) -> Any:
         file = self.writer if writing else self.source
         while not _is_ready(file, writing, self._seconds_left()):
             pass
@@ -4268,6 +4292,10 @@ class CallRecord:
     statistics: CallStatistics = field(default_factory=CallStatistics)
     duration_ms: float = 0.0  # set at the end
 
+    def __post_init__(self) -> None:
+        if self.remote_addr:
+            self.transport_metadata = {**self.transport_metadata, "remote_addr": self.remote_addr}
+
 
 class DispatchHook(Protocol):
     """Hears of each call, on the thread that serves it: for tracing and metrics. What it raises is logged."""
@@ -4308,7 +4336,8 @@ def stream_wires(output: pa.Schema, input: pa.Schema) -> StreamWires:
     return StreamWires(wire, input_wire, None if wire.dictionaries else row_template(output))
 
 
-class Turn(NamedTuple):
+@dataclass(eq=False, slots=True)
+class Turn:
     """What one turn sends."""
 
     wire: WireSchema  # of the batches
@@ -4374,11 +4403,9 @@ class Call(CallRecord):
             self._start_clock(self._timeout)
         if not stream_id and info.method_type is MethodType.STREAM:
             self.stream_id = os.urandom(16).hex()
-        if self.remote_addr or TRACE_KEYS[0] in metadata:
-            extra = {key.decode(): metadata_text(metadata, key) for key in TRACE_KEYS if key in metadata}
-            if self.remote_addr:
-                extra["remote_addr"] = self.remote_addr
-            self.transport_metadata = {**self.transport_metadata, **extra}
+        if TRACE_KEYS[0] in metadata:
+            traces = {key.decode(): metadata_text(metadata, key) for key in TRACE_KEYS if key in metadata}
+            self.transport_metadata = {**self.transport_metadata, **traces}
         self._watched = bool(server.hooks or server.access_log)
         if self._watched:
             self._started = time.monotonic()
@@ -4414,12 +4441,12 @@ class Call(CallRecord):
         """Set the deadline of the turn that begins now: each turn has the whole time."""
         self.deadline = None if timeout is None else time.monotonic() + timeout
 
-    def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    def run(self, function: Callable[..., T], args: Iterable[Any], named: Mapping[str, Any] = {}) -> T:
         """Run the application's code as the caller's; raises what it does, and when it took longer than allowed."""
         token = current_auth_var.set(self.auth)
         process = this_process[0]
         try:
-            result = function(*args, **kwargs)
+            result = function(*args, **named)
         finally:
             current_auth_var.reset(token)
             if this_process[0] != process:  # a child that was forked there and has left: it serves nobody
@@ -4461,7 +4488,7 @@ class Call(CallRecord):
         if self.bound.context_parameter is not None:
             arguments[self.bound.context_parameter] = self.context
         try:
-            result = self.run(self.bound.function, **arguments)
+            result = self.run(self.bound.function, (), arguments)
             if info.method_type is MethodType.STREAM:
                 return self._begin_stream(result)
             return self._answered(info.result.wire, result_item(info, result), True)
@@ -4498,7 +4525,7 @@ class Call(CallRecord):
                 raise ParameterError(f"{where}: {type(value.state).__name__} has no CALL_STATE_TYPE")
             encode = dataclass_codec(cls).to_bytes
             self.call_state = located(f"{where}: Stream.call_state", encode, value.call_state)
-            self.run(value.state.bind_call_state, value.call_state)
+            self.run(value.state.bind_call_state, [value.call_state])
         self.stream = value
         self.wires = stream_wires(value.output_schema, value.input_schema)
         return turn
@@ -4528,7 +4555,7 @@ class Call(CallRecord):
             if metadata or batch is not TICK:
                 visible = {key: value for key, value in (metadata or {}).items() if key not in _OWN_KEYS}
                 received = AnnotatedBatch(batch, pa.KeyValueMetadata(visible) if visible else None)
-            self.run(stream.state.process, received, out, self.context)
+            self.run(stream.state.process, (received, out, self.context))
             out.validate()
         except BaseException as exc:  # as in begin
             self._messages += out.messages
@@ -4542,7 +4569,7 @@ class Call(CallRecord):
             self.cancelled = True
             self._start_clock(self._timeout)
             try:
-                self.run(self.stream.state.on_cancel, self.context)
+                self.run(self.stream.state.on_cancel, [self.context])
             except BaseException as exc:  # the client is not interested any more
                 log_quietly(logging.DEBUG, "on_cancel of %s raised", self.method, exc_info=exc)
         return Turn(self.stream_wire, self.logs(self.stream_wire), True)
@@ -4827,7 +4854,8 @@ class _ByteServing:
         request: Any = None
         reader = None
         try:
-            ready = server.request_table.read(*self._channel.received(), server.limits.max_bytes)
+            data, at = self._channel.received()
+            ready = server.request_table.read(data, at, server.limits.max_bytes)
             try:
                 if ready is not None:
                     bound, request, self._channel.at = ready
@@ -4844,7 +4872,7 @@ class _ByteServing:
                 with server:  # from here on: a client that stalls within its request holds up no drain
                     server.start(self._caller.kind)
                     request_id = request.request_id or new_request_id()
-                    call = Call(server, bound, self._caller, request_id, request.metadata, request)
+                    call = Call(server, bound, self._caller, request_id, request.metadata, request, "")
                     self._serve_call(call, request)
                     return True
             except (Refusal, StatusError) as exc:  # before the call, which raises neither
@@ -4880,7 +4908,7 @@ class _ByteServing:
         try:
             turn = call.begin(request.arguments)
             if turn.items:
-                self._write(IpcWriter(self._channel.write, turn.wire), call, turn, True)
+                self._write(call, turn, self._send_whole)
             if call.wires is not None:
                 self._serve_turns(call, call.wires)
             else:
@@ -4891,17 +4919,19 @@ class _ByteServing:
         finally:
             call.end()
 
-    def _write(self, writer: IpcWriter, call: Call, turn: Turn, over: bool) -> bool:
-        """Write a turn, or the error that it cannot be written; return whether the stream is *over*."""
+    def _send_whole(self, turn: Turn) -> None:
+        self._channel.write(stream_pieces(turn.wire, turn.items))
+
+    def _write(self, call: Call, turn: Turn, send: Callable[[Turn], None]) -> bool:
+        """Send a turn, or the error that it cannot be written; return whether the stream is over."""
         try:
-            writer.write_all(turn.items, close=over)
+            send(turn)
         except Refusal as exc:
             call.wires = None
-            item = self._server.error_item(exc, writer.wire, call.request_id)
-            writer.write_all([item], close=True)
             call.error = exc
-            over = True
-        return over
+            turn = Turn(turn.wire, [self._server.error_item(exc, turn.wire, call.request_id)], True)
+            send(turn)
+        return turn.finished
 
     def _serve_turns(self, call: Call, wires: StreamWires) -> None:
         """Lockstep: a batch comes, a turn answers, until either side ends."""
@@ -4924,7 +4954,7 @@ class _ByteServing:
                 turn = Turn(wires.output, [], True) if item is None else call.turn(*item)
             except Refusal as exc:  # of the input: a turn raises nothing
                 turn = call.failed(exc, refused=True)
-            finished = self._write(writer, call, turn, turn.finished)
+            finished = self._write(call, turn, lambda turn: writer.write_all(turn.items, close=turn.finished))
         if reader is None or not _read_over(reader):
             raise EOFError("where the next request begins is not known")
 
@@ -5021,8 +5051,9 @@ def only_batch(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage | N
 def reply_batch(reader: IpcReader, message: BatchMessage) -> AnnotatedBatch:
     """Decode a batch of an answer, without the state tokens."""
     batch = reader.decode(message)
-    visible = {k: value for k, value in message.metadata.items() if k not in (STATE_KEY, CALL_STATE_KEY)}
-    return AnnotatedBatch(batch, pa.KeyValueMetadata(visible)) if visible else AnnotatedBatch(batch)
+    own = (STATE_KEY, CALL_STATE_KEY)
+    visible = message.metadata and {k: v for k, v in message.metadata.items() if k not in own}
+    return AnnotatedBatch(batch, pa.KeyValueMetadata(visible) if visible else None)
 
 
 class StreamSession:
@@ -7403,9 +7434,9 @@ class _PostedCall:
                 raise
             raise TokenError(TOKEN_OUTDATED) from exc
         if type(state).rehydrate is not StreamState.rehydrate:
-            call.run(state.rehydrate, self._bound.service.implementation)
+            call.run(state.rehydrate, [self._bound.service.implementation])
         if call_state is not None:
-            call.run(state.bind_call_state, call_state)
+            call.run(state.bind_call_state, [call_state])
         output, input_, _ = half.wires
         call.stream = call.stream or Stream(output.schema, state, input_.schema)
         vars(call.stream).update(state=state, call_state=call_state)
