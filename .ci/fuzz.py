@@ -112,10 +112,14 @@ class MemorySocket:
         self._data = data
         self.written: list[bytes] = []
 
+    def recv(self, size: int) -> bytes:
+        got = self._data[:size]
+        self._data = self._data[size:]
+        return got
+
     def recv_into(self, view: memoryview) -> int:
-        got = self._data[: len(view)]
+        got = self.recv(len(view))
         view[: len(got)] = got
-        self._data = self._data[len(got) :]
         return len(got)
 
     def send(self, data: Any) -> int:
