@@ -8607,6 +8607,13 @@ class ModuleTests(TestCase):
             program = "import runpy, sys\nfor path in sys.argv[1:]: runpy.run_path(path, run_name='__main__')"
             self.run_python(program, SOURCE.parent, *paths)
 
+    def test_readme_texts_of_errors(self) -> None:
+        table = README.read_text(encoding="utf-8").partition("| text of the error ")[2].partition("\n\n")[0]
+        texts = re.findall("^\\| `(.*?)`", table, re.M)
+        self.assertGreater(len(texts), 8)
+        for part in re.split(r"(?:: )?\.\.\.|\n", "\n".join(texts)):
+            self.assertIn(part.strip(), self.text)
+
     def test_readme_files(self) -> None:
         """The three files of README's beginning, as a reader writes them, on a port of their own."""
         text = README.read_text(encoding="utf-8")
