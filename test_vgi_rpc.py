@@ -2077,6 +2077,16 @@ class RowTemplateTests(TestCase):
                 self.assertTrue(read is None or template.write(read[0]) == data)
                 self.assertEqual(repr(shown_row(data)), repr(shown_row(honest)))
 
+    def test_an_index_that_names_nothing(self) -> None:
+        schema = named("b").schema
+        honest = ordinary_bytes(schema, ["b"])
+        for index in (-1, 1, -32768):
+            data = honest[:-16] + struct.pack("<h", index) + honest[-14:]
+            with self.subTest(index):
+                self.assertIsNone(rpc.row_template(schema).read(data))
+                with self.raises(rpc.IPCError, "the batch"):
+                    shown_row(data)
+
     def test_values_that_are_not_plain(self) -> None:
         for kind, unusual in NOT_PLAIN:
             template = rpc.row_template(pa.schema([pa.field("c", kind, nullable=False)]))

@@ -1512,6 +1512,9 @@ _FLAT |= {pa.float64(): (float, "d"), pa.float32(): (float, "f"), pa.bool_(): (b
 _FLAT |= {pa.utf8(): (str, ""), pa.binary(): (bytes, ""), pa.dictionary(pa.int16(), pa.utf8()): (str, "h")}
 
 
+_ONE_OFFSET = struct.Struct("<2i")
+
+
 class NotPlain(ValueError):
     """A type or value for which the ordinary way is the right one; it words the error, if there is one."""
 
@@ -1520,20 +1523,12 @@ class NotPlain(ValueError):
 _NOT_PLAIN = (ValueError, TypeError, LookupError, OverflowError, StopIteration, struct.error)
 
 
-def _body(buffers: Sequence[bytes]) -> tuple[bytes, list[int]]:
-    """Return the body of a message with these buffers, and (offset, length) of each, flat."""
-    places: list[int] = []
-    pieces = []
-    at = 0
-    for data in buffers:
-        length = len(data)
-        places += (at, length)
-        if length:
-            pieces.append(data)
-            if length & 7:
-                pieces.append(bytes(-length & 7))
-            at += length + 7 & -8
-    return b"".join(pieces), places
+def _body(buffers: Sequence[bytes]) -> tuple[bytes, list[int], list[int]]:
+    """Return the body of a message with these buffers, where each begins (at last, where it ends), and their lengths."""
+    lengths = [*map(len, buffers)]
+    padded = [length + 7 & -8 for length in lengths]
+    body = b"".join(map(bytes.ljust, buffers, padded, itertools.repeat(b"\0")))
+    return body, [*itertools.accumulate(padded, initial=0)], lengths
 
 
 def _pack_bits(bits: Sequence[bool]) -> bytes:
@@ -1549,132 +1544,207 @@ def _unpack_bits(data: bytes, count: int) -> list[bool]:
 class _Column:
     """Writes and reads columns of one type. Values are what codecs encode to, of exactly one Python type, or None."""
 
-    def __init__(self, column: pa.Field, of_structs: type = dict) -> None:
-        arrow_type = column.type
-        self.nullable = column.nullable
-        self.children: dict[Any, _Column] = {}  # of a struct by name, of the pairs in a map by number
-        self.item: _Column | None = None  # of a list or map
-        self.kind, self.code = _FLAT.get(arrow_type, (list, ""))
-        self.one = struct.Struct("<" + self.code)
-        self.is_enum = (self.kind, self.code) == (str, "h")
-        # What pyarrow writes where a value is null. In a null struct an enum has an index without a name: `NotPlain`.
-        self.filler: Any = NotPlain if self.is_enum else self.kind()
-        if pa.types.is_map(arrow_type):
-            pairs = pa.struct([arrow_type.key_field, arrow_type.item_field])
-            self.item = _Column(pa.field("", pairs, nullable=False), tuple)
-        elif pa.types.is_list(arrow_type):
-            self.item = _Column(arrow_type.value_field)
-        elif pa.types.is_struct(arrow_type) and arrow_type.num_fields:
-            self.kind = of_structs
-            keys = itertools.count() if of_structs is tuple else [f.name for f in arrow_type]
-            self.children = dict(zip(keys, map(_Column, arrow_type)))
-            self.filler = {name: child.filler for name, child in self.children.items()}
-        if arrow_type not in _FLAT and not self.item and len(self.children) < max(arrow_type.num_fields, 1):
-            raise NotPlain(f"{type_text(arrow_type)} is not plain, or has two fields of one name")
-        # Bits behind the last one, a NaN of another form: whether they would be written is seen by writing them.
-        inner = [self.item] if self.item else self.children.values()
-        self.is_doubtful: bool = self.kind is bool or self.code == "f" or any(c.is_doubtful for c in inner)
+    code = ""  # what `struct` calls the numbers, where there is nothing else
+    is_doubtful = False  # whether only by writing it is seen if what was read would be written so
+
+    def __init__(self, kind: Any, nullable: bool) -> None:
+        self.kind = kind
+        self.nullable = nullable
+        self.filler = kind()  # what pyarrow writes where a value is null
 
     def write(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
         """Append what the values become, in the order of Arrow's walk over columns, or raise one of the failures above.
 
         *nodes* are (length, null count), flat; *names*, of each enum, those in the dictionary message ahead.
         """
-        nulls = 0
+        classes = [*map(type, values)]
+        nulls = len(classes) - classes.count(self.kind)
         bitmap = b""
-        classes = list(map(type, values))
-        count = len(classes)
-        if classes.count(self.kind) < count:
-            nulls = classes.count(type(None))
-            if not self.nullable or classes.count(self.kind) + nulls < count:
+        if nulls:
+            if not self.nullable or classes.count(type(None)) < nulls:
                 raise NotPlain
             bitmap = _pack_bits([value is not None for value in values])
             values = [self.filler if value is None else value for value in values]
-        nodes += (count, nulls)
-        if self.children:
-            if set(map(len, values)) - {len(self.children)}:
-                raise NotPlain
-            buffers.append(bitmap)
-            for name, child in self.children.items():
-                child.write([value[name] for value in values], nodes, buffers, names)
-        elif self.kind is bool:
-            buffers += (bitmap, _pack_bits(values))
-        elif self.code:
-            if self.is_enum:
-                used = list(dict.fromkeys(value for value in values if value is not NotPlain))
-                if not used:
-                    raise NotPlain  # an empty dictionary has another form
-                names.append(used)
-                places = {name: place for place, name in enumerate(used)}
-                values = [places.get(value, 0) for value in values]
-            layout = self.one if count == 1 else struct.Struct(f"<{count}{self.code}")
-            buffers += (bitmap, layout.pack(*values))
-        else:
-            if self.kind is str:
-                values = [value.encode() for value in values]
-            if count == 1:
-                items = values[0]
-                buffers += (bitmap, _ONE_OFFSET.pack(0, len(items)))
-            else:
-                items = b"".join(values) if self.item is None else [*itertools.chain.from_iterable(values)]
-                offsets = itertools.accumulate(map(len, values), initial=0)
-                buffers += (bitmap, struct.pack(f"<{count + 1}i", *offsets))
-            if self.item is None:
-                buffers.append(items)
-            else:
-                self.item.write(items, nodes, buffers, names)
+        nodes += (len(classes), nulls)
+        buffers.append(bitmap)
+        self._put(values, nodes, buffers, names)
 
-    def read(self, count: int, nodes: list[int], buffers: list[bytes], names: list[Any]) -> list[Any]:
-        """Take *count* values off the ends of lists in the reverse order; a failure where others would be written."""
-        is_whole = nodes.pop() == count
-        bitmap = buffers.pop()
-        if not is_whole or bool(nodes.pop()) != bool(bitmap) or (bitmap and not self.nullable):
+    def read(self, count: int, nodes: Any, buffers: Iterator[bytes], names: Iterator[Any]) -> list[Any]:
+        """Read the next *count* values, in the same order; a failure where others would be written."""
+        length, nulls = next(nodes)
+        bitmap = next(buffers)
+        if length != count or bool(nulls) != bool(bitmap) or (bitmap and not self.nullable):
             raise NotPlain
-        values: list[Any]
-        if self.children:
-            rows = zip(*[child.read(count, nodes, buffers, names) for child in self.children.values()])
-            values = [*rows] if self.kind is tuple else [dict(zip(self.children, row)) for row in rows]
-        elif self.kind is bool:
-            values = _unpack_bits(buffers.pop(), count)
-        elif self.code:
-            layout = self.one if count == 1 else struct.Struct(f"<{count}{self.code}")
-            values = [*layout.unpack(buffers.pop())]
-            if self.is_enum:
-                used = names.pop()
-                values = [used[place] for place in values]
-                if list(dict.fromkeys(values)) != used:
-                    raise NotPlain
-        else:
-            offsets = struct.unpack(f"<{count + 1}i", buffers.pop())
-            if self.item is None:
-                items: Any = buffers.pop()
-            else:
-                items = self.item.read(offsets[-1], nodes, buffers, names)
-            if offsets[0] or offsets[-1] != len(items) or (count > 1 and [*offsets] != sorted(offsets)):
-                raise NotPlain
-            values = [items]
-            if count != 1:
-                values = [items[start:end] for start, end in itertools.pairwise(offsets)]
-            if self.kind is str:
-                values = [value.decode() for value in values]
+        values = self._take(count, nodes, buffers, names)
         if bitmap:
             values = [value if bit else None for value, bit in zip(values, _unpack_bits(bitmap, count))]
         return values
+
+    def _put(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
+        """Append what stands behind the validity bitmap."""
+        raise NotImplementedError
+
+    def _take(self, count: int, nodes: Any, buffers: Iterator[bytes], names: Iterator[Any]) -> list[Any]:
+        """Read what stands behind the validity bitmap."""
+        raise NotImplementedError
 
     def example(self, size: int) -> Any:
         """Return an example: for size 1 an everyday one, for 3 a longer one with nulls in it, for 0 the emptiest."""
         if not size and self.nullable:
             return None
-        if self.children:
-            values = {name: child.example(size) for name, child in self.children.items()}
-            return tuple(values.values()) if self.kind is tuple else values
-        if self.item is not None:
-            return [self.item.example(n) for n in range(size, -(size > 1), -1)]
         return self.kind(size) if size else self.kind()
 
 
-_ONE_OFFSET = struct.Struct("<2i")
-_NAMES = [_Column(pa.field("", pa.utf8(), nullable=False))]
+class _Bits(_Column):
+    is_doubtful = True  # bits behind the last one
+
+    def _put(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
+        buffers.append(_pack_bits(values))
+
+    def _take(self, count: int, nodes: Any, buffers: Iterator[bytes], names: Iterator[Any]) -> list[Any]:
+        return _unpack_bits(next(buffers), count)
+
+
+class _Numbers(_Column):
+    def __init__(self, kind: Any, nullable: bool, code: str) -> None:
+        super().__init__(kind, nullable)
+        self.code = code
+        self.is_doubtful = code == "f"  # a NaN of another form
+        self._one = struct.Struct("<" + code)
+
+    def _layout(self, count: int) -> struct.Struct:
+        return self._one if count == 1 else struct.Struct(f"<{count}{self.code}")
+
+    def _put(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
+        buffers.append(self._layout(len(values)).pack(*values))
+
+    def _take(self, count: int, nodes: Any, buffers: Iterator[bytes], names: Iterator[Any]) -> list[Any]:
+        return [*self._layout(count).unpack(next(buffers))]
+
+
+class _Enums(_Numbers):
+    """In a null struct an enum has an index without a name: `NotPlain`. An empty dictionary has another form."""
+
+    def __init__(self, nullable: bool) -> None:
+        super().__init__(str, nullable, "h")
+        self.filler = NotPlain
+
+    def _put(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
+        places: dict[Any, int] = {}
+        for value in values:
+            if value is not NotPlain:
+                places.setdefault(value, len(places))
+        if not places:
+            raise NotPlain
+        names.append([*places])
+        super()._put([places.get(value, 0) for value in values], nodes, buffers, names)
+
+    def _take(self, count: int, nodes: Any, buffers: Iterator[bytes], names: Iterator[Any]) -> list[Any]:
+        places = super()._take(count, nodes, buffers, names)
+        used = next(names)
+        values = [used[place] for place in places]
+        if not values or min(places) < 0 or [*dict.fromkeys(values)] != used:
+            raise NotPlain
+        return values
+
+
+class _Runs(_Column):
+    """What has offsets: texts and bytes, and lists and maps, of an *item*."""
+
+    def __init__(self, kind: Any, nullable: bool, item: _Column | None = None) -> None:
+        super().__init__(kind, nullable)
+        self.item = item
+        self.is_doubtful = item is not None and item.is_doubtful
+
+    def _put(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
+        if self.kind is str:
+            values = [value.encode() for value in values]
+        if len(values) == 1:
+            items = values[0]
+            buffers.append(_ONE_OFFSET.pack(0, len(items)))
+        else:
+            items = b"".join(values) if self.item is None else [*itertools.chain.from_iterable(values)]
+            offsets = itertools.accumulate(map(len, values), initial=0)
+            buffers.append(struct.pack(f"<{len(values) + 1}i", *offsets))
+        if self.item is None:
+            buffers.append(items)
+        else:
+            self.item.write(items, nodes, buffers, names)
+
+    def _take(self, count: int, nodes: Any, buffers: Iterator[bytes], names: Iterator[Any]) -> list[Any]:
+        offsets = struct.unpack(f"<{count + 1}i", next(buffers))
+        items: Any
+        if self.item is None:
+            items = next(buffers)
+        else:
+            items = self.item.read(offsets[-1], nodes, buffers, names)
+        if offsets[0] or offsets[-1] != len(items) or (count > 1 and [*offsets] != sorted(offsets)):
+            raise NotPlain
+        values = [items]
+        if count != 1:
+            values = [items[start:end] for start, end in itertools.pairwise(offsets)]
+        if self.kind is str:
+            values = [value.decode() for value in values]
+        return values
+
+    def example(self, size: int) -> Any:
+        if self.item is None or not size:
+            return super().example(size)
+        return [self.item.example(n) for n in range(size, -(size > 1), -1)]
+
+
+class _Structs(_Column):
+    """Structs as dicts, and the pairs of maps as tuples."""
+
+    def __init__(self, kind: Any, nullable: bool, members: Iterable[pa.Field]) -> None:
+        super().__init__(kind, nullable)
+        self.columns = {member.name: _column(member) for member in members}
+        self.is_doubtful = any(column.is_doubtful for column in self.columns.values())
+        self.filler = {name: column.filler for name, column in self.columns.items()}
+        keys: Iterable[Any] = range(2) if kind is tuple else self.columns
+        self._members = [*zip(map(operator.itemgetter, keys), self.columns.values())]
+
+    def _put(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
+        if {*map(len, values)} - {len(self._members)}:
+            raise NotPlain
+        for get, column in self._members:
+            column.write([*map(get, values)], nodes, buffers, names)
+
+    def _take(self, count: int, nodes: Any, buffers: Iterator[bytes], names: Iterator[Any]) -> list[Any]:
+        rows = zip(*[column.read(count, nodes, buffers, names) for _, column in self._members])
+        return [*rows] if self.kind is tuple else [dict(zip(self.columns, row)) for row in rows]
+
+    def example(self, size: int) -> Any:
+        if not size and self.nullable:
+            return None
+        values = {name: column.example(size) for name, column in self.columns.items()}
+        return values if self.kind is dict else tuple(values.values())
+
+
+def _column(member: pa.Field, of_structs: type = dict) -> _Column:
+    """Return the column of a field; `NotPlain` where there is none."""
+    arrow_type = member.type
+    kind, code = _FLAT.get(arrow_type, (None, ""))
+    if kind is bool:
+        return _Bits(bool, member.nullable)
+    if (kind, code) == (str, "h"):
+        return _Enums(member.nullable)
+    if kind is not None:
+        return _Numbers(kind, member.nullable, code) if code else _Runs(kind, member.nullable)
+    if pa.types.is_map(arrow_type):
+        pairs = pa.struct([arrow_type.key_field.with_name("0"), arrow_type.item_field.with_name("1")])
+        return _Runs(list, member.nullable, _column(pa.field("", pairs, nullable=False), tuple))
+    if pa.types.is_list(arrow_type):
+        return _Runs(list, member.nullable, _column(arrow_type.value_field))
+    if (
+        pa.types.is_struct(arrow_type)
+        and len({part.name for part in arrow_type}) == arrow_type.num_fields > 0
+    ):
+        return _Structs(of_structs, member.nullable, arrow_type)
+    raise NotPlain(f"{type_text(arrow_type)} is not plain, or has two fields of one name")
+
+
+_NAMES = [_Runs(str, nullable=False)]
 
 
 class _Layout:
@@ -1725,8 +1795,9 @@ class _MessageTemplate:
             holes += [(head.length, "q"), (rows, "q"), *[(start, f"{end - start}s") for start, end in spans]]
             self._layout = _Layout(message[: head.absent], holes)
             # In which order the holes stand, and where the values of each stand then.
-            self._order = sorted(range(len(holes)), key=holes.__getitem__)
-            self._holes_at = sorted(range(len(holes)), key=self._order.__getitem__)
+            order = sorted(range(len(holes)), key=holes.__getitem__)
+            self._ordered = operator.itemgetter(*order)
+            self._listed = operator.itemgetter(*sorted(order, key=order.__getitem__))
 
     def write(self, columns: Sequence[Any], values: Sequence[bytes]) -> tuple[bytes, list[list[str]]]:
         """Return the message of these columns, and the names of each enum in them."""
@@ -1737,45 +1808,50 @@ class _MessageTemplate:
             column.write(items, nodes, buffers, names)
         if sum(map(len, buffers)) > 4 * SMALL_BODY_BYTES:
             raise NotPlain  # the ordinary way does not copy it
-        body, places = _body(buffers)
+        body, starts, lengths = _body(buffers)
+        places = itertools.chain.from_iterable(zip(starts, lengths))
         longs = (self._nodes.pack(*nodes), self._places.pack(*places))
-        filled = [*values, len(body), nodes[0], *longs]
-        return self._layout.fill([filled[at] for at in self._order]) + body, names
+        return self._layout.fill(self._ordered((*values, len(body), nodes[0], *longs))) + body, names
 
     def read(self, data: bytes, at: int, names: list[Any]) -> tuple[list[Any], list[bytes], int, bool]:
         """Read a message: columns, metadata values, where it ends, whether `write` would surely write it so."""
         holes = self._layout.match(data, at)
         if holes is None:
             raise NotPlain
-        *values, size, rows, packed_nodes, packed_places = [holes[place] for place in self._holes_at]
-        nodes = [*reversed(self._nodes.unpack(packed_nodes))]
-        places = [*self._places.unpack(packed_places)]
+        *values, size, rows, packed_nodes, packed_places = self._listed(holes)
+        nodes = self._nodes.unpack(packed_nodes)
+        places = self._places.unpack(packed_places)
+        nulls = nodes[1::2]
+        starts = places[::2]
+        lengths = places[1::2]
         start = at + self._layout.size
         body = data[start : start + size]
-        buffers = [body[offset : offset + length] for offset, length in zip(places[::2], places[1::2])]
-        is_so = _body(buffers) == (body, places)  # lengths and padding too
-        if not is_so or rows != nodes[-1] or not len(body) == size <= 4 * SMALL_BODY_BYTES:
+        buffers = [*map(body.__getitem__, map(slice, starts, map(operator.add, starts, lengths)))]
+        is_so = _body(buffers) == (body, [*starts, size], [*lengths])  # padding too
+        if not is_so or rows != nodes[0] or size > 4 * SMALL_BODY_BYTES:
             raise NotPlain
-        proven = not (any(nodes[::2]) or self._is_doubtful)
-        stacks = (nodes, buffers[::-1], names[::-1])
-        return [column.read(rows, *stacks) for column in self._columns], values, start + size, proven
+        rest = (zip(nodes[::2], nulls), iter(buffers), iter(names))
+        columns = [column.read(rows, *rest) for column in self._columns]
+        return columns, values, start + size, not (any(nulls) or self._is_doubtful)
 
 
 class RowTemplate:
     """Streams of one row whose metadata differs in *varying* alone: key -> length of its value in bytes.
 
-    Rows hold encoded values, as codecs make them; without columns there is no row. In lists of the columns *whole*
-    no item is null. Safe between threads. `ValueError`: a column that is not plain, or section 4 writes other bytes.
+    Rows hold encoded values, as codecs make them; without columns there is no row. The columns *strict* are those of
+    the schema with fewer nulls. Safe between threads. `ValueError`: a column that is not plain, or section 4 writes other bytes.
     """
 
     def __init__(
-        self, schema: pa.Schema, metadata: Metadata, varying: Mapping[bytes, int], whole: Iterable[int] = ()
+        self,
+        schema: pa.Schema,
+        metadata: Metadata,
+        varying: Mapping[bytes, int],
+        strict: Iterable[pa.Field] | None = None,
     ) -> None:
         wire = WireSchema(schema)
         self.schema_message = wire.message
-        columns = [_Column(column) for column in schema]
-        for i in whole:
-            cast("_Column", columns[i].item).nullable = False
+        columns = [_column(column) for column in (schema if strict is None else strict)]
         self._kinds = [column.kind for column in columns]
         self._lengths = [*varying.values()]
         values = [b"%c" % (97 + i) * length for i, length in enumerate(self._lengths)]
@@ -1846,11 +1922,11 @@ def row_template(
     metadata: Metadata | None = None,
     varying: Mapping[bytes, int] | None = None,
     *,
-    whole: Iterable[int] = (),
+    strict: Iterable[pa.Field] | None = None,
 ) -> RowTemplate | None:
     """Return the template of these streams; ``None`` when the schema is not plain."""
     with suppress(ValueError):
-        return RowTemplate(schema, metadata or {}, varying or {}, whole)
+        return RowTemplate(schema, metadata or {}, varying or {}, strict)
     return None
 
 
@@ -1966,11 +2042,13 @@ class Codec(NamedTuple):
             encoded = self._held(encoded)
         return self.read(encoded)
 
-    @property
-    def seen(self) -> frozenset[type]:
-        """The type of lists whose items a row template looks at as this codec would."""
-        plain = self.kind is list and self.read is list and self.parts["item"].plain
-        return frozenset({list} if plain else ())
+    def strict_list(self) -> pa.DataType | None:
+        """Return the type of lists of nothing but plain values, None only where it may stand; else ``None``."""
+        if not (self.kind is self.read is list and pa.types.is_list(self.arrow_type)):
+            return None
+        item = self.parts["item"]
+        inner = item.arrow_type if item.plain else item.strict_list()
+        return inner if inner is None else pa.list_(pa.field("item", inner, item.nullable))
 
     def of_encoded(self) -> Codec:
         """Return the codec of what this one encodes to: it changes nothing, and has pyarrow try each part."""
@@ -1989,8 +2067,8 @@ class Codec(NamedTuple):
                     is_plain = type(member) in part.plain
                     members[name] = member if is_plain else with_field(name, partial(convert, part), member)
             return members
-        keys = [key for key, _ in value]
-        values = self.parts["value"]._each([item for _, item in value], keys, convert)
+        keys, values = map(list, zip(*value) if value else ((), ()))
+        values = self.parts["value"]._each(values, keys, convert)
         return list(zip(self.parts["key"]._each(keys, keys, convert), values))
 
     def _each(self, values: Any, steps: Sequence[Any], convert: Callable[..., Any]) -> list[Any]:
@@ -2340,20 +2418,21 @@ class RowCodec:
         # Whether a row that a template has read is what `decode` would return: all of its columns are plain.
         self.is_flat = all(map(frozenset.__contains__, self._plain, self._kinds))
         # Where a template looks at each item of a list of plain values, this need not: it took a tenth of a turn.
-        self._seen = [part.plain | part.seen for part in self.parts.values()]
+        self._strict = [part.strict_list() for part in self.parts.values()]
+        self._seen = [plain | {list} if strict else plain for plain, strict in zip(self._plain, self._strict)]
         members = [pa.field(name, part.arrow_type, part.nullable) for name, part in self.parts.items()]
         self.schema = pa.schema(members)
-        self._struct = Codec(Mapping, pa.struct(members), "", parts=self.parts)
 
     # Of its streams; the template writes and reads them without pyarrow, where its types are plain.
     wire = cached_property(lambda self: WireSchema(self.schema))
 
     @cached_property
     def template(self) -> RowTemplate | None:
-        whole = [
-            i for i, part in enumerate(self.parts.values()) if part.seen and not part.parts["item"].nullable
+        columns = [
+            pa.field("", strict or member.type, member.nullable)
+            for strict, member in zip(self._strict, self.schema)
         ]
-        return row_template(self.schema, whole=whole)
+        return row_template(self.schema, strict=columns)
 
     def is_plain(self, values: Iterable[Any]) -> bool:
         """Whether `encode` would return *values*: those of most small calls, which need no longer way."""
@@ -2370,9 +2449,12 @@ class RowCodec:
     def _converted(
         self, values: list[Any], convert: Callable[..., Any], plain: list[frozenset[type]]
     ) -> list[Any]:
-        if all(map(frozenset.__contains__, plain, map(type, values))):
-            return values  # small values need no longer way
-        return list(self._struct._members(dict(zip(self.parts, values)), convert).values())
+        if not all(map(frozenset.__contains__, plain, map(type, values))):
+            values = [*values]
+            for at, known, (name, part) in zip(range(len(values)), plain, self.parts.items()):
+                if type(values[at]) not in known:
+                    values[at] = with_field(name, partial(convert, part), values[at])
+        return values
 
     def to_batch(self, encoded: Iterable[Any]) -> pa.RecordBatch:
         """Return the batch of one encoded row; integers out of range and lone surrogates are found here."""
@@ -2384,9 +2466,8 @@ class RowCodec:
         """Return the stream of one row."""
         values = [*values]
         if self.template is not None:
-            row = self._converted(values, Codec.encode, self._seen)
-            with suppress(ValueError):  # a value that is not plain, or does not fit
-                return self.template.write(row)
+            with suppress(ValueError, Mismatch):  # a value that is not plain, or does not fit
+                return self.template.write(self._converted(values, Codec.encode, self._seen))
         return stream_bytes(self.wire, [(self.to_batch(self.encode(values)), None)])
 
     def from_template(self, data: bytes) -> list[Any] | None:
