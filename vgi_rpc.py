@@ -5286,7 +5286,7 @@ class StreamSession:
         return pa.RecordBatchReader.from_batches(self.schema, [])
 
     def token(self) -> bytes:
-        """Return what `resume` needs to go on behind the last batch handed out; HTTP only. Signed, but readable."""
+        """Return what `resume` needs to go on behind the last batch handed out; `RpcError` once nothing follows. HTTP only."""
         raise local_error("only streams over HTTP can be resumed: elsewhere the connection keeps the state")
 
     def seek_to_token(self, token: bytes) -> None:
