@@ -1839,7 +1839,7 @@ class RowTemplate:
     """Streams of one row whose metadata differs in *varying* alone: key -> length of its value in bytes.
 
     Rows hold encoded values, as codecs make them; without columns there is no row. The columns *strict* are those of
-    the schema with fewer nulls. Safe between threads. `ValueError`: a column that is not plain, or section 4 writes other bytes.
+    the schema with fewer nulls. Thread-safe. `ValueError`: a column that is not plain, or section 4 writes other bytes.
     """
 
     def __init__(
