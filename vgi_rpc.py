@@ -1513,9 +1513,6 @@ _FLAT |= {pa.float64(): (float, "d"), pa.float32(): (float, "f"), pa.bool_(): (b
 _FLAT |= {pa.utf8(): (str, ""), pa.binary(): (bytes, ""), pa.dictionary(pa.int16(), pa.utf8()): (str, "h")}
 
 
-_ONE_OFFSET = struct.Struct("<2i")
-
-
 class NotPlain(ValueError):
     """A type or value for which the ordinary way is the right one; it words the error, if there is one."""
 
@@ -1545,30 +1542,79 @@ def _unpack_bits(data: bytes, count: int) -> list[bool]:
 class _Column:
     """Writes and reads columns of one type. Values are what codecs encode to, of exactly one Python type, or None."""
 
-    code = ""  # what `struct` calls the numbers, where there is nothing else
-    is_doubtful = False  # whether only by writing it is seen if what was read would be written so
-
-    def __init__(self, kind: Any, nullable: bool) -> None:
-        self.kind = kind
-        self.nullable = nullable
-        self.filler = kind()  # what pyarrow writes where a value is null
+    def __init__(self, column: pa.Field, of_structs: type = dict) -> None:
+        arrow_type = column.type
+        self.nullable = column.nullable
+        self.children: dict[Any, _Column] = {}  # of a struct by name, of the pairs in a map by number
+        self.item: _Column | None = None  # of a list or map
+        self.kind, self.code = _FLAT.get(arrow_type, (list, ""))
+        self.one = struct.Struct("<" + self.code)
+        self.is_enum = (self.kind, self.code) == (str, "h")
+        # What pyarrow writes where a value is null. In a null struct an enum has an index without a name: `NotPlain`.
+        self.filler: Any = NotPlain if self.is_enum else self.kind()
+        if pa.types.is_map(arrow_type):
+            pairs = pa.struct([arrow_type.key_field, arrow_type.item_field])
+            self.item = _Column(pa.field("", pairs, nullable=False), tuple)
+        elif pa.types.is_list(arrow_type):
+            self.item = _Column(arrow_type.value_field)
+        elif pa.types.is_struct(arrow_type) and arrow_type.num_fields:
+            self.kind = of_structs
+            keys = itertools.count() if of_structs is tuple else [f.name for f in arrow_type]
+            self.children = dict(zip(keys, map(_Column, arrow_type)))
+            self.filler = {name: child.filler for name, child in self.children.items()}
+        if arrow_type not in _FLAT and not self.item and len(self.children) < max(arrow_type.num_fields, 1):
+            raise NotPlain(f"{type_text(arrow_type)} is not plain, or has two fields of one name")
+        # Bits behind the last one, a NaN of another form: whether they would be written is seen by writing them.
+        inner = [self.item] if self.item else self.children.values()
+        self.is_doubtful: bool = self.kind is bool or self.code == "f" or any(c.is_doubtful for c in inner)
 
     def write(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
         """Append what the values become, in the order of Arrow's walk over columns, or raise one of the failures above.
 
         *nodes* are (length, null count), flat; *names*, of each enum, those in the dictionary message ahead.
         """
-        classes = [*map(type, values)]
-        nulls = len(classes) - classes.count(self.kind)
         bitmap = b""
+        classes = [*map(type, values)]
+        count = len(classes)
+        nulls = count - classes.count(self.kind)
         if nulls:
             if not self.nullable or classes.count(type(None)) < nulls:
                 raise NotPlain
             bitmap = _pack_bits([value is not None for value in values])
             values = [self.filler if value is None else value for value in values]
-        nodes += (len(classes), nulls)
-        buffers.append(bitmap)
-        self._put(values, nodes, buffers, names)
+        nodes += (count, nulls)
+        if self.children:
+            if set(map(len, values)) - {len(self.children)}:
+                raise NotPlain
+            buffers.append(bitmap)
+            for name, child in self.children.items():
+                child.write([value[name] for value in values], nodes, buffers, names)
+        elif self.kind is bool:
+            buffers += (bitmap, _pack_bits(values))
+        elif self.code:
+            if self.is_enum:
+                used = list(dict.fromkeys(value for value in values if value is not NotPlain))
+                if not used:
+                    raise NotPlain  # an empty dictionary has another form
+                names.append(used)
+                places = {name: place for place, name in enumerate(used)}
+                values = [places.get(value, 0) for value in values]
+            layout = self.one if count == 1 else struct.Struct(f"<{count}{self.code}")
+            buffers += (bitmap, layout.pack(*values))
+        else:
+            if self.kind is str:
+                values = [value.encode() for value in values]
+            if count == 1:
+                items = values[0]
+                buffers += (bitmap, _ONE_OFFSET.pack(0, len(items)))
+            else:
+                items = b"".join(values) if self.item is None else [*itertools.chain.from_iterable(values)]
+                offsets = itertools.accumulate(map(len, values), initial=0)
+                buffers += (bitmap, struct.pack(f"<{count + 1}i", *offsets))
+            if self.item is None:
+                buffers.append(items)
+            else:
+                self.item.write(items, nodes, buffers, names)
 
     def read(self, count: int, nodes: Any, buffers: Iterator[bytes], names: Iterator[Any]) -> list[Any]:
         """Read the next *count* values, in the same order; a failure where others would be written."""
@@ -1576,176 +1622,54 @@ class _Column:
         bitmap = next(buffers)
         if length != count or bool(nulls) != bool(bitmap) or (bitmap and not self.nullable):
             raise NotPlain
-        values = self._take(count, nodes, buffers, names)
+        values: list[Any]
+        if self.children:
+            rows = zip(*[child.read(count, nodes, buffers, names) for child in self.children.values()])
+            values = [*rows] if self.kind is tuple else [dict(zip(self.children, row)) for row in rows]
+        elif self.kind is bool:
+            values = _unpack_bits(next(buffers), count)
+        elif self.code:
+            layout = self.one if count == 1 else struct.Struct(f"<{count}{self.code}")
+            values = [*layout.unpack(next(buffers))]
+            if self.is_enum:
+                used = next(names)
+                if not values or min(values) < 0:
+                    raise NotPlain
+                values = [used[place] for place in values]
+                if [*dict.fromkeys(values)] != used:
+                    raise NotPlain
+        else:
+            offsets = struct.unpack(f"<{count + 1}i", next(buffers))
+            items: Any
+            if self.item is None:
+                items = next(buffers)
+            else:
+                items = self.item.read(offsets[-1], nodes, buffers, names)
+            if offsets[0] or offsets[-1] != len(items) or (count > 1 and [*offsets] != sorted(offsets)):
+                raise NotPlain
+            values = [items]
+            if count != 1:
+                values = [items[start:end] for start, end in itertools.pairwise(offsets)]
+            if self.kind is str:
+                values = [value.decode() for value in values]
         if bitmap:
             values = [value if bit else None for value, bit in zip(values, _unpack_bits(bitmap, count))]
         return values
-
-    def _put(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
-        """Append what stands behind the validity bitmap."""
-        raise NotImplementedError
-
-    def _take(self, count: int, nodes: Any, buffers: Iterator[bytes], names: Iterator[Any]) -> list[Any]:
-        """Read what stands behind the validity bitmap."""
-        raise NotImplementedError
 
     def example(self, size: int) -> Any:
         """Return an example: for size 1 an everyday one, for 3 a longer one with nulls in it, for 0 the emptiest."""
         if not size and self.nullable:
             return None
+        if self.children:
+            values = {name: child.example(size) for name, child in self.children.items()}
+            return tuple(values.values()) if self.kind is tuple else values
+        if self.item is not None:
+            return [self.item.example(n) for n in range(size, -(size > 1), -1)]
         return self.kind(size) if size else self.kind()
 
 
-class _Bits(_Column):
-    is_doubtful = True  # bits behind the last one
-
-    def _put(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
-        buffers.append(_pack_bits(values))
-
-    def _take(self, count: int, nodes: Any, buffers: Iterator[bytes], names: Iterator[Any]) -> list[Any]:
-        return _unpack_bits(next(buffers), count)
-
-
-class _Numbers(_Column):
-    def __init__(self, kind: Any, nullable: bool, code: str) -> None:
-        super().__init__(kind, nullable)
-        self.code = code
-        self.is_doubtful = code == "f"  # a NaN of another form
-        self._one = struct.Struct("<" + code)
-
-    def _layout(self, count: int) -> struct.Struct:
-        return self._one if count == 1 else struct.Struct(f"<{count}{self.code}")
-
-    def _put(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
-        buffers.append(self._layout(len(values)).pack(*values))
-
-    def _take(self, count: int, nodes: Any, buffers: Iterator[bytes], names: Iterator[Any]) -> list[Any]:
-        return [*self._layout(count).unpack(next(buffers))]
-
-
-class _Enums(_Numbers):
-    """In a null struct an enum has an index without a name: `NotPlain`. An empty dictionary has another form."""
-
-    def __init__(self, nullable: bool) -> None:
-        super().__init__(str, nullable, "h")
-        self.filler = NotPlain
-
-    def _put(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
-        places: dict[Any, int] = {}
-        for value in values:
-            if value is not NotPlain:
-                places.setdefault(value, len(places))
-        if not places:
-            raise NotPlain
-        names.append([*places])
-        super()._put([places.get(value, 0) for value in values], nodes, buffers, names)
-
-    def _take(self, count: int, nodes: Any, buffers: Iterator[bytes], names: Iterator[Any]) -> list[Any]:
-        places = super()._take(count, nodes, buffers, names)
-        used = next(names)
-        values = [used[place] for place in places]
-        if not values or min(places) < 0 or [*dict.fromkeys(values)] != used:
-            raise NotPlain
-        return values
-
-
-class _Runs(_Column):
-    """What has offsets: texts and bytes, and lists and maps, of an *item*."""
-
-    def __init__(self, kind: Any, nullable: bool, item: _Column | None = None) -> None:
-        super().__init__(kind, nullable)
-        self.item = item
-        self.is_doubtful = item is not None and item.is_doubtful
-
-    def _put(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
-        if self.kind is str:
-            values = [value.encode() for value in values]
-        if len(values) == 1:
-            items = values[0]
-            buffers.append(_ONE_OFFSET.pack(0, len(items)))
-        else:
-            items = b"".join(values) if self.item is None else [*itertools.chain.from_iterable(values)]
-            offsets = itertools.accumulate(map(len, values), initial=0)
-            buffers.append(struct.pack(f"<{len(values) + 1}i", *offsets))
-        if self.item is None:
-            buffers.append(items)
-        else:
-            self.item.write(items, nodes, buffers, names)
-
-    def _take(self, count: int, nodes: Any, buffers: Iterator[bytes], names: Iterator[Any]) -> list[Any]:
-        offsets = struct.unpack(f"<{count + 1}i", next(buffers))
-        items: Any
-        if self.item is None:
-            items = next(buffers)
-        else:
-            items = self.item.read(offsets[-1], nodes, buffers, names)
-        if offsets[0] or offsets[-1] != len(items) or (count > 1 and [*offsets] != sorted(offsets)):
-            raise NotPlain
-        values = [items]
-        if count != 1:
-            values = [items[start:end] for start, end in itertools.pairwise(offsets)]
-        if self.kind is str:
-            values = [value.decode() for value in values]
-        return values
-
-    def example(self, size: int) -> Any:
-        if self.item is None or not size:
-            return super().example(size)
-        return [self.item.example(n) for n in range(size, -(size > 1), -1)]
-
-
-class _Structs(_Column):
-    """Structs as dicts, and the pairs of maps as tuples."""
-
-    def __init__(self, kind: Any, nullable: bool, members: Iterable[pa.Field]) -> None:
-        super().__init__(kind, nullable)
-        self.columns = {member.name: _column(member) for member in members}
-        self.is_doubtful = any(column.is_doubtful for column in self.columns.values())
-        self.filler = {name: column.filler for name, column in self.columns.items()}
-        keys: Iterable[Any] = range(2) if kind is tuple else self.columns
-        self._members = [*zip(map(operator.itemgetter, keys), self.columns.values())]
-
-    def _put(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
-        if {*map(len, values)} - {len(self._members)}:
-            raise NotPlain
-        for get, column in self._members:
-            column.write([*map(get, values)], nodes, buffers, names)
-
-    def _take(self, count: int, nodes: Any, buffers: Iterator[bytes], names: Iterator[Any]) -> list[Any]:
-        rows = zip(*[column.read(count, nodes, buffers, names) for _, column in self._members])
-        return [*rows] if self.kind is tuple else [dict(zip(self.columns, row)) for row in rows]
-
-    def example(self, size: int) -> Any:
-        if not size and self.nullable:
-            return None
-        values = {name: column.example(size) for name, column in self.columns.items()}
-        return values if self.kind is dict else tuple(values.values())
-
-
-def _column(member: pa.Field, of_structs: type = dict) -> _Column:
-    """Return the column of a field; `NotPlain` where there is none."""
-    arrow_type = member.type
-    kind, code = _FLAT.get(arrow_type, (None, ""))
-    if kind is bool:
-        return _Bits(bool, member.nullable)
-    if (kind, code) == (str, "h"):
-        return _Enums(member.nullable)
-    if kind is not None:
-        return _Numbers(kind, member.nullable, code) if code else _Runs(kind, member.nullable)
-    if pa.types.is_map(arrow_type):
-        pairs = pa.struct([arrow_type.key_field.with_name("0"), arrow_type.item_field.with_name("1")])
-        return _Runs(list, member.nullable, _column(pa.field("", pairs, nullable=False), tuple))
-    if pa.types.is_list(arrow_type):
-        return _Runs(list, member.nullable, _column(arrow_type.value_field))
-    if (
-        pa.types.is_struct(arrow_type)
-        and len({part.name for part in arrow_type}) == arrow_type.num_fields > 0
-    ):
-        return _Structs(of_structs, member.nullable, arrow_type)
-    raise NotPlain(f"{type_text(arrow_type)} is not plain, or has two fields of one name")
-
-
-_NAMES = [_Runs(str, nullable=False)]
+_ONE_OFFSET = struct.Struct("<2i")
+_NAMES = [_Column(pa.field("", pa.utf8(), nullable=False))]
 
 
 class _Layout:
@@ -1852,7 +1776,7 @@ class RowTemplate:
     ) -> None:
         wire = WireSchema(schema)
         self.schema_message = wire.message
-        columns = [_column(column) for column in (schema if strict is None else strict)]
+        columns = [_Column(column) for column in (schema if strict is None else strict)]
         self._kinds = [column.kind for column in columns]
         self._lengths = [*varying.values()]
         values = [b"%c" % (97 + i) * length for i, length in enumerate(self._lengths)]
