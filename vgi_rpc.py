@@ -1772,11 +1772,11 @@ class RowTemplate:
         schema: pa.Schema,
         metadata: Metadata,
         varying: Mapping[bytes, int],
-        strict: Iterable[pa.Field] | None = None,
+        strict: Sequence[pa.Field] = (),
     ) -> None:
         wire = WireSchema(schema)
         self.schema_message = wire.message
-        columns = [_Column(column) for column in (schema if strict is None else strict)]
+        columns = [_Column(column) for column in strict or schema]
         self._kinds = [column.kind for column in columns]
         self._lengths = [*varying.values()]
         values = [b"%c" % (97 + i) * length for i, length in enumerate(self._lengths)]
@@ -1847,7 +1847,7 @@ def row_template(
     metadata: Metadata | None = None,
     varying: Mapping[bytes, int] | None = None,
     *,
-    strict: Iterable[pa.Field] | None = None,
+    strict: Sequence[pa.Field] = (),
 ) -> RowTemplate | None:
     """Return the template of these streams; ``None`` when the schema is not plain."""
     with suppress(ValueError):
@@ -1973,7 +1973,9 @@ class Codec(NamedTuple):
             return None
         item = self.parts["item"]
         inner = item.arrow_type if item.plain else item.strict_list()
-        return inner if inner is None else pa.list_(pa.field("item", inner, item.nullable))
+        if inner is not None:
+            inner = pa.list_(pa.field("item", inner, item.nullable))
+        return inner
 
     def of_encoded(self) -> Codec:
         """Return the codec of what this one encodes to: it changes nothing, and has pyarrow try each part."""
@@ -2344,7 +2346,8 @@ class RowCodec:
         self.is_flat = all(map(frozenset.__contains__, self._plain, self._kinds))
         # Where a template looks at each item of a list of plain values, this need not: it took a tenth of a turn.
         self._strict = [part.strict_list() for part in self.parts.values()]
-        self._seen = [plain | {list} if strict else plain for plain, strict in zip(self._plain, self._strict)]
+        lists: list[list[type]] = [[list] * (strict is not None) for strict in self._strict]
+        self._seen = [*map(frozenset.union, self._plain, lists)]
         members = [pa.field(name, part.arrow_type, part.nullable) for name, part in self.parts.items()]
         self.schema = pa.schema(members)
 
