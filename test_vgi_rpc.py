@@ -2003,6 +2003,20 @@ def shown_row(data: bytes) -> list[Any]:
 class RowTemplateTests(TestCase):
     """Rows without pyarrow: the bytes that it writes, and no others are read."""
 
+    def test_a_list_that_another_thread_changes(self) -> None:
+        template = rpc.row_template(pa.schema([("a", pa.list_(pa.list_(pa.int64())))]))
+        outer = [[1, 2], [3]]
+        real = itertools.accumulate
+
+        def change(*args: Any, **options: Any) -> Any:  # where another thread may run
+            outer[0].append(7)
+            return real(*args, **options)
+
+        with mock.patch.object(rpc.itertools, "accumulate", change):
+            data = template.write([outer])
+        self.assertEqual(rpc.IpcReader(rpc.ByteSource(data)).next()[0].to_pydict(), {"a": [[[1, 2], [3]]]})
+        self.assertIsNotNone(template.read(data))
+
     def test_rows_are_written_and_read_as_pyarrow_does(self) -> None:
         plain = 0
         for case in range(150):
@@ -3695,6 +3709,20 @@ class WorkerProcessTests(TestCase):
         with mock.patch.object(sys, "stderr", None), self.raises(TransportError, text):
             self.call(source, stderr=rpc.StderrMode.INHERIT)
 
+    def test_a_grandchild_holds_standard_error(self) -> None:
+        source = (
+            "import subprocess, sys\n"
+            "subprocess.Popen([sys.executable, '-S', '-c', 'input()'], stdout=subprocess.DEVNULL)\n"
+            "sys.stderr.write('last words\\n')"
+        )
+        command = [sys.executable, "-S", "-c", source]
+        transport = rpc.SubprocessTransport(command, stderr=rpc.StderrMode.PIPE)
+        transport.proc.wait()
+        began = time.monotonic()
+        self.assertIn("last words", transport.obituary())
+        self.assertLess(time.monotonic() - began, 0.8)
+        transport.close()
+
     def test_nothing_is_left_of_a_start_that_fails(self) -> None:
         before = sorted(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else []
         full = OSError(24, "Too many open files")
@@ -4760,17 +4788,37 @@ class ListenerTests(TestCase):
     def test_further_connections_wait(self) -> None:
         for options in ({"threaded": True, "max_connections": 2}, {"threaded": False}):
             thread = self.serve(**options)
-            most = options.get("max_connections", 1)
-            with contextlib.ExitStack() as stack:
-                held = [stack.enter_context(contextlib.ExitStack()) for _ in range(most)]
-                for one in held:
-                    self.assertEqual(one.enter_context(self.connect()).add(1.0), 3.0)
-                with self.connect(timeout=0.2) as proxy, self.assertRaises(rpc.DeadlineExceededError):
-                    proxy.add(1.0)
-                waiting = stack.enter_context(self.connect())
-                held[0].close()
-                self.assertEqual(waiting.add(2.0), 4.0)
+            self.further_connections_wait(self.connect, options.get("max_connections", 1))
             thread.join()
+            where = in_thread(rpc.serve_tcp, make_server(), **options)
+            connect = functools.partial(rpc.tcp_connect, Service, *where, timeout=WATCHDOG_SECONDS / 2)
+            self.further_connections_wait(connect, options.get("max_connections", 1))
+
+    def further_connections_wait(self, connect: Callable[..., Any], most: int) -> None:
+        """Hold *most* connections; one more is served when one of them was closed."""
+        with contextlib.ExitStack() as stack:
+            held = [stack.enter_context(contextlib.ExitStack()) for _ in range(most)]
+            for one in held:
+                self.assertEqual(one.enter_context(connect()).add(1.0), 3.0)
+            with connect(timeout=0.2) as proxy, self.assertRaises(rpc.DeadlineExceededError):
+                proxy.add(1.0)
+            waiting = stack.enter_context(connect())
+            held[0].close()
+            self.assertEqual(waiting.add(2.0), 4.0)
+
+    def test_a_signal_while_a_child_is_forked_is_not_lost(self) -> None:
+        program = (
+            "import os, signal, vgi_rpc\n"
+            "class Plain:\n    def plain(self) -> int: ...\n"
+            "os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+            "with vgi_rpc._stop_signals(vgi_rpc.RpcServer(Plain, Plain()), 1.0, None):\n"
+            "    child = os.fork()\n    if not child:\n        os._exit(0)\n"
+            "    print(os.waitpid(child, 0)[1], signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+        )
+        done = subprocess.run([sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE)
+        self.assertEqual(
+            done.stdout.split(), [b"15", b"set()"]
+        )  # the child ended by it, nothing stays blocked
 
     def test_what_the_system_refuses_does_not_end_it(self) -> None:
         with self.assertLogs("vgi_rpc", "ERROR") as caught:

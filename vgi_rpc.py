@@ -1604,6 +1604,8 @@ class _Column:
         else:
             if self.kind is str:
                 values = [value.encode() for value in values]
+            elif self.item is not None:
+                values = [[*value] for value in values]  # which another thread may change meanwhile
             if count == 1:
                 items = values[0]
                 buffers += (bitmap, _ONE_OFFSET.pack(0, len(items)))
@@ -4211,7 +4213,11 @@ class SubprocessTransport(Transport):
         """Wait for the worker's end, and for its last words; return its exit status."""
         with suppress(self._timed_out):
             self.proc.wait(timeout)
-            join_thread(self._pump, 1.0)  # not for ever: a grandchild may hold the worker's stderr open
+            end = time.monotonic() + 1.0
+            is_read = False  # a grandchild may hold the worker's stderr open, and be silent or talk for ever
+            while not is_read and self._pump.is_alive() and time.monotonic() < end:
+                is_read = not _is_ready(self.proc.stderr)
+                join_thread(self._pump, 0.02)
         return self.proc.returncode
 
     def obituary(self) -> str:
