@@ -4309,10 +4309,6 @@ class CallRecord:
     statistics: CallStatistics = field(default_factory=CallStatistics)
     duration_ms: float = 0.0  # set at the end
 
-    def __post_init__(self) -> None:
-        if self.remote_addr:
-            self.transport_metadata = {**self.transport_metadata, "remote_addr": self.remote_addr}
-
 
 class DispatchHook(Protocol):
     """Hears of each call, on the thread that serves it: for tracing and metrics. What it raises is logged."""
@@ -4420,9 +4416,11 @@ class Call(CallRecord):
             self._start_clock(self._timeout)
         if not stream_id and info.method_type is MethodType.STREAM:
             self.stream_id = os.urandom(16).hex()
-        if TRACE_KEYS[0] in metadata:
-            traces = {key.decode(): metadata_text(metadata, key) for key in TRACE_KEYS if key in metadata}
-            self.transport_metadata = {**self.transport_metadata, **traces}
+        if self.remote_addr or TRACE_KEYS[0] in metadata:
+            extra = {key.decode(): metadata_text(metadata, key) for key in TRACE_KEYS if key in metadata}
+            if self.remote_addr:
+                extra["remote_addr"] = self.remote_addr
+            self.transport_metadata = {**self.transport_metadata, **extra}
         self._watched = bool(server.hooks or server.access_log)
         if self._watched:
             self._started = time.monotonic()
@@ -4925,7 +4923,7 @@ class _ByteServing:
         try:
             turn = call.begin(request.arguments)
             if turn.items:
-                self._write(call, turn, self._send_whole)
+                self._write(call, turn, lambda t: self._channel.write(stream_pieces(t.wire, t.items)))
             if call.wires is not None:
                 self._serve_turns(call, call.wires)
             else:
@@ -4935,9 +4933,6 @@ class _ByteServing:
             raise
         finally:
             call.end()
-
-    def _send_whole(self, turn: Turn) -> None:
-        self._channel.write(stream_pieces(turn.wire, turn.items))
 
     def _write(self, call: Call, turn: Turn, send: Callable[[Turn], None]) -> bool:
         """Send a turn, or the error that it cannot be written; return whether the stream is over."""
@@ -4971,7 +4966,7 @@ class _ByteServing:
                 turn = Turn(wires.output, [], True) if item is None else call.turn(*item)
             except Refusal as exc:  # of the input: a turn raises nothing
                 turn = call.failed(exc, refused=True)
-            finished = self._write(call, turn, lambda turn: writer.write_all(turn.items, close=turn.finished))
+            finished = self._write(call, turn, lambda t: writer.write_all(t.items, close=t.finished))
         if reader is None or not _read_over(reader):
             raise EOFError("where the next request begins is not known")
 
@@ -5068,8 +5063,7 @@ def only_batch(info: RpcMethodInfo, reader: IpcReader, message: BatchMessage | N
 def reply_batch(reader: IpcReader, message: BatchMessage) -> AnnotatedBatch:
     """Decode a batch of an answer, without the state tokens."""
     batch = reader.decode(message)
-    own = (STATE_KEY, CALL_STATE_KEY)
-    visible = message.metadata and {k: v for k, v in message.metadata.items() if k not in own}
+    visible = {k: value for k, value in message.metadata.items() if k not in (STATE_KEY, CALL_STATE_KEY)}
     return AnnotatedBatch(batch, pa.KeyValueMetadata(visible) if visible else None)
 
 
