@@ -7170,6 +7170,7 @@ class Plain:
     def mean(self, window: Window, at: datetime.datetime = datetime.datetime(2024, 1, 1)) -> Window:
         "Mean temperature."
         return window
+    def means(self, windows: list[Window]) -> list[Window]: return windows
     def table(self, rows: pa.RecordBatch) -> pa.RecordBatch: return rows
     def shout(self, text: str, ctx: vgi_rpc.CallContext) -> str:
         ctx.client_log(vgi_rpc.Level.WARN, "shouting")
@@ -7214,6 +7215,8 @@ CALLS: list[tuple[str, str, str]] = [
      '{"start": "2024-01-31", "unit": "F", "tags": ["a"]}\n'),
     ("{app} mean 'window={{\"start\": \"2024-01-31\"}}' -f table", "",
      "start         unit          tags\n2024-01-31    C             []\n"),
+    ("{app} means 'windows:=[{{\"start\": \"2024-01-31\"}}]'", "",
+     '[{"start": "2024-01-31", "unit": "C", "tags": []}]\n'),
     ("{app} table 'rows:=[{{\"a\": 1}}, {{\"a\": 2}}]'", "", '{"a": 1}\n{"a": 2}\n'),
     ("{app} nothing", "", "null\n"),
     ("{app} empty", "", ""),
@@ -7259,7 +7262,7 @@ FAILS: list[tuple[str, str, int, str]] = [  # arguments, stdin, exit code, what 
     ("serve --check", "", 0, "^Demo: 3 methods"),
     ("serve app.py:CalculatorImpl --check", "", 0, "^Calculator: 1 methods"),
     ("serve 'app:make()' --check", "", 0, "^Calculator: 1 methods"),
-    ("serve app:Plain --check", "", 0, "^Plain: 10 methods"),
+    ("serve app:Plain --check", "", 0, "^Plain: 11 methods"),
     ("serve app", "", 2, "try app:NAME\nhint: a target is module:Class"),
     ("serve nowhere.py:A", "", 2, "FileNotFoundError"),
     ("serve app:make", "", 2, "app:make is a function"),
@@ -7389,7 +7392,7 @@ class CliTests(TestCase):
                 self.assertRegex(said + out.decode() * (code == 0), pattern)
                 self.assertLessEqual(len(said.splitlines()), 2 + 99 * text.endswith("-v"))
         with mock.patch.dict(os.environ, VGI_RPC_TARGET="app:Plain", VGI_RPC_CHECK="1"):
-            self.assertIn(b"Plain: 10 methods", self.ok("serve"))
+            self.assertIn(b"Plain: 11 methods", self.ok("serve"))
         with mock.patch.dict(os.environ, VGI_RPC_PORT="many"):
             self.assertIn("--port: expected", cli("serve", "--check")[2])
 

@@ -162,7 +162,7 @@ PARAM_DOCS_KEY = b"vgi_rpc.param_docs"
 TYPE_KEY = b"vgi_rpc.type"  # of a field: its type as a person writes it
 STRUCT_KEY = b"vgi_rpc.struct"  # of a binary field: the schema of the dataclass inside, serialised
 ENUM_KEY = b"vgi_rpc.enum"  # of a field: the names of the enum's members, one a line
-DEFAULT_KEY = b"vgi_rpc.default"  # of a parameter: its default, an IPC stream of one value
+DEFAULT_KEY = b"vgi_rpc.default"  # of a parameter or field: its default, an IPC stream of one value
 DEFAULT_TEXT_KEY = b"vgi_rpc.default_text"  # of a parameter or field: its default as a person writes it
 
 RESERVED_PROTOCOL_PREFIX = "vgi_rpc."
@@ -3600,16 +3600,11 @@ def protocol_hash(protocol: str, infos: Iterable[RpcMethodInfo]) -> str:
 def described_schemas(info: RpcMethodInfo) -> Mapping[str, pa.Schema]:
     """``params``, ``result`` and ``header`` with all that is told of them; made once, kept at the method."""
     if info.described is None:
-        fields = _described_fields(info.params, info.param_defaults)
-        for at, (name, codec) in enumerate(info.params.parts.items()):
-            with suppress(KeyError, Mismatch):  # there is none, or one that no caller may send
-                default = RowCodec([("default", codec)]).to_bytes([info.param_defaults[name]])
-                fields[at] = fields[at].with_metadata({**fields[at].metadata, DEFAULT_KEY: default})
         docs = {DOC_KEY: text_of(info.doc or ""), SIGNATURE_KEY: info.signature()}
         docs[PARAM_DOCS_KEY] = to_json(info.param_docs)
         header = info.header and _described_fields(info.header.row, info.header.defaults)
         info.described = {  # whole, as other threads look at it
-            "params": pa.schema(fields, metadata=docs),
+            "params": pa.schema(_described_fields(info.params, info.param_defaults), metadata=docs),
             "result": pa.schema(_described_fields(info.result, {})),
             "header": pa.schema(header or []),
         }
@@ -3618,11 +3613,24 @@ def described_schemas(info: RpcMethodInfo) -> Mapping[str, pa.Schema]:
 
 def _described_fields(row: RowCodec, defaults: Mapping[str, Any]) -> list[pa.Field]:
     fields = list(map(_described_field, row.schema, row.parts.values()))
-    for at, name in enumerate(row.names):
+    for at, (name, codec) in enumerate(row.parts.items()):
         if name in defaults:
-            default = sendable(text_of(default_text(defaults[name])), 200)
-            fields[at] = fields[at].with_metadata({**fields[at].metadata, DEFAULT_TEXT_KEY: default})
+            told: dict[Any, Any] = {DEFAULT_TEXT_KEY: sendable(text_of(default_text(defaults[name])), 200)}
+            with suppress(Mismatch):  # one that no caller may send
+                batch = RowCodec([("default", codec)]).to_batch([codec.encode(defaults[name])])
+                told[DEFAULT_KEY] = stream_bytes(WireSchema(batch.schema), [(batch, None)])
+            fields[at] = fields[at].with_metadata({**fields[at].metadata, **told})
     return fields
+
+
+def default_batch(member: pa.Field) -> pa.RecordBatch | None:
+    """Return the described default of a field, 1 row x 1 column; ``None`` where there is none that can be read."""
+    # TypeError and LookupError where it is no stream of one value.
+    with suppress(IPCError, EOFError, RequestTooLargeError, TypeError, LookupError):
+        source = ByteSource((member.metadata or {})[DEFAULT_KEY])
+        batch, _ = cast("Any", IpcReader(source, IpcLimits(max_rows=1)).next())
+        return cast("pa.RecordBatch", batch)
+    return None
 
 
 def _described_field(member: pa.Field, codec: Codec) -> pa.Field:
@@ -3701,11 +3709,10 @@ def _row_described(schema: pa.Schema) -> RowCodec:
 def _described_defaults(schema: pa.Schema, params: RowCodec) -> Iterator[tuple[str, Any]]:
     """Yield the defaults that can be read."""
     for member, codec in zip(schema, params.parts.values()):
-        # TypeError and LookupError where it is no stream of one value.
-        with suppress(IPCError, EOFError, RequestTooLargeError, TypeError, LookupError):
-            source = ByteSource((member.metadata or {})[DEFAULT_KEY])
-            batch, _ = cast("Any", IpcReader(source, IpcLimits(max_rows=1)).next())
-            yield member.name, RowCodec([(member.name, codec)]).from_batch(batch)[0]
+        batch = default_batch(member)
+        with suppress(ParameterError, LookupError):  # of another type, or without a column
+            if batch is not None:
+                yield member.name, RowCodec([(member.name, codec)]).from_batch(batch)[0]
 
 
 class _BatchHeader(DataclassCodec):
@@ -6531,7 +6538,7 @@ def value_from_json(value: Any, member: pa.Field, step: str = "") -> Any:
     Bytes come from base64, times and dates from RFC 3339 text, durations from seconds (1.5 or "1.5s"), decimals from
     numbers or text, enums from names, maps from objects or arrays of pairs, NaN and the infinities from text. A
     binary field that holds a dataclass, as reflection describes it, takes an object. A member that an object leaves
-    out stays out. Here null fits every type, and any integer its type. Raises `Mismatch`, *step* in front of its path.
+    out has its default, or stays out. Here null fits every type, and any integer its type. Raises `Mismatch`, *step* in front of its path.
     """
     arrow_type = getattr(member.type, "storage_type", member.type)
     try:
@@ -6541,7 +6548,12 @@ def value_from_json(value: Any, member: pa.Field, step: str = "") -> Any:
             members = {part.name: part for part in arrow_type}
             for name in value.keys() - members:
                 raise Mismatch(f"one of {', '.join(members)}", f"{name!r:.60}{suggest(name, members)}")
-            return {name: value_from_json(part, members[name], f".{name}") for name, part in value.items()}
+            row = {name: value_from_json(part, members[name], f".{name}") for name, part in value.items()}
+            for name in members.keys() - row:
+                default = default_batch(members[name])
+                if default is not None and default.num_columns and default.num_rows:
+                    row[name] = default.column(0).to_pylist()[0]
+            return row
         if pa.types.is_map(arrow_type):
             if isinstance(value, dict):  # its keys are words as on the command line
                 value = [(json_of_word(key, arrow_type.key_type), part) for key, part in value.items()]
