@@ -6538,7 +6538,8 @@ def value_from_json(value: Any, member: pa.Field, step: str = "") -> Any:
     Bytes come from base64, times and dates from RFC 3339 text, durations from seconds (1.5 or "1.5s"), decimals from
     numbers or text, enums from names, maps from objects or arrays of pairs, NaN and the infinities from text. A
     binary field that holds a dataclass, as reflection describes it, takes an object. A member that an object leaves
-    out has its default, or stays out. Here null fits every type, and any integer its type. Raises `Mismatch`, *step* in front of its path.
+    out has its default, or stays out. Here null fits every type, and any integer its type. Raises `Mismatch`, *step* in
+    front of its path.
     """
     arrow_type = getattr(member.type, "storage_type", member.type)
     try:
