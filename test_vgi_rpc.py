@@ -1367,6 +1367,27 @@ class MessageTests(TestCase):
 # ============================================================================
 
 ENUM_TYPE = pa.dictionary(pa.int16(), pa.utf8())
+
+
+class Unhashable(pa.ExtensionType):
+    """An extension type that says what is equal to it, and so has no hash."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__(pa.int64(), "test.unhashable")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Unhashable
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage: pa.DataType, data: bytes) -> Unhashable:
+        return cls()
+
+
 END = b"\xff\xff\xff\xff\0\0\0\0"
 NUMBERS = pa.RecordBatch.from_pydict({"value": [1.0, 2.0]}, VALUE)
 LOG = {rpc.LOG_LEVEL_KEY: b"INFO", rpc.LOG_MESSAGE_KEY: b"m"}
@@ -1935,7 +1956,13 @@ OTHER_TYPES = [
         pa.list_(pa.int8(), 2),
         pa.large_list(pa.int8()),
     ),
-    *(pa.list_(pa.date32()), pa.struct([]), pa.struct([("a", pa.int8()), ("a", pa.int8())])),
+    *(
+        Unhashable(),
+        pa.list_(Unhashable()),
+        pa.list_(pa.date32()),
+        pa.struct([]),
+        pa.struct([("a", pa.int8()), ("a", pa.int8())]),
+    ),
     pa.map_(pa.utf8(), pa.null()),
 ]
 NOT_PLAIN: list[tuple[pa.DataType, list[Any]]] = [  # and values that the ordinary way must judge
@@ -2440,6 +2467,40 @@ class TypeTests(TestCase):
         [(batch, _)] = read_stream(io.BytesIO(data))
         batch.validate(full=True)
         self.check(cls.deserialize_from_batch(batch), cls(arrives))
+
+    def test_types_without_a_hash(self) -> None:
+        annotation = Annotated[Any, ArrowType(Unhashable())]
+        self.addCleanup(pa.unregister_extension_type, "test.unhashable")
+        pa.register_extension_type(Unhashable())
+        self.check_row(annotation, 5, 5)
+        self.check_row(Optional[annotation], None, None)
+
+    def test_indices_that_lead_out_of_a_dictionary(self) -> None:
+        for index, names, arrives in (
+            (None, [], None),
+            (None, ["RED"], None),
+            (0, ["RED"], Color.RED),
+            *[(index, ["RED"], "out of bounds") for index in (-1, 1, 32_767)],
+            *[(index, [], "out of bounds") for index in (-1, 0)],
+        ):
+            found = pa.DictionaryArray.from_arrays(
+                pa.array([index], pa.int16()), pa.array(names, pa.utf8()), safe=False
+            )
+            listed = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), found)
+            for annotation, array in ((Optional[Color], found), (list[Optional[Color]], listed)):
+                cls = row_class(annotation)
+                batch = pa.RecordBatch.from_arrays([array], schema=cls.ARROW_SCHEMA)
+                data = ipc_bytes(batch.schema, batch)
+                reads = [
+                    functools.partial(cls.deserialize_from_bytes, data, checks)
+                    for checks in rpc.IpcValidation
+                ]
+                for read in (*reads, functools.partial(cls.deserialize_from_batch, batch)):
+                    with self.subTest(index=index, names=names, annotation=annotation, read=read):
+                        if arrives == "out of bounds":
+                            self.assertRaisesRegex((rpc.IPCError, rpc.ParameterError), arrives, read)
+                        else:
+                            self.assertEqual(read(), cls(arrives if array is found else [arrives]))
 
     def test_what_arrives(self) -> None:
         for name, case in TYPES.items():

@@ -1507,10 +1507,10 @@ def batch_from_pydict(data: Mapping[str, Any], schema: pa.Schema | None, where: 
 # ordinary way, with the same result.
 
 _INTEGERS = (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
-# By type: the exact Python type of encoded values, and what `struct` calls the numbers in its buffer.
-_FLAT: dict[pa.DataType, tuple[type, str]] = {it: (int, code) for it, code in zip(_INTEGERS, "bhiqBHIQ")}
-_FLAT |= {pa.float64(): (float, "d"), pa.float32(): (float, "f"), pa.bool_(): (bool, "")}
-_FLAT |= {pa.utf8(): (str, ""), pa.binary(): (bytes, ""), pa.dictionary(pa.int16(), pa.utf8()): (str, "h")}
+# By a type's text, as it may have no hash: exact Python type of encoded values, what `struct` calls its numbers.
+_FLAT: dict[str, tuple[type, str]] = {str(it): (int, code) for it, code in zip(_INTEGERS, "bhiqBHIQ")}
+_FLAT |= {"double": (float, "d"), "float": (float, "f"), "bool": (bool, ""), "string": (str, "")}
+_FLAT |= {"binary": (bytes, ""), str(pa.dictionary(pa.int16(), pa.utf8())): (str, "h")}
 
 
 class NotPlain(ValueError):
@@ -1547,7 +1547,7 @@ class _Column:
         self.nullable = column.nullable
         self.children: dict[Any, _Column] = {}  # of a struct by name, of the pairs in a map by number
         self.item: _Column | None = None  # of a list or map
-        self.kind, self.code = _FLAT.get(arrow_type, (list, ""))
+        self.kind, self.code = _FLAT.get(str(arrow_type), (list, ""))
         self.one = struct.Struct("<" + self.code)
         self.is_enum = (self.kind, self.code) == (str, "h")
         # What pyarrow writes where a value is null. In a null struct an enum has an index without a name: `NotPlain`.
@@ -1557,15 +1557,15 @@ class _Column:
             self.item = _Column(pa.field("", pairs, nullable=False), tuple)
         elif pa.types.is_list(arrow_type):
             self.item = _Column(arrow_type.value_field)
-        elif pa.types.is_struct(arrow_type) and arrow_type.num_fields:
+        elif pa.types.is_struct(arrow_type):
             self.kind = of_structs
             keys = itertools.count() if of_structs is tuple else [f.name for f in arrow_type]
             self.children = dict(zip(keys, map(_Column, arrow_type)))
             self.filler = {name: child.filler for name, child in self.children.items()}
-        if arrow_type not in _FLAT and not self.item and len(self.children) < max(arrow_type.num_fields, 1):
+        inner = [self.item] if self.item else self.children.values()
+        if self.kind in (list, dict, tuple) and len(inner) < max(arrow_type.num_fields, 1):
             raise NotPlain(f"{type_text(arrow_type)} is not plain, or has two fields of one name")
         # Bits behind the last one, a NaN of another form: whether they would be written is seen by writing them.
-        inner = [self.item] if self.item else self.children.values()
         self.is_doubtful: bool = self.kind is bool or self.code == "f" or any(c.is_doubtful for c in inner)
 
     def write(self, values: Sequence[Any], nodes: list[int], buffers: list[bytes], names: list[Any]) -> None:
@@ -1870,6 +1870,9 @@ class ArrowType(NamedTuple):
     arrow_type: pa.DataType  # exactly this type goes on the wire
     nullable: bool | None = None  # overrides what the annotation says, also an Optional; None leaves it
 
+    def __hash__(self) -> int:  # as pyarrow hashes types, but for extension types
+        return hash(str(self.arrow_type))
+
 
 class Transient:
     """Marks a field that does not travel: ``Annotated[T, Transient()]``; it is read as its default."""
@@ -1989,12 +1992,11 @@ class Codec(NamedTuple):
         if self.kind is list:
             return self.parts["item"]._each(value, range(len(value)), convert)
         if self.kind is Mapping:  # what there is of them
-            members = {}
-            for name, member in value.items():
-                part = self.parts.get(name)
-                if part is not None:
-                    is_plain = type(member) in part.plain
-                    members[name] = member if is_plain else with_field(name, partial(convert, part), member)
+            members = {name: member for name, member in value.items() if name in self.parts}
+            for name, member in members.items():
+                part = self.parts[name]
+                if type(member) not in part.plain:
+                    members[name] = with_field(name, partial(convert, part), member)
             return members
         keys, values = map(list, zip(*value) if value else ((), ()))
         values = self.parts["value"]._each(values, keys, convert)
@@ -2032,9 +2034,7 @@ class Codec(NamedTuple):
         # that comes twice.
         is_instant = has_zone and getattr(held, "tzinfo", None) and not held - value
         is_rounded = isinstance(held, float) and isinstance(value, float) and abs(held) != float("inf")
-        is_text = isinstance(held, bytes) and isinstance(
-            value, str
-        )  # `python -bb` compares the two with nothing
+        is_text = isinstance(held, bytes) and isinstance(value, str)  # `python -bb` does not compare them
         is_same = held is not None and not is_text and (is_rounded or is_instant or held == value)
         if is_same and isinstance(held, bool) >= isinstance(value, bool):
             return value if type(value) is type(held) is datetime.datetime else held  # not in another zone
@@ -2336,6 +2336,13 @@ def _no_mapping(annotation: Any) -> TypeError:
     return TypeError(f"no Arrow type for {annotation_text(annotation)}; use {instead}")
 
 
+def _only_value(column: pa.Array) -> Any:
+    """Return the value of a column of one row. Where nothing validated it, an index may lead out of its dictionary."""
+    if pa.types.is_nested(column.type) or pa.types.is_dictionary(column.type):
+        column.validate(full=True)
+    return column.to_pylist()[0]
+
+
 class RowCodec:
     """Codecs of one row of `schema`, as parameters, results and dataclasses travel; paths begin with ``.name``."""
 
@@ -2343,7 +2350,7 @@ class RowCodec:
         self.parts = dict(fields)
         self.names = tuple(self.parts)
         self._plain = [part.plain for part in self.parts.values()]
-        self._kinds = [_FLAT.get(part.arrow_type, (object, ""))[0] for part in self.parts.values()]
+        self._kinds = [_FLAT.get(str(part.arrow_type), (object, ""))[0] for part in self.parts.values()]
         # Whether a row that a template has read is what `decode` would return: all of its columns are plain.
         self.is_flat = all(map(frozenset.__contains__, self._plain, self._kinds))
         # Where a template looks at each item of a list of plain values, this need not: it took a tenth of a turn.
@@ -2358,10 +2365,8 @@ class RowCodec:
 
     @cached_property
     def template(self) -> RowTemplate | None:
-        columns = [
-            pa.field("", strict or member.type, member.nullable)
-            for strict, member in zip(self._strict, self.schema)
-        ]
+        pairs = zip(self._strict, self.schema)
+        columns = [pa.field("", strict or member.type, member.nullable) for strict, member in pairs]
         return row_template(self.schema, strict=columns)
 
     def is_plain(self, values: Iterable[Any]) -> bool:
@@ -2407,8 +2412,7 @@ class RowCodec:
 
     def from_batch(self, batch: pa.RecordBatch) -> list[Any]:
         """Return the Python values of a batch of one row, column by column."""
-        columns = zip(self.names, batch.columns)
-        values = self.decode([with_field(name, pa.Array.to_pylist, column)[0] for name, column in columns])
+        values = self.decode(map(with_field, self.names, itertools.repeat(_only_value), batch.columns))
         if batch.schema.types == self.schema.types:
             return values
         return self.from_batch(self.to_batch(self.encode(values)))  # what could have been sent from Python
@@ -2461,11 +2465,9 @@ class DataclassCodec:
         hooks = ("__post_init__", "__setattr__", "__new__")
         own_hooks = [n for n in hooks if getattr(self.cls, n, None) is not getattr(object, n, None)]
         bases = [vars(base) for base in self.cls.__mro__ if base is not ArrowSerializableDataclass]
-        own_hooks += [
-            n for n in ("serialize_to_bytes", "deserialize_from_bytes") if any(n in base for base in bases)
-        ]
-        runs_code = bool(factories or own_hooks)
-        self.is_read_back = not runs_code and all(codec.is_read_back() for codec in codecs.values())
+        serializers = ("serialize_to_bytes", "deserialize_from_bytes")
+        own_hooks += [n for n in serializers if any(n in base for base in bases)]
+        self.is_read_back = not (factories or own_hooks) and all(map(Codec.is_read_back, codecs.values()))
         self._all_names = {f.name for f in own}
         self._required = [f.name for f in fields if f.init and f.default is f.default_factory]  # both MISSING
         self._late = [f.name for f in fields if not f.init]  # set behind the constructor
@@ -2508,7 +2510,7 @@ class DataclassCodec:
             more = sorted(set(held) - self._all_names)
             if more:
                 raise Mismatch(self.name, f"{got(instance)}, which has more fields ({', '.join(more)})")
-        return {name: getattr(instance, name) for name in self.row.names}
+        return dict(zip(self.row.names, map(getattr, itertools.repeat(instance), self.row.names)))
 
     def to_bytes(self, instance: Any) -> bytes:
         """Encode as an IPC stream of 1 row x len(names) columns."""
@@ -2518,8 +2520,7 @@ class DataclassCodec:
         """Decode an IPC stream of one row, or of none; raises `IPCError` when it is no such stream."""
         data = bytes(data)
         row = self.row
-        values = row.from_template(data)
-        if values is not None:
+        if (values := row.from_template(data)) is not None:
             return self.build(dict(zip(row.names, values)))
         # Another schema is fine, too: of a newer or an older version of the class.
         known = [row.wire] * data.startswith(row.wire.message)
@@ -2538,9 +2539,8 @@ class DataclassCodec:
 
     def build(self, values: dict[str, Any]) -> Any:
         """Make an instance of the decoded values that there are."""
-        for name in self._required:
-            if name not in values:
-                raise Mismatch("a value", "no such field, and it has no default").under(f".{name}")
+        for name in itertools.filterfalse(values.__contains__, self._required):
+            raise Mismatch("a value", "no such field, and it has no default").under(f".{name}")
         late = {name: values.pop(name) for name in self._late if name in values}
         instance = self.cls(**values)
         for name, value in late.items():
