@@ -7814,10 +7814,10 @@ class TransportContract:
         return stack.enter_context(self.connect())
 
     def test_time_is_allowed_for_each_turn(self) -> None:
-        proxy = rpc.with_options(self.proxy, timeout=0.3)
-        self.assertEqual(len(numbers(proxy.plain(5, [1], 0.08))), 5)
-        with proxy.filter(0.08) as session:
-            for i in range(5):
+        proxy = rpc.with_options(self.proxy, timeout=0.6)
+        self.assertEqual(len(numbers(proxy.plain(4, [1], 0.16))), 4)
+        with proxy.filter(0.16) as session:
+            for i in range(4):
                 self.assertEqual(session.exchange(values(float(i))).batch.to_pydict(), {"value": [float(i)]})
 
     # -- producers

@@ -3282,8 +3282,7 @@ def request_pieces(
     """Return the bytes of a whole request: *row* as `encode_arguments` gives it, *timeout* in seconds."""
     varying = [request_id.encode()]
     if timeout is not None:
-        milliseconds = min(max(1, int(timeout * 1000)), 10**TIMEOUT_DIGITS - 1)
-        varying.append(b"%0*d" % (TIMEOUT_DIGITS, milliseconds))
+        varying.append(b"%0*d" % (TIMEOUT_DIGITS, max(1, int(timeout * 1000))))
     template = info.request_templates[timeout is not None]
     if template is not None:
         try:
