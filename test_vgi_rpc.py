@@ -8589,8 +8589,8 @@ class StreamingTests(TestCase):
 SOURCE = pathlib.Path(rpc.__file__)
 README = HERE / "README.md"
 BANNER = re.compile(r"^# (\d+)\. ([A-Z][A-Z0-9, -]*[A-Z]) \.{3,} uses (nothing|[\d, -]+)$", re.M)
-MAX_LINES = 9_600  # of each of the two files
-MAX_BYTES = 480_000
+MAX_LINES = 9_505  # of each of the two files
+MAX_BYTES = 476_100
 
 
 def defined_names(statement: ast.stmt) -> list[str]:

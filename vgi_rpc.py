@@ -1513,6 +1513,9 @@ _FLAT |= {"double": (float, "d"), "float": (float, "f"), "bool": (bool, ""), "st
 _FLAT |= {"binary": (bytes, ""), str(pa.dictionary(pa.int16(), pa.utf8())): (str, "h")}
 
 
+_PADDING = [bytes(-at & 7) for at in range(8)]
+
+
 class NotPlain(ValueError):
     """A type or value for which the ordinary way is the right one; it words the error, if there is one."""
 
@@ -1522,11 +1525,19 @@ _NOT_PLAIN = (ValueError, TypeError, LookupError, OverflowError, StopIteration, 
 
 
 def _body(buffers: Sequence[bytes]) -> tuple[bytes, list[int], list[int]]:
-    """Return the body of a message with these buffers, where each begins (at last, where it ends), and their lengths."""
-    lengths = [*map(len, buffers)]
-    padded = [length + 7 & -8 for length in lengths]
-    body = b"".join(map(bytes.ljust, buffers, padded, itertools.repeat(b"\0")))
-    return body, [*itertools.accumulate(padded, initial=0)], lengths
+    """Return the body of a message with these buffers, at which byte each begins, and their lengths."""
+    starts: list[int] = []
+    pieces: list[bytes] = []
+    at = 0
+    for data in buffers:
+        starts.append(at)
+        if data:
+            pieces.append(data)
+            at += len(data)
+            if at & 7:
+                pieces.append(_PADDING[at & 7])
+                at = at + 7 & -8
+    return b"".join(pieces), starts, [*map(len, buffers)]
 
 
 def _pack_bits(bits: Sequence[bool]) -> bytes:
@@ -1749,13 +1760,13 @@ class _MessageTemplate:
         nodes = self._nodes.unpack(packed_nodes)
         places = self._places.unpack(packed_places)
         nulls = nodes[1::2]
-        starts = places[::2]
-        lengths = places[1::2]
+        starts = [*places[::2]]
+        lengths = [*places[1::2]]
         start = at + self._layout.size
         body = data[start : start + size]
-        buffers = [*map(body.__getitem__, map(slice, starts, map(operator.add, starts, lengths)))]
-        is_so = _body(buffers) == (body, [*starts, size], [*lengths])  # padding too
-        if not is_so or rows != nodes[0] or size > 4 * SMALL_BODY_BYTES:
+        buffers = [body[begin : begin + length] for begin, length in zip(starts, lengths)]
+        is_so = _body(buffers) == (body, starts, lengths)  # padding too
+        if not is_so or rows != nodes[0] or not len(body) == size <= 4 * SMALL_BODY_BYTES:
             raise NotPlain
         rest = (zip(nodes[::2], nulls), iter(buffers), iter(names))
         columns = [column.read(rows, *rest) for column in self._columns]
