@@ -1919,6 +1919,10 @@ class BatchTests(TestCase):
             ({"value": pa.array([1])}, VALUE, ("'value'", "float64", "int64")),
             ({"other": [1.0]}, VALUE, ("['value']", "['other']")),
             ({"value": [None]}, strict, ("'value'", "null")),
+            ({"value": 1.5}, VALUE, ("column 'value'", "expected a list", "got float")),
+            ({"value": b"ab"}, VALUE, ("column 'value'", "expected a list", "got bytes")),  # not 97.0, 98.0
+            ({"a": "text"}, None, ("column 'a'", "expected a list", "got str")),
+            (5, VALUE, ()),
             ({"a": [1], "b": [1, 2]}, None, ()),
             ({"a": [1, "x"]}, None, ()),
         ):
@@ -8589,8 +8593,8 @@ class StreamingTests(TestCase):
 SOURCE = pathlib.Path(rpc.__file__)
 README = HERE / "README.md"
 BANNER = re.compile(r"^# (\d+)\. ([A-Z][A-Z0-9, -]*[A-Z]) \.{3,} uses (nothing|[\d, -]+)$", re.M)
-MAX_LINES = 9_505  # of each of the two files
-MAX_BYTES = 476_100
+MAX_LINES = 9_509  # of each of the two files
+MAX_BYTES = 476_430
 
 
 def defined_names(statement: ast.stmt) -> list[str]:

@@ -1488,8 +1488,13 @@ def _is_shared(values: pa.Array) -> bool:
 def batch_from_pydict(data: Mapping[str, Any], schema: pa.Schema | None, where: str) -> pa.RecordBatch:
     """Make a batch of columns by name; without *schema* types are inferred. `ParameterError` as `conform_batch`."""
     try:
+        data = dict(data)
+        for name, values in data.items():  # pyarrow takes a text apart
+            if isinstance(values, (str, bytes, bytearray, Mapping)) or not hasattr(values, "__iter__"):
+                text = f"column {name!r}: expected a list or array of values, got {type(values).__name__}"
+                raise ParameterError(f"{where}: {text}")
         if schema is None:
-            return pa.RecordBatch.from_pydict(dict(data))
+            return pa.RecordBatch.from_pydict(data)
         if set(data) != set(schema.names):
             raise ParameterError(f"{where}: expected columns {schema.names}, got {list(data)}")
         columns = [_conform(data[column.name], column, where, False) for column in schema]
