@@ -1080,6 +1080,10 @@ def setUpModule() -> None:
     """Log lines of the module are of no interest here, unless a test asks for them."""
     logging.getLogger("vgi_rpc").addHandler(logging.NullHandler())
     logging.getLogger("vgi_rpc").propagate = False
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # in a shell's background; children would have it so, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTHONPYCACHEPREFIX" not in os.environ:  # programs of the tests need not compile the module each
         os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp()
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
